@@ -1,0 +1,29 @@
+"""dlora: LoRA-family adapters on models that do not fit one device.
+
+    attach(model, LoraConfig(r=16))                    # in place; W0 keeps its parameter names
+    replica = shard(model, engine="fsdp2")             # W0 sharded, A and B the same on every rank
+    replica.reduce_gradients(); replica.clip(1.0)      # between backward() and optimizer.step()
+    save_adapter(model, "out/adapter")                 # any rank, no collective, stock PEFT format
+
+Importing dlora loads torch, and nothing larger.
+"""
+
+from dlora.adapter_files import load_adapter, save_adapter
+from dlora.api import attach, shard
+from dlora.errors import UsageError
+from dlora.lora.attach import disabled
+from dlora.lora.config import LoraConfig
+from dlora.lora.merge import merge, unmerge
+
+__version__ = "0.1.0"
+__all__ = [
+    "LoraConfig",
+    "UsageError",
+    "attach",
+    "disabled",
+    "load_adapter",
+    "merge",
+    "save_adapter",
+    "shard",
+    "unmerge",
+]

@@ -1,0 +1,90 @@
+"""The calls of a training loop of one's own: joins the two halves, holds neither."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from dlora.lora.attach import attach as attach_adapters
+from dlora.lora.attach import trainable_parameters
+from dlora.lora.config import LoraConfig
+from dlora.optim.groups import parameter_groups
+from dlora.sharding.engine import Engine, build_engine, sharded_by
+from dlora.sharding.mesh import Topology, resolve_placement
+from dlora.sharding.replica import Replica
+
+_RECORD = "dlora_replica"
+
+
+class TrainedReplica(Replica):
+    """The replica of a model's adapters together with the engine that holds its base."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine.topology, engine.wire)
+        self.engine = engine
+
+    def parameter_groups(
+        self, lr: float, *, loraplus_lr_ratio: float = 1.0, weight_decay: float = 0.0
+    ) -> list[dict[str, Any]]:
+        """Groups for a torch optimizer; see `dlora.optim.groups.parameter_groups`."""
+        return parameter_groups(
+            self.named, lr=lr, loraplus_lr_ratio=loraplus_lr_ratio, weight_decay=weight_decay
+        )
+
+
+def attach(model: nn.Module, config: LoraConfig) -> nn.Module:
+    """Put adapters on `model` in place, before or after `shard`, and return the model.
+
+    After `shard` it is collective: rank 0's A and B are broadcast. See `dlora.lora.attach.attach`.
+    """
+    replica: TrainedReplica | None = model.__dict__.get(_RECORD)
+    attach_adapters(
+        model, config, whole_weights=replica.engine.whole_weights if replica else None
+    )
+    if replica is not None:
+        replica.own(trainable_parameters(model))
+    return model
+
+
+def shard(
+    model: nn.Module,
+    engine: str = "fsdp2",
+    base: str = "auto",
+    *,
+    ranks_per_node: int | None = None,
+) -> TrainedReplica:
+    """Distribute the frozen base of `model` over ranks and make its adapters a replica.
+
+    Collective. A base that is sharded already is left as it is. Without an initialised process group
+    there is one process, and nothing is distributed.
+
+    Args:
+        engine: `"fsdp2"`.
+        base: where W0 lives: `"none"` (a whole copy on each rank), `"node"`, `"world"` or `"auto"`.
+        ranks_per_node: overrides LOCAL_WORLD_SIZE.
+
+    Raises:
+        UsageError: a setting is unknown or does not fit the ranks.
+    """
+    topology = Topology.current(ranks_per_node)
+    divided_by = sharded_by(model)
+    placement = resolve_placement(divided_by or engine, base, topology)
+    return replicate(model, build_engine(placement, topology, sharded=divided_by))
+
+
+def replicate(model: nn.Module, engine: Engine) -> TrainedReplica:
+    """Hand the frozen base of `model` to an engine and make its adapters, if any, a replica.
+
+    What `shard` does once the engine is chosen; for callers that loaded the base through an engine.
+    """
+    named = trainable_parameters(model) if hasattr(model, "dlora") else {}
+    if not named:
+        model.requires_grad_(False)
+    engine.shard(model, ignored=named.values())
+    engine.adopt(model)
+    replica = TrainedReplica(engine)
+    model.__dict__[_RECORD] = replica
+    if named:
+        replica.own(named)
+    return replica

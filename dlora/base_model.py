@@ -1,0 +1,150 @@
+"""The frozen base: finding it, its tokenizer and its skeleton, and reading this rank's share of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dlora.errors import UsageError
+from dlora.sharding.engine import Engine
+from dlora.sharding.storage import dropping_mapped_pages, own_storage
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """Where a base comes from; nothing is read until a method is called.
+
+    Args:
+        path: as the user wrote it; adapters record it.
+        source: the directory or hub id that transformers reads.
+    """
+
+    path: str
+    source: str
+    dtype: torch.dtype
+    revision: str | None = None
+    trust_remote_code: bool = False
+    attn_implementation: str = "sdpa"
+
+    def config(self) -> Any:
+        """The model's configuration."""
+        from transformers import AutoConfig
+
+        return self._reading(AutoConfig.from_pretrained)
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, padding on the right."""
+        from transformers import AutoTokenizer
+
+        tokenizer = self._reading(AutoTokenizer.from_pretrained)
+        tokenizer.padding_side = "right"
+        return tokenizer
+
+    def skeleton(self) -> nn.Module:
+        """The model on the meta device: names and shapes without a byte of weights."""
+        from transformers import AutoModelForCausalLM
+
+        config = self.config()
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config,
+                dtype=self.dtype,
+                attn_implementation=self.attn_implementation,
+                trust_remote_code=self.trust_remote_code,
+            )
+
+    def load(self, engine: Engine, device: torch.device) -> nn.Module:
+        """The model with this rank's share of the weights, in `dtype`, frozen, on `device`."""
+        from transformers import AutoModelForCausalLM
+
+        sharding = engine.loading(self.skeleton())
+        if not sharding and device.type != "cpu":
+            sharding = {"device_map": device}
+        with dropping_mapped_pages():
+            model = self._reading(
+                AutoModelForCausalLM.from_pretrained,
+                dtype=self.dtype,
+                attn_implementation=self.attn_implementation,
+                use_safetensors=True,
+                **sharding,
+            )
+            own_storage(model)
+        return model.requires_grad_(False)
+
+    def _reading(self, read: Callable[..., Any], **kwargs: Any) -> Any:
+        """Call a `from_pretrained`; what the user can fix becomes one line."""
+        try:
+            return read(
+                self.source,
+                revision=self.revision,
+                trust_remote_code=self.trust_remote_code,
+                **kwargs,
+            )
+        except (OSError, ValueError, KeyError) as error:
+            first = str(error).strip().split("\n")[0]
+            raise UsageError(f"model.path: cannot read {self.path}: {first}") from error
+
+
+def find_base(
+    path: str,
+    *,
+    dtype: str = "bfloat16",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    cache_dir: str = "~/.cache/dlora",
+    attn_implementation: str = "sdpa",
+    announce: Callable[[str], None] = print,
+) -> BaseModel:
+    """A base from a hub id, a local directory or a `.gguf` file (converted once into `cache_dir`).
+
+    Raises:
+        UsageError: what looks like a path is not there; nothing is asked of the network then.
+    """
+    quiet_libraries()
+    local = Path(path).expanduser()
+    source = str(local)
+    if local.suffix == ".gguf":
+        if not local.is_file():
+            raise UsageError(f"model.path: there is no file {path}")
+        from dlora.gguf_base import converted_base
+
+        source = str(
+            converted_base(local, Path(cache_dir).expanduser(), DTYPES[dtype], announce)
+        )
+    elif local.is_dir():
+        if not (local / "config.json").is_file():
+            raise UsageError(f"model.path: {path} holds no config.json, so it is no model directory")
+    elif _looks_local(path):
+        raise UsageError(f"model.path: there is no directory {path}")
+    else:
+        source = path
+    return BaseModel(
+        path, source, DTYPES[dtype], revision, trust_remote_code, attn_implementation
+    )
+
+
+def quiet_libraries() -> None:
+    """Errors only from libraries whose progress bars and advice would bury dlora's own lines."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+
+
+def _looks_local(path: str) -> bool:
+    """Hub ids are `name` or `owner/name`; everything else can only be meant as a path."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith("/")

@@ -1,0 +1,181 @@
+"""Checkpoints: everything that a run is, small, verified, and readable with safetensors and JSON alone.
+
+    checkpoints/step-000050/
+        adapter.safetensors      A, B and trained copies under their names in the model
+        optimizer.safetensors    `<parameter>.<state>`, as the optimizer keeps it
+        state.json               step, schedule, random state, data cursor
+        config.yaml              the resolved configuration
+        manifest.json            sizes and SHA-256 of the files above, versions
+
+Written by one rank, without a collective: every rank holds all of it. The directory gets its name
+last, so that a directory with the right name is complete; its manifest is checked before use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dlora.errors import UsageError
+from dlora.files import sync_directory, write_atomically
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+@dataclass
+class Checkpoint:
+    """The content of a checkpoint in host memory."""
+
+    tensors: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def capture(
+    named: Mapping[str, nn.Parameter], optimizer: Optimizer, state: dict[str, Any]
+) -> Checkpoint:
+    """Copy the trained tensors and the optimizer's state to host memory."""
+    moments = {
+        f"{name}.{key}": value
+        for name, parameter in named.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+    }
+    return Checkpoint(
+        {name: _host(p.detach()) for name, p in named.items()},
+        {name: _host(value) for name, value in moments.items()},
+        state,
+    )
+
+
+def check_fits(checkpoint: Checkpoint, named: Mapping[str, nn.Parameter]) -> None:
+    """Raise a `UsageError` if names or shapes differ from what is being trained."""
+    saved = {name: list(t.shape) for name, t in checkpoint.tensors.items()}
+    live = {name: list(p.shape) for name, p in named.items()}
+    for name in sorted(saved.keys() | live.keys()):
+        if saved.get(name) != live.get(name):
+            raise UsageError(
+                f"output.resume: the checkpoint has {name} {saved.get(name, 'nowhere')}, "
+                f"this run {live.get(name, 'nowhere')}; the adapter's settings differ"
+            )
+
+
+def restore(
+    checkpoint: Checkpoint, named: Mapping[str, nn.Parameter], optimizer: Optimizer
+) -> None:
+    """Put a checkpoint that fits into live parameters and the optimizer."""
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(checkpoint.tensors[name])
+    for key, value in checkpoint.optimizer.items():
+        name, _, slot = key.rpartition(".")
+        parameter = named[name]
+        # A step count stays where torch keeps it: on the CPU unless the optimizer says otherwise.
+        device = parameter.device if value.ndim else "cpu"
+        optimizer.state[parameter][slot] = value.to(device, copy=True)
+
+
+def write(checkpoint: Checkpoint, root: Path, config_yaml: str, keep_last: int) -> Path:
+    """Commit a checkpoint under `root`, then remove all but the newest `keep_last`.
+
+    Returns:
+        Its directory, `root/step-NNNNNN`.
+    """
+    step = checkpoint.state["step"]
+    final = root / f"step-{step:06d}"
+    beside = root / f".step-{step:06d}.{os.getpid()}.tmp"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    files = {
+        "adapter.safetensors": save(checkpoint.tensors),
+        "optimizer.safetensors": save(checkpoint.optimizer),
+        "state.json": _json(checkpoint.state),
+        "config.yaml": config_yaml.encode(),
+    }
+    manifest = {
+        "format": FORMAT,
+        "versions": {"torch": torch.__version__},
+        "files": {
+            name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            for name, content in files.items()
+        },
+    }
+    for name, content in (files | {"manifest.json": _json(manifest)}).items():
+        write_atomically(beside / name, content)
+    if final.exists():  # the same step again, after a resume: the newer one takes the name
+        shutil.rmtree(final)
+    os.rename(beside, final)
+    sync_directory(root)
+    for _, old in _steps(root)[:-keep_last]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def read(directory: Path) -> Checkpoint:
+    """A verified checkpoint.
+
+    Raises:
+        UsageError: a file is missing, has another size or another hash than the manifest says.
+    """
+    manifest = _read_json(directory / "manifest.json")
+    if manifest.get("format") != FORMAT:
+        raise UsageError(f"{directory}: checkpoint format {manifest.get('format')} is unknown")
+    for name, expected in manifest["files"].items():
+        path = directory / name
+        content = path.read_bytes() if path.is_file() else None
+        if content is None or len(content) != expected["bytes"]:
+            raise UsageError(f"{path}: is missing or has the wrong size; the checkpoint is damaged")
+        if hashlib.sha256(content).hexdigest() != expected["sha256"]:
+            raise UsageError(f"{path}: does not match its SHA-256; the checkpoint is damaged")
+    return Checkpoint(
+        load_file(directory / "adapter.safetensors"),
+        load_file(directory / "optimizer.safetensors"),
+        _read_json(directory / "state.json"),
+    )
+
+
+def newest(root: Path, warn: Any = print) -> Path | None:
+    """The newest checkpoint under `root` that verifies; damaged ones are skipped with a warning."""
+    for _, directory in reversed(_steps(root)):
+        try:
+            read(directory)
+        except UsageError as error:
+            warn(f"skipping a checkpoint: {error}")
+        else:
+            return directory
+    return None
+
+
+def _steps(root: Path) -> list[tuple[int, Path]]:
+    if not root.is_dir():
+        return []
+    found = [(_NAME.fullmatch(path.name), path) for path in root.iterdir() if path.is_dir()]
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def _host(tensor: Tensor) -> Tensor:
+    return tensor.to("cpu", copy=True).contiguous()
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read: {error}") from None

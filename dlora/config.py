@@ -1,0 +1,388 @@
+"""The configuration: every option of dlora once, with type, default, meaning and range.
+
+One frozen dataclass per section of the YAML file. `parse` reads a command line and its file, `load`
+a file; what they return has passed `validate`, which checks all that needs neither model nor data.
+Two tables below the sections say what a value may ask for: `BUILT` lists the choices that work so
+far, `INERT` the options that do nothing beside certain others. How options are read and refused is
+in `config_cli.py`. This module itself loads neither torch, transformers nor jsonargparse.
+"""
+
+import importlib.util
+import operator
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import yaml
+
+from dlora.config_cli import (
+    Given,
+    Option,
+    convert,
+    option,
+    plain,
+    print_help,
+    read_file,
+    required,
+    scan_argv,
+    schema_of,
+    show,
+)
+from dlora.errors import LaterError, UsageError
+
+Attention = Literal[
+    "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"
+]
+InitLoraWeights = Literal[True, "gaussian", "orthogonal", "pissa", "milora", "lora_ga"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The frozen base W0: where it comes from and how it is stored."""
+
+    path: str = required("hub id, local directory, or a .gguf file")
+    revision: str | None = option(None, "branch, tag or commit of a hub model")
+    trust_remote_code: bool = option(False, "run the Python code that comes with the model")
+    cache_dir: str = option("~/.cache/dlora", "holds converted bases; printed when written to")
+    dtype: Literal["bfloat16", "float16", "float32"] = option(
+        "bfloat16", "storage and compute type of W0"
+    )
+    quantization: Literal["none", "nf4", "nf4-dq", "int8"] = option("none", "packed storage of W0")
+    attn_implementation: Attention = option("sdpa", "transformers' attention kernel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """What is trained beside W0; names and meanings are PEFT's."""
+
+    method: Literal["lora", "adalora", "flora"] = option("lora", "the form of the adapter")
+    path: str | None = option(None, "start from this adapter instead of a fresh one")
+    r: int = option(16, "LoRA rank: A is r x in, B is out x r", ge=1)
+    lora_alpha: int | float = option(32, "the update is scaled by lora_alpha / r", gt=0)
+    lora_dropout: float = option(0.0, "dropout on the adapter's input", ge=0, lt=1)
+    target_modules: str | list[str] = option(
+        "all-linear", "all-linear, a list of names, or a regular expression"
+    )
+    use_rslora: bool = option(False, "scale by lora_alpha / sqrt(r) instead")
+    use_dora: bool = option(False, "weight-decomposed LoRA: a trained magnitude per output")
+    init_lora_weights: InitLoraWeights = option(True, "true: A is Kaiming-uniform and B zero")
+    rank_pattern: dict[str, int] = option({}, "r by module name or regular expression", ge=1)
+    alpha_pattern: dict[str, int | float] = option(
+        {}, "lora_alpha by module name or regular expression", gt=0
+    )
+    modules_to_save: list[str] = option([], "modules trained and saved in full")
+    init_r: int = option(12, "adalora: rank at the start", ge=1)
+    target_r: int = option(8, "adalora: mean rank at the end", ge=1)
+    tinit: int = option(0, "adalora: steps before the first pruning", ge=0)
+    tfinal: int = option(0, "adalora: steps after the last pruning", ge=0)
+    deltaT: int = option(1, "adalora: steps between two prunings", ge=1)
+    beta1: float = option(0.85, "adalora: smoothing of the sensitivity", ge=0, lt=1)
+    beta2: float = option(0.85, "adalora: smoothing of the uncertainty", ge=0, lt=1)
+    orth_reg_weight: float = option(0.5, "adalora: weight of the orthogonality penalty", ge=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardingConfig:
+    """Where W0 lives among the ranks."""
+
+    engine: Literal["fsdp2", "zero3"] = option("fsdp2", "what shards and gathers W0")
+    base: Literal["auto", "none", "node", "world"] = option(
+        "auto", "sharded over the world, over a node, or none: a whole copy per rank"
+    )
+    ranks_per_node: int | None = option(
+        None, "ranks that share a node; null: as the launcher says", ge=1
+    )
+    activation_checkpointing: bool = option(False, "recompute activations in backward")
+    memory_budget_gb: float | None = option(
+        None, "per rank; spare memory keeps frozen layers resident", gt=0
+    )
+    timeout_seconds: float = option(600.0, "a collective that takes longer ends the run", gt=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What the adapter learns from."""
+
+    train: str | list[str] = required("file, list of files, glob, or builtin:docstrings")
+    eval: str | list[str] | None = option(None, "likewise; also builtin:docstrings-heldout")
+    format: Literal["chat", "alpaca", "sharegpt", "text", "preference"] = option(
+        "chat", "layout of a record"
+    )
+    max_length: int = option(1024, "longest sequence, in tokens", ge=2)
+    shuffle: bool = option(True, "a new order each epoch, drawn from train.seed")
+    packing: bool = option(False, "several sequences in one row")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """How A and B are updated."""
+
+    name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "lora_pro", "sgd"] = option(
+        "adamw", "the update rule"
+    )
+    lr: float = option(2e-4, "peak learning rate, of A where the two differ", ge=0)
+    loraplus_lr_ratio: float = option(1.0, "LoRA+: lr of B over lr of A", gt=0)
+    weight_decay: float = option(0.0, "decay of A and B towards zero", ge=0)
+    schedule: Literal["cosine", "linear", "constant"] = option("cosine", "lr after warm-up")
+    warmup_ratio: float = option(0.03, "share of the steps in which lr rises", ge=0, le=1)
+    max_grad_norm: float = option(1.0, "clip the gradient norm to this; 0: no clipping", ge=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How much is trained, and on what objective."""
+
+    objective: Literal["sft", "dpo"] = option("sft", "the loss")
+    max_steps: int = option(200, "optimizer steps in all", ge=1)
+    epochs: int | None = option(None, "passes over the data, set instead of max_steps", ge=1)
+    global_batch_size: int = option(32, "sequences per optimizer step, over all ranks", ge=1)
+    micro_batch_size: int = option(4, "sequences per rank and forward", ge=1)
+    seed: int = option(0, "of initialisation, data order and dropout", ge=0, lt=2**32)
+
+    @property
+    def governed_by(self) -> Literal["max_steps", "epochs"]:
+        """Which of the two decides when the run ends."""
+        return "max_steps" if self.epochs is None else "epochs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """What a run writes, and how it resumes."""
+
+    dir: str = required("directory of the run")
+    log_every: int = option(1, "steps between metrics; 0: never", ge=0)
+    eval_every: int = option(50, "steps between evaluations; 0: never", ge=0)
+    save_every: int = option(50, "steps between checkpoints; 0: never", ge=0)
+    keep_last: int = option(2, "checkpoints to keep", ge=1)
+    resume: str = option("auto", "auto, none, or the path of a checkpoint")
+    resume_force: bool = option(False, "resume although base, data or settings differ")
+    tensorboard: bool = option(True, "write the metrics as scalars too")
+    samples: int = option(0, "answers to held-out prompts, printed before and after", ge=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All sections, and which dotted keys the user set (in the file or on the command line)."""
+
+    model: ModelConfig
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    data: DataConfig
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    output: OutputConfig
+    user_set: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Options:
+    """A command line, understood."""
+
+    config: Config
+    check: bool = False
+    extra: Any = None  # an instance of the `extra` that `parse` was given
+
+
+SECTIONS: dict[str, type] = {
+    name: hint for name, hint in get_type_hints(Config).items() if name != "user_set"
+}
+SCHEMA: dict[str, Option] = {}  # by dotted key, in the order of the contract
+for _name, _section in SECTIONS.items():
+    SCHEMA |= schema_of(_section, f"{_name}.{{}}".format)
+SWITCHES = {
+    "check": "validate configuration, data and plan, print the budget, train nothing",
+    "print_config": "print the resolved configuration and exit",
+}
+
+# What works so far. Any other choice of these keys is refused as "later": delete what gets built.
+BUILT: dict[str, tuple[object, ...]] = {
+    "model.dtype": ("bfloat16", "float32"),
+    "model.quantization": ("none",),
+    "adapter.method": ("lora",),
+    "adapter.use_dora": (False,),
+    "adapter.init_lora_weights": (True,),
+    "sharding.engine": ("fsdp2",),
+    "sharding.memory_budget_gb": (None,),
+    "data.format": ("chat", "alpaca", "sharegpt", "text"),
+    "data.packing": (False,),
+    "optimizer.name": ("adamw", "sgd"),
+    "train.objective": ("sft",),
+}
+
+
+def _is_gguf(c: Config) -> bool:
+    return c.model.path.endswith(".gguf")
+
+
+def _is_local(c: Config) -> bool:
+    return _is_gguf(c) or os.path.isdir(os.path.expanduser(c.model.path))
+
+
+# (options, when they do nothing, why): set to something else than the default, they are refused.
+INERT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
+    ("model.revision", _is_local, "model.path is local"),
+    ("model.trust_remote_code", _is_gguf, "a .gguf file brings no code"),
+    (
+        "adapter.r adapter.lora_alpha adapter.target_modules adapter.use_rslora adapter.use_dora "
+        "adapter.init_lora_weights adapter.rank_pattern adapter.alpha_pattern "
+        "adapter.modules_to_save",
+        lambda c: c.adapter.path is not None,
+        "the adapter at adapter.path decides it",
+    ),
+    (
+        "adapter.init_r adapter.target_r adapter.tinit adapter.tfinal adapter.deltaT "
+        "adapter.beta1 adapter.beta2 adapter.orth_reg_weight",
+        lambda c: c.adapter.method != "adalora",
+        "adapter.method is not adalora",
+    ),
+    (
+        "output.eval_every",
+        lambda c: c.data.eval is None and c.output.eval_every != 0,  # 0 asks for nothing
+        "data.eval is null",
+    ),
+    ("output.resume_force", lambda c: c.output.resume == "none", "output.resume is none"),
+)
+
+
+# Checks: each yields one clause per problem ------------------------------------------------------
+
+
+def validate(config: Config) -> None:
+    """Raise one `UsageError` that names every key whose value cannot be right."""
+    checks = (_bad_values, _bad_patterns, _contradictions, _cannot_act, _not_built, _not_installed)
+    problems = [problem for check in checks for problem in check(config)]
+    if problems:
+        raise UsageError("; ".join(problems))
+
+
+def value_of(config: Config, key: str) -> Any:
+    """The value at a dotted key."""
+    return operator.attrgetter(key)(config)
+
+
+def _is_set(config: Config, key: str) -> bool:
+    """Whether the user chose `key`; a `Config` built in Python shows only what left its default."""
+    return key in config.user_set or value_of(config, key) != SCHEMA[key].default
+
+
+def _bad_values(config: Config) -> Iterator[str]:
+    for key, opt in SCHEMA.items():
+        yield from opt.problems(value_of(config, key))
+
+
+def _bad_patterns(config: Config) -> Iterator[str]:
+    """Regular expressions that do not compile in the place where PEFT's rules put them."""
+    adapter = config.adapter
+    patterns: list[tuple[str, object, str]] = [
+        (f"adapter.{name}", pattern, r"(.*\.)?({})$")
+        for name in ("rank_pattern", "alpha_pattern")
+        for pattern in getattr(adapter, name)
+    ]
+    if isinstance(adapter.target_modules, str):
+        patterns.append(("adapter.target_modules", adapter.target_modules, "{}"))
+    for key, pattern, place in patterns:
+        if not isinstance(pattern, str):
+            yield f"{key}: the name {show(pattern)} must be quoted"
+            continue
+        try:
+            re.compile(place.replace("{}", pattern))
+        except re.error as error:
+            yield f"{key}: {show(pattern)} is not a regular expression: {error}"
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    if config.adapter.method == "adalora" and _is_set(config, "adapter.r"):
+        yield "adapter.r: adalora starts from adapter.init_r, set that instead"
+    if config.train.governed_by == "epochs" and _is_set(config, "train.max_steps"):
+        yield "train.max_steps and train.epochs are both set, keep one"
+
+
+def _cannot_act(config: Config) -> Iterator[str]:
+    for keys, when, why in INERT:
+        for key in keys.split() if when(config) else ():
+            if (value := value_of(config, key)) != SCHEMA[key].default:
+                yield f"{key}: {show(value)} cannot act: {why}"
+
+
+def _not_built(config: Config) -> Iterator[str]:
+    for key, built in BUILT.items():
+        if (value := value_of(config, key)) not in built:
+            yield str(LaterError(key, plain(value)))
+
+
+def _not_installed(config: Config) -> Iterator[str]:
+    if config.sharding.engine == "zero3" and importlib.util.find_spec("deepspeed") is None:
+        yield "sharding.engine: zero3 needs deepspeed: pip install 'dlora[zero3]'"
+
+
+# Reading and writing -----------------------------------------------------------------------------
+
+
+def parse(argv: Sequence[str], prog: str, extra: type | None = None) -> Options:
+    """Understand a command line; `--help` and `--print_config` print and exit with status 0.
+
+    `extra` is a dataclass of further options of one command, all with defaults, declared by
+    `option`: its field `gpus_per_node` is `--gpus-per-node`, and its instance is `Options.extra`.
+    """
+    extras = schema_of(extra, lambda name: name.replace("_", "-")) if extra else {}
+    if {"-h", "--help"} & set(argv):
+        docs = {name: cls.__doc__ or "" for name, cls in SECTIONS.items()}
+        print_help(prog, {**extras, **SCHEMA}, docs, SWITCHES)
+        raise SystemExit(0)
+    words = scan_argv(list(argv), ["config", *extras, *SCHEMA], SWITCHES)
+    given = read_file(words["config"], SCHEMA) if "config" in words else {}
+    given |= {key: Given(word, is_word=True) for key, word in words.items() if key in SCHEMA}
+    config = _build({key: convert(SCHEMA[key], value) for key, value in given.items()})
+    validate(config)
+    if "print_config" in words:
+        print(dump_yaml(config), end="")
+        raise SystemExit(0)
+    return Options(config, "check" in words, _build_extra(extra, extras, words))
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in a file, with overrides as on the command line."""
+    return parse(["--config", str(path), *overrides], prog="dlora").config
+
+
+def _build(values: dict[str, Any]) -> Config:
+    missing = [key for key, opt in SCHEMA.items() if opt.default is MISSING and key not in values]
+    if missing:
+        raise UsageError(f"required but not set: {', '.join(missing)}")
+    sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        sections[section][name] = value
+    built = {name: SECTIONS[name](**options) for name, options in sections.items()}
+    return Config(**built, user_set=frozenset(values))
+
+
+def _build_extra(extra: type | None, schema: dict[str, Option], words: dict[str, str]) -> Any:
+    chosen = {}
+    for key in schema.keys() & words.keys():
+        value = convert(schema[key], Given(words[key], is_word=True))
+        for problem in schema[key].problems(value):
+            raise UsageError(problem)
+        chosen[key.replace("-", "_")] = value
+    return extra(**chosen) if extra else None
+
+
+def to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """All sections as plain values, in the order of the contract."""
+    return {name: asdict(getattr(config, name)) for name in SECTIONS}
+
+
+def dump_yaml(config: Config) -> str:
+    """The resolved configuration, which loads back to an equal one.
+
+    That is why it leaves out the two options whose mere presence would contradict another one.
+    """
+    sections = to_dict(config)
+    if config.train.governed_by == "epochs":
+        del sections["train"]["max_steps"]
+    if config.adapter.method == "adalora":
+        del sections["adapter"]["r"]
+    return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True, width=2**20)

@@ -1,0 +1,28 @@
+"""Data: records -> conversations -> token sequences -> steps -> micro-batches, in this order:
+
+files.py     finds and reads JSONL files      builtin.py   a data set every machine has
+formats.py   a record as a conversation       chat.py      a conversation as text, with its answers
+encode.py    text as ids and labels           dataset.py   all of it: `load_examples`
+sampler.py   the order, and the dealing       collate.py   tensors (the only file with torch)
+
+Nothing here knows of ranks beyond their number: every rank loads the same data set and takes its
+own part of every step.
+"""
+
+from dlora.data.dataset import Dataset, Report, load_examples
+from dlora.data.encode import NO_TARGET, Example
+from dlora.data.formats import FORMATS, record_format
+from dlora.data.sampler import Sampler, batch_hash, deal
+
+__all__ = [
+    "FORMATS",
+    "NO_TARGET",
+    "Dataset",
+    "Example",
+    "Report",
+    "Sampler",
+    "batch_hash",
+    "deal",
+    "load_examples",
+    "record_format",
+]

@@ -1,0 +1,155 @@
+"""The data set: a source's records as token sequences, held in three flat arrays."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from dlora.data.builtin import PREFIX
+from dlora.data.chat import ChatRenderer, Rendered
+from dlora.data.encode import Encoder, Example, Int32Array, count_targets
+from dlora.data.files import read_records
+from dlora.data.formats import FORMATS, RecordError
+from dlora.errors import UsageError
+
+_BATCH = 512  # texts per call of the tokenizer: enough for its threads, little in memory
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What became of a source's records. Lengths and targets are tokens of what was kept."""
+
+    records: int
+    kept: int
+    dropped: int  # no target left within max_length
+    shortened: int  # some of the targets cut off at max_length
+    targets: int
+    longest: int
+    max_length: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.records} records: {self.kept} kept with {self.targets} target tokens, the "
+            f"longest of {self.longest} tokens; max_length {self.max_length} left {self.dropped} "
+            f"without an answer (dropped) and shortened {self.shortened}"
+        )
+
+
+class Dataset(Sequence[Example]):
+    """Examples by position: `dataset[i].id == i`.
+
+    input_ids, labels: int32 [T], all sequences one after the other.
+    starts: int64 [N + 1], where each begins.
+    fingerprint: SHA-256 (hex) over every sequence in order: its id and its length as little-endian
+        int64, its input_ids, its labels as little-endian int32. Equal on ranks with equal data.
+    """
+
+    def __init__(
+        self,
+        input_ids: Int32Array,
+        labels: Int32Array,
+        starts: npt.NDArray[np.int64],
+        report: Report,
+    ):
+        self._input_ids, self._labels, self._starts = input_ids, labels, starts
+        for array in (input_ids, labels, starts):
+            array.setflags(write=False)  # examples are views of these
+        self.report = report
+        self.fingerprint = self._fingerprint()
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each sequence, int64 [N]."""
+        return np.diff(self._starts)
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        position = range(len(self))[index]  # IndexError, and negative ones counted from the end
+        start, stop = self._starts[position], self._starts[position + 1]
+        return Example(position, self._input_ids[start:stop], self._labels[start:stop])
+
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for example in self:
+            digest.update(np.array([example.id, len(example)], "<i8").tobytes())
+            digest.update(example.input_ids.astype("<i4", copy=False).tobytes())
+            digest.update(example.labels.astype("<i4", copy=False).tobytes())
+        return digest.hexdigest()
+
+
+def load_examples(
+    source: str | Sequence[str], *, key: str, format: str, tokenizer: Any, max_length: int
+) -> Dataset:
+    """Reads and encodes a data source.
+
+    source: a file, a glob, a list of either, or "builtin:docstrings[-heldout]".
+    key: "data.train" or "data.eval", for errors.
+    format: a name in FORMATS; the builtin source takes "chat".
+    tokenizer: a fast tokenizer of transformers, with a chat template unless format is "text".
+    max_length: tokens; what is longer is cut on the right, and dropped if no target is left.
+    Raises UsageError, one line with file and line, for whatever the user can put right.
+    """
+    if format not in FORMATS:
+        raise UsageError(f"data.format: {format!r} is unknown; expected one of {list(FORMATS)}")
+    if isinstance(source, str) and source.startswith(PREFIX) and format != "chat":
+        raise UsageError(f"data.format: {key} {source} holds chats; expected chat, not {format}")
+    encoder = Encoder(tokenizer, special_tokens=format == "text", key=key)
+    texts = _texts(source, key, format, tokenizer)
+
+    ids: list[Int32Array] = []
+    labels: list[Int32Array] = []
+    records = dropped = shortened = 0
+    while batch := list(islice(texts, _BATCH)):
+        records += len(batch)
+        for row, row_labels in encoder.encode(batch):
+            targets = count_targets(row_labels[:max_length])
+            if not targets:
+                dropped += 1
+                continue
+            shortened += targets < count_targets(row_labels)
+            ids.append(row[:max_length])
+            labels.append(row_labels[:max_length])
+    report = Report(
+        records=records,
+        kept=len(ids),
+        dropped=dropped,
+        shortened=shortened,
+        targets=sum(map(count_targets, labels)),
+        longest=max(map(len, ids), default=0),
+        max_length=max_length,
+    )
+    if not ids:
+        raise UsageError(
+            f"{key}: none of {records} records keeps a target token within data.max_length "
+            f"{max_length}; raise data.max_length or shorten the prompts"
+        )
+    starts = np.cumsum([0, *map(len, ids)], dtype=np.int64)
+    return Dataset(np.concatenate(ids), np.concatenate(labels), starts, report)
+
+
+def _texts(
+    source: str | Sequence[str], key: str, format: str, tokenizer: Any
+) -> Iterator[Rendered]:
+    """Every record of the source as a text with spans; errors get their file and line here."""
+    renderer = ChatRenderer(tokenizer, key) if format != "text" else None
+    for record in read_records(source, key):
+        try:
+            content = FORMATS[format](record.value)
+            if isinstance(content, str):
+                yield Rendered(content, spans=None, append_eos=True)
+            elif renderer is not None:
+                yield renderer.render(content)
+        except RecordError as error:
+            raise UsageError(f"{record.where}: {error}") from None

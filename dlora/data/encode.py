@@ -1,0 +1,131 @@
+"""From texts with spans to token ids and labels.
+
+    ids     t0   t1   t2   t3   t4        labels are not shifted: labels[i] is ids[i] where token i
+    labels  -100 -100 t2   t3   -100      is a target and -100 elsewhere; `collate` shifts them
+
+Token 0 has no predecessor that could predict it, so labels[0] is always -100 and the number of
+targets is the number of positions whose label is not -100.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dlora.data.chat import Rendered, Span
+from dlora.errors import UsageError
+
+NO_TARGET = -100
+Int32Array = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Example:
+    """One sequence of the data set.
+
+    id: its position in the data set, whatever the world size; `dataset[id]` is this example.
+    input_ids, labels: int32 [S], read-only, not shifted, -100 where there is no loss.
+    """
+
+    id: int
+    input_ids: Int32Array
+    labels: Int32Array
+
+    @property
+    def num_targets(self) -> int:
+        return count_targets(self.labels)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def count_targets(labels: Int32Array) -> int:
+    """Number of positions i >= 1 with labels[i] != -100."""
+    return int(np.count_nonzero(labels[1:] != NO_TARGET))
+
+
+class Encoder:
+    """Tokenizes rendered texts.
+
+    tokenizer: a fast tokenizer of transformers; a slow one has no character offsets: UsageError.
+    special_tokens: let the tokenizer add its own around each text, such as a BOS. Plain texts want
+        them; a chat template writes them itself.
+    key: the configuration's name of the data set, for errors.
+    """
+
+    def __init__(self, tokenizer: Any, *, special_tokens: bool, key: str):
+        if not getattr(tokenizer, "is_fast", False):
+            raise UsageError(
+                f"{key}: the model's tokenizer ({type(tokenizer).__name__}) cannot tell where its "
+                "tokens stand in the text; a fast tokenizer (tokenizer.json) is needed"
+            )
+        self.tokenizer = tokenizer
+        self.special_tokens = special_tokens
+        self.key = key
+        self.added = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+
+    def encode(self, texts: Sequence[Rendered]) -> list[tuple[Int32Array, Int32Array]]:
+        """Ids and labels of each text, both int32 [S], in one call of the tokenizer."""
+        batch = self.tokenizer(
+            [text.text for text in texts],
+            add_special_tokens=self.special_tokens,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # it would warn of texts above its own maximum; max_length cuts them
+        )
+        return [
+            self._labelled(np.asarray(ids, np.int32), offsets, text)
+            for ids, offsets, text in zip(
+                batch["input_ids"], batch["offset_mapping"], texts, strict=True
+            )
+        ]
+
+    def _labelled(
+        self, ids: Int32Array, offsets: list[tuple[int, int]], text: Rendered
+    ) -> tuple[Int32Array, Int32Array]:
+        labels = ids.copy() if text.spans is None else np.full_like(ids, NO_TARGET)
+        starts, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
+        for span in text.spans or ():
+            first, stop = self._tokens(span, starts, ends)
+            if first < stop and text.text[starts[first] : span.start].strip():
+                first += 1  # a token that joins header and answer; never met when generating
+            if span.ends_turn and (stop <= first or int(ids[stop - 1]) not in self.added):
+                raise UsageError(
+                    f"{self.key}: the tokenizer's offsets do not lead to the end-of-turn token of "
+                    f"{text.text[-60:]!r}; this tokenizer cannot be used for chats"
+                )
+            labels[first:stop] = ids[first:stop]
+        if text.append_eos:
+            eos = self._eos()
+            if not len(ids) or ids[-1] != eos:
+                ids = np.append(ids, np.int32(eos))
+                labels = np.append(labels, np.int32(eos))
+            labels[-1] = eos
+        labels[:1] = NO_TARGET
+        return ids, labels
+
+    @staticmethod
+    def _tokens(
+        span: Span, starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]
+    ) -> tuple[int, int]:
+        """The token range [first, stop) that touches the span's characters.
+
+        A token counts from its own start to the next one's: byte-level tokenizers cut white space
+        off the offsets, and leave none at all for a token that is a blank.
+        """
+        inside = (starts >= span.start) | (ends > span.start)
+        first = int(inside.argmax()) if inside.any() else len(starts)
+        stop = int(np.searchsorted(starts, span.end, side="left"))
+        return first, max(first, stop)
+
+    def _eos(self) -> int:
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            raise UsageError(
+                f"{self.key}: the model's tokenizer has no end-of-sequence token to end an answer "
+                "with; set eos_token in its tokenizer_config.json"
+            )
+        return int(eos)

@@ -1,0 +1,119 @@
+"""Which sequences make up which optimizer step, and which rank works on which of them.
+
+The order is one endless stream: epoch 0's permutation, then epoch 1's, and so on. Step t takes the
+stream's positions [t G, (t + 1) G), G the global batch size, across the ends of epochs. Neither the
+world size nor the micro-batch size enters, so a step holds the same sequences on any machine, and
+a run resumes from the number of its step alone. `deal` then divides a step over the ranks.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+
+class Sampler:
+    """The global order of a data set's sequences.
+
+    num_examples, global_batch_size: sequences in the data set and per optimizer step, each >= 1.
+        A step larger than the data set holds sequences of several epochs.
+    seed: decides every epoch's permutation.
+    shuffle: False takes the data set's own order in every epoch.
+    max_steps, epochs: exactly one of them. With `epochs` the last step may be smaller.
+    """
+
+    def __init__(
+        self,
+        num_examples: int,
+        global_batch_size: int,
+        seed: int,
+        shuffle: bool,
+        max_steps: int | None = None,
+        epochs: int | None = None,
+    ):
+        if num_examples < 1 or global_batch_size < 1:
+            raise ValueError(f"{num_examples} examples in steps of {global_batch_size}")
+        if (max_steps is None) == (epochs is None):
+            raise ValueError(f"one of max_steps ({max_steps}) and epochs ({epochs}) must be set")
+        self.num_examples = num_examples
+        self.global_batch_size = global_batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        if epochs is not None:
+            self._end = epochs * num_examples
+        else:
+            self._end = (max_steps or 0) * global_batch_size
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return -(-self._end // self.global_batch_size)
+
+    def step(self, t: int) -> list[int]:
+        """Ids of the sequences of optimizer step t, counted from 0, in stream order."""
+        if not 0 <= t < self.total_steps:
+            raise IndexError(f"step {t} of a run of {self.total_steps} steps")
+        position = t * self.global_batch_size
+        stop = min(position + self.global_batch_size, self._end)
+        ids: list[int] = []
+        while position < stop:
+            epoch, index = divmod(position, self.num_examples)
+            taken = self._epoch(epoch)[index : index + stop - position]
+            ids += taken.tolist()
+            position += len(taken)
+        return ids
+
+    def _epoch(self, epoch: int) -> npt.NDArray[np.int64]:
+        if not self.shuffle:
+            return np.arange(self.num_examples)
+        return epoch_order(self.num_examples, self.seed, epoch)
+
+
+@lru_cache(maxsize=4)  # training and evaluation, each across the end of an epoch
+def epoch_order(num_examples: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """Permutation of range(num_examples) for an epoch of a seed, int64, read-only.
+
+    The stable order of num_examples raw 64-bit outputs of PCG64, seeded by the SHA-256 of
+    "seed:epoch". Raw outputs are the part of NumPy's generators that never changes, across
+    platforms and versions; its `permutation` may.
+    """
+    key = hashlib.sha256(f"{seed}:{epoch}".encode("ascii")).digest()
+    raw = np.random.PCG64(int.from_bytes(key, "big")).random_raw(num_examples)
+    order = np.argsort(raw, kind="stable").astype(np.int64)
+    order.setflags(write=False)
+    return order
+
+
+def batch_hash(ids: Sequence[int]) -> str:
+    """SHA-256 (hex) of a step's ids: sorted, in decimal, joined by commas, ASCII: "3,17,17,240"."""
+    return hashlib.sha256(",".join(map(str, sorted(ids))).encode("ascii")).hexdigest()
+
+
+def deal(
+    ids: Sequence[int],
+    lengths: Sequence[int] | npt.NDArray[np.int64],
+    world_size: int,
+    micro_batch_size: int,
+) -> list[list[list[int]]]:
+    """Divides a step's sequences: deal(...)[rank][k] are the ids of that rank's k-th micro-batch.
+
+    ids: G sequences; each turns up once. lengths: by id, `lengths[id]` in tokens.
+    Every rank gets m = ceil(ceil(G / world_size) / micro_batch_size) micro-batches. The sequences
+    are sorted by length, then id, and cut into world_size * m runs whose sizes differ by at most
+    one, the larger ones first, where sequences are short. The k-th micro-batches of all ranks are
+    neighbouring runs: little padding, and ranks that gather W0 together have equal work. Where
+    there are fewer sequences than runs, the last runs are empty: passes of weight zero.
+    """
+    if world_size < 1 or micro_batch_size < 1:
+        raise ValueError(f"{world_size} ranks with micro-batches of {micro_batch_size}")
+    micros = -(-len(ids) // (world_size * micro_batch_size))
+    runs = world_size * micros
+    ordered = sorted(ids, key=lambda i: (lengths[i], i))
+    size, larger = divmod(len(ordered), runs) if runs else (0, 0)
+    cuts = [run * size + min(run, larger) for run in range(runs + 1)]
+    return [
+        [ordered[cuts[run] : cuts[run + 1]] for run in range(rank, runs, world_size)]
+        for rank in range(world_size)
+    ]

@@ -1,0 +1,19 @@
+"""The one exception that means "the user can fix this": it becomes one line and exit status 2."""
+
+
+class UsageError(ValueError):
+    """A configuration, a data file or a path is wrong.
+
+    The message is a single line that names the key, or the file and line, says what is wrong with it
+    and what would be right. Entry points print it to standard error and exit with status 2.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))
+
+
+class LaterError(UsageError):
+    """The option exists in the configuration, but what it asks for is not built yet."""
+
+    def __init__(self, key: str, value: object):
+        super().__init__(f"{key}: {value} is planned for later and does not work yet")

@@ -1,0 +1,1 @@
+"""Mathematics: adapters on whole plain tensors. Knows torch, and nothing of process groups."""

@@ -1,0 +1,161 @@
+"""`attach`: put adapters on a model in place, freeze the rest, and reach them afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from dlora.errors import UsageError
+from dlora.lora.config import LoraConfig
+from dlora.lora.dropout import DropoutStream
+from dlora.lora.hosts import CHILD, SavedHost, TrainedCopy, become_host, host_kind
+from dlora.lora.targets import saved_paths, target_paths
+from dlora.lora.variants import VARIANTS, LoraAdapter
+
+WholeWeights = Callable[[nn.Module], AbstractContextManager[dict[str, Tensor]]]
+
+
+@dataclass
+class Attachment:
+    """What `attach` did to a model; kept on the model as `model.dlora`."""
+
+    config: LoraConfig
+    adapted: list[str] = field(default_factory=list)
+    saved: list[str] = field(default_factory=list)
+    stream: DropoutStream = field(default_factory=DropoutStream)
+
+
+def attach(
+    model: nn.Module, config: LoraConfig, *, whole_weights: WholeWeights | None = None
+) -> Attachment:
+    """Give every target module of `model` an adapter, in place, and freeze all that was there.
+
+    W0 keeps its parameter names and its storage; A and B appear as `….adapter.lora_A` and
+    `….adapter.lora_B`, float32 (float64 beside a float64 base), drawn from torch's global generator.
+
+    Args:
+        model: any `nn.Module`, sharded or not.
+        whole_weights: context that yields the whole parameters of a module by path; needed only for
+            `modules_to_save` on a sharded base.
+
+    Raises:
+        UsageError: nothing matches, a match cannot carry an adapter, or adapters are there already.
+    """
+    if hasattr(model, "dlora"):
+        raise UsageError("attach: this model carries adapters already")
+    adapted, saved = target_paths(model, config), saved_paths(model, config)
+    for path in (*adapted, *saved):
+        if hasattr(model.get_submodule(path), CHILD):
+            raise UsageError(f"attach: {path} has an attribute named {CHILD!r} already")
+    attachment = Attachment(config, adapted, saved)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for path in adapted:
+        _attach_adapter(model.get_submodule(path), path, attachment)
+    for path in saved:
+        module = model.get_submodule(path)
+        with (whole_weights or _plain_weights)(module) as weights:
+            child = TrainedCopy(weights, _master_dtype(module))
+        become_host(module, SavedHost, child)
+    _forbid_fused_inference(model)
+    model.dlora = attachment  # type: ignore[assignment]
+    return attachment
+
+
+def attachment_of(model: nn.Module) -> Attachment:
+    """The record that `attach` left on the model."""
+    attachment = getattr(model, "dlora", None)
+    if not isinstance(attachment, Attachment):
+        raise UsageError("this model carries no dlora adapters; call dlora.attach first")
+    return attachment
+
+
+def named_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, LoraAdapter]]:
+    """(path, host, adapter) of every module with A and B, in the model's order."""
+    for path in attachment_of(model).adapted:
+        host = model.get_submodule(path)
+        yield path, host, host.get_submodule(CHILD)  # type: ignore[misc]
+
+
+def named_copies(model: nn.Module) -> Iterator[tuple[str, nn.Module, TrainedCopy]]:
+    """(path, host, trained copy) of every one of `modules_to_save`."""
+    for path in attachment_of(model).saved:
+        host = model.get_submodule(path)
+        yield path, host, host.get_submodule(CHILD)  # type: ignore[misc]
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """A, B and trained copies by their full names, in the model's order, the same on every rank."""
+    children = [*named_adapters(model), *named_copies(model)]
+    return {
+        f"{path}.{CHILD}.{name}": parameter
+        for path, _, child in children
+        for name, parameter in child.named_parameters()
+    }
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is its base: every host computes as if nothing had been attached."""
+    children = [child for _, _, child in (*named_adapters(model), *named_copies(model))]
+    before = [child.enabled for child in children]
+    for child in children:
+        child.enabled = False
+    try:
+        yield
+    finally:
+        for child, enabled in zip(children, before, strict=True):
+            child.enabled = enabled
+
+
+def _attach_adapter(module: nn.Module, path: str, attachment: Attachment) -> None:
+    kind, config = host_kind(module), attachment.config
+    assert kind is not None  # target_paths has checked
+    m, n = kind.shape(module)
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    adapter = VARIANTS["lora"](
+        m=m,
+        n=n,
+        r=config.r_for(path),
+        scaling=config.scaling_for(path),
+        dropout=config.lora_dropout,
+        path=path,
+        stream=attachment.stream,
+        dtype=_master_dtype(module),
+        device=weight.device,
+    )
+    if weight.device.type != "meta":
+        adapter.reset(is_embedding=kind.is_embedding)
+    adapter.train(module.training)
+    become_host(module, kind, adapter)
+
+
+def _master_dtype(module: nn.Module) -> torch.dtype:
+    is_double = any(p.dtype == torch.float64 for p in module.parameters(recurse=True))
+    return torch.float64 if is_double else torch.float32
+
+
+def _plain_weights(module: nn.Module) -> AbstractContextManager[dict[str, Tensor]]:
+    weights = {path: parameter.detach() for path, parameter in module.named_parameters()}
+    for path, weight in weights.items():
+        if type(weight) is not Tensor:
+            raise UsageError(
+                f"modules_to_save: {path} is sharded ({type(weight).__name__}); call dlora.shard first"
+            )
+    return nullcontext(weights)
+
+
+def _forbid_fused_inference(model: nn.Module) -> None:
+    """torch's fused encoder layer reads weights past `forward` in eval mode, and so past the adapter.
+
+    It stands back from layers that carry a hook, which is the documented way to switch it off.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and any(
+            hasattr(child, CHILD) for child in module.modules()
+        ):
+            module.register_forward_pre_hook(lambda module, args: None)

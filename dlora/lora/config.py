@@ -1,0 +1,101 @@
+"""`LoraConfig`: which modules get an adapter, and of what size. Names and meanings are PEFT's."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from dlora.errors import LaterError, UsageError
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """A low-rank update ΔW = s·B·A of each target weight W0 [m, n], with A [r, n] and B [m, r].
+
+    Args:
+        r: LoRA rank, at least 1.
+        lora_alpha: α. The scale is s = α/r, or α/√r with `use_rslora`.
+        lora_dropout: probability with which an element of the adapter's input is zeroed, in [0, 1).
+        target_modules: `"all-linear"` (every linear layer but the output head), a list of module
+            names (a name matches a module whose path is it or ends with `.name`), or a regular
+            expression that must match a module's whole path.
+        use_rslora: rank-stabilised scale, https://arxiv.org/abs/2312.03732.
+        use_dora: not built yet.
+        init_lora_weights: `True` (A Kaiming-uniform, B zero); other values are not built yet.
+        rank_pattern, alpha_pattern: regular expression → r or α for the modules whose path matches
+            `(.*\\.)?(expression)$`; the first match in the order given wins.
+        modules_to_save: module names trained whole, in a float32 copy beside the frozen original.
+
+    Raises:
+        UsageError: a value is out of range; the message names the field.
+
+    Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685.
+    """
+
+    r: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.0
+    target_modules: str | tuple[str, ...] | list[str] = "all-linear"
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | str = True
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    modules_to_save: tuple[str, ...] | list[str] = ()
+
+    def __post_init__(self) -> None:
+        for name, r in [("r", self.r), *_entries("rank_pattern", self.rank_pattern)]:
+            if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+                raise UsageError(f"{name}: a LoRA rank must be a positive integer, not {r!r}")
+        for name, alpha in [
+            ("lora_alpha", self.lora_alpha),
+            *_entries("alpha_pattern", self.alpha_pattern),
+        ]:
+            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not alpha > 0:
+                raise UsageError(f"{name}: must be a positive number, not {alpha!r}")
+        if not 0 <= self.lora_dropout < 1:
+            raise UsageError(f"lora_dropout: must lie in [0, 1), not {self.lora_dropout!r}")
+        if not self.target_modules and not self.modules_to_save:
+            raise UsageError("target_modules: is empty, so nothing would be trained")
+        patterns = [("rank_pattern", key) for key in self.rank_pattern]
+        patterns += [("alpha_pattern", key) for key in self.alpha_pattern]
+        if isinstance(self.target_modules, str):
+            patterns.append(("target_modules", self.target_modules))
+        for name, pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UsageError(
+                    f"{name}: {pattern!r} is not a regular expression: {error}"
+                ) from None
+        if self.use_dora:
+            raise LaterError("use_dora", self.use_dora)
+        if self.init_lora_weights is not True:
+            raise LaterError("init_lora_weights", self.init_lora_weights)
+
+    def r_for(self, path: str) -> int:
+        """The LoRA rank of the module at `path`."""
+        return _first_match(self.rank_pattern, path, self.r)
+
+    def alpha_for(self, path: str) -> float:
+        """α of the module at `path`."""
+        return _first_match(self.alpha_pattern, path, self.lora_alpha)
+
+    def scaling_for(self, path: str) -> float:
+        """s = α/r, or α/√r with `use_rslora`, of the module at `path`."""
+        r = self.r_for(path)
+        return self.alpha_for(path) / (math.sqrt(r) if self.use_rslora else r)
+
+
+def _entries(name: str, pattern: Mapping) -> list[tuple[str, object]]:
+    return [(f"{name}[{key!r}]", value) for key, value in pattern.items()]
+
+
+def _first_match(pattern: Mapping, path: str, default):
+    """PEFT's rule (`get_pattern_key`): the first expression that ends the path decides."""
+    for expression, value in pattern.items():
+        if re.match(rf"(.*\.)?({expression})$", path):
+            return value
+    return default

@@ -1,0 +1,160 @@
+"""The low-rank product as one autograd function per host: the only place where LoRA does arithmetic.
+
+        x [T, n] ──────────── W0 [m, n] ───────────┐
+            │                                      + ── y [T, m]
+            └─ drop ── A [r, n] ── z [T, r] ── s·B [m, r]
+
+Shapes stand behind the names: T tokens, n = in_features, m = out_features, r = LoRA rank, V = rows
+of an embedding. Everything is computed in the dtype of W0; A and B are masters of a higher precision
+that are cast on the way in, and their gradients are cast back on the way out.
+
+    y   = x W0ᵀ + b + s·z Bᵀ            z  = drop(x) Aᵀ
+    dB  = s·dyᵀ z                       dA = s·(dy B)ᵀ drop(x)
+    dx  = dy W0 + drop'(s·(dy B) A)
+
+Only x and z are saved. The low-rank part is added into the base product, so that no second tensor of
+the size of the output ever exists.
+
+Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class LinearWithLowRank(torch.autograd.Function):
+    """y = x W0ᵀ + b + s·(drop(x) Aᵀ) Bᵀ for x [..., n], W0 [m, n], A [r, n], B [m, r]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
+        keep: Tensor | None,
+        keep_scale: float,
+    ) -> Tensor:
+        x_Tn = x.reshape(-1, x.shape[-1])
+        z_Tr = _dropped(x_Tn, keep, keep_scale) @ A.to(weight.dtype).t()
+        y_Tm = F.linear(x_Tn, weight, bias)
+        y_Tm.addmm_(z_Tr, B.to(weight.dtype).t(), alpha=scaling)
+        ctx.save_for_backward(x_Tn, z_Tr, weight, A, B, keep)
+        ctx.scaling, ctx.keep_scale, ctx.x_shape = scaling, keep_scale, x.shape
+        return y_Tm.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_Tn, z_Tr, weight, A, B, keep = ctx.saved_tensors
+        dy_Tm = grads[0].reshape(-1, weight.shape[0])
+        dyB_Tr = dy_Tm @ B.to(weight.dtype)
+        dx = dA = dB = None
+        if ctx.needs_input_grad[0]:
+            dx_Tn = dy_Tm @ weight
+            if keep is None:
+                dx_Tn.addmm_(dyB_Tr, A.to(weight.dtype), alpha=ctx.scaling)
+            else:
+                low_rank_Tn = dyB_Tr @ A.to(weight.dtype)
+                dx_Tn.addcmul_(low_rank_Tn, keep, value=ctx.scaling * ctx.keep_scale)
+            dx = dx_Tn.view(ctx.x_shape)
+        if ctx.needs_input_grad[3]:
+            dA = _scaled(dyB_Tr.t() @ _dropped(x_Tn, keep, ctx.keep_scale), A, ctx.scaling)
+        if ctx.needs_input_grad[4]:
+            dB = _scaled(dy_Tm.t() @ z_Tr, B, ctx.scaling)
+        return dx, None, None, dA, dB, None, None, None
+
+
+class EmbeddingWithLowRank(torch.autograd.Function):
+    """y = W0[ids] + s·Aᵀ[ids] Bᵀ for ids [...], W0 [V, m], A [r, V], B [m, r].
+
+    A row that is the base's `padding_idx` takes part but receives no gradient, as in PEFT.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        ids: Tensor,
+        weight: Tensor,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
+        padding_idx: int | None,
+    ) -> Tensor:
+        ids_T = ids.reshape(-1)
+        z_Tr = A.t()[ids_T].to(weight.dtype)
+        y_Tm = F.embedding(ids_T, weight)
+        y_Tm.addmm_(z_Tr, B.to(weight.dtype).t(), alpha=scaling)
+        ctx.save_for_backward(ids_T, z_Tr, A, B)
+        ctx.scaling, ctx.padding_idx = scaling, padding_idx
+        return y_Tm.view(*ids.shape, weight.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ids_T, z_Tr, A, B = ctx.saved_tensors
+        dy_Tm = grads[0].reshape(-1, B.shape[0])
+        dA = dB = None
+        if ctx.needs_input_grad[2]:
+            dz_Tr = (dy_Tm @ B.to(dy_Tm.dtype)).to(A.dtype) * ctx.scaling
+            if ctx.padding_idx is not None:
+                dz_Tr = dz_Tr.masked_fill((ids_T == ctx.padding_idx)[:, None], 0)
+            dA = torch.zeros_like(A).index_add_(1, ids_T, dz_Tr.t())
+        if ctx.needs_input_grad[3]:
+            dB = _scaled(dy_Tm.t() @ z_Tr, B, ctx.scaling)
+        return None, None, dA, dB, None, None
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    keep: Tensor | None = None,
+    keep_scale: float = 1.0,
+) -> Tensor:
+    """Base product and low-rank update in one: see `LinearWithLowRank`.
+
+    Args:
+        keep: bool mask shaped like x, False where dropout zeroes; `keep_scale` is 1/(1 − p).
+
+    Under `torch.autocast` the product is computed in autocast's dtype, as `F.linear` is.
+    """
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        if keep is not None:
+            keep = keep.reshape(-1, x.shape[-1])
+        return LinearWithLowRank.apply(x, weight, bias, A, B, scaling, keep, keep_scale)
+    dtype = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        bias = None if bias is None else bias.to(dtype)
+        return linear(x.to(dtype), weight.to(dtype), bias, A, B, scaling, keep, keep_scale)
+
+
+def embedding(
+    ids: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float, padding_idx: int | None
+) -> Tensor:
+    """Table look-up and low-rank update in one: see `EmbeddingWithLowRank`."""
+    return EmbeddingWithLowRank.apply(ids, weight, A, B, scaling, padding_idx)
+
+
+def _dropped(x_Tn: Tensor, keep: Tensor | None, keep_scale: float) -> Tensor:
+    return x_Tn if keep is None else (x_Tn * keep).mul_(keep_scale)
+
+
+def _scaled(gradient: Tensor, master: Tensor, scaling: float) -> Tensor:
+    """Cast to the master's dtype before scaling, so that s costs no precision."""
+    return gradient.to(master.dtype).mul_(scaling)
+
+
+__all__ = ["EmbeddingWithLowRank", "LinearWithLowRank", "embedding", "linear"]

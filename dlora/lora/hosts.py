@@ -1,0 +1,172 @@
+"""Hosts: base modules that carry an adapter, and how each kind asks it for its product.
+
+A host keeps its identity. Its class is replaced by a subclass that has the same parameters under the
+same names and an extra child, `adapter`; nothing is wrapped, so `q_proj.weight` stays `q_proj.weight`
+and base checkpoints, wrapping policies and hooks keep working. Detaching restores the class.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CHILD = "adapter"
+
+
+class HostMixin:
+    """What all hosts share; `adapter` computes, the host says on which weight."""
+
+    is_embedding = False
+    transposed = False  # True where the weight is stored [in, out]
+
+    @staticmethod
+    def accepts(module: nn.Module) -> bool:
+        """Whether a module of this kind, computing with the kind's own forward, is at hand."""
+        raise NotImplementedError
+
+    @staticmethod
+    def shape(module: Any) -> tuple[int, int]:
+        """(m, n) from attributes: a partitioned weight tensor may not show its shape."""
+        raise NotImplementedError
+
+
+class LinearHost(HostMixin):
+    """`nn.Linear`: weight [out, in]."""
+
+    @staticmethod
+    def accepts(module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+    @staticmethod
+    def shape(module: Any) -> tuple[int, int]:
+        return module.out_features, module.in_features
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if not self.adapter.enabled:
+            return super().forward(x)  # type: ignore[misc]
+        return self.adapter.linear(x, self.weight, self.bias)
+
+
+class Conv1DHost(HostMixin):
+    """transformers' `Conv1D` (GPT-2), known by its attributes: weight [in, out], y = x W + b."""
+
+    transposed = True
+
+    @staticmethod
+    def accepts(module: nn.Module) -> bool:
+        return (
+            type(module).__name__.removeprefix("FSDP") == "Conv1D"
+            and isinstance(getattr(module, "nf", None), int)
+            and isinstance(getattr(module, "nx", None), int)
+            and isinstance(getattr(module, "weight", None), nn.Parameter)
+        )
+
+    @staticmethod
+    def shape(module: Any) -> tuple[int, int]:
+        return module.nf, module.nx
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if not self.adapter.enabled:
+            return super().forward(x)  # type: ignore[misc]
+        return self.adapter.linear(x, self.weight.t(), self.bias)
+
+
+class EmbeddingHost(HostMixin):
+    """`nn.Embedding`: weight [V, dim]; ΔW of row v is s·B·A[:, v], so (m, n) = (dim, V)."""
+
+    is_embedding = True
+    transposed = True
+
+    @staticmethod
+    def accepts(module: nn.Module) -> bool:
+        return (
+            isinstance(module, nn.Embedding)
+            and type(module).forward is nn.Embedding.forward
+            and module.max_norm is None  # renormalises W0 in place on every look-up
+        )
+
+    @staticmethod
+    def shape(module: Any) -> tuple[int, int]:
+        return module.embedding_dim, module.num_embeddings
+
+    def forward(self: Any, ids: Tensor) -> Tensor:
+        if not self.adapter.enabled:
+            return super().forward(ids)  # type: ignore[misc]
+        return self.adapter.embedding(ids, self.weight, self.padding_idx)
+
+
+HOSTS: tuple[type[HostMixin], ...] = (LinearHost, Conv1DHost, EmbeddingHost)
+
+
+def host_kind(module: nn.Module) -> type[HostMixin] | None:
+    """The kind of host that `module` can become, or None."""
+    return next((kind for kind in HOSTS if kind.accepts(module)), None)
+
+
+class TrainedCopy(nn.Module):
+    """The trainable masters of one of `modules_to_save`: a tree of parameters that mirrors the base's.
+
+    Like an adapter it is never called; its host computes with the masters in place of its own
+    parameters, cast to the base's dtype.
+    """
+
+    def __init__(self, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.enabled = True
+        self._dtypes = {path: weight.dtype for path, weight in weights.items()}
+        for path, weight in weights.items():
+            *owners, name = path.split(".")
+            node: nn.Module = self
+            for owner in owners:
+                if not hasattr(node, owner):
+                    node.add_module(owner, nn.Module())
+                node = node.get_submodule(owner)
+            master = weight.detach().to(dtype, copy=True)
+            node.register_parameter(name, nn.Parameter(master))
+
+    def cast(self) -> dict[str, Tensor]:
+        """The masters in the dtypes of the base's parameters, by path; gradients flow through."""
+        return {path: p.to(self._dtypes[path]) for path, p in self.named_parameters()}
+
+
+class SavedHost:
+    """A module of `modules_to_save`: computes with its trained copy, keeps the frozen original."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.adapter.enabled:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        with _substituted(self, self.adapter.cast()):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+@contextmanager
+def _substituted(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
+    """Let `module` compute with `tensors` (by path) in place of its parameters, then put those back."""
+    slots = []
+    for path, tensor in tensors.items():
+        owner, _, name = path.rpartition(".")
+        parameters: Any = module.get_submodule(owner)._parameters
+        slots.append((parameters, name, parameters[name]))
+        parameters[name] = tensor
+    try:
+        yield
+    finally:
+        for parameters, name, original in slots:
+            parameters[name] = original
+
+
+@functools.cache
+def hosted_class(base: type, kind: type) -> type:
+    """The subclass of `base` whose forward is `kind`'s. Cached: equal hosts share one class."""
+    return type(f"Adapted{base.__name__}", (kind, base), {"__module__": base.__module__})
+
+
+def become_host(module: nn.Module, kind: type, child: nn.Module) -> None:
+    """Give `module` the child and the class, in place."""
+    module.add_module(CHILD, child)
+    module.__class__ = hosted_class(type(module), kind)

@@ -1,0 +1,113 @@
+"""`merge` and `unmerge`: write W0 + ΔW where W0 was, and get W0 back bit for bit."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dlora.errors import UsageError
+from dlora.lora.attach import attachment_of, named_adapters, named_copies
+from dlora.lora.hosts import HostMixin
+
+LOSS_WORTH_A_WARNING = 0.01
+
+
+@dataclass(frozen=True)
+class Merged:
+    """One merged weight and the share of ΔW that rounding to the base's dtype took from it."""
+
+    weight: Tensor
+    loss: float
+
+
+def merged_weight(weight: Tensor, delta: Tensor) -> Merged:
+    """W = cast(float32(W0) + ΔW), added in float32 (float64 for a float64 base) and cast once.
+
+    Args:
+        weight: W0, [m, n] or transposed; delta: ΔW of the same shape, float32 or float64.
+
+    The loss is ‖(W − W0) − ΔW‖ / ‖ΔW‖, 0 for ΔW = 0.
+    """
+    base = weight.to(delta.dtype)
+    merged = (base + delta).to(weight.dtype)
+    norm = delta.norm()
+    loss = ((merged.to(delta.dtype) - base) - delta).norm() / norm if norm > 0 else norm
+    return Merged(merged, float(loss))
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> nn.Module:
+    """Replace every adapted W0 by W0 + ΔW and switch the adapters off, in place.
+
+    The original parameters are kept aside whole (one copy of the adapted weights), so that `unmerge`
+    restores them bit for bit. A tied weight is untied: only the adapted side changes.
+
+    Warns when rounding to the base's dtype loses more than 1 % of a ΔW.
+
+    Raises:
+        UsageError: merged already, or the base is sharded (`dlora.export --merge` streams it).
+    """
+    _check_mergeable(model)
+    losses: dict[str, float] = {}
+    originals: dict[str, nn.Parameter] = {}
+    for path, host, adapter in named_adapters(model):
+        original: nn.Parameter = host.weight  # type: ignore[assignment]
+        delta = adapter.delta()
+        oriented = delta.t() if isinstance(host, HostMixin) and host.transposed else delta
+        result = merged_weight(original.detach(), oriented)
+        originals[f"{path}.weight"], losses[path] = original, result.loss
+        host.weight = nn.Parameter(result.weight, requires_grad=False)
+        adapter.enabled = False
+    for path, host, copy in named_copies(model):
+        for name, value in copy.cast().items():
+            originals[f"{path}.{name}"] = host.get_parameter(name)
+            _set_parameter(model, f"{path}.{name}", nn.Parameter(value, requires_grad=False))
+        copy.enabled = False
+    model.dlora_originals = originals  # type: ignore[assignment]
+    warn_of_rounding(losses)
+    return model
+
+
+@torch.no_grad()
+def unmerge(model: nn.Module) -> nn.Module:
+    """Put back the parameters that `merge` kept aside and switch the adapters on again."""
+    originals = model.__dict__.pop("dlora_originals", None)
+    if originals is None:
+        raise UsageError("unmerge: this model is not merged")
+    for path, original in originals.items():
+        _set_parameter(model, path, original)
+    for _, _, child in (*named_adapters(model), *named_copies(model)):
+        child.enabled = True
+    return model
+
+
+def warn_of_rounding(losses: dict[str, float]) -> None:
+    """One warning for all weights whose merge lost more than 1 % of ΔW to rounding."""
+    lossy = {path: loss for path, loss in losses.items() if loss > LOSS_WORTH_A_WARNING}
+    if lossy:
+        worst = max(lossy, key=lossy.__getitem__)
+        warnings.warn(
+            f"merge: rounding to the base's dtype loses more than 1 % of ΔW in {len(lossy)} of "
+            f"{len(losses)} weights (worst: {lossy[worst]:.1%} in {worst}); "
+            "keep the adapter beside the base, or merge into float32",
+            stacklevel=3,
+        )
+
+
+def _check_mergeable(model: nn.Module) -> None:
+    attachment_of(model)
+    if "dlora_originals" in model.__dict__:
+        raise UsageError("merge: this model is merged already")
+    for path, host, _ in named_adapters(model):
+        if type(host.weight.data) is not Tensor:  # type: ignore[union-attr]
+            raise UsageError(
+                f"merge: {path}.weight is sharded; save the adapter and use dlora.export --merge"
+            )
+
+
+def _set_parameter(model: nn.Module, path: str, parameter: nn.Parameter) -> None:
+    owner, _, name = path.rpartition(".")
+    setattr(model.get_submodule(owner), name, parameter)

@@ -1,0 +1,76 @@
+"""`metrics.jsonl` and TensorBoard: the same figures, one line per logged optimizer step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dlora.files import write_atomically
+
+
+class MetricsLog:
+    """Appends to `<directory>/metrics.jsonl`; after a resume every step stands in it once.
+
+    Args:
+        after: the step that the run starts from; lines of later steps are dropped first, and all of
+            them where it is None (a fresh run).
+        tensorboard: also write the figures as scalars under `<directory>/tensorboard`.
+    """
+
+    def __init__(self, directory: Path, *, after: int | None, tensorboard: bool) -> None:
+        self._path = directory / "metrics.jsonl"
+        kept = [] if after is None else [r for r in read_metrics(self._path) if r["step"] <= after]
+        write_atomically(self._path, "".join(_line(record) for record in kept).encode())
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+        self._board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(
+                str(directory / "tensorboard"), purge_step=None if after is None else after + 1
+            )
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one line and put it where a reader sees it."""
+        self._file.write(_line(record))
+        self._file.flush()
+        if self._board is not None:
+            for name, value in record.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self._board.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        """Flush both."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+class SilentLog:
+    """The log of the ranks that write nothing."""
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a `metrics.jsonl`; the torn line of a crash is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record) + "\n"

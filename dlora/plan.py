@@ -1,0 +1,127 @@
+"""Bytes before launch: what a placement costs each rank, from names and shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from dlora.sharding.groups import Group, groups_of, sharding_plan
+from dlora.sharding.mesh import Placement, Topology
+from dlora.sharding.reduction import reduction_bytes
+from dlora.sharding.replica import buffer_length
+from dlora.sharding.wire import ring_gather_bytes
+
+MOMENTS = {"adamw": 2, "sgd": 0}  # float32 values that an optimizer keeps per parameter
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes per rank, and bytes that a rank sends per optimizer step (ring-equivalent).
+
+    Attributes:
+        base_total: W0, once.
+        base_held: this rank's share of W0 between steps.
+        base_gathered: most of W0 that is gathered at one time, above the share.
+        trainable: numbers of parameters of A, B and trained copies.
+        replica: their values, gradients and optimizer state.
+        gathers, reduction: wire bytes per step of W0, and of the gradients.
+    """
+
+    placement: Placement
+    ranks: int
+    base_total: int
+    base_held: int
+    base_gathered: int
+    trainable: int
+    replica: int
+    gathers: int
+    reduction: int
+
+    def lines(self) -> list[str]:
+        """The budget as it is printed before the first step."""
+        p = self.placement
+        where = "a whole copy" if p.shard_size == 1 else f"1/{p.shard_size}"
+        return [
+            f"placement       base: {p.base}, engine: {p.engine}, {self.ranks} rank(s), "
+            f"{where} of W0 on each",
+            f"W0              {_mb(self.base_held)} of {_mb(self.base_total)} per rank, "
+            f"at most {_mb(self.base_gathered)} more while gathered",
+            f"A and B         {self.trainable:,} parameters; with gradients and optimizer state "
+            f"{_mb(self.replica)} per rank",
+            f"wire, per step  {_mb(self.gathers)} gathering W0 + {_mb(self.reduction)} reducing "
+            "gradients, sent by each rank",
+        ]
+
+
+def budget(
+    skeleton: nn.Module,
+    trainable: dict[str, nn.Parameter],
+    placement: Placement,
+    topology: Topology,
+    *,
+    optimizer: str,
+    micro_batches: int,
+) -> Budget:
+    """The budget of a model with adapters attached on the meta device.
+
+    Args:
+        trainable: A, B and trained copies by name.
+        micro_batches: forward passes per rank and optimizer step.
+    """
+    outside = {id(parameter) for parameter in trainable.values()}
+    groups = _frozen(groups_of(skeleton, sharding_plan(skeleton)), outside)
+    size = placement.shard_size
+    total = sum(_bytes(group) for group in groups)
+    gathered = [group.gathered_bytes(size) for group in groups]
+    numel = sum(p.numel() for p in trainable.values())
+    item = next(iter(trainable.values())).element_size()
+    passes = 0
+    for group, nbytes in zip(groups, gathered, strict=True):
+        again = group.freed and _gradient_reaches(group, skeleton, trainable)
+        passes += ring_gather_bytes(nbytes, size) * (2 if again else 1)
+    kept = sum(n for g, n in zip(groups, gathered, strict=True) if not g.freed)
+    freed = sorted((n for g, n in zip(groups, gathered, strict=True) if g.freed), reverse=True)
+    return Budget(
+        placement=placement,
+        ranks=topology.world,
+        base_total=total,
+        base_held=sum(gathered) // size,
+        base_gathered=0 if size == 1 else kept + sum(freed[:2]),  # one computes, one is prefetched
+        trainable=numel,
+        replica=numel * item * (2 + MOMENTS[optimizer]),
+        gathers=round(passes * micro_batches),
+        reduction=round(reduction_bytes(buffer_length(trainable, topology) * item, topology)),
+    )
+
+
+def _frozen(groups: list[Group], outside: set[int]) -> list[Group]:
+    kept = []
+    for group in groups:
+        parameters = tuple(p for p in group.parameters if id(p) not in outside)
+        if parameters:
+            kept.append(Group(group.paths, parameters, group.freed))
+    return kept
+
+
+def _gradient_reaches(
+    group: Group, skeleton: nn.Module, trainable: Iterable[str]
+) -> bool:
+    """Whether the output of the group needs a gradient: something trained lies in it or before it."""
+    order = {path: index for index, (path, _) in enumerate(skeleton.named_modules())}
+    last = max(
+        index
+        for path, index in order.items()
+        if any(path == own or path.startswith(f"{own}.") for own in group.paths)
+    )
+    first = min(order[name.rpartition(".")[0]] for name in trainable)
+    return first <= last
+
+
+def _bytes(group: Group) -> int:
+    return sum(p.numel() * p.element_size() for p in group.parameters)
+
+
+def _mb(nbytes: float) -> str:
+    return f"{nbytes / 1e6:,.1f} MB"

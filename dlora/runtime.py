@@ -1,0 +1,133 @@
+"""The process: its ranks, its device, its verdicts, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dlora.errors import UsageError
+
+
+@dataclass
+class Runtime:
+    """One process of a run. With a world of 1 there is neither a store nor a process group."""
+
+    rank: int
+    world: int
+    device: torch.device
+    store: dist.Store | None
+
+    @classmethod
+    def from_environment(cls, timeout_seconds: float) -> Runtime:
+        """Join the rendezvous that torchrun (or its like) put into the environment."""
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        device = _device(int(os.environ.get("LOCAL_RANK", 0)))
+        if world == 1:
+            return cls(0, 1, device, None)
+        timeout = timedelta(seconds=timeout_seconds)
+        store, rank, world = next(iter(dist.rendezvous("env://", timeout=timeout)))
+        store.set_timeout(timeout)
+        return cls(rank, world, device, dist.PrefixStore("dlora", store))
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the rank that prints and writes."""
+        return self.rank == 0
+
+    def say(self, line: str) -> None:
+        """Print a line, once for all ranks."""
+        if self.main:
+            print(line, flush=True)
+
+    def agree(self, topic: str, work: Callable[[], tuple[Any, str]]) -> Any:
+        """Do the same preparation on every rank, and go on only if all of them succeeded alike.
+
+        Args:
+            topic: name of the exchange.
+            work: returns (result, fingerprint); a `UsageError` in it is the user's mistake.
+
+        Raises:
+            UsageError: on every rank, with the first failing rank's message; or if fingerprints
+                differ, as when two nodes hold different data files.
+        """
+        result, fingerprint, message = None, "", ""
+        try:
+            result, fingerprint = work()
+        except UsageError as error:
+            message = str(error)
+        if self.store is not None:
+            self.store.set(f"{topic}/{self.rank}", json.dumps([message, fingerprint]))
+            verdict = self._verdict(topic) if self.main else ""
+            if self.main:
+                self.store.set(f"{topic}/verdict", verdict)
+            message = self.store.get(f"{topic}/verdict").decode()
+        if message:
+            raise UsageError(message)
+        return result
+
+    def _verdict(self, topic: str) -> str:
+        assert self.store is not None
+        reports = [json.loads(self.store.get(f"{topic}/{rank}")) for rank in range(self.world)]
+        for rank, (message, fingerprint) in enumerate(reports):
+            if message:
+                return message if rank == 0 else f"rank {rank}: {message}"
+            if fingerprint != reports[0][1]:
+                return f"{topic}: rank {rank} sees something else than rank 0"
+        return ""
+
+    def broadcast(self, topic: str, value: Any) -> Any:
+        """Rank 0's value, JSON-like, on every rank."""
+        if self.store is None:
+            return value
+        if self.main:
+            self.store.set(topic, json.dumps(value))
+        return json.loads(self.store.get(topic))
+
+    def join(self, timeout_seconds: float) -> None:
+        """Start the process group: NCCL beside gloo where there are GPUs, gloo elsewhere."""
+        if self.world == 1:
+            return
+        cuda = self.device.type == "cuda"
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            store=self.store,
+            rank=self.rank,
+            world_size=self.world,
+            timeout=timedelta(seconds=timeout_seconds),
+            device_id=self.device if cuda else None,
+        )
+
+    def leave(self) -> None:
+        """End the process group together, so that no rank pulls the store from under another."""
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+def exit_with(main: Callable[[list[str]], int]) -> None:
+    """Run an entry point and end the process with its status; a user's mistake is one line, status 2.
+
+    Only rank 0 prints the line, since all ranks agreed on it.
+    """
+    try:
+        status = main(sys.argv[1:])
+    except UsageError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"dlora: error: {error}", file=sys.stderr, flush=True)
+        status = 2
+    raise SystemExit(status)
+
+
+def _device(local_rank: int) -> torch.device:
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    return torch.device("cpu")

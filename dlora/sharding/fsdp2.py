@@ -1,0 +1,94 @@
+"""FSDP2: W0 in row shards (`fully_shard`), gathered block by block; A and B stay outside.
+
+Since W0 is frozen FSDP2 issues no reduce-scatter: its only collectives are the gathers, which this
+engine counts through FSDP2's own communication hook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
+from torch.distributed.tensor import DTensor
+
+from dlora.sharding.groups import block_lists, sharding_plan
+from dlora.sharding.mesh import Placement, Topology
+from dlora.sharding.storage import own_storage
+from dlora.sharding.wire import WireCounter, ring_gather_bytes
+
+
+
+class Fsdp2:
+    """Engine for `engine: fsdp2` with W0 over the ranks of a node or of the world."""
+
+    def __init__(self, placement: Placement, topology: Topology) -> None:
+        self.placement, self.topology, self.wire = placement, topology, WireCounter()
+
+    def loading(self, skeleton: nn.Module) -> dict[str, Any]:
+        """transformers shards while it reads, by the plan that `sharding_plan` completes."""
+        return {
+            "distributed_config": {
+                "fsdp_size": self.placement.shard_size,
+                "dp_replicate_size": self.placement.replicas,
+                "fsdp_plan": sharding_plan(skeleton),
+            }
+        }
+
+    def shard(self, model: nn.Module, ignored: Iterable[nn.Parameter]) -> None:
+        """`fully_shard` each block of every list of equal blocks, then the root with the rest."""
+        if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+            return
+        mesh, outside = self._mesh(next(model.parameters()).device.type), set(ignored)
+        for path in block_lists(model):
+            for block in model.get_submodule(path).children():
+                fully_shard(block, mesh=mesh, ignored_params=outside, reshard_after_forward=True)
+        fully_shard(model, mesh=mesh, ignored_params=outside)
+
+    def adopt(self, model: nn.Module) -> None:
+        own_storage(model)
+        counting = _CountingAllGather(self.wire)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_custom_all_gather(counting)
+
+    def release(self, model: nn.Module) -> None:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    @contextmanager
+    def whole_weights(self, module: nn.Module) -> Iterator[dict[str, Tensor]]:
+        yield {
+            path: parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+            for path, parameter in module.named_parameters()
+        }
+
+    def _mesh(self, device: str) -> DeviceMesh:
+        size, replicas = self.placement.shard_size, self.placement.replicas
+        if replicas == 1:
+            return init_device_mesh(device, (size,), mesh_dim_names=("shard",))
+        return init_device_mesh(device, (replicas, size), mesh_dim_names=("replicate", "shard"))
+
+
+class _CountingAllGather(DefaultAllGather):
+    """FSDP2's own gather, counted."""
+
+    def __init__(self, wire: WireCounter) -> None:
+        super().__init__()
+        self._wire = wire
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        self._wire.add(ring_gather_bytes(output_tensor.nbytes, group.size()))
+        return super().__call__(output_tensor, input_tensor, group, async_op)

@@ -1,0 +1,36 @@
+"""No sharding: every rank holds all of W0. The cheapest placement when it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from dlora.sharding.mesh import Placement, Topology
+from dlora.sharding.storage import own_storage
+from dlora.sharding.wire import WireCounter
+
+
+class Replicated:
+    """Engine for `base: none` and for one process."""
+
+    def __init__(self, placement: Placement, topology: Topology) -> None:
+        self.placement, self.topology, self.wire = placement, topology, WireCounter()
+
+    def loading(self, skeleton: nn.Module) -> dict[str, Any]:
+        return {}
+
+    def shard(self, model: nn.Module, ignored: Iterable[nn.Parameter]) -> None:
+        """Nothing to do."""
+
+    def adopt(self, model: nn.Module) -> None:
+        own_storage(model)
+
+    def release(self, model: nn.Module) -> None:
+        """Nothing was gathered."""
+
+    @contextmanager
+    def whole_weights(self, module: nn.Module) -> Iterator[dict[str, Tensor]]:
+        yield {path: parameter.detach() for path, parameter in module.named_parameters()}

@@ -1,0 +1,109 @@
+"""After loading: every shard owns its memory, and no checkpoint file stays mapped.
+
+A loader that slices a memory-mapped checkpoint leaves views: a shard of 1/N keeps the whole file mapped,
+and pages that were read stay in this process's memory beside the copies made of them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+_MADV_DONTNEED = 4
+_EVERY_SECONDS = 0.01
+
+
+@torch.no_grad()
+def own_storage(model: nn.Module) -> None:
+    """Copy every parameter and buffer that is a view of something larger or of a mapped file."""
+    copies: dict[int, nn.Parameter] = {}  # tied parameters stay tied
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in copies:
+                copies[id(parameter)] = _owning(parameter)
+            if copies[id(parameter)] is not parameter:
+                module.register_parameter(name, copies[id(parameter)])
+        for name, buffer in module.named_buffers(recurse=False):
+            if not _owns(buffer):
+                module._buffers[name] = buffer.clone()
+
+
+@contextmanager
+def dropping_mapped_pages(suffix: str = ".safetensors") -> Iterator[None]:
+    """While open, hand pages of mapped checkpoint files back to the kernel soon after they were read.
+
+    The pages stay in the page cache and are mapped again when touched, so this only bounds what counts
+    as this process's memory. Where /proc is missing it does nothing.
+    """
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    stop = threading.Event()
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+    def drop() -> None:
+        with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+            lines = [line for line in maps if line.rstrip().endswith(suffix)]
+        for line in lines:
+            start, _, end = line.split(maxsplit=1)[0].partition("-")
+            madvise(int(start, 16), int(end, 16) - int(start, 16), _MADV_DONTNEED)
+
+    def watch() -> None:
+        while not stop.wait(_EVERY_SECONDS):
+            drop()
+
+    watcher = threading.Thread(target=watch, name="dlora-mapped-pages", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        watcher.join()
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Bytes of the distinct storages that this rank holds for the frozen parameters of `model`."""
+    storages = {}
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            storage = _local(parameter).untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _owns(tensor: Tensor) -> bool:
+    """Owns exactly its elements. A mapped file's storage says its file name, or is larger."""
+    local = _local(tensor)
+    storage = local.untyped_storage()
+    if local.device.type != "cpu" or local.numel() == 0:
+        return True
+    mapped = not storage.resizable() or storage.filename is not None
+    return storage.nbytes() == local.numel() * local.element_size() and not mapped
+
+
+def _owning(parameter: nn.Parameter) -> nn.Parameter:
+    if _owns(parameter):
+        return parameter
+    owned: Tensor = _local(parameter).clone(memory_format=torch.contiguous_format)
+    if isinstance(parameter, DTensor):
+        owned = DTensor.from_local(
+            owned,
+            parameter.device_mesh,
+            parameter.placements,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+            run_check=False,
+        )
+    return nn.Parameter(owned, requires_grad=parameter.requires_grad)

@@ -1,0 +1,288 @@
+"""`torchrun -m dlora.train --config FILE`: one run, from the command line to the adapter.
+
+The loop reads top to bottom:  1 a step's sequences, dealt out over ranks   2 forward and backward
+3 one reduction of the gradients   4 clip, schedule, optimizer   5 look, log, save   6 stop?
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from dlora import checkpoint as checkpoints
+from dlora.adapter_files import load_adapter, save_adapter
+from dlora.api import TrainedReplica, attach, replicate
+from dlora.config import Config, parse
+from dlora.data import batch_hash, deal
+from dlora.data.collate import Batch, collate
+from dlora.evaluation import held_out_loss, sample_answers
+from dlora.lora.attach import attachment_of
+from dlora.lora.dropout import SampleKeys
+from dlora.memory import MemoryMeter
+from dlora.metrics import SilentLog
+from dlora.objectives import targets
+from dlora.optim.schedule import lr_factor, set_lr
+from dlora.prepare import Preparation, prepare
+from dlora.progress import StepDisplay
+from dlora.resume import open_directory, resolved_yaml, resume
+from dlora.runtime import Runtime, exit_with
+from dlora.sharding.engine import build_engine
+from dlora.stopping import StopRequest, exit_status
+
+AUDIT_EVERY = 10
+
+
+def main(argv: list[str]) -> int:
+    """The command; returns the exit status."""
+    options = parse(argv, prog="dlora.train")
+    config = options.config
+    runtime = Runtime.from_environment(config.sharding.timeout_seconds)
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world))
+
+    def work() -> tuple[Preparation, str]:
+        found = prepare(config, runtime.rank, runtime.world, local_world, runtime.say)
+        return found, found.fingerprint
+
+    preparation = runtime.agree("preparation", work)
+    for line in preparation.budget.lines():
+        runtime.say(line)
+    if options.check:
+        runtime.say("configuration, data and plan are right; nothing was trained (--check)")
+        return 0
+    runtime.join(config.sharding.timeout_seconds)
+    status = Run(config, runtime, preparation).train()
+    runtime.leave()
+    return status
+
+
+class Run:
+    """One run: what the loop works on, set up once, and the loop."""
+
+    def __init__(self, config: Config, runtime: Runtime, preparation: Preparation) -> None:
+        self.config, self.runtime, self.prepared = config, runtime, preparation
+        self.directory = Path(config.output.dir)
+        self.meter = MemoryMeter(runtime.device)
+        torch.manual_seed(config.train.seed)
+        self.model, self.replica = build(config, runtime, preparation)
+        self.optimizer = build_optimizer(config, self.replica)
+        self.total_steps = preparation.sampler.total_steps
+        self.start = resume(config, runtime, preparation, self.replica.named, self.optimizer)
+
+    def train(self) -> int:
+        """The loop; returns the exit status."""
+        config, runtime, prepared = self.config, self.runtime, self.prepared
+        model, replica, optimizer = self.model, self.replica, self.optimizer
+        if self.start == self.total_steps:
+            runtime.say(f"the run was finished already: step {self.start} of {self.total_steps}")
+            return 0
+        stop, status = StopRequest(), None
+        log = self.open_log()
+        if self.start == 0:
+            self.show_samples("before training")
+            if self.evaluates:
+                log.write({"step": 0, "eval_loss": self.evaluate()})
+        replica.zero_grad()
+        replica.wire.take()
+        with StepDisplay(self.total_steps, self.start, runtime.main) as display:
+            for step in range(self.start, self.total_steps):
+                began = time.perf_counter()
+
+                # 1  the step's sequences, the same whatever the world size, and this rank's part
+                ids = prepared.sampler.step(step)
+                lengths = prepared.train.lengths
+                dealt = deal(ids, lengths, runtime.world, config.train.micro_batch_size)
+
+                # 2  forward and backward, summed over this rank's target tokens
+                loss_sum, tokens = torch.zeros((), device=runtime.device), 0
+                for micro in dealt[runtime.rank]:
+                    batch = collate([prepared.train[i] for i in micro], prepared.pad_id, runtime.device)
+                    with self.sample_keys(step, batch):
+                        loss = forward(model, batch)
+                        loss.backward()
+                    loss_sum += loss.detach()
+                    tokens += batch.num_targets
+
+                # 3  one reduction: gradients become the mean over all target tokens of all ranks
+                sums = [float(loss_sum), *stop.flags]
+                reduced = replica.reduce_gradients(tokens, sums=sums, each=self.meter.peak() >> 10)
+
+                # 4  clip, schedule, step
+                norm = replica.clip(config.optimizer.max_grad_norm or math.inf)
+                lr = self.set_lr(step)
+                optimizer.step()
+                replica.zero_grad()
+                replica.engine.release(model)
+
+                # 5  look, log, save
+                done = step + 1
+                last = done == self.total_steps
+                if done % AUDIT_EVERY == 0 or last:
+                    replica.audit()
+                seconds = time.perf_counter() - began
+                record = {
+                    "step": done,
+                    "loss": reduced.sums[0] / max(reduced.tokens, 1),
+                    "grad_norm": float(norm),
+                    "lr": lr,
+                    "tokens": reduced.tokens,
+                    "step_seconds": seconds,
+                    "tokens_per_second": reduced.tokens / seconds,
+                    "peak_memory_bytes": max(reduced.each) << 10,
+                    "wire_bytes": replica.wire.take(),
+                    "batch_hash": batch_hash(ids),
+                }
+                status = exit_status(reduced.sums[1:])
+                evaluated = self.evaluates and (last or due(done, config.output.eval_every))
+                if evaluated:
+                    record["eval_loss"] = self.evaluate()
+                if evaluated or last or due(done, config.output.log_every):
+                    log.write(record)
+                    display.update(record)
+                if last or status is not None or due(done, config.output.save_every):
+                    self.save(done)
+
+                # 6  a signal on any rank stops all of them here, after the commit
+                if status is not None and not last:
+                    break
+        log.close()
+        if status is None or last:
+            self.finish()
+            return 0
+        runtime.say(f"stopped by a signal after step {done}; the same command resumes from there")
+        return status
+
+    # -- what the loop asks for -----------------------------------------------------------------
+
+    @property
+    def evaluates(self) -> bool:
+        return self.prepared.eval is not None and self.config.output.eval_every > 0
+
+    def set_lr(self, step: int) -> float:
+        optimizer = self.config.optimizer
+        factor = lr_factor(optimizer.schedule, step, self.total_steps, optimizer.warmup_ratio)
+        return set_lr(self.optimizer, factor)
+
+    def sample_keys(self, step: int, batch: Batch) -> Any:
+        """Random numbers of one micro-batch: keyed by what it holds, not by who computes it.
+
+        The base's own dropout layers, where it has any, draw from torch's generator.
+        """
+        seed = self.config.train.seed
+        torch.manual_seed(seed_of(seed, step, *batch.ids[:1]))
+        keys = SampleKeys(seed, step, batch.ids, batch.lengths)
+        return attachment_of(self.model).stream.keyed(keys)
+
+    def evaluate(self) -> float:
+        assert self.prepared.eval is not None
+        loss = held_out_loss(
+            self.model,
+            self.prepared.eval,
+            pad_id=self.prepared.pad_id,
+            micro_batch_size=self.config.train.micro_batch_size,
+            rank=self.runtime.rank,
+            world=self.runtime.world,
+        )
+        self.replica.engine.release(self.model)
+        self.replica.wire.take()  # wire_bytes are those of training
+        return loss
+
+    def show_samples(self, when: str) -> None:
+        count, dataset = self.config.output.samples, self.prepared.eval or self.prepared.train
+        if count == 0:
+            return
+        tokenizer, pad_id = self.prepared.tokenizer, self.prepared.pad_id
+        answers = sample_answers(self.model, tokenizer, dataset, count=count, pad_id=pad_id)
+        self.replica.engine.release(self.model)
+        for prompt, reference, answer in answers:
+            self.runtime.say(f"--- sample, {when}\n{prompt}\n  wanted: {reference}\n  answer: {answer}")
+
+    def open_log(self) -> Any:
+        if not self.runtime.main:
+            return SilentLog()
+        return open_directory(self.config, self.prepared, self.start)
+
+    def save(self, step: int) -> None:
+        """Commit a checkpoint; rank 0 alone, without a collective."""
+        if not self.runtime.main:
+            return
+        state = {
+            "step": step,
+            "total_steps": self.total_steps,
+            "schedule": {"name": self.config.optimizer.schedule, "next_step": step},
+            "data": {"cursor": step, "fingerprint": self.prepared.train.fingerprint},
+            "random": {"seed": self.config.train.seed, "keyed_by": ["seed", "step", "sequence"]},
+        }
+        checkpoints.write(
+            checkpoints.capture(self.replica.named, self.optimizer, state),
+            self.directory / "checkpoints",
+            resolved_yaml(self.config, self.prepared),
+            self.config.output.keep_last,
+        )
+
+    def finish(self) -> None:
+        """The adapter that stock PEFT loads, and the closing lines."""
+        self.show_samples("after training")
+        where = self.directory / "adapter"
+        if self.runtime.main:
+            save_adapter(self.model, where, base_model_name_or_path=self.config.model.path)
+        self.runtime.say(f"adapter: {where}")
+
+
+def build(
+    config: Config, runtime: Runtime, preparation: Preparation
+) -> tuple[nn.Module, TrainedReplica]:
+    """The sharded base with its adapters attached, and their replica."""
+    engine = build_engine(preparation.placement, preparation.topology)
+    model = preparation.base.load(engine, runtime.device)
+    replica = replicate(model, engine)
+    attach(model, preparation.lora)
+    if config.adapter.path is not None:
+        load_adapter(model, config.adapter.path)
+    if config.sharding.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    targets.install(model)
+    model.train()
+    return model, replica
+
+
+def build_optimizer(config: Config, replica: TrainedReplica) -> Optimizer:
+    """torch's optimizer over the replica's plain tensors."""
+    section = config.optimizer
+    groups = replica.parameter_groups(
+        lr=section.lr,
+        loraplus_lr_ratio=section.loraplus_lr_ratio,
+        weight_decay=section.weight_decay,
+    )
+    if section.name == "sgd":
+        return torch.optim.SGD(groups)
+    return torch.optim.AdamW(groups, fused=True)
+
+
+def forward(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Σ cross entropy over the batch's targets."""
+    return model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, targets=batch.targets
+    )
+
+
+def seed_of(*key: int) -> int:
+    """63 bits that depend on all of `key`, the same in every process."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens after `step`."""
+    return every > 0 and step % every == 0
+
+
+if __name__ == "__main__":
+    exit_with(main)

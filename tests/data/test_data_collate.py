@@ -1,0 +1,84 @@
+"""Batches: shapes, padding, shifted targets; and that nothing else in dlora.data needs torch."""
+
+import ast
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dlora.data
+from dlora.data import NO_TARGET, Example
+from dlora.data.collate import collate
+
+
+def example(number: int, ids: list[int], targets: list[int]) -> Example:
+    """An example whose targets are the tokens at the given positions."""
+    labels = [token if i in targets else NO_TARGET for i, token in enumerate(ids)]
+    arrays = np.array(ids, np.int32), np.array(labels, np.int32)
+    for array in arrays:
+        array.setflags(write=False)  # as a Dataset's are
+    return Example(number, *arrays)
+
+
+@pytest.mark.filterwarnings("error")
+def test_padding_mask_and_shift():
+    batch = collate([example(7, [5, 6, 7, 8], [2, 3]), example(3, [9, 10], [1])], pad_id=0)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8], [9, 10, 0, 0]]
+    assert batch.attention_mask is not None
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch.targets.tolist() == [[-100, 7, 8, -100], [10, -100, -100, -100]]
+    assert (batch.ids, batch.lengths, batch.num_targets) == ([7, 3], [4, 2], 3)
+    tensors = (batch.input_ids, batch.attention_mask, batch.targets)
+    assert {tensor.dtype for tensor in tensors} == {torch.int64}
+
+
+def test_targets_agree_with_the_shift_inside_transformers():
+    """Cross entropy of targets at t equals that of transformers' labels at t + 1."""
+    torch.manual_seed(0)
+    one = example(0, [5, 6, 7, 8, 9], [1, 3, 4])
+    batch = collate([one], pad_id=0)
+    logits = torch.randn(1, 5, 12)
+    labels = torch.tensor(one.labels[None], dtype=torch.int64)
+    theirs = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+    )
+    ours = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch.targets.flatten(), reduction="sum"
+    )
+    torch.testing.assert_close(ours, theirs)
+    assert batch.num_targets == one.num_targets == 3
+
+
+def test_equal_lengths_need_no_mask():
+    batch = collate([example(0, [1, 2], [1]), example(1, [3, 4], [1])], pad_id=0)
+    assert batch.attention_mask is None
+
+
+def test_no_examples_give_a_batch_of_weight_zero():
+    batch = collate([], pad_id=3)
+    assert batch.input_ids.tolist() == [[3, 3]]
+    assert batch.targets.tolist() == [[-100, -100]]
+    assert batch.attention_mask is None
+    assert (batch.ids, batch.lengths, batch.num_targets) == ([], [], 0)
+
+
+def test_device():
+    batch = collate([example(0, [1, 2], [1]), example(1, [3], [])], pad_id=0, device="meta")
+    assert batch.attention_mask is not None
+    assert all(t.is_meta for t in (batch.input_ids, batch.attention_mask, batch.targets))
+    assert batch.num_targets == 1
+
+
+def test_only_collate_imports_torch_and_nothing_imports_the_rest_of_dlora():
+    for path in Path(dlora.data.__file__).parent.glob("*.py"):
+        names: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Import):
+                names.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                names.add(node.module or "")
+        foreign = {name for name in names if name.split(".")[0] in ("torch", "transformers")}
+        assert not foreign or path.name == "collate.py", (path, foreign)
+        ours = {name for name in names if name.split(".")[0] == "dlora"}
+        assert all(n.startswith("dlora.data") or n == "dlora.errors" for n in ours), (path, ours)

