@@ -4,7 +4,7 @@ What GGUF tensors are called and how they are laid out is transformers' knowledg
 generations: "native" conversion mappings (`integrations/gguf`), and the tensor processors of the older
 loader (`modeling_gguf_pytorch_utils`, with the package `gguf`), which covers most architectures. Both
 are driven here parameter by parameter, in the steps of transformers' own loading, so the values are
-those of `from_pretrained(..., gguf_file=...)`; neither is asked for a whole model.
+those of `from_pretrained(..., gguf_file=...)`.
 """
 
 import functools
@@ -69,9 +69,8 @@ class GgufSource:
         except (KeyError, IndexError, ValueError) as error:  # the file contradicts itself
             if isinstance(error, UsageError):
                 raise
-            raise UsageError(
-                f"model.path: {self.path}: its tensors cannot be converted: {error}"
-            ) from error
+            message = f"model.path: {self.path}: its tensors cannot be converted: {error}"
+            raise UsageError(message) from error
         tied = self.model.all_tied_weights_keys
         missing = [
             name
@@ -97,7 +96,7 @@ def open_gguf(path: Path, folder: Path, dtype: torch.dtype) -> GgufSource:
             config = CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        except Exception as error:  # whatever a configuration that makes no sense leads to
+        except Exception as error:  # whatever a senseless configuration leads to
             raise UsageError(
                 f"model.path: {path} has the architecture {architecture}, and transformers makes no "
                 f"causal language model of it ({error}); it can of {', '.join(_architectures())}"
@@ -109,8 +108,11 @@ def open_gguf(path: Path, folder: Path, dtype: torch.dtype) -> GgufSource:
             raise UsageError(f"model.path: {path} has no usable tokenizer ({error})") from error
     for argument in ("is_local", "local_files_only"):  # how it was read, not what it is
         tokenizer.init_kwargs.pop(argument, None)
-    tokenizer.save_pretrained(folder)
-    if reader is not None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # its own library has no other for a full disk
+        raise OSError(error) from error
+    if reader:
         reader.fields.clear()  # the vocabulary, in an array per word
     return GgufSource(path, architecture, settings, model, reader)
 
@@ -118,16 +120,16 @@ def open_gguf(path: Path, folder: Path, dtype: torch.dtype) -> GgufSource:
 class _PlainReader(gguf.GGUFReader):
     """Keeps a field's parts, two per vocabulary entry, as views of a plain array.
 
-    Views of a `memmap` are what it keeps otherwise: five times the memory, three times the time.
+    Views of a `memmap`, which it keeps otherwise, take four times as long to make.
     """
 
     @property
-    def data(self) -> np.ndarray:  # type: ignore[override]
+    def data(self) -> Any:  # type: ignore[override]
         return self.mapped.view(np.ndarray)
 
     @data.setter
-    def data(self, mapped: np.memmap) -> None:
-        self.mapped = mapped
+    def data(self, mapped: Any) -> None:
+        self.mapped: np.memmap = mapped
 
 
 @contextmanager
@@ -135,8 +137,8 @@ def _parsed_once() -> Iterator[None]:
     """Inside, a GGUF file is parsed once and a name table built once.
 
     transformers asks `gguf` for the parsed file once for the configuration and once more for the
-    tokenizer, and for the same name table in every submodule. Each answer takes seconds: together four
-    fifths of the time that converting a small model takes.
+    tokenizer, and for the same name table in every submodule: four fifths of the time that converting
+    a small model takes.
     """
     parse, name_table = gguf.GGUFReader, gguf.get_tensor_name_map
     gguf.GGUFReader = functools.cache(_PlainReader)  # type: ignore[assignment, misc]
@@ -292,6 +294,6 @@ def _dequantized(tensor: Any) -> np.ndarray:
     return values
 
 
-def _unmap(data: np.memmap) -> None:
+def _unmap(data: Any) -> None:
     """Lets go of a mapped file's pages, which count as the process's private memory while it has them."""
-    data._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+    data._mmap.madvise(mmap.MADV_DONTNEED)

@@ -1,11 +1,14 @@
-"""Writes small GGUF files: random weights under llama.cpp's names, and a tokenizer of bytes."""
+"""Small GGUF files: random weights under llama.cpp's names, and a tokenizer of bytes."""
 
 from pathlib import Path
 
 import numpy as np
+import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from dlora.gguf_base import converted_base
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -38,6 +41,12 @@ COMMON = {
     "rope.freq_base": 5000.0,
     "attention.layer_norm_rms_epsilon": 1e-5,
 }
+
+
+def convert(gguf: Path, cache_dir: Path, dtype: torch.dtype = torch.float32):
+    """The directory, and what was announced."""
+    lines: list[str] = []
+    return converted_base(gguf, cache_dir, dtype, lines.append), lines
 
 
 def write_gguf(

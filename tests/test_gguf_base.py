@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import resource
 import shutil
 import signal
 import socket
@@ -12,15 +11,12 @@ import sys
 from pathlib import Path
 
 import gguf_files
-import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf_files import convert
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from dlora import gguf_base, gguf_tensors
-from dlora.errors import UsageError
-from dlora.gguf_base import converted_base
 
 ROOT = Path(__file__).parent.parent
 REAL = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -49,12 +45,6 @@ def real_file() -> Path:
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
-
-
-def convert(gguf: Path, cache_dir: Path, dtype: torch.dtype = torch.float32):
-    """The directory, and what was announced."""
-    lines: list[str] = []
-    return converted_base(gguf, cache_dir, dtype, lines.append), lines
 
 
 def assert_same_model(gguf: Path, out: Path, dtype: torch.dtype):
@@ -125,7 +115,9 @@ def test_real_file(real_file, cache, dtype):
 
 TINY = {
     "llama": gguf_files.tiny_llama,
-    "llama-untied": lambda path: gguf_files.tiny_llama(path, untied=True),
+    "llama-untied": lambda path: gguf_files.tiny_llama(
+        path, untied=True, tensors={"rope_freqs.weight": (8,)}
+    ),
     "qwen3moe": gguf_files.tiny_qwen3moe,
     "bloom-tied": lambda path: gguf_files.tiny_bloom(path, "equal"),
     "bloom-untied": lambda path: gguf_files.tiny_bloom(path, "other"),
@@ -150,8 +142,9 @@ def test_tiny_files(kind, dtype, tmp_path, monkeypatch):
     shards = sorted(out.glob("*.safetensors"))
     assert len(shards) > 1 and {file.name for file in shards} == set(index.values())
     assert {file.stat().st_mode for file in shards} == {(out / "config.json").stat().st_mode}
-    extra = ["tiny.gguf: the model has no place for blk.2.nextn.eh_proj.weight; left out"]
-    assert lines[1:] == (extra if kind == "qwen35moe" else [])
+    left = {"qwen35moe": "blk.2.nextn.eh_proj.weight", "llama-untied": "rope_freqs.weight"}
+    extra = f"tiny.gguf: the model has no place for {left.get(kind)}; left out"
+    assert lines[1:] == ([extra] if kind in left else [])
     assert convert(gguf, tmp_path / "cache", dtype) == (out, [])
 
 
@@ -182,7 +175,7 @@ def test_cache_key(tmp_path, monkeypatch):
     keys = {gguf_base._content_key(gguf, torch.float32)}
     os.utime(gguf, ns=(1, 1))
     keys.add(gguf_base._content_key(gguf, torch.float32))
-    for place in (100, gguf.stat().st_size - 1):
+    for place in (20, gguf.stat().st_size - 1):
         with gguf.open("r+b") as file:
             file.seek(place)
             file.write(b"\xff\xff")
@@ -266,91 +259,6 @@ def test_killed_midway(tmp_path):
     assert_same_model(gguf, out, torch.float32)
 
 
-def assert_refused(gguf: Path, cache_dir: Path, *words: str) -> None:
-    """One line with these words, and neither a conversion nor a part of one is left."""
-    with pytest.raises(UsageError) as caught:
-        convert(gguf, cache_dir)
-    message = str(caught.value)
-    assert "\n" not in message and all(word in message for word in words), message
-    if cache_dir.is_dir():
-        assert [path for path in cache_dir.iterdir() if path.suffix != ".lock"] == []
-
-
-def test_file_errors(tmp_path):
-    cache_dir, path = tmp_path / "cache", tmp_path / "tiny.gguf"
-    assert_refused(path, cache_dir, "model.path", str(path), "No such file")
-    assert_refused(tmp_path, cache_dir, "model.path", "directory")
-    path.write_bytes(b"PK\3\4 and more")
-    assert_refused(path, cache_dir, "model.path", str(path), "no GGUF file")
-    path.write_bytes(b"")
-    assert_refused(path, cache_dir, "model.path", "no GGUF file")
-    tiny = gguf_files.tiny_llama
-    assert_refused(tiny(path, architecture="nosuch"), cache_dir, "model.path", "nosuch", "llama")
-    assert_refused(tiny(path, tokenizer=False), cache_dir, "model.path", "tokenizer")
-    assert_refused(
-        tiny(path, numbers={"split.count": 3}), cache_dir, "model.path", "one of 3 parts"
-    )
-    wide = {"embedding_length": 128}
-    assert_refused(tiny(path, numbers=wide), cache_dir, "model.path", "shape", "LlamaForCausalLM")
-    lacking = gguf_files.layered(gguf_files.ATTENTION | gguf_files.DENSE)
-    numbers = gguf_files.COMMON | {"vocab_size": gguf_files.VOCABULARY}
-    gguf_files.write_gguf(path, "llama", numbers, lacking)
-    assert_refused(path, cache_dir, "model.path", "no value for model.layers.1", "6 more")
-    mixed = (gguf_files.F32, GGMLQuantizationType.Q8_0)
-    assert_refused(
-        gguf_files.tiny_qwen35moe(path, mixed), cache_dir, "model.path", "different types"
-    )
-
-
-@pytest.mark.parametrize("architecture", ["llama", "lfm2"])
-def test_unknown_tensor_type(architecture, tmp_path):
-    writer = GGUFWriter(tmp_path / "tiny.gguf", architecture)
-    raw = np.zeros((4, 36), np.uint8)
-    writer.add_tensor("token_embd.weight", raw, raw_dtype=GGMLQuantizationType.Q8_1)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    number = {"llama": "Q8_1", "lfm2": "type 9"}[architecture]
-    assert_refused(tmp_path / "tiny.gguf", tmp_path / "cache", "model.path", number)
-
-
-@pytest.mark.parametrize("make", [gguf_files.tiny_llama, gguf_files.tiny_lfm2])
-def test_truncated_file(make, tmp_path):
-    whole = make(tmp_path / "whole.gguf").read_bytes()
-    path = tmp_path / "cut.gguf"
-    for share in (0.001, 0.01, 0.1, 0.3, 0.9, 0.999):
-        path.write_bytes(whole[: int(len(whole) * share)])
-        assert_refused(path, tmp_path / "cache", "model.path", str(path), "truncated")
-
-
-def test_cache_errors(tmp_path, monkeypatch):
-    gguf, cache_dir = gguf_files.tiny_llama(tmp_path / "tiny.gguf"), tmp_path / "cache"
-    assert_refused(gguf, gguf / "cache", "model.cache_dir", str(gguf / "cache"))
-    with monkeypatch.context() as patch:
-        usage = shutil._ntuple_diskusage(10**9, 10**9, 1000)
-        patch.setattr(gguf_base.shutil, "disk_usage", lambda _: usage)
-        assert_refused(gguf, cache_dir, "model.cache_dir", str(cache_dir), "0 MB free")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:  # what a full disk is like for a process: writing fails in the middle of a file
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
-        assert_refused(gguf, cache_dir, "model.cache_dir", str(cache_dir), "File too large")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_changed_while_converting(tmp_path):
-    gguf, cache_dir = gguf_files.tiny_llama(tmp_path / "tiny.gguf"), tmp_path / "cache"
-
-    def write_to_it(_):
-        with gguf.open("ab") as file:
-            file.write(b"more")
-
-    with pytest.raises(UsageError, match=r"model\.path.*changed"):
-        converted_base(gguf, cache_dir, torch.float32, write_to_it)
-    assert not [path for path in cache_dir.iterdir() if path.is_dir()]
-
-
 MEMORY = """
 import re, sys, threading, time
 from pathlib import Path
@@ -378,9 +286,9 @@ print(max(peaks) - before, private() - before)
 @pytest.mark.timeout(180)
 def test_peak_memory(real_file, tmp_path):
     """Largest tensor + one shard + what parsing takes, for a model of 538 MB in float32."""
-    shard, largest, parsing = 32 * 10**6, 49152 * 576 * 4, 120 * 10**6
+    shard, largest, parsing = 32 * 10**6, 49152 * 576 * 4, 150 * 10**6
     process = child(MEMORY, real_file, tmp_path, shard)
     peak, left = map(int, process.communicate()[0].split())
     assert process.returncode == 0
     assert peak < largest + shard + parsing
-    assert left < 80 * 10**6
+    assert left < 100 * 10**6
