@@ -56,9 +56,7 @@ def save_adapter(
     for key, tensor in tensors.items():
         if tensor.numel() == 0:
             raise UsageError(f"save_adapter: {key} is empty; refusing to write it")
-    name = base_model_name_or_path or getattr(
-        getattr(model, "config", None), "name_or_path", None
-    )
+    name = base_model_name_or_path or getattr(getattr(model, "config", None), "name_or_path", None)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_atomically(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))

@@ -39,9 +39,7 @@ def attach(model: nn.Module, config: LoraConfig) -> nn.Module:
     After `shard` it is collective: rank 0's A and B are broadcast. See `dlora.lora.attach.attach`.
     """
     replica: TrainedReplica | None = model.__dict__.get(_RECORD)
-    attach_adapters(
-        model, config, whole_weights=replica.engine.whole_weights if replica else None
-    )
+    attach_adapters(model, config, whole_weights=replica.engine.whole_weights if replica else None)
     if replica is not None:
         replica.own(trainable_parameters(model))
     return model

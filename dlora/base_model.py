@@ -121,19 +121,17 @@ def find_base(
             raise UsageError(f"model.path: there is no file {path}")
         from dlora.gguf_base import converted_base
 
-        source = str(
-            converted_base(local, Path(cache_dir).expanduser(), DTYPES[dtype], announce)
-        )
+        source = str(converted_base(local, Path(cache_dir).expanduser(), DTYPES[dtype], announce))
     elif local.is_dir():
         if not (local / "config.json").is_file():
-            raise UsageError(f"model.path: {path} holds no config.json, so it is no model directory")
+            raise UsageError(
+                f"model.path: {path} holds no config.json, so it is no model directory"
+            )
     elif _looks_local(path):
         raise UsageError(f"model.path: there is no directory {path}")
     else:
         source = path
-    return BaseModel(
-        path, source, DTYPES[dtype], revision, trust_remote_code, attn_implementation
-    )
+    return BaseModel(path, source, DTYPES[dtype], revision, trust_remote_code, attn_implementation)
 
 
 def quiet_libraries() -> None:

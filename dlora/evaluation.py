@@ -52,7 +52,13 @@ def held_out_loss(
 
 
 def sample_answers(
-    model: Any, tokenizer: Any, dataset: Dataset, *, count: int, pad_id: int, max_new_tokens: int = 40
+    model: Any,
+    tokenizer: Any,
+    dataset: Dataset,
+    *,
+    count: int,
+    pad_id: int,
+    max_new_tokens: int = 40,
 ) -> list[tuple[str, str, str]]:
     """(prompt, reference, answer) of the first `count` examples, decoded greedily.
 

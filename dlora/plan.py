@@ -105,9 +105,7 @@ def _frozen(groups: list[Group], outside: set[int]) -> list[Group]:
     return kept
 
 
-def _gradient_reaches(
-    group: Group, skeleton: nn.Module, trainable: Iterable[str]
-) -> bool:
+def _gradient_reaches(group: Group, skeleton: nn.Module, trainable: Iterable[str]) -> bool:
     """Whether the output of the group needs a gradient: something trained lies in it or before it."""
     order = {path: index for index, (path, _) in enumerate(skeleton.named_modules())}
     last = max(

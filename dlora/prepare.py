@@ -46,7 +46,9 @@ class Preparation:
         return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
 
-def prepare(config: Config, rank: int, world: int, local_world: int, announce: Callable[[str], None]) -> Preparation:
+def prepare(
+    config: Config, rank: int, world: int, local_world: int, announce: Callable[[str], None]
+) -> Preparation:
     """Read the data, the tokenizer and the model's skeleton, and plan.
 
     Raises:

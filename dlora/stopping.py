@@ -7,7 +7,9 @@ import signal
 import time
 from types import FrameType
 
-GRACE_SECONDS = 5.0  # signals this close together are one: launchers forward what the shell sent too
+GRACE_SECONDS = (
+    5.0  # signals this close together are one: launchers forward what the shell sent too
+)
 
 
 class StopRequest:

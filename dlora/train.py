@@ -103,7 +103,9 @@ class Run:
                 # 2  forward and backward, summed over this rank's target tokens
                 loss_sum, tokens = torch.zeros((), device=runtime.device), 0
                 for micro in dealt[runtime.rank]:
-                    batch = collate([prepared.train[i] for i in micro], prepared.pad_id, runtime.device)
+                    batch = collate(
+                        [prepared.train[i] for i in micro], prepared.pad_id, runtime.device
+                    )
                     with self.sample_keys(step, batch):
                         loss = forward(model, batch)
                         loss.backward()
@@ -202,7 +204,9 @@ class Run:
         answers = sample_answers(self.model, tokenizer, dataset, count=count, pad_id=pad_id)
         self.replica.engine.release(self.model)
         for prompt, reference, answer in answers:
-            self.runtime.say(f"--- sample, {when}\n{prompt}\n  wanted: {reference}\n  answer: {answer}")
+            self.runtime.say(
+                f"--- sample, {when}\n{prompt}\n  wanted: {reference}\n  answer: {answer}"
+            )
 
     def open_log(self) -> Any:
         if not self.runtime.main:

@@ -49,7 +49,9 @@ class ChunkedTargetLoss(torch.autograd.Function):
             piece = slice(start, start + chunk)
             with torch.set_grad_enabled(needs_grad):
                 h = hidden.detach()[piece].requires_grad_(needs_grad)
-                loss = F.cross_entropy(_at_least_float32(logits(h)), targets[piece], reduction="sum")
+                loss = F.cross_entropy(
+                    _at_least_float32(logits(h)), targets[piece], reduction="sum"
+                )
             total += loss.detach().double()
             wanted = [t for t, s in zip((h, *parameters), sums, strict=False) if s is not None]
             if wanted:

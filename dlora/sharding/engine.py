@@ -57,9 +57,7 @@ ENGINES = {
 PLANNED = ("zero3",)
 
 
-def build_engine(
-    placement: Placement, topology: Topology, sharded: str | None = None
-) -> Engine:
+def build_engine(placement: Placement, topology: Topology, sharded: str | None = None) -> Engine:
     """The engine of a placement; `replicated` where W0 is not divided at all.
 
     Args:

@@ -23,7 +23,6 @@ from dlora.sharding.storage import own_storage
 from dlora.sharding.wire import WireCounter, ring_gather_bytes
 
 
-
 class Fsdp2:
     """Engine for `engine: fsdp2` with W0 over the ranks of a node or of the world."""
 

