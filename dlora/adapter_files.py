@@ -8,6 +8,8 @@ modules trained whole stand under their own names.
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,18 @@ from torch import Tensor, nn
 from dlora.api import attach
 from dlora.errors import UsageError
 from dlora.files import write_atomically
-from dlora.lora.attach import Attachment, attachment_of, named_adapters, named_copies
+from dlora.lora.attach import (
+    Attachment,
+    attachment_of,
+    named_adapters,
+    named_copies,
+    trainable_parameters,
+)
 from dlora.lora.config import LoraConfig
-from dlora.lora.hosts import HostMixin
+from dlora.lora.hosts import CHILD, HostMixin
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _READ = {  # PEFT's keys that have a meaning here, with the value that means "not used"
     "bias": "none",
     "use_dora": False,
@@ -37,7 +45,15 @@ _READ = {  # PEFT's keys that have a meaning here, with the value that means "no
     "exclude_modules": None,
     "arrow_config": None,
     "alora_invocation_tokens": None,
+    "ensure_weight_tying": False,
+    "use_qalora": False,
+    "use_bdlora": None,
+    "kasa_config": None,
+    "monteclora_config": None,
+    "velora_config": None,
 }
+# PEFT's initialisations that leave W0 as it is; the others' files are relative to another base.
+_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 
 
 def save_adapter(
@@ -60,7 +76,8 @@ def save_adapter(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_atomically(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))
-    text = json.dumps(peft_config(model, name), indent=2, sort_keys=True) + "\n"
+    # Not sorted: of two patterns that match, the first one counts.
+    text = json.dumps(peft_config(model, name), indent=2) + "\n"
     write_atomically(directory / CONFIG, text.encode())
 
 
@@ -77,17 +94,32 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
         attach(model, config)
     expected = peft_slots(model)
     tensors = _read_tensors(directory / WEIGHTS)
+    base_copies = _take_base_copies(model, tensors)
     missing, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
     if missing or extra:
         what, keys = ("lacks", missing) if missing else ("has the unexpected", extra)
         raise UsageError(f"{directory / WEIGHTS}: {what} {_some(keys)}")
+    for key, slot in expected.items():
+        if tensors[key].shape != slot.shape:
+            raise UsageError(
+                f"{directory / WEIGHTS}: {key} has shape {list(tensors[key].shape)}, "
+                f"the model expects {list(slot.shape)}"
+            )
+    for key, (stored, base) in base_copies.items():
+        if not _same_base(stored, base):
+            raise UsageError(
+                f"{directory / WEIGHTS}: {key} differs from this model's weight; the adapter was "
+                "trained on another base"
+            )
+    for path, _, adapter in named_adapters(model):
+        if not math.isclose(adapter.scaling, config.scaling_for(path)):
+            raise UsageError(
+                f"{directory / CONFIG}: lora_alpha, r and use_rslora scale {path} by "
+                f"{config.scaling_for(path):g}, but the adapter attached here is scaled by "
+                f"{adapter.scaling:g}"
+            )
     with torch.no_grad():
         for key, slot in expected.items():
-            if tensors[key].shape != slot.shape:
-                raise UsageError(
-                    f"{directory / WEIGHTS}: {key} has shape {list(tensors[key].shape)}, "
-                    f"the model expects {list(slot.shape)}"
-                )
             slot.copy_(tensors[key])
     return model
 
@@ -107,16 +139,25 @@ def read_config(directory: str | Path) -> LoraConfig:
     for key, unused in _READ.items():
         if raw.get(key, unused) not in (unused, None, [], {}):
             raise UsageError(f"{path}: {key}: {raw[key]!r} is not supported")
-    return LoraConfig(
-        r=raw["r"],
-        lora_alpha=raw["lora_alpha"],
-        lora_dropout=raw.get("lora_dropout") or 0.0,
-        target_modules=_targets(raw.get("target_modules")),
-        use_rslora=bool(raw.get("use_rslora")),
-        rank_pattern=raw.get("rank_pattern") or {},
-        alpha_pattern=raw.get("alpha_pattern") or {},
-        modules_to_save=tuple(raw.get("modules_to_save") or ()),
-    )
+    if raw.get("init_lora_weights", True) not in _INITS:
+        raise UsageError(
+            f"{path}: init_lora_weights: {raw['init_lora_weights']!r} rewrites the base; convert the "
+            "adapter with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
+        )
+    modules_to_save = tuple(raw.get("modules_to_save") or ())
+    try:
+        return LoraConfig(
+            r=raw.get("r", 8),
+            lora_alpha=raw.get("lora_alpha", 8),
+            lora_dropout=raw.get("lora_dropout") or 0.0,
+            target_modules=_targets(raw.get("target_modules"), modules_to_save),
+            use_rslora=bool(raw.get("use_rslora")),
+            rank_pattern=raw.get("rank_pattern") or {},
+            alpha_pattern=raw.get("alpha_pattern") or {},
+            modules_to_save=modules_to_save,
+        )
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
 
 
 def peft_config(model: nn.Module, base_model_name_or_path: str | None) -> dict[str, Any]:
@@ -143,29 +184,45 @@ def peft_config(model: nn.Module, base_model_name_or_path: str | None) -> dict[s
     }
 
 
-def peft_targets(model: nn.Module, attachment: Attachment) -> list[str]:
-    """Last names where they mean exactly the adapted modules, full paths where they would not."""
-    names = {path.rpartition(".")[2] for path in attachment.adapted}
-    meant = {
-        path
-        for path, _ in model.named_modules()
-        if path.rpartition(".")[2] in names and ".adapter" not in path
-    }
-    return sorted(names if meant == set(attachment.adapted) else attachment.adapted)
+def peft_targets(model: nn.Module, attachment: Attachment) -> list[str] | str:
+    """`target_modules` with which PEFT adapts exactly the adapted modules.
+
+    The shortest that will do: last names, else full paths, else an expression (a path such as `head`
+    also means `block.head`).
+    """
+    inner = tuple(f"{path}.{CHILD}" for path in (*attachment.adapted, *attachment.saved))
+    paths = [p for p, _ in model.named_modules() if p and not f"{p}.".startswith(inner)]
+    adapted = set(attachment.adapted)
+    for names in ({path.rpartition(".")[2] for path in adapted}, adapted):
+        suffixes = tuple(f".{name}" for name in names)
+        meant = {p for p in paths if f".{p}".endswith(suffixes) and not _in_saved(p, attachment)}
+        if meant == adapted:
+            return sorted(names)
+    return "|".join(re.escape(path) for path in attachment.adapted)
+
+
+def _in_saved(path: str, attachment: Attachment) -> bool:
+    return any(f"{path}.".startswith(f"{saved}.") for saved in attachment.saved)
+
+
+def peft_names(model: nn.Module) -> dict[str, str]:
+    """PEFT's key of each trainable parameter of an attached model, by its name in the model."""
+    names: dict[str, str] = {}
+    for path, host, _ in named_adapters(model):
+        embedding = isinstance(host, HostMixin) and host.is_embedding
+        key = "lora_embedding_{}" if embedding else "lora_{}.weight"
+        for factor in "AB":
+            names[f"{path}.{CHILD}.lora_{factor}"] = f"{PREFIX}{path}.{key.format(factor)}"
+    for path, _, copy in named_copies(model):
+        for name, _ in copy.named_parameters():
+            names[f"{path}.{CHILD}.{name}"] = f"{PREFIX}{path}.{name}"
+    return names
 
 
 def peft_slots(model: nn.Module) -> dict[str, Tensor]:
     """The live tensors of an attached model under PEFT's keys."""
-    slots: dict[str, Tensor] = {}
-    for path, host, adapter in named_adapters(model):
-        embedding = isinstance(host, HostMixin) and host.is_embedding
-        names = ("lora_embedding_{}", "") if embedding else ("lora_{}", ".weight")
-        for factor, tensor in (("A", adapter.lora_A), ("B", adapter.lora_B)):
-            slots[f"{_PREFIX}{path}.{names[0].format(factor)}{names[1]}"] = tensor.detach()
-    for path, _, copy in named_copies(model):
-        for name, parameter in copy.named_parameters():
-            slots[f"{_PREFIX}{path}.{name}"] = parameter.detach()
-    return slots
+    parameters = trainable_parameters(model)
+    return {key: parameters[name].detach() for name, key in peft_names(model).items()}
 
 
 def peft_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -186,8 +243,35 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise UsageError(f"{path}: is damaged or no safetensors file: {error}") from None
 
 
-def _targets(raw: Any) -> str | list[str]:
-    return raw if isinstance(raw, str) else sorted(raw or ())
+def _targets(raw: Any, modules_to_save: tuple[str, ...]) -> str | list[str]:
+    """PEFT's own rule drops what `modules_to_save` names from a list (as all-linear leaves it)."""
+    if isinstance(raw, str):
+        return raw
+    saved = [re.compile(rf"(.*\.)?{name}(\..*)?") for name in modules_to_save]
+    return sorted(n for n in raw or () if not any(s.fullmatch(n) for s in saved))
+
+
+def _take_base_copies(
+    model: nn.Module, tensors: dict[str, Tensor]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Remove from `tensors` the frozen weights that PEFT writes beside adapted embeddings and heads.
+
+    Returns (stored, the model's) by key.
+    """
+    found = {}
+    for path, host, _ in named_adapters(model):
+        key = f"{PREFIX}{path}.base_layer.weight"
+        if key in tensors:
+            found[key] = (tensors.pop(key), host.get_parameter("weight").detach())
+    return found
+
+
+def _same_base(stored: Tensor, base: Tensor) -> bool:
+    """Equal but for a cast; of a sharded weight only the shape can be seen without a collective."""
+    if stored.shape != base.shape or type(base) is not Tensor or base.device.type == "meta":
+        return stored.shape == base.shape
+    stored = stored.to(base.device)
+    return torch.equal(stored.to(base.dtype), base) or torch.equal(base.to(stored.dtype), stored)
 
 
 def _stored_transposed(model: nn.Module) -> bool:

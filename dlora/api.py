@@ -41,7 +41,7 @@ def attach(model: nn.Module, config: LoraConfig) -> nn.Module:
     replica: TrainedReplica | None = model.__dict__.get(_RECORD)
     attach_adapters(model, config, whole_weights=replica.engine.whole_weights if replica else None)
     if replica is not None:
-        replica.own(trainable_parameters(model))
+        _take_over(replica, model)
     return model
 
 
@@ -84,5 +84,11 @@ def replicate(model: nn.Module, engine: Engine) -> TrainedReplica:
     replica = TrainedReplica(engine)
     model.__dict__[_RECORD] = replica
     if named:
-        replica.own(named)
+        _take_over(replica, model)
     return replica
+
+
+def _take_over(replica: TrainedReplica, model: nn.Module) -> None:
+    named = trainable_parameters(model)
+    replica.own(named)
+    replica.engine.expect_gradients(model, named.values())

@@ -18,7 +18,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,21 +130,31 @@ def read(directory: Path) -> Checkpoint:
     Raises:
         UsageError: a file is missing, has another size or another hash than the manifest says.
     """
-    manifest = _read_json(directory / "manifest.json")
-    if manifest.get("format") != FORMAT:
-        raise UsageError(f"{directory}: checkpoint format {manifest.get('format')} is unknown")
-    for name, expected in manifest["files"].items():
-        path = directory / name
-        content = path.read_bytes() if path.is_file() else None
-        if content is None or len(content) != expected["bytes"]:
-            raise UsageError(f"{path}: is missing or has the wrong size; the checkpoint is damaged")
-        if hashlib.sha256(content).hexdigest() != expected["sha256"]:
-            raise UsageError(f"{path}: does not match its SHA-256; the checkpoint is damaged")
+    verify(directory)
     return Checkpoint(
         load_file(directory / "adapter.safetensors"),
         load_file(directory / "optimizer.safetensors"),
         _read_json(directory / "state.json"),
     )
+
+
+def verify(directory: Path, names: Collection[str] | None = None) -> None:
+    """Check files against the manifest: those called `names`, by default all.
+
+    Raises:
+        UsageError: a file is missing, has another size or another hash than the manifest says.
+    """
+    manifest = _read_json(directory / "manifest.json")
+    if manifest.get("format") != FORMAT:
+        raise UsageError(f"{directory}: checkpoint format {manifest.get('format')} is unknown")
+    for name in manifest["files"] if names is None else names:
+        path, expected = directory / name, manifest["files"].get(name)
+        if not expected or not path.is_file() or path.stat().st_size != expected["bytes"]:
+            raise UsageError(f"{path}: is missing or has the wrong size; the checkpoint is damaged")
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != expected["sha256"]:
+            raise UsageError(f"{path}: does not match its SHA-256; the checkpoint is damaged")
 
 
 def newest(root: Path, warn: Any = print) -> Path | None:

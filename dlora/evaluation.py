@@ -39,11 +39,7 @@ def held_out_loss(
     with inference(model):
         for ids in dealt[rank]:
             batch = collate([dataset[i] for i in ids], pad_id, device)
-            loss = model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                targets=batch.targets,
-            )
+            loss = model(input_ids=batch.input_ids, targets=batch.targets)
             sums += torch.tensor([float(loss), float(batch.num_targets)], dtype=torch.float64)
     if world > 1:
         sums = sums.to(device)

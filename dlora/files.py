@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -20,6 +22,27 @@ def write_atomically(path: Path, content: bytes) -> None:
         with contextlib.suppress(FileNotFoundError):
             beside.unlink()
     sync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def new_directory(final: Path) -> Iterator[Path]:
+    """A temporary directory that gets the name `final` when the block ends well, and else vanishes.
+
+    `final` must not exist, or be empty. What has the name is complete, also after a power cut.
+    """
+    beside = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        for path in beside.rglob("*"):
+            sync_directory(path)  # opens files just as well
+        sync_directory(beside)
+        os.replace(beside, final)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    sync_directory(final.parent)
 
 
 def sync_directory(directory: Path) -> None:

@@ -7,6 +7,7 @@ thread, because Linux keeps no peak of it.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 
@@ -41,6 +42,17 @@ class MemoryMeter:
         pause = threading.Event()
         while not pause.wait(_EVERY_SECONDS):
             self._sample()
+
+
+def trim() -> None:
+    """Hand free heap pages back to the kernel.
+
+    Sequences of ever new lengths fragment glibc's heap, which then grows long after the live tensors
+    stopped to. Elsewhere than on glibc it does nothing.
+    """
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
 def private_bytes() -> int:

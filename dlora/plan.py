@@ -77,7 +77,7 @@ def budget(
     gathered = [group.gathered_bytes(size) for group in groups]
     numel = sum(p.numel() for p in trainable.values())
     item = next(iter(trainable.values())).element_size()
-    passes = 0
+    passes = 0.0
     for group, nbytes in zip(groups, gathered, strict=True):
         again = group.freed and _gradient_reaches(group, skeleton, trainable)
         passes += ring_gather_bytes(nbytes, size) * (2 if again else 1)

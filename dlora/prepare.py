@@ -10,7 +10,7 @@ from typing import Any
 from dlora.adapter_files import read_config
 from dlora.base_model import BaseModel, find_base
 from dlora.config import Config
-from dlora.data import Dataset, Sampler, load_examples
+from dlora.data import Dataset, Sampler, check_source, load_examples
 from dlora.errors import UsageError
 from dlora.lora.attach import attach, trainable_parameters
 from dlora.lora.config import LoraConfig
@@ -57,6 +57,11 @@ def prepare(
     topology = Topology(rank, world, config.sharding.ranks_per_node or local_world)
     placement = resolve_placement(config.sharding.engine, config.sharding.base, topology)
     lora = lora_config(config)
+    if config.model.path.endswith(".gguf"):
+        # Its tokenizer comes with the conversion, and a typo in the data must not wait for that.
+        for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+            if source is not None:
+                check_source(source, key=key, format=config.data.format)
     base = find_base(
         config.model.path,
         dtype=config.model.dtype,
@@ -71,12 +76,10 @@ def prepare(
     with keyed_by("adapter"):
         attach(skeleton, lora)
     tokenizer = base.tokenizer()
-    data = {key: _load(config, key, tokenizer) for key in ("train", "eval")}
-    for key, dataset in data.items():
-        if dataset is not None:
-            announce(f"data.{key}: {dataset.report}")
+    train = _load(config, "train", config.data.train, tokenizer, announce)
+    held_out = config.data.eval and _load(config, "eval", config.data.eval, tokenizer, announce)
     sampler = Sampler(
-        len(data["train"]),
+        len(train),
         config.train.global_batch_size,
         config.train.seed,
         config.data.shuffle,
@@ -92,7 +95,7 @@ def prepare(
         micro_batches=micro_batches,
     )
     return Preparation(
-        base, tokenizer, data["train"], data["eval"], sampler, lora, placement, topology, planned
+        base, tokenizer, train, held_out or None, sampler, lora, placement, topology, planned
     )
 
 
@@ -128,17 +131,22 @@ def keyed_by(section: str) -> Iterator[None]:
         raise UsageError(f"{section}.{error}") from None
 
 
-def _load(config: Config, key: str, tokenizer: Any) -> Dataset | None:
-    source = getattr(config.data, key)
-    if source is None:
-        return None
-    return load_examples(
+def _load(
+    config: Config,
+    key: str,
+    source: str | list[str],
+    tokenizer: Any,
+    announce: Callable[[str], None],
+) -> Dataset:
+    dataset = load_examples(
         source,
         key=f"data.{key}",
         format=config.data.format,
         tokenizer=tokenizer,
         max_length=config.data.max_length,
     )
+    announce(f"data.{key}: {dataset.report}")
+    return dataset
 
 
 def _length(config: Config) -> dict[str, int]:

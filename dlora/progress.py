@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -50,3 +51,36 @@ class StepDisplay:
             self._bar.update(self._task, completed=record["step"], figures=figures)
         elif self._enabled:
             print(f"step {record['step']}/{self._total}  {figures}", flush=True)
+
+
+class CopyDisplay:
+    """Progress of writing files: a bar of bytes on a terminal, a plain line per file elsewhere."""
+
+    def __init__(self, total: int, say: Callable[[str], None] = print) -> None:
+        self._total, self._say, self._done = total, say, 0
+        self._bar: Any = None
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+            self._bar = Progress(BarColumn(), DownloadColumn(), TimeRemainingColumn())
+            self._task = self._bar.add_task("", total=total)
+
+    def __enter__(self) -> CopyDisplay:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, nbytes: int) -> None:
+        """Count bytes that have been written."""
+        self._done += nbytes
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done)
+
+    def finish(self, name: str) -> None:
+        """A file is complete."""
+        if self._bar is None:
+            self._say(f"{name}  {self._done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB")

@@ -86,7 +86,7 @@ def open_directory(config: Config, preparation: Preparation, start: int) -> Metr
 
 def resolved_yaml(config: Config, preparation: Preparation) -> str:
     """The configuration with the placement that was chosen."""
-    sharding = replace(config.sharding, base=preparation.placement.base)
+    sharding = replace(config.sharding, base=preparation.placement.base)  # type: ignore[arg-type]
     return dump_yaml(replace(config, sharding=sharding))
 
 

@@ -26,7 +26,7 @@ from dlora.data.collate import Batch, collate
 from dlora.evaluation import held_out_loss, sample_answers
 from dlora.lora.attach import attachment_of
 from dlora.lora.dropout import SampleKeys
-from dlora.memory import MemoryMeter
+from dlora.memory import MemoryMeter, trim
 from dlora.metrics import SilentLog
 from dlora.objectives import targets
 from dlora.optim.schedule import lr_factor, set_lr
@@ -107,7 +107,7 @@ class Run:
                         [prepared.train[i] for i in micro], prepared.pad_id, runtime.device
                     )
                     with self.sample_keys(step, batch):
-                        loss = forward(model, batch)
+                        loss = model(input_ids=batch.input_ids, targets=batch.targets)
                         loss.backward()
                     loss_sum += loss.detach()
                     tokens += batch.num_targets
@@ -126,8 +126,9 @@ class Run:
                 # 5  look, log, save
                 done = step + 1
                 last = done == self.total_steps
-                if done % AUDIT_EVERY == 0 or last:
+                if due(done, AUDIT_EVERY) or last:
                     replica.audit()
+                    trim()
                 seconds = time.perf_counter() - began
                 record = {
                     "step": done,
@@ -268,13 +269,6 @@ def build_optimizer(config: Config, replica: TrainedReplica) -> Optimizer:
     if section.name == "sgd":
         return torch.optim.SGD(groups)
     return torch.optim.AdamW(groups, fused=True)
-
-
-def forward(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Σ cross entropy over the batch's targets."""
-    return model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, targets=batch.targets
-    )
 
 
 def seed_of(*key: int) -> int:

@@ -9,7 +9,7 @@ Nothing here knows of ranks beyond their number: every rank loads the same data 
 own part of every step.
 """
 
-from dlora.data.dataset import Dataset, Report, load_examples
+from dlora.data.dataset import Dataset, Report, check_source, load_examples
 from dlora.data.encode import NO_TARGET, Example
 from dlora.data.formats import FORMATS, record_format
 from dlora.data.sampler import Sampler, batch_hash, deal
@@ -22,6 +22,7 @@ __all__ = [
     "Report",
     "Sampler",
     "batch_hash",
+    "check_source",
     "deal",
     "load_examples",
     "record_format",

@@ -1,4 +1,4 @@
-"""From examples to the tensors of one forward. B: sequences; S: the longest one's tokens."""
+"""From examples to the tensors of one forward. B: sequences; S: their common padded length."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,13 +8,17 @@ from torch import Tensor
 
 from dlora.data.encode import NO_TARGET, Example
 
+PAD_TO = 8  # few distinct shapes: each new one costs kernels of its own
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     """One micro-batch, padded on the right.
 
+    There is no attention mask: what is causal looks to the left only, where no padding is, and
+    padded positions carry no target. So attention takes its causal path, without a mask tensor.
+
     input_ids: [B, S] int64.
-    attention_mask: [B, S] int64, 1 for tokens and 0 for padding; None when nothing is padded.
     targets: [B, S] int64; targets[b, t] is the id that position t must predict (labels shifted left
         by one), -100 where there is no loss.
     ids, lengths: the sequences' ids in the data set and their tokens without padding.
@@ -22,7 +26,6 @@ class Batch:
     """
 
     input_ids: Tensor
-    attention_mask: Tensor | None
     targets: Tensor
     ids: list[int]
     lengths: list[int]
@@ -30,26 +33,23 @@ class Batch:
 
 
 def collate(examples: Sequence[Example], pad_id: int, device: torch.device | str = "cpu") -> Batch:
-    """Pads the examples to one length and shifts their labels.
+    """Pads the examples to one length, a multiple of 8, and shifts their labels.
 
-    No examples give a batch of 1 x 2 padding tokens without targets: a rank that runs short passes
+    No examples give a batch of 1 x 8 padding tokens without targets: a rank that runs short passes
     it through the model, because its peers gather W0 together with it.
     """
     lengths = [len(example) for example in examples]
-    rows, longest = max(1, len(examples)), max(lengths, default=2)
-    input_ids = torch.full((rows, longest), pad_id, dtype=torch.int64)
-    targets = torch.full((rows, longest), NO_TARGET, dtype=torch.int64)
-    mask = torch.zeros((rows, longest), dtype=torch.int64)
+    rows, longest = max(1, len(examples)), max(lengths, default=1)
+    padded = -(-longest // PAD_TO) * PAD_TO
+    input_ids = torch.full((rows, padded), pad_id, dtype=torch.int64)
+    targets = torch.full((rows, padded), NO_TARGET, dtype=torch.int64)
     for row, example in enumerate(examples):
-        length = lengths[row]
         # Copied: an example is a read-only view, which torch.from_numpy does not take.
-        input_ids[row, :length] = torch.tensor(example.input_ids, dtype=torch.int64)
-        targets[row, : length - 1] = torch.tensor(example.labels[1:], dtype=torch.int64)
-        mask[row, :length] = 1
-    padded = any(length < longest for length in lengths)
+        input_ids[row, : len(example)] = torch.tensor(example.input_ids, dtype=torch.int64)
+        shifted = torch.tensor(example.labels[1:], dtype=torch.int64)
+        targets[row, : len(shifted)] = shifted
     return Batch(
         input_ids=input_ids.to(device),
-        attention_mask=mask.to(device) if padded else None,
         targets=targets.to(device),
         ids=[example.id for example in examples],
         lengths=lengths,

@@ -12,8 +12,8 @@ import numpy.typing as npt
 from dlora.data.builtin import PREFIX
 from dlora.data.chat import ChatRenderer, Rendered
 from dlora.data.encode import Encoder, Example, Int32Array, count_targets
-from dlora.data.files import read_records
-from dlora.data.formats import FORMATS, RecordError
+from dlora.data.files import Record, read_records
+from dlora.data.formats import FORMATS, Conversation, RecordError
 from dlora.errors import UsageError
 
 _BATCH = 512  # texts per call of the tokenizer: enough for its threads, little in memory
@@ -101,12 +101,9 @@ def load_examples(
     max_length: tokens; what is longer is cut on the right, and dropped if no target is left.
     Raises UsageError, one line with file and line, for whatever the user can put right.
     """
-    if format not in FORMATS:
-        raise UsageError(f"data.format: {format!r} is unknown; expected one of {list(FORMATS)}")
-    if isinstance(source, str) and source.startswith(PREFIX) and format != "chat":
-        raise UsageError(f"data.format: {key} {source} holds chats; expected chat, not {format}")
+    contents = _contents(source, key, format)
     encoder = Encoder(tokenizer, special_tokens=format == "text", key=key)
-    texts = _texts(source, key, format, tokenizer)
+    texts = _texts(contents, ChatRenderer(tokenizer, key) if format != "text" else None)
 
     ids: list[Int32Array] = []
     labels: list[Int32Array] = []
@@ -139,14 +136,33 @@ def load_examples(
     return Dataset(np.concatenate(ids), np.concatenate(labels), starts, report)
 
 
-def _texts(
-    source: str | Sequence[str], key: str, format: str, tokenizer: Any
-) -> Iterator[Rendered]:
-    """Every record of the source as a text with spans; errors get their file and line here."""
-    renderer = ChatRenderer(tokenizer, key) if format != "text" else None
+def check_source(source: str | Sequence[str], *, key: str, format: str) -> None:
+    """Raises the UsageErrors of `load_examples` that need no tokenizer: files, lines and fields."""
+    for _ in _contents(source, key, format):
+        pass
+
+
+def _contents(
+    source: str | Sequence[str], key: str, format: str
+) -> Iterator[tuple[Record, Conversation | str]]:
+    """Every record of the source with what its format makes of it."""
+    if format not in FORMATS:
+        raise UsageError(f"data.format: {format!r} is unknown; expected one of {list(FORMATS)}")
+    if isinstance(source, str) and source.startswith(PREFIX) and format != "chat":
+        raise UsageError(f"data.format: {key} {source} holds chats; expected chat, not {format}")
     for record in read_records(source, key):
         try:
-            content = FORMATS[format](record.value)
+            yield record, FORMATS[format](record.value)
+        except RecordError as error:
+            raise UsageError(f"{record.where}: {error}") from None
+
+
+def _texts(
+    contents: Iterator[tuple[Record, Conversation | str]], renderer: ChatRenderer | None
+) -> Iterator[Rendered]:
+    """Every record as a text with spans."""
+    for record, content in contents:
+        try:
             if isinstance(content, str):
                 yield Rendered(content, spans=None, append_eos=True)
             elif renderer is not None:

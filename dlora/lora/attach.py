@@ -49,8 +49,7 @@ def attach(
         raise UsageError("attach: this model carries adapters already")
     adapted, saved = target_paths(model, config), saved_paths(model, config)
     for path in (*adapted, *saved):
-        if hasattr(model.get_submodule(path), CHILD):
-            raise UsageError(f"attach: {path} has an attribute named {CHILD!r} already")
+        _check_free(model.get_submodule(path), path)
     attachment = Attachment(config, adapted, saved)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -100,7 +99,13 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is its base: every host computes as if nothing had been attached."""
+    """Inside, the model is its base: every host computes as if nothing had been attached.
+
+    Raises:
+        UsageError: the model is merged, and what it computes without adapters is not its base.
+    """
+    if "dlora_originals" in model.__dict__:
+        raise UsageError("disabled: this model is merged; call dlora.unmerge first")
     children = [child for _, _, child in (*named_adapters(model), *named_copies(model))]
     before = [child.enabled for child in children]
     for child in children:
@@ -110,6 +115,16 @@ def disabled(model: nn.Module) -> Iterator[None]:
     finally:
         for child, enabled in zip(children, before, strict=True):
             child.enabled = enabled
+
+
+def _check_free(module: nn.Module, path: str) -> None:
+    if hasattr(module, CHILD):
+        raise UsageError(f"attach: {path} has an attribute named {CHILD!r} already")
+    if "forward" in module.__dict__:
+        raise UsageError(
+            f"attach: {path} has a forward set on the instance (as accelerate's hooks do), which "
+            "would pass the adapter by; remove it first"
+        )
 
 
 def _attach_adapter(module: nn.Module, path: str, attachment: Attachment) -> None:
@@ -152,10 +167,13 @@ def _plain_weights(module: nn.Module) -> AbstractContextManager[dict[str, Tensor
 def _forbid_fused_inference(model: nn.Module) -> None:
     """torch's fused encoder layer reads weights past `forward` in eval mode, and so past the adapter.
 
-    It stands back from layers that carry a hook, which is the documented way to switch it off.
+    It stands back from layers that carry a hook, which is the documented way to switch it off; but the
+    stack around them goes on to pack padded batches into nested tensors, which only it can read.
     """
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and any(
-            hasattr(child, CHILD) for child in module.modules()
-        ):
+        if not any(hasattr(child, CHILD) for child in module.modules()):
+            continue
+        if isinstance(module, nn.TransformerEncoderLayer):
             module.register_forward_pre_hook(lambda module, args: None)
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False

@@ -26,7 +26,9 @@ class LoraConfig:
         init_lora_weights: `True` (A Kaiming-uniform, B zero); other values are not built yet.
         rank_pattern, alpha_pattern: regular expression → r or α for the modules whose path matches
             `(.*\\.)?(expression)$`; the first match in the order given wins.
-        modules_to_save: module names trained whole, in a float32 copy beside the frozen original.
+        modules_to_save: modules trained whole, in a float32 copy beside the frozen original: those
+            whose path ends with one of these names (`norm` means `input_layernorm` too, as in PEFT).
+            They get no adapter.
 
     Raises:
         UsageError: a value is out of range; the message names the field.

@@ -35,6 +35,7 @@ class DropoutStream:
 
     def __init__(self) -> None:
         self._keys: SampleKeys | None = None
+        self._positions: Tensor | None = None
 
     @contextmanager
     def keyed(self, keys: SampleKeys) -> Iterator[None]:
@@ -45,6 +46,15 @@ class DropoutStream:
         finally:
             self._keys = previous
 
+    @contextmanager
+    def at(self, positions: Tensor) -> Iterator[None]:
+        """Inside, x is not the whole grid but its tokens at `positions` [T, 2], pairs (row, token)."""
+        previous, self._positions = self._positions, positions
+        try:
+            yield
+        finally:
+            self._positions = previous
+
     def keep_mask(self, x: Tensor, p: float, layer: str) -> Tensor:
         """A bool mask shaped like x, True with probability 1 − p.
 
@@ -54,19 +64,36 @@ class DropoutStream:
         if self._keys is None:
             return torch.rand(x.shape, device=x.device) >= p
         keys = self._keys
+        if not keys.ids:  # a pass of weight zero, made to keep in step with other ranks
+            return torch.ones(x.shape, dtype=torch.bool, device=x.device)
+        if self._positions is not None:
+            return _picked_mask(x, p, layer, keys, self._positions)
         rows, features = len(keys.ids), x.shape[-1]
-        tokens, rest = divmod(x.numel() // features, max(rows, 1))
-        if rest or tokens < max(keys.lengths, default=0):
+        tokens, rest = divmod(x.numel() // features, rows)
+        if rest or tokens < max(keys.lengths):
             # An input that is no [rows, tokens] grid any more (a mixture-of-experts branch, say)
             # cannot be split by sequence: one stream for all of it, still exact on recomputation.
             generator = _generator(x.device, keys.seed, keys.step, tuple(keys.ids), layer)
             return torch.rand(x.shape, device=x.device, generator=generator) >= p
         keep = torch.ones(rows, tokens, features, dtype=torch.bool, device=x.device)
-        for row, (sequence, length) in enumerate(zip(keys.ids, keys.lengths, strict=True)):
-            generator = _generator(x.device, keys.seed, keys.step, sequence, layer)
-            draws = torch.rand(length, features, device=x.device, generator=generator)
-            keep[row, :length] = draws >= p
+        for row, length in enumerate(keys.lengths):
+            keep[row, :length] = _sequence_mask(x, p, layer, keys, row)
         return keep.view(x.shape)
+
+
+def _picked_mask(x: Tensor, p: float, layer: str, keys: SampleKeys, positions: Tensor) -> Tensor:
+    row_T, token_T = positions.unbind(1)
+    keep = torch.ones(x.shape, dtype=torch.bool, device=x.device)
+    for row in row_T.unique().tolist():
+        here = row_T == row
+        keep[here] = _sequence_mask(x, p, layer, keys, row)[token_T[here]]
+    return keep
+
+
+def _sequence_mask(x: Tensor, p: float, layer: str, keys: SampleKeys, row: int) -> Tensor:
+    """The mask [length, n] of one sequence, wherever it stands."""
+    generator = _generator(x.device, keys.seed, keys.step, keys.ids[row], layer)
+    return torch.rand(keys.lengths[row], x.shape[-1], device=x.device, generator=generator) >= p
 
 
 def _generator(device: torch.device, *key: object) -> torch.Generator:

@@ -23,16 +23,17 @@ class Merged:
     loss: float
 
 
-def merged_weight(weight: Tensor, delta: Tensor) -> Merged:
+def merged_weight(weight: Tensor, delta: Tensor, dtype: torch.dtype | None = None) -> Merged:
     """W = cast(float32(W0) + ΔW), added in float32 (float64 for a float64 base) and cast once.
 
     Args:
         weight: W0, [m, n] or transposed; delta: ΔW of the same shape, float32 or float64.
+        dtype: of W; by default that of W0.
 
     The loss is ‖(W − W0) − ΔW‖ / ‖ΔW‖, 0 for ΔW = 0.
     """
     base = weight.to(delta.dtype)
-    merged = (base + delta).to(weight.dtype)
+    merged = (base + delta).to(dtype or weight.dtype)
     norm = delta.norm()
     loss = ((merged.to(delta.dtype) - base) - delta).norm() / norm if norm > 0 else norm
     return Merged(merged, float(loss))
@@ -64,7 +65,8 @@ def merge(model: nn.Module) -> nn.Module:
     for path, host, copy in named_copies(model):
         for name, value in copy.cast().items():
             originals[f"{path}.{name}"] = host.get_parameter(name)
-            _set_parameter(model, f"{path}.{name}", nn.Parameter(value, requires_grad=False))
+            merged = nn.Parameter(value.clone(), requires_grad=False)  # never the master itself
+            _set_parameter(model, f"{path}.{name}", merged)
         copy.enabled = False
     model.dlora_originals = originals  # type: ignore[assignment]
     warn_of_rounding(losses)
@@ -86,15 +88,21 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 def warn_of_rounding(losses: dict[str, float]) -> None:
     """One warning for all weights whose merge lost more than 1 % of ΔW to rounding."""
+    if line := rounding_line(losses, "the base's dtype"):
+        warnings.warn(line, stacklevel=3)
+
+
+def rounding_line(losses: dict[str, float], dtype: str) -> str | None:
+    """What to say of merges into `dtype`, of which some lost more than 1 % of ΔW to rounding."""
     lossy = {path: loss for path, loss in losses.items() if loss > LOSS_WORTH_A_WARNING}
-    if lossy:
-        worst = max(lossy, key=lossy.__getitem__)
-        warnings.warn(
-            f"merge: rounding to the base's dtype loses more than 1 % of ΔW in {len(lossy)} of "
-            f"{len(losses)} weights (worst: {lossy[worst]:.1%} in {worst}); "
-            "keep the adapter beside the base, or merge into float32",
-            stacklevel=3,
-        )
+    if not lossy:
+        return None
+    worst = max(lossy, key=lossy.__getitem__)
+    return (
+        f"merge: rounding to {dtype} loses more than 1 % of ΔW in {len(lossy)} of "
+        f"{len(losses)} weights (worst: {lossy[worst]:.1%} in {worst}); "
+        "keep the adapter beside the base, or merge into float32"
+    )
 
 
 def _check_mergeable(model: nn.Module) -> None:

@@ -26,11 +26,9 @@ def target_paths(model: nn.Module, config: LoraConfig) -> list[str]:
     if targets == "all-linear":
         paths = [p for p in _all_linear(model, modules) if not _inside(p, saved)]
     else:
-        paths = _matching(modules, targets)
+        paths = _matching(modules, targets, saved)
         for path in paths:
             _check_can_host(path, modules)
-            if _inside(path, saved):
-                raise UsageError(f"target_modules: {path} is also named by modules_to_save")
     if not paths and not saved:
         raise UsageError(f"target_modules: {targets!r} matches no linear layer of this model")
     for key, pattern in (
@@ -49,16 +47,20 @@ def target_paths(model: nn.Module, config: LoraConfig) -> list[str]:
 def saved_paths(model: nn.Module, config: LoraConfig) -> list[str]:
     """Paths of the modules that are trained whole."""
     modules = {path: module for path, module in model.named_modules() if path}
-    paths = []
+    paths: list[str] = []
     for name in config.modules_to_save:
-        matches = [p for p in modules if p == name or p.endswith(f".{name}")]
+        matches = [p for p in modules if p.endswith(name)]
         if not matches:
             raise UsageError(
                 f"modules_to_save: {name!r} matches no module{_candidates(name, modules)}"
             )
-        paths += [p for p in matches if any(True for _ in modules[p].parameters())]
-        if not paths:
+        matches = [p for p in matches if any(True for _ in modules[p].parameters())]
+        if not matches:
             raise UsageError(f"modules_to_save: {name!r} has no parameters to train")
+        paths += matches
+    for path in paths:
+        if _inside(path.rpartition(".")[0], set(paths)):
+            raise UsageError(f"modules_to_save: {path} lies inside another module that it matches")
     return list(dict.fromkeys(paths))
 
 
@@ -79,24 +81,22 @@ def _output_head(model: nn.Module) -> nn.Module | None:
     return find() if callable(find) else None
 
 
-def _matching(modules: dict[str, nn.Module], targets: str | Iterable[str]) -> list[str]:
-    if isinstance(targets, str):
-        paths = [p for p in modules if re.fullmatch(targets, p)]
-        if not paths:
-            raise UsageError(
-                f"target_modules: the regular expression {targets!r} matches no module"
-                f"{_candidates(targets, modules)}"
-            )
-        return paths
-    found = set()
-    for name in targets:
-        matches = {p for p in modules if p == name or p.endswith(f".{name}")}
-        if not matches:
-            raise UsageError(
-                f"target_modules: {name!r} matches no module{_candidates(name, modules)}"
-            )
-        found |= matches
-    return [p for p in modules if p in found]
+def _matching(
+    modules: dict[str, nn.Module], targets: str | Iterable[str], saved: set[str]
+) -> list[str]:
+    """What an expression or the names mean; as in PEFT, `modules_to_save` go before."""
+    is_regex = isinstance(targets, str)
+    found: set[str] = set()
+    for entry in [targets] if isinstance(targets, str) else targets:
+        named = f"target_modules: {'the regular expression ' if is_regex else ''}{entry!r}"
+        expression = entry if is_regex else rf"(.*\.)?{re.escape(entry)}"
+        meant = {p for p in modules if re.fullmatch(expression, p)}
+        if not meant:
+            raise UsageError(f"{named} matches no module{_candidates(entry, modules)}")
+        if all(_inside(p, saved) for p in meant):
+            raise UsageError(f"{named} matches only what modules_to_save trains whole")
+        found |= meant
+    return [p for p in modules if p in found and not _inside(p, saved)]
 
 
 def _check_can_host(path: str, modules: dict[str, nn.Module]) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,11 +21,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dlora.errors import UsageError
+from dlora.lora.hosts import CHILD
 
 IGNORED = -100
 CHUNK_BYTES = 64 << 20  # of float32 logits at a time
 
-Logits = Callable[[Tensor], Tensor]
+Logits = Callable[[Tensor, Tensor], Tensor]
 
 
 class ChunkedTargetLoss(torch.autograd.Function):
@@ -36,6 +38,7 @@ class ChunkedTargetLoss(torch.autograd.Function):
         logits: Logits,
         hidden: Tensor,
         targets: Tensor,
+        positions: Tensor,
         chunk: int,
         needs_grad: bool,
         *parameters: Tensor,
@@ -49,17 +52,17 @@ class ChunkedTargetLoss(torch.autograd.Function):
             piece = slice(start, start + chunk)
             with torch.set_grad_enabled(needs_grad):
                 h = hidden.detach()[piece].requires_grad_(needs_grad)
-                loss = F.cross_entropy(
-                    _at_least_float32(logits(h)), targets[piece], reduction="sum"
-                )
+                z = _at_least_float32(logits(h, positions[piece]))
+                loss = F.cross_entropy(z, targets[piece], reduction="sum")
             total += loss.detach().double()
             wanted = [t for t, s in zip((h, *parameters), sums, strict=False) if s is not None]
             if wanted:
-                gradients = iter(torch.autograd.grad(loss, wanted))
+                # Unused are A and B of a head that is disabled or merged: their gradient stays zero.
+                gradients = iter(torch.autograd.grad(loss, wanted, allow_unused=True))
                 for index, accumulated in enumerate(sums):
-                    if accumulated is not None:
+                    if accumulated is not None and (gradient := next(gradients)) is not None:
                         target = accumulated[piece] if index == 0 else accumulated
-                        target += next(gradients)
+                        target += gradient
         ctx.sums = sums
         return total.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
 
@@ -67,7 +70,7 @@ class ChunkedTargetLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [None if s is None else s.mul_(grads[0].to(s.dtype)) for s in ctx.sums]
-        return None, scaled[0], None, None, None, *scaled[1:]
+        return None, scaled[0], None, None, None, None, *scaled[1:]
 
 
 def target_loss(head: nn.Module, logits: Logits, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -75,23 +78,24 @@ def target_loss(head: nn.Module, logits: Logits, hidden: Tensor, targets: Tensor
 
     Args:
         head: the output head, called once so that whatever gathers its weight does so.
-        logits: hidden [chunk, H] → logits [chunk, V], inside the head's forward.
+        logits: hidden [chunk, H] and where its rows stand in the batch [chunk, 2] (row, token) →
+            logits [chunk, V], inside the head's forward.
         hidden: [rows, tokens, H]; targets: [rows, tokens], −100 where there is none.
 
     Without any target the result is 0 with zero gradients, so that ranks stay in step.
     """
-    chosen = targets != IGNORED
-    h, t = hidden[chosen], targets[chosen]
+    positions = (targets != IGNORED).nonzero()
+    h, t = hidden[tuple(positions.T)], targets[tuple(positions.T)]
     vocabulary = getattr(head, "out_features", None) or getattr(head, "nf", 0) or 1 << 16
     chunk = max(1, CHUNK_BYTES // (4 * int(vocabulary)))
     trained = [p for p in head.parameters() if p.requires_grad]
     needs_grad = torch.is_grad_enabled() and (h.requires_grad or bool(trained))
 
     def forward_in_chunks(_: Any, rows: Tensor) -> Tensor:
-        return ChunkedTargetLoss.apply(logits, rows, t, chunk, needs_grad, *trained)
+        return ChunkedTargetLoss.apply(logits, rows, t, positions, chunk, needs_grad, *trained)
 
     own_forward = head.__dict__.get("forward")
-    head.forward = types.MethodType(forward_in_chunks, head)  # type: ignore[method-assign]
+    head.forward = types.MethodType(forward_in_chunks, head)
     try:
         return head(h)
     finally:
@@ -119,41 +123,101 @@ def install(model: nn.Module) -> None:
         hidden = parts.decoder(*args, use_cache=False, **kwargs)[0]
         return target_loss(parts.head, parts.logits, hidden, targets)
 
-    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+    model.forward = types.MethodType(forward, model)
 
 
 class Parts:
     """The decoder and the head of a causal language model, and what it does to logits between."""
 
-    def __init__(self, decoder: nn.Module, head: nn.Module, config: Any) -> None:
+    def __init__(self, model: nn.Module, decoder: nn.Module, head: nn.Module) -> None:
         self.decoder, self.head = decoder, head
-        self._cap = getattr(config, "final_logit_softcapping", None)
-        self._scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
-        self._divide = getattr(config, "logits_scaling", None) or 1.0  # Granite divides
+        config = getattr(model, "config", None)
+        caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+        self._cap = next((cap for name in caps if (cap := getattr(config, name, None))), None)
+        scale = getattr(model, "logit_scale", None) or 1.0  # Cohere
+        scale *= getattr(decoder, "lm_head_multiplier", None) or 1.0  # Falcon-H1
+        self._scale = scale / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """The head's own forward (adapter included), then the model's scale and soft cap."""
-        logits = type(self.head).forward(self.head, hidden)
-        logits = logits * self._scale / self._divide if self._scaled else logits
-        return torch.tanh(logits / self._cap) * self._cap if self._cap else logits
+        stream = getattr(getattr(self.head, CHILD, None), "stream", None)
+        with stream.at(positions) if stream is not None else nullcontext():
+            return self.finish(type(self.head).forward(self.head, hidden))
 
-    @property
-    def _scaled(self) -> bool:
-        return self._scale != 1.0 or self._divide != 1.0
+    def finish(self, logits: Tensor) -> Tensor:
+        """What the model does to its head's output."""
+        logits = logits * self._scale if self._scale != 1.0 else logits
+        return torch.tanh(logits / self._cap) * self._cap if self._cap else logits
 
 
 def model_parts(model: Any) -> Parts:
-    """Find the decoder and the output head the way transformers names them."""
+    """Find the decoder and the output head the way transformers names them.
+
+    Raises:
+        UsageError: the model is no decoder with an output head, or computes something between them
+            or after them that is not known here.
+    """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     decoder = getattr(model, "base_model", None)
-    config = getattr(model, "config", None)
     if head is None or decoder is None or decoder is model:
         raise UsageError(
             f"model.path: {type(model).__name__} is no causal language model with an output head"
         )
-    if getattr(config, "is_encoder_decoder", False):
+    if getattr(model.config, "is_encoder_decoder", False):
         raise UsageError(f"model.path: {type(model).__name__} is an encoder-decoder model")
-    return Parts(decoder, head, config)
+    parts = Parts(model, decoder, head)
+    others = [n for n, child in model.named_children() if child not in (decoder, head)]
+    others = [n for n in others if any(True for _ in model.get_submodule(n).parameters())]
+    if others or head not in model.children() or not _is_whole(model, parts):
+        raise UsageError(
+            f"model.path: {type(model).__name__} does more than decoder, output head and a scale or "
+            "soft cap of the logits, so its loss cannot be computed in chunks"
+        )
+    return parts
+
+
+class _Decoder(nn.Module):
+    """Stands in for a decoder, its inner modules and what it returns: a given hidden state."""
+
+    def __init__(self, decoder: nn.Module, hidden: Tensor) -> None:
+        super().__init__()
+        self.__dict__.update(original=decoder, last_hidden_state=hidden)
+
+    def forward(self, *_: Any, **__: Any) -> _Decoder:
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.original, name, None)
+        return self if isinstance(value, nn.Module) else value
+
+    def __getitem__(self, index: Any) -> Any:
+        return (self.last_hidden_state,)[index]
+
+
+class _Head(nn.Identity):
+    """Stands in for an output head: its logits are the hidden state."""
+
+    weight = torch.zeros(())
+
+
+def _is_whole(model: nn.Module, parts: Parts) -> bool:
+    """Whether `parts.finish` is all that the model's own forward does beside decoder and head.
+
+    Asks a twin of the model in which both pass numbers through, so that no weight is touched: the
+    model may be on the meta device or sharded.
+    """
+    hidden = torch.linspace(-60, 60, 24).view(1, 3, 8)
+    stand_ins = {parts.decoder: _Decoder(parts.decoder, hidden), parts.head: _Head()}
+    twin = object.__new__(type(model))
+    twin.__dict__.update(model.__dict__)
+    twin._modules = {name: stand_ins.get(m, m) for name, m in model._modules.items()}  # type: ignore
+    ids = torch.zeros(1, 3, dtype=torch.int64)
+    with torch.no_grad():
+        try:
+            logits = type(model).forward(twin, input_ids=ids).logits
+        except Exception:  # it does something that cannot be seen through
+            return False
+    return logits.shape == hidden.shape and torch.allclose(logits, parts.finish(hidden))
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class Engine(Protocol):
     def __init__(self, placement: Placement, topology: Topology) -> None: ...
 
     def loading(self, skeleton: nn.Module) -> dict[str, Any]:
-        """Keyword arguments with which transformers' `from_pretrained` reads only this rank's shards.
+        """Keyword arguments for transformers' `from_pretrained`: it reads only this rank's shards.
 
         Args:
             skeleton: the model on the meta device.
@@ -42,6 +42,9 @@ class Engine(Protocol):
 
     def adopt(self, model: nn.Module) -> None:
         """Take over a model whose base is in place: own its storage, count its traffic."""
+
+    def expect_gradients(self, model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
+        """Told what is trained once that is known: no weight before it is needed in backward."""
 
     def release(self, model: nn.Module) -> None:
         """Between steps: free every gathered weight that forward or backward left behind."""

@@ -51,10 +51,25 @@ class Fsdp2:
 
     def adopt(self, model: nn.Module) -> None:
         own_storage(model)
+        _gather_tied_once(model)
         counting = _CountingAllGather(self.wire)
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_custom_all_gather(counting)
+
+    def expect_gradients(self, model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
+        """End backward's look-ahead at the first unit that is trained.
+
+        FSDP2 gathers the unit before the current one ahead of time, also where no gradient goes: an
+        embedding in front of the first block would be gathered a second time for nothing.
+        """
+        wanted = set(trained)
+        for module in model.modules():
+            if module is model or not isinstance(module, FSDPModule):
+                continue
+            if any(parameter in wanted for parameter in module.parameters()):
+                module.set_modules_to_backward_prefetch([module])  # is there already
+                return
 
     def release(self, model: nn.Module) -> None:
         for module in model.modules():
@@ -73,6 +88,32 @@ class Fsdp2:
         if replicas == 1:
             return init_device_mesh(device, (size,), mesh_dim_names=("shard",))
         return init_device_mesh(device, (replicas, size), mesh_dim_names=("replicate", "shard"))
+
+
+def _gather_tied_once(model: nn.Module) -> None:
+    """Let the root alone gather a weight that it shares with other units.
+
+    transformers shards a model before it ties its weights, and so FSDP2 would gather a tied weight
+    once for the embedding and once for the head. The root's weights are there all through a pass.
+    """
+    if not isinstance(model, FSDPModule):
+        return
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    root, *inner = dict.fromkeys(unit._get_fsdp_state() for unit in units)
+    owners: dict[nn.Parameter, Any] = {}
+    for state in (root, *inner):
+        for group in list(state._fsdp_param_groups):
+            for managed in list(group.fsdp_params):
+                info = managed._module_info
+                weight = getattr(info.module, info.param_name)
+                if state is root and weight not in owners:
+                    owners[weight] = managed
+                elif weight in owners:
+                    owners[weight]._module_info.shared_modules.append(info.module)
+                    owners[weight]._module_info.shared_param_names.append(info.param_name)
+                    group.fsdp_params.remove(managed)
+            if not group.fsdp_params:
+                state._fsdp_param_groups.remove(group)
 
 
 class _CountingAllGather(DefaultAllGather):

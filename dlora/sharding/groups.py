@@ -1,7 +1,7 @@
 """Which parameters of a sharded base are gathered together, and how often: the plan's arithmetic.
 
-A group is what one `fully_shard` call manages. Per micro-batch it is gathered once for forward; if it
-is freed after forward and a gradient flows through it, it is gathered again for backward.
+A group is what one `fully_shard` call manages. Per micro-batch it is gathered once for forward; if
+it is freed after forward and a gradient flows through it, it is gathered again for backward.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Group:
 
 
 def block_lists(model: nn.Module) -> list[str]:
-    """Paths of the outermost `ModuleList`s (or `Sequential`s) of two or more blocks of one class."""
+    """Paths of the outermost `ModuleList`s (or `Sequential`s) of two or more alike blocks."""
     found: list[str] = []
     for path, module in model.named_modules():
         if not path or any(path.startswith(f"{outer}.") for outer in found):

@@ -54,6 +54,6 @@ class Reduction:
             dist.all_reduce(flat)
             return
         part = flat.new_empty(flat.numel() // topology.ranks_per_node)
-        dist.reduce_scatter_tensor(part, flat, group=self._inside)
+        dist.reduce_scatter_single(part, flat, group=self._inside)
         dist.all_reduce(part, group=self._across)
-        dist.all_gather_into_tensor(flat, part, group=self._inside)
+        dist.all_gather_single(flat, part, group=self._inside)

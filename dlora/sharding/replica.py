@@ -99,6 +99,10 @@ class Replica:
         """
         if not self.named:
             raise ReplicaError("there is nothing to reduce: attach adapters first")
+        if len(sums) > SUMS:
+            raise ReplicaError(
+                f"{len(sums)} scalars do not fit the {SUMS} slots beside the gradients"
+            )
         self._check_bound()
         self._collect()
         rank, world = self.topology.rank, self.topology.world
@@ -139,7 +143,8 @@ class Replica:
 
         float64 because the last bit must not depend on how a rank's hardware orders the sum.
         """
-        return torch.linalg.vector_norm(self.gradients, dtype=torch.float64).float()
+        norm = torch.linalg.vector_norm(self.gradients, dtype=torch.float64)
+        return norm.to(self.gradients.dtype)
 
     def zero_grad(self) -> None:
         """Forget all gradients; `optimizer.zero_grad()` does as well."""
@@ -165,14 +170,14 @@ class Replica:
             return
         sums = torch.stack([_checksum(p.detach()) for p in self.named.values()])
         total = _checksum(sums)[None]
-        totals = torch.empty(self.topology.world, dtype=total.dtype, device=total.device)
-        dist.all_gather_into_tensor(totals, total)
+        totals = total.new_empty(self.topology.world)
+        dist.all_gather_single(totals, total)
         self.wire.add(ring_gather_bytes(totals.nbytes, self.topology.world))
         if bool((totals == totals[0]).all()):
             return
-        every = torch.empty(self.topology.world, len(sums), dtype=sums.dtype, device=sums.device)
-        dist.all_gather_into_tensor(every, sums)
-        raise ReplicaError(_describe_mismatch(list(self.named), every))
+        every = sums.new_empty(self.topology.world * len(sums))
+        dist.all_gather_single(every, sums)
+        raise ReplicaError(_describe_mismatch(list(self.named), every.view(-1, len(sums))))
 
     # -- the buffers ----------------------------------------------------------------------------
 
@@ -202,10 +207,14 @@ class Replica:
         self._buffer = torch.zeros_like(self._buffer, device=device)
         self._bind()
         for name, gradient in held.items():
-            self.named[name].grad = gradient
+            if gradient is not None:
+                self._gradient_views[name].copy_(gradient)
+                self.named[name].grad = self._gradient_views[name]
 
     def _keep(self, name: str, parameter: nn.Parameter) -> None:
         """After autograd accumulated a gradient: it lives in the buffer, and it exists."""
+        if parameter.data_ptr() != self._value_views[name].data_ptr():
+            self._check_bound()
         view = self._gradient_views[name]
         gradient = parameter.grad
         if gradient is not None and gradient.data_ptr() != view.data_ptr():
@@ -214,7 +223,7 @@ class Replica:
         self._present[name] = True
 
     def _collect(self) -> None:
-        """Bring in gradients that are no views (set by hand), and clear those that are absent."""
+        """Bring in gradients that were set by hand, and clear those that are absent."""
         for name, parameter in self.named.items():
             view = self._gradient_views[name]
             if parameter.grad is None:
@@ -222,6 +231,10 @@ class Replica:
             elif parameter.grad.data_ptr() != view.data_ptr():
                 view.copy_(parameter.grad)
                 self._present[name] = True
+            elif not self._present[
+                name
+            ]:  # no backward pass came by, yet the view may be written to
+                self._present[name] = bool(view.any())
             if not self._present[name]:
                 view.zero_()
 

@@ -28,6 +28,9 @@ class Replicated:
     def adopt(self, model: nn.Module) -> None:
         own_storage(model)
 
+    def expect_gradients(self, model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
+        """Nothing is gathered."""
+
     def release(self, model: nn.Module) -> None:
         """Nothing was gathered."""
 

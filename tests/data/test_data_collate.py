@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import dlora.data
 from dlora.data import NO_TARGET, Example
@@ -22,15 +23,43 @@ def example(number: int, ids: list[int], targets: list[int]) -> Example:
 
 
 @pytest.mark.filterwarnings("error")
-def test_padding_mask_and_shift():
+def test_padding_and_shift():
     batch = collate([example(7, [5, 6, 7, 8], [2, 3]), example(3, [9, 10], [1])], pad_id=0)
-    assert batch.input_ids.tolist() == [[5, 6, 7, 8], [9, 10, 0, 0]]
-    assert batch.attention_mask is not None
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
-    assert batch.targets.tolist() == [[-100, 7, 8, -100], [10, -100, -100, -100]]
+    pad, no_target = [0] * 4, [NO_TARGET] * 5
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, *pad], [9, 10, 0, 0, *pad]]
+    assert batch.targets.tolist() == [[-100, 7, 8, *no_target], [10, -100, -100, *no_target]]
     assert (batch.ids, batch.lengths, batch.num_targets) == ([7, 3], [4, 2], 3)
-    tensors = (batch.input_ids, batch.attention_mask, batch.targets)
-    assert {tensor.dtype for tensor in tensors} == {torch.int64}
+    assert {tensor.dtype for tensor in (batch.input_ids, batch.targets)} == {torch.int64}
+
+
+@pytest.mark.parametrize(("longest", "padded"), [(2, 8), (7, 8), (8, 8), (9, 16), (16, 16)])
+def test_padded_to_few_distinct_lengths(longest: int, padded: int):
+    batch = collate([example(0, list(range(1, longest + 1)), [1])], pad_id=0)
+    assert batch.input_ids.shape == batch.targets.shape == (1, padded)
+
+
+def test_right_padding_without_a_mask_changes_nothing():
+    """The model's own masked forward over padded rows is the reference."""
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).double().eval()
+    examples = [example(0, [5, 6, 7, 8, 9], [2]), example(1, [9, 10], [1])]
+    batch = collate(examples, pad_id=0)
+    mask = torch.zeros_like(batch.input_ids)
+    for row, length in enumerate(batch.lengths):
+        mask[row, :length] = 1
+    with torch.no_grad():
+        ours = model(input_ids=batch.input_ids).logits
+        theirs = model(input_ids=batch.input_ids, attention_mask=mask).logits
+    real = mask.bool()
+    torch.testing.assert_close(ours[real], theirs[real], rtol=1e-12, atol=1e-12)
 
 
 def test_targets_agree_with_the_shift_inside_transformers():
@@ -38,10 +67,10 @@ def test_targets_agree_with_the_shift_inside_transformers():
     torch.manual_seed(0)
     one = example(0, [5, 6, 7, 8, 9], [1, 3, 4])
     batch = collate([one], pad_id=0)
-    logits = torch.randn(1, 5, 12)
+    logits = torch.randn(1, 8, 12)
     labels = torch.tensor(one.labels[None], dtype=torch.int64)
     theirs = torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+        logits[:, :4].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
     )
     ours = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), batch.targets.flatten(), reduction="sum"
@@ -50,23 +79,16 @@ def test_targets_agree_with_the_shift_inside_transformers():
     assert batch.num_targets == one.num_targets == 3
 
 
-def test_equal_lengths_need_no_mask():
-    batch = collate([example(0, [1, 2], [1]), example(1, [3, 4], [1])], pad_id=0)
-    assert batch.attention_mask is None
-
-
 def test_no_examples_give_a_batch_of_weight_zero():
     batch = collate([], pad_id=3)
-    assert batch.input_ids.tolist() == [[3, 3]]
-    assert batch.targets.tolist() == [[-100, -100]]
-    assert batch.attention_mask is None
+    assert batch.input_ids.tolist() == [[3] * 8]
+    assert batch.targets.tolist() == [[-100] * 8]
     assert (batch.ids, batch.lengths, batch.num_targets) == ([], [], 0)
 
 
 def test_device():
     batch = collate([example(0, [1, 2], [1]), example(1, [3], [])], pad_id=0, device="meta")
-    assert batch.attention_mask is not None
-    assert all(t.is_meta for t in (batch.input_ids, batch.attention_mask, batch.targets))
+    assert all(t.is_meta for t in (batch.input_ids, batch.targets))
     assert batch.num_targets == 1
 
 

@@ -1,0 +1,241 @@
+"""Step time, wire bytes and memory of one LoRA step on a sharded base, beside its peers.
+
+    torchrun --nproc-per-node 2 benchmarks/step.py [--rounds 7] [--json benchmarks/step.json]
+
+A Llama-shaped bf16 model (random weights), r=16 on all linear layers, 4×256 tokens per rank. Rows:
+    floor   the frozen model alone: same wrapping, no adapter, forward, and backward to the embeddings
+    dlora   W0 under FSDP2, A and B replicated
+    peft    PEFT adapters inside `fully_shard` per block: A and B sharded with W0
+    full    full fine-tuning with `fully_shard` per block
+Every row runs in the same processes and they alternate round by round; medians are reported, and the
+ratio to the floor is the median of the per-round ratios. Every row runs forward, the same loss,
+backward, and (but for the floor) clip, AdamW and zero_grad.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dlora import LoraConfig, attach, shard
+from dlora.memory import private_bytes, trim
+from dlora.sharding.storage import held_bytes
+
+SHAPE = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 8,
+    "intermediate_size": 2816,
+    "vocab_size": 32000,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+}
+ROWS, TOKENS, R = 4, 256, 16
+
+
+@dataclass
+class Row:
+    """One way of doing the step."""
+
+    step: Callable[[], None]
+    held: int  # bytes of frozen parameters (all parameters for `full`) held between steps
+
+
+def base_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE)).to(torch.bfloat16).train()
+
+
+def fully_shard_blocks(model: nn.Module, blocks: nn.ModuleList) -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def floor(batch: torch.Tensor) -> Row:
+    model = base_model().requires_grad_(False)
+    fully_shard_blocks(model, model.model.layers)
+
+    def to_embeddings(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        return output.requires_grad_()
+
+    model.model.embed_tokens.register_forward_hook(to_embeddings)
+
+    def step() -> None:
+        model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
+
+    return Row(step, held_bytes(model))
+
+
+def dlora(batch: torch.Tensor) -> Row:
+    model = base_model()
+    attach(model, LoraConfig(r=R))
+    replica = shard(model, engine="fsdp2", base="world")
+    optimizer = torch.optim.AdamW(replica.parameter_groups(lr=1e-4), fused=True)
+
+    def step() -> None:
+        model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
+        replica.reduce_gradients()
+        replica.clip(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Row(step, held_bytes(model))
+
+
+def peft(batch: torch.Tensor) -> Row:
+    config = PeftLoraConfig(r=R, lora_alpha=32, target_modules="all-linear")
+    model = get_peft_model(base_model(), config, autocast_adapter_dtype=False)
+    fully_shard_blocks(model, model.base_model.model.model.layers)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return Row(trainer(model, batch, trained), held_bytes(model))
+
+
+def full(batch: torch.Tensor) -> Row:
+    model = base_model()
+    fully_shard_blocks(model, model.model.layers)
+    parameters = list(model.parameters())
+    step = trainer(model, batch, parameters)
+    return Row(step, sum(p.to_local().nbytes for p in parameters))
+
+
+def trainer(
+    model: nn.Module, batch: torch.Tensor, trained: list[nn.Parameter]
+) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+
+    def step() -> None:
+        model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def sent_bytes() -> int:
+    """What this machine's loopback interface sent so far: all ranks together."""
+    return int(Path("/sys/class/net/lo/statistics/tx_bytes").read_text())
+
+
+def measure(step: Callable[[], None]) -> tuple[float, int]:
+    """(seconds, bytes on the wire of all ranks) of one step, started together."""
+    dist.barrier()
+    before, began = sent_bytes(), time.perf_counter()
+    step()
+    seconds = time.perf_counter() - began
+    dist.barrier()
+    return seconds, sent_bytes() - before
+
+
+def peak_memory(build: Callable[[torch.Tensor], Row], batch: torch.Tensor) -> tuple[Row, int]:
+    """Build a row and run it three times; private bytes above those before, sampled at the peak."""
+    gc.collect()
+    trim()
+    before, row = private_bytes(), build(batch)
+    peak = 0
+    hooks = []
+
+    def sample(*_: object) -> None:
+        nonlocal peak
+        peak = max(peak, private_bytes() - before)
+
+    handle = nn.modules.module.register_module_forward_hook(sample)
+    hooks.append(handle)
+    for _ in range(3):
+        row.step()
+        sample()
+    for handle in hooks:
+        handle.remove()
+    return row, peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(rank)
+    batch = torch.randint(0, SHAPE["vocab_size"], (ROWS, TOKENS), generator=generator)
+
+    rows, peaks = {}, {}
+    for build in (floor, dlora, peft, full):
+        rows[build.__name__], peaks[build.__name__] = peak_memory(build, batch)
+    seconds: dict[str, list[float]] = {name: [] for name in rows}
+    sent: dict[str, list[int]] = {name: [] for name in rows}
+    for _ in range(args.rounds):
+        for name, row in rows.items():
+            taken, nbytes = measure(row.step)
+            seconds[name].append(taken)
+            sent[name].append(nbytes)
+    if rank == 0:
+        report(rows, peaks, seconds, sent, world, args)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def report(rows, peaks, seconds, sent, world, args) -> None:  # noqa: ANN001
+    skeleton = base_model()
+    total = sum(p.nbytes for p in skeleton.parameters())
+    gathers, reduction = expected_bytes(skeleton, world)
+    table = [
+        {
+            "row": name,
+            "step_seconds": statistics.median(seconds[name]),
+            "over_floor": statistics.median(
+                own / base for own, base in zip(seconds[name], seconds["floor"], strict=True)
+            ),
+            "wire_mb_per_rank": statistics.median(sent[name]) / world / 1e6,
+            "peak_mb": peaks[name] / 1e6,
+            "w0_held_mb": rows[name].held / 1e6,
+        }
+        for name in rows
+    ]
+    print(f"{'row':8}{'step s':>9}{'/ floor':>9}{'wire MB':>10}{'peak MB':>10}{'W0 held MB':>12}")
+    for line in table:
+        print(
+            f"{line['row']:8}{line['step_seconds']:9.3f}{line['over_floor']:9.3f}"
+            f"{line['wire_mb_per_rank']:10.1f}{line['peak_mb']:10.0f}{line['w0_held_mb']:12.1f}"
+        )
+    own = next(line for line in table if line["row"] == "dlora")
+    needed = (gathers + reduction) / 1e6
+    print(f"W0 is {total / 1e6:.1f} MB; 1/{world} of it {total / world / 1e6:.1f} MB")
+    print(
+        f"dlora sends {own['wire_mb_per_rank']:.1f} MB per rank; gathers of W0 "
+        f"({gathers / 1e6:.1f}) and one reduction ({reduction / 1e6:.1f}) need {needed:.1f}: "
+        f"ratio {own['wire_mb_per_rank'] / needed:.4f}"
+    )
+    summary = {"world": world, "rounds": args.rounds, "w0_bytes": total, "needed_mb": needed}
+    args.json.write_text(json.dumps({**summary, "rows": table}, indent=2) + "\n")
+
+
+def expected_bytes(model: nn.Module, world: int) -> tuple[float, float]:
+    """Ring bytes per rank: blocks gathered twice, the rest once; float32 A and B reduced once."""
+    share = (world - 1) / world
+    blocks = sum(p.nbytes for p in model.model.layers.parameters())
+    rest = sum(p.nbytes for p in model.parameters()) - blocks
+    shapes = [m.weight.shape for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
+    adapters = sum(R * (m + n) for m, n in shapes)
+    return (2 * blocks + rest) * share, 2 * 4 * adapters * share
+
+
+if __name__ == "__main__":
+    main()

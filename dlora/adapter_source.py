@@ -1,0 +1,189 @@
+"""An adapter on disk in either of its forms, read one module at a time.
+
+    PEFT's directory    adapter_config.json, adapter_model.safetensors   keys are PEFT's
+    a checkpoint        config.yaml, adapter.safetensors, manifest.json  keys are names in the model
+
+Names, shapes and settings are checked against a model, which may be on the meta device, before a
+tensor is read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from dlora import checkpoint
+from dlora.adapter_files import CONFIG, PREFIX, WEIGHTS, peft_names, read_config
+from dlora.api import attach
+from dlora.config import load
+from dlora.errors import UsageError
+from dlora.lora.attach import named_adapters, named_copies, trainable_parameters
+from dlora.lora.config import LoraConfig
+from dlora.lora.hosts import CHILD
+from dlora.prepare import lora_config
+from dlora.tensor_files import FLOATS, StoredTensor, stored_tensors
+
+
+@dataclass(frozen=True)
+class BaseReference:
+    """What is recorded of an adapter's base; leave to run its code is not among it."""
+
+    path: str | None = None
+    revision: str | None = None
+    dtype: str | None = None
+    cache_dir: str | None = None
+
+
+@dataclass
+class AdapterSource:
+    """An adapter directory or a checkpoint; `open_adapter` makes it."""
+
+    directory: Path
+    file: Path
+    config: LoraConfig
+    base: BaseReference
+    is_checkpoint: bool
+    _tensors: dict[str, StoredTensor] = field(default_factory=dict)  # by name in the model
+    # PEFT stores W0 of adapted embeddings too: where, by the parameter's name
+    base_copies: dict[str, StoredTensor] = field(default_factory=dict)
+
+    def attach_to(self, model: nn.Module) -> None:
+        """Attach adapters of the right form to `model`, and see that each has its tensors here.
+
+        Raises:
+            UsageError: the adapter does not fit the model; nothing has been read then.
+        """
+        try:
+            attach(model, self.config)
+        except UsageError as error:
+            raise UsageError(f"{self.directory} does not fit the base: {error}") from None
+        stored = stored_tensors(self.file)
+        parameters = trainable_parameters(model)
+        keys = {name: name for name in parameters} if self.is_checkpoint else peft_names(model)
+        self._tensors = {name: stored.pop(key) for name, key in keys.items() if key in stored}
+        if not self.is_checkpoint:
+            for path, _, _ in named_adapters(model):
+                if (key := f"{PREFIX}{path}.base_layer.weight") in stored:
+                    self.base_copies[f"{path}.weight"] = stored.pop(key)
+        missing = [key for name, key in keys.items() if name not in self._tensors]
+        if missing or stored:
+            what, some = ("lacks", missing) if missing else ("has the unexpected", list(stored))
+            more = f" and {len(some) - 1} more" if len(some) > 1 else ""
+            raise UsageError(f"{self.file} does not fit the base: it {what} {some[0]}{more}")
+        for name, tensor in self._tensors.items():
+            expected = tuple(parameters[name].shape)
+            if tensor.shape != expected or tensor.dtype not in FLOATS:
+                raise UsageError(
+                    f"{self.file} does not fit the base: {tensor.key} is {tensor.dtype} "
+                    f"{list(tensor.shape)}, and the base needs floats {list(expected)}"
+                )
+
+    def read(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A trained tensor by its name in the model."""
+        return self._tensors[name].rows().to(dtype)
+
+    @torch.no_grad()
+    def load_into(self, model: nn.Module) -> None:
+        """Fill the adapters of a model that `attach_to` has seen.
+
+        Raises:
+            UsageError: the adapter was trained on other embeddings than the model's.
+        """
+        for name, parameter in trainable_parameters(model).items():
+            parameter.copy_(self.read(name, parameter.dtype))
+        for name, copy in self.base_copies.items():
+            self.check_base_copy(name, [(copy.rows(), model.get_parameter(name).detach().cpu())])
+
+    def materialize(self, model: nn.Module) -> None:
+        """Give the adapters of a model on the meta device their tensors, in float32."""
+        for path, _, child in (*named_adapters(model), *named_copies(model)):
+            self._fill(child, path, torch.float32)
+
+    def delta(self, model: nn.Module, path: str, dtype: torch.dtype) -> Tensor:
+        """ΔW of one module of a model on the meta device, oriented as its weight is stored.
+
+        The adapter is filled for as long as its formula takes, so that one is in memory at a time.
+        """
+        host: Any = model.get_submodule(path)
+        self._fill(host.adapter, path, dtype)
+        try:
+            delta = host.adapter.delta()
+        finally:
+            host.adapter.to("meta")
+        return delta.t() if host.transposed else delta
+
+    def check_base_copy(self, name: str, pairs: list[tuple[Tensor, Tensor]] | Iterator) -> None:
+        """Refuse where PEFT's copy of W0 and the base's differ by more than one's rounding."""
+        for ours, base in pairs:
+            same = ours.shape == base.shape and (
+                torch.equal(base.to(ours.dtype), ours) or torch.equal(ours.to(base.dtype), base)
+            )
+            if not same:
+                raise UsageError(
+                    f"{self.file} was trained on another {name} than the base's; "
+                    "--base must be the model that it was trained on"
+                )
+
+    def _fill(self, child: nn.Module, path: str, dtype: torch.dtype) -> None:
+        names = [name for name, _ in child.named_parameters()]
+        tensors = {name: self.read(f"{path}.{CHILD}.{name}", dtype) for name in names}
+        child.load_state_dict(tensors, assign=True)
+
+
+def open_adapter(directory: str | Path) -> AdapterSource:
+    """Read the settings of an adapter directory or a checkpoint.
+
+    Raises:
+        UsageError: it is neither, it is damaged, or it is no LoRA.
+    """
+    directory = Path(directory).expanduser()
+    if not directory.is_dir():
+        raise UsageError(f"--adapter: there is no directory {directory}")
+    if (directory / CONFIG).exists():
+        return _from_peft(directory)
+    if (directory / "manifest.json").exists():
+        return _from_checkpoint(directory)
+    hint = f"; did you mean {directory / 'adapter'}?" if (directory / "adapter").is_dir() else ""
+    raise UsageError(
+        f"--adapter: {directory} holds neither an {CONFIG} nor a checkpoint's manifest.json{hint}"
+    )
+
+
+def _from_peft(directory: Path) -> AdapterSource:
+    config = read_config(directory)
+    raw = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    path = raw.get("base_model_name_or_path")
+    run = _model_section(directory.parent / "config.yaml")
+    if not path or run.get("path") != path:
+        run = {}
+    base = BaseReference(
+        path, raw.get("revision") or run.get("revision"), None, run.get("cache_dir")
+    )
+    return AdapterSource(directory, directory / WEIGHTS, config, base, is_checkpoint=False)
+
+
+def _from_checkpoint(directory: Path) -> AdapterSource:
+    checkpoint.verify(directory, ("adapter.safetensors", "config.yaml"))
+    # Where W0 was divided does not matter here, and its engine need not be installed.
+    config = load(directory / "config.yaml", ["--sharding.engine", "fsdp2"])
+    model = config.model
+    base = BaseReference(model.path, model.revision, model.dtype, model.cache_dir)
+    file = directory / "adapter.safetensors"
+    return AdapterSource(directory, file, lora_config(config), base, is_checkpoint=True)
+
+
+def _model_section(path: Path) -> dict[str, Any]:
+    """`model` of a run's configuration, which knows where its base was converted, or {}."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    section = found.get("model") if isinstance(found, dict) else None
+    return section if isinstance(section, dict) else {}

@@ -1,0 +1,122 @@
+"""`python -m dlora.export`: an adapter or checkpoint → a plain PEFT LoRA, or a merged model.
+
+Without `--merge` only names and shapes of the base matter; with it the base passes through block by
+block (`merged_model`), so that a model of any size merges on a small machine. What is written gets
+its name last: a directory called what `--to` says is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from dlora.adapter_files import save_adapter
+from dlora.adapter_source import AdapterSource, open_adapter
+from dlora.base_model import DTYPES, BaseModel
+from dlora.command_line import OneLineParser, chosen_base, naming_base
+from dlora.errors import UsageError
+from dlora.files import new_directory
+from dlora.lora.merge import rounding_line
+from dlora.merged_model import MergedModel
+from dlora.progress import CopyDisplay
+from dlora.runtime import exit_with
+from dlora.stored_base import StoredBase
+
+
+def main(argv: list[str]) -> int:
+    """The command; returns the exit status."""
+    args = _parser().parse_args(argv)
+    if args.dtype and not args.merge:
+        raise UsageError("--dtype cannot act without --merge: a plain adapter is always float32")
+    source = open_adapter(args.adapter)
+    target = _target(args.to, source.directory)
+    base, option = chosen_base(
+        args.base,
+        source,
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
+        announce=print,
+    )
+    if Path(base.source).is_dir() and Path(base.source).resolve() == target:
+        raise UsageError(f"--to: {args.to} is the base itself")
+    with naming_base(option):
+        skeleton = base.skeleton()
+    try:
+        if args.merge:
+            _merge(source, base, skeleton, target, args.dtype)
+        else:
+            _write_plain(source, base, skeleton, target)
+    except OSError as error:
+        raise UsageError(f"--to: cannot write {args.to}: {error.strerror or error}") from error
+    print(f"wrote {args.to}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        "dlora.export",
+        "Write an adapter or a checkpoint as a plain PEFT LoRA, or with --merge as a model.",
+    )
+    parser.add_argument(
+        "--adapter", required=True, metavar="DIR", help="adapter directory or checkpoint (required)"
+    )
+    parser.add_argument(
+        "--to", required=True, metavar="DIR", help="directory to make; new or empty (required)"
+    )
+    parser.add_argument(
+        "--merge", action="store_true", help="write base + adapter as one model (default: no)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of the merged model (default: as each tensor is stored in the base)",
+    )
+    parser.add_argument(
+        "--base",
+        metavar="PATH",
+        help="hub id, directory or .gguf file (default: the one that the adapter records)",
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python code that comes with the base (default: no)",
+    )
+    return parser
+
+
+def _target(to: str, adapter: Path) -> Path:
+    """The absolute path of `--to`, which must not hold anything yet."""
+    target = Path(to).expanduser().resolve()
+    if target == adapter.resolve():
+        raise UsageError(f"--to: {to} is the adapter itself")
+    if target.is_dir() and any(target.iterdir()):
+        raise UsageError(f"--to: {to} is not empty; nothing is overwritten")
+    if target.exists() and not target.is_dir():
+        raise UsageError(f"--to: {to} is not a directory")
+    return target
+
+
+def _write_plain(source: AdapterSource, base: BaseModel, skeleton, target: Path) -> None:
+    source.attach_to(skeleton)
+    source.materialize(skeleton)
+    with new_directory(target) as folder:
+        save_adapter(skeleton, folder, base_model_name_or_path=base.path)
+
+
+def _merge(
+    source: AdapterSource, base: BaseModel, skeleton, target: Path, dtype: str | None
+) -> None:
+    stored = StoredBase(base, skeleton)
+    source.attach_to(skeleton)
+    merged = MergedModel(skeleton, source, stored, DTYPES[dtype] if dtype else None)
+    if merged.untied:
+        print(f"{' and '.join(merged.untied)} no longer share a weight: each is written on its own")
+    with new_directory(target) as folder, CopyDisplay(merged.nbytes) as display:
+        merged.write(folder, display)
+    if line := rounding_line(merged.losses, dtype or "the base's dtype"):
+        print(f"warning: {line}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    exit_with(main)

@@ -1,0 +1,186 @@
+"""`python -m dlora.generate`: try an adapter, or a base, on a prompt.
+
+Standard output holds the answer and nothing else, as it is generated; messages go to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+import torch
+
+from dlora.adapter_source import open_adapter
+from dlora.base_model import DTYPES, BaseModel
+from dlora.command_line import OneLineParser, chosen_base, naming_base
+from dlora.errors import UsageError
+from dlora.evaluation import inference
+from dlora.runtime import exit_with
+from dlora.sharding.engine import build_engine
+from dlora.sharding.mesh import Topology, resolve_placement
+
+
+def main(argv: list[str]) -> int:
+    """The command; returns the exit status."""
+    args = _parser().parse_args(argv)
+    if not args.prompt:
+        raise UsageError("--prompt: is empty")
+    source = open_adapter(args.adapter) if args.adapter else None
+    base, option = chosen_base(
+        args.base,
+        source,
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
+        announce=say,
+    )
+    with naming_base(option):
+        tokenizer, skeleton = base.tokenizer(), base.skeleton()
+    encoded = encode(tokenizer, args.prompt, args.system)
+    if source is not None:
+        source.attach_to(skeleton)  # what does not fit is said before weights are read
+    with naming_base(option):
+        model = _loaded(base)
+    if source is not None:
+        source.attach_to(model)
+        source.load_into(model)
+    _answer(model, tokenizer, encoded, args.max_new_tokens, args.temperature)
+    return 0
+
+
+def say(line: str) -> None:
+    """A message beside the answer."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def encode(tokenizer: Any, prompt: str, system: str | None) -> torch.Tensor:
+    """Token ids [1, T] of the conversation up to the answer; of the bare text without a template.
+
+    Raises:
+        UsageError: there is a system prompt and the tokenizer has no place for one.
+    """
+    if not tokenizer.chat_template:
+        if system is not None:
+            raise UsageError("--system cannot act: the tokenizer has no chat template")
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    else:
+        messages = [{"role": "user", "content": prompt}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        try:
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # whatever a template raises: many refuse a system prompt
+            raise UsageError(
+                f"the tokenizer's chat template refuses the prompt: {error}"
+            ) from error
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    if ids.numel() == 0:
+        raise UsageError("--prompt: has no tokens")
+    return ids
+
+
+def _loaded(base: BaseModel) -> Any:
+    """The model, on the GPU if there is one."""
+    topology = Topology(rank=0, world=1, ranks_per_node=1)
+    engine = build_engine(resolve_placement("fsdp2", "none", topology), topology)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return base.load(engine, device)
+
+
+def _answer(
+    model: Any, tokenizer: Any, ids: torch.Tensor, max_new_tokens: int, temperature: float
+) -> None:
+    """Print the answer, word by word."""
+    from transformers import TextStreamer
+
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and ids.shape[1] >= limit:
+        raise UsageError(f"--prompt: has {ids.shape[1]} tokens, and the base takes {limit} in all")
+    if limit is not None and ids.shape[1] + max_new_tokens > limit:
+        max_new_tokens = limit - ids.shape[1]
+        say(f"the base takes {limit} tokens in all: the answer has {max_new_tokens} at most")
+    ids = ids.to(next(model.parameters()).device)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    with inference(model):
+        model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=_ends(model, tokenizer),
+            pad_token_id=tokenizer.pad_token_id or 0,
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            **(sampling or {"do_sample": False}),
+        )
+
+
+def _ends(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end an answer: the model's, and the one that ends a turn in the template.
+
+    A base that was never tuned on chats does not know the latter; an adapter learned it.
+    """
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None})
+
+
+def _at_least_one(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {word!r}")
+    return int(word)
+
+
+def _not_negative(word: str) -> float:
+    try:
+        value = float(word)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, not {word!r}")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        "dlora.generate", "Answer a prompt with a base, or with a base and an adapter."
+    )
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to answer (required)")
+    parser.add_argument(
+        "--adapter", metavar="DIR", help="adapter directory or checkpoint (default: none)"
+    )
+    parser.add_argument(
+        "--base",
+        metavar="PATH",
+        help="hub id, directory or .gguf file (default: the one that the adapter records)",
+    )
+    parser.add_argument(
+        "--system", metavar="TEXT", help="system prompt, for a chat template (default: none)"
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=_at_least_one,
+        default=128,
+        metavar="N",
+        help="length of the answer at most (default: 128)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=_not_negative,
+        default=0.0,
+        metavar="T",
+        help="0: always the likeliest token; above: sampled (default: 0)",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bfloat16", help="of the base (default: bfloat16)"
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python code that comes with the base (default: no)",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    exit_with(main)

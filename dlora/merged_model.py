@@ -1,0 +1,234 @@
+"""Merging on disk: a base's files in, W0 + ΔW out, one block of rows at a time.
+
+    base's files ──tensor by tensor──> no adapter: its bytes, under its key
+                                       adapter:    cast(float32(W0) + ΔW), rows by rows
+                                       trained:    the trained copy in place of W0
+                 ──> model-0000i-of-N.safetensors, index, config.json, tokenizer
+
+In memory at any time: one ΔW or one trained copy in float32, and a few blocks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dlora.adapter_source import AdapterSource
+from dlora.errors import UsageError
+from dlora.lora.attach import named_adapters, named_copies
+from dlora.lora.hosts import CHILD
+from dlora.lora.merge import merged_weight
+from dlora.progress import CopyDisplay
+from dlora.stored_base import INDEX, StoredBase
+from dlora.tensor_files import (
+    BLOCK_BYTES,
+    FLOATS,
+    NewTensor,
+    StoredTensor,
+    new_float_tensor,
+    write_tensors,
+)
+
+SHARD_BYTES = 256 * 10**6
+# Per parameter: reads W0 as it is stored, yields the new value in a dtype, rows by rows.
+Edit = Callable[[StoredTensor, torch.dtype], Iterator[Tensor]]
+
+
+@dataclass
+class MergedModel:
+    """A merge that has been planned; `write` carries it out.
+
+    Args:
+        skeleton: the base on the meta device, with the adapter attached by `source`.
+        stored: the base's files, opened before anything was attached.
+        dtype: of all floating-point tensors; None keeps each as it is stored.
+
+    Raises:
+        UsageError: an adapted parameter is not in the files as such.
+    """
+
+    skeleton: PreTrainedModel
+    source: AdapterSource
+    stored: StoredBase
+    dtype: torch.dtype | None
+    losses: dict[str, float] = field(default_factory=dict)  # filled by `write`, by module
+
+    def __post_init__(self) -> None:
+        self.edits: dict[str, Edit] = {}
+        for path, _, _ in named_adapters(self.skeleton):
+            self.edits[f"{path}.weight"] = self._add_delta(path)
+        for path, _, copy in named_copies(self.skeleton):
+            for name, _ in copy.named_parameters():
+                self.edits[f"{path}.{name}"] = self._replace(f"{path}.{CHILD}.{name}")
+        self.untied = self._ties_to_cut()
+        self.config = self._config()
+        self.shards = _shards(list(self._tensors()))
+
+    @property
+    def nbytes(self) -> int:
+        """What the weights will take on the disk."""
+        return sum(tensor.nbytes for shard in self.shards for tensor in shard)
+
+    def write(self, folder: Path, display: CopyDisplay) -> None:
+        """Write the model directory into `folder`."""
+        free = shutil.disk_usage(folder).free
+        if self.nbytes > free:
+            raise UsageError(
+                f"--to: the merged model needs {self.nbytes / 1e6:,.0f} MB and "
+                f"{folder.parent} has {free / 1e6:,.0f} MB free"
+            )
+        self._check_base_copies()
+        self.stored.copy_rest(folder)
+        (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+        weight_map = {}
+        for number, shard in enumerate(self.shards, start=1):
+            name = f"model-{number:05d}-of-{len(self.shards):05d}.safetensors"
+            name = "model.safetensors" if len(self.shards) == 1 else name
+            with torch.no_grad():
+                write_tensors(folder / name, shard, display.advance)
+            display.finish(name)
+            weight_map.update({tensor.key: name for tensor in shard})
+        if len(self.shards) > 1:
+            index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    def _tensors(self) -> Iterator[NewTensor]:
+        """Every tensor of the new model: those of the files in their order, then those untied."""
+        edits = {self._key_for(name): name for name in self.edits}
+        for key, tensor in self.stored.tensors.items():
+            yield self._tensor(tensor, self.edits.get(edits.get(key, "")))
+        for name, holder in self.untied.items():
+            if not self.stored.has(name):
+                origin = self.stored.tensors[self.stored.key_of(holder)]
+                yield self._tensor(replace(origin, key=name), self.edits.get(name))
+
+    def _key_for(self, name: str) -> str:
+        """The key of an edited parameter, which may be one that the files do not have yet."""
+        if name in self.untied and not self.stored.has(name):
+            return name
+        return self.stored.key_of(name)
+
+    def _tensor(self, tensor: StoredTensor, edit: Edit | None) -> NewTensor:
+        stored = FLOATS.get(tensor.dtype)
+        dtype = stored and (self.dtype or stored)
+        if dtype is None or (edit is None and dtype == stored):
+            shape, nbytes = tensor.shape, tensor.nbytes
+            return NewTensor(tensor.key, tensor.dtype, shape, nbytes, tensor.blocks)
+        make = edit or _cast
+        return new_float_tensor(tensor.key, dtype, tensor.shape, lambda: make(tensor, dtype))
+
+    def _add_delta(self, path: str) -> Edit:
+        def edit(tensor: StoredTensor, dtype: torch.dtype) -> Iterator[Tensor]:
+            wide = torch.promote_types(FLOATS[tensor.dtype], torch.float32)
+            delta = self.source.delta(self.skeleton, path, wide)
+            lost = total = 0.0
+            for first, last in _row_blocks(tensor):
+                part = delta[first:last]
+                merged = merged_weight(tensor.rows(first, last), part, dtype)
+                square = float(part.norm()) ** 2
+                lost, total = lost + merged.loss**2 * square, total + square
+                yield merged.weight
+            self.losses[path] = math.sqrt(lost / total) if total else 0.0
+
+        return edit
+
+    def _replace(self, name: str) -> Edit:
+        def edit(tensor: StoredTensor, dtype: torch.dtype) -> Iterator[Tensor]:
+            yield self.source.read(name, dtype)
+
+        return edit
+
+    def _ties_to_cut(self) -> dict[str, str]:
+        """{parameter: the one whose value in the files it has} for all that stop sharing a weight.
+
+        Adapters and trained copies belong to one module, but a tied weight is several modules':
+        where one of them changes, each gets a tensor of its own.
+        """
+        groups: dict[str, list[str]] = {}
+        for name, original in self.skeleton.all_tied_weights_keys.items():
+            groups.setdefault(original, [original]).append(name)
+        cut: dict[str, str] = {}
+        for members in groups.values():
+            if not self.edits.keys() & set(members):
+                continue
+            holders = [name for name in members if self.stored.has(name)]
+            for name in members:
+                cut[name] = name if name in holders else (holders or members)[0]
+        return cut
+
+    def _config(self) -> dict[str, Any]:
+        """The new `config.json`."""
+        config = self.stored.config()
+        if self.dtype is not None:
+            _set_dtype(config, str(self.dtype).removeprefix("torch."))
+        if self.untied:
+            config["tie_word_embeddings"] = False
+            text = config.get("text_config")
+            if isinstance(text, dict) and "tie_word_embeddings" in text:
+                text["tie_word_embeddings"] = False
+            self._check_untied(config)
+        return config
+
+    def _check_untied(self, config: dict[str, Any]) -> None:
+        """See that a model with the new configuration has each of the untied weights of its own."""
+        model_config = type(self.skeleton.config).from_dict(dict(config))
+        with torch.device("meta"):
+            still = type(self.skeleton)(model_config).all_tied_weights_keys
+        for name in self.untied:
+            if name in still or name in still.values():
+                raise UsageError(
+                    f"{name} is adapted and shares its weight with others in this model, which "
+                    "tie_word_embeddings: false does not separate, so it cannot be merged"
+                )
+
+    def _check_base_copies(self) -> None:
+        for name, copy in self.source.base_copies.items():
+            original = self.stored.tensors[self.stored.key_of(self.untied.get(name, name))]
+            blocks = _row_blocks(original)
+            same_shape = original.shape == copy.shape
+            pairs = ((copy.rows(*b), original.rows(*b)) for b in (blocks if same_shape else ()))
+            self.source.check_base_copy(name, pairs)
+
+
+def _cast(tensor: StoredTensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    for first, last in _row_blocks(tensor):
+        yield tensor.rows(first, last).to(dtype)
+
+
+def _row_blocks(tensor: StoredTensor) -> Iterator[tuple[int, int]]:
+    """(first, last) of consecutive slices in the first dim, of about `BLOCK_BYTES` each."""
+    count = tensor.shape[0] if tensor.shape else 1
+    step = max(1, BLOCK_BYTES * count // max(tensor.nbytes, 1))
+    for first in range(0, count, step):
+        yield first, min(first + step, count)
+
+
+def _shards(tensors: list[NewTensor]) -> list[list[NewTensor]]:
+    """Consecutive tensors, up to `SHARD_BYTES` or one alone."""
+    shards: list[list[NewTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    return shards
+
+
+def _set_dtype(config: dict[str, Any], dtype: str) -> None:
+    """Record a dtype at the top and wherever a part of the model has one of its own."""
+    config.pop("torch_dtype", None)  # its name in older files
+    config["dtype"] = dtype
+    for part in config.values():
+        if isinstance(part, dict) and part.keys() & {"dtype", "torch_dtype"}:
+            _set_dtype(part, dtype)

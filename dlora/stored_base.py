@@ -1,0 +1,163 @@
+"""The files of a base: where each of its parameters lies, and what belongs to it beside weights.
+
+A file's keys are not the names of the model's parameters: transformers adds or drops a prefix,
+renames old spellings, stacks experts and unfuses projections while it loads. Its own rules say here
+which key becomes which parameter; only what is renamed and nothing else can be changed in place.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+from dlora.base_model import BaseModel
+from dlora.errors import UsageError
+from dlora.tensor_files import FLOATS, StoredTensor, stored_tensors
+
+INDEX = "model.safetensors.index.json"
+# What a model directory holds beside weights: settings, tokenizer, templates, code, licence.
+BESIDE_WEIGHTS = (
+    "*.json",
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+    "*.model",
+    "*.txt",
+    "*.tiktoken",
+    "*.py",
+    "LICENSE*",
+    "NOTICE*",
+)
+LEFT_OUT = ("*.index.json", "dlora_base.json", "adapter_config.json")
+
+
+class StoredBase:
+    """The files of a model directory or hub snapshot; nothing but headers has been read.
+
+    Raises:
+        UsageError: there are no safetensors, they are damaged, or they are quantized.
+    """
+
+    def __init__(self, base: BaseModel, skeleton: PreTrainedModel) -> None:
+        if getattr(skeleton.config, "quantization_config", None) is not None:
+            raise UsageError(
+                f"{base.path} is quantized; ΔW can only be added to floating-point weights"
+            )
+        self.base = base
+        self.tensors: dict[str, StoredTensor] = {}  # by key, in the order of the files
+        for file in _weight_files(base):
+            self.tensors |= stored_tensors(file)
+        expected = skeleton.state_dict()
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+        self._keys = _keys_of_parameters(skeleton, self.tensors, expected)
+
+    def has(self, name: str) -> bool:
+        """Whether some key becomes the parameter `name`, alone and only renamed."""
+        return len(self._keys.get(name, ())) == 1
+
+    def key_of(self, name: str) -> str:
+        """The one key that becomes the parameter `name` without more than a new name.
+
+        Raises:
+            UsageError: there is none, or its value is not simply the parameter's.
+        """
+        keys = self._keys.get(name, [])
+        if len(keys) != 1:
+            what = f"in {len(keys)} places" if keys else "under no name of its own"
+            raise UsageError(
+                f"{name} is adapted, and the files of {self.base.path} hold it {what} "
+                "(transformers puts it together while loading), so it cannot be merged in place"
+            )
+        tensor = self.tensors[keys[0]]
+        if tensor.dtype not in FLOATS or tensor.shape != self._shapes[name]:
+            raise UsageError(
+                f"{name} is adapted, and {tensor.file} holds {tensor.key} as {tensor.dtype} "
+                f"{list(tensor.shape)}, where the model has floats {list(self._shapes[name])}"
+            )
+        return keys[0]
+
+    def config(self) -> dict[str, Any]:
+        """`config.json` as it stands in the file."""
+        path = _cached(self.base, "config.json")
+        assert path is not None  # it has been read before
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def copy_rest(self, folder: Path) -> None:
+        """Copy what is neither weights nor `config.json`: the tokenizer and other small files."""
+        for path, name in _beside_weights(self.base):
+            target = folder / name
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+
+
+def _keys_of_parameters(
+    model: PreTrainedModel, keys: Iterable[str], expected: dict[str, Any]
+) -> dict[str, list[str]]:
+    """{parameter: its keys}, of keys that are renamed at most.
+
+    The first half of transformers' `convert_and_load_state_dict_in_model`.
+    """
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    prefix = model.base_model_prefix
+    found: dict[str, list[str]] = defaultdict(list)
+    for key in sorted(keys, key=dot_natural_key):
+        name, converted = rename_source_key(key, renamings, converters, prefix, expected)
+        if name not in expected and key in expected:  # renamed where it should not have been
+            name, converted = rename_source_key(key, [], [], prefix, expected)
+        if converted is None:
+            found[name].append(key)
+    return found
+
+
+def _cached(base: BaseModel, name: str) -> Path | None:
+    """A file of the base, brought from the hub if need be."""
+    found = cached_file(
+        base.source, name, revision=base.revision, _raise_exceptions_for_missing_entries=False
+    )
+    return Path(found) if found else None
+
+
+def _weight_files(base: BaseModel) -> list[Path]:
+    """The files that `from_pretrained` reads."""
+    try:
+        if single := _cached(base, "model.safetensors"):
+            return [single]
+        if index := _cached(base, INDEX):
+            files, _ = get_checkpoint_shard_files(base.source, str(index), revision=base.revision)
+            return [Path(file) for file in files]
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"cannot read the weights of {base.path}: {error}") from error
+    raise UsageError(f"{base.path} holds no model.safetensors and no {INDEX}")
+
+
+def _beside_weights(base: BaseModel) -> Iterator[tuple[Path, Path]]:
+    """(file, name within the model directory) of everything but weights and `config.json`."""
+    folder = Path(base.source)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(
+            snapshot_download(
+                base.source, revision=base.revision, allow_patterns=list(BESIDE_WEIGHTS)
+            )
+        )
+    for pattern in BESIDE_WEIGHTS:
+        for path in sorted(folder.glob(pattern)):
+            left_out = path.name == "config.json" or any(path.match(other) for other in LEFT_OUT)
+            if path.is_file() and not left_out:
+                yield path, path.relative_to(folder)

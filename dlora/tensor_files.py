@@ -1,0 +1,153 @@
+"""Safetensors files block by block, so that a tensor of any size passes in a few megabytes.
+
+The library writes a file from whole tensors and reads through a memory map, whose pages count as
+this process's memory. The format is simple enough to do without: 8 bytes N, little-endian; N bytes
+of JSON, {key: {dtype, shape, data_offsets}}; the tensors' bytes back to back, little-endian.
+
+Source: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dlora.errors import UsageError
+from dlora.memory import trim
+
+BLOCK_BYTES = 1 << 20
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+FLOAT_NAMES = {dtype: name for name, dtype in FLOATS.items()}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor in a file: `nbytes` bytes from `start` on."""
+
+    file: Path
+    key: str
+    dtype: str  # as the format spells it
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    def blocks(self) -> Iterator[bytearray]:
+        """Its bytes, in order."""
+        with self.file.open("rb") as file:
+            file.seek(self.start)
+            left = self.nbytes
+            while left:
+                block = bytearray(min(left, BLOCK_BYTES))
+                if file.readinto(block) != len(block):
+                    raise UsageError(f"{self.file}: ends inside {self.key}")
+                left -= len(block)
+                yield block
+
+    def rows(self, first: int = 0, last: int | None = None) -> Tensor:
+        """`tensor[first:last]` of a floating-point tensor, or all of one without dims."""
+        count, *row = self.shape or (1,)
+        last = count if last is None else last
+        row_bytes = self.nbytes // max(count, 1)
+        block = bytearray((last - first) * row_bytes)
+        with self.file.open("rb") as file:
+            file.seek(self.start + first * row_bytes)
+            if file.readinto(block) != len(block):
+                raise UsageError(f"{self.file}: ends inside {self.key}")
+        shape = (last - first, *row) if self.shape else ()
+        if not block:
+            return torch.empty(shape, dtype=FLOATS[self.dtype])
+        return torch.frombuffer(block, dtype=FLOATS[self.dtype]).view(shape)
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file by key, in the order of their bytes. Nothing but the header is read.
+
+    Raises:
+        UsageError: there is no such file, or it is damaged or cut short.
+    """
+    assert sys.byteorder == "little", "the format is little-endian"
+    try:
+        with safe_open(path, framework="pt"):
+            pass  # the library has now checked the header, and the file's length against it
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+    except FileNotFoundError:
+        raise UsageError(f"{path}: there is no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{path}: is damaged or no safetensors file: {error}") from None
+    header.pop("__metadata__", None)
+    found = []
+    for key, entry in header.items():
+        start, stop = entry["data_offsets"]
+        shape = tuple(entry["shape"])
+        found.append(StoredTensor(path, key, entry["dtype"], shape, 8 + size + start, stop - start))
+    return {tensor.key: tensor for tensor in sorted(found, key=lambda t: t.start)}
+
+
+@dataclass(frozen=True)
+class NewTensor:
+    """A tensor to be written; `blocks` computes its bytes, in order, when its turn comes."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    blocks: Callable[[], Iterator[bytearray | memoryview]]
+
+
+def new_float_tensor(
+    key: str, dtype: torch.dtype, shape: Sequence[int], parts: Callable[[], Iterator[Tensor]]
+) -> NewTensor:
+    """A `NewTensor` from tensors of `dtype` that follow one another in its first dim."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    return NewTensor(key, FLOAT_NAMES[dtype], tuple(shape), nbytes, lambda: map(_bytes_of, parts()))
+
+
+def write_tensors(path: Path, tensors: Sequence[NewTensor], written: Callable[[int], None]) -> None:
+    """Write a file and force it to the disk.
+
+    Args:
+        written: told the number of bytes after every block.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        offsets = [end, end := end + tensor.nbytes]
+        header[tensor.key] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": offsets,
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # readers map the tensors, which should begin aligned
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            before = file.tell()
+            for block in tensor.blocks():
+                file.write(block)
+                written(len(block))
+            if file.tell() - before != tensor.nbytes:
+                raise AssertionError(f"{tensor.key}: not the number of bytes that was announced")
+            trim()  # what one tensor took would otherwise stay beside what the next one takes
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data

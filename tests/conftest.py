@@ -1,0 +1,46 @@
+"""What all tests share: the sampled default of `full` matrices, worker pools, a tiny model."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ranks import Pools
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `full` run only where `-m` names them."""
+    if "full" in config.option.markexpr:
+        return
+    left_out = [item for item in items if item.get_closest_marker("full")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
+
+
+@pytest.fixture(scope="module")
+def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pools]:
+    """`pools(n)`: the n worker processes of this test file; see `ranks.py`."""
+    made = Pools(tmp_path_factory.mktemp("ranks"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def saved_models(tmp_path_factory: pytest.TempPathFactory) -> "SavedModels":
+    return SavedModels(tmp_path_factory.mktemp("models"))
+
+
+class SavedModels:
+    """`saved_models("llama")`: the directory of that tiny model, made once."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def __call__(self, name: str, dtype: str = "float32") -> str:
+        import torch
+        from tiny import save_model
+
+        directory = self._root / f"{name}-{dtype}"
+        if not directory.exists():
+            save_model(directory, name, getattr(torch, dtype))
+        return str(directory)

@@ -1,0 +1,132 @@
+"""Keyed dropout: a sequence's mask depends on seed, step, id and layer, and on nothing else."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dlora import LoraConfig, attach
+from dlora.lora.attach import attachment_of
+from dlora.lora.dropout import DropoutStream, SampleKeys
+
+P, FEATURES = 0.3, 16
+ALONE = SampleKeys(seed=5, step=7, ids=(42,), lengths=(6,))
+
+
+def mask(keys: SampleKeys | None, tokens: int, layer: str = "q_proj", p: float = P) -> Tensor:
+    """keep_mask [rows, tokens, FEATURES] of a padded batch."""
+    stream, rows = DropoutStream(), len(keys.ids) if keys else 1
+    x = torch.zeros(rows, tokens, FEATURES)
+    if keys is None:
+        return stream.keep_mask(x, p, layer)
+    with stream.keyed(keys):
+        return stream.keep_mask(x, p, layer)
+
+
+@pytest.mark.parametrize("row", [0, 1, 2])
+def test_a_sequence_has_its_mask_in_any_batch(row: int) -> None:
+    """Alone, or padded beside a longer and a shorter one, first or last."""
+    ids, lengths = [7, 8], [9, 2]
+    batch = replace(
+        ALONE, ids=(*ids[:row], 42, *ids[row:]), lengths=(*lengths[:row], 6, *lengths[row:])
+    )
+    assert torch.equal(mask(batch, tokens=9)[row, :6], mask(ALONE, tokens=6)[0])
+    assert torch.equal(mask(batch, tokens=12)[row, :6], mask(ALONE, tokens=6)[0])
+
+
+def test_other_random_numbers_leave_the_mask_alone() -> None:
+    torch.manual_seed(1)
+    first = mask(ALONE, tokens=6)
+    torch.manual_seed(2)
+    assert torch.equal(first, mask(ALONE, tokens=6))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"seed": 6}, {"step": 8}, {"ids": (43,)}],
+    ids=lambda change: next(iter(change)),
+)
+def test_each_part_of_the_key_changes_the_mask(other: dict) -> None:
+    first, second = mask(ALONE, tokens=6), mask(replace(ALONE, **other), tokens=6)
+    # Independent masks agree on (1 − p)² + p² = 0.58 of the elements.
+    assert 0.3 < (first == second).float().mean() < 0.8
+
+
+def test_each_layer_has_its_own_mask() -> None:
+    first, second = mask(ALONE, tokens=6), mask(ALONE, tokens=6, layer="v_proj")
+    assert 0.3 < (first == second).float().mean() < 0.8
+
+
+@pytest.mark.parametrize("p", [0.05, 0.3, 0.9])
+@pytest.mark.parametrize("keys", [replace(ALONE, lengths=(4000,)), None], ids=["keyed", "unkeyed"])
+def test_the_rate_is_p(keys: SampleKeys | None, p: float) -> None:
+    dropped = (~mask(keys, tokens=4000, p=p)).float().mean(dim=(0, 1))
+    assert float(dropped.mean()) == pytest.approx(p, abs=0.005)  # 64,000 draws: σ ≤ 0.002
+    assert float((dropped - p).abs().max()) < 0.04  # in every feature
+
+
+def test_tokens_of_a_flattened_batch_keep_their_masks() -> None:
+    keys = replace(ALONE, ids=(42, 43), lengths=(6, 6))
+    stream = DropoutStream()
+    with stream.keyed(keys):
+        flat = stream.keep_mask(torch.zeros(12, FEATURES), P, "q_proj")
+    assert torch.equal(flat.view(2, 6, FEATURES), mask(keys, tokens=6))
+
+
+def test_picked_tokens_have_the_masks_of_their_places() -> None:
+    """The output head sees only tokens with a target."""
+    keys = replace(ALONE, ids=(42, 43), lengths=(6, 4))
+    positions = torch.tensor([[0, 1], [0, 5], [1, 0], [1, 3]])
+    stream = DropoutStream()
+    with stream.keyed(keys), stream.at(positions):
+        picked = stream.keep_mask(torch.zeros(4, FEATURES), P, "q_proj")
+    assert torch.equal(picked, mask(keys, tokens=6)[positions[:, 0], positions[:, 1]])
+
+
+def test_a_batch_without_sequences_is_not_dropped() -> None:
+    """What a rank that runs short passes through the model has weight zero."""
+    stream = DropoutStream()
+    with stream.keyed(SampleKeys(seed=0, step=0, ids=(), lengths=())):
+        assert stream.keep_mask(torch.zeros(1, 2, FEATURES), P, "q_proj").all()
+
+
+def test_without_keys_masks_come_from_the_global_generator() -> None:
+    torch.manual_seed(3)
+    first, second = mask(None, tokens=6), mask(None, tokens=6)
+    torch.manual_seed(3)
+    assert torch.equal(mask(None, tokens=6), first)
+    assert not torch.equal(first, second)
+
+
+def test_keys_end_with_their_context() -> None:
+    stream, x = DropoutStream(), torch.zeros(1, 6, FEATURES)
+    with stream.keyed(ALONE):
+        pass
+    torch.manual_seed(3)
+    after = stream.keep_mask(x, P, "q_proj")
+    torch.manual_seed(3)
+    assert torch.equal(after, mask(None, tokens=6))
+
+
+def test_the_layers_of_a_model_share_keys_and_differ_in_masks() -> None:
+    """Two equal layers on one input: dropout alone tells them apart, and eval switches it off."""
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(FEATURES, 3, bias=False) for _ in range(2)])
+    attach(model, LoraConfig(r=2, lora_dropout=0.5))
+    model[1].load_state_dict(model[0].state_dict())
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.zero_()
+            layer.adapter.lora_A.fill_(1)
+            layer.adapter.lora_B.fill_(1)
+    x = torch.ones(1, 6, FEATURES)
+    with attachment_of(model).stream.keyed(ALONE):
+        first, second = model[0](x), model[1](x)
+        assert torch.equal(first, model[0](x))
+    assert not torch.equal(first, second)
+    # s·r·Σ kept/(1 − p): each output counts the kept features of its token, scaled up by 2.
+    kept = mask(ALONE, tokens=6, layer="0", p=0.5).sum(dim=-1)
+    torch.testing.assert_close(first[..., 0], 16 * 2 * 2.0 * kept)
+    model.eval()
+    assert torch.equal(model[0](x), model[1](x))

@@ -1,0 +1,366 @@
+"""The chunked loss against plain `F.cross_entropy` on the full logits of an untouched twin."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from causal_models import VOCABULARY, causal_model, randomize_trainable, relative_error, token_ids
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dlora import LoraConfig, UsageError, attach, disabled
+from dlora.lora.attach import attachment_of, trainable_parameters
+from dlora.lora.dropout import SampleKeys
+from dlora.objectives import targets as objective
+
+EXACT = {torch.float64: 1e-12, torch.float32: 1e-5}
+ROWS, TOKENS = 3, 10
+HEAD = {"target_modules": ["q_proj", "lm_head"]}
+COPY = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+
+
+@dataclass(frozen=True)
+class Case:
+    kind: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = {
+    "llama": Case("llama"),
+    "llama, head": Case("llama", HEAD),
+    "llama, head copied": Case("llama", COPY),
+    "tied": Case("tied"),
+    "tied, head": Case("tied", HEAD),
+    "tied, head copied": Case("tied", COPY),
+    "tied, embedding": Case("tied", {"target_modules": ["embed_tokens", "v_proj"]}),
+    "gpt2": Case("gpt2"),
+    "gpt2, head": Case("gpt2", {"target_modules": ["c_attn", "lm_head"]}),
+    "mixtral": Case("mixtral"),
+    "gemma2 (soft cap)": Case("gemma2", HEAD),
+    "cohere (scale)": Case("cohere", HEAD),
+    "granite (divisor)": Case("granite", HEAD),
+    "head alone": Case("llama", {"target_modules": ["lm_head"]}),
+}
+
+
+def twins(case: Case, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    """(the model with `targets=`, its twin that knows nothing of it)."""
+    plain = attach(causal_model(case.kind, dtype), LoraConfig(r=3, **case.settings))
+    randomize_trainable(plain)
+    model = copy.deepcopy(plain)
+    objective.install(model)
+    return model, plain
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    """Ids, and targets as of a chat: none in the prompt, none in one row, none after the end."""
+    ids = token_ids(ROWS, TOKENS)
+    targets = token_ids(ROWS, TOKENS, seed=4)
+    targets[:, :3] = -100
+    targets[1] = -100
+    targets[2, 7:] = -100
+    return ids, targets
+
+
+def plain_loss(model: nn.Module, ids: Tensor, targets: Tensor) -> Tensor:
+    logits = model(ids).logits
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in trainable_parameters(model).items()}
+
+
+def chunks_of(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objective, "CHUNK_BYTES", 4 * VOCABULARY * rows)
+
+
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradients_equal_plain_cross_entropy(
+    case: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunks_of(4, monkeypatch)
+    model, plain = twins(CASES[case], dtype)
+    ids, targets = batch()
+    loss, expected = model(ids, targets=targets), plain_loss(plain, ids, targets)
+    assert loss.dtype == dtype
+    assert relative_error(loss, expected) < EXACT[dtype]
+    (loss / 7).backward()
+    (expected / 7).backward()
+    reference = gradients(plain)
+    for name, gradient in gradients(model).items():
+        assert reference[name].any(), name
+        assert relative_error(gradient, reference[name]) < EXACT[dtype], name
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 10, 11, 1000])
+def test_the_size_of_a_chunk_changes_nothing(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch has 11 targets: chunks of one, uneven last chunks, one chunk."""
+    chunks_of(rows, monkeypatch)
+    model, plain = twins(CASES["llama, head"], torch.float64)
+    ids, targets = batch()
+    assert int((targets != -100).sum()) == 11
+    loss, expected = model(ids, targets=targets), plain_loss(plain, ids, targets)
+    assert relative_error(loss, expected) < 1e-12
+    loss.backward()
+    expected.backward()
+    reference = gradients(plain)
+    assert all(relative_error(g, reference[n]) < 1e-12 for n, g in gradients(model).items())
+
+
+@pytest.mark.parametrize("case", ["llama", "llama, head", "llama, head copied"])
+def test_without_targets_the_loss_is_zero_and_every_gradient_too(case: str) -> None:
+    """A rank that runs short still takes part in every reduction."""
+    model, _ = twins(CASES[case], torch.float32)
+    loss = model(token_ids(), targets=torch.full((2, 9), -100))
+    assert float(loss.detach()) == 0 and loss.requires_grad
+    loss.backward()
+    found = gradients(model)
+    assert found and all(g is not None and not g.any() for g in found.values())
+
+
+@pytest.mark.parametrize("case", ["llama, head", "llama, head copied"])
+def test_gradients_accumulate_over_micro_batches(case: str) -> None:
+    model, plain = twins(CASES[case], torch.float64)
+    ids, targets = batch()
+    for row in range(ROWS):
+        model(ids[row : row + 1], targets=targets[row : row + 1]).backward()
+    plain_loss(plain, ids, targets).backward()
+    reference = gradients(plain)
+    assert all(relative_error(g, reference[n]) < 1e-12 for n, g in gradients(model).items())
+
+
+def test_padding_on_the_right_changes_nothing() -> None:
+    model, _ = twins(CASES["llama, head"], torch.float64)
+    ids, targets = batch()
+    expected = model(ids[:, :6], targets=targets[:, :6])
+    mask = torch.ones_like(ids)
+    mask[:, 6:] = 0
+    padded = targets.masked_fill(mask == 0, -100)
+    loss = model(input_ids=ids, attention_mask=mask, targets=padded)
+    assert relative_error(loss, expected) < 1e-12
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_activation_checkpointing_changes_no_bit(reentrant: bool) -> None:
+    ids, targets = batch()
+    found = []
+    for checkpointing in (False, True):
+        model, _ = twins(CASES["llama, head"], torch.float32)
+        model.train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        model(ids, targets=targets).backward()
+        found.append(gradients(model))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_without_gradients_the_loss_is_the_same_and_has_no_graph() -> None:
+    model, plain = twins(CASES["llama, head"], torch.float64)
+    ids, targets = batch()
+    with torch.no_grad():
+        loss = model(ids, targets=targets)
+    assert not loss.requires_grad
+    assert relative_error(loss, plain_loss(plain, ids, targets)) < 1e-12
+
+
+@pytest.mark.parametrize("case", ["llama, head", "llama, head copied"])
+def test_a_disabled_head_gives_the_base_s_loss(case: str) -> None:
+    """With gradients on too: A and B of the head are then no part of the graph."""
+    model, plain = twins(CASES[case], torch.float64)
+    ids, targets = batch()
+    with disabled(model), disabled(plain):
+        loss, expected = model(ids, targets=targets), plain_loss(plain, ids, targets)
+    assert relative_error(loss, expected) < 1e-12
+
+
+def test_the_model_s_own_forward_stays() -> None:
+    model, plain = twins(CASES["gemma2 (soft cap)"], torch.float64)
+    ids, targets = batch()
+    model(ids, targets=targets)
+    assert torch.equal(model(ids).logits, plain(ids).logits)
+    assert torch.equal(model(ids, labels=ids).loss, plain(ids, labels=ids).loss)
+    assert "forward" not in model.lm_head.__dict__
+
+
+def test_an_error_in_the_head_leaves_its_forward_as_it_was() -> None:
+    model, _ = twins(CASES["llama"], torch.float32)
+    with pytest.raises(IndexError):
+        model(token_ids(), targets=torch.full((2, 9), VOCABULARY))
+    assert "forward" not in model.lm_head.__dict__
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operator returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("settings", [{"target_modules": ["q_proj"]}, HEAD], ids=["base", "lora"])
+def test_no_tensor_is_as_large_as_tokens_times_vocabulary(
+    settings: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocabulary, rows, hidden = 1000, 8, 24
+    monkeypatch.setattr(objective, "CHUNK_BYTES", 4 * vocabulary * rows)
+    model = causal_model("llama", vocab_size=vocabulary)
+    attach(model, LoraConfig(r=2, **settings))
+    objective.install(model)
+    ids = token_ids(4, 50)
+    with Largest() as chunked:
+        model(ids, targets=ids).backward()
+    # A chunk's logits, or a weight that passes through a cast or a transposition.
+    assert chunked.numel <= vocabulary * max(rows, hidden)
+    with Largest() as plain:
+        model(ids, labels=ids).loss.backward()
+    assert plain.numel >= vocabulary * 4 * 50  # what it would have been
+
+
+def test_the_head_is_called_once_whatever_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its hooks gather a sharded weight: once for a forward, not once for each chunk."""
+    chunks_of(2, monkeypatch)
+    model, _ = twins(CASES["llama, head"], torch.float32)
+    calls = []
+    model.lm_head.register_forward_pre_hook(lambda module, args: calls.append(module))
+    ids, targets = batch()
+    model(ids, targets=targets).backward()
+    assert calls == [model.lm_head]
+
+
+@contextmanager
+def keyed(model: nn.Module, ids: list[int], lengths: list[int]) -> Iterator[None]:
+    with attachment_of(model).stream.keyed(SampleKeys(0, 1, ids, lengths)):
+        yield
+
+
+@pytest.mark.parametrize("rows", [2, 1000])
+def test_dropout_in_the_head_is_keyed_by_the_sequence(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same masks in one padded batch, in single sequences, in chunks of any size."""
+    settings = {**HEAD, "lora_dropout": 0.4}
+    ids, targets = token_ids(2, 9), token_ids(2, 9, seed=4)
+    lengths, numbers = [9, 6], [31, 32]
+    targets[:, :2] = targets[1, 6:] = -100
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+
+    chunks_of(1000, monkeypatch)
+    together, _ = twins(Case("llama", settings), torch.float64)
+    with keyed(together.train(), numbers, lengths):
+        loss = together(ids, attention_mask=mask, targets=targets)
+        loss.backward()
+
+    chunks_of(rows, monkeypatch)
+    apart, _ = twins(Case("llama", settings), torch.float64)
+    parts = []
+    for row, length in enumerate(lengths):
+        with keyed(apart.train(), [numbers[row]], [length]):
+            one = slice(row, row + 1)
+            parts.append(apart(ids[one, :length], targets=targets[one, :length]))
+            parts[-1].backward()
+    assert relative_error(sum(parts), loss) < 1e-12
+    reference = gradients(together)
+    assert all(relative_error(g, reference[n]) < 1e-12 for n, g in gradients(apart).items())
+    together.eval()
+    assert relative_error(together(ids, attention_mask=mask, targets=targets), loss) > 1e-3
+
+
+SMALL = {"vocab_size": VOCABULARY, "hidden_size": 24, "num_hidden_layers": 1}
+HEADS = {"num_attention_heads": 4, "intermediate_size": 32, "max_position_embeddings": 64}
+REFUSED: dict[str, tuple[Any, str]] = {
+    "no output head": (
+        lambda: transformers.LlamaModel(causal_model("llama").config),
+        "is no causal language model with an output head",
+    ),
+    "plain module": (lambda: nn.Sequential(nn.Linear(2, 2)), "is no causal language model"),
+    "encoder-decoder": (
+        lambda: transformers.BartForConditionalGeneration(
+            transformers.BartConfig(
+                vocab_size=32,
+                d_model=8,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+            )
+        ),
+        "is an encoder-decoder model",
+    ),
+    "layers before the head": (
+        lambda: transformers.BertLMHeadModel(
+            transformers.BertConfig(**SMALL, **HEADS, is_decoder=True)
+        ),
+        "BertLMHeadModel does more than decoder, output head",
+    ),
+    "a scale that is unknown": (
+        lambda: transformers.HyperCLOVAXForCausalLM(
+            transformers.HyperCLOVAXConfig(
+                **SMALL, **HEADS, num_key_value_heads=2, logits_scaling=3.0
+            )
+        ),
+        "HyperCLOVAXForCausalLM does more than",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_model_whose_loss_would_be_another_is_refused(case: str) -> None:
+    build, message = REFUSED[case]
+    model = build()
+    with pytest.raises(UsageError) as caught:
+        objective.install(model)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert "forward" not in model.__dict__
+
+
+ACCEPTED: dict[str, Any] = {
+    "a decoder inside the decoder": lambda: transformers.OPTForCausalLM(
+        transformers.OPTConfig(
+            vocab_size=VOCABULARY, hidden_size=24, word_embed_proj_dim=24, ffn_dim=32,
+            num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=64, dropout=0.0,
+        )
+    ),
+    "a soft cap of another name": lambda: transformers.RecurrentGemmaForCausalLM(
+        transformers.RecurrentGemmaConfig(
+            **SMALL, num_attention_heads=4, head_dim=6, intermediate_size=32, lru_width=24,
+            logits_soft_cap=1.5, block_types=("attention",), attention_window_size=64,
+        )
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_less_usual_models_have_their_own_loss(case: str) -> None:
+    torch.manual_seed(0)
+    plain = ACCEPTED[case]().eval()
+    model = copy.deepcopy(plain)
+    objective.install(model)
+    ids, targets = batch()
+    expected = plain_loss(plain, ids, targets)
+    assert relative_error(model(ids, targets=targets), expected) < 1e-5
+
+
+@pytest.mark.parametrize("case", ["llama", "gemma2 (soft cap)", "cohere (scale)"])
+def test_a_model_on_the_meta_device_can_be_asked(case: str) -> None:
+    """`--check` refuses before a weight is read."""
+    config = causal_model(CASES[case].kind).config
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    parts = objective.model_parts(model)
+    assert parts.head is model.lm_head and parts.decoder is model.model

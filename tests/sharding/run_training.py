@@ -1,0 +1,86 @@
+"""One training run through dlora's own pieces, inside the worker processes of `ranks.py`."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ranks
+import torch
+from torch import Tensor
+
+from dlora.checkpoint import capture
+from dlora.config import parse
+from dlora.metrics import read_metrics
+from dlora.prepare import prepare
+from dlora.runtime import Runtime
+from dlora.train import Run
+
+BASE_SETTINGS = {
+    "model.dtype": "float32",
+    "adapter.r": 4,
+    "adapter.lora_alpha": 8,
+    "optimizer.lr": 2e-3,
+    "train.max_steps": 20,
+    "train.global_batch_size": 7,  # divides by no number of ranks
+    "train.micro_batch_size": 2,
+    "output.tensorboard": False,
+    "output.save_every": 0,
+}
+
+# Figures that hold clocks or memory; all others of two equal runs are equal bit for bit.
+MEASURED = {"step_seconds", "tokens_per_second", "peak_memory_bytes"}
+
+
+def command_line(**settings: Any) -> list[str]:
+    """Words for `dlora.train`: BASE_SETTINGS and `settings`, with `__` for the dot."""
+    given = BASE_SETTINGS | {key.replace("__", "."): value for key, value in settings.items()}
+    words = []
+    for key, value in given.items():
+        words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+    return words
+
+
+def prepared_run(argv: list[str]) -> Run:
+    """This rank's `Run`, as `dlora.train.main` sets it up."""
+    config = parse(argv, prog="dlora.train").config
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    runtime = Runtime(rank, world, torch.device("cpu"), ranks.current_store)
+
+    def work() -> tuple[Any, str]:
+        local_world = int(os.environ["LOCAL_WORLD_SIZE"])
+        found = prepare(config, rank, world, local_world, runtime.say)
+        return found, found.fingerprint
+
+    return Run(config, runtime, runtime.agree("preparation", work))
+
+
+def train(argv: list[str], meddle: Callable[[Run], None] | None = None) -> dict[str, Any]:
+    """Run to the end; status, trained tensors and optimizer state of this rank.
+
+    Args:
+        meddle: called with the run before it starts.
+    """
+    run = prepared_run(argv)
+    if meddle is not None:
+        meddle(run)
+    status = run.train()
+    held = capture(run.replica.named, run.optimizer, {})
+    return {"status": status, "tensors": held.tensors, "optimizer": held.optimizer}
+
+
+def figures(directory: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics without what was measured."""
+    records = read_metrics(Path(directory) / "metrics.jsonl")
+    return [{k: v for k, v in record.items() if k not in MEASURED} for record in records]
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """‖got − wanted‖ / ‖wanted‖."""
+    return float((got - wanted).norm() / wanted.norm())
+
+
+def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Whether two states hold equal tensors under equal names."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

@@ -1,0 +1,92 @@
+"""Invariants 1 and 2: W0 keeps its names and its bits; A and B are one adapter on every rank."""
+
+from typing import Any
+
+import pytest
+import torch
+from ranks import Pools
+from tiny import VOCABULARY
+from torch import Tensor
+
+from dlora.api import attach, replicate
+from dlora.base_model import DTYPES, find_base
+from dlora.lora.config import LoraConfig
+from dlora.sharding.engine import build_engine
+from dlora.sharding.mesh import Topology, resolve_placement
+
+STEPS = 4
+
+
+def trained(path: str, dtype: str, base: str, config: dict[str, Any]) -> dict[str, Any]:
+    """W0 before and after some steps, and the adapter; every rank draws numbers of its own."""
+    topology = Topology.current()
+    engine = build_engine(resolve_placement("fsdp2", base, topology), topology)
+    model: Any = find_base(path, dtype=dtype).load(engine, torch.device("cpu"))
+    replica = replicate(model, engine)
+    before = whole(engine, model)
+    torch.manual_seed(100 + topology.rank)
+    attach(model, LoraConfig(r=4, **config))
+    first = {name: p.detach().clone() for name, p in replica.named.items()}
+    optimizer = torch.optim.AdamW(replica.parameter_groups(lr=2e-3), fused=True)
+    for _ in range(STEPS):
+        ids = torch.randint(VOCABULARY, (2, 9))
+        model(input_ids=ids, labels=ids).loss.backward()
+        replica.reduce_gradients()
+        replica.clip(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    replica.audit()
+    return {
+        "before": before,
+        "after": {n: w for n, w in whole(engine, model).items() if ".adapter." not in n},
+        "first": first,
+        "last": {name: p.detach() for name, p in replica.named.items()},
+        "trainable": {name for name, p in model.named_parameters() if p.requires_grad},
+    }
+
+
+def whole(engine: Any, model: Any) -> dict[str, Tensor]:
+    with engine.whole_weights(model) as weights:
+        return {name: weight.clone() for name, weight in weights.items()}
+
+
+def base_weights(path: str, dtype: str) -> dict[str, Tensor]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype])
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("model", "dtype", "base", "world", "config"),
+    [
+        ("llama", "bfloat16", "world", 2, {}),
+        ("llama", "float32", "node", 4, {}),
+        ("llama", "bfloat16", "none", 3, {}),
+        ("tied", "bfloat16", "world", 3, {"modules_to_save": ["lm_head"]}),
+        ("gpt2", "bfloat16", "world", 2, {"target_modules": ["c_attn", "wte"]}),
+    ],
+)
+def test_training_changes_the_adapter_alone(
+    pools: Pools,
+    saved_models: Any,
+    model: str,
+    dtype: str,
+    base: str,
+    world: int,
+    config: dict[str, Any],
+) -> None:
+    path = saved_models(model, dtype)
+    [wanted] = pools(1).run(base_weights, path, dtype)
+    results = pools(world).run(trained, path, dtype, base, config, ranks_per_node=-(-world // 2))
+    for result in results:
+        for weights in (result["before"], result["after"]):
+            assert weights.keys() == wanted.keys()
+            assert all(weights[n].dtype == w.dtype for n, w in wanted.items())
+            assert all(torch.equal(weights[n], w) for n, w in wanted.items())
+        assert result["trainable"] == result["last"].keys() == result["first"].keys()
+        for name, value in result["last"].items():
+            assert value.dtype == torch.float32
+            assert torch.equal(result["first"][name], results[0]["first"][name]), name
+            assert torch.equal(value, results[0]["last"][name]), name
+            assert not torch.equal(value, result["first"][name]), name  # every one has moved

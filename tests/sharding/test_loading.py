@@ -1,0 +1,121 @@
+"""Reading a checkpoint into shards: the same values, owned, evenly divided, block by block."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import Pools
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from dlora.base_model import DTYPES, find_base
+from dlora.sharding.engine import build_engine
+from dlora.sharding.groups import block_lists
+from dlora.sharding.mesh import Topology, resolve_placement
+from dlora.sharding.storage import held_bytes
+
+IDS = torch.arange(1, 25).view(2, 12)
+
+# model, dtype on disk, dtype asked for, base
+CASES = [
+    ("llama", "float32", "float32", "world"),
+    ("llama", "bfloat16", "bfloat16", "world"),
+    ("llama", "float32", "bfloat16", "world"),
+    ("llama", "float32", "bfloat16", "none"),
+    ("tied", "bfloat16", "bfloat16", "world"),
+    ("gpt2", "float32", "float32", "world"),
+    ("gpt2", "float32", "bfloat16", "world"),
+    ("mixtral", "float32", "float32", "world"),
+    ("mixtral", "bfloat16", "bfloat16", "world"),
+]
+
+
+def loaded(path: str, dtype: str, base: str) -> dict[str, Any]:
+    """A base read by the engine: its values and how this rank holds them."""
+    topology = Topology.current()
+    engine = build_engine(resolve_placement("fsdp2", base, topology), topology)
+    model: Any = find_base(path, dtype=dtype).load(engine, torch.device("cpu"))
+    engine.adopt(model)
+    blocks = [b for p in block_lists(model) for b in model.get_submodule(p).children()]
+    maps = Path("/proc/self/maps").read_text()
+    frozen = not any(parameter.requires_grad for parameter in model.parameters())
+    held, borrowed = held_bytes(model), [n for n, t in tensors(model).items() if not owns(t)]
+    with engine.whole_weights(model) as weights:
+        values = {name: weight.clone() for name, weight in weights.items()}
+    return {
+        "values": values,
+        "buffers": {name: buffer.clone() for name, buffer in model.named_buffers()},
+        "logits": model(IDS).logits.detach(),
+        "held": held,
+        "total": sum(value.nbytes for value in values.values()),
+        "borrowed": borrowed,
+        "mapped": [line for line in maps.splitlines() if line.endswith(".safetensors")],
+        "units": sum(isinstance(block, FSDPModule) for block in blocks),
+        "blocks": len(blocks),
+        "frozen": frozen,
+    }
+
+
+def plain(path: str, dtype: str) -> dict[str, Any]:
+    """The same model as transformers reads it into one process."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype])
+    return {
+        "values": {name: p.detach() for name, p in model.named_parameters()},
+        "buffers": dict(model.named_buffers()),
+        "logits": model(IDS).logits.detach(),
+    }
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def owns(tensor: Tensor) -> bool:
+    """Its storage holds its elements and nothing else, in memory of the process."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    storage = local.untyped_storage()
+    return storage.nbytes() == local.nbytes and storage.filename is None
+
+
+def check_same(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert got.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert got[name].dtype == value.dtype, name
+        assert torch.equal(got[name], value), name
+
+
+@pytest.mark.parametrize(("model", "stored", "dtype", "base"), CASES)
+def test_shards_hold_the_checkpoint(
+    pools: Pools, saved_models: Any, model: str, stored: str, dtype: str, base: str
+) -> None:
+    path = saved_models(model, stored)
+    [wanted] = pools(1).run(plain, path, dtype)
+    for got in pools(2).run(loaded, path, dtype, base):
+        check_same(got["values"], wanted["values"])
+        check_same(got["buffers"], wanted["buffers"])
+        assert torch.equal(got["logits"], wanted["logits"])
+        assert got["frozen"]
+        assert got["borrowed"] == []
+        assert got["mapped"] == []
+        if base == "world":
+            assert got["units"] == got["blocks"] > 0
+            assert got["held"] <= 1.02 * got["total"] / 2
+        else:
+            assert got["held"] == got["total"]
+
+
+def shares(path: str) -> int:
+    topology = Topology.current()
+    engine = build_engine(resolve_placement("fsdp2", "world", topology), topology)
+    return held_bytes(find_base(path, dtype="float32").load(engine, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("world", [3, 4])
+def test_uneven_shards_add_up_to_one_model(pools: Pools, saved_models: Any, world: int) -> None:
+    [wanted] = pools(1).run(plain, saved_models("llama"), "float32")
+    held = pools(world).run(shares, saved_models("llama"))
+    assert sum(held) == sum(value.nbytes for value in wanted["values"].values())

@@ -1,0 +1,80 @@
+"""Invariant 7: while it reads a base, a rank holds its share, a layer, and little else."""
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import Pool
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from dlora.base_model import find_base
+from dlora.sharding.engine import build_engine
+from dlora.sharding.mesh import Topology, resolve_placement
+
+SLACK = 200e6
+SAMPLE_SECONDS = 0.005
+
+
+def save_llama(directory: Path, dtype: torch.dtype) -> tuple[int, int]:
+    """A Llama of 187 M parameters; (bytes of all in bfloat16, bytes of its largest layer)."""
+    config = LlamaConfig(
+        vocab_size=16000,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        tie_word_embeddings=False,
+        dtype=dtype,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    config.save_pretrained(directory)
+    weights = {n: torch.full(p.shape, 0.01, dtype=dtype) for n, p in model.named_parameters()}
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    layers = [*model.model.layers, model.model.embed_tokens, model.lm_head]
+    sizes = [2 * sum(p.numel() for p in layer.parameters()) for layer in layers]
+    return 2 * sum(p.numel() for p in model.parameters()), max(sizes)
+
+
+def private_bytes() -> int:
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+
+
+def most_held_while_loading(path: str) -> tuple[int, int]:
+    """Private bytes above those after all imports: (at most while loading, when it is done)."""
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import dlora.train  # noqa: F401
+
+    topology = Topology.current()
+    engine = build_engine(resolve_placement("fsdp2", "world", topology), topology)
+    before, most, done = private_bytes(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(SAMPLE_SECONDS):
+            most = max(most, private_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    model = find_base(path, dtype="bfloat16").load(engine, torch.device("cpu"))
+    done.set()
+    watcher.join()
+    after = private_bytes()
+    del model
+    return most - before, after - before
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float32"])
+def test_no_rank_ever_holds_the_whole_base(tmp_path: Path, stored: str) -> None:
+    total, largest_layer = save_llama(tmp_path, getattr(torch, stored))
+    pool = Pool(2, tmp_path / "ranks", fresh=True)
+    results = pool.run(most_held_while_loading, str(tmp_path))
+    pool.close()
+    print(stored, total / 1e6, largest_layer / 1e6, results)
+    for most, after in results:
+        assert most <= total / 2 + largest_layer + SLACK
+        assert total / 2 <= after <= total / 2 + SLACK / 4

@@ -1,0 +1,174 @@
+"""Invariants 6 and 8: what crosses the wire is what the plan says, and a save sends nothing."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from collectives import GLOO, CollectiveLog, socket_bytes
+from ranks import Pools
+from run_training import command_line, figures, prepared_run
+from tiny import save_chats
+
+from dlora.adapter_files import save_adapter
+from dlora.checkpoint import capture, write
+
+STEPS = 3
+
+
+def counted(argv: list[str]) -> dict[str, Any]:
+    """A run's collectives, its bytes on sockets, and what the plan says of one step."""
+    run = prepared_run(argv)
+    dist.barrier()
+    before = socket_bytes()
+    with CollectiveLog() as log:
+        run.train()
+    dist.barrier()
+    time.sleep(0.05)  # until the last acknowledgements are in
+    budget = run.prepared.budget
+    return {
+        "calls": log.calls,
+        "sockets": (socket_bytes() - before).total(),
+        "gathers": budget.gathers,
+        "reduction": budget.reduction,
+    }
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_chats(tmp_path_factory.mktemp("data") / "chats.jsonl", 24))
+
+
+@pytest.mark.parametrize(
+    ("model", "base", "world", "per_node", "accumulation"),
+    [
+        ("llama", "world", 2, 2, 1),
+        ("llama", "world", 2, 2, 3),
+        ("llama", "world", 3, 3, 1),
+        ("llama", "node", 4, 2, 3),
+        ("llama", "world", 4, 2, 1),
+        ("llama", "none", 3, 3, 3),
+        ("llama", "none", 4, 2, 1),
+        ("tied", "world", 2, 2, 1),
+        ("tied", "node", 4, 2, 1),
+        ("gpt2", "world", 3, 3, 1),
+        ("gpt2", "world", 2, 2, 3),
+        ("mixtral", "world", 2, 2, 1),
+    ],
+)
+def test_the_plan_is_what_is_sent(
+    pools: Pools,
+    saved_models: Any,
+    chats: str,
+    tmp_path: Path,
+    model: str,
+    base: str,
+    world: int,
+    per_node: int,
+    accumulation: int,
+) -> None:
+    argv = command_line(
+        model__path=saved_models(model),
+        data__train=chats,
+        output__dir=str(tmp_path),
+        sharding__base=base,
+        train__max_steps=STEPS,
+        train__micro_batch_size=1,
+        train__global_batch_size=world * accumulation,
+    )
+    results = pools(world).run(counted, argv, ranks_per_node=per_node)
+    audit = 8 * (world - 1)  # a checksum of 8 bytes, after the last step
+    for result in results:
+        planned = STEPS * (result["gathers"] + result["reduction"]) + audit
+        assert sum(call.sent() for call in result["calls"]) == planned
+        on_sockets = sum(call.sent(GLOO) for call in result["calls"])
+        headers = 2048 * len(result["calls"])
+        assert on_sockets <= result["sockets"] <= on_sockets + headers
+    per_step = results[0]["gathers"] + results[0]["reduction"]
+    recorded = [line["wire_bytes"] for line in figures(tmp_path)]
+    assert recorded == [per_step] * (STEPS - 1) + [per_step + audit]
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize(("base", "world", "per_node"), [("world", 2, 2), ("node", 4, 2)])
+def test_one_reduction_for_each_step(
+    pools: Pools,
+    saved_models: Any,
+    chats: str,
+    tmp_path: Path,
+    base: str,
+    world: int,
+    per_node: int,
+    accumulation: int,
+) -> None:
+    """And with W0 inside the nodes, nothing else crosses between them, and 1/G of it per rank."""
+    argv = command_line(
+        model__path=saved_models("llama"),
+        data__train=chats,
+        output__dir=str(tmp_path),
+        sharding__base=base,
+        train__max_steps=STEPS,
+        train__micro_batch_size=1,
+        train__global_batch_size=world * accumulation,
+    )
+    for result in pools(world).run(counted, argv, ranks_per_node=per_node):
+        *calls, audit = result["calls"]
+        reductions = [call for call in calls if call.op == "allreduce_"]
+        assert len(reductions) == STEPS
+        assert (audit.op, audit.nbytes) == ("_allgather_base_", 8 * world)
+        if world > per_node:
+            assert [call for call in calls if call.crosses(per_node)] == reductions
+            inside = [call for call in calls if call.op == "_reduce_scatter_base_"]
+            assert [call.nbytes for call in inside] == [per_node * c.nbytes for c in reductions]
+
+
+def saved_by_each(argv: list[str], directory: str) -> dict[str, Any]:
+    """Train, then let every rank alone save all that a run saves; collectives meanwhile, sizes."""
+    run = prepared_run(argv)
+    run.train()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    with CollectiveLog() as log:
+        for turn in range(world):
+            if turn == rank:
+                root = Path(directory) / f"rank-{rank}"
+                save_adapter(run.model, root / "adapter")
+                state = capture(run.replica.named, run.optimizer, {"step": STEPS})
+                write(state, root / "checkpoints", "", keep_last=1)
+                run.save(STEPS)
+            time.sleep(0.05)
+    return {
+        "calls": log.calls,
+        "trained": run.replica.numel,
+        "tensors": len(run.replica.named),
+        "base": run.prepared.budget.base_total,
+    }
+
+
+@pytest.mark.parametrize("base", ["world", "none"])
+def test_any_rank_saves_everything_alone(
+    pools: Pools, saved_models: Any, chats: str, tmp_path: Path, base: str
+) -> None:
+    """No collective, the same bytes, and no more than A, B and their state."""
+    argv = command_line(
+        model__path=saved_models("llama"),
+        data__train=chats,
+        output__dir=str(tmp_path / "run"),
+        sharding__base=base,
+        train__max_steps=STEPS,
+    )
+    results = pools(3).run(saved_by_each, argv, str(tmp_path))
+    saved = [
+        {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*.*")}
+        for root in (tmp_path / f"rank-{rank}" for rank in range(3))
+    ]
+    assert saved[0] == saved[1] == saved[2]
+    assert "checkpoints/step-000003/optimizer.safetensors" in saved[0]
+    for result in results:
+        assert result["calls"] == []
+        values, names = 4 * result["trained"], 150 * result["tensors"]
+        adapter = sum(len(c) for name, c in saved[0].items() if name.startswith("adapter/"))
+        checkpoint = sum(len(c) for name, c in saved[0].items() if name.startswith("checkpoints/"))
+        assert values < adapter < values + names + 4096
+        assert 3 * values < checkpoint < 3 * values + 4 * names + 4096  # two moments, a step count
+        assert checkpoint < result["base"]

@@ -1,0 +1,204 @@
+"""The layering of dlora as a law: who may import whom, read from the syntax tree.
+
+Mathematics (lora/) knows torch alone; distribution (sharding/) knows no mathematics; what joins the
+two knows both; nothing in dlora knows Ray. Nothing is unpickled anywhere.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for folder in ("dlora", "launchers", "benchmarks")
+    for path in (ROOT / folder).rglob("*.py")
+)
+SIDES = ("optim", "data", "objectives", "checkpoint", "metrics")
+CONCRETE = ("sharding.fsdp2", "sharding.zero3", "sharding.replicated", "lora.variants")
+UNPICKLING = {
+    "pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal",
+    "broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list",
+    "send_object_list", "recv_object_list",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Use:
+    """A dotted name that a file imports, reaches as `a.b.c`, or names in a string."""
+
+    line: int
+    name: str
+    is_import: bool
+
+    def of(self, *packages: str) -> bool:
+        return any(self.name == p or self.name.startswith(f"{p}.") for p in packages)
+
+
+def uses(source: str, file: str) -> Iterator[Use]:
+    package = file.split("/")[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (Use(node.lineno, alias.name, True) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *filter(None, [node.module])])
+            yield from (Use(node.lineno, f"{module}.{alias.name}", True) for alias in node.names)
+        elif isinstance(node, (ast.Attribute, ast.Name)):
+            yield Use(node.lineno, ast.unparse(node), False)
+        elif isinstance(node, ast.Call) and node.args:
+            name, argument = ast.unparse(node.func).rpartition(".")[2], node.args[0]
+            if name in ("import_module", "__import__") and isinstance(argument, ast.Constant):
+                yield Use(node.lineno, str(argument.value), True)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """In files whose path starts with one of `where`, no use may be `forbidden`."""
+
+    where: tuple[str, ...]
+    forbidden: Callable[[Use, str], bool]
+    reason: str
+
+
+def unpickles(use: Use, file: str) -> bool:
+    parts = use.name.split(".")
+    return bool(UNPICKLING.intersection(parts)) or use.of("torch.load")
+
+
+def outside(*allowed: str) -> Callable[[Use, str], bool]:
+    """An import from dlora that is not in one of `allowed`."""
+    names = tuple(f"dlora.{name}" for name in allowed)
+    return lambda use, file: use.is_import and use.of("dlora") and not use.of(*names)
+
+
+def another_side_s_inside(use: Use, file: str) -> bool:
+    """`dlora.data.NO_TARGET` is public; `dlora.data.collate` is a module and so an inside."""
+    others = [f"dlora.{side}" for side in SIDES if side != side_of(file)]
+    module = ROOT.joinpath(*use.name.split(".")[:3])
+    is_inside = use.name.count(".") > 2 or module.with_suffix(".py").exists()
+    return use.is_import and use.of(*others) and is_inside
+
+
+def above_a_side(use: Use, file: str) -> bool:
+    return outside("errors", "files", "lora", "sharding", *SIDES)(use, file)
+
+
+def side_of(file: str) -> str:
+    return file.split("/")[1].removesuffix(".py")
+
+
+LORA, SHARDING = ("dlora/lora/",), ("dlora/sharding/",)
+SIDE_FILES = tuple(f"dlora/{side}{end}" for side in SIDES for end in ("/", ".py"))
+TORCH_ALONE = ("dlora", "torch", *sys.stdlib_module_names)
+RULES = (
+    Rule(("",), unpickles, "nothing is unpickled"),
+    Rule(("dlora/",), lambda u, f: u.is_import and u.of("ray"), "dlora does not know Ray"),
+    Rule(LORA, lambda u, f: u.is_import and not u.of(*TORCH_ALONE), "lora/ imports torch alone"),
+    Rule(LORA, lambda u, f: u.of("torch.distributed"), "lora/ is not distributed"),
+    Rule(LORA, outside("lora", "errors"), "lora/ stands below the rest of dlora"),
+    Rule(SHARDING, outside("sharding", "errors"), "sharding/ stands beside lora/, below the rest"),
+    Rule(SHARDING, lambda u, f: u.is_import and u.of("transformers"), "sharding/ knows no models"),
+    Rule(
+        SHARDING,
+        lambda u, f: u.is_import and u.of("deepspeed") and "zero3" not in f,
+        "deepspeed stays in its own file",
+    ),
+    Rule(SIDE_FILES, another_side_s_inside, "each other's insides are private"),
+    Rule(SIDE_FILES, above_a_side, "these stand below what joins them"),
+    Rule(
+        SIDE_FILES,
+        lambda u, f: u.is_import and u.of(*(f"dlora.{name}" for name in CONCRETE)),
+        "concrete engines and variants are not known here",
+    ),
+    Rule(("launchers/",), outside("train", "config"), "launchers use dlora.train and dlora.config"),
+)
+
+
+def violations(source: str, file: str) -> list[str]:
+    """What `source` does that its place forbids, as `file:line name: reason`."""
+    rules = [rule for rule in RULES if file.startswith(rule.where)]
+    found = {
+        f"{file}:{use.line} {use.name}: {rule.reason}"
+        for use in uses(source, file)
+        for rule in rules
+        if rule.forbidden(use, file)
+    }
+    return sorted(found)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_layers_hold(file: str) -> None:
+    assert violations((ROOT / file).read_text("utf-8"), file) == []
+
+
+PLANTED = {
+    "distributed mathematics": ("dlora/lora/merge.py", "import torch.distributed as dist"),
+    "from": ("dlora/lora/merge.py", "from torch import distributed"),
+    "DTensor": ("dlora/lora/variants/x.py", "from torch.distributed.tensor import DTensor"),
+    "by attribute": ("dlora/lora/merge.py", "import torch\nn = torch.distributed.get_rank()"),
+    "by string": ("dlora/lora/merge.py", "m = __import__('transformers')"),
+    "ray by string": ("dlora/train.py", "importlib.import_module('ray.train')"),
+    "inside a function": ("dlora/lora/x.py", "def f():\n    import deepspeed"),
+    "mathematics above": ("dlora/lora/x.py", "from dlora.sharding.mesh import Topology"),
+    "relative": ("dlora/lora/x.py", "from ..sharding import mesh"),
+    "another library": ("dlora/lora/x.py", "import numpy"),
+    "adapters in sharding": ("dlora/sharding/x.py", "from dlora.lora.attach import attach"),
+    "models in sharding": ("dlora/sharding/x.py", "import transformers"),
+    "deepspeed elsewhere": ("dlora/sharding/fsdp2.py", "from deepspeed import zero"),
+    "the loop in sharding": ("dlora/sharding/x.py", "from dlora.train import build"),
+    "insides of data": ("dlora/optim/x.py", "from dlora.data.collate import collate"),
+    "insides of optim": ("dlora/objectives/x.py", "from dlora.optim import groups"),
+    "an engine": ("dlora/checkpoint.py", "from dlora.sharding.fsdp2 import Fsdp2"),
+    "a variant": ("dlora/optim/groups.py", "from dlora.lora.variants.lora import LoraAdapter"),
+    "the configuration": ("dlora/metrics.py", "from dlora.config import Config"),
+    "ray": ("dlora/train.py", "from ray import train"),
+    "a launcher's depth": ("launchers/ray_train.py", "from dlora.sharding.mesh import Topology"),
+    "pickle": ("dlora/files.py", "import pickle"),
+    "from pickle": ("dlora/files.py", "from pickle import loads"),
+    "torch.load": ("dlora/files.py", "import torch\nx = torch.load('f', weights_only=True)"),
+    "from torch": ("dlora/files.py", "from torch import load"),
+    "renamed": ("dlora/files.py", "import pickle as json"),
+    "objects": ("dlora/runtime.py", "dist.broadcast_object_list([])"),
+    "more objects": ("launchers/x.py", "from torch.distributed import all_gather_object"),
+}
+HARMLESS = {
+    "errors": ("dlora/lora/x.py", "from dlora.errors import UsageError\nimport torch.nn as nn"),
+    "a type": ("dlora/objectives/x.py", "from dlora.lora.hosts import CHILD"),
+    "a public name": ("dlora/objectives/x.py", "from dlora.data import NO_TARGET"),
+    "its own file": ("dlora/sharding/zero3.py", "import deepspeed"),
+    "words": ("dlora/lora/x.py", '"""transformers and ray are not used here"""\nray = 1'),
+    "the command": ("launchers/x.py", "import ray\nfrom dlora.train import main"),
+}
+
+
+@pytest.mark.parametrize("case", PLANTED)
+def test_a_planted_violation_is_found(case: str) -> None:
+    file, source = PLANTED[case]
+    assert len(violations(source, file)) >= 1
+
+
+@pytest.mark.parametrize("case", HARMLESS)
+def test_what_is_allowed_is_not_reported(case: str) -> None:
+    file, source = HARMLESS[case]
+    assert violations(source, file) == []
+
+
+def test_the_files_were_found() -> None:
+    """An empty list would pass every test above."""
+    assert {"dlora/lora/functional.py", "dlora/sharding/replica.py", "dlora/train.py"} <= set(FILES)
+
+
+def test_importing_dlora_loads_torch_and_nothing_larger() -> None:
+    program = "import sys, dlora; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert {"dlora", "torch"} <= loaded
+    assert not loaded & {"deepspeed", "ray", "transformers", "peft", "bitsandbytes", "matplotlib"}

@@ -1,0 +1,88 @@
+"""Tiny models, a tokenizer and chats, made from a seed and saved where a test wants them."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedTokenizerFast,
+)
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIAL = ["<|im_start|>", "<|im_end|>", "<pad>"]
+VOCABULARY = 256 + len(SPECIAL)
+
+# Sizes that divide neither by 3 nor by 4, so that shards are uneven there.
+_LLAMA = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 40,
+    "intermediate_size": 70,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": VOCABULARY - 1,
+}
+MODELS: dict[str, Any] = {
+    "llama": lambda: LlamaConfig(**_LLAMA),
+    "tied": lambda: LlamaConfig(**_LLAMA, tie_word_embeddings=True),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCABULARY, n_embd=40, n_layer=2, n_head=4, n_positions=256
+    ),
+    "mixtral": lambda: MixtralConfig(
+        **_LLAMA | {"intermediate_size": 72}, num_local_experts=4, num_experts_per_tok=2
+    ),
+}
+
+
+def save_model(directory: Path, name: str, dtype: torch.dtype = torch.float32) -> Path:
+    """A random model of `MODELS` and the tokenizer; its directory."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MODELS[name](), dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():  # no zeros and ones: each value has to be in its place
+            parameter.normal_(0, 0.15).add_(1.0 if parameter.ndim == 1 else 0.0)
+    model.save_pretrained(directory)
+    tokenizer().save_pretrained(directory)
+    return directory
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*alphabet, *SPECIAL])}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token="<|im_end|>",
+        pad_token="<pad>",
+        additional_special_tokens=SPECIAL[:1],
+    )
+    made.chat_template = CHATML
+    return made
+
+
+def save_chats(path: Path, count: int) -> Path:
+    """`count` short chats of very different lengths, as JSON lines."""
+    draw = random.Random(0)
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    with open(path, "w", encoding="utf-8") as file:
+        for _ in range(count):
+            question = " ".join(draw.choices(words, k=draw.randint(1, 4)))
+            answer = " ".join(draw.choices(words, k=draw.randint(1, 6)))
+            turns = [("user", question), ("assistant", answer)]
+            messages = [{"role": role, "content": content} for role, content in turns]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return path
