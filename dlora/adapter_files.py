@@ -141,8 +141,8 @@ def read_config(directory: str | Path) -> LoraConfig:
             raise UsageError(f"{path}: {key}: {raw[key]!r} is not supported")
     if raw.get("init_lora_weights", True) not in _INITS:
         raise UsageError(
-            f"{path}: init_lora_weights: {raw['init_lora_weights']!r} rewrites the base; convert the "
-            "adapter with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
+            f"{path}: init_lora_weights: {raw['init_lora_weights']!r} rewrites the base; convert "
+            "the adapter with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
     modules_to_save = tuple(raw.get("modules_to_save") or ())
     try:
@@ -187,8 +187,8 @@ def peft_config(model: nn.Module, base_model_name_or_path: str | None) -> dict[s
 def peft_targets(model: nn.Module, attachment: Attachment) -> list[str] | str:
     """`target_modules` with which PEFT adapts exactly the adapted modules.
 
-    The shortest that will do: last names, else full paths, else an expression (a path such as `head`
-    also means `block.head`).
+    The shortest that will do: last names, else full paths, else an expression (a path such as
+    `head` also means `block.head`).
     """
     inner = tuple(f"{path}.{CHILD}" for path in (*attachment.adapted, *attachment.saved))
     paths = [p for p, _ in model.named_modules() if p and not f"{p}.".startswith(inner)]
@@ -254,7 +254,7 @@ def _targets(raw: Any, modules_to_save: tuple[str, ...]) -> str | list[str]:
 def _take_base_copies(
     model: nn.Module, tensors: dict[str, Tensor]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Remove from `tensors` the frozen weights that PEFT writes beside adapted embeddings and heads.
+    """Take out of `tensors` the frozen weights that PEFT adds for adapted embeddings and heads.
 
     Returns (stored, the model's) by key.
     """

@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import nn
 
+from dlora.errors import UsageError
 from dlora.lora.attach import attach as attach_adapters
 from dlora.lora.attach import trainable_parameters
 from dlora.lora.config import LoraConfig
 from dlora.optim.groups import parameter_groups
-from dlora.sharding.engine import Engine, build_engine, sharded_by
+from dlora.sharding.engine import Engine, build_engine, is_divided, sharded_by
 from dlora.sharding.mesh import Topology, resolve_placement
 from dlora.sharding.replica import Replica
 
@@ -54,8 +55,8 @@ def shard(
 ) -> TrainedReplica:
     """Distribute the frozen base of `model` over ranks and make its adapters a replica.
 
-    Collective. A base that is sharded already is left as it is. Without an initialised process group
-    there is one process, and nothing is distributed.
+    Collective. A base that is sharded already is left as it is. Without an initialised process
+    group there is one process, and nothing is distributed.
 
     Args:
         engine: `"fsdp2"`.
@@ -63,7 +64,8 @@ def shard(
         ranks_per_node: overrides LOCAL_WORLD_SIZE.
 
     Raises:
-        UsageError: a setting is unknown or does not fit the ranks.
+        UsageError: a setting is unknown or does not fit the ranks, or something else has divided
+            the adapters.
     """
     topology = Topology.current(ranks_per_node)
     divided_by = sharded_by(model)
@@ -77,6 +79,12 @@ def replicate(model: nn.Module, engine: Engine) -> TrainedReplica:
     What `shard` does once the engine is chosen; for callers that loaded the base through an engine.
     """
     named = trainable_parameters(model) if hasattr(model, "dlora") else {}
+    for name, parameter in named.items():
+        if is_divided(parameter):
+            raise UsageError(
+                f"shard: {name} is divided over ranks; attach after sharding the base, or keep the "
+                "adapters out of it (fully_shard's ignored_params)"
+            )
     if not named:
         model.requires_grad_(False)
     engine.shard(model, ignored=named.values())

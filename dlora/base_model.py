@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ class BaseModel:
         from transformers import AutoModelForCausalLM
 
         config = self.config()
-        with torch.device("meta"):
+        with torch.device("meta"), _said_of(self.path):
             return AutoModelForCausalLM.from_config(
                 config,
                 dtype=self.dtype,
@@ -85,17 +86,24 @@ class BaseModel:
         return model.requires_grad_(False)
 
     def _reading(self, read: Callable[..., Any], **kwargs: Any) -> Any:
-        """Call a `from_pretrained`; what the user can fix becomes one line."""
-        try:
+        """Call a `from_pretrained` on the source."""
+        with _said_of(self.path):
             return read(
                 self.source,
                 revision=self.revision,
                 trust_remote_code=self.trust_remote_code,
                 **kwargs,
             )
-        except (OSError, ValueError, KeyError) as error:
-            first = str(error).strip().split("\n")[0]
-            raise UsageError(f"model.path: cannot read {self.path}: {first}") from error
+
+
+@contextmanager
+def _said_of(path: str) -> Iterator[None]:
+    """Inside, what transformers cannot read or does not know becomes one line on `model.path`."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first = (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise UsageError(f"model.path: cannot read {path}: {first}") from error
 
 
 def find_base(
@@ -144,5 +152,7 @@ def quiet_libraries() -> None:
 
 
 def _looks_local(path: str) -> bool:
-    """Hub ids are `name` or `owner/name`; everything else can only be meant as a path."""
-    return path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith("/")
+    """Hub ids are `name` or `owner/name`; a path has another shape, or its parent is here."""
+    if path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith("/"):
+        return True
+    return "/" in path and Path(path).parent.is_dir()

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dlora.errors import UsageError
-from dlora.files import sync_directory, write_atomically
+from dlora.files import sync, write_atomically
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{6,})")
@@ -118,7 +118,7 @@ def write(checkpoint: Checkpoint, root: Path, config_yaml: str, keep_last: int) 
     if final.exists():  # the same step again, after a resume: the newer one takes the name
         shutil.rmtree(final)
     os.rename(beside, final)
-    sync_directory(root)
+    sync(root)
     for _, old in _steps(root)[:-keep_last]:
         shutil.rmtree(old, ignore_errors=True)
     return final

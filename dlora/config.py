@@ -78,7 +78,7 @@ class AdapterConfig:
     target_r: int = option(8, "adalora: mean rank at the end", ge=1)
     tinit: int = option(0, "adalora: steps before the first pruning", ge=0)
     tfinal: int = option(0, "adalora: steps after the last pruning", ge=0)
-    deltaT: int = option(1, "adalora: steps between two prunings", ge=1)
+    deltaT: int = option(1, "adalora: steps between two prunings", ge=1)  # noqa: N815 - PEFT's name
     beta1: float = option(0.85, "adalora: smoothing of the sensitivity", ge=0, lt=1)
     beta2: float = option(0.85, "adalora: smoothing of the uncertainty", ge=0, lt=1)
     orth_reg_weight: float = option(0.5, "adalora: weight of the orthogonality penalty", ge=0)

@@ -21,7 +21,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     finally:
         with contextlib.suppress(FileNotFoundError):
             beside.unlink()
-    sync_directory(path.parent)
+    sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -36,18 +36,18 @@ def new_directory(final: Path) -> Iterator[Path]:
     try:
         yield beside
         for path in beside.rglob("*"):
-            sync_directory(path)  # opens files just as well
-        sync_directory(beside)
+            sync(path)
+        sync(beside)
         os.replace(beside, final)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
-    sync_directory(final.parent)
+    sync(final.parent)
 
 
-def sync_directory(directory: Path) -> None:
-    """Make a rename in `directory` survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file's content, or the renames in a directory, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -11,7 +11,6 @@ the ending `.tmp` is complete, because it only gets its name once all of it is o
 file's tensors mean is `gguf_tensors`' part.
 """
 
-import ctypes
 import gc
 import hashlib
 import importlib.metadata
@@ -28,7 +27,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from dlora.errors import UsageError
+from dlora.files import sync
 from dlora.gguf_tensors import GgufSource, open_gguf, some
+from dlora.memory import trim
 
 FORMAT = 1  # raise it when what is written here changes, so that old directories are left alone
 SHARD_BYTES = 256 * 10**6  # converted tensors held in memory before they go to a file
@@ -130,7 +131,8 @@ def _convert(
     temporary.mkdir()
     try:
         source = open_gguf(gguf, temporary, dtype)
-        _trim_heap()
+        gc.collect()
+        trim()
         model, dtype_name = source.model, str(dtype).removeprefix("torch.")
         need, free = _stored_bytes(source, dtype), shutil.disk_usage(temporary).free
         if need > free:
@@ -150,8 +152,9 @@ def _convert(
             raise UsageError(f"model.path: {gguf} changed while it was being converted")
         _write_marker(temporary, key)
         os.rename(temporary, target)
-        _fsync(target.parent)
-        _trim_heap()
+        sync(target.parent)
+        gc.collect()
+        trim()
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -199,22 +202,7 @@ def _write_marker(folder: Path, key: str) -> None:
     files = {}
     for file in sorted(folder.iterdir()):
         files[file.name] = file.stat().st_size
-        _fsync(file)
+        sync(file)
     (folder / MARKER).write_text(json.dumps({"key": key, "files": files}, indent=2))
-    _fsync(folder / MARKER)
-    _fsync(folder)
-
-
-def _trim_heap() -> None:
-    """Gives freed memory back to the system, which also counts what the allocator keeps."""
-    gc.collect()
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc
-        libc.malloc_trim(0)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(folder / MARKER)
+    sync(folder)

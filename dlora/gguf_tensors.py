@@ -124,7 +124,7 @@ class _PlainReader(gguf.GGUFReader):
     """
 
     @property
-    def data(self) -> Any:  # type: ignore[override]
+    def data(self) -> Any:
         return self.mapped.view(np.ndarray)
 
     @data.setter

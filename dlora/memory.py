@@ -19,19 +19,16 @@ _EVERY_SECONDS = 0.02
 class MemoryMeter:
     """Start it after imports and before anything large exists."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device if device.type == "cuda" else None
+    def __init__(self) -> None:
         self._base = private_bytes()
         self._peak = 0
-        if self._cuda is not None:
-            torch.cuda.reset_peak_memory_stats(self._cuda)
-        else:
+        if not torch.cuda.is_available():
             threading.Thread(target=self._watch, name="dlora-memory", daemon=True).start()
 
     def peak(self) -> int:
         """Highest bytes so far."""
-        if self._cuda is not None:
-            return torch.cuda.max_memory_allocated(self._cuda)
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated()
         self._sample()
         return self._peak
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from dlora.errors import UsageError
+from dlora.runtime import exit_with
 from dlora.sharding.groups import Group, groups_of, sharding_plan
 from dlora.sharding.mesh import Placement, Topology
 from dlora.sharding.reduction import reduction_bytes
@@ -123,3 +125,15 @@ def _bytes(group: Group) -> int:
 
 def _mb(nbytes: float) -> str:
     return f"{nbytes / 1e6:,.1f} MB"
+
+
+def main(argv: list[str]) -> int:
+    """The command that plans for machines that are not at hand; not built yet."""
+    raise UsageError(
+        "dlora.plan is planned for later and does not work yet; "
+        "python -m dlora.train --config FILE --check prints the budget on the ranks at hand"
+    )
+
+
+if __name__ == "__main__":
+    exit_with(main)

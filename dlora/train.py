@@ -7,6 +7,7 @@ The loop reads top to bottom:  1 a step's sequences, dealt out over ranks   2 fo
 from __future__ import annotations
 
 import hashlib
+import importlib
 import math
 import os
 import time
@@ -44,6 +45,8 @@ def main(argv: list[str]) -> int:
     """The command; returns the exit status."""
     options = parse(argv, prog="dlora.train")
     config = options.config
+    importlib.import_module("transformers.models.auto.modeling_auto")
+    meter = MemoryMeter()  # counts from here: after imports, before data and weights
     runtime = Runtime.from_environment(config.sharding.timeout_seconds)
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world))
 
@@ -58,7 +61,7 @@ def main(argv: list[str]) -> int:
         runtime.say("configuration, data and plan are right; nothing was trained (--check)")
         return 0
     runtime.join(config.sharding.timeout_seconds)
-    status = Run(config, runtime, preparation).train()
+    status = Run(config, runtime, preparation, meter).train()
     runtime.leave()
     return status
 
@@ -66,10 +69,12 @@ def main(argv: list[str]) -> int:
 class Run:
     """One run: what the loop works on, set up once, and the loop."""
 
-    def __init__(self, config: Config, runtime: Runtime, preparation: Preparation) -> None:
+    def __init__(
+        self, config: Config, runtime: Runtime, preparation: Preparation, meter: MemoryMeter
+    ) -> None:
         self.config, self.runtime, self.prepared = config, runtime, preparation
         self.directory = Path(config.output.dir)
-        self.meter = MemoryMeter(runtime.device)
+        self.meter = meter
         torch.manual_seed(config.train.seed)
         self.model, self.replica = build(config, runtime, preparation)
         self.optimizer = build_optimizer(config, self.replica)

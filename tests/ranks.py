@@ -10,6 +10,7 @@ and the next call starts new ones. Workers are forked from a server that has imp
 transformers once, except `fresh` ones, whose memory can be measured.
 """
 
+import faulthandler
 import gc
 import importlib
 import multiprocessing
@@ -69,6 +70,7 @@ class Pool:
         replies = self._replies(time.monotonic() + limit)
         failed = {rank: reply for rank, reply in replies.items() if not reply[0]}
         if failed or len(replies) < self.world:
+            self._show_stacks([rank for rank in range(self.world) if rank not in replies])
             silent = "was ended" if failed else f"no answer within {limit:g} s"
             told = [replies.get(rank, (False, silent)) for rank in range(self.world)]
             self._end()
@@ -114,6 +116,12 @@ class Pool:
                 if not replies[rank][0]:
                     deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         return replies
+
+    def _show_stacks(self, ranks: list[int]) -> None:
+        """Let stuck ranks write down where they are."""
+        for rank in ranks:
+            os.kill(self._workers[rank].pid, signal.SIGUSR1)
+        time.sleep(0.3 if ranks else 0)
 
     def _end(self) -> None:
         for worker in self._workers:
@@ -166,10 +174,12 @@ def _work(
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.path[:] = path
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo"
     )
+    faulthandler.register(signal.SIGUSR1)
     import torch
     import torch.distributed as dist
 

@@ -1,7 +1,7 @@
 """A data set that every machine already has: docstrings of Python's own standard library.
 
 Each record is a chat: the signature of a function, method or class, answered by the first sentence
-of its docstring. The source text is parsed with `ast`; nothing is imported or executed. Two parts:
+of its docstring, in triple quotes as in the source. That text is parsed with `ast`; nothing is imported or executed. Two parts:
 
     builtin:docstrings           for training
     builtin:docstrings-heldout   for evaluation
@@ -23,7 +23,7 @@ from typing import Any
 
 from dlora.errors import UsageError
 
-INSTRUCTION = "Write the first sentence of the docstring of this Python definition."
+SYSTEM = "You write Python docstrings."
 PREFIX = "builtin:"
 NAMES = ("docstrings", "docstrings-heldout")
 
@@ -53,8 +53,9 @@ def builtin_records(name: str) -> list[dict[str, Any]]:
     return [
         {
             "messages": [
-                {"role": "user", "content": f"{INSTRUCTION}\n\n{signature}"},
-                {"role": "assistant", "content": sentence},
+                {"role": "system", "content": SYSTEM},
+                {"role": "user", "content": signature},
+                {"role": "assistant", "content": f'"""{sentence}"""'},
             ]
         }
         for signature, sentence in _pairs()

@@ -71,7 +71,7 @@ def _matches(pattern: str, key: str) -> list[Path]:
         raise UsageError(f"{key}: {pattern} stands alone; it cannot be one of a list")
     path = Path(pattern).expanduser()
     if glob.has_magic(pattern) and not path.exists():
-        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))  # noqa: PTH207 - absolute or not
         files = [match for match in found if match.is_file()]
         if not files:
             raise UsageError(f"{key}: no file matches {pattern} (seen from {Path.cwd()})")

@@ -35,7 +35,7 @@ def attach(
     """Give every target module of `model` an adapter, in place, and freeze all that was there.
 
     W0 keeps its parameter names and its storage; A and B appear as `….adapter.lora_A` and
-    `….adapter.lora_B`, float32 (float64 beside a float64 base), drawn from torch's global generator.
+    `….adapter.lora_B`, float32 (float64 beside a float64 base), drawn from torch's own generator.
 
     Args:
         model: any `nn.Module`, sharded or not.
@@ -97,6 +97,13 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def host_children(model: nn.Module) -> list[LoraAdapter | TrainedCopy]:
+    """All adapters and trained copies."""
+    return [child for _, _, child in named_adapters(model)] + [
+        child for _, _, child in named_copies(model)
+    ]
+
+
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Inside, the model is its base: every host computes as if nothing had been attached.
@@ -106,7 +113,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     """
     if "dlora_originals" in model.__dict__:
         raise UsageError("disabled: this model is merged; call dlora.unmerge first")
-    children = [child for _, _, child in (*named_adapters(model), *named_copies(model))]
+    children = host_children(model)
     before = [child.enabled for child in children]
     for child in children:
         child.enabled = False
@@ -159,16 +166,17 @@ def _plain_weights(module: nn.Module) -> AbstractContextManager[dict[str, Tensor
     for path, weight in weights.items():
         if type(weight) is not Tensor:
             raise UsageError(
-                f"modules_to_save: {path} is sharded ({type(weight).__name__}); call dlora.shard first"
+                f"modules_to_save: {path} is sharded ({type(weight).__name__}); "
+                "call dlora.shard first"
             )
     return nullcontext(weights)
 
 
 def _forbid_fused_inference(model: nn.Module) -> None:
-    """torch's fused encoder layer reads weights past `forward` in eval mode, and so past the adapter.
+    """torch's fused encoder layer reads weights past `forward` in eval mode, so past the adapter.
 
-    It stands back from layers that carry a hook, which is the documented way to switch it off; but the
-    stack around them goes on to pack padded batches into nested tensors, which only it can read.
+    It stands back from layers that carry a hook, which is the documented way to switch it off; but
+    the stack around them goes on to pack padded batches into nested tensors, which only it reads.
     """
     for module in model.modules():
         if not any(hasattr(child, CHILD) for child in module.modules()):

@@ -27,7 +27,7 @@ class LoraConfig:
         rank_pattern, alpha_pattern: regular expression → r or α for the modules whose path matches
             `(.*\\.)?(expression)$`; the first match in the order given wins.
         modules_to_save: modules trained whole, in a float32 copy beside the frozen original: those
-            whose path ends with one of these names (`norm` means `input_layernorm` too, as in PEFT).
+            whose path ends with one of these names (`norm` is `input_layernorm` too, as in PEFT).
             They get no adapter.
 
     Raises:

@@ -48,7 +48,7 @@ class DropoutStream:
 
     @contextmanager
     def at(self, positions: Tensor) -> Iterator[None]:
-        """Inside, x is not the whole grid but its tokens at `positions` [T, 2], pairs (row, token)."""
+        """Inside, x is not the whole grid but its tokens at `positions` [T, 2]: (row, token)."""
         previous, self._positions = self._positions, positions
         try:
             yield

@@ -1,19 +1,19 @@
-"""The low-rank product as one autograd function per host: the only place where LoRA does arithmetic.
+"""The low-rank product as one autograd function per host: here alone LoRA does arithmetic.
 
         x [T, n] ──────────── W0 [m, n] ───────────┐
             │                                      + ── y [T, m]
             └─ drop ── A [r, n] ── z [T, r] ── s·B [m, r]
 
 Shapes stand behind the names: T tokens, n = in_features, m = out_features, r = LoRA rank, V = rows
-of an embedding. Everything is computed in the dtype of W0; A and B are masters of a higher precision
-that are cast on the way in, and their gradients are cast back on the way out.
+of an embedding. Everything is computed in the dtype of W0; A and B are masters of a higher
+precision that are cast on the way in, and their gradients are cast back on the way out.
 
     y   = x W0ᵀ + b + s·z Bᵀ            z  = drop(x) Aᵀ
     dB  = s·dyᵀ z                       dA = s·(dy B)ᵀ drop(x)
     dx  = dy W0 + drop'(s·(dy B) A)
 
-Only x and z are saved. The low-rank part is added into the base product, so that no second tensor of
-the size of the output ever exists.
+Only x and z are saved. The low-rank part is added into the base product, so that no second tensor
+of the size of the output ever exists.
 
 Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1.
 """

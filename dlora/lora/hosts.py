@@ -1,8 +1,8 @@
 """Hosts: base modules that carry an adapter, and how each kind asks it for its product.
 
-A host keeps its identity. Its class is replaced by a subclass that has the same parameters under the
-same names and an extra child, `adapter`; nothing is wrapped, so `q_proj.weight` stays `q_proj.weight`
-and base checkpoints, wrapping policies and hooks keep working. Detaching restores the class.
+A host keeps its identity. Its class is replaced by a subclass that has the same parameters under
+the same names and an extra child, `adapter`; nothing is wrapped, so `q_proj.weight` stays
+`q_proj.weight` and base checkpoints, wrapping policies and hooks keep working.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def host_kind(module: nn.Module) -> type[HostMixin] | None:
 
 
 class TrainedCopy(nn.Module):
-    """The trainable masters of one of `modules_to_save`: a tree of parameters that mirrors the base's.
+    """The trainable masters of one of `modules_to_save`: a tree of parameters like the base's.
 
     Like an adapter it is never called; its host computes with the masters in place of its own
     parameters, cast to the base's dtype.
@@ -146,7 +146,7 @@ class SavedHost:
 
 @contextmanager
 def _substituted(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
-    """Let `module` compute with `tensors` (by path) in place of its parameters, then put those back."""
+    """Inside, `module` computes with `tensors` (by path) in place of its parameters."""
     slots = []
     for path, tensor in tensors.items():
         owner, _, name = path.rpartition(".")
@@ -161,7 +161,7 @@ def _substituted(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None
 
 
 @functools.cache
-def hosted_class(base: type, kind: type) -> type:
+def hosted_class(base: Any, kind: Any) -> type:
     """The subclass of `base` whose forward is `kind`'s. Cached: equal hosts share one class."""
     return type(f"Adapted{base.__name__}", (kind, base), {"__module__": base.__module__})
 
@@ -169,4 +169,5 @@ def hosted_class(base: type, kind: type) -> type:
 def become_host(module: nn.Module, kind: type, child: nn.Module) -> None:
     """Give `module` the child and the class, in place."""
     module.add_module(CHILD, child)
-    module.__class__ = hosted_class(type(module), kind)
+    base: Any = type(module)
+    module.__class__ = hosted_class(base, kind)

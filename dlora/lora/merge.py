@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dlora.errors import UsageError
-from dlora.lora.attach import attachment_of, named_adapters, named_copies
+from dlora.lora.attach import attachment_of, host_children, named_adapters, named_copies
 from dlora.lora.hosts import HostMixin
 
 LOSS_WORTH_A_WARNING = 0.01
@@ -43,8 +43,8 @@ def merged_weight(weight: Tensor, delta: Tensor, dtype: torch.dtype | None = Non
 def merge(model: nn.Module) -> nn.Module:
     """Replace every adapted W0 by W0 + ΔW and switch the adapters off, in place.
 
-    The original parameters are kept aside whole (one copy of the adapted weights), so that `unmerge`
-    restores them bit for bit. A tied weight is untied: only the adapted side changes.
+    The original parameters are kept aside whole (one copy of the adapted weights), so that
+    `unmerge` restores them bit for bit. A tied weight is untied: only the adapted side changes.
 
     Warns when rounding to the base's dtype loses more than 1 % of a ΔW.
 
@@ -81,7 +81,7 @@ def unmerge(model: nn.Module) -> nn.Module:
         raise UsageError("unmerge: this model is not merged")
     for path, original in originals.items():
         _set_parameter(model, path, original)
-    for _, _, child in (*named_adapters(model), *named_copies(model)):
+    for child in host_children(model):
         child.enabled = True
     return model
 
@@ -110,7 +110,7 @@ def _check_mergeable(model: nn.Module) -> None:
     if "dlora_originals" in model.__dict__:
         raise UsageError("merge: this model is merged already")
     for path, host, _ in named_adapters(model):
-        if type(host.weight.data) is not Tensor:  # type: ignore[union-attr]
+        if type(host.weight.data) is not Tensor:
             raise UsageError(
                 f"merge: {path}.weight is sharded; save the adapter and use dlora.export --merge"
             )

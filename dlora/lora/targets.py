@@ -108,8 +108,8 @@ def _check_can_host(path: str, modules: dict[str, nn.Module]) -> None:
         )
     if _in_attention_kernel(path, modules):
         raise UsageError(
-            f"target_modules: {path} belongs to a MultiheadAttention, which reads the weight itself "
-            "and would never call the adapter"
+            f"target_modules: {path} belongs to a MultiheadAttention, which reads the weight "
+            "itself and would never call the adapter"
         )
 
 

@@ -1,9 +1,9 @@
 """Output head and cross entropy on the positions that carry a target, in chunks.
 
-A full logits tensor has tokens × vocabulary elements, several times over in backward: gigabytes where
-the vocabulary has 50,000 to 250,000 entries. Here the head sees only positions with a target, a few
-hundred at a time, and the gradient with respect to its input is taken at once, in forward; only that
-gradient [targets, hidden] outlives a chunk.
+A full logits tensor has tokens × vocabulary elements, several times over in backward: gigabytes
+where the vocabulary has 50,000 to 250,000 entries. Here the head sees only positions with a target,
+a few hundred at a time, and the gradient with respect to its input is taken at once, in forward;
+only that gradient [targets, hidden] outlives a chunk.
 
     loss = Σ_i −log softmax(f(W h_i))[t_i]        f: the model's own soft cap or scale of the logits
 """
@@ -30,7 +30,7 @@ Logits = Callable[[Tensor, Tensor], Tensor]
 
 
 class ChunkedTargetLoss(torch.autograd.Function):
-    """Σ cross entropy of `logits(hidden)`; see the module. `parameters` are the head's trained ones."""
+    """Σ cross entropy of `logits(hidden)`; see the module. `parameters`: the head's, trained."""
 
     @staticmethod
     def forward(
@@ -57,7 +57,7 @@ class ChunkedTargetLoss(torch.autograd.Function):
             total += loss.detach().double()
             wanted = [t for t, s in zip((h, *parameters), sums, strict=False) if s is not None]
             if wanted:
-                # Unused are A and B of a head that is disabled or merged: their gradient stays zero.
+                # Unused: A and B of a head that is disabled or merged. Their gradient stays zero.
                 gradients = iter(torch.autograd.grad(loss, wanted, allow_unused=True))
                 for index, accumulated in enumerate(sums):
                     if accumulated is not None and (gradient := next(gradients)) is not None:
@@ -170,8 +170,8 @@ def model_parts(model: Any) -> Parts:
     others = [n for n in others if any(True for _ in model.get_submodule(n).parameters())]
     if others or head not in model.children() or not _is_whole(model, parts):
         raise UsageError(
-            f"model.path: {type(model).__name__} does more than decoder, output head and a scale or "
-            "soft cap of the logits, so its loss cannot be computed in chunks"
+            f"model.path: {type(model).__name__} does more than decoder, output head and a scale "
+            "or soft cap of the logits, so its loss cannot be computed in chunks"
         )
     return parts
 

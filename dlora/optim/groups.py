@@ -1,7 +1,7 @@
 """Parameter groups: LoRA+ gives B its own learning rate.
 
-LoRA+: lr_A = η, lr_B = λη (Hayou et al. 2024, https://arxiv.org/abs/2402.12354). Unlike PEFT's helper,
-weight decay is honoured, and magnitudes, biases and whole trained modules stay at η.
+LoRA+: lr_A = η, lr_B = λη (Hayou et al. 2024, https://arxiv.org/abs/2402.12354). Unlike PEFT's
+helper, weight decay is honoured, and magnitudes, biases and whole trained modules stay at η.
 """
 
 from __future__ import annotations

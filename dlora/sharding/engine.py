@@ -80,4 +80,9 @@ def sharded_by(model: nn.Module) -> str | None:
     parameters = list(model.parameters())
     if any(hasattr(parameter, "ds_id") for parameter in parameters):
         return "zero3"
-    return "fsdp2" if any(isinstance(p, DTensor) for p in parameters) else None
+    return "fsdp2" if any(map(is_divided, parameters)) else None
+
+
+def is_divided(parameter: nn.Parameter) -> bool:
+    """Whether this rank holds a part of the parameter only."""
+    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")

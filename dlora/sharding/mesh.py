@@ -69,8 +69,8 @@ def resolve_placement(engine: str, base: str, topology: Topology) -> Placement:
     resolved = "world" if base == "auto" else base
     if resolved == "node" and topology.uneven:
         raise UsageError(
-            f"sharding.base: node needs equally many ranks on every node, but {topology.world} ranks "
-            f"do not divide into nodes of {topology.ranks_per_node}"
+            f"sharding.base: node needs equally many ranks on every node, but {topology.world} "
+            f"ranks do not divide into nodes of {topology.ranks_per_node}"
         )
     sizes = {"none": 1, "node": topology.ranks_per_node, "world": topology.world}
     size = sizes[resolved]

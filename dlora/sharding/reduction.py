@@ -1,8 +1,9 @@
 """One sum of one flat tensor over all ranks, in the shape of the machine.
 
-On one node it is an all-reduce. Over several nodes of G ranks it is a reduce-scatter inside the node,
-an all-reduce of 1/G across nodes between ranks of equal place, and an all-gather inside the node: each
-link between nodes then carries 1/G of the tensor per rank, and every rank gets the same bits.
+On one node it is an all-reduce. Over several nodes of G ranks it is a reduce-scatter inside the
+node, an all-reduce of 1/G across nodes between ranks of equal place, and an all-gather inside the
+node: each link between nodes then carries 1/G of the tensor per rank, and every rank gets the same
+bits.
 """
 
 from __future__ import annotations

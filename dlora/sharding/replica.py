@@ -3,10 +3,10 @@
     values  [ p0 | p1 | p2 | … ]            parameters are views of it
     grads   [ g0 | g1 | g2 | … | presence | tail | padding ]   gradients are views of it
 
-One buffer each, so that an optimizer step needs one reduction whatever the accumulation, one clip and
-one checksum. `presence` has one slot per tensor, the number of ranks that had a gradient for it: a
-tensor without one anywhere keeps `grad is None`, so that an optimizer skips it. Scalars that a step
-wants summed (loss, tokens, flags) travel in the tail of the same buffer.
+One buffer each, so that an optimizer step needs one reduction whatever the accumulation, one clip
+and one checksum. `presence` has one slot per tensor, the number of ranks that had a gradient for
+it: a tensor without one anywhere keeps `grad is None`, so that an optimizer skips it. Scalars that
+a step wants summed (loss, tokens, flags) travel in the tail of the same buffer.
 """
 
 from __future__ import annotations
@@ -268,7 +268,7 @@ def _views(flat: Tensor, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]
 
 
 def _checksum(tensor: Tensor) -> Tensor:
-    """int64 Σ bits_i · (2i + 1) mod 2^64: any single changed word changes it, and so does a swap."""
+    """int64 Σ bits_i · (2i + 1) mod 2^64: one changed word changes it, and so does a swap."""
     words = tensor.contiguous().view(-1).view(torch.int32).to(torch.int64)
     odd = torch.arange(words.numel(), device=words.device, dtype=torch.int64).mul_(2).add_(1)
     return (words * odd).sum()

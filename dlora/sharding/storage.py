@@ -1,7 +1,7 @@
 """After loading: every shard owns its memory, and no checkpoint file stays mapped.
 
-A loader that slices a memory-mapped checkpoint leaves views: a shard of 1/N keeps the whole file mapped,
-and pages that were read stay in this process's memory beside the copies made of them.
+A loader that slices a memory-mapped checkpoint leaves views: a shard of 1/N keeps the whole file
+mapped, and pages that were read stay in this process's memory beside the copies made of them.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def own_storage(model: nn.Module) -> None:
 
 @contextmanager
 def dropping_mapped_pages(suffix: str = ".safetensors") -> Iterator[None]:
-    """While open, hand pages of mapped checkpoint files back to the kernel soon after they were read.
+    """While open, hand pages of mapped checkpoint files back to the kernel soon after their use.
 
-    The pages stay in the page cache and are mapped again when touched, so this only bounds what counts
-    as this process's memory. Where /proc is missing it does nothing.
+    The pages stay in the page cache and are mapped again when touched, so this only bounds what
+    counts as this process's memory. Where /proc is missing it does nothing.
     """
     if not sys.platform.startswith("linux"):
         yield

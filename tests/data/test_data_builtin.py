@@ -11,14 +11,15 @@ from dlora.errors import UsageError
 
 
 def sentences(name: str) -> list[str]:
-    return [record["messages"][1]["content"] for record in builtin_records(name)]
+    return [record["messages"][-1]["content"].strip('"') for record in builtin_records(name)]
 
 
 def test_sizes_and_order_and_that_the_library_is_read_not_imported():
     modules = set(sys.modules)
     train, held_out = builtin_records("docstrings"), builtin_records("docstrings-heldout")
     new = set(sys.modules) - modules
-    assert all(name.startswith("encodings.") for name in new), new  # a file's own coding
+    # A file's own coding, and where the library lies, are all that it takes.
+    assert all(name.startswith(("encodings.", "_sysconfigdata")) for name in new), new
     assert 5_000 <= len(train) + len(held_out) <= 10_000
     assert 128 <= len(held_out) <= 256
     everything = [str(record) for record in train + held_out]
@@ -40,14 +41,15 @@ def test_records_are_signatures_and_sentences():
     records = builtin_records("docstrings") + builtin_records("docstrings-heldout")
     answers = {}
     for record in records:
-        user, assistant = record["messages"]
-        assert (user["role"], assistant["role"]) == ("user", "assistant")
-        instruction, signature = user["content"].split("\n\n", 1)
-        assert instruction == builtin.INSTRUCTION
+        system, user, assistant = record["messages"]
+        assert [turn["role"] for turn in record["messages"]] == ["system", "user", "assistant"]
+        assert system["content"] == builtin.SYSTEM
+        signature = user["content"]
         assert signature.startswith(("def ", "async def ", "class "))
         assert len(signature) <= builtin.SIGNATURE_CHARACTERS
         assert assistant["content"] == " ".join(assistant["content"].split())
-        answers[signature] = assistant["content"]
+        assert assistant["content"].startswith('"""') and assistant["content"].endswith('"""')
+        answers[signature] = assistant["content"][3:-3]
     dumps = next(s for s in answers if s.startswith("def json.dumps(obj, *, skipkeys=False"))
     assert answers[dumps] == "Serialize ``obj`` to a JSON formatted ``str``."
     assert answers["class json.decoder.JSONDecodeError(ValueError)"].startswith("Subclass of")
@@ -92,4 +94,4 @@ def test_held_out_loads_as_chats(make_tokenizer: Any):
     )
     for example, sentence in zip(data, sentences("docstrings-heldout"), strict=True):
         targets = example.labels[example.labels >= 0]
-        assert tokenizer.decode(targets) == sentence + "<|im_end|>"
+        assert tokenizer.decode(targets) == f'"""{sentence}"""<|im_end|>'

@@ -1,5 +1,6 @@
 """One training run through dlora's own pieces, inside the worker processes of `ranks.py`."""
 
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from dlora.checkpoint import capture
 from dlora.config import parse
+from dlora.memory import MemoryMeter
 from dlora.metrics import read_metrics
 from dlora.prepare import prepare
 from dlora.runtime import Runtime
@@ -42,6 +44,12 @@ def command_line(**settings: Any) -> list[str]:
     return words
 
 
+@functools.cache
+def meter() -> MemoryMeter:
+    """One for each worker: a meter watches as long as its process lives."""
+    return MemoryMeter()
+
+
 def prepared_run(argv: list[str]) -> Run:
     """This rank's `Run`, as `dlora.train.main` sets it up."""
     config = parse(argv, prog="dlora.train").config
@@ -53,7 +61,7 @@ def prepared_run(argv: list[str]) -> Run:
         found = prepare(config, rank, world, local_world, runtime.say)
         return found, found.fingerprint
 
-    return Run(config, runtime, runtime.agree("preparation", work))
+    return Run(config, runtime, runtime.agree("preparation", work), meter())
 
 
 def train(argv: list[str], meddle: Callable[[Run], None] | None = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One method, one file. `VARIANTS` maps the value of `adapter.method` to the module that builds it."""
+"""One method, one file. `VARIANTS` maps the value of `adapter.method` to the adapter's class."""
 
 from __future__ import annotations
 

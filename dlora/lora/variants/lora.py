@@ -17,8 +17,8 @@ from dlora.lora.dropout import DropoutStream
 class LoraAdapter(nn.Module):
     """A and B of one base module. A child that is never called: its host asks it for the product.
 
-    Being never called keeps it out of every wrapper that hooks `forward` (FSDP2, ZeRO-3), so A and B
-    stay whole plain tensors whatever happens to the base.
+    Being never called keeps it out of every wrapper that hooks `forward` (FSDP2, ZeRO-3), so A and
+    B stay whole plain tensors whatever happens to the base.
 
     Args:
         m, n: rows and columns of the host's weight seen as [out, in]; for an embedding, the width

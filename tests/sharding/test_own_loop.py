@@ -1,0 +1,139 @@
+"""The contract's calls in a loop of the user's own: attach, shard, reduce_gradients, clip."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import Pools
+from run_training import relative_error, same_bits
+from tiny import VOCABULARY
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+from dlora import LoraConfig, attach, load_adapter, save_adapter, shard
+
+STEPS, ROWS = 8, 4
+CONFIG = LoraConfig(r=4, lora_alpha=8)
+
+
+def whole(path: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def sharded_by_user(path: str) -> Any:
+    """Blocks and root by torch's own call."""
+    model = whole(path)
+    if dist.is_initialized():
+        for block in model.model.layers:
+            fully_shard(block)
+        fully_shard(model)
+    return model
+
+
+def sharded_by_transformers(path: str) -> Any:
+    """Shards while it reads."""
+    if not dist.is_initialized():
+        return whole(path)
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, distributed_config={"fsdp_size": dist.get_world_size()}
+    )
+
+
+BASES: dict[str, Callable[[str], Any]] = {
+    "sharded by dlora": whole,
+    "sharded by the user": sharded_by_user,
+    "sharded by transformers": sharded_by_transformers,
+}
+
+
+def own_loop(path: str, base: str, attach_first: bool, by_tokens: bool, out: str) -> dict[str, Any]:
+    """The loop of contract.md, section 4."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    model = BASES[base](path)
+    if attach_first:
+        torch.manual_seed(rank)
+        attach(model, CONFIG)
+    replica = shard(model, engine="fsdp2", base="world")
+    if not attach_first:
+        torch.manual_seed(rank)
+        attach(model, CONFIG)
+    optimizer = torch.optim.AdamW(replica.parameter_groups(lr=2e-3), fused=True)
+    draw = torch.Generator().manual_seed(0)
+    losses, norms = [], []
+    for _ in range(STEPS):
+        ids = torch.randint(VOCABULARY, (ROWS, 12), generator=draw).chunk(world)[rank]
+        loss = model(input_ids=ids, labels=ids).loss
+        if by_tokens:
+            (loss * ids.numel()).backward()
+            replica.reduce_gradients(tokens=ids.numel())
+        else:
+            loss.backward()
+            replica.reduce_gradients()
+        losses.append(loss.detach())
+        norms.append(replica.clip(1.0))
+        optimizer.step()
+        optimizer.zero_grad()
+    replica.audit()
+    save_adapter(model, Path(out) / f"rank-{rank}")
+    return {
+        "losses": torch.stack(losses),
+        "norms": torch.stack(norms),
+        "adapter": {name: p.detach() for name, p in replica.named.items()},
+        "names": [name for name, _ in model.named_parameters() if ".adapter." not in name],
+        "divided": any(isinstance(parameter, DTensor) for parameter in model.parameters()),
+    }
+
+
+@pytest.fixture(scope="module")
+def one_process(
+    pools: Pools, saved_models: Any, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    out = str(tmp_path_factory.mktemp("one"))
+    arguments = (saved_models("llama"), "sharded by dlora", True, False, out)
+    return pools(1).run(own_loop, *arguments)[0]
+
+
+@pytest.mark.parametrize("by_tokens", [False, True])
+@pytest.mark.parametrize("attach_first", [True, False])
+@pytest.mark.parametrize(
+    ("world", "base"), [(1, "sharded by dlora"), *((2, base) for base in BASES)]
+)
+def test_the_loop_gives_what_one_process_gives(
+    pools: Pools,
+    saved_models: Any,
+    one_process: dict[str, Any],
+    tmp_path: Path,
+    world: int,
+    base: str,
+    attach_first: bool,
+    by_tokens: bool,
+) -> None:
+    arguments = (saved_models("llama"), base, attach_first, by_tokens, str(tmp_path))
+    results = pools(world).run(own_loop, *arguments)
+    loss = torch.stack([result["losses"] for result in results]).mean(0)
+    torch.testing.assert_close(loss, one_process["losses"], rtol=1e-5, atol=0)
+    for result in results:
+        assert result["divided"] == (world > 1)
+        assert result["names"] == one_process["names"]
+        assert same_bits(result["adapter"], results[0]["adapter"])
+        torch.testing.assert_close(result["norms"], one_process["norms"], rtol=1e-5, atol=0)
+        for name, tensor in one_process["adapter"].items():
+            assert relative_error(result["adapter"][name], tensor) < 1e-5, name
+    model = load_adapter(whole(saved_models("llama")), tmp_path / f"rank-{world - 1}")
+    saved = {n: p.detach() for n, p in model.named_parameters() if ".adapter." in n}
+    assert same_bits(saved, results[0]["adapter"])
+
+
+def partitioned_adapters(path: str) -> None:
+    model = attach(whole(path), CONFIG)
+    fully_shard(model)
+    shard(model)
+
+
+def test_adapters_that_were_partitioned_are_refused(pools: Pools, saved_models: Any) -> None:
+    with pytest.raises(AssertionError, match="UsageError: shard: model.* is divided over ranks"):
+        pools(2).run(partitioned_adapters, saved_models("llama"))
