@@ -3,12 +3,12 @@
     torchrun --nproc-per-node 2 benchmarks/step.py [--rounds 7] [--json benchmarks/step.json]
 
 A Llama-shaped bf16 model (random weights), r=16 on all linear layers, 4×256 tokens per rank. Rows:
-    floor   the frozen model alone: same wrapping, no adapter, forward, and backward to the embeddings
-    dlora   W0 under FSDP2, A and B replicated
+    floor   the frozen model alone: same wrapping, no adapter, forward, and backward to the
+    embeddings dlora   W0 under FSDP2, A and B replicated
     peft    PEFT adapters inside `fully_shard` per block: A and B sharded with W0
     full    full fine-tuning with `fully_shard` per block
-Every row runs in the same processes and they alternate round by round; medians are reported, and the
-ratio to the floor is the median of the per-round ratios. Every row runs forward, the same loss,
+Every row runs in the same processes and they alternate round by round; medians are reported, and
+the ratio to the floor is the median of the per-round ratios. Every row runs forward, the same loss,
 backward, and (but for the floor) clip, AdamW and zero_grad.
 """
 

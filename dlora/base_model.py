@@ -1,4 +1,4 @@
-"""The frozen base: finding it, its tokenizer and its skeleton, and reading this rank's share of it."""
+"""The frozen base: where it is, its tokenizer, its skeleton, and this rank's share of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Checkpoints: everything that a run is, small, verified, and readable with safetensors and JSON alone.
+"""Checkpoints: everything that a run is, small, verified, and readable with safetensors and JSON
+alone.
 
     checkpoints/step-000050/
         adapter.safetensors      A, B and trained copies under their names in the model

@@ -4,8 +4,8 @@
 class UsageError(ValueError):
     """A configuration, a data file or a path is wrong.
 
-    The message is a single line that names the key, or the file and line, says what is wrong with it
-    and what would be right. Entry points print it to standard error and exit with status 2.
+    The message is a single line that names the key, or the file and line, says what is wrong with
+    it and what would be right. Entry points print it to standard error and exit with status 2.
     """
 
     def __init__(self, message: str):

@@ -1,14 +1,14 @@
 """A `.gguf` file becomes an ordinary Hugging Face model directory, once, tensor by tensor.
 
-transformers reads safetensors part by part, but a GGUF file only whole, and no rank may hold the whole
-base. So the first rank that comes writes the directory, and the others wait for it:
+transformers reads safetensors part by part, but a GGUF file only whole, and no rank may hold the
+whole base. So the first rank that comes writes the directory, and the others wait for it:
 
     model.gguf --lock--> NAME-KEY.tmp/ (config, tokenizer, model-0000i-of-N.safetensors, marker)
                            --fsync, rename--> NAME-KEY/ --> from_pretrained on every rank
 
-KEY is a hash of the file's content, the dtype and the versions of what converts. A directory without
-the ending `.tmp` is complete, because it only gets its name once all of it is on the disk. What the
-file's tensors mean is `gguf_tensors`' part.
+KEY is a hash of the file's content, the dtype and the versions of what converts. A directory
+without the ending `.tmp` is complete, because it only gets its name once all of it is on the disk.
+What the file's tensors mean is `gguf_tensors`' part.
 """
 
 import gc
@@ -69,8 +69,8 @@ def converted_base(
 def _content_key(gguf: Path, dtype: torch.dtype) -> str:
     """SHA-256 of the content and of all else that the result depends on.
 
-    A file of up to 1 GiB is hashed whole, so that a copy finds its conversion. Every rank does this at
-    every start, so of a larger one only samples are read, head and tail among them, and its date
+    A file of up to 1 GiB is hashed whole, so that a copy finds its conversion. Every rank does this
+    at every start, so of a larger one only samples are read, head and tail among them, and its date
     stands in for the rest.
     """
     try:
@@ -104,12 +104,12 @@ def _is_finished(target: Path, key: str) -> bool:
 
 
 def _lock(target: Path, timeout: float = -1) -> filelock.BaseFileLock:
-    """Held while `target` or its temporary directory is written; a process that dies lets go of it."""
+    """Held while `target` or its temporary directory is written; a dying process lets go of it."""
     return filelock.FileLock(f"{target}.lock", timeout=timeout)
 
 
 def _remove_leftovers(cache_dir: Path, target: Path) -> None:
-    """Removes a damaged `target` and what dead converters left. The caller holds `target`'s lock."""
+    """Removes a damaged `target` and what dead converters left. The caller holds the lock."""
     shutil.rmtree(target, ignore_errors=True)
     for temporary in cache_dir.glob("*.tmp"):
         owner = temporary.with_suffix("")
@@ -198,7 +198,7 @@ def _write_weights(source: GgufSource, folder: Path, dtype: torch.dtype) -> None
 
 
 def _write_marker(folder: Path, key: str) -> None:
-    """The list by which `_is_finished` knows the directory; after everything else is on the disk."""
+    """The list by which `_is_finished` knows the directory; written after everything else."""
     files = {}
     for file in sorted(folder.iterdir()):
         files[file.name] = file.stat().st_size

@@ -1,10 +1,10 @@
 """What a GGUF file holds, as a transformers model without weights and its tensors one at a time.
 
-What GGUF tensors are called and how they are laid out is transformers' knowledge, of which it has two
-generations: "native" conversion mappings (`integrations/gguf`), and the tensor processors of the older
-loader (`modeling_gguf_pytorch_utils`, with the package `gguf`), which covers most architectures. Both
-are driven here parameter by parameter, in the steps of transformers' own loading, so the values are
-those of `from_pretrained(..., gguf_file=...)`.
+What GGUF tensors are called and how they are laid out is transformers' knowledge, of which it has
+two generations: "native" conversion mappings (`integrations/gguf`), and the tensor processors of
+the older loader (`modeling_gguf_pytorch_utils`, with the package `gguf`), which covers most
+architectures. Both are driven here parameter by parameter, in the steps of transformers' own
+loading, so the values are those of `from_pretrained(..., gguf_file=...)`.
 """
 
 import functools
@@ -82,10 +82,11 @@ class GgufSource:
 
 
 def open_gguf(path: Path, folder: Path, dtype: torch.dtype) -> GgufSource:
-    """Reads all of the file but its tensors; leaves the tokenizer in `folder`, which is empty before.
+    """Reads all of the file but its tensors; leaves the tokenizer in `folder`, which is empty
+    before.
 
-    transformers joins a directory and `gguf_file`, which leaves an absolute path as it is. So an empty
-    directory keeps tokenizer files that lie beside the GGUF file from having a say.
+    transformers joins a directory and `gguf_file`, which leaves an absolute path as it is. So an
+    empty directory keeps tokenizer files that lie beside the GGUF file from having a say.
     """
     place = {"gguf_file": str(path), "local_files_only": True}
     with _parsed_once():
@@ -98,8 +99,8 @@ def open_gguf(path: Path, folder: Path, dtype: torch.dtype) -> GgufSource:
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         except Exception as error:  # whatever a senseless configuration leads to
             raise UsageError(
-                f"model.path: {path} has the architecture {architecture}, and transformers makes no "
-                f"causal language model of it ({error}); it can of {', '.join(_architectures())}"
+                f"model.path: {path} has the architecture {architecture}, and transformers makes "
+                f"no causal language model of it ({error}); it can of {', '.join(_architectures())}"
             ) from error
         model.config.architectures = [type(model).__name__]
         try:
@@ -137,8 +138,8 @@ def _parsed_once() -> Iterator[None]:
     """Inside, a GGUF file is parsed once and a name table built once.
 
     transformers asks `gguf` for the parsed file once for the configuration and once more for the
-    tokenizer, and for the same name table in every submodule: four fifths of the time that converting
-    a small model takes.
+    tokenizer, and for the same name table in every submodule: four fifths of the time that
+    converting a small model takes.
     """
     parse, name_table = gguf.GGUFReader, gguf.get_tensor_name_map
     gguf.GGUFReader = functools.cache(_PlainReader)  # type: ignore[assignment, misc]
@@ -230,7 +231,7 @@ def _native(source: GgufSource, dtype: torch.dtype) -> Iterator[tuple[str, torch
 
 
 def _legacy(source: GgufSource, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """The loop of `load_gguf_checkpoint`, with the tensors that share a parameter one after another."""
+    """The loop of `load_gguf_checkpoint`, tensors that share a parameter in a row."""
     from transformers.modeling_gguf_pytorch_utils import (
         TENSOR_PROCESSORS,
         TensorProcessor,
@@ -272,7 +273,8 @@ def _tied_twin(source: GgufSource, groups: dict[str, list[Any]]) -> str | None:
     """The parameter to leave out because the file repeats in it what it is tied to.
 
     Falcon and Bloom files may hold the output layer of a tied model once more, possibly in another
-    type. Like transformers, which ties only what is equal, this makes an untied model of the latter.
+    type. Like transformers, which ties only what is equal, this makes an untied model of the
+    latter.
     """
     for parameter, tied_to in source.model.all_tied_weights_keys.items():
         if parameter in groups and tied_to in groups:
@@ -284,7 +286,7 @@ def _tied_twin(source: GgufSource, groups: dict[str, list[Any]]) -> str | None:
 
 
 def _dequantized(tensor: Any) -> np.ndarray:
-    """A `ReaderTensor` as float32; in slices, because `dequantize` needs its result's size twice."""
+    """A `ReaderTensor` as float32; in slices, as `dequantize` needs its result's size twice."""
     rows = tensor.data.reshape(-1, tensor.data.shape[-1])
     values = np.empty(tuple(int(n) for n in reversed(tensor.shape)), np.float32)
     flat = values.reshape(len(rows), -1)
@@ -295,5 +297,5 @@ def _dequantized(tensor: Any) -> np.ndarray:
 
 
 def _unmap(data: Any) -> None:
-    """Lets go of a mapped file's pages, which count as the process's private memory while it has them."""
+    """Lets go of a mapped file's pages, which count as private memory while it has them."""
     data._mmap.madvise(mmap.MADV_DONTNEED)

@@ -1,7 +1,8 @@
 """`dlora launch [torchrun's options] --config FILE …`: dlora.train under torch's elastic agent.
 
-Like `torchrun -m dlora.train`, with one difference: the exit status is that of the first worker that
-failed (2 for a wrong configuration, 143 and 130 for a stop by signal), where torchrun says 1 for all.
+Like `torchrun -m dlora.train`, with one difference: the exit status is that of the first worker
+that failed (2 for a wrong configuration, 143 and 130 for a stop by signal), where torchrun says 1
+for all.
 """
 
 from __future__ import annotations

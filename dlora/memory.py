@@ -1,8 +1,8 @@
 """The memory meter: peak bytes of this process since the meter started.
 
-On CUDA it is what the allocator held at most. On a CPU it is private memory (resident and not shared,
-which leaves mapped checkpoint files and libraries out) above the value after imports, sampled by a
-thread, because Linux keeps no peak of it.
+On CUDA it is what the allocator held at most. On a CPU it is private memory (resident and not
+shared, which leaves mapped checkpoint files and libraries out) above the value after imports,
+sampled by a thread, because Linux keeps no peak of it.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class MemoryMeter:
 def trim() -> None:
     """Hand free heap pages back to the kernel.
 
-    Sequences of ever new lengths fragment glibc's heap, which then grows long after the live tensors
-    stopped to. Elsewhere than on glibc it does nothing.
+    Sequences of ever new lengths fragment glibc's heap, which then grows long after the live
+    tensors stopped to. Elsewhere than on glibc it does nothing.
     """
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim is not None:

@@ -108,7 +108,7 @@ def _frozen(groups: list[Group], outside: set[int]) -> list[Group]:
 
 
 def _gradient_reaches(group: Group, skeleton: nn.Module, trainable: Iterable[str]) -> bool:
-    """Whether the output of the group needs a gradient: something trained lies in it or before it."""
+    """Whether the output of the group needs a gradient: something trained lies in or before it."""
     order = {path: index for index, (path, _) in enumerate(skeleton.named_modules())}
     last = max(
         index

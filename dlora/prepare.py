@@ -121,7 +121,7 @@ def lora_config(config: Config) -> LoraConfig:
 
 @contextmanager
 def keyed_by(section: str) -> Iterator[None]:
-    """Inside, a `UsageError` that names a field (`r: …`) names the section's key (`adapter.r: …`)."""
+    """Inside, a `UsageError` on a field (`r: …`) names the section's key (`adapter.r: …`)."""
     try:
         yield
     except UsageError as error:

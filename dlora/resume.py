@@ -69,8 +69,8 @@ def resume(
 def open_directory(config: Config, preparation: Preparation, start: int) -> MetricsLog:
     """Write `config.yaml` and open the metrics; rank 0 only.
 
-    A fresh start in a used directory sets the earlier checkpoints aside: nothing is lost, and none of
-    them is mistaken for this run's.
+    A fresh start in a used directory sets the earlier checkpoints aside: nothing is lost, and none
+    of them is mistaken for this run's.
     """
     directory = Path(config.output.dir)
     directory.mkdir(parents=True, exist_ok=True)

@@ -113,7 +113,8 @@ class Runtime:
 
 
 def exit_with(main: Callable[[list[str]], int]) -> None:
-    """Run an entry point and end the process with its status; a user's mistake is one line, status 2.
+    """Run an entry point and end the process with its status; a user's mistake is one line, status
+    2.
 
     Only rank 0 prints the line, since all ranks agreed on it.
     """

@@ -13,7 +13,7 @@ GRACE_SECONDS = (
 
 
 class StopRequest:
-    """Remembers a stop signal until the loop looks; a later second signal ends the process at once."""
+    """Remembers a stop signal until the loop looks; a second one, later, ends the process."""
 
     def __init__(self) -> None:
         self.signal = 0

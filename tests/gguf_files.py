@@ -59,7 +59,7 @@ def write_gguf(
     tokenizer: bool = True,
     values: dict[str, np.ndarray] | None = None,
 ) -> Path:
-    """A file with matrices of `types` in turn and float32 vectors; `numbers` are `architecture.*`."""
+    """A file with matrices of `types` in turn and float32 vectors; `numbers`: `architecture.*`."""
     writer = GGUFWriter(path, architecture)
     for key, value in numbers.items():
         key = key if key.startswith("split.") else f"{architecture}.{key}"
@@ -214,7 +214,7 @@ def tiny_qwen35moe(path: Path, kinds: tuple[GGMLQuantizationType, ...] = ()) -> 
 
 
 def tiny_bloom(path: Path, twin: str) -> Path:
-    """A tied model whose file has the output layer once more: `equal` to the embedding or `other`."""
+    """A tied model whose file repeats the output layer: `equal` to the embedding or `other`."""
     pair = {"weight": (HIDDEN,), "bias": (HIDDEN,)}
     layer = {f"{norm}.{p}": s for norm in ("attn_norm", "ffn_norm") for p, s in pair.items()}
     for name, rows, columns in (

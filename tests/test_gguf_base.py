@@ -157,7 +157,7 @@ def test_files_beside_the_gguf_have_no_say(tmp_path):
 
 
 def test_cache_key(tmp_path, monkeypatch):
-    """By content: a moved copy is found again; another file, dtype or format is another directory."""
+    """By content: a moved copy is found again; another file, dtype or format is another one."""
     cache_dir = tmp_path / "cache"
     gguf = gguf_files.tiny_llama(tmp_path / "tiny.gguf")
     out, _ = convert(gguf, cache_dir)

@@ -1,7 +1,8 @@
 """A data set that every machine already has: docstrings of Python's own standard library.
 
 Each record is a chat: the signature of a function, method or class, answered by the first sentence
-of its docstring, in triple quotes as in the source. That text is parsed with `ast`; nothing is imported or executed. Two parts:
+of its docstring, in triple quotes as in the source. That text is parsed with `ast`; nothing is
+imported or executed. Two parts:
 
     builtin:docstrings           for training
     builtin:docstrings-heldout   for evaluation
