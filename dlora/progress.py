@@ -46,7 +46,7 @@ class StepDisplay:
             f"{record['peak_memory_bytes'] / 1e6:,.0f} MB"
         )
         if "eval_loss" in record:
-            figures += f"  held-out loss {record['eval_loss']:.4f}"
+            figures += f"  held-out {record['eval_loss']:.4f}"
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"], figures=figures)
         elif self._enabled:

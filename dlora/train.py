@@ -79,6 +79,7 @@ class Run:
         self.model, self.replica = build(config, runtime, preparation)
         self.optimizer = build_optimizer(config, self.replica)
         self.total_steps = preparation.sampler.total_steps
+        self.held_out: list[float] = []
         self.start = resume(config, runtime, preparation, self.replica.named, self.optimizer)
 
     def train(self) -> int:
@@ -87,13 +88,15 @@ class Run:
         model, replica, optimizer = self.model, self.replica, self.optimizer
         if self.start == self.total_steps:
             runtime.say(f"the run was finished already: step {self.start} of {self.total_steps}")
+            self.save_adapter()  # the run may have ended between its last two files
             return 0
         stop, status = StopRequest(), None
         log = self.open_log()
         if self.start == 0:
             self.show_samples("before training")
             if self.evaluates:
-                log.write({"step": 0, "eval_loss": self.evaluate()})
+                log.write({"step": 0, "eval_loss": (before := self.evaluate())})
+                runtime.say(f"held-out loss before training: {before:.4f}")
         replica.zero_grad()
         replica.wire.take()
         with StepDisplay(self.total_steps, self.start, runtime.main) as display:
@@ -148,13 +151,13 @@ class Run:
                     "batch_hash": batch_hash(ids),
                 }
                 status = exit_status(reduced.sums[1:])
-                evaluated = self.evaluates and (last or due(done, config.output.eval_every))
+                evaluated = self.evaluates and due(done, config.output.eval_every, last=last)
                 if evaluated:
                     record["eval_loss"] = self.evaluate()
-                if evaluated or last or due(done, config.output.log_every):
+                if evaluated or due(done, config.output.log_every):
                     log.write(record)
                     display.update(record)
-                if last or status is not None or due(done, config.output.save_every):
+                if status is not None or due(done, config.output.save_every, last=last):
                     self.save(done)
 
                 # 6  a signal on any rank stops all of them here, after the commit
@@ -200,6 +203,7 @@ class Run:
         )
         self.replica.engine.release(self.model)
         self.replica.wire.take()  # wire_bytes are those of training
+        self.held_out.append(loss)
         return loss
 
     def show_samples(self, when: str) -> None:
@@ -238,8 +242,17 @@ class Run:
         )
 
     def finish(self) -> None:
-        """The adapter that stock PEFT loads, and the closing lines."""
+        """The closing lines and the adapter."""
         self.show_samples("after training")
+        if len(self.held_out) > 1:
+            before, after = self.held_out[0], self.held_out[-1]
+            self.runtime.say(
+                f"held-out loss: {before:.4f} before, {after:.4f} after ({after / before - 1:+.1%})"
+            )
+        self.save_adapter()
+
+    def save_adapter(self) -> None:
+        """The adapter that stock PEFT loads."""
         where = self.directory / "adapter"
         if self.runtime.main:
             save_adapter(self.model, where, base_model_name_or_path=self.config.model.path)
@@ -257,7 +270,7 @@ def build(
     if config.adapter.path is not None:
         load_adapter(model, config.adapter.path)
     if config.sharding.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     targets.install(model)
     model.train()
     return model, replica
@@ -282,9 +295,9 @@ def seed_of(*key: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps (0: never) happens after `step`."""
-    return every > 0 and step % every == 0
+def due(step: int, every: int, last: bool = False) -> bool:
+    """Whether something that happens every so many steps and last (0: never) happens at `step`."""
+    return every > 0 and (step % every == 0 or last)
 
 
 if __name__ == "__main__":
