@@ -68,10 +68,17 @@ class BaseModel:
             )
 
     def load(self, engine: Engine, device: torch.device) -> nn.Module:
-        """The model with this rank's share of the weights, in `dtype`, frozen, on `device`."""
+        """The model with this rank's share of the weights, in `dtype`, frozen, on `device`.
+
+        Raises:
+            UsageError: on every rank, before a weight is read, if a rank would get none of a
+                layer's experts.
+        """
         from transformers import AutoModelForCausalLM
 
-        sharding = engine.loading(self.skeleton())
+        skeleton = self.skeleton()
+        check_experts_divide(skeleton, engine.placement.shard_size)
+        sharding = engine.loading(skeleton)
         if not sharding and device.type != "cpu":
             sharding = {"device_map": device}
         with dropping_mapped_pages():
@@ -93,6 +100,28 @@ class BaseModel:
                 revision=self.revision,
                 trust_remote_code=self.trust_remote_code,
                 **kwargs,
+            )
+
+
+def check_experts_divide(skeleton: Any, ranks: int) -> None:
+    """Raise a `UsageError` if a rank would get no expert: transformers cannot stack none."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import MergeModulelist
+
+    stacked = tuple(
+        pattern
+        for transform in get_model_conversion_mapping(skeleton)
+        if any(isinstance(op, MergeModulelist) for op in getattr(transform, "operations", ()))
+        for pattern in transform.target_patterns
+    )
+    for path, parameter in skeleton.named_parameters():
+        if not path.endswith(stacked):
+            continue
+        experts = parameter.shape[0]
+        if -(-experts // ranks) * (ranks - 1) >= experts:
+            raise UsageError(
+                f"sharding.base: {path} holds {experts} experts, and some of {ranks} ranks would "
+                "get none; divide W0 over fewer ranks (base: node, or none)"
             )
 
 

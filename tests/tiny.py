@@ -37,7 +37,13 @@ MODELS: dict[str, Any] = {
     "llama": lambda: LlamaConfig(**_LLAMA),
     "tied": lambda: LlamaConfig(**_LLAMA, tie_word_embeddings=True),
     "gpt2": lambda: GPT2Config(
-        vocab_size=VOCABULARY, n_embd=40, n_layer=2, n_head=4, n_positions=256
+        vocab_size=VOCABULARY,
+        n_embd=40,
+        n_layer=2,
+        n_head=4,
+        n_positions=256,
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), VOCABULARY - 2),
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
     ),
     "mixtral": lambda: MixtralConfig(
         **_LLAMA | {"intermediate_size": 72}, num_local_experts=4, num_experts_per_tok=2

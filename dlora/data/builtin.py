@@ -1,7 +1,7 @@
 """A data set that every machine already has: docstrings of Python's own standard library.
 
 Each record is a chat: the signature of a function, method or class, answered by the first sentence
-of its docstring, in triple quotes as in the source. That text is parsed with `ast`; nothing is
+of its docstring, as that line stands in the source. The text is parsed with `ast`; nothing is
 imported or executed. Two parts:
 
     builtin:docstrings           for training
@@ -56,7 +56,7 @@ def builtin_records(name: str) -> list[dict[str, Any]]:
             "messages": [
                 {"role": "system", "content": SYSTEM},
                 {"role": "user", "content": signature},
-                {"role": "assistant", "content": f'"""{sentence}"""'},
+                {"role": "assistant", "content": f'    """{sentence}"""'},
             ]
         }
         for signature, sentence in _pairs()

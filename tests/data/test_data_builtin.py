@@ -11,7 +11,8 @@ from dlora.errors import UsageError
 
 
 def sentences(name: str) -> list[str]:
-    return [record["messages"][-1]["content"].strip('"') for record in builtin_records(name)]
+    """The answers without their indent and quotes."""
+    return [record["messages"][-1]["content"].strip(' "') for record in builtin_records(name)]
 
 
 def test_sizes_and_order_and_that_the_library_is_read_not_imported():
@@ -47,9 +48,10 @@ def test_records_are_signatures_and_sentences():
         signature = user["content"]
         assert signature.startswith(("def ", "async def ", "class "))
         assert len(signature) <= builtin.SIGNATURE_CHARACTERS
-        assert assistant["content"] == " ".join(assistant["content"].split())
-        assert assistant["content"].startswith('"""') and assistant["content"].endswith('"""')
-        answers[signature] = assistant["content"][3:-3]
+        sentence = assistant["content"].removeprefix('    """').removesuffix('"""')
+        assert assistant["content"] == f'    """{sentence}"""'
+        assert sentence == " ".join(sentence.split())
+        answers[signature] = sentence
     dumps = next(s for s in answers if s.startswith("def json.dumps(obj, *, skipkeys=False"))
     assert answers[dumps] == "Serialize ``obj`` to a JSON formatted ``str``."
     assert answers["class json.decoder.JSONDecodeError(ValueError)"].startswith("Subclass of")
@@ -94,4 +96,4 @@ def test_held_out_loads_as_chats(make_tokenizer: Any):
     )
     for example, sentence in zip(data, sentences("docstrings-heldout"), strict=True):
         targets = example.labels[example.labels >= 0]
-        assert tokenizer.decode(targets) == f'"""{sentence}"""<|im_end|>'
+        assert tokenizer.decode(targets) == f'    """{sentence}"""<|im_end|>'

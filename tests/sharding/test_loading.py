@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from dlora.base_model import DTYPES, find_base
+from dlora.errors import UsageError
 from dlora.sharding.engine import build_engine
 from dlora.sharding.groups import block_lists
 from dlora.sharding.mesh import Topology, resolve_placement
@@ -112,6 +113,20 @@ def shares(path: str) -> int:
     topology = Topology.current()
     engine = build_engine(resolve_placement("fsdp2", "world", topology), topology)
     return held_bytes(find_base(path, dtype="float32").load(engine, torch.device("cpu")))
+
+
+def refusal(path: str) -> str:
+    with pytest.raises(UsageError) as refused:
+        shares(path)
+    return str(refused.value)
+
+
+def test_ranks_without_an_expert_are_refused_on_all_ranks(pools: Pools, saved_models: Any) -> None:
+    wanted = (
+        "sharding.base: model.layers.0.mlp.experts.gate_up_proj holds 4 experts, and some of 3 "
+        "ranks would get none; divide W0 over fewer ranks (base: node, or none)"
+    )
+    assert pools(3).run(refusal, saved_models("mixtral")) == [wanted] * 3
 
 
 @pytest.mark.parametrize("world", [3, 4])
