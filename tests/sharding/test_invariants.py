@@ -1,11 +1,13 @@
 """Invariants 1 and 2: W0 keeps its names and its bits; A and B are one adapter on every rank."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from ranks import Pools
-from tiny import VOCABULARY
+from run_training import command_line, prepared_run
+from tiny import VOCABULARY, save_chats
 from torch import Tensor
 
 from dlora.api import attach, replicate
@@ -13,6 +15,7 @@ from dlora.base_model import DTYPES, find_base
 from dlora.lora.config import LoraConfig
 from dlora.sharding.engine import build_engine
 from dlora.sharding.mesh import Topology, resolve_placement
+from dlora.sharding.replica import ReplicaError
 
 STEPS = 4
 
@@ -90,3 +93,30 @@ def test_training_changes_the_adapter_alone(
             assert torch.equal(result["first"][name], results[0]["first"][name]), name
             assert torch.equal(value, results[0]["last"][name]), name
             assert not torch.equal(value, result["first"][name]), name  # every one has moved
+
+
+def flipped_in_a_run(argv: list[str]) -> str:
+    """What a run says in which one bit of one tensor flips on rank 1, after step 3."""
+    run = prepared_run(argv)
+    name, parameter = list(run.replica.named.items())[5]
+    steps = iter(range(1, 100))
+
+    def flip(*_: Any) -> None:
+        if next(steps) == 3 and run.runtime.rank == 1:
+            parameter.data.view(torch.int32)[0, 0] ^= 1 << 20
+
+    run.optimizer.register_step_post_hook(flip)
+    with pytest.raises(ReplicaError) as stopped:
+        run.train()
+    assert next(steps) == 11  # the audit after step 10 stopped it
+    return str(stopped.value).replace(name, "NAME")
+
+
+def test_a_run_stops_when_its_ranks_differ(pools: Pools, saved_models: Any, tmp_path: Path) -> None:
+    argv = command_line(
+        model__path=saved_models("llama"),
+        data__train=str(save_chats(tmp_path / "chats.jsonl", 24)),
+        output__dir=str(tmp_path / "run"),
+    )
+    told = "the adapters are no longer the same on every rank: NAME on rank 1"
+    assert pools(3).run(flipped_in_a_run, argv) == [told] * 3

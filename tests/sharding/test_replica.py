@@ -9,14 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from ranks import Pools
 from torch import Tensor, nn
+from toy import ROWS, Toy, batch, own_rank, replicated
 
-from dlora.sharding.mesh import Topology
-from dlora.sharding.replica import Replica, ReplicaError
+from dlora.sharding.replica import Replica
 
-ROWS = [5, 2, 9, 4]  # of each rank
 STEPS, MAX_NORM, LR = 3, 0.5, 0.05
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 SHAPES = [(1, 1), (2, 2), (3, 3), (4, 4), (4, 2), (4, 1), (3, 2)]  # ranks, ranks per node
@@ -29,45 +27,12 @@ ZEROING: dict[str, Zero] = {
 }
 
 
-class Toy(nn.Module):
-    """3 → 5 → 2, with vectors and matrices; `spare` takes part only where it is asked for."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(7)
-        for name, shape in {"A": (5, 3), "b": (5,), "B": (2, 5), "spare": (7,)}.items():
-            drawn = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-            self.register_parameter(name, nn.Parameter(drawn))
-
-    def losses(self, x: Tensor, y: Tensor, spare: bool) -> Tensor:
-        """One loss for each row."""
-        errors = (torch.tanh(x @ self.A.t() + self.b) @ self.B.t() - y).square().sum(-1)
-        return errors + (self.spare * x.sum(-1, keepdim=True)).sin().sum(-1) if spare else errors
-
-
-def batch(step: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-    """(x, y) of each of four ranks."""
-    generator = torch.Generator().manual_seed(step)
-    rows = torch.randn(sum(ROWS), 5, generator=generator, dtype=torch.float64).to(dtype)
-    return [(part[:, :3], part[:, 3:]) for part in rows.split(ROWS)]
-
-
-def replicated(dtype: torch.dtype = torch.float64) -> tuple[Toy, Replica]:
-    model, replica = Toy(dtype), Replica(Topology.current())
-    replica.own(dict(model.named_parameters()))
-    return model, replica
-
-
-def rank_and_world() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 # -- training -------------------------------------------------------------------------------------
 
 
 def train(dtype: torch.dtype, by_tokens: bool, pieces: int, zeroing: str) -> dict[str, Any]:
     """Steps with the replica: gradients, norms, values."""
-    (model, replica), (rank, _) = replicated(dtype), rank_and_world()
+    (model, replica), rank = replicated(dtype), own_rank()
     optimizer = torch.optim.AdamW(replica.named.values(), lr=LR, weight_decay=0.1)
     seen: dict[str, Any] = {"gradients": [], "norms": [], "tokens": []}
     for step in range(STEPS):
@@ -137,7 +102,7 @@ ALL, SOME, NONE = "on all ranks", "on rank 0 only", "on no rank"
 
 def absent(where: str, zeroing: str) -> dict[str, Any]:
     """The second of two AdamW steps, in which `spare` takes part on some ranks only."""
-    (model, replica), (rank, _) = replicated(), rank_and_world()
+    (model, replica), rank = replicated(), own_rank()
     optimizer = torch.optim.AdamW(replica.named.values(), lr=LR, weight_decay=0.1)
     for step in range(2):
         x, y = batch(step, torch.float64)[rank]
@@ -176,7 +141,7 @@ def test_a_tensor_without_gradient_on_some_ranks(
 
 def by_hand(how: str) -> tuple[Tensor | None, Tensor]:
     """Gradients of `b` that no backward pass made, and those of `A`, which one did."""
-    (model, replica), (rank, _) = replicated(), rank_and_world()
+    (model, replica), rank = replicated(), own_rank()
     replica.zero_grad()
     x, y = batch(0, torch.float64)[rank]
     (model.A @ x[0]).sum().backward()
@@ -208,7 +173,7 @@ def test_gradients_set_by_hand(pools: Pools, how: str) -> None:
 
 
 def travel(tokens: list[int], sums: list[list[float]], each: list[int]) -> tuple[Any, ...]:
-    (model, replica), (rank, _) = replicated(torch.float32), rank_and_world()
+    (model, replica), rank = replicated(torch.float32), own_rank()
     (model.A * tokens[rank]).sum().backward()
     reduced = replica.reduce_gradients(tokens[rank], sums=sums[rank], each=each[rank])
     return reduced.tokens, reduced.sums, reduced.each, model.A.grad.unique().tolist()
@@ -240,110 +205,3 @@ def overfill() -> None:
 def test_too_many_scalars_are_refused(pools: Pools) -> None:
     with pytest.raises(AssertionError, match="17 scalars do not fit the 16 slots"):
         pools(1).run(overfill)
-
-
-# -- parameters that move --------------------------------------------------------------------------
-
-
-def moved(when: str) -> dict[str, Tensor]:
-    """Two steps of SGD with momentum; in between all tensors move, as `.to(device)` moves them."""
-    (model, replica), (rank, _) = replicated(), rank_and_world()
-    optimizer = torch.optim.SGD(replica.named.values(), lr=LR, momentum=0.9)
-    for step in range(3):
-        replica.zero_grad()
-        if step == 1 and when == "before backward":
-            model._apply(torch.clone)
-        x, y = batch(step, torch.float64)[rank]
-        model.losses(x, y, spare=False).sum().backward()
-        if step == 1 and when == "after backward":
-            model._apply(torch.clone)
-        replica.reduce_gradients(len(x))
-        optimizer.step()
-    replica.audit()
-    views = [p.data_ptr() for p in model.parameters()]
-    first = replica.values.data_ptr()
-    assert all(first <= view < first + replica.values.nbytes for view in views)
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-@pytest.mark.parametrize("when", ["before backward", "after backward"])
-def test_moved_parameters_are_bound_again(pools: Pools, when: str) -> None:
-    unmoved, others = pools(2).run(moved, "never"), pools(2).run(moved, when)
-    for got in others:
-        torch.testing.assert_close(got, unmoved[0], rtol=0, atol=0)
-    assert torch.equal(others[0]["spare"], Toy(torch.float64).spare)  # never had a gradient
-
-
-CASTS = {"float64": torch.float64, "bfloat16": torch.bfloat16}
-
-
-def cast(to: str, backward: bool) -> str:
-    model, replica = replicated(torch.float32)
-    model.to(CASTS[to])
-    try:
-        if backward:
-            x, y = batch(0, CASTS[to])[0]
-            model.losses(x, y, spare=False).sum().backward()
-        replica.reduce_gradients()
-    except ReplicaError as error:
-        return str(error)
-    return ""
-
-
-@pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("to", CASTS)
-def test_cast_adapters_are_refused(pools: Pools, to: str, backward: bool) -> None:
-    [message] = pools(1).run(cast, to, backward)
-    assert message == (
-        f"the adapters were cast from torch.float32 to torch.{to}; cast the base only, "
-        "before dlora.attach"
-    )
-
-
-# -- the audit -------------------------------------------------------------------------------------
-
-
-def flipped(flips: dict[int, list[tuple[str, int]]]) -> str:
-    """What the audit says after single bits of some ranks' tensors flipped."""
-    (model, replica), (rank, _) = replicated(torch.float32), rank_and_world()
-    replica.audit()
-    for name, index in flips.get(rank, []):
-        bits = model.get_parameter(name).data.view(-1).view(torch.int32)
-        bits[index] ^= 1
-    try:
-        replica.audit()
-    except ReplicaError as error:
-        return str(error)
-    return ""
-
-
-@pytest.mark.parametrize(
-    ("world", "flips", "named"),
-    [
-        (2, {}, None),
-        (2, {1: [("A", 14)]}, "A on rank 1"),
-        (2, {0: [("b", 0)]}, "b on rank 1"),  # two against each other: rank 0 counts as right
-        (3, {0: [("B", 3)]}, "B on rank 0"),
-        (3, {2: [("A", 0), ("spare", 6)]}, "A on rank 2; spare on rank 2"),
-        (3, {1: [("b", 4)], 2: [("B", 9)]}, "b on rank 1; B on rank 2"),
-        (3, {1: [("b", 4)], 2: [("b", 3)]}, "b on rank 1, 2"),
-    ],
-)
-def test_the_audit_names_tensor_and_rank(
-    pools: Pools, world: int, flips: dict[int, list[tuple[str, int]]], named: str | None
-) -> None:
-    expected = f"the adapters are no longer the same on every rank: {named}" if named else ""
-    assert pools(world).run(flipped, flips) == [expected] * world
-
-
-def drawn_by_rank() -> Tensor:
-    """Parameters that every rank drew for itself, after the replica took them over."""
-    model = nn.Linear(3, 2)
-    Replica(Topology.current()).own(dict(model.named_parameters()))
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-def test_rank_0_decides_the_first_values(pools: Pools) -> None:
-    results = pools(3).run(drawn_by_rank)
-    assert all(torch.equal(values, results[0]) for values in results)
-    assert results[0].unique().numel() == 8

@@ -13,6 +13,7 @@ from tiny import save_chats
 
 from dlora.adapter_files import save_adapter
 from dlora.checkpoint import capture, write
+from dlora.sharding.storage import held_bytes
 
 STEPS = 3
 
@@ -32,6 +33,7 @@ def counted(argv: list[str]) -> dict[str, Any]:
         "sockets": (socket_bytes() - before).total(),
         "gathers": budget.gathers,
         "reduction": budget.reduction,
+        "holds": (held_bytes(run.model), budget.base_held),
     }
 
 
@@ -40,21 +42,35 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_chats(tmp_path_factory.mktemp("data") / "chats.jsonl", 24))
 
 
+# model, base, ranks, ranks per node, micro-batches per step
+SAMPLE = [
+    ("llama", "world", 2, 2, 1),
+    ("llama", "world", 2, 2, 3),
+    ("llama", "world", 3, 3, 1),
+    ("llama", "node", 4, 2, 3),
+    ("llama", "world", 4, 2, 1),
+    ("llama", "none", 3, 3, 3),
+    ("llama", "none", 4, 2, 1),
+    ("tied", "world", 2, 2, 1),
+    ("tied", "node", 4, 2, 1),
+    ("gpt2", "world", 3, 3, 1),
+    ("gpt2", "world", 2, 2, 3),
+    ("mixtral", "world", 2, 2, 1),
+]
+MATRIX = [
+    (model, base, world, per_node, accumulation)
+    for model in ("llama", "tied", "gpt2")
+    for base in ("none", "node", "world")
+    for world, per_node in ((2, 2), (2, 1), (3, 3), (4, 4), (4, 2))
+    for accumulation in (1, 3)
+]
+
+
 @pytest.mark.parametrize(
     ("model", "base", "world", "per_node", "accumulation"),
     [
-        ("llama", "world", 2, 2, 1),
-        ("llama", "world", 2, 2, 3),
-        ("llama", "world", 3, 3, 1),
-        ("llama", "node", 4, 2, 3),
-        ("llama", "world", 4, 2, 1),
-        ("llama", "none", 3, 3, 3),
-        ("llama", "none", 4, 2, 1),
-        ("tied", "world", 2, 2, 1),
-        ("tied", "node", 4, 2, 1),
-        ("gpt2", "world", 3, 3, 1),
-        ("gpt2", "world", 2, 2, 3),
-        ("mixtral", "world", 2, 2, 1),
+        *SAMPLE,
+        *(pytest.param(*case, marks=pytest.mark.full) for case in MATRIX if case not in SAMPLE),
     ],
 )
 def test_the_plan_is_what_is_sent(
@@ -82,6 +98,7 @@ def test_the_plan_is_what_is_sent(
     for result in results:
         planned = STEPS * (result["gathers"] + result["reduction"]) + audit
         assert sum(call.sent() for call in result["calls"]) == planned
+        assert result["holds"][0] == result["holds"][1]
         on_sockets = sum(call.sent(GLOO) for call in result["calls"])
         headers = 2048 * len(result["calls"])
         assert on_sockets <= result["sockets"] <= on_sockets + headers
