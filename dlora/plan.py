@@ -12,7 +12,7 @@ from dlora.runtime import exit_with
 from dlora.sharding.groups import Group, groups_of, sharding_plan
 from dlora.sharding.mesh import Placement, Topology
 from dlora.sharding.reduction import reduction_bytes
-from dlora.sharding.replica import buffer_length
+from dlora.sharding.replica import AUDIT_EVERY, buffer_length
 from dlora.sharding.wire import ring_gather_bytes
 
 MOMENTS = {"adamw": 2, "sgd": 0}  # float32 values that an optimizer keeps per parameter
@@ -29,6 +29,7 @@ class Budget:
         trainable: numbers of parameters of A, B and trained copies.
         replica: their values, gradients and optimizer state.
         gathers, reduction: wire bytes per step of W0, and of the gradients.
+        audit: wire bytes of the checksum, every 10th step and at the last.
     """
 
     placement: Placement
@@ -40,6 +41,7 @@ class Budget:
     replica: int
     gathers: int
     reduction: int
+    audit: int
 
     def lines(self) -> list[str]:
         """The budget as it is printed before the first step."""
@@ -53,7 +55,7 @@ class Budget:
             f"A and B         {self.trainable:,} parameters; with gradients and optimizer state "
             f"{_mb(self.replica)} per rank",
             f"wire, per step  {_mb(self.gathers)} gathering W0 + {_mb(self.reduction)} reducing "
-            "gradients, sent by each rank",
+            f"gradients, sent by each rank; {self.audit} bytes every {AUDIT_EVERY}th for the audit",
         ]
 
 
@@ -94,6 +96,7 @@ def budget(
         trainable=numel,
         replica=numel * item * (2 + MOMENTS[optimizer]),
         gathers=round(passes * micro_batches),
+        audit=round(ring_gather_bytes(8 * topology.world, topology.world)),
         reduction=round(reduction_bytes(buffer_length(trainable, topology) * item, topology)),
     )
 

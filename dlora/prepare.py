@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dlora.adapter_files import read_config
-from dlora.base_model import BaseModel, find_base
+from dlora.base_model import BaseModel, check_experts_divide, find_base
 from dlora.config import Config
 from dlora.data import Dataset, Sampler, check_source, load_examples
 from dlora.errors import UsageError
@@ -73,6 +73,7 @@ def prepare(
     )
     skeleton = base.skeleton()
     model_parts(skeleton)
+    check_experts_divide(skeleton, placement.shard_size)
     with keyed_by("adapter"):
         attach(skeleton, lora)
     tokenizer = base.tokenizer()
@@ -85,6 +86,7 @@ def prepare(
         config.data.shuffle,
         **_length(config),
     )
+    announce(_said_of_steps(sampler, config.train.global_batch_size))
     micro_batches = -(-config.train.global_batch_size // (world * config.train.micro_batch_size))
     planned = budget(
         skeleton,
@@ -147,6 +149,13 @@ def _load(
     )
     announce(f"data.{key}: {dataset.report}")
     return dataset
+
+
+def _said_of_steps(sampler: Sampler, size: int) -> str:
+    steps = sampler.total_steps
+    last = len(sampler.step(steps - 1))
+    rest = "" if last == size else f", the last one of the {last} that are left"
+    return f"train: {steps} optimizer steps of {size} sequences{rest}"
 
 
 def _length(config: Config) -> dict[str, int]:

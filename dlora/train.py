@@ -6,7 +6,6 @@ The loop reads top to bottom:  1 a step's sequences, dealt out over ranks   2 fo
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import math
 import os
@@ -26,7 +25,7 @@ from dlora.data import batch_hash, deal
 from dlora.data.collate import Batch, collate
 from dlora.evaluation import held_out_loss, sample_answers
 from dlora.lora.attach import attachment_of
-from dlora.lora.dropout import SampleKeys
+from dlora.lora.dropout import SampleKeys, seed_of
 from dlora.memory import MemoryMeter, trim
 from dlora.metrics import SilentLog
 from dlora.objectives import targets
@@ -36,9 +35,8 @@ from dlora.progress import StepDisplay
 from dlora.resume import open_directory, resolved_yaml, resume
 from dlora.runtime import Runtime, exit_with
 from dlora.sharding.engine import build_engine
+from dlora.sharding.replica import AUDIT_EVERY
 from dlora.stopping import StopRequest, exit_status
-
-AUDIT_EVERY = 10
 
 
 def main(argv: list[str]) -> int:
@@ -287,12 +285,6 @@ def build_optimizer(config: Config, replica: TrainedReplica) -> Optimizer:
     if section.name == "sgd":
         return torch.optim.SGD(groups)
     return torch.optim.AdamW(groups, fused=True)
-
-
-def seed_of(*key: int) -> int:
-    """63 bits that depend on all of `key`, the same in every process."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def due(step: int, every: int, last: bool = False) -> bool:

@@ -96,6 +96,11 @@ def _sequence_mask(x: Tensor, p: float, layer: str, keys: SampleKeys, row: int) 
     return torch.rand(keys.lengths[row], x.shape[-1], device=x.device, generator=generator) >= p
 
 
-def _generator(device: torch.device, *key: object) -> torch.Generator:
+def seed_of(*key: object) -> int:
+    """63 bits that depend on all of `key`, the same in every process."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _generator(device: torch.device, *key: object) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed_of(*key))

@@ -23,6 +23,7 @@ from dlora.sharding.mesh import Topology
 from dlora.sharding.reduction import Reduction, padded
 from dlora.sharding.wire import WireCounter, ring_gather_bytes
 
+AUDIT_EVERY = 10  # optimizer steps between two comparisons of checksums
 SUMS = 16  # scalars that may travel with the gradients
 _LIMB = 4096  # integers travel as two float32 limbs: sums are exact below 2^36 (single ones: 2^36)
 
