@@ -232,9 +232,8 @@ class Replica:
             elif parameter.grad.data_ptr() != view.data_ptr():
                 view.copy_(parameter.grad)
                 self._present[name] = True
-            elif not self._present[
-                name
-            ]:  # no backward pass came by, yet the view may be written to
+            elif not self._present[name]:
+                # No backward pass came by, yet the view may have been written to.
                 self._present[name] = bool(view.any())
             if not self._present[name]:
                 view.zero_()
