@@ -29,8 +29,6 @@ def naming_base(option: str) -> Iterator[None]:
         yield
     except UsageError as error:
         raise UsageError(f"{option}: {str(error).removeprefix('model.path: ')}") from error
-    except ValueError as error:  # transformers has no causal language model for it, for example
-        raise UsageError(f"{option}: {str(error).strip().splitlines()[0]}") from error
 
 
 def chosen_base(
