@@ -47,6 +47,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, target)
     (tree / ".venv").symlink_to(ROOT / ".venv")
+    # Newer than the copies, so that make does not install this tree in place of the checkout.
+    (ROOT / ".venv" / ".installed").touch()
     (tree / "models").symlink_to(ROOT / "models")
     yield tree
     shutil.rmtree(tree)
@@ -96,6 +98,13 @@ def check_quickstart(out: str, tree: Path) -> None:
         "adapter_config.json",
         "adapter_model.safetensors",
     }
+
+
+def test_make_leaves_the_environment_alone(tree: Path):
+    """`make train` in the copy would otherwise point the checkout's environment at the copy."""
+    planned = run("make --dry-run train", tree)
+    assert "torchrun" in planned
+    assert "pip install" not in planned
 
 
 @pytest.mark.timeout(1200)
