@@ -1,6 +1,6 @@
 """Step time, wire bytes and memory of one LoRA step on a sharded base, beside its peers.
 
-    torchrun --nproc-per-node 2 benchmarks/step.py [--rounds 7] [--json benchmarks/step.json]
+    torchrun --nproc-per-node 2 benchmarks/step.py [--rounds 7] [--rows floor dlora peft full] [--json FILE]
 
 A Llama-shaped bf16 model (random weights), r=16 on all linear layers, 4×256 tokens per rank. Rows:
     floor   the frozen model alone: same wrapping, no adapter, forward, and backward to the
@@ -168,6 +168,7 @@ def peak_memory(build: Callable[[torch.Tensor], Row], batch: torch.Tensor) -> tu
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rows", nargs="+", default=["floor", "dlora", "peft", "full"])
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -178,7 +179,8 @@ def main() -> None:
 
     rows, peaks = {}, {}
     for build in (floor, dlora, peft, full):
-        rows[build.__name__], peaks[build.__name__] = peak_memory(build, batch)
+        if build.__name__ in {"floor", "dlora", *args.rows}:
+            rows[build.__name__], peaks[build.__name__] = peak_memory(build, batch)
     seconds: dict[str, list[float]] = {name: [] for name in rows}
     sent: dict[str, list[int]] = {name: [] for name in rows}
     for _ in range(args.rounds):
@@ -205,6 +207,7 @@ def report(rows, peaks, seconds, sent, world, args) -> None:  # noqa: ANN001
             ),
             "wire_mb_per_rank": statistics.median(sent[name]) / world / 1e6,
             "peak_mb": peaks[name] / 1e6,
+            "seconds": seconds[name],
             "w0_held_mb": rows[name].held / 1e6,
         }
         for name in rows
