@@ -1,6 +1,6 @@
 """Step time, wire bytes and memory of one LoRA step on a sharded base, beside its peers.
 
-    torchrun --nproc-per-node 2 benchmarks/step.py [--rounds 7] [--rows floor dlora peft full] [--json FILE]
+    torchrun --nproc-per-node 2 benchmarks/step.py [--rounds 7] [--rows dlora peft full]
 
 A Llama-shaped bf16 model (random weights), r=16 on all linear layers, 4×256 tokens per rank. Rows:
     floor   the frozen model alone: same wrapping, no adapter, forward, and backward to the
