@@ -116,10 +116,12 @@ def write(checkpoint: Checkpoint, root: Path, config_yaml: str, keep_last: int) 
     }
     for name, content in (files | {"manifest.json": _json(manifest)}).items():
         write_atomically(beside / name, content)
+    aside = beside.with_suffix(".old")
     if final.exists():  # the same step again, after a resume: the newer one takes the name
-        shutil.rmtree(final)
+        os.rename(final, aside)
     os.rename(beside, final)
     sync(root)
+    shutil.rmtree(aside, ignore_errors=True)
     for _, old in _steps(root)[:-keep_last]:
         shutil.rmtree(old, ignore_errors=True)
     return final
