@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -13,7 +14,7 @@ from dlora.lora.config import LoraConfig
 from dlora.optim.groups import parameter_groups
 from dlora.sharding.engine import Engine, build_engine, is_divided, sharded_by
 from dlora.sharding.mesh import Topology, resolve_placement
-from dlora.sharding.replica import Replica
+from dlora.sharding.replica import Reduced, Replica
 
 _RECORD = "dlora_replica"
 
@@ -21,9 +22,20 @@ _RECORD = "dlora_replica"
 class TrainedReplica(Replica):
     """The replica of a model's adapters together with the engine that holds its base."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, model: nn.Module) -> None:
         super().__init__(engine.topology, engine.wire)
-        self.engine = engine
+        self.engine, self._model = engine, model
+
+    def reduce_gradients(
+        self, tokens: int | None = None, sums: Sequence[float] = (), each: int = 0
+    ) -> Reduced:
+        """See `Replica.reduce_gradients`; the step's passes are over, so W0 is freed as well."""
+        self.release()
+        return super().reduce_gradients(tokens, sums, each)
+
+    def release(self) -> None:
+        """Free what passes without a reduction after them (evaluation) left gathered of W0."""
+        self.engine.release(self._model)
 
     def parameter_groups(
         self, lr: float, *, loraplus_lr_ratio: float = 1.0, weight_decay: float = 0.0
@@ -89,7 +101,7 @@ def replicate(model: nn.Module, engine: Engine) -> TrainedReplica:
         model.requires_grad_(False)
     engine.shard(model, ignored=named.values())
     engine.adopt(model)
-    replica = TrainedReplica(engine)
+    replica = TrainedReplica(engine, model)
     model.__dict__[_RECORD] = replica
     if named:
         _take_over(replica, model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dlora.errors import UsageError
 from dlora.sharding.engine import Engine
+from dlora.sharding.mesh import Placement
 from dlora.sharding.storage import dropping_mapped_pages, own_storage
 
 DTYPES = {
@@ -74,21 +76,10 @@ class BaseModel:
             UsageError: on every rank, before a weight is read, if a rank would get none of a
                 layer's experts.
         """
-        from transformers import AutoModelForCausalLM
-
-        skeleton = self.skeleton()
-        check_experts_divide(skeleton, engine.placement.shard_size)
-        sharding = engine.loading(skeleton)
-        if not sharding and device.type != "cpu":
-            sharding = {"device_map": device}
+        weights = BaseWeights(self)
+        check_experts_divide(weights.skeleton, engine.placement)
         with dropping_mapped_pages():
-            model = self._reading(
-                AutoModelForCausalLM.from_pretrained,
-                dtype=self.dtype,
-                attn_implementation=self.attn_implementation,
-                use_safetensors=True,
-                **sharding,
-            )
+            model = engine.load(weights, device)
             own_storage(model)
         return model.requires_grad_(False)
 
@@ -103,8 +94,61 @@ class BaseModel:
             )
 
 
-def check_experts_divide(skeleton: Any, ranks: int) -> None:
+class BaseWeights:
+    """The weights of a base in the two ways in which engines ask for them."""
+
+    def __init__(self, base: BaseModel) -> None:
+        self._base = base
+        self.skeleton: Any = base.skeleton()
+
+    def from_pretrained(self, **sharding: Any) -> nn.Module:
+        """transformers' own loading; its arguments may let it read a part only."""
+        from transformers import AutoModelForCausalLM
+
+        return self._base._reading(
+            AutoModelForCausalLM.from_pretrained,
+            dtype=self._base.dtype,
+            attn_implementation=self._base.attn_implementation,
+            use_safetensors=True,
+            **sharding,
+        )
+
+    def empty(self) -> nn.Module:
+        """The model on the meta device, but for its buffers, which are computed or read.
+
+        What transformers' `from_pretrained` does once every parameter has been read.
+        """
+        model = self.skeleton
+        for tensor in model.state_dict(keep_vars=True).values():
+            tensor._is_hf_initialized = True
+        persistent = dict(model.named_buffers())
+        for name, _ in model.named_non_persistent_buffers():
+            del persistent[name]
+        model._move_missing_keys_from_meta_to_device(set(), None, None, None)
+        model._initialize_missing_keys(False)
+        for name, buffer in persistent.items():
+            value = torch.empty(buffer.shape, dtype=buffer.dtype)
+            self.read(name, 0, value.view(-1))
+            owner, _, last = name.rpartition(".")
+            model.get_submodule(owner).register_buffer(last, value)
+        return model.eval()
+
+    def read(self, name: str, start: int, out: Tensor) -> None:
+        """Fill `out` with the elements from `start` on of the flattened tensor `name`."""
+        self._stored.read(name, start, out)
+
+    @functools.cached_property
+    def _stored(self) -> Any:
+        from dlora.stored_weights import StoredWeights
+
+        return StoredWeights(self._base, self.skeleton)
+
+
+def check_experts_divide(skeleton: Any, placement: Placement) -> None:
     """Raise a `UsageError` if a rank would get no expert: transformers cannot stack none."""
+    if placement.engine != "fsdp2":  # flat partitions do not ask where an expert ends
+        return
+    ranks = placement.shard_size
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import MergeModulelist
 

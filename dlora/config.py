@@ -79,7 +79,6 @@ BUILT: dict[str, tuple[object, ...]] = {
     "adapter.method": ("lora",),
     "adapter.use_dora": (False,),
     "adapter.init_lora_weights": (True,),
-    "sharding.engine": ("fsdp2",),
     "sharding.memory_budget_gb": (None,),
     "data.format": ("chat", "alpaca", "sharegpt", "text"),
     "data.packing": (False,),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from dlora.errors import UsageError
 from dlora.runtime import exit_with
-from dlora.sharding.groups import Group, groups_of, sharding_plan
+from dlora.sharding.engine import engine_class
+from dlora.sharding.groups import Group
 from dlora.sharding.mesh import Placement, Topology
 from dlora.sharding.reduction import reduction_bytes
 from dlora.sharding.replica import AUDIT_EVERY, buffer_length
@@ -75,16 +76,17 @@ def budget(
         micro_batches: forward passes per rank and optimizer step.
     """
     outside = {id(parameter) for parameter in trainable.values()}
-    groups = _frozen(groups_of(skeleton, sharding_plan(skeleton)), outside)
+    groups = _frozen(engine_class(placement).groups(skeleton), outside)
     size = placement.shard_size
-    total = sum(_bytes(group) for group in groups)
+    total = sum(group.nbytes for group in groups)
     gathered = [group.gathered_bytes(size) for group in groups]
     numel = sum(p.numel() for p in trainable.values())
     item = next(iter(trainable.values())).element_size()
-    passes = 0.0
+    sent = 0.0
     for group, nbytes in zip(groups, gathered, strict=True):
         again = group.freed and _gradient_reaches(group, skeleton, trainable)
-        passes += ring_gather_bytes(nbytes, size) * (2 if again else 1)
+        times = 0 if group.held else micro_batches * (1 + again) if group.freed else 1
+        sent += ring_gather_bytes(nbytes, size) * times
     kept = sum(n for g, n in zip(groups, gathered, strict=True) if not g.freed)
     freed = sorted((n for g, n in zip(groups, gathered, strict=True) if g.freed), reverse=True)
     return Budget(
@@ -95,7 +97,7 @@ def budget(
         base_gathered=0 if size == 1 else kept + sum(freed[:2]),  # one computes, one is prefetched
         trainable=numel,
         replica=numel * item * (2 + MOMENTS[optimizer]),
-        gathers=round(passes * micro_batches),
+        gathers=round(sent),
         audit=round(ring_gather_bytes(8 * topology.world, topology.world)),
         reduction=round(reduction_bytes(buffer_length(trainable, topology) * item, topology)),
     )
@@ -106,7 +108,7 @@ def _frozen(groups: list[Group], outside: set[int]) -> list[Group]:
     for group in groups:
         parameters = tuple(p for p in group.parameters if id(p) not in outside)
         if parameters:
-            kept.append(Group(group.paths, parameters, group.freed))
+            kept.append(replace(group, parameters=parameters))
     return kept
 
 
@@ -116,14 +118,10 @@ def _gradient_reaches(group: Group, skeleton: nn.Module, trainable: Iterable[str
     last = max(
         index
         for path, index in order.items()
-        if any(path == own or path.startswith(f"{own}.") for own in group.paths)
+        if not group.path or path == group.path or path.startswith(f"{group.path}.")
     )
     first = min(order[name.rpartition(".")[0]] for name in trainable)
     return first <= last
-
-
-def _bytes(group: Group) -> int:
-    return sum(p.numel() * p.element_size() for p in group.parameters)
 
 
 def _mb(nbytes: float) -> str:

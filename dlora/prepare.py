@@ -73,7 +73,7 @@ def prepare(
     )
     skeleton = base.skeleton()
     model_parts(skeleton)
-    check_experts_divide(skeleton, placement.shard_size)
+    check_experts_divide(skeleton, placement)
     with keyed_by("adapter"):
         attach(skeleton, lora)
     tokenizer = base.tokenizer()

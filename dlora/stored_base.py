@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +58,15 @@ class StoredBase:
             )
         self.base = base
         self.tensors: dict[str, StoredTensor] = {}  # by key, in the order of the files
-        for file in _weight_files(base):
+        for file in weight_files(base):
             self.tensors |= stored_tensors(file)
         expected = skeleton.state_dict()
         self._shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-        self._keys = _keys_of_parameters(skeleton, self.tensors, expected)
+        self._keys = {
+            name: source.keys
+            for name, source in sources_of_parameters(skeleton, self.tensors, expected).items()
+            if source.converter is None
+        }
 
     def has(self, name: str) -> bool:
         """Whether some key becomes the parameter `name`, alone and only renamed."""
@@ -103,24 +107,35 @@ class StoredBase:
             shutil.copyfile(path, target)
 
 
-def _keys_of_parameters(
+@dataclass(frozen=True)
+class Source:
+    """What becomes one parameter: keys of the files and, unless they are only renamed, how."""
+
+    keys: list[str]
+    patterns: list[str]  # of the converter, that the keys match
+    converter: WeightConverter | None
+
+
+def sources_of_parameters(
     model: PreTrainedModel, keys: Iterable[str], expected: dict[str, Any]
-) -> dict[str, list[str]]:
-    """{parameter: its keys}, of keys that are renamed at most.
+) -> dict[str, Source]:
+    """{parameter: its source}; a converter that makes several is listed under the first of them.
 
     The first half of transformers' `convert_and_load_state_dict_in_model`.
     """
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     prefix = model.base_model_prefix
-    found: dict[str, list[str]] = defaultdict(list)
+    found: dict[str, Source] = {}
     for key in sorted(keys, key=dot_natural_key):
-        name, converted = rename_source_key(key, renamings, converters, prefix, expected)
+        name, pattern = rename_source_key(key, renamings, converters, prefix, expected)
         if name not in expected and key in expected:  # renamed where it should not have been
-            name, converted = rename_source_key(key, [], [], prefix, expected)
-        if converted is None:
-            found[name].append(key)
+            name, pattern = rename_source_key(key, [], [], prefix, expected)
+        source = found.setdefault(name, Source([], [], by_pattern[pattern] if pattern else None))
+        source.keys.append(key)
+        source.patterns.append(pattern or key)
     return found
 
 
@@ -132,7 +147,7 @@ def _cached(base: BaseModel, name: str) -> Path | None:
     return Path(found) if found else None
 
 
-def _weight_files(base: BaseModel) -> list[Path]:
+def weight_files(base: BaseModel) -> list[Path]:
     """The files that `from_pretrained` reads."""
     try:
         if single := _cached(base, "model.safetensors"):

@@ -61,16 +61,19 @@ class StoredTensor:
         """`tensor[first:last]` of a floating-point tensor, or all of one without dims."""
         count, *row = self.shape or (1,)
         last = count if last is None else last
-        row_bytes = self.nbytes // max(count, 1)
-        block = bytearray((last - first) * row_bytes)
+        numel = math.prod(row)
+        shape = (last - first, *row) if self.shape else ()
+        return self.elements(first * numel, last * numel).view(shape)
+
+    def elements(self, start: int, stop: int) -> Tensor:
+        """The elements from `start` to `stop` of the flattened floating-point tensor."""
+        dtype = FLOATS[self.dtype]
+        block = bytearray((stop - start) * dtype.itemsize)
         with self.file.open("rb") as file:
-            file.seek(self.start + first * row_bytes)
+            file.seek(self.start + start * dtype.itemsize)
             if file.readinto(block) != len(block):
                 raise UsageError(f"{self.file}: ends inside {self.key}")
-        shape = (last - first, *row) if self.shape else ()
-        if not block:
-            return torch.empty(shape, dtype=FLOATS[self.dtype])
-        return torch.frombuffer(block, dtype=FLOATS[self.dtype]).view(shape)
+        return torch.frombuffer(block, dtype=dtype) if block else torch.empty(0, dtype=dtype)
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:

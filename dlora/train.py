@@ -127,7 +127,6 @@ class Run:
                 lr = self.set_lr(step)
                 optimizer.step()
                 replica.zero_grad()
-                replica.engine.release(model)
 
                 # 5  look, log, save
                 done = step + 1
@@ -199,7 +198,7 @@ class Run:
             rank=self.runtime.rank,
             world=self.runtime.world,
         )
-        self.replica.engine.release(self.model)
+        self.replica.release()
         self.replica.wire.take()  # wire_bytes are those of training
         self.held_out.append(loss)
         return loss
@@ -210,7 +209,7 @@ class Run:
             return
         tokenizer, pad_id = self.prepared.tokenizer, self.prepared.pad_id
         answers = sample_answers(self.model, tokenizer, dataset, count=count, pad_id=pad_id)
-        self.replica.engine.release(self.model)
+        self.replica.release()
         for prompt, reference, answer in answers:
             self.runtime.say(
                 f"--- sample, {when}\n{prompt}\n  wanted: {reference}\n  answer: {answer}"

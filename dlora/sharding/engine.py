@@ -6,16 +6,33 @@ A new engine is one file: a class with these members, and a line in `ENGINES`.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dlora.errors import LaterError, UsageError
+from dlora.errors import UsageError
+from dlora.sharding.groups import Group
 from dlora.sharding.mesh import Placement, Topology
 from dlora.sharding.wire import WireCounter
+
+
+class Weights(Protocol):
+    """Where a base comes from: whole modules, or single elements."""
+
+    skeleton: nn.Module  # the model on the meta device
+
+    def from_pretrained(self, **sharding: Any) -> nn.Module:
+        """What transformers' `from_pretrained` makes of the base and these arguments."""
+
+    def empty(self) -> nn.Module:
+        """The model with its buffers in place and its parameters on the meta device."""
+
+    def read(self, name: str, start: int, out: Tensor) -> None:
+        """Fill `out` [n] with the elements from `start` on of the flattened parameter `name`."""
 
 
 class Engine(Protocol):
@@ -27,12 +44,16 @@ class Engine(Protocol):
 
     def __init__(self, placement: Placement, topology: Topology) -> None: ...
 
-    def loading(self, skeleton: nn.Module) -> dict[str, Any]:
-        """Keyword arguments for transformers' `from_pretrained`: it reads only this rank's shards.
+    @classmethod
+    def groups(cls, skeleton: nn.Module) -> list[Group]:
+        """What is gathered together and how often, in the order of the model: for the plan.
 
         Args:
             skeleton: the model on the meta device.
         """
+
+    def load(self, weights: Weights, device: torch.device) -> nn.Module:
+        """The model with this rank's part of every parameter; no rank reads more than it needs."""
 
     def shard(self, model: nn.Module, ignored: Iterable[nn.Parameter]) -> None:
         """Distribute the parameters of `model` in place, all but `ignored`.
@@ -46,8 +67,13 @@ class Engine(Protocol):
     def expect_gradients(self, model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
         """Told what is trained once that is known: no weight before it is needed in backward."""
 
+    def hold(self, model: nn.Module, paths: Collection[str]) -> None:
+        """Keep the groups at `paths` gathered from their first use on: W0 is read-only."""
+
     def release(self, model: nn.Module) -> None:
-        """Between steps: free every gathered weight that forward or backward left behind."""
+        """Between steps: free every gathered weight that forward or backward left behind, but for
+        what is held.
+        """
 
     def whole_weights(self, module: nn.Module) -> AbstractContextManager[dict[str, Tensor]]:
         """The whole parameters of one module by path, for as long as the context is open."""
@@ -56,23 +82,34 @@ class Engine(Protocol):
 ENGINES = {
     "replicated": "dlora.sharding.replicated:Replicated",
     "fsdp2": "dlora.sharding.fsdp2:Fsdp2",
+    "zero3": "dlora.sharding.zero3:Zero3",
 }
-PLANNED = ("zero3",)
 
 
-def build_engine(placement: Placement, topology: Topology, sharded: str | None = None) -> Engine:
+def engine_class(placement: Placement, sharded: str | None = None) -> type[Engine]:
     """The engine of a placement; `replicated` where W0 is not divided at all.
 
     Args:
         sharded: the engine that divided the base already, if one did.
+
+    Raises:
+        UsageError: there is no such engine, or what it stands on is not installed.
     """
     name = sharded or ("replicated" if placement.shard_size == 1 else placement.engine)
-    if name in PLANNED:
-        raise LaterError("sharding.engine", name)
     if name not in ENGINES:
         raise UsageError(f"sharding.engine: {name!r} is none of {', '.join(ENGINES)}")
     module, _, cls = ENGINES[name].partition(":")
-    return getattr(importlib.import_module(module), cls)(placement, topology)
+    try:
+        return getattr(importlib.import_module(module), cls)
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"sharding.engine: {name} needs {error.name}: pip install 'dlora[{name}]'"
+        ) from error
+
+
+def build_engine(placement: Placement, topology: Topology, sharded: str | None = None) -> Engine:
+    """An engine of `engine_class`; collective where it makes process groups."""
+    return engine_class(placement, sharded)(placement, topology)
 
 
 def sharded_by(model: nn.Module) -> str | None:

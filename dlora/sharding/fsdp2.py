@@ -6,10 +6,11 @@ engine counts through FSDP2's own communication hook.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -17,7 +18,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
 from torch.distributed.tensor import DTensor
 
-from dlora.sharding.groups import block_lists, sharding_plan
+from dlora.sharding.engine import Weights
+from dlora.sharding.groups import Group, block_lists, groups_of, sharding_plan
 from dlora.sharding.mesh import Placement, Topology
 from dlora.sharding.storage import own_storage
 from dlora.sharding.wire import WireCounter, ring_gather_bytes
@@ -28,16 +30,21 @@ class Fsdp2:
 
     def __init__(self, placement: Placement, topology: Topology) -> None:
         self.placement, self.topology, self.wire = placement, topology, WireCounter()
+        self._held: set[nn.Module] = set()
 
-    def loading(self, skeleton: nn.Module) -> dict[str, Any]:
+    @classmethod
+    def groups(cls, skeleton: nn.Module) -> list[Group]:
+        return groups_of(skeleton, sharding_plan(skeleton))
+
+    def load(self, weights: Weights, device: torch.device) -> nn.Module:
         """transformers shards while it reads, by the plan that `sharding_plan` completes."""
-        return {
-            "distributed_config": {
+        return weights.from_pretrained(
+            distributed_config={
                 "fsdp_size": self.placement.shard_size,
                 "dp_replicate_size": self.placement.replicas,
-                "fsdp_plan": sharding_plan(skeleton),
+                "fsdp_plan": sharding_plan(weights.skeleton),
             }
-        }
+        )
 
     def shard(self, model: nn.Module, ignored: Iterable[nn.Parameter]) -> None:
         """`fully_shard` each block of every list of equal blocks, then the root with the rest."""
@@ -56,6 +63,8 @@ class Fsdp2:
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_custom_all_gather(counting)
+                if module is model or _stays_after_forward(module):  # for all passes of a step
+                    module.set_reshard_after_backward(False, recurse=False)
 
     def expect_gradients(self, model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
         """End backward's look-ahead at the first unit that is trained.
@@ -71,9 +80,16 @@ class Fsdp2:
                 module.set_modules_to_backward_prefetch([module])  # is there already
                 return
 
+    def hold(self, model: nn.Module, paths: Collection[str]) -> None:
+        for path in paths:
+            unit: Any = model.get_submodule(path)
+            self._held.add(unit)
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.set_reshard_after_backward(False, recurse=False)
+
     def release(self, model: nn.Module) -> None:
         for module in model.modules():
-            if isinstance(module, FSDPModule):
+            if isinstance(module, FSDPModule) and module not in self._held:
                 module.reshard()
 
     @contextmanager
@@ -88,6 +104,11 @@ class Fsdp2:
         if replicas == 1:
             return init_device_mesh(device, (size,), mesh_dim_names=("shard",))
         return init_device_mesh(device, (replicas, size), mesh_dim_names=("replicate", "shard"))
+
+
+def _stays_after_forward(unit: FSDPModule) -> bool:
+    groups = unit._get_fsdp_state()._fsdp_param_groups
+    return all(group.post_forward_mesh_info is None for group in groups)
 
 
 def _gather_tied_once(model: nn.Module) -> None:

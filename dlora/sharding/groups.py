@@ -1,13 +1,18 @@
-"""Which parameters of a sharded base are gathered together, and how often: the plan's arithmetic.
+"""What of a sharded base is gathered together, and how often: the plan's arithmetic.
 
-A group is what one `fully_shard` call manages. Per micro-batch it is gathered once for forward; if
-it is freed after forward and a gradient flows through it, it is gathered again for backward.
+    freed   once for forward, and once more for backward if a gradient comes there; per micro-batch
+    kept    once, and then there for all passes until the step ends
+    held    once in the whole run
+
+A group is what one `fully_shard` call manages under FSDP2, and a module's own parameters under
+ZeRO-3.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,17 +23,33 @@ FREE, KEEP = "free_full_weight", "keep_full_weight"  # transformers' names of th
 
 @dataclass(frozen=True)
 class Group:
-    """One unit of gathering: its modules' paths, its parameters, and whether forward frees it."""
+    """One unit of gathering.
 
-    paths: tuple[str, ...]
+    Attributes:
+        path: of the module whose use gathers it.
+        parameters: distinct ones, as they are on the meta device.
+        freed: after each use; otherwise it is kept for the step.
+        held: it stays gathered from its first use on.
+        by_rows: each rank holds whole rows, and otherwise a range of the flattened elements.
+    """
+
+    path: str
     parameters: tuple[Tensor, ...]
     freed: bool
+    held: bool = False
+    by_rows: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the parameters."""
+        return sum(p.numel() * p.element_size() for p in self.parameters)
 
     def gathered_bytes(self, ranks: int) -> int:
-        """Bytes of the gathered group; rows are padded so that every rank sends equally many."""
+        """Bytes of the gathered group, padded so that every rank sends equally many."""
         return sum(
-            -(-p.shape[0] // ranks) * ranks * (p.numel() // p.shape[0]) * p.element_size()
+            math.ceil(units / ranks) * ranks * (p.numel() // units) * p.element_size()
             for p in self.parameters
+            for units in [p.shape[0] if self.by_rows and p.ndim else p.numel()]
         )
 
 
@@ -69,10 +90,39 @@ def groups_of(skeleton: Any, plan: dict[str, str]) -> list[Group]:
     groups = []
     # Inner modules first: an outer group holds what no inner one took.
     for path, module, rule in sorted(listed, key=lambda item: -item[0].count(".")):
-        groups.append(Group((path,), _untaken(module.parameters(), taken), rule == FREE))
-    root = Group(("",), _untaken(skeleton.parameters(), taken), freed=False)
+        groups.append(Group(path, _untaken(module.parameters(), taken), rule == FREE))
+    root = Group("", _untaken(skeleton.parameters(), taken), freed=False)
     order = {path: index for index, (path, _) in enumerate(skeleton.named_modules())}
-    return sorted([root, *groups], key=lambda group: order[group.paths[0]])
+    return sorted([root, *groups], key=lambda group: order[group.path])
+
+
+def module_groups(skeleton: Any) -> list[Group]:
+    """The groups of a model that is gathered module by module, its vectors held."""
+    kept = set(map(id, head_parameters(skeleton)))
+    taken: set[int] = set()
+    groups = []
+    for path, module in skeleton.named_modules():
+        own = _untaken(module.parameters(recurse=False), taken)
+        for held in (False, True):
+            parameters = tuple(p for p in own if is_vector(p.shape) is held)
+            if parameters:
+                freed = not held and id(parameters[0]) not in kept
+                groups.append(Group(path, parameters, freed, held, by_rows=False))
+    return groups
+
+
+def is_vector(shape: Sequence[int]) -> bool:
+    """Norms and biases: a collective for a few kilobytes costs its latency and saves nothing."""
+    return len(shape) < 2
+
+
+def head_parameters(model: Any) -> list[nn.Parameter]:
+    """The output head's own parameters, where the model has such a head.
+
+    It is used last in forward and first in backward: to free it between the two saves nothing.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return [] if head is None else list(head.parameters(recurse=False))
 
 
 def _tied(skeleton: Any, plan: dict[str, str]) -> dict[str, str]:

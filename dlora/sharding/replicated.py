@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from dlora.sharding.engine import Weights
+from dlora.sharding.groups import Group
 from dlora.sharding.mesh import Placement, Topology
 from dlora.sharding.storage import own_storage
 from dlora.sharding.wire import WireCounter
@@ -19,8 +21,13 @@ class Replicated:
     def __init__(self, placement: Placement, topology: Topology) -> None:
         self.placement, self.topology, self.wire = placement, topology, WireCounter()
 
-    def loading(self, skeleton: nn.Module) -> dict[str, Any]:
-        return {}
+    @classmethod
+    def groups(cls, skeleton: nn.Module) -> list[Group]:
+        """One that is there already."""
+        return [Group("", tuple(skeleton.parameters()), freed=False, held=True)]
+
+    def load(self, weights: Weights, device: torch.device) -> nn.Module:
+        return weights.from_pretrained(**({} if device.type == "cpu" else {"device_map": device}))
 
     def shard(self, model: nn.Module, ignored: Iterable[nn.Parameter]) -> None:
         """Nothing to do."""
@@ -30,6 +37,9 @@ class Replicated:
 
     def expect_gradients(self, model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
         """Nothing is gathered."""
+
+    def hold(self, model: nn.Module, paths: Collection[str]) -> None:
+        """All is there."""
 
     def release(self, model: nn.Module) -> None:
         """Nothing was gathered."""

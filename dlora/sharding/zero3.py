@@ -1,0 +1,204 @@
+"""ZeRO-3: W0 in flat partitions of stock DeepSpeed, gathered module by module; A and B outside.
+
+Only two parts of DeepSpeed are at work: the partitioned parameter (`zero.Init`) and the hooks that
+gather it when a module needs it (`DeepSpeedZeRoOffload`, what its engine makes of a model without
+an optimizer). There is no DeepSpeed engine, so nothing clips, casts or reduces behind one's back;
+gradients, clip, scores and optimizer are the replica's, as on every engine.
+
+A and B stay outside by name: they are not among the module's parameters while DeepSpeed looks, and
+later they sit in children that are never called, where its hooks do not look.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dlora.sharding.engine import Weights
+from dlora.sharding.groups import Group, block_lists, head_parameters, is_vector, module_groups
+from dlora.sharding.mesh import Placement, Topology
+from dlora.sharding.wire import WireCounter, ring_gather_bytes
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would look for a driver otherwise
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+import deepspeed  # noqa: E402
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload  # noqa: E402
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus  # noqa: E402
+
+_SHM_OP = "deepspeed_shm_comm"
+
+
+class Zero3:
+    """Engine for `engine: zero3` with W0 over the ranks of a node or of the world."""
+
+    def __init__(self, placement: Placement, topology: Topology) -> None:
+        self.placement, self.topology, self.wire = placement, topology, WireCounter()
+        self._hooks: DeepSpeedZeRoOffload | None = None
+        self._kept: set[Any] = set()  # for the step, where the others are freed
+
+    @classmethod
+    def groups(cls, skeleton: nn.Module) -> list[Group]:
+        """One group for each module with parameters of its own."""
+        return module_groups(skeleton)
+
+    def load(self, weights: Weights, device: torch.device) -> nn.Module:
+        """Every rank reads its own elements of each parameter straight into its partition."""
+        model, init = weights.empty(), self._init()
+        made: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters stay tied
+        for path, module in model.named_modules():
+            for name, meta in list(module.named_parameters(recurse=False)):
+                if meta not in made:
+                    made[meta] = parameter = nn.Parameter(
+                        torch.empty(meta.shape, dtype=meta.dtype, device=device),
+                        requires_grad=False,
+                    )  # its pages are never touched, and it is gone before the next one
+                    _partition(init, parameter)
+                    self._fill(parameter, weights, f"{path}.{name}" if path else name)
+                module.register_parameter(name, made[meta])
+        return model.to(device)
+
+    def shard(self, model: nn.Module, ignored: Iterable[nn.Parameter]) -> None:
+        outside = set(ignored)
+        base: list[Any] = [p for p in model.parameters() if p not in outside]
+        if not any(map(_is_partitioned, base)):
+            init = self._init()
+            for parameter in base:
+                _partition(init, parameter)
+        if hasattr(model, "ds_inflight_param_registry"):  # an engine of the user's own has hooks
+            return
+        ahead = _largest_in_blocks(model)
+        with _hidden(model, outside):
+            self._hooks = DeepSpeedZeRoOffload(
+                model,
+                timers=None,
+                ds_config=None,
+                prefetch_bucket_size=ahead,
+                max_live_parameters=2 * ahead,  # the module at work, and what comes next
+                max_reuse_distance=0,  # free a weight when its module is done
+                param_persistence_threshold=0,
+                dp_process_group=base[0].ds_process_group,
+            )
+
+    def adopt(self, model: nn.Module) -> None:
+        self._kept = {p for p in _partitioned(head_parameters(model)) if not is_vector(p.ds_shape)}
+        for parameter in _partitioned(model.parameters()):
+            parameter.ds_persist = is_vector(parameter.ds_shape) or parameter in self._kept
+            for name in ("all_gather", "all_gather_coalesced"):
+                setattr(parameter, name, self._counted(getattr(parameter, name), parameter))
+
+    def hold(self, model: nn.Module, paths: Collection[str]) -> None:
+        for path in paths:
+            module = model.get_submodule(path)
+            for parameter in _partitioned(module.parameters(recurse=False)):
+                parameter.ds_persist = True
+                self._kept.discard(parameter)
+
+    def expect_gradients(self, model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
+        """Nothing to tell: a module is gathered in backward only if a gradient comes to it."""
+
+    def release(self, model: nn.Module) -> None:
+        if self._hooks is not None:
+            self._hooks.release_backward_leftovers()
+        for parameter in _partitioned(model.parameters()):
+            stays = parameter.ds_persist and parameter not in self._kept
+            if parameter.ds_status is ZeroParamStatus.AVAILABLE and not stays:
+                parameter.ds_active_sub_modules.clear()
+                parameter.partition()
+
+    @contextmanager
+    def whole_weights(self, module: nn.Module) -> Iterator[dict[str, Tensor]]:
+        absent = [
+            p
+            for p in _partitioned(module.parameters())
+            if p.ds_status is not ZeroParamStatus.AVAILABLE
+        ]
+        with deepspeed.zero.GatheredParameters(absent):
+            yield {path: parameter.detach() for path, parameter in module.named_parameters()}
+
+    def _init(self) -> Any:
+        if not deepspeed.comm.is_initialized():
+            deepspeed.ops.__compatible_ops__[_SHM_OP] = False  # it would call a compiler
+            deepspeed.init_distributed(dist_init_required=False)
+        return deepspeed.zero.Init(
+            data_parallel_group=_shard_group(self.placement), mem_efficient_linear=False
+        )
+
+    def _fill(self, parameter: Any, weights: Weights, name: str) -> None:
+        """The partition of `parameter`: elements from rank·size on; the last one is padded."""
+        part = parameter.ds_tensor
+        start = part.ds_numel * dist.get_rank(parameter.ds_process_group)
+        stop = min(start + part.ds_numel, parameter.ds_numel)
+        if start < stop:
+            weights.read(name, start, part[: stop - start])
+
+    def _counted(self, gather: Callable[..., Any], own: Any) -> Callable[..., Any]:
+        """DeepSpeed's own gather of a list of parameters, by default of `own`, counted."""
+
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            listed = args[0] if args else kwargs.get("param_list") or [own]
+            for parameter in listed:
+                if parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE:
+                    ranks = parameter.ds_zero_partition_world_size
+                    self.wire.add(ring_gather_bytes(parameter.ds_tensor.nbytes * ranks, ranks))
+            return gather(*args, **kwargs)
+
+        return counting
+
+
+def _shard_group(placement: Placement) -> dist.ProcessGroup | None:
+    if placement.replicas == 1:
+        return dist.group.WORLD
+    size = placement.shard_size
+    groups = [[k * size + i for i in range(size)] for k in range(placement.replicas)]
+    return dist.new_subgroups_by_enumeration(groups)[0]
+
+
+def _partition(init: Any, parameter: Any) -> None:
+    """Make a whole parameter a partitioned one. No broadcast: every rank has the same values."""
+    init._convert_to_deepspeed_param(parameter)
+    parameter.partition()
+
+
+def _largest_in_blocks(model: nn.Module) -> int:
+    """Elements of the largest module of the blocks: how far DeepSpeed may gather ahead."""
+    blocks = [model.get_submodule(path) for path in block_lists(model)] or [model]
+    return max(
+        sum(p.ds_numel for p in _partitioned(module.parameters(recurse=False)))
+        for block in blocks
+        for module in block.modules()
+    )
+
+
+def _is_partitioned(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_id")
+
+
+def _partitioned(parameters: Iterable[nn.Parameter]) -> list[Any]:
+    return [parameter for parameter in parameters if _is_partitioned(parameter)]
+
+
+@contextmanager
+def _hidden(model: nn.Module, outside: set[nn.Parameter]) -> Iterator[None]:
+    """Inside, `outside` are no parameters of the model."""
+    taken = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in list(module.named_parameters(recurse=False))
+        if parameter in outside
+    ]
+    for module, name, _ in taken:
+        del module._parameters[name]
+    try:
+        yield
+    finally:
+        for module, name, parameter in taken:
+            module._parameters[name] = parameter

@@ -1,0 +1,150 @@
+"""Single elements of a base's parameters, read from its files without the rest.
+
+    file keys ── renamed ──────────────────────────── parameter: its bytes lie there
+              └─ converted (stacked, fused, split) ── parameter: made by transformers' operations
+
+A parameter that has to be made exists whole while it is read, one at a time; of stacked experts
+only those that are wanted are read.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import Concatenate, MergeModulelist
+
+from dlora.base_model import BaseModel
+from dlora.errors import UsageError
+from dlora.stored_base import Source, sources_of_parameters, weight_files
+from dlora.tensor_files import FLOATS, StoredTensor, stored_tensors
+
+BLOCK_NUMEL = 1 << 22  # elements read at a time
+
+
+class StoredWeights:
+    """Reads ranges of the flattened parameters of a model.
+
+    Raises:
+        UsageError: the base is quantized, or its files lack a parameter.
+    """
+
+    def __init__(self, base: BaseModel, skeleton: PreTrainedModel) -> None:
+        if getattr(skeleton.config, "quantization_config", None) is not None:
+            raise UsageError(
+                f"model.path: {base.path} is quantized; engine zero3 reads plain floats"
+            )
+        self._path, self._skeleton = base.path, skeleton
+        self._tensors: dict[str, StoredTensor] = {}
+        for file in weight_files(base):
+            self._tensors |= stored_tensors(file)
+        expected = skeleton.state_dict()
+        sources = sources_of_parameters(skeleton, self._tensors, expected)
+        self._sources = {
+            target: (name, source)
+            for name, source in sources.items()
+            for target in self._targets(name, source)
+        }
+        self._alias = _aliases(skeleton)
+        self._shapes = {name: tensor.shape for name, tensor in expected.items()}
+        missing = [name for name in expected if self._stored_name(name) is None]
+        if missing:
+            raise UsageError(f"model.path: the files of {base.path} hold no {missing[0]}")
+
+    def read(self, name: str, start: int, out: Tensor) -> None:
+        """Fill `out` [n] with the elements from `start` on of the parameter `name`, cast."""
+        stored_name = self._stored_name(name)
+        assert stored_name is not None  # the constructor has checked
+        first, source = self._sources[stored_name]
+        if source.converter is not None:
+            out.copy_(self._made(stored_name, first, source, start, start + out.numel()))
+            return
+        stored = self._checked(source.keys[-1], name)
+        for offset in range(0, out.numel(), BLOCK_NUMEL):
+            piece = out[offset : offset + BLOCK_NUMEL]
+            piece.copy_(stored.elements(start + offset, start + offset + piece.numel()))
+
+    def _stored_name(self, name: str) -> str | None:
+        """Under which of its names a (tied) parameter lies in the files."""
+        return next((n for n in self._alias.get(name, [name]) if n in self._sources), None)
+
+    def _checked(self, key: str, name: str) -> StoredTensor:
+        stored = self._tensors[key]
+        numel = math.prod(self._shapes[name])
+        if stored.dtype not in FLOATS or math.prod(stored.shape) != numel:
+            raise UsageError(
+                f"model.path: {stored.file} holds {key} as {stored.dtype} {list(stored.shape)}, "
+                f"where the model has {numel} floats"
+            )
+        return stored
+
+    def _targets(self, name: str, source: Source) -> list[str]:
+        """The parameters that a source makes: tried out on the meta device."""
+        if source.converter is None:
+            return [name]
+        return list(self._convert(name, source, range(len(source.keys)), self._without_data))
+
+    def _made(self, target: str, name: str, source: Source, start: int, stop: int) -> Tensor:
+        """The elements [start, stop) of a converted parameter."""
+        wanted: Sequence[int] = range(len(source.keys))
+        before = 0
+        if _stacks_alone(source):
+            row = math.prod(self._shapes[target][1:])
+            first, last = start // row, -(-stop // row)
+            wanted, before = _of_rows(source.patterns, first, last), first * row
+        made = self._convert(name, source, wanted, self._with_data)[target]
+        return made.reshape(-1)[start - before : stop - before]
+
+    def _convert(
+        self, name: str, source: Source, wanted: Iterable[int], load: Callable[[str], Tensor]
+    ) -> dict[str, Tensor]:
+        converter: Any = copy.deepcopy(source.converter)
+        for index in wanted:
+            key = source.keys[index]
+            converter.add_tensor(name, key, source.patterns[index], functools.partial(load, key))
+        made = converter.convert(name, model=self._skeleton, config=self._skeleton.config)
+        return {k: v[0] if isinstance(v, list) else v for k, v in made.items()}
+
+    def _with_data(self, key: str) -> Tensor:
+        return self._tensors[key].rows()
+
+    def _without_data(self, key: str) -> Tensor:
+        stored = self._tensors[key]
+        return torch.empty(stored.shape, dtype=FLOATS[stored.dtype], device="meta")
+
+
+def _stacks_alone(source: Source) -> bool:
+    """Whether the keys are stacked along dim 0 and that dim is not touched again."""
+    assert source.converter is not None
+    stack, *rest = source.converter.operations
+    return (
+        isinstance(stack, MergeModulelist)
+        and stack.dim == 0
+        and all(isinstance(op, Concatenate) and op.dim > 0 for op in rest)
+    )
+
+
+def _of_rows(patterns: Sequence[str], first: int, last: int) -> list[int]:
+    """Indices of the first-th to last-th of each pattern: what rows [first, last) are made of."""
+    seen: Counter[str] = Counter()
+    wanted = []
+    for index, pattern in enumerate(patterns):
+        if first <= seen[pattern] < last:
+            wanted.append(index)
+        seen[pattern] += 1
+    return wanted
+
+
+def _aliases(model: PreTrainedModel) -> dict[str, list[str]]:
+    """{name: all names of the same tied parameter}."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name: group for group in names.values() for name in group}
