@@ -13,6 +13,7 @@ from dlora.lora.attach import trainable_parameters
 from dlora.lora.config import LoraConfig
 from dlora.optim.groups import parameter_groups
 from dlora.sharding.engine import Engine, build_engine, is_divided, sharded_by
+from dlora.sharding.groups import frozen_groups, worth_holding
 from dlora.sharding.mesh import Topology, resolve_placement
 from dlora.sharding.replica import Reduced, Replica
 
@@ -64,6 +65,7 @@ def shard(
     base: str = "auto",
     *,
     ranks_per_node: int | None = None,
+    resident: float = 0.0,
 ) -> TrainedReplica:
     """Distribute the frozen base of `model` over ranks and make its adapters a replica.
 
@@ -71,9 +73,11 @@ def shard(
     group there is one process, and nothing is distributed.
 
     Args:
-        engine: `"fsdp2"`.
+        engine: `"fsdp2"` or `"zero3"`.
         base: where W0 lives: `"none"` (a whole copy on each rank), `"node"`, `"world"` or `"auto"`.
         ranks_per_node: overrides LOCAL_WORLD_SIZE.
+        resident: share of W0, 0 to 1, that stays gathered from its first use on: frozen weights are
+            read-only, so this trades memory for bytes on the wire.
 
     Raises:
         UsageError: a setting is unknown or does not fit the ranks, or something else has divided
@@ -82,7 +86,15 @@ def shard(
     topology = Topology.current(ranks_per_node)
     divided_by = sharded_by(model)
     placement = resolve_placement(divided_by or engine, base, topology)
-    return replicate(model, build_engine(placement, topology, sharded=divided_by))
+    replica = replicate(model, build_engine(placement, topology, sharded=divided_by))
+    if resident:
+        groups = frozen_groups(replica.engine.groups(model))
+        room = resident * sum(group.nbytes for group in groups)
+        for group in worth_holding(groups):
+            room -= group.nbytes
+            if room > -1:
+                replica.engine.hold(model, [group.path])
+    return replica
 
 
 def replicate(model: nn.Module, engine: Engine) -> TrainedReplica:
@@ -94,8 +106,8 @@ def replicate(model: nn.Module, engine: Engine) -> TrainedReplica:
     for name, parameter in named.items():
         if is_divided(parameter):
             raise UsageError(
-                f"shard: {name} is divided over ranks; attach after sharding the base, or keep the "
-                "adapters out of it (fully_shard's ignored_params)"
+                f"shard: {name} is divided over ranks; attach after the base is sharded (after "
+                "deepspeed.initialize), or keep the adapters out (fully_shard's ignored_params)"
             )
     if not named:
         model.requires_grad_(False)

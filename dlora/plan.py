@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import nn
 
 from dlora.errors import UsageError
 from dlora.runtime import exit_with
 from dlora.sharding.engine import engine_class
-from dlora.sharding.groups import Group
+from dlora.sharding.groups import Group, frozen_groups
 from dlora.sharding.mesh import Placement, Topology
 from dlora.sharding.reduction import reduction_bytes
 from dlora.sharding.replica import AUDIT_EVERY, buffer_length
@@ -75,8 +75,7 @@ def budget(
         trainable: A, B and trained copies by name.
         micro_batches: forward passes per rank and optimizer step.
     """
-    outside = {id(parameter) for parameter in trainable.values()}
-    groups = _frozen(engine_class(placement).groups(skeleton), outside)
+    groups = frozen_groups(engine_class(placement).groups(skeleton))
     size = placement.shard_size
     total = sum(group.nbytes for group in groups)
     gathered = [group.gathered_bytes(size) for group in groups]
@@ -101,15 +100,6 @@ def budget(
         audit=round(ring_gather_bytes(8 * topology.world, topology.world)),
         reduction=round(reduction_bytes(buffer_length(trainable, topology) * item, topology)),
     )
-
-
-def _frozen(groups: list[Group], outside: set[int]) -> list[Group]:
-    kept = []
-    for group in groups:
-        parameters = tuple(p for p in group.parameters if id(p) not in outside)
-        if parameters:
-            kept.append(replace(group, parameters=parameters))
-    return kept
 
 
 def _gradient_reaches(group: Group, skeleton: nn.Module, trainable: Iterable[str]) -> bool:

@@ -55,7 +55,12 @@ def prepare(
         UsageError: data, model or adapter settings are wrong, named by key, file or line.
     """
     topology = Topology(rank, world, config.sharding.ranks_per_node or local_world)
-    placement = resolve_placement(config.sharding.engine, config.sharding.base, topology)
+    placement = resolve_placement(
+        config.sharding.engine,
+        config.sharding.base,
+        topology,
+        offload=config.sharding.cpu_offload,
+    )
     lora = lora_config(config)
     if config.model.path.endswith(".gguf"):
         # Its tokenizer comes with the conversion, and a typo in the data must not wait for that.

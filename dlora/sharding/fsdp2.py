@@ -19,7 +19,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGath
 from torch.distributed.tensor import DTensor
 
 from dlora.sharding.engine import Weights
-from dlora.sharding.groups import Group, block_lists, groups_of, sharding_plan
+from dlora.sharding.groups import FREE, KEEP, Group, block_lists, groups_of, sharding_plan
 from dlora.sharding.mesh import Placement, Topology
 from dlora.sharding.storage import own_storage
 from dlora.sharding.wire import WireCounter, ring_gather_bytes
@@ -34,7 +34,10 @@ class Fsdp2:
 
     @classmethod
     def groups(cls, skeleton: nn.Module) -> list[Group]:
-        return groups_of(skeleton, sharding_plan(skeleton))
+        """Those of the plan, or of the units that a sharded model has."""
+        units = {p: m for p, m in skeleton.named_modules() if p and isinstance(m, FSDPModule)}
+        rules = {p: KEEP if _stays_after_forward(m) else FREE for p, m in units.items()}
+        return groups_of(skeleton, rules or sharding_plan(skeleton))
 
     def load(self, weights: Weights, device: torch.device) -> nn.Module:
         """transformers shards while it reads, by the plan that `sharding_plan` completes."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,15 +42,35 @@ class Group:
     @property
     def nbytes(self) -> int:
         """Bytes of the parameters."""
-        return sum(p.numel() * p.element_size() for p in self.parameters)
+        return sum(math.prod(_shape(p)) * p.element_size() for p in self.parameters)
 
     def gathered_bytes(self, ranks: int) -> int:
         """Bytes of the gathered group, padded so that every rank sends equally many."""
-        return sum(
-            math.ceil(units / ranks) * ranks * (p.numel() // units) * p.element_size()
-            for p in self.parameters
-            for units in [p.shape[0] if self.by_rows and p.ndim else p.numel()]
-        )
+        nbytes = 0
+        for parameter in self.parameters:
+            shape = _shape(parameter)
+            row = math.prod(shape[1:]) if self.by_rows else 1
+            rows = -(-math.prod(shape) // row // ranks) * ranks
+            nbytes += rows * row * parameter.element_size()
+        return nbytes
+
+
+def frozen_groups(groups: Iterable[Group]) -> list[Group]:
+    """The groups without what is trained, and so not sharded, and without those left empty."""
+    kept = []
+    for group in groups:
+        frozen = tuple(p for p in group.parameters if not p.requires_grad)
+        if frozen:
+            kept.append(replace(group, parameters=frozen))
+    return kept
+
+
+def worth_holding(groups: Iterable[Group]) -> list[Group]:
+    """Groups in the order in which they are worth their memory: freed ones save two gathers per
+    micro-batch, kept ones one per step; held ones are left out.
+    """
+    candidates = [group for group in groups if not group.held]
+    return sorted(candidates, key=lambda group: not group.freed)
 
 
 def block_lists(model: nn.Module) -> list[str]:
@@ -79,12 +99,17 @@ def sharding_plan(skeleton: nn.Module) -> dict[str, str]:
 
 
 def groups_of(skeleton: Any, plan: dict[str, str]) -> list[Group]:
-    """The groups that `plan` makes of a model, in the order of the model, the root's first."""
+    """The groups that `plan` makes of a model, in the order of the model, the root's first.
+
+    Args:
+        plan: {path, or path with `*` for an index: rule}.
+    """
     rules = _tied(skeleton, plan)
     listed = [
-        (path, module, rules[_wildcard(path)])
+        (path, module, rules[key])
         for path, module in skeleton.named_modules()
-        if _wildcard(path) in rules
+        for key in dict.fromkeys((path, _wildcard(path)))
+        if key in rules
     ]
     taken: set[int] = set()
     groups = []
@@ -104,7 +129,7 @@ def module_groups(skeleton: Any) -> list[Group]:
     for path, module in skeleton.named_modules():
         own = _untaken(module.parameters(recurse=False), taken)
         for held in (False, True):
-            parameters = tuple(p for p in own if is_vector(p.shape) is held)
+            parameters = tuple(p for p in own if is_vector(_shape(p)) is held)
             if parameters:
                 freed = not held and id(parameters[0]) not in kept
                 groups.append(Group(path, parameters, freed, held, by_rows=False))
@@ -137,6 +162,11 @@ def _tied(skeleton: Any, plan: dict[str, str]) -> dict[str, str]:
     if plan.get(paths[id(head)]) == KEEP:
         rules[paths[id(embedding)]] = KEEP
     return rules
+
+
+def _shape(parameter: Any) -> Sequence[int]:
+    """The whole shape: of a partitioned parameter DeepSpeed knows it, and the tensor does not."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def _untaken(parameters: Iterable[Tensor], taken: set[int]) -> tuple[Tensor, ...]:

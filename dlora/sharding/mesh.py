@@ -48,21 +48,28 @@ class Topology:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where W0 lives: each of `replicas` groups of `shard_size` consecutive ranks holds it once."""
+    """Where W0 lives: each of `replicas` groups of `shard_size` consecutive ranks holds it once.
+
+    With `offload` the ranks' parts lie in host memory and are copied to the device when gathered.
+    """
 
     engine: str
     base: str
     shard_size: int
     replicas: int
+    offload: bool = False
 
 
-def resolve_placement(engine: str, base: str, topology: Topology) -> Placement:
+def resolve_placement(
+    engine: str, base: str, topology: Topology, *, offload: bool = False
+) -> Placement:
     """Turn the two settings into group sizes.
 
     `auto` is `world`: one copy of W0 over all ranks.
 
     Raises:
-        UsageError: `base` is unknown, or nodes hold unequal numbers of ranks where that matters.
+        UsageError: `base` is unknown, nodes hold unequal numbers of ranks where that matters, or
+            there is nothing to offload.
     """
     if base not in BASES:
         raise UsageError(f"sharding.base: {base!r} is none of {', '.join(BASES)}")
@@ -74,4 +81,6 @@ def resolve_placement(engine: str, base: str, topology: Topology) -> Placement:
         )
     sizes = {"none": 1, "node": topology.ranks_per_node, "world": topology.world}
     size = sizes[resolved]
-    return Placement(engine, resolved, size, topology.world // size)
+    if offload and size == 1:
+        raise UsageError("sharding.cpu_offload needs W0 divided over two ranks or more")
+    return Placement(engine, resolved, size, topology.world // size, offload)

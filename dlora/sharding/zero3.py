@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dlora.errors import UsageError
 from dlora.sharding.engine import Weights
 from dlora.sharding.groups import Group, block_lists, head_parameters, is_vector, module_groups
 from dlora.sharding.mesh import Placement, Topology
@@ -69,6 +70,11 @@ class Zero3:
     def shard(self, model: nn.Module, ignored: Iterable[nn.Parameter]) -> None:
         outside = set(ignored)
         base: list[Any] = [p for p in model.parameters() if p not in outside]
+        if any(hasattr(parameter, "_z3_optimizer") for parameter in base):
+            raise UsageError(
+                "shard: this DeepSpeed engine has an optimizer section and would reduce, clip and "
+                "step by itself; initialise the frozen base without one"
+            )
         if not any(map(_is_partitioned, base)):
             init = self._init()
             for parameter in base:
@@ -89,9 +95,13 @@ class Zero3:
             )
 
     def adopt(self, model: nn.Module) -> None:
-        self._kept = {p for p in _partitioned(head_parameters(model)) if not is_vector(p.ds_shape)}
-        for parameter in _partitioned(model.parameters()):
-            parameter.ds_persist = is_vector(parameter.ds_shape) or parameter in self._kept
+        partitioned = _partitioned(model.parameters())
+        if self._hooks is not None:
+            head = _partitioned(head_parameters(model))
+            self._kept = {p for p in head if not is_vector(p.ds_shape)}
+            for parameter in partitioned:
+                parameter.ds_persist = is_vector(parameter.ds_shape) or parameter in self._kept
+        for parameter in partitioned:
             for name in ("all_gather", "all_gather_coalesced"):
                 setattr(parameter, name, self._counted(getattr(parameter, name), parameter))
 
@@ -129,7 +139,10 @@ class Zero3:
             deepspeed.ops.__compatible_ops__[_SHM_OP] = False  # it would call a compiler
             deepspeed.init_distributed(dist_init_required=False)
         return deepspeed.zero.Init(
-            data_parallel_group=_shard_group(self.placement), mem_efficient_linear=False
+            data_parallel_group=_shard_group(self.placement),
+            mem_efficient_linear=False,
+            remote_device="cpu" if self.placement.offload else None,
+            pin_memory=self.placement.offload and torch.cuda.is_available(),
         )
 
     def _fill(self, parameter: Any, weights: Weights, name: str) -> None:
