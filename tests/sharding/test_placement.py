@@ -11,17 +11,21 @@ from ranks import Pools
 from run_training import command_line, figures, relative_error, same_bits, train
 from tiny import save_chats
 
-# base, ranks, ranks per node, sequences per micro-batch
+# engine, base, ranks, ranks per node, sequences per micro-batch
 SAMPLE = [
-    ("none", 2, 2, 1),
-    ("node", 2, 1, 7),
-    ("world", 2, 2, 2),
-    ("world", 3, 3, 2),
-    ("node", 4, 2, 1),
-    ("world", 4, 2, 2),
+    ("fsdp2", "none", 2, 2, 1),
+    ("fsdp2", "node", 2, 1, 7),
+    ("fsdp2", "world", 3, 3, 2),
+    ("fsdp2", "node", 4, 2, 1),
+    ("fsdp2", "world", 4, 2, 2),
+    ("zero3", "world", 2, 2, 1),
+    ("zero3", "world", 3, 3, 2),
+    ("zero3", "node", 4, 2, 2),
+    ("zero3", "node", 2, 1, 7),
 ]
 MATRIX = [
-    (base, world, per_node, micro)
+    (engine, base, world, per_node, micro)
+    for engine in ("fsdp2", "zero3")
     for base in ("none", "node", "world")
     for world, per_node in ((1, 1), (2, 2), (2, 1), (3, 3), (3, 1), (4, 4), (4, 2), (4, 1))
     for micro in (1, 2, 7)
@@ -79,39 +83,59 @@ def check_agrees(run: Run, reference: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("base", "world", "per_node", "micro"),
+    ("engine", "base", "world", "per_node", "micro"),
     [
         *SAMPLE,
         *(pytest.param(*case, marks=pytest.mark.full) for case in MATRIX if case not in SAMPLE),
     ],
 )
 def test_placement_changes_nothing(
-    runs: Runs, base: str, world: int, per_node: int, micro: int
+    runs: Runs, engine: str, base: str, world: int, per_node: int, micro: int
 ) -> None:
-    settings = {"sharding__base": base, "train__micro_batch_size": micro}
+    settings = {
+        "sharding__engine": engine,
+        "sharding__base": base,
+        "train__micro_batch_size": micro,
+    }
     check_agrees(runs.on(world, per_node, **settings), runs.reference())
 
 
-@pytest.mark.parametrize(("world", "micro"), [(3, 1), pytest.param(4, 2, marks=pytest.mark.full)])
-def test_dropout_masks_belong_to_the_sequences(runs: Runs, world: int, micro: int) -> None:
+@pytest.mark.parametrize(
+    ("engine", "world", "micro"),
+    [("zero3", 3, 1), pytest.param("fsdp2", 4, 2, marks=pytest.mark.full)],
+)
+def test_dropout_masks_belong_to_the_sequences(
+    runs: Runs, engine: str, world: int, micro: int
+) -> None:
     dropout = {"adapter__lora_dropout": 0.1}
     reference = runs.reference(**dropout)
-    check_agrees(runs.on(world, world, train__micro_batch_size=micro, **dropout), reference)
+    settings = {"sharding__engine": engine, "sharding__base": "world"}
+    run = runs.on(world, world, train__micro_batch_size=micro, **settings, **dropout)
+    check_agrees(run, reference)
     without = runs.reference()[1]
     assert reference[1][-1]["loss"] != pytest.approx(without[-1]["loss"], rel=1e-4)  # it acts
 
 
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
 @pytest.mark.parametrize("dropout", [0.0, pytest.param(0.1, marks=pytest.mark.full)])
-def test_activation_checkpointing_changes_nothing(runs: Runs, dropout: float) -> None:
+def test_activation_checkpointing_changes_nothing(runs: Runs, engine: str, dropout: float) -> None:
     settings = {"adapter__lora_dropout": dropout} if dropout else {}
-    run = runs.on(2, 2, sharding__activation_checkpointing=True, **settings)
+    where = {"sharding__engine": engine, "sharding__base": "world"}
+    run = runs.on(2, 2, sharding__activation_checkpointing=True, **where, **settings)
     check_agrees(run, runs.reference(**settings))
 
 
+def test_offloaded_partitions_change_nothing(runs: Runs) -> None:
+    where = {"sharding__engine": "zero3", "sharding__base": "world", "sharding__cpu_offload": True}
+    check_agrees(runs.on(2, 2, **where), runs.reference())
+
+
 @pytest.mark.parametrize(("name", "world"), [("gpt2", 3), ("tied", 3), ("mixtral", 4)])
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
 @pytest.mark.full
 def test_other_architectures(
-    pools: Pools, saved_models: Any, tmp_path: Path, name: str, world: int
+    pools: Pools, saved_models: Any, tmp_path: Path, name: str, world: int, engine: str
 ) -> None:
     runs = Runs(pools, saved_models(name), tmp_path)
-    check_agrees(runs.on(world, world, sharding__base="world"), runs.reference())
+    where = {"sharding__engine": engine, "sharding__base": "world"}
+    check_agrees(runs.on(world, world, **where), runs.reference())
