@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dlora.errors import UsageError
+from dlora.memory import trim
 from dlora.sharding.engine import Engine
 from dlora.sharding.mesh import Placement
 from dlora.sharding.storage import dropping_mapped_pages, own_storage
@@ -81,6 +82,7 @@ class BaseModel:
         with dropping_mapped_pages():
             model = engine.load(weights, device)
             own_storage(model)
+        trim()  # blocks that were read and cast are free, and the heap would keep them
         return model.requires_grad_(False)
 
     def _reading(self, read: Callable[..., Any], **kwargs: Any) -> Any:

@@ -68,12 +68,14 @@ def budget(
     *,
     optimizer: str,
     micro_batches: int,
+    checkpointing: bool = False,
 ) -> Budget:
     """The budget of a model with adapters attached on the meta device.
 
     Args:
         trainable: A, B and trained copies by name.
         micro_batches: forward passes per rank and optimizer step.
+        checkpointing: activations are recomputed in backward.
     """
     groups = frozen_groups(engine_class(placement).groups(skeleton))
     size = placement.shard_size
@@ -83,16 +85,18 @@ def budget(
     item = next(iter(trainable.values())).element_size()
     sent = 0.0
     for group, nbytes in zip(groups, gathered, strict=True):
-        again = group.freed and _gradient_reaches(group, skeleton, trainable)
-        times = 0 if group.held else micro_batches * (1 + again) if group.freed else 1
+        passes = 1 + _gradient_reaches(group, skeleton, trainable)
+        passes += checkpointing and group.recomputed
+        times = 0 if group.held else micro_batches * passes if group.freed else 1
         sent += ring_gather_bytes(nbytes, size) * times
-    kept = sum(n for g, n in zip(groups, gathered, strict=True) if not g.freed)
+    always = [group.nbytes for group in groups if group.held]
+    kept = sum(n for g, n in zip(groups, gathered, strict=True) if not (g.freed or g.held))
     freed = sorted((n for g, n in zip(groups, gathered, strict=True) if g.freed), reverse=True)
     return Budget(
         placement=placement,
         ranks=topology.world,
         base_total=total,
-        base_held=sum(gathered) // size,
+        base_held=sum(gathered) // size + (sum(always) if size > 1 else 0),
         base_gathered=0 if size == 1 else kept + sum(freed[:2]),  # one computes, one is prefetched
         trainable=numel,
         replica=numel * item * (2 + MOMENTS[optimizer]),

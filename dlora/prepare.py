@@ -100,6 +100,7 @@ def prepare(
         topology,
         optimizer=config.optimizer.name,
         micro_batches=micro_batches,
+        checkpointing=config.sharding.activation_checkpointing,
     )
     return Preparation(
         base, tokenizer, train, held_out or None, sampler, lora, placement, topology, planned

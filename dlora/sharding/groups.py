@@ -31,6 +31,7 @@ class Group:
         freed: after each use; otherwise it is kept for the step.
         held: it stays gathered from its first use on.
         by_rows: each rank holds whole rows, and otherwise a range of the flattened elements.
+        recomputed: activation checkpointing gathers it once more per micro-batch.
     """
 
     path: str
@@ -38,6 +39,7 @@ class Group:
     freed: bool
     held: bool = False
     by_rows: bool = True
+    recomputed: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -122,7 +124,10 @@ def groups_of(skeleton: Any, plan: dict[str, str]) -> list[Group]:
 
 
 def module_groups(skeleton: Any) -> list[Group]:
-    """The groups of a model that is gathered module by module, its vectors held."""
+    """The groups of a model that is gathered module by module, its vectors held.
+
+    What recomputation gathers goes again before backward comes to it, but for a block's last group.
+    """
     kept = set(map(id, head_parameters(skeleton)))
     taken: set[int] = set()
     groups = []
@@ -133,7 +138,22 @@ def module_groups(skeleton: Any) -> list[Group]:
             if parameters:
                 freed = not held and id(parameters[0]) not in kept
                 groups.append(Group(path, parameters, freed, held, by_rows=False))
-    return groups
+    groups = frozen_groups(groups)
+    lists = tuple(f"{path}." for path in block_lists(skeleton))
+    blocks = [_block_of(group.path, lists) if group.freed else None for group in groups]
+    last = dict(zip(blocks, groups, strict=True))  # the later ones take the place of the earlier
+    return [
+        replace(group, recomputed=block is not None and group is not last[block])
+        for group, block in zip(groups, blocks, strict=True)
+    ]
+
+
+def _block_of(path: str, lists: Sequence[str]) -> str | None:
+    """The block that `path` lies in."""
+    for prefix in lists:
+        if path.startswith(prefix):
+            return prefix + path.removeprefix(prefix).partition(".")[0]
+    return None
 
 
 def is_vector(shape: Sequence[int]) -> bool:
@@ -141,7 +161,7 @@ def is_vector(shape: Sequence[int]) -> bool:
     return len(shape) < 2
 
 
-def head_parameters(model: Any) -> list[nn.Parameter]:
+def head_parameters(model: Any) -> list[Any]:
     """The output head's own parameters, where the model has such a head.
 
     It is used last in forward and first in backward: to free it between the two saves nothing.

@@ -26,6 +26,8 @@ def own_storage(model: nn.Module) -> None:
     copies: dict[int, nn.Parameter] = {}  # tied parameters stay tied
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
+            if hasattr(parameter, "ds_tensor"):
+                continue  # DeepSpeed's partitions are memory of their own
             if id(parameter) not in copies:
                 copies[id(parameter)] = _owning(parameter)
             if copies[id(parameter)] is not parameter:
@@ -74,13 +76,19 @@ def held_bytes(model: nn.Module) -> int:
     storages = {}
     for parameter in model.parameters():
         if not parameter.requires_grad:
-            storage = _local(parameter).untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+            # A partitioned parameter that stays gathered is there in part and as a whole.
+            gathered = [parameter] if hasattr(parameter, "ds_tensor") else []
+            for part in (_local(parameter), *gathered):
+                storage = part.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 
 def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    """What this rank holds: a DTensor's shard, a partitioned parameter's part, or all."""
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    return getattr(tensor, "ds_tensor", tensor).detach()
 
 
 def _owns(tensor: Tensor) -> bool:

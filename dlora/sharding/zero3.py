@@ -35,6 +35,7 @@ import deepspeed  # noqa: E402
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload  # noqa: E402
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus  # noqa: E402
 
+PREFETCH = torch.cuda.is_available()
 _SHM_OP = "deepspeed_shm_comm"
 
 
@@ -81,18 +82,19 @@ class Zero3:
                 _partition(init, parameter)
         if hasattr(model, "ds_inflight_param_registry"):  # an engine of the user's own has hooks
             return
-        ahead = _largest_in_blocks(model)
         with _hidden(model, outside):
             self._hooks = DeepSpeedZeRoOffload(
                 model,
                 timers=None,
                 ds_config=None,
-                prefetch_bucket_size=ahead,
-                max_live_parameters=2 * ahead,  # the module at work, and what comes next
                 max_reuse_distance=0,  # free a weight when its module is done
                 param_persistence_threshold=0,
                 dp_process_group=base[0].ds_process_group,
+                **_look_ahead(model),
             )
+        hooks = self._hooks
+        # A module whose input needs no gradient is not told that its backward is over.
+        model.register_forward_pre_hook(lambda *_: hooks.release_backward_leftovers())
 
     def adopt(self, model: nn.Module) -> None:
         partitioned = _partitioned(model.parameters())
@@ -181,14 +183,22 @@ def _partition(init: Any, parameter: Any) -> None:
     parameter.partition()
 
 
-def _largest_in_blocks(model: nn.Module) -> int:
-    """Elements of the largest module of the blocks: how far DeepSpeed may gather ahead."""
+def _look_ahead(model: nn.Module) -> dict[str, int]:
+    """How far DeepSpeed gathers ahead: by the largest module of the blocks.
+
+    Not at all where gathering and computing share the cores. Elsewhere what is still there when
+    forward turns into backward is not gathered again, so that less is sent than planned.
+    """
+    if not PREFETCH:
+        return {"prefetch_bucket_size": 0}
     blocks = [model.get_submodule(path) for path in block_lists(model)] or [model]
-    return max(
+    sizes = [
         sum(p.ds_numel for p in _partitioned(module.parameters(recurse=False)))
         for block in blocks
         for module in block.modules()
-    )
+    ]
+    head = sum(p.ds_numel for p in head_parameters(model))
+    return {"prefetch_bucket_size": max(sizes), "max_live_parameters": 2 * max(sizes) + head}
 
 
 def _is_partitioned(parameter: nn.Parameter) -> bool:

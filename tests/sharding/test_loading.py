@@ -19,25 +19,30 @@ from dlora.sharding.storage import held_bytes
 
 IDS = torch.arange(1, 25).view(2, 12)
 
-# model, dtype on disk, dtype asked for, base
+# model, dtype on disk, dtype asked for, base, engine
 CASES = [
-    ("llama", "float32", "float32", "world"),
-    ("llama", "bfloat16", "bfloat16", "world"),
-    ("llama", "float32", "bfloat16", "world"),
-    ("llama", "float32", "bfloat16", "none"),
-    ("tied", "bfloat16", "bfloat16", "world"),
-    ("gpt2", "float32", "float32", "world"),
-    ("gpt2", "float32", "bfloat16", "world"),
-    ("mixtral", "float32", "float32", "world"),
-    ("mixtral", "bfloat16", "bfloat16", "world"),
+    ("llama", "float32", "float32", "world", "fsdp2"),
+    ("llama", "bfloat16", "bfloat16", "world", "fsdp2"),
+    ("llama", "float32", "bfloat16", "world", "fsdp2"),
+    ("llama", "float32", "bfloat16", "none", "fsdp2"),
+    ("tied", "bfloat16", "bfloat16", "world", "fsdp2"),
+    ("gpt2", "float32", "float32", "world", "fsdp2"),
+    ("gpt2", "float32", "bfloat16", "world", "fsdp2"),
+    ("mixtral", "float32", "float32", "world", "fsdp2"),
+    ("mixtral", "bfloat16", "bfloat16", "world", "fsdp2"),
+    ("llama", "float32", "bfloat16", "world", "zero3"),
+    ("tied", "bfloat16", "bfloat16", "world", "zero3"),
+    ("gpt2", "float32", "float32", "world", "zero3"),
+    ("mixtral", "float32", "bfloat16", "world", "zero3"),
 ]
 
 
-def loaded(path: str, dtype: str, base: str) -> dict[str, Any]:
+def loaded(path: str, dtype: str, base: str, name: str) -> dict[str, Any]:
     """A base read by the engine: its values and how this rank holds them."""
     topology = Topology.current()
-    engine = build_engine(resolve_placement("fsdp2", base, topology), topology)
+    engine = build_engine(resolve_placement(name, base, topology), topology)
     model: Any = find_base(path, dtype=dtype).load(engine, torch.device("cpu"))
+    engine.shard(model, ignored=())
     engine.adopt(model)
     blocks = [b for p in block_lists(model) for b in model.get_submodule(p).children()]
     maps = Path("/proc/self/maps").read_text()
@@ -48,15 +53,22 @@ def loaded(path: str, dtype: str, base: str) -> dict[str, Any]:
     return {
         "values": values,
         "buffers": {name: buffer.clone() for name, buffer in model.named_buffers()},
-        "logits": model(IDS).logits.detach(),
+        "logits": model(input_ids=IDS, use_cache=False).logits.detach(),
         "held": held,
         "total": sum(value.nbytes for value in values.values()),
         "borrowed": borrowed,
         "mapped": [line for line in maps.splitlines() if line.endswith(".safetensors")],
-        "units": sum(isinstance(block, FSDPModule) for block in blocks),
+        "units": sum(map(is_unit, blocks)),
         "blocks": len(blocks),
         "frozen": frozen,
     }
+
+
+def is_unit(block: nn.Module) -> bool:
+    """Gathered by itself: by FSDP2 as a whole, by ZeRO-3 in its parts."""
+    return isinstance(block, FSDPModule) or all(
+        hasattr(parameter, "ds_id") for parameter in block.parameters()
+    )
 
 
 def plain(path: str, dtype: str) -> dict[str, Any]:
@@ -78,6 +90,7 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
 def owns(tensor: Tensor) -> bool:
     """Its storage holds its elements and nothing else, in memory of the process."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local = getattr(tensor, "ds_tensor", local)
     storage = local.untyped_storage()
     return storage.nbytes() == local.nbytes and storage.filename is None
 
@@ -89,13 +102,13 @@ def check_same(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         assert torch.equal(got[name], value), name
 
 
-@pytest.mark.parametrize(("model", "stored", "dtype", "base"), CASES)
+@pytest.mark.parametrize(("model", "stored", "dtype", "base", "engine"), CASES)
 def test_shards_hold_the_checkpoint(
-    pools: Pools, saved_models: Any, model: str, stored: str, dtype: str, base: str
+    pools: Pools, saved_models: Any, model: str, stored: str, dtype: str, base: str, engine: str
 ) -> None:
     path = saved_models(model, stored)
     [wanted] = pools(1).run(plain, path, dtype)
-    for got in pools(2).run(loaded, path, dtype, base):
+    for got in pools(2).run(loaded, path, dtype, base, engine):
         check_same(got["values"], wanted["values"])
         check_same(got["buffers"], wanted["buffers"])
         assert torch.equal(got["logits"], wanted["logits"])
@@ -109,9 +122,9 @@ def test_shards_hold_the_checkpoint(
             assert got["held"] == got["total"]
 
 
-def shares(path: str) -> int:
+def shares(path: str, name: str = "fsdp2") -> int:
     topology = Topology.current()
-    engine = build_engine(resolve_placement("fsdp2", "world", topology), topology)
+    engine = build_engine(resolve_placement(name, "world", topology), topology)
     return held_bytes(find_base(path, dtype="float32").load(engine, torch.device("cpu")))
 
 
@@ -134,3 +147,10 @@ def test_uneven_shards_add_up_to_one_model(pools: Pools, saved_models: Any, worl
     [wanted] = pools(1).run(plain, saved_models("llama"), "float32")
     held = pools(world).run(shares, saved_models("llama"))
     assert sum(held) == sum(value.nbytes for value in wanted["values"].values())
+
+
+def test_partitions_are_equal_and_padded(pools: Pools, saved_models: Any) -> None:
+    """Every rank holds ⌈numel / ranks⌉ of each parameter; 4 experts on 3 ranks are no trouble."""
+    [wanted] = pools(1).run(plain, saved_models("mixtral"), "float32")
+    share = sum(4 * -(-value.numel() // 3) for value in wanted["values"].values())
+    assert pools(3).run(shares, saved_models("mixtral"), "zero3") == [share] * 3

@@ -107,6 +107,65 @@ def test_the_plan_is_what_is_sent(
     assert recorded == [per_step] * (STEPS - 1) + [per_step + audit]
 
 
+def last_step(argv: list[str]) -> dict[str, Any]:
+    """The collectives between a run's last but one optimizer step and its last."""
+    run, marks = prepared_run(argv), []
+    with CollectiveLog() as log:
+        run.optimizer.register_step_post_hook(lambda *_: marks.append(len(log.calls)))
+        run.train()
+    budget = run.prepared.budget
+    return {
+        "calls": log.calls[marks[-2] : marks[-1]],
+        "planned": budget.gathers + budget.reduction,
+        "holds": (held_bytes(run.model), budget.base_held),
+    }
+
+
+@pytest.mark.parametrize(
+    ("model", "base", "world", "per_node", "accumulation", "checkpointing"),
+    [
+        ("llama", "world", 2, 2, 1, False),
+        ("llama", "world", 3, 3, 3, False),
+        ("llama", "world", 2, 2, 3, True),
+        ("llama", "node", 4, 2, 1, False),
+        ("tied", "world", 2, 2, 3, False),
+        ("gpt2", "world", 3, 3, 1, True),
+        ("mixtral", "node", 4, 2, 3, False),
+    ],
+)
+def test_zero3_sends_what_the_plan_says(
+    pools: Pools,
+    saved_models: Any,
+    chats: str,
+    tmp_path: Path,
+    model: str,
+    base: str,
+    world: int,
+    per_node: int,
+    accumulation: int,
+    checkpointing: bool,
+) -> None:
+    """From the third step on: in the first two DeepSpeed records its trace and gathers vectors."""
+    argv = command_line(
+        model__path=saved_models(model),
+        data__train=chats,
+        output__dir=str(tmp_path),
+        sharding__engine="zero3",
+        sharding__base=base,
+        sharding__activation_checkpointing=checkpointing,
+        train__max_steps=4,
+        train__micro_batch_size=1,
+        train__global_batch_size=world * accumulation,
+    )
+    for result in pools(world).run(last_step, argv, ranks_per_node=per_node):
+        assert sum(call.sent() for call in result["calls"]) == result["planned"]
+        # Gathered vectors may keep the padding of their last part.
+        assert result["holds"][0] == pytest.approx(result["holds"][1], rel=2e-3)
+    audit = 8 * (world - 1)
+    recorded = [line["wire_bytes"] for line in figures(tmp_path)]
+    assert recorded[2:] == [result["planned"], result["planned"] + audit]
+
+
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize(("base", "world", "per_node"), [("world", 2, 2), ("node", 4, 2)])
 def test_one_reduction_for_each_step(
