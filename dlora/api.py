@@ -14,6 +14,7 @@ from dlora.optim.groups import parameter_groups
 from dlora.sharding.engine import Engine, build_engine, is_divided, sharded_by
 from dlora.sharding.mesh import Topology, resolve_placement
 from dlora.sharding.replica import Replica
+from dlora.sharding.share import state_is_divided
 
 _RECORD = "dlora_replica"
 
@@ -21,17 +22,25 @@ _RECORD = "dlora_replica"
 class TrainedReplica(Replica):
     """The replica of a model's adapters together with the engine that holds its base."""
 
-    def __init__(self, engine: Engine) -> None:
-        super().__init__(engine.topology, engine.wire)
+    def __init__(self, engine: Engine, *, divided: bool = False) -> None:
+        super().__init__(engine.topology, engine.wire, divided=divided)
         self.engine = engine
 
     def parameter_groups(
         self, lr: float, *, loraplus_lr_ratio: float = 1.0, weight_decay: float = 0.0
     ) -> list[dict[str, Any]]:
-        """Groups for a torch optimizer; see `dlora.optim.groups.parameter_groups`."""
-        return parameter_groups(
+        """Groups for a torch optimizer; see `dlora.optim.groups.parameter_groups`.
+
+        They are the same on every rank. Where the optimizer state is divided they hold this rank's
+        parts of the parameters, grouped as the whole ones are.
+        """
+        groups = parameter_groups(
             self.named, lr=lr, loraplus_lr_ratio=loraplus_lr_ratio, weight_decay=weight_decay
         )
+        optimized = {id(whole): self.optimized[name] for name, whole in self.named.items()}
+        for group in groups:
+            group["params"] = [optimized[id(whole)] for whole in group["params"]]
+        return groups
 
 
 def attach(model: nn.Module, config: LoraConfig) -> nn.Module:
@@ -52,6 +61,7 @@ def shard(
     base: str = "auto",
     *,
     ranks_per_node: int | None = None,
+    optimizer_state: str = "auto",
 ) -> TrainedReplica:
     """Distribute the frozen base of `model` over ranks and make its adapters a replica.
 
@@ -62,6 +72,11 @@ def shard(
         engine: `"fsdp2"`.
         base: where W0 lives: `"none"` (a whole copy on each rank), `"node"`, `"world"` or `"auto"`.
         ranks_per_node: overrides LOCAL_WORLD_SIZE.
+        optimizer_state: `"replicated"` (as is `"auto"`), or `"divided"`: each rank's optimizer
+            keeps the state of 1/ranks of the elements of A and B. Call `replica.drive(optimizer)`
+            once; its steps are collective then, as is saving its state. The optimizer must treat
+            each element alone, as AdamW and SGD do. After `reduce_gradients` a rank has the mean of
+            its part only, and `.grad` of the parameters themselves is None.
 
     Raises:
         UsageError: a setting is unknown or does not fit the ranks, or something else has divided
@@ -70,10 +85,11 @@ def shard(
     topology = Topology.current(ranks_per_node)
     divided_by = sharded_by(model)
     placement = resolve_placement(divided_by or engine, base, topology)
-    return replicate(model, build_engine(placement, topology, sharded=divided_by))
+    divided = state_is_divided(optimizer_state)
+    return replicate(model, build_engine(placement, topology, sharded=divided_by), divided=divided)
 
 
-def replicate(model: nn.Module, engine: Engine) -> TrainedReplica:
+def replicate(model: nn.Module, engine: Engine, *, divided: bool = False) -> TrainedReplica:
     """Hand the frozen base of `model` to an engine and make its adapters, if any, a replica.
 
     What `shard` does once the engine is chosen; for callers that loaded the base through an engine.
@@ -89,7 +105,7 @@ def replicate(model: nn.Module, engine: Engine) -> TrainedReplica:
         model.requires_grad_(False)
     engine.shard(model, ignored=named.values())
     engine.adopt(model)
-    replica = TrainedReplica(engine)
+    replica = TrainedReplica(engine, divided=divided)
     model.__dict__[_RECORD] = replica
     if named:
         _take_over(replica, model)

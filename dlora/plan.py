@@ -11,8 +11,7 @@ from dlora.errors import UsageError
 from dlora.runtime import exit_with
 from dlora.sharding.groups import Group, groups_of, sharding_plan
 from dlora.sharding.mesh import Placement, Topology
-from dlora.sharding.reduction import reduction_bytes
-from dlora.sharding.replica import AUDIT_EVERY, buffer_length
+from dlora.sharding.replica import AUDIT_EVERY, share_class
 from dlora.sharding.wire import ring_gather_bytes
 
 MOMENTS = {"adamw": 2, "sgd": 0}  # float32 values that an optimizer keeps per parameter
@@ -67,12 +66,14 @@ def budget(
     *,
     optimizer: str,
     micro_batches: int,
+    divided: bool = False,
 ) -> Budget:
     """The budget of a model with adapters attached on the meta device.
 
     Args:
         trainable: A, B and trained copies by name.
         micro_batches: forward passes per rank and optimizer step.
+        divided: whether the optimizer state is divided over ranks.
     """
     outside = {id(parameter) for parameter in trainable.values()}
     groups = _frozen(groups_of(skeleton, sharding_plan(skeleton)), outside)
@@ -80,6 +81,8 @@ def budget(
     total = sum(_bytes(group) for group in groups)
     gathered = [group.gathered_bytes(size) for group in groups]
     numel = sum(p.numel() for p in trainable.values())
+    share = share_class(divided)
+    stepped = share.elements(trainable, topology)
     item = next(iter(trainable.values())).element_size()
     passes = 0.0
     for group, nbytes in zip(groups, gathered, strict=True):
@@ -94,10 +97,10 @@ def budget(
         base_held=sum(gathered) // size,
         base_gathered=0 if size == 1 else kept + sum(freed[:2]),  # one computes, one is prefetched
         trainable=numel,
-        replica=numel * item * (2 + MOMENTS[optimizer]),
+        replica=(2 * numel + MOMENTS[optimizer] * stepped) * item,
         gathers=round(passes * micro_batches),
         audit=round(ring_gather_bytes(8 * topology.world, topology.world)),
-        reduction=round(reduction_bytes(buffer_length(trainable, topology) * item, topology)),
+        reduction=round(share.wire_bytes(trainable, topology)),
     )
 
 

@@ -17,6 +17,7 @@ from dlora.lora.config import LoraConfig
 from dlora.objectives.targets import model_parts
 from dlora.plan import Budget, budget
 from dlora.sharding.mesh import Placement, Topology, resolve_placement
+from dlora.sharding.share import state_is_divided
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Preparation:
     lora: LoraConfig
     placement: Placement
     topology: Topology
+    divided: bool  # the optimizer state, over ranks
     budget: Budget
 
     @property
@@ -56,6 +58,7 @@ def prepare(
     """
     topology = Topology(rank, world, config.sharding.ranks_per_node or local_world)
     placement = resolve_placement(config.sharding.engine, config.sharding.base, topology)
+    divided = state_is_divided(config.sharding.optimizer_state)
     lora = lora_config(config)
     if config.model.path.endswith(".gguf"):
         # Its tokenizer comes with the conversion, and a typo in the data must not wait for that.
@@ -87,6 +90,11 @@ def prepare(
         **_length(config),
     )
     announce(_said_of_steps(sampler, config.train.global_batch_size))
+    if divided:
+        announce(
+            f"optimizer state: divided, 1/{world} on each rank, so a save needs all ranks: each "
+            "sends its part to rank 0 (sharding.optimizer_state)"
+        )
     micro_batches = -(-config.train.global_batch_size // (world * config.train.micro_batch_size))
     planned = budget(
         skeleton,
@@ -95,9 +103,19 @@ def prepare(
         topology,
         optimizer=config.optimizer.name,
         micro_batches=micro_batches,
+        divided=divided,
     )
     return Preparation(
-        base, tokenizer, train, held_out or None, sampler, lora, placement, topology, planned
+        base,
+        tokenizer,
+        train,
+        held_out or None,
+        sampler,
+        lora,
+        placement,
+        topology,
+        divided,
+        planned,
     )
 
 
