@@ -74,9 +74,9 @@ def shard(
         ranks_per_node: overrides LOCAL_WORLD_SIZE.
         optimizer_state: `"replicated"` (as is `"auto"`), or `"divided"`: each rank's optimizer
             keeps the state of 1/ranks of the elements of A and B. Call `replica.drive(optimizer)`
-            once; its steps are collective then, as is saving its state. The optimizer must treat
-            each element alone, as AdamW and SGD do. After `reduce_gradients` a rank has the mean of
-            its part only, and `.grad` of the parameters themselves is None.
+            once; its steps are collective then, and end with whole values on every rank. It must
+            treat each element alone, as AdamW and SGD do. After `reduce_gradients` a rank has the
+            mean gradient of its part only, and `.grad` of the parameters themselves is None.
 
     Raises:
         UsageError: a setting is unknown or does not fit the ranks, or something else has divided

@@ -38,8 +38,8 @@ class Preparation:
     @property
     def fingerprint(self) -> str:
         """Equal on ranks that are about to train the same."""
-        parts = [self.train.fingerprint, self.eval.fingerprint if self.eval else "", str(self.lora)]
-        return " ".join(parts)
+        data = [self.train.fingerprint, self.eval.fingerprint if self.eval else ""]
+        return " ".join([*data, str(self.lora), str(self.divided)])
 
     @property
     def pad_id(self) -> int:

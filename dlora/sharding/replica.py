@@ -104,7 +104,10 @@ class Replica:
     def reduce_gradients(
         self, tokens: int | None = None, sums: Sequence[float] = (), each: int = 0
     ) -> Reduced:
-        """Replace every gradient by its mean over ranks; one collective, the same bits everywhere.
+        """Replace every gradient by its mean over ranks: one reduction, the same bits everywhere.
+
+        Where the optimizer state is divided, the mean is that of this rank's part, as `.grad` of
+        `optimized`; the parameters themselves have none then.
 
         Args:
             tokens: with losses summed over this rank's target tokens since the last step, their
