@@ -20,7 +20,7 @@ from test_wire import counted
 from tiny import VOCABULARY, save_chats
 from transformers import AutoModelForCausalLM
 
-from dlora import LoraConfig, UsageError, attach, shard
+from dlora import LoraConfig, attach, shard
 
 STEPS, SAVED = 8, 3
 DIVIDED = {"sharding__optimizer_state": "divided"}
@@ -270,8 +270,3 @@ def test_a_loop_of_ones_own(pools: Pools, saved_models: Any) -> None:
     for got in pools(2).run(own_loop, saved_models("llama"), "divided"):
         assert got["groups"] == wanted["groups"]
         assert relative_error(got["values"], wanted["values"]) < 1e-5
-
-
-def test_an_unknown_setting_is_refused() -> None:
-    with pytest.raises(UsageError, match="sharding.optimizer_state: 'half' is none of auto, "):
-        shard(torch.nn.Linear(2, 2), optimizer_state="half")
