@@ -11,10 +11,10 @@ from ranks import Pools
 from run_training import relative_error, same_bits
 from tiny import VOCABULARY
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from dlora import LoraConfig, attach, load_adapter, save_adapter, shard
+from dlora.sharding.engine import is_divided
 
 STEPS, ROWS = 8, 4
 CONFIG = LoraConfig(r=4, lora_alpha=8)
@@ -43,10 +43,25 @@ def sharded_by_transformers(path: str) -> Any:
     )
 
 
+def partitioned_by_user(path: str) -> Any:
+    """`deepspeed.zero.Init` around the model, and an engine without an optimizer over it."""
+    import deepspeed
+
+    model = whole(path)
+    settings = {"train_micro_batch_size_per_gpu": ROWS, "zero_optimization": {"stage": 3}}
+    deepspeed.init_distributed("gloo", dist_init_required=False)
+    deepspeed.zero.Init(module=model, config_dict_or_path=settings, dtype=torch.float32)
+    model.requires_grad_(False)
+    deepspeed.initialize(model=model, config=settings)
+    return model
+
+
 BASES: dict[str, Callable[[str], Any]] = {
     "sharded by dlora": whole,
     "sharded by the user": sharded_by_user,
     "sharded by transformers": sharded_by_transformers,
+    "partitioned by dlora": whole,
+    "partitioned by the user": partitioned_by_user,
 }
 
 
@@ -57,7 +72,8 @@ def own_loop(path: str, base: str, attach_first: bool, by_tokens: bool, out: str
     if attach_first:
         torch.manual_seed(rank)
         attach(model, CONFIG)
-    replica = shard(model, engine="fsdp2", base="world")
+    engine = "zero3" if base == "partitioned by dlora" else "fsdp2"
+    replica = shard(model, engine=engine, base="world", resident=0.5)
     if not attach_first:
         torch.manual_seed(rank)
         attach(model, CONFIG)
@@ -84,7 +100,7 @@ def own_loop(path: str, base: str, attach_first: bool, by_tokens: bool, out: str
         "norms": torch.stack(norms),
         "adapter": {name: p.detach() for name, p in replica.named.items()},
         "names": [name for name, _ in model.named_parameters() if ".adapter." not in name],
-        "divided": any(isinstance(parameter, DTensor) for parameter in model.parameters()),
+        "divided": any(map(is_divided, model.parameters())),
     }
 
 
