@@ -98,6 +98,11 @@ def shard(
         UsageError: a setting is unknown or does not fit the ranks, or something else has divided
             the adapters.
     """
+    if type(model).__name__ == "DeepSpeedEngine":
+        raise UsageError(
+            "shard: this is a DeepSpeed engine; pass its module (engine.module), and call that in "
+            "the loop: the engine itself reduces and steps only what an optimizer section trains"
+        )
     topology = Topology.current(ranks_per_node)
     divided_by = sharded_by(model)
     placement = resolve_placement(divided_by or engine, base, topology)
