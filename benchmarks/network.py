@@ -31,7 +31,7 @@ INTERFACE = "link0"
 ADDRESSES = ("10.99.0.1", "10.99.0.2")
 PORT = 29500  # of the rendezvous; the namespaces are new, and so every port is free
 BURST = "128kb"  # that tbf lets through at once: two of the kernel's largest segments
-GRACE_SECONDS = 5.0  # in which the other node may end too, or an agent end its workers
+GRACE_SECONDS = 3.0  # in which the other node may end too, or an agent end its workers
 SHOWN_CHARACTERS = 3000
 
 
@@ -46,6 +46,10 @@ class Link:
 
     mbit: int | None = None
     delay_ms: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.delay_ms and self.mbit is None:
+            raise ValueError("a link with a delay needs a rate")
 
     def __str__(self) -> str:
         rate = "unshaped" if self.mbit is None else f"{self.mbit} Mbit/s"
@@ -196,13 +200,14 @@ def _statuses(
 def _report(statuses: list[int | None], limit: float, logs: Path, ranks_per_node: int) -> str:
     lines = []
     for node, status in enumerate(statuses):
-        how = f"no end within {limit:g} s" if status is None else f"status {status}"
+        how = f"did not end within {limit:g} s" if status is None else f"ended with status {status}"
+        lines.append(f"--- node {node} {how}")
         printed = [logs / f"node-{node}.log", *sorted((logs / f"node-{node}").rglob("std*.log"))]
         for path in printed:
             said = path.read_text(errors="replace")[-SHOWN_CHARACTERS:].strip()
             local = path.parent.name  # torchrun names a directory after each local rank
-            rank = f"rank {node * ranks_per_node + int(local)}" if local.isdigit() else "agent"
-            lines += [f"--- node {node} ({how}), {rank}, {path.stem}", said] if said else []
+            rank = f"rank {node * ranks_per_node + int(local)}" if local.isdigit() else "torchrun"
+            lines += [f"--- node {node}, {rank}, {path.stem}", said] if said else []
     return "\n".join(lines)
 
 
@@ -217,8 +222,6 @@ def _joined(link: Link, names: tuple[str, str]) -> None:
 @contextmanager
 def _relayed(link: Link, names: tuple[str, str]) -> Iterator[None]:
     """A link with delay: `delay_link.py` as a process that lives as long as its standard input."""
-    if link.mbit is None:
-        raise ValueError("a link with a delay needs a rate")
     script = str(Path(__file__).with_name("delay_link.py"))
     options = [f"--mbit={link.mbit}", f"--delay-ms={link.delay_ms}", f"--interface={INTERFACE}"]
     relay = subprocess.Popen(
