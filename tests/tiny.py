@@ -36,6 +36,9 @@ _LLAMA = {
 MODELS: dict[str, Any] = {
     "llama": lambda: LlamaConfig(**_LLAMA),
     "tied": lambda: LlamaConfig(**_LLAMA, tie_word_embeddings=True),
+    "wide": lambda: LlamaConfig(
+        **_LLAMA | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
+    ),
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCABULARY,
         n_embd=40,
