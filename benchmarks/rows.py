@@ -62,11 +62,20 @@ def fully_shard_blocks(model: nn.Module, blocks: nn.ModuleList, mesh: DeviceMesh
     fully_shard(model, mesh=mesh)
 
 
-def dlora(batch: torch.Tensor, base: str) -> Row:
-    """W0 under FSDP2 as `base` says, A and B in float32 on every rank."""
+def dlora(
+    batch: torch.Tensor,
+    base: str,
+    *,
+    engine: str = "fsdp2",
+    resident: float = 0.0,
+    ranks_per_node: int | None = None,
+) -> Row:
+    """W0 placed by dlora, A and B in float32 on every rank."""
     model = base_model()
     attach(model, LoraConfig(r=R))
-    replica = shard(model, engine="fsdp2", base=base)
+    replica = shard(
+        model, engine=engine, base=base, resident=resident, ranks_per_node=ranks_per_node
+    )
     optimizer = torch.optim.AdamW(replica.parameter_groups(lr=1e-4), fused=True)
 
     def step() -> None:

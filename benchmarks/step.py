@@ -15,23 +15,19 @@ backward, and (but for the floor) clip, AdamW and zero_grad.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from network import sent_bytes
 from rows import Row, adapter_parameters, base_model, fully_shard_blocks, random_batch, trainer
 from rows import dlora as dlora_row
 from rows import peft as peft_row
+from timing import alternate, peak_memory
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from dlora.memory import private_bytes, trim
 from dlora.sharding.storage import held_bytes
 
 
@@ -70,38 +66,6 @@ def full(batch: torch.Tensor) -> Row:
     return Row(step, sum(p.to_local().nbytes for p in parameters))
 
 
-def measure(step: Callable[[], None]) -> tuple[float, int]:
-    """(seconds, bytes on the loopback of all ranks) of one step, started together."""
-    dist.barrier()
-    before, began = sent_bytes("lo"), time.perf_counter()
-    step()
-    seconds = time.perf_counter() - began
-    dist.barrier()
-    return seconds, sent_bytes("lo") - before
-
-
-def peak_memory(build: Callable[[torch.Tensor], Row], batch: torch.Tensor) -> tuple[Row, int]:
-    """Build a row and run it three times; private bytes above those before, sampled at the peak."""
-    gc.collect()
-    trim()
-    before, row = private_bytes(), build(batch)
-    peak = 0
-    hooks = []
-
-    def sample(*_: object) -> None:
-        nonlocal peak
-        peak = max(peak, private_bytes() - before)
-
-    handle = nn.modules.module.register_module_forward_hook(sample)
-    hooks.append(handle)
-    for _ in range(3):
-        row.step()
-        sample()
-    for handle in hooks:
-        handle.remove()
-    return row, peak
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=7)
@@ -117,13 +81,7 @@ def main() -> None:
     for build in (floor, dlora, peft, full):
         if build.__name__ in {"floor", "dlora", *args.rows}:
             rows[build.__name__], peaks[build.__name__] = peak_memory(build, batch)
-    seconds: dict[str, list[float]] = {name: [] for name in rows}
-    sent: dict[str, list[int]] = {name: [] for name in rows}
-    for _ in range(args.rounds):
-        for name, row in rows.items():
-            taken, nbytes = measure(row.step)
-            seconds[name].append(taken)
-            sent[name].append(nbytes)
+    seconds, sent = alternate(rows, args.rounds)
     if rank == 0:
         report(rows, peaks, seconds, sent, world, args)
     dist.barrier()

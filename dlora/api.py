@@ -112,7 +112,7 @@ def shard(
     if resident:
         groups = frozen_groups(replica.engine.groups(model))
         room = resident * sum(group.nbytes for group in groups)
-        for group in worth_holding(groups):
+        for group in worth_holding(groups, model):
             room -= group.nbytes
             if room > -1:
                 replica.engine.hold(model, [group.path])
