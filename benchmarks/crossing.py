@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -68,25 +67,19 @@ def main() -> None:
     rows = {name: BUILDERS[name](batch) for name in args.rows}
     for row in rows.values():
         row.step()  # the first makes buffers, connections and optimizer state
-    own: dict[str, list[tuple[float, int]]] = {name: [] for name in rows}
-    for _ in range(args.rounds):
-        for name, row in rows.items():
-            own[name].append(measure(row.step))
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, own)
+    own = [[measure(row.step) for row in rows.values()] for _ in range(args.rounds)]
+    # Of each round and row: seconds of the slowest rank, bytes of the node that sent most.
+    most = torch.tensor(own, dtype=torch.float64)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
     if dist.get_rank() == 0:
-        args.json.write_text(json.dumps({name: over_ranks(every, name) for name in rows}))
+        seconds, nbytes = most[..., 0], most[..., 1].long()
+        measured = {
+            name: {"seconds": seconds[:, i].tolist(), "crossing_bytes": nbytes[:, i].tolist()}
+            for i, name in enumerate(rows)
+        }
+        args.json.write_text(json.dumps(measured))
     dist.barrier()
     dist.destroy_process_group()
-
-
-def over_ranks(every: list[dict[str, list[tuple[float, int]]]], name: str) -> dict[str, list]:
-    """Per round: seconds of the slowest rank, bytes of the node that sent most."""
-    rounds = list(zip(*(measured[name] for measured in every), strict=True))
-    return {
-        "seconds": [max(seconds for seconds, _ in ranks) for ranks in rounds],
-        "crossing_bytes": [max(nbytes for _, nbytes in ranks) for ranks in rounds],
-    }
 
 
 if __name__ == "__main__":
