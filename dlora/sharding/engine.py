@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from dlora.errors import UsageError
@@ -113,7 +114,16 @@ def build_engine(placement: Placement, topology: Topology, sharded: str | None =
 
 
 def sharded_by(model: nn.Module) -> str | None:
-    """The engine that divided the model's parameters, or None where they are whole."""
+    """The engine that divided the model's parameters, or None where they are whole.
+
+    Raises:
+        UsageError: it was FSDP1, whose flat parameters hold what is frozen and what is not as one.
+    """
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise UsageError(
+            "shard: this model is wrapped by FSDP1 (FullyShardedDataParallel); give dlora the bare "
+            "model, or one sharded by fully_shard"
+        )
     parameters = list(model.parameters())
     if any(hasattr(parameter, "ds_id") for parameter in parameters):
         return "zero3"

@@ -18,7 +18,7 @@ from network import sent_bytes
 from run_training import command_line, prepared_run
 
 from dlora.runtime import Runtime
-from dlora.sharding.replica import buffer_length
+from dlora.sharding.share import WholeShare
 
 BASES = ("node", "world")
 TIMEOUT_SECONDS = 60
@@ -39,7 +39,7 @@ def counted(argv: list[str]) -> dict[str, Any]:
     return {
         "sent": sent,
         "adapter": 4 * run.replica.numel,
-        "reduced": 4 * buffer_length(run.replica.named, run.prepared.topology),
+        "reduced": 4 * WholeShare.lengths(run.replica.named, run.prepared.topology)[1],
         "gathers": run.prepared.budget.gathers,
     }
 

@@ -83,6 +83,7 @@ def test_training_changes_the_adapter_alone(
     world: int,
     config: dict[str, Any],
 ) -> None:
+    """promise 1.1: one adapter, whatever the ranks' seeds; promise 1.9: bf16 W0, float32 A and B, all move."""
     path = saved_models(model, dtype)
     [wanted] = pools(1).run(base_weights, path, dtype)
     results = pools(world).run(

@@ -121,6 +121,7 @@ def check_equal(result: dict[str, Any], metrics: list[Any], whole: Any) -> None:
 
 
 def test_a_crash(pools: Pools, command: Any, whole: Any, interrupted: Path, tmp_path: Path) -> None:
+    """promise 3.2: a resumed run is the uninterrupted one."""
     directory = shutil.copytree(interrupted, tmp_path / "run")
     with open(directory / "metrics.jsonl", "a") as metrics:
         metrics.write('{"step": 6, "lo')  # the line that was being written
@@ -151,6 +152,7 @@ def test_another_world_size(
     per_node: int,
     base: str,
 ) -> None:
+    """promise 3.3: checkpoints know no world size."""
     directory = shutil.copytree(interrupted, tmp_path / "run")
     argv = command(directory, sharding__base=base, train__micro_batch_size=3)
     results = pools(world).run(train, argv, ranks_per_node=per_node)

@@ -49,7 +49,10 @@ def alone(
 def test_between_nodes_only_gradients_travel(
     settings: dict[str, Any], alone: list[dict[str, Any]], tmp_path: Path, ranks_per_node: int
 ) -> None:
-    """With `base: node`; with `base: world`, W0's gathers come on top. The losses are the same."""
+    """With `base: node`; with `base: world`, W0's gathers come on top. The losses are the same.
+
+    promise 3.1: a second node is not sent W0.
+    """
     paths = os.pathsep.join(sys.path)
     program = [str(PROGRAM), str(tmp_path), json.dumps(settings)]
     with two_nodes(Link(), tmp_path / "logs") as nodes:

@@ -53,7 +53,7 @@ def checkpointed(path: str, engine: str, reentrant: bool | None) -> dict[str, An
 def test_recomputation_gives_the_same_numbers(
     pools: Pools, saved_models: Any, engine: str, reentrant: bool
 ) -> None:
-    """promises.md 1.11: engine × kind of activation checkpointing × LoRA."""
+    """promise 1.11: engine × kind of activation checkpointing × LoRA."""
     [*wanted] = pools(2).run(checkpointed, saved_models("llama"), "fsdp2", None)
     results = pools(2).run(checkpointed, saved_models("llama"), engine, reentrant)
     for got, expected in zip(results, wanted, strict=True):
