@@ -83,7 +83,10 @@ def test_training_changes_the_adapter_alone(
     world: int,
     config: dict[str, Any],
 ) -> None:
-    """promise 1.1: one adapter, whatever the ranks' seeds; promise 1.9: bf16 W0, float32 A and B, all move."""
+    """promise 1.1: one adapter, whatever the ranks' seeds.
+
+    promise 1.9: W0 in bf16, A and B in float32, and every one of them moves.
+    """
     path = saved_models(model, dtype)
     [wanted] = pools(1).run(base_weights, path, dtype)
     results = pools(world).run(

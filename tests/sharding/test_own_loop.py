@@ -128,7 +128,10 @@ def test_the_loop_gives_what_one_process_gives(
     attach_first: bool,
     by_tokens: bool,
 ) -> None:
-    """promise 1.2: what any rank saves is what was trained; promise 1.4: plain files on every engine; promise 4.2: attach works after `zero.Init`."""
+    """promise 1.2: what any rank saves is what was trained.
+
+    promise 1.4: plain files on every engine; promise 4.2: attach works after `zero.Init`.
+    """
     arguments = (saved_models("llama"), base, attach_first, by_tokens, str(tmp_path))
     results = pools(world).run(own_loop, *arguments)
     loss = torch.stack([result["losses"] for result in results]).mean(0)

@@ -148,7 +148,8 @@ def test_zero3_sends_what_the_plan_says(
 ) -> None:
     """From the third step on: in the first two DeepSpeed records its trace and gathers vectors.
 
-    promise 4.1: A and B are outside by name, and gathers are counted; promise 4.4: node-local without ZeRO++.
+    promise 4.1: A and B are outside by name, and gathers are counted.
+    promise 4.4: it is local to a node without ZeRO++.
     """
     argv = command_line(
         model__path=saved_models(model),
@@ -232,7 +233,8 @@ def test_any_rank_saves_everything_alone(
 ) -> None:
     """No collective, the same bytes, and no more than A, B and their state.
 
-    promise 1.5: bounded by what is trained; promise 3.4: published by any rank without W0; promise 4.6: only what was trained.
+    promise 1.5: bounded by what is trained; promise 3.4: published by any rank without W0.
+    promise 4.6: only what was trained.
     """
     argv = command_line(
         model__path=saved_models("llama"),
