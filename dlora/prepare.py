@@ -77,6 +77,7 @@ def prepare(
         announce=announce,
     )
     skeleton = base.skeleton()
+    base.check_stored(skeleton)
     model_parts(skeleton)
     check_experts_divide(skeleton, placement)
     with keyed_by("adapter"):
