@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import importlib
 import math
-import os
 import time
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -20,9 +19,11 @@ from torch.optim import Optimizer
 from dlora import checkpoint as checkpoints
 from dlora.adapter_files import load_adapter, save_adapter
 from dlora.api import TrainedReplica, attach, replicate
-from dlora.config import Config, parse
+from dlora.config import Config
 from dlora.data import batch_hash, deal
 from dlora.data.collate import Batch, collate
+from dlora.entry import enter, prepared
+from dlora.errors import UsageError
 from dlora.evaluation import held_out_loss, sample_answers
 from dlora.lora.attach import attachment_of
 from dlora.lora.dropout import SampleKeys, seed_of
@@ -30,36 +31,36 @@ from dlora.memory import MemoryMeter, trim
 from dlora.metrics import SilentLog
 from dlora.objectives import targets
 from dlora.optim.schedule import lr_factor, set_lr
-from dlora.prepare import Preparation, prepare
+from dlora.prepare import Preparation
 from dlora.progress import StepDisplay
 from dlora.resume import open_directory, resolved_yaml, resume
 from dlora.runtime import Runtime, exit_with
 from dlora.sharding.engine import build_engine
 from dlora.sharding.replica import AUDIT_EVERY
+from dlora.start import output_directory
 from dlora.stopping import StopRequest, exit_status
 
 
 def main(argv: list[str]) -> int:
     """The command; returns the exit status."""
-    options = parse(argv, prog="dlora.train")
+    runtime, options = enter(argv, prog="dlora.train")
+    if options is None:
+        return 0
     config = options.config
     importlib.import_module("transformers.models.auto.modeling_auto")
     meter = MemoryMeter()  # counts from here: after imports, before data and weights
-    runtime = Runtime.from_environment(config.sharding.timeout_seconds)
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world))
-
-    def work() -> tuple[Preparation, str]:
-        found = prepare(config, runtime.rank, runtime.world, local_world, runtime.say)
-        return found, found.fingerprint
-
-    preparation = runtime.agree("preparation", work)
+    preparation = prepared(config, runtime)
     for line in preparation.budget.lines():
         runtime.say(line)
     if options.check:
         runtime.say("configuration, data and plan are right; nothing was trained (--check)")
+        runtime.leave()
         return 0
     runtime.join(config.sharding.timeout_seconds)
-    status = Run(config, runtime, preparation, meter).train()
+    try:
+        status = Run(config, runtime, preparation, meter).train()
+    except UsageError as error:
+        raise runtime.told(error) from error
     runtime.leave()
     return status
 
@@ -71,7 +72,7 @@ class Run:
         self, config: Config, runtime: Runtime, preparation: Preparation, meter: MemoryMeter
     ) -> None:
         self.config, self.runtime, self.prepared = config, runtime, preparation
-        self.directory = Path(config.output.dir)
+        self.directory = output_directory(config)
         self.meter = meter
         torch.manual_seed(config.train.seed)
         self.model, self.replica = build(config, runtime, preparation)
@@ -228,7 +229,12 @@ class Run:
             "step": step,
             "total_steps": self.total_steps,
             "schedule": {"name": self.config.optimizer.schedule, "next_step": step},
-            "data": {"cursor": step, "fingerprint": self.prepared.train.fingerprint},
+            "adapter": asdict(self.prepared.lora),
+            "data": {
+                "cursor": step,
+                "sequences": self.prepared.sampler.sequences(step),
+                "fingerprint": self.prepared.train.fingerprint,
+            },
             "random": {"seed": self.config.train.seed, "keyed_by": ["seed", "step", "sequence"]},
         }
         checkpoints.write(
@@ -264,7 +270,7 @@ def build(
     model = preparation.base.load(engine, runtime.device)
     replica = replicate(model, engine)
     attach(model, preparation.lora)
-    if config.adapter.path is not None:
+    if config.adapter.path is not None and preparation.start is None:
         load_adapter(model, config.adapter.path)
     if config.sharding.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
