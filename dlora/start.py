@@ -93,6 +93,24 @@ def find_start(config: Config, warn: Callable[[str], None]) -> Start | None:
     return Start(str(directory), state, settings, shapes)
 
 
+def state_at(
+    step: int, config: Config, lora: LoraConfig, sampler: Sampler, fingerprint: str
+) -> dict[str, Any]:
+    """`state.json` after `step` optimizer steps; the other arguments are those of `check_start`."""
+    return {
+        "step": step,
+        "total_steps": sampler.total_steps,
+        "schedule": {"name": config.optimizer.schedule, "next_step": step},
+        "adapter": asdict(lora),
+        "data": {
+            "cursor": step,
+            "sequences": sampler.sequences(step),
+            "fingerprint": fingerprint,
+        },
+        "random": {"seed": config.train.seed, "keyed_by": ["seed", "step", "sequence"]},
+    }
+
+
 def check_start(
     start: Start,
     config: Config,

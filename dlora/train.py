@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import math
 import time
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from dlora.evaluation import held_out_loss, sample_answers
 from dlora.lora.attach import attachment_of
 from dlora.lora.dropout import SampleKeys, seed_of
 from dlora.memory import MemoryMeter, trim
-from dlora.metrics import SilentLog
+from dlora.metrics import FiniteWatch, SilentLog, held_out_line
 from dlora.objectives import targets
 from dlora.optim.schedule import lr_factor, set_lr
 from dlora.prepare import Preparation
@@ -36,9 +35,10 @@ from dlora.progress import StepDisplay
 from dlora.resume import open_directory, resolved_yaml, resume
 from dlora.runtime import Runtime, exit_with
 from dlora.sharding.engine import build_engine
-from dlora.sharding.replica import AUDIT_EVERY
-from dlora.start import output_directory
+from dlora.start import output_directory, state_at
 from dlora.stopping import StopRequest, exit_status
+
+TRIM_EVERY = 10  # optimizer steps between two returns of freed host memory
 
 
 def main(argv: list[str]) -> int:
@@ -74,11 +74,14 @@ class Run:
         self.config, self.runtime, self.prepared = config, runtime, preparation
         self.directory = output_directory(config)
         self.meter = meter
+        self.stop = (
+            StopRequest()
+        )  # from here on a signal is remembered, also while weights are read
+        self.losses = FiniteWatch(runtime.say)
         torch.manual_seed(config.train.seed)
         self.model, self.replica = build(config, runtime, preparation)
         self.optimizer = build_optimizer(config, self.replica)
         self.total_steps = preparation.sampler.total_steps
-        self.held_out: list[float] = []
         self.start = resume(config, runtime, preparation, self.replica.named, self.optimizer)
 
     def train(self) -> int:
@@ -89,7 +92,7 @@ class Run:
             runtime.say(f"the run was finished already: step {self.start} of {self.total_steps}")
             self.save_adapter()  # the run may have ended between its last two files
             return 0
-        stop, status = StopRequest(), None
+        stop, status = self.stop, None
         log = self.open_log()
         if self.start == 0:
             self.show_samples("before training")
@@ -97,6 +100,7 @@ class Run:
                 log.write({"step": 0, "eval_loss": (before := self.evaluate())})
                 runtime.say(f"held-out loss before training: {before:.4f}")
         replica.zero_grad()
+        replica.reductions = self.start  # so that audits fall on the same steps as without a stop
         replica.wire.take()
         with StepDisplay(self.total_steps, self.start, runtime.main) as display:
             for step in range(self.start, self.total_steps):
@@ -132,8 +136,9 @@ class Run:
                 # 5  look, log, save
                 done = step + 1
                 last = done == self.total_steps
-                if due(done, AUDIT_EVERY) or last:
-                    replica.audit()
+                if last:
+                    replica.audit()  # as the replica does by itself at every 10th reduction
+                if due(done, TRIM_EVERY, last=last):
                     trim()
                 seconds = time.perf_counter() - began
                 record = {
@@ -148,6 +153,7 @@ class Run:
                     "wire_bytes": replica.wire.take(),
                     "batch_hash": batch_hash(ids),
                 }
+                self.losses.see(record)
                 status = exit_status(reduced.sums[1:])
                 evaluated = self.evaluates and due(done, config.output.eval_every, last=last)
                 if evaluated:
@@ -201,7 +207,6 @@ class Run:
         )
         self.replica.release()
         self.replica.wire.take()  # wire_bytes are those of training
-        self.held_out.append(loss)
         return loss
 
     def show_samples(self, when: str) -> None:
@@ -225,18 +230,8 @@ class Run:
         """Commit a checkpoint; rank 0 alone, without a collective."""
         if not self.runtime.main:
             return
-        state = {
-            "step": step,
-            "total_steps": self.total_steps,
-            "schedule": {"name": self.config.optimizer.schedule, "next_step": step},
-            "adapter": asdict(self.prepared.lora),
-            "data": {
-                "cursor": step,
-                "sequences": self.prepared.sampler.sequences(step),
-                "fingerprint": self.prepared.train.fingerprint,
-            },
-            "random": {"seed": self.config.train.seed, "keyed_by": ["seed", "step", "sequence"]},
-        }
+        found = self.prepared
+        state = state_at(step, self.config, found.lora, found.sampler, found.train.fingerprint)
         checkpoints.write(
             checkpoints.capture(self.replica.named, self.optimizer, state),
             self.directory / "checkpoints",
@@ -247,11 +242,9 @@ class Run:
     def finish(self) -> None:
         """The closing lines and the adapter."""
         self.show_samples("after training")
-        if len(self.held_out) > 1:
-            before, after = self.held_out[0], self.held_out[-1]
-            self.runtime.say(
-                f"held-out loss: {before:.4f} before, {after:.4f} after ({after / before - 1:+.1%})"
-            )
+        if self.runtime.main and (line := held_out_line(self.directory)):
+            self.runtime.say(line)
+        self.losses.close()
         self.save_adapter()
 
     def save_adapter(self) -> None:

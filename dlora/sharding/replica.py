@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dlora.sharding.counts import whole_number
 from dlora.sharding.mesh import Topology
 from dlora.sharding.reduction import Reduction, padded
 from dlora.sharding.wire import WireCounter, ring_gather_bytes
@@ -63,6 +64,7 @@ class Replica:
         self.wire = wire or WireCounter()
         self._reduction = Reduction(topology, self.wire)
         self.named: dict[str, nn.Parameter] = {}
+        self.reductions = 0  # made so far; every `AUDIT_EVERY`th ends with an audit
 
     def own(self, named: Mapping[str, nn.Parameter]) -> None:
         """Take over parameters; collective: rank 0's values are broadcast.
@@ -87,7 +89,7 @@ class Replica:
     # -- one optimizer step ---------------------------------------------------------------------
 
     def reduce_gradients(
-        self, tokens: int | None = None, sums: Sequence[float] = (), each: int = 0
+        self, tokens: int | Tensor | None = None, sums: Sequence[float] = (), each: int = 0
     ) -> Reduced:
         """Replace every gradient by its mean over ranks; one collective, the same bits everywhere.
 
@@ -97,6 +99,11 @@ class Replica:
                 all ranks. Without it they become Σ grad / world.
             sums: up to 16 scalars to be summed over ranks along the way.
             each: an integer ≥ 0 (below 2^36) of this rank that all ranks want to see.
+
+        Raises:
+            ReplicaError: adapters are missing or were cast, or (every 10th time) they differ
+                between ranks; see `audit`.
+            UsageError: `tokens` is no whole number.
         """
         if not self.named:
             raise ReplicaError("there is nothing to reduce: attach adapters first")
@@ -107,7 +114,7 @@ class Replica:
         self._check_bound()
         self._collect()
         rank, world = self.topology.rank, self.topology.world
-        count = 1 if tokens is None else tokens
+        count = 1 if tokens is None else whole_number(tokens)
         scalars = [0.0] * (2 + SUMS + 2 * world)
         scalars[:2] = divmod(count, _LIMB)
         scalars[2 : 2 + len(sums)] = sums
@@ -123,6 +130,9 @@ class Replica:
         total = _joined(got[:2])
         self.gradients.div_(max(total, 1))
         ranks_sent = got[2 + SUMS :]
+        self.reductions += 1
+        if self.reductions % AUDIT_EVERY == 0:
+            self.audit()
         return Reduced(
             tokens=total,
             sums=got[2 : 2 + len(sums)],
@@ -135,6 +145,8 @@ class Replica:
         Returns:
             The norm before clipping, a scalar; the gradients must have been reduced.
         """
+        if not self.named:
+            raise ReplicaError("there is nothing to clip: attach adapters first")
         norm = self.gradient_norm()
         self.gradients.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0).to(self.gradients.dtype))
         return norm

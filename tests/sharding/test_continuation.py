@@ -191,3 +191,40 @@ def test_another_adapter_to_start_from_is_another_run(
     path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 64}))
     said = refusal(started(command, tmp_path / "run", adapter))
     assert "lora_alpha of the adapter was 8 and is 64" in said
+
+
+# -- what a run says at its end --------------------------------------------------------------------
+
+
+def test_the_held_out_loss_before_is_that_of_the_first_start(
+    pools: Pools, command: Any, tmp_path: Path
+) -> None:
+    data = str(save_chats(tmp_path / "held.jsonl", 3))
+    settings = {"data__eval": data, "output__eval_every": 2}
+    pools(1).run(train, command(tmp_path / "run", train__max_steps=2, **settings))
+    [(_, printed)] = pools(1).run(told, command(tmp_path / "run", **settings))
+    losses = {line["step"]: line.get("eval_loss") for line in figures(tmp_path / "run")}
+    assert list(losses) == [0, 1, 2, 3, 4]
+    change = losses[4] / losses[0] - 1
+    assert (
+        f"held-out loss: {losses[0]:.4f} before, {losses[4]:.4f} after ({change:+.1%})" in printed
+    )
+
+
+def test_a_loss_that_is_no_number_is_said_and_leaves_valid_json(
+    pools: Pools, command: Any, tmp_path: Path
+) -> None:
+    argv = command(tmp_path, optimizer__lr=1e38, optimizer__schedule="constant")
+    [(_, printed)] = pools(1).run(told, argv)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    text = (tmp_path / "metrics.jsonl").read_text()
+    records = [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+    bad = [r["step"] for r in records if r["loss"] is None or r["grad_norm"] is None]
+    assert bad and bad[-1] == STEPS
+    said = [line for line in printed.splitlines() if line.startswith("warning: ")]
+    assert said[0].startswith(f"warning: step {bad[0]} has loss ")
+    assert said[1].startswith(f"warning: loss or gradient was not finite in {len(bad)} steps")
+    assert len(said) == 2
