@@ -20,8 +20,10 @@ ROOT = Path(__file__).parents[1]
 LIMIT_SECONDS = 90
 
 
-def one_rank(rank: int, port: int, argv: list[str], printed: str, delay: float) -> None:
-    """The life of a rank, after `delay` seconds."""
+def one_rank(
+    rank: int, port: int, argv: list[str], printed: str, delay: float, breaks: bool
+) -> None:
+    """The life of a rank, after `delay` seconds; where it `breaks`, no weights can be read."""
     for descriptor in (1, 2):
         os.dup2(os.open(f"{printed}-{descriptor}", os.O_WRONLY | os.O_CREAT), descriptor)
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
@@ -31,15 +33,26 @@ def one_rank(rank: int, port: int, argv: list[str], printed: str, delay: float) 
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
     )  # fmt: skip
     time.sleep(delay)
+    from dlora.base_model import BaseModel
+    from dlora.errors import UsageError
     from dlora.runtime import exit_with
     from dlora.train import main
+
+    def load(*_: Any) -> None:
+        raise UsageError("model.path: was taken away meanwhile")
+
+    if breaks:
+        BaseModel.load = load  # type: ignore[method-assign, assignment]
 
     sys.argv = ["dlora.train", *argv]
     exit_with(main)
 
 
 def two_ranks(
-    directory: Path, *argv: list[str], delays: tuple[float, float] = (0, 0)
+    directory: Path,
+    *argv: list[str],
+    delays: tuple[float, float] = (0, 0),
+    breaks: bool = False,
 ) -> list[tuple[int, str, str]]:
     """(status, standard output, standard error) by rank; one command line for both, or two."""
     with socket.socket() as free:
@@ -50,7 +63,7 @@ def two_ranks(
     workers: list[Any] = []
     for rank in range(2):
         words = argv[rank % len(argv)]
-        arguments = (rank, port, words, str(directory / str(rank)), delays[rank])
+        arguments = (rank, port, words, str(directory / str(rank)), delays[rank], breaks)
         workers.append(context.Process(target=one_rank, args=arguments, daemon=True))
         workers[-1].start()
     deadline = time.monotonic() + LIMIT_SECONDS
@@ -102,6 +115,14 @@ def test_what_is_only_printed_is_printed_once(
     assert second == (0, "", "")
     wanted = {"--print_config": "\nadapter:\n", "--help": "usage: ", "--check": "(--check)\n"}
     assert first[1].count(wanted[switch]) == 1
+
+
+def test_what_goes_wrong_later_is_said_once_too(saved_models: Any, tmp_path: Path) -> None:
+    """By whichever rank meets it first."""
+    ranks = two_ranks(tmp_path, command(saved_models("llama"), tmp_path), breaks=True)
+    assert [status for status, _, _ in ranks] == [2, 2]
+    (said,) = "".join(errors for _, _, errors in ranks).splitlines()
+    assert said.startswith("dlora: error: ") and said.endswith("was taken away meanwhile")
 
 
 def test_the_agent_does_not_silence_a_slow_rank_0(saved_models: Any, tmp_path: Path) -> None:
