@@ -1,7 +1,10 @@
 """A base whose files are not the model that its config.json describes is refused, unread."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from dlora.config import parse
 from dlora.errors import UsageError
 from dlora.prepare import prepare
 
+ROOT = Path(__file__).parents[1]
 WEIGHTS = "model.safetensors"
 
 
@@ -134,3 +138,51 @@ def test_what_a_hub_brings_is_checked_while_it_is_read(saved_models: Any, tmp_pa
         damage(base)
         with pytest.raises(UsageError, match=message):
             BaseWeights(find_base(str(base), dtype="float32")).from_pretrained()
+
+
+HUB = """
+import sys
+from tiny import command
+from dlora.config import parse
+from dlora.entry import prepared
+from dlora.errors import UsageError
+from dlora.runtime import Runtime
+from pathlib import Path
+
+for name in ("whole", "damaged", "away"):
+    config = parse(command(f"org/{name}", Path(sys.argv[1])), "dlora.train").config
+    try:
+        prepared(config, Runtime(0, 1, None, None))
+    except UsageError as error:
+        print(f"result {name}: {error}")
+    else:
+        print(f"result {name}: passes")
+"""
+
+
+def test_what_a_hub_has_brought_already_is_checked(saved_models: Any, tmp_path: Path) -> None:
+    """Weights that are still to be brought are not, for a check."""
+    for name in ("whole", "damaged", "away"):
+        repository = tmp_path / "hub" / f"models--org--{name}"
+        snapshot = repository / "snapshots" / "abc"
+        shutil.copytree(saved_models("llama"), snapshot)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("abc")
+        if name == "damaged":
+            without(UP)(snapshot)
+        if name == "away":
+            (snapshot / WEIGHTS).unlink()
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = subprocess.run(
+        [sys.executable, "-c", HUB, str(tmp_path)],
+        env=os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    results = [line for line in done.stdout.splitlines() if line.startswith("result ")]
+    assert results == [
+        "result whole: passes",
+        f"result damaged: model.path: the files of org/damaged hold no {UP}",
+        "result away: passes",
+    ]
