@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from dlora.errors import UsageError
 from dlora.lora.attach import attach as attach_adapters
@@ -29,7 +29,7 @@ class TrainedReplica(Replica):
         self.engine, self._model = engine, model
 
     def reduce_gradients(
-        self, tokens: int | None = None, sums: Sequence[float] = (), each: int = 0
+        self, tokens: int | Tensor | None = None, sums: Sequence[float] = (), each: int = 0
     ) -> Reduced:
         """See `Replica.reduce_gradients`; the step's passes are over, so W0 is freed as well."""
         self.release()

@@ -5,10 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from dlora.adapter_files import read_config
 from dlora.base_model import BaseModel, check_experts_divide, find_base
+from dlora.checks import (
+    check_adapter,
+    check_dropout,
+    check_output,
+    check_ranks_per_node,
+    check_sequences,
+    pad_token,
+)
 from dlora.config import Config
 from dlora.data import Dataset, Sampler, check_source, load_examples
 from dlora.errors import UsageError
@@ -18,6 +29,7 @@ from dlora.objectives.targets import model_parts
 from dlora.plan import Budget, budget
 from dlora.sharding.mesh import Placement, Topology, resolve_placement
 from dlora.sharding.share import state_is_divided
+from dlora.start import Start, check_start
 
 
 @dataclass(frozen=True)
@@ -34,6 +46,8 @@ class Preparation:
     topology: Topology
     divided: bool  # the optimizer state, over ranks
     budget: Budget
+    pad_id: int
+    start: Start | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -41,21 +55,26 @@ class Preparation:
         data = [self.train.fingerprint, self.eval.fingerprint if self.eval else ""]
         return " ".join([*data, str(self.lora), str(self.divided)])
 
-    @property
-    def pad_id(self) -> int:
-        """Token of padded positions; which one does not matter, since they are masked."""
-        tokenizer = self.tokenizer
-        return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-
 
 def prepare(
-    config: Config, rank: int, world: int, local_world: int, announce: Callable[[str], None]
+    config: Config,
+    rank: int,
+    world: int,
+    local_world: int,
+    announce: Callable[[str], None],
+    start: Start | None = None,
 ) -> Preparation:
     """Read the data, the tokenizer and the model's skeleton, and plan.
+
+    Args:
+        start: the checkpoint to go on from, if there is one.
 
     Raises:
         UsageError: data, model or adapter settings are wrong, named by key, file or line.
     """
+    check_ranks_per_node(config, world)
+    if rank == 0:
+        check_output(config)
     topology = Topology(rank, world, config.sharding.ranks_per_node or local_world)
     placement = resolve_placement(
         config.sharding.engine,
@@ -64,7 +83,7 @@ def prepare(
         offload=config.sharding.cpu_offload,
     )
     divided = state_is_divided(config.sharding.optimizer_state)
-    lora = lora_config(config)
+    lora = lora_config(config, start)
     if config.model.path.endswith(".gguf"):
         # Its tokenizer comes with the conversion, and a typo in the data must not wait for that.
         for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
@@ -79,14 +98,13 @@ def prepare(
         attn_implementation=config.model.attn_implementation,
         announce=announce,
     )
-    skeleton = base.skeleton()
-    model_parts(skeleton)
-    check_experts_divide(skeleton, placement)
-    with keyed_by("adapter"):
-        attach(skeleton, lora)
+    skeleton = _adapted(config, base, placement, lora, start)
     tokenizer = base.tokenizer()
     train = _load(config, "train", config.data.train, tokenizer, announce)
-    held_out = config.data.eval and _load(config, "eval", config.data.eval, tokenizer, announce)
+    held_out = None
+    if config.data.eval is not None:
+        held_out = _load(config, "eval", config.data.eval, tokenizer, announce)
+    check_sequences({"data.train": train, "data.eval": held_out}, tokenizer, skeleton)
     sampler = Sampler(
         len(train),
         config.train.global_batch_size,
@@ -94,6 +112,9 @@ def prepare(
         config.data.shuffle,
         **_length(config),
     )
+    trainable = trainable_parameters(skeleton)
+    if start is not None:
+        check_start(start, config, lora, trainable, sampler, train.fingerprint)
     announce(_said_of_steps(sampler, config.train.global_batch_size))
     if divided:
         announce(
@@ -103,7 +124,7 @@ def prepare(
     micro_batches = -(-config.train.global_batch_size // (world * config.train.micro_batch_size))
     planned = budget(
         skeleton,
-        trainable_parameters(skeleton),
+        trainable,
         placement,
         topology,
         optimizer=config.optimizer.name,
@@ -115,21 +136,44 @@ def prepare(
         base,
         tokenizer,
         train,
-        held_out or None,
+        held_out,
         sampler,
         lora,
         placement,
         topology,
         divided,
         planned,
+        pad_token(tokenizer, skeleton),
+        start,
     )
 
 
-def lora_config(config: Config) -> LoraConfig:
-    """The `adapter` section, or the configuration of the adapter that it starts from."""
+def _adapted(
+    config: Config, base: BaseModel, placement: Placement, lora: LoraConfig, start: Start | None
+) -> nn.Module:
+    """The base on the meta device with its adapters, once all that can be seen of it is right."""
+    skeleton = base.skeleton()
+    base.check_stored(skeleton)
+    model_parts(skeleton)
+    check_experts_divide(skeleton, placement)
+    with keyed_by("adapter"):
+        attach(skeleton, lora)
+    check_dropout(skeleton)
+    if config.adapter.path is not None and start is None:
+        check_adapter(skeleton, config.adapter.path)
+    return skeleton
+
+
+def lora_config(config: Config, start: Start | None = None) -> LoraConfig:
+    """The `adapter` section, or the configuration of the adapter that it starts from.
+
+    Where a run goes on and that adapter is gone by now, its checkpoint knows it as well.
+    """
     section = config.adapter
     with keyed_by("adapter"):
         if section.path is not None:
+            if start and start.lora and not Path(section.path).expanduser().is_dir():
+                return replace(start.lora, lora_dropout=section.lora_dropout)
             return replace(read_config(section.path), lora_dropout=section.lora_dropout)
         return LoraConfig(
             r=section.r,

@@ -452,6 +452,7 @@ CANNOT_ACT = [  # words, the key that cannot act, the key that is why
     ),
     ("--model.path x.gguf --model.revision main", "model.revision", "model.path"),
     ("--model.path x.gguf --model.trust_remote_code true", "model.trust_remote_code", "gguf"),
+    ("--model.cache_dir elsewhere", "model.cache_dir", "gguf"),
     ("--output.eval_every 10", "output.eval_every", "data.eval"),
     ("--output.resume none --output.resume_force true", "output.resume_force", "output.resume"),
     ("--adapter.method adalora --adapter.r 16", "adapter.r", "adapter.init_r"),

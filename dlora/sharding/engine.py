@@ -96,9 +96,9 @@ def engine_class(placement: Placement, sharded: str | None = None) -> type[Engin
     Raises:
         UsageError: there is no such engine, or what it stands on is not installed.
     """
+    if placement.engine not in ENGINES:  # also where one process needs none
+        raise UsageError(f"sharding.engine: {placement.engine!r} is none of {', '.join(ENGINES)}")
     name = sharded or ("replicated" if placement.shard_size == 1 else placement.engine)
-    if name not in ENGINES:
-        raise UsageError(f"sharding.engine: {name!r} is none of {', '.join(ENGINES)}")
     module, _, cls = ENGINES[name].partition(":")
     try:
         return getattr(importlib.import_module(module), cls)

@@ -118,7 +118,7 @@ def flipped_in_a_run(argv: list[str]) -> str:
     run.optimizer.register_step_post_hook(flip)
     with pytest.raises(ReplicaError) as stopped:
         run.train()
-    assert next(steps) == 11  # the audit after step 10 stopped it
+    assert next(steps) == 10  # the audit in the 10th reduction stopped it
     return str(stopped.value).replace(name, "NAME")
 
 

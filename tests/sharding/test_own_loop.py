@@ -13,7 +13,7 @@ from tiny import VOCABULARY
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
-from dlora import LoraConfig, attach, load_adapter, save_adapter, shard
+from dlora import LoraConfig, UsageError, attach, load_adapter, save_adapter, shard
 from dlora.sharding.engine import is_divided
 
 STEPS, ROWS = 8, 4
@@ -157,3 +157,19 @@ def partitioned_adapters(path: str) -> None:
 def test_adapters_that_were_partitioned_are_refused(pools: Pools, saved_models: Any) -> None:
     with pytest.raises(AssertionError, match="UsageError: shard: model.* is divided over ranks"):
         pools(2).run(partitioned_adapters, saved_models("llama"))
+
+
+def test_ranks_without_a_process_group_are_refused(
+    saved_models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would train an adapter each."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="^shard: 2 processes .* call .*init_process_group"):
+        shard(attach(whole(saved_models("llama")), CONFIG))
+
+
+@pytest.mark.parametrize("setting", ["engine", "base"])
+def test_unknown_settings_are_refused_on_one_process(saved_models: Any, setting: str) -> None:
+    model = attach(whole(saved_models("llama")), CONFIG)
+    with pytest.raises(UsageError, match=f"^sharding.{setting}: 'foo' is none of "):
+        shard(model, **{setting: "foo"})

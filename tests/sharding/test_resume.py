@@ -15,6 +15,8 @@ from ranks import Pools
 from run_training import command_line, figures, relative_error, same_bits, train
 from tiny import save_chats
 
+from dlora.base_model import BaseModel
+
 STEPS, SAVED = 8, 3  # a checkpoint every 3 steps
 CRASHED, SIGNALLED = 6, 4  # while in these steps
 
@@ -59,6 +61,25 @@ def terminated(argv: list[str]) -> dict[str, Any]:
         kill = after_step(SIGNALLED, lambda: os.kill(os.getpid(), signal.SIGTERM))
         return train(argv, kill if last else None)
     finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGINT, before[1])
+
+
+def terminated_while_loading(argv: list[str]) -> dict[str, Any]:
+    """A run of which the last rank gets SIGTERM while it reads weights."""
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    load = BaseModel.load
+
+    def signalled(*args: Any) -> Any:
+        if dist.get_rank() == dist.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return load(*args)
+
+    BaseModel.load = signalled  # type: ignore[method-assign]
+    try:
+        return train(argv)
+    finally:
+        BaseModel.load = load  # type: ignore[method-assign]
         signal.signal(signal.SIGTERM, before[0])
         signal.signal(signal.SIGINT, before[1])
 
@@ -135,6 +156,16 @@ def test_sigterm_on_one_rank(pools: Pools, command: Any, whole: Any, tmp_path: P
     assert [result["status"] for result in stopped] == [143, 143]
     # All ranks learn of the signal with the gradients of the next step.
     assert steps_saved(tmp_path) == ["step-000003", "step-000005"]
+    for result in pools(2).run(train, command(tmp_path)):
+        check_equal(result, figures(tmp_path), whole)
+
+
+def test_sigterm_while_weights_are_read(
+    pools: Pools, command: Any, whole: Any, tmp_path: Path
+) -> None:
+    stopped = pools(2).run(terminated_while_loading, command(tmp_path))
+    assert [result["status"] for result in stopped] == [143, 143]
+    assert steps_saved(tmp_path) == ["step-000001"]
     for result in pools(2).run(train, command(tmp_path)):
         check_equal(result, figures(tmp_path), whole)
 
