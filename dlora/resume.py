@@ -24,7 +24,6 @@ from dlora.start import output_directory
 
 
 def resume(
-    config: Config,
     runtime: Runtime,
     preparation: Preparation,
     named: Mapping[str, nn.Parameter],
