@@ -84,34 +84,12 @@ def prepare(
     )
     divided = state_is_divided(config.sharding.optimizer_state)
     lora = lora_config(config, start)
-    if config.model.path.endswith(".gguf"):
-        # Its tokenizer comes with the conversion, and a typo in the data must not wait for that.
-        for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-            if source is not None:
-                check_source(source, key=key, format=config.data.format)
-    base = find_base(
-        config.model.path,
-        dtype=config.model.dtype,
-        revision=config.model.revision,
-        trust_remote_code=config.model.trust_remote_code,
-        cache_dir=config.model.cache_dir,
-        attn_implementation=config.model.attn_implementation,
-        announce=announce,
-    )
+    base = _base(config, announce)
     skeleton = _adapted(config, base, placement, lora, start)
     tokenizer = base.tokenizer()
-    train = _load(config, "train", config.data.train, tokenizer, announce)
-    held_out = None
-    if config.data.eval is not None:
-        held_out = _load(config, "eval", config.data.eval, tokenizer, announce)
+    train, held_out = _data(config, tokenizer, announce)
     check_sequences({"data.train": train, "data.eval": held_out}, tokenizer, skeleton)
-    sampler = Sampler(
-        len(train),
-        config.train.global_batch_size,
-        config.train.seed,
-        config.data.shuffle,
-        **_length(config),
-    )
+    sampler = _sampler(config, len(train))
     trainable = trainable_parameters(skeleton)
     if start is not None:
         check_start(start, config, lora, trainable, sampler, train.fingerprint)
@@ -145,6 +123,24 @@ def prepare(
         planned,
         pad_token(tokenizer, skeleton),
         start,
+    )
+
+
+def _base(config: Config, announce: Callable[[str], None]) -> BaseModel:
+    """The base that the `model` section names."""
+    if config.model.path.endswith(".gguf"):
+        # Its tokenizer comes with the conversion, and a typo in the data must not wait for that.
+        for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+            if source is not None:
+                check_source(source, key=key, format=config.data.format)
+    return find_base(
+        config.model.path,
+        dtype=config.model.dtype,
+        revision=config.model.revision,
+        trust_remote_code=config.model.trust_remote_code,
+        cache_dir=config.model.cache_dir,
+        attn_implementation=config.model.attn_implementation,
+        announce=announce,
     )
 
 
@@ -199,6 +195,23 @@ def keyed_by(section: str) -> Iterator[None]:
         if field not in LoraConfig.__dataclass_fields__:
             raise
         raise UsageError(f"{section}.{error}") from None
+
+
+def _data(
+    config: Config, tokenizer: Any, announce: Callable[[str], None]
+) -> tuple[Dataset, Dataset | None]:
+    """What is trained on, and what is held out."""
+    train = _load(config, "train", config.data.train, tokenizer, announce)
+    if config.data.eval is None:
+        return train, None
+    return train, _load(config, "eval", config.data.eval, tokenizer, announce)
+
+
+def _sampler(config: Config, num_examples: int) -> Sampler:
+    train = config.train
+    return Sampler(
+        num_examples, train.global_batch_size, train.seed, config.data.shuffle, **_length(config)
+    )
 
 
 def _load(

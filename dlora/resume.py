@@ -25,7 +25,6 @@ from dlora.start import output_directory
 
 
 def resume(
-    config: Config,
     runtime: Runtime,
     preparation: Preparation,
     replica: Replica,

@@ -82,7 +82,7 @@ class Run:
         self.model, self.replica = build(config, runtime, preparation)
         self.optimizer = build_optimizer(config, self.replica)
         self.total_steps = preparation.sampler.total_steps
-        self.start = resume(config, runtime, preparation, self.replica, self.optimizer)
+        self.start = resume(runtime, preparation, self.replica, self.optimizer)
 
     def train(self) -> int:
         """The loop; returns the exit status."""
