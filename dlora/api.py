@@ -16,6 +16,7 @@ from dlora.sharding.engine import Engine, build_engine, is_divided, sharded_by
 from dlora.sharding.groups import frozen_groups, worth_holding
 from dlora.sharding.mesh import Topology, resolve_placement
 from dlora.sharding.replica import Reduced, Replica
+from dlora.sharding.share import state_is_divided
 
 _RECORD = "dlora_replica"
 
@@ -23,8 +24,8 @@ _RECORD = "dlora_replica"
 class TrainedReplica(Replica):
     """The replica of a model's adapters together with the engine that holds its base."""
 
-    def __init__(self, engine: Engine, model: nn.Module) -> None:
-        super().__init__(engine.topology, engine.wire)
+    def __init__(self, engine: Engine, model: nn.Module, *, divided: bool = False) -> None:
+        super().__init__(engine.topology, engine.wire, divided=divided)
         self.engine, self._model = engine, model
 
     def reduce_gradients(
@@ -41,10 +42,18 @@ class TrainedReplica(Replica):
     def parameter_groups(
         self, lr: float, *, loraplus_lr_ratio: float = 1.0, weight_decay: float = 0.0
     ) -> list[dict[str, Any]]:
-        """Groups for a torch optimizer; see `dlora.optim.groups.parameter_groups`."""
-        return parameter_groups(
+        """Groups for a torch optimizer; see `dlora.optim.groups.parameter_groups`.
+
+        They are the same on every rank. Where the optimizer state is divided they hold this rank's
+        parts of the parameters, grouped as the whole ones are.
+        """
+        groups = parameter_groups(
             self.named, lr=lr, loraplus_lr_ratio=loraplus_lr_ratio, weight_decay=weight_decay
         )
+        optimized = {id(whole): self.optimized[name] for name, whole in self.named.items()}
+        for group in groups:
+            group["params"] = [optimized[id(whole)] for whole in group["params"]]
+        return groups
 
 
 def attach(model: nn.Module, config: LoraConfig) -> nn.Module:
@@ -66,6 +75,7 @@ def shard(
     *,
     ranks_per_node: int | None = None,
     resident: float = 0.0,
+    optimizer_state: str = "auto",
 ) -> TrainedReplica:
     """Distribute the frozen base of `model` over ranks and make its adapters a replica.
 
@@ -78,6 +88,11 @@ def shard(
         ranks_per_node: overrides LOCAL_WORLD_SIZE.
         resident: share of W0, 0 to 1, that stays gathered from its first use on: frozen weights are
             read-only, so this trades memory for bytes on the wire.
+        optimizer_state: `"replicated"` (as is `"auto"`), or `"divided"`: each rank's optimizer
+            keeps the state of 1/ranks of the elements of A and B. Call `replica.drive(optimizer)`
+            once; its steps are collective then, and end with whole values on every rank. It must
+            treat each element alone, as AdamW and SGD do. After `reduce_gradients` a rank has the
+            mean gradient of its part only, and `.grad` of the parameters themselves is None.
 
     Raises:
         UsageError: a setting is unknown or does not fit the ranks, or something else has divided
@@ -86,7 +101,9 @@ def shard(
     topology = Topology.current(ranks_per_node)
     divided_by = sharded_by(model)
     placement = resolve_placement(divided_by or engine, base, topology)
-    replica = replicate(model, build_engine(placement, topology, sharded=divided_by))
+    divided = state_is_divided(optimizer_state)
+    built = build_engine(placement, topology, sharded=divided_by)
+    replica = replicate(model, built, divided=divided)
     if resident:
         groups = frozen_groups(replica.engine.groups(model))
         room = resident * sum(group.nbytes for group in groups)
@@ -97,7 +114,7 @@ def shard(
     return replica
 
 
-def replicate(model: nn.Module, engine: Engine) -> TrainedReplica:
+def replicate(model: nn.Module, engine: Engine, *, divided: bool = False) -> TrainedReplica:
     """Hand the frozen base of `model` to an engine and make its adapters, if any, a replica.
 
     What `shard` does once the engine is chosen; for callers that loaded the base through an engine.
@@ -113,7 +130,7 @@ def replicate(model: nn.Module, engine: Engine) -> TrainedReplica:
         model.requires_grad_(False)
     engine.shard(model, ignored=named.values())
     engine.adopt(model)
-    replica = TrainedReplica(engine, model)
+    replica = TrainedReplica(engine, model, divided=divided)
     model.__dict__[_RECORD] = replica
     if named:
         _take_over(replica, model)

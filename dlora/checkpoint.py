@@ -8,8 +8,10 @@ alone.
         config.yaml              the resolved configuration
         manifest.json            sizes and SHA-256 of the files above, versions
 
-Written by one rank, without a collective: every rank holds all of it. The directory gets its name
-last, so that a directory with the right name is complete; its manifest is checked before use.
+Written by one rank, without a collective: every rank holds all of it, but for an optimizer state
+that is divided over ranks, which all of them send to rank 0; the files are the same. The directory
+gets its name last, so that a directory with the right name is complete; its manifest is checked
+before use.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from torch.optim import Optimizer
 
 from dlora.errors import UsageError
 from dlora.files import sync, write_atomically
+from dlora.sharding.replica import Replica
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{6,})")
@@ -45,21 +48,17 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def capture(
-    named: Mapping[str, nn.Parameter], optimizer: Optimizer, state: dict[str, Any]
-) -> Checkpoint:
-    """Copy the trained tensors and the optimizer's state to host memory."""
-    moments = {
-        f"{name}.{key}": value
-        for name, parameter in named.items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-        if isinstance(value, Tensor)
-    }
-    return Checkpoint(
-        {name: _host(p.detach()) for name, p in named.items()},
-        {name: _host(value) for name, value in moments.items()},
-        state,
-    )
+def capture(replica: Replica, optimizer: Optimizer, state: dict[str, Any]) -> Checkpoint | None:
+    """Copy the trained tensors and the optimizer's state to host memory.
+
+    Any rank may do so alone. Where the optimizer state is divided it is collective, and only rank 0
+    gets a checkpoint: the tensors of the state arrive one by one, and no other rank holds any.
+    """
+    states = replica.share.states(optimizer)
+    moments = {f"{name}.{slot}": _host(value) for name, slot, value in states}
+    if replica.divided and replica.topology.rank != 0:
+        return None
+    return Checkpoint({n: _host(p.detach()) for n, p in replica.named.items()}, moments, state)
 
 
 def check_fits(checkpoint: Checkpoint, named: Mapping[str, nn.Parameter]) -> None:
@@ -75,18 +74,23 @@ def check_fits(checkpoint: Checkpoint, named: Mapping[str, nn.Parameter]) -> Non
 
 
 def restore(
-    checkpoint: Checkpoint, named: Mapping[str, nn.Parameter], optimizer: Optimizer
+    tensors: Iterable[tuple[str, Tensor]],
+    states: Iterable[tuple[str, Tensor]],
+    replica: Replica,
+    optimizer: Optimizer,
 ) -> None:
-    """Put a checkpoint that fits into live parameters and the optimizer."""
+    """Put the tensors of a checkpoint that fits, one by one, into parameters and the optimizer."""
     with torch.no_grad():
-        for name, parameter in named.items():
-            parameter.copy_(checkpoint.tensors[name])
-    for key, value in checkpoint.optimizer.items():
+        for name, value in tensors:
+            replica.named[name].copy_(value)
+    for key, value in states:
         name, _, slot = key.rpartition(".")
-        parameter = named[name]
-        # A step count stays where torch keeps it: on the CPU unless the optimizer says otherwise.
-        device = parameter.device if value.ndim else "cpu"
-        optimizer.state[parameter][slot] = value.to(device, copy=True)
+        own = replica.share.part(name, value)
+        if own is not None:
+            parameter = replica.optimized[name]
+            # A step count stays where torch keeps it: on the CPU unless the optimizer says so.
+            device = parameter.device if value.ndim else "cpu"
+            optimizer.state[parameter][slot] = own.to(device, copy=True)
 
 
 def write(checkpoint: Checkpoint, root: Path, config_yaml: str, keep_last: int) -> Path:

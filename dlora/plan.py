@@ -12,8 +12,7 @@ from dlora.runtime import exit_with
 from dlora.sharding.engine import engine_class
 from dlora.sharding.groups import Group, frozen_groups
 from dlora.sharding.mesh import Placement, Topology
-from dlora.sharding.reduction import reduction_bytes
-from dlora.sharding.replica import AUDIT_EVERY, buffer_length
+from dlora.sharding.replica import AUDIT_EVERY, share_class
 from dlora.sharding.wire import ring_gather_bytes
 
 MOMENTS = {"adamw": 2, "sgd": 0}  # float32 values that an optimizer keeps per parameter
@@ -69,6 +68,7 @@ def budget(
     optimizer: str,
     micro_batches: int,
     checkpointing: bool = False,
+    divided: bool = False,
 ) -> Budget:
     """The budget of a model with adapters attached on the meta device.
 
@@ -76,12 +76,15 @@ def budget(
         trainable: A, B and trained copies by name.
         micro_batches: forward passes per rank and optimizer step.
         checkpointing: activations are recomputed in backward.
+        divided: whether the optimizer state is divided over ranks.
     """
     groups = frozen_groups(engine_class(placement).groups(skeleton))
     size = placement.shard_size
     total = sum(group.nbytes for group in groups)
     gathered = [group.gathered_bytes(size) for group in groups]
     numel = sum(p.numel() for p in trainable.values())
+    share = share_class(divided)
+    stepped = share.elements(trainable, topology)
     item = next(iter(trainable.values())).element_size()
     sent = 0.0
     for group, nbytes in zip(groups, gathered, strict=True):
@@ -99,10 +102,10 @@ def budget(
         base_held=sum(gathered) // size + (sum(always) if size > 1 else 0),
         base_gathered=0 if size == 1 else kept + sum(freed[:2]),  # one computes, one is prefetched
         trainable=numel,
-        replica=numel * item * (2 + MOMENTS[optimizer]),
+        replica=(2 * numel + MOMENTS[optimizer] * stepped) * item,
         gathers=round(sent),
         audit=round(ring_gather_bytes(8 * topology.world, topology.world)),
-        reduction=round(reduction_bytes(buffer_length(trainable, topology) * item, topology)),
+        reduction=round(share.wire_bytes(trainable, topology)),
     )
 
 

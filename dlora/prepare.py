@@ -17,6 +17,7 @@ from dlora.lora.config import LoraConfig
 from dlora.objectives.targets import model_parts
 from dlora.plan import Budget, budget
 from dlora.sharding.mesh import Placement, Topology, resolve_placement
+from dlora.sharding.share import state_is_divided
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,14 @@ class Preparation:
     lora: LoraConfig
     placement: Placement
     topology: Topology
+    divided: bool  # the optimizer state, over ranks
     budget: Budget
 
     @property
     def fingerprint(self) -> str:
         """Equal on ranks that are about to train the same."""
-        parts = [self.train.fingerprint, self.eval.fingerprint if self.eval else "", str(self.lora)]
-        return " ".join(parts)
+        data = [self.train.fingerprint, self.eval.fingerprint if self.eval else ""]
+        return " ".join([*data, str(self.lora), str(self.divided)])
 
     @property
     def pad_id(self) -> int:
@@ -61,6 +63,7 @@ def prepare(
         topology,
         offload=config.sharding.cpu_offload,
     )
+    divided = state_is_divided(config.sharding.optimizer_state)
     lora = lora_config(config)
     if config.model.path.endswith(".gguf"):
         # Its tokenizer comes with the conversion, and a typo in the data must not wait for that.
@@ -92,6 +95,11 @@ def prepare(
         **_length(config),
     )
     announce(_said_of_steps(sampler, config.train.global_batch_size))
+    if divided:
+        announce(
+            f"optimizer state: divided, 1/{world} on each rank, so a save needs all ranks: each "
+            "sends its part to rank 0 (sharding.optimizer_state)"
+        )
     micro_batches = -(-config.train.global_batch_size // (world * config.train.micro_batch_size))
     planned = budget(
         skeleton,
@@ -101,9 +109,19 @@ def prepare(
         optimizer=config.optimizer.name,
         micro_batches=micro_batches,
         checkpointing=config.sharding.activation_checkpointing,
+        divided=divided,
     )
     return Preparation(
-        base, tokenizer, train, held_out or None, sampler, lora, placement, topology, planned
+        base,
+        tokenizer,
+        train,
+        held_out or None,
+        sampler,
+        lora,
+        placement,
+        topology,
+        divided,
+        planned,
     )
 
 

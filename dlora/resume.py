@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from dlora import checkpoint as checkpoints
@@ -22,6 +22,7 @@ from dlora.files import write_atomically
 from dlora.metrics import MetricsLog
 from dlora.prepare import Preparation
 from dlora.runtime import Runtime
+from dlora.sharding.replica import Replica
 
 # Keys that may change between a run and its continuation: they do not alter the result.
 FREE_KEYS = {
@@ -40,12 +41,13 @@ def resume(
     config: Config,
     runtime: Runtime,
     preparation: Preparation,
-    named: Mapping[str, nn.Parameter],
+    replica: Replica,
     optimizer: Optimizer,
 ) -> int:
     """Restore the checkpoint that `output.resume` means; returns the step to go on from (0: fresh).
 
-    Rank 0 reads; the tensors are broadcast, so that no other rank needs to see its disk.
+    Rank 0 reads; the tensors are broadcast one by one, so that no other rank needs to see its disk
+    or holds more of the optimizer's state than its own.
 
     Raises:
         UsageError: on every rank, if the checkpoint is damaged or belongs to another run.
@@ -54,14 +56,20 @@ def resume(
     def find() -> tuple[Checkpoint | None, str]:
         found = _find(config, preparation, runtime) if runtime.main else None
         if found is not None:
-            checkpoints.check_fits(found, named)
+            checkpoints.check_fits(found, replica.named)
         return found, ""
 
-    checkpoint = _shared(runtime, runtime.agree("resume", find))
-    if checkpoint is None:
+    checkpoint = runtime.agree("resume", find)
+    described = runtime.broadcast("checkpoint", checkpoint and _described(checkpoint))
+    if described is None:
         return 0
-    checkpoints.restore(checkpoint, named, optimizer)
-    step = int(checkpoint.state["step"])
+    checkpoints.restore(
+        _shared(runtime, described["tensors"], checkpoint and checkpoint.tensors),
+        _shared(runtime, described["optimizer"], checkpoint and checkpoint.optimizer),
+        replica,
+        optimizer,
+    )
+    step = int(described["step"])
     runtime.say(f"resuming after step {step}")
     return step
 
@@ -86,7 +94,11 @@ def open_directory(config: Config, preparation: Preparation, start: int) -> Metr
 
 def resolved_yaml(config: Config, preparation: Preparation) -> str:
     """The configuration with the placement that was chosen."""
-    sharding = replace(config.sharding, base=preparation.placement.base)  # type: ignore[arg-type]
+    sharding = replace(
+        config.sharding,
+        base=preparation.placement.base,  # type: ignore[arg-type]
+        optimizer_state="divided" if preparation.divided else "replicated",
+    )
     return dump_yaml(replace(config, sharding=sharding))
 
 
@@ -131,32 +143,33 @@ def _refuse_conflicts(
         )
 
 
-def _shared(runtime: Runtime, checkpoint: Checkpoint | None) -> Checkpoint | None:
-    """Rank 0's checkpoint on every rank."""
-    if runtime.world == 1:
-        return checkpoint
-    described: Any = None
-    if checkpoint is not None:
-        described = [_describe(checkpoint.tensors), _describe(checkpoint.optimizer)]
-        described.append(checkpoint.state)
-    described = runtime.broadcast("checkpoint", described)
-    if described is None:
-        return None
-    if checkpoint is None:
-        tensors, optimizer, state = described
-        checkpoint = Checkpoint(_empty(tensors), _empty(optimizer), state)
-    for group in (checkpoint.tensors, checkpoint.optimizer):
-        for tensor in group.values():
+def _described(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Its step, and names, shapes and dtypes of its tensors."""
+
+    def of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {n: [list(t.shape), str(t.dtype).removeprefix("torch.")] for n, t in tensors.items()}
+
+    return {
+        "step": checkpoint.state["step"],
+        "tensors": of(checkpoint.tensors),
+        "optimizer": of(checkpoint.optimizer),
+    }
+
+
+def _shared(
+    runtime: Runtime, described: Mapping[str, Any], tensors: Mapping[str, Tensor] | None
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of rank 0, which alone has them, on every rank; each is let go of for the next.
+
+    Collective until it is exhausted.
+    """
+    for name, (shape, dtype) in described.items():
+        tensor = (
+            torch.empty(shape, dtype=getattr(torch, dtype)) if tensors is None else tensors[name]
+        )
+        if runtime.world > 1:
             dist.broadcast(tensor, src=0)
-    return checkpoint
-
-
-def _describe(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {n: [list(t.shape), str(t.dtype).removeprefix("torch.")] for n, t in tensors.items()}
-
-
-def _empty(described: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {n: torch.empty(s, dtype=getattr(torch, d)) for n, (s, d) in described.items()}
+        yield name, tensor
 
 
 def _set_aside(path: Path) -> None:

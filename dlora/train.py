@@ -78,7 +78,7 @@ class Run:
         self.optimizer = build_optimizer(config, self.replica)
         self.total_steps = preparation.sampler.total_steps
         self.held_out: list[float] = []
-        self.start = resume(config, runtime, preparation, self.replica.named, self.optimizer)
+        self.start = resume(config, runtime, preparation, self.replica, self.optimizer)
 
     def train(self) -> int:
         """The loop; returns the exit status."""
@@ -221,8 +221,8 @@ class Run:
         return open_directory(self.config, self.prepared, self.start)
 
     def save(self, step: int) -> None:
-        """Commit a checkpoint; rank 0 alone, without a collective."""
-        if not self.runtime.main:
+        """Commit a checkpoint: rank 0 alone, unless the optimizer state is divided over ranks."""
+        if not (self.runtime.main or self.replica.divided):
             return
         state = {
             "step": step,
@@ -231,12 +231,14 @@ class Run:
             "data": {"cursor": step, "fingerprint": self.prepared.train.fingerprint},
             "random": {"seed": self.config.train.seed, "keyed_by": ["seed", "step", "sequence"]},
         }
-        checkpoints.write(
-            checkpoints.capture(self.replica.named, self.optimizer, state),
-            self.directory / "checkpoints",
-            resolved_yaml(self.config, self.prepared),
-            self.config.output.keep_last,
-        )
+        captured = checkpoints.capture(self.replica, self.optimizer, state)
+        if captured is not None:
+            checkpoints.write(
+                captured,
+                self.directory / "checkpoints",
+                resolved_yaml(self.config, self.prepared),
+                self.config.output.keep_last,
+            )
 
     def finish(self) -> None:
         """The closing lines and the adapter."""
@@ -262,7 +264,7 @@ def build(
     """The sharded base with its adapters attached, and their replica."""
     engine = build_engine(preparation.placement, preparation.topology)
     model = preparation.base.load(engine, runtime.device)
-    replica = replicate(model, engine)
+    replica = replicate(model, engine, divided=preparation.divided)
     attach(model, preparation.lora)
     if config.adapter.path is not None:
         load_adapter(model, config.adapter.path)
@@ -274,7 +276,7 @@ def build(
 
 
 def build_optimizer(config: Config, replica: TrainedReplica) -> Optimizer:
-    """torch's optimizer over the replica's plain tensors."""
+    """torch's optimizer over the replica's plain tensors, driven by it."""
     section = config.optimizer
     groups = replica.parameter_groups(
         lr=section.lr,
@@ -282,8 +284,8 @@ def build_optimizer(config: Config, replica: TrainedReplica) -> Optimizer:
         weight_decay=section.weight_decay,
     )
     if section.name == "sgd":
-        return torch.optim.SGD(groups)
-    return torch.optim.AdamW(groups, fused=True)
+        return replica.drive(torch.optim.SGD(groups))
+    return replica.drive(torch.optim.AdamW(groups, fused=True))
 
 
 def due(step: int, every: int, last: bool = False) -> bool:

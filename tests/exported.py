@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, GPT2Model, MistralConfig, Mixtral
 from dlora import LoraConfig, attach, checkpoint, load_adapter, save_adapter
 from dlora.config import AdapterConfig, Config, DataConfig, ModelConfig, OutputConfig, dump_yaml
 from dlora.lora.attach import trainable_parameters
+from dlora.sharding.mesh import Topology
+from dlora.sharding.replica import Replica
 
 IDS = torch.arange(3, 200, 7)[None]
 SHAPES = MODELS | {
@@ -110,15 +112,17 @@ def write_checkpoint(base: Path, root: Path) -> tuple[Path, nn.Module]:
     """A checkpoint of a run on `base`, and the live model as it was then."""
     adapter = {"r": 3, "target_modules": ["v_proj", "up_proj"], "modules_to_save": ["norm"]}
     model = attach_random(loaded(base), LoraConfig(**adapter))
-    named = trainable_parameters(model)
+    replica = Replica(Topology.current())
+    replica.own(trainable_parameters(model))
     config = Config(
         model=ModelConfig(path=str(base), dtype="float32"),
         adapter=AdapterConfig(**adapter),
         data=DataConfig(train="gone.jsonl"),
         output=OutputConfig(dir=str(root)),
     )
-    optimizer = torch.optim.AdamW(named.values())
-    content = checkpoint.capture(named, optimizer, {"step": 7})
+    optimizer = torch.optim.AdamW(replica.named.values())
+    content = checkpoint.capture(replica, optimizer, {"step": 7})
+    assert content is not None
     return checkpoint.write(content, root / "checkpoints", dump_yaml(config), 2), model
 
 

@@ -51,7 +51,11 @@ output: {dir: runs/x, log_every: 1, eval_every: 50, save_every: 50, keep_last: 2
   resume_force: false, tensorboard: true}
 """
 
-ADDED = {("sharding", "ranks_per_node"): None, ("output", "samples"): 0}  # change nothing
+ADDED = {  # change nothing
+    ("sharding", "ranks_per_node"): None,
+    ("sharding", "optimizer_state"): "auto",
+    ("output", "samples"): 0,
+}
 
 
 @pytest.fixture

@@ -4,6 +4,10 @@ On one node it is an all-reduce. Over several nodes of G ranks it is a reduce-sc
 node, an all-reduce of 1/G across nodes between ranks of equal place, and an all-gather inside the
 node: each link between nodes then carries 1/G of the tensor per rank, and every rank gets the same
 bits.
+
+The same in two halves, for the same bytes: `scatter_` leaves each rank with one part of the sum
+(reduce-scatter inside the node, then across nodes), `gather_` makes a tensor whole of such parts
+(all-gather across nodes, then inside).
 """
 
 from __future__ import annotations
@@ -33,6 +37,27 @@ def reduction_bytes(nbytes: int, topology: Topology) -> float:
     return inside + ring_reduce_bytes(nbytes / topology.ranks_per_node, topology.nodes)
 
 
+def divisible(numel: int, topology: Topology) -> int:
+    """`numel`, rounded up so that it divides into one part for each rank."""
+    return numel + -numel % topology.world
+
+
+def owner(part: int, topology: Topology) -> int:
+    """The rank to which `scatter_` brings the part of this number."""
+    if not is_hierarchical(topology):
+        return part
+    place, node = divmod(part, topology.nodes)
+    return node * topology.ranks_per_node + place
+
+
+def part_of(rank: int, topology: Topology) -> int:
+    """The number of the part that `scatter_` brings to a rank."""
+    if not is_hierarchical(topology):
+        return rank
+    node, place = divmod(rank, topology.ranks_per_node)
+    return place * topology.nodes + node
+
+
 class Reduction:
     """The process groups of the reduction; every rank must construct it."""
 
@@ -44,6 +69,12 @@ class Reduction:
             across = [[n * local + i for n in range(nodes)] for i in range(local)]
             self._inside, _ = dist.new_subgroups_by_enumeration(inside)
             self._across, _ = dist.new_subgroups_by_enumeration(across)
+            place = topology.rank % local
+            self._levels = [(self._inside, local, place), (self._across, nodes, topology.node)]
+        elif topology.world > 1:
+            self._levels = [(None, topology.world, topology.rank)]
+        else:
+            self._levels = []
 
     def sum_(self, flat: Tensor) -> None:
         """flat ← Σ over ranks, in place; its length is `padded`."""
@@ -58,3 +89,29 @@ class Reduction:
         dist.reduce_scatter_single(part, flat, group=self._inside)
         dist.all_reduce(part, group=self._across)
         dist.all_gather_single(flat, part, group=self._inside)
+
+    def scatter_(self, flat: Tensor) -> None:
+        """Part `part_of(rank)` of flat ← Σ over ranks; the other parts are used up.
+
+        Its length is `divisible`; so is that of `gather_`.
+        """
+        self._count_half(flat)
+        for group, ranks, index in self._levels:
+            part = flat.chunk(ranks)[index]
+            dist.reduce_scatter_single(part, flat, group=group)
+            flat = part
+
+    def gather_(self, flat: Tensor) -> None:
+        """Every part of flat ← that of its owner, in place."""
+        self._count_half(flat)
+        wholes = []
+        for _, ranks, index in self._levels:
+            wholes.append(flat)
+            flat = flat.chunk(ranks)[index]
+        for (group, _, _), whole in zip(reversed(self._levels), reversed(wholes), strict=True):
+            dist.all_gather_single(whole, flat, group=group)
+            flat = whole
+
+    def _count_half(self, flat: Tensor) -> None:
+        if self.topology.world > 1:
+            self.wire.add(reduction_bytes(flat.nbytes, self.topology) / 2)

@@ -65,7 +65,7 @@ def prepared_run(argv: list[str]) -> Run:
 
 
 def train(argv: list[str], meddle: Callable[[Run], None] | None = None) -> dict[str, Any]:
-    """Run to the end; status, trained tensors and optimizer state of this rank.
+    """Run to the end; status, trained tensors and optimizer state that this rank can save.
 
     Args:
         meddle: called with the run before it starts.
@@ -74,8 +74,9 @@ def train(argv: list[str], meddle: Callable[[Run], None] | None = None) -> dict[
     if meddle is not None:
         meddle(run)
     status = run.train()
-    held = capture(run.replica.named, run.optimizer, {})
-    return {"status": status, "tensors": held.tensors, "optimizer": held.optimizer}
+    held = capture(run.replica, run.optimizer, {})
+    tensors = {name: parameter.detach().clone() for name, parameter in run.replica.named.items()}
+    return {"status": status, "tensors": tensors, "optimizer": held and held.optimizer}
 
 
 def figures(directory: str | Path) -> list[dict[str, Any]]:

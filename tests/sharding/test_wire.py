@@ -209,7 +209,8 @@ def saved_by_each(argv: list[str], directory: str) -> dict[str, Any]:
             if turn == rank:
                 root = Path(directory) / f"rank-{rank}"
                 save_adapter(run.model, root / "adapter")
-                state = capture(run.replica.named, run.optimizer, {"step": STEPS})
+                state = capture(run.replica, run.optimizer, {"step": STEPS})
+                assert state is not None
                 write(state, root / "checkpoints", "", keep_last=1)
                 run.save(STEPS)
             time.sleep(0.05)

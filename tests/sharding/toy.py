@@ -33,8 +33,8 @@ def batch(step: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
     return [(part[:, :3], part[:, 3:]) for part in rows.split(ROWS)]
 
 
-def replicated(dtype: torch.dtype = torch.float64) -> tuple[Toy, Replica]:
-    model, replica = Toy(dtype), Replica(Topology.current())
+def replicated(dtype: torch.dtype = torch.float64, *, divided: bool = False) -> tuple[Toy, Replica]:
+    model, replica = Toy(dtype), Replica(Topology.current(), divided=divided)
     replica.own(dict(model.named_parameters()))
     return model, replica
 

@@ -1,0 +1,170 @@
+"""Flat tensors in equal parts, one for each rank: who has what, and a whole made of parts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dlora.errors import UsageError
+from dlora.sharding.mesh import Topology
+from dlora.sharding.reduction import divisible, owner
+from dlora.sharding.share import Named, ReplicaError, count
+
+
+class Span(NamedTuple):
+    """Elements [start, stop) of a flattened tensor, and the rank that has them."""
+
+    rank: int
+    start: int
+    stop: int
+
+
+class Parts:
+    """Tensors that are laid end to end, padded, and divided into one part for each rank.
+
+    Attributes:
+        size: elements of a part.
+    """
+
+    def __init__(self, named: Named, topology: Topology) -> None:
+        self.topology = topology
+        self.size = divisible(count(named), topology) // topology.world
+        self._spans: dict[str, list[Span]] = {}
+        start = 0
+        for name, parameter in named.items():
+            stop = start + parameter.numel()
+            self._spans[name] = [
+                Span(
+                    owner(part, topology),
+                    max(part * self.size, start) - start,
+                    min((part + 1) * self.size, stop) - start,
+                )
+                for part in range(start // self.size, -(-stop // self.size))
+            ]
+            start = stop
+
+    def spans(self, name: str) -> list[Span]:
+        """Who has what of a tensor, in the order of its elements."""
+        return self._spans[name]
+
+    def here(self, name: str) -> Span:
+        """What this rank has of a tensor; start and stop are equal where it has none of it."""
+        rank = self.topology.rank
+        return next((span for span in self._spans[name] if span.rank == rank), Span(rank, 0, 0))
+
+
+def gathered_states(
+    parts: Parts, named: Named, optimized: Named, optimizer: Optimizer
+) -> Iterator[tuple[str, str, Tensor]]:
+    """(name, slot, whole tensor) of an optimizer's state, one after the other, on rank 0 alone.
+
+    Collective until it is exhausted. Rank 0 holds one whole tensor at a time, the others none: each
+    sends what it has. States without dims, such as a count of steps, go with a tensor's first part.
+
+    Args:
+        named, optimized: the tensors, and this rank's 1-D parts of them.
+
+    Raises:
+        UsageError: on every rank: a state is not one number for each element.
+        ReplicaError: on every rank: ranks keep different states of one tensor.
+    """
+    main = parts.topology.rank == 0
+    for name, slots in _agreed(parts, optimized, optimizer).items():
+        part = optimized[name]
+        for slot, (dtype_name, scalar) in slots.items():
+            dtype = getattr(torch, dtype_name)
+            if scalar is None:
+                mine = optimizer.state[part][slot] if part.numel() else None
+                whole = _on_rank_0(parts, name, mine, part.new_empty(0, dtype=dtype))
+                if main:
+                    yield name, slot, whole.view(named[name].shape)
+            elif main:
+                yield name, slot, torch.tensor(scalar, dtype=dtype)
+
+
+def _on_rank_0(parts: Parts, name: str, mine: Tensor | None, like: Tensor) -> Tensor:
+    """The whole of a flat tensor on rank 0, of the dtype and on the device of `like`."""
+    spans, rank = parts.spans(name), parts.topology.rank
+    if rank != 0:
+        if mine is not None:
+            _done([dist.P2POp(dist.isend, mine, 0)])
+        return like
+    whole = like.new_empty(spans[-1].stop)
+    if mine is not None:
+        here = parts.here(name)
+        whole[here.start : here.stop] = mine
+    _done([dist.P2POp(dist.irecv, whole[s.start : s.stop], s.rank) for s in spans if s.rank])
+    return whole
+
+
+def _done(operations: list[dist.P2POp]) -> None:
+    if operations:
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+
+
+# -- what there is to be gathered --------------------------------------------------------------
+
+# name → slot → [dtype, None], or [dtype, value] of a state without dims, or [dtype, [shape]] of one
+# that does not have the part's shape.
+Described = dict[str, dict[str, list[Any]]]
+
+
+def _agreed(parts: Parts, optimized: Named, optimizer: Optimizer) -> Described:
+    """What all ranks have, in the order of the tensors, once it is clear that they agree."""
+    device = next(iter(optimized.values())).device
+    mine = json.dumps(_described(optimized, optimizer))
+    by_rank: list[Described] = [json.loads(text) for text in _texts(mine, parts.topology, device)]
+    agreed: Described = {}
+    for name in optimized:
+        first, *others = [
+            (span.rank, by_rank[span.rank].get(name, {})) for span in parts.spans(name)
+        ]
+        for rank, slots in others:
+            if slots != first[1]:
+                raise ReplicaError(
+                    f"ranks {first[0]} and {rank} keep different optimizer states of {name}: "
+                    f"{first[1]} and {slots}"
+                )
+        for slot, (_, known) in first[1].items():
+            if isinstance(known, list):
+                raise UsageError(
+                    "sharding.optimizer_state: divided needs an optimizer that treats each element "
+                    f"alone; {type(optimizer).__name__} keeps {slot} of shape {known} for {name}"
+                )
+        agreed[name] = first[1]
+    return agreed
+
+
+def _described(optimized: Named, optimizer: Optimizer) -> Described:
+    found: Described = {}
+    for name, part in optimized.items():
+        for slot, state in optimizer.state.get(part, {}).items() if part.numel() else ():
+            if isinstance(state, Tensor):
+                known: Any = state.item() if state.ndim == 0 else list(state.shape)
+                dtype = str(state.dtype).removeprefix("torch.")
+                found.setdefault(name, {})[slot] = [
+                    dtype,
+                    None if state.shape == part.shape else known,
+                ]
+    return found
+
+
+def _texts(text: str, topology: Topology, device: torch.device) -> list[str]:
+    """Every rank's text, by rank."""
+    if topology.world == 1:
+        return [text]
+    content = text.encode()
+    lengths = torch.zeros(topology.world, dtype=torch.int64, device=device)
+    dist.all_gather_single(lengths, torch.tensor([len(content)], device=device))
+    longest = int(lengths.max())
+    mine = torch.frombuffer(bytearray(content.ljust(longest)), dtype=torch.uint8).to(device)
+    every = mine.new_empty(topology.world * longest)
+    dist.all_gather_single(every, mine)
+    return [bytes(row.tolist()).decode() for row in every.view(topology.world, longest)]

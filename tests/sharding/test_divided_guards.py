@@ -1,0 +1,114 @@
+"""How a divided optimizer state keeps the replica's promise, and what is refused."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from ranks import Pools
+from test_divided import divided, flat
+from torch import Tensor
+from toy import batch, own_rank, replicated
+
+from dlora import UsageError, shard
+from dlora.sharding.replica import ReplicaError
+
+
+def moved(when: str) -> Tensor:
+    """Steps of AdamW; in the second all tensors move, as `.to(device)` moves them."""
+    (model, replica, optimizer), rank = divided(), own_rank()
+    moves = {when: lambda: model._apply(torch.clone)}
+    for step in range(3):
+        acts = moves if step == 1 else {}
+        replica.zero_grad()
+        x, y = batch(step, torch.float64)[rank]
+        acts.get("before backward", int)()
+        model.losses(x, y, spare=False).sum().backward()
+        acts.get("after backward", int)()
+        replica.reduce_gradients(len(x))
+        acts.get("before the step", int)()
+        optimizer.step()
+    replica.audit()
+    assert torch.equal(flat(model), replica.values)
+    return flat(model)
+
+
+def test_moved_parameters_are_bound_again(pools: Pools) -> None:
+    wanted = pools(2).run(moved, "never")[0]
+    for when in ("before backward", "after backward", "before the step"):
+        assert all(torch.equal(got, wanted) for got in pools(2).run(moved, when)), when
+
+
+def flipped() -> str:
+    """What the audit says once a bit flipped on a rank that does not step it."""
+    (model, replica, optimizer), rank = divided(dtype=torch.float32), own_rank()
+    x, y = batch(0, torch.float32)[rank]
+    model.losses(x, y, spare=True).sum().backward()
+    replica.reduce_gradients(len(x))
+    optimizer.step()
+    replica.audit()
+    if rank == 1:
+        model.A.data.view(torch.int32)[0, 0] ^= 1
+    with pytest.raises(ReplicaError) as stopped:
+        replica.audit()
+    return str(stopped.value)
+
+
+def test_the_audit_sees_whole_tensors(pools: Pools) -> None:
+    told = "the adapters are no longer the same on every rank: A on rank 1"
+    assert pools(3).run(flipped) == [told] * 3
+
+
+# -- what is refused ------------------------------------------------------------------------------
+
+
+class Norms(torch.optim.SGD):
+    """An optimizer with a state that does not go with single elements."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["norms"] = torch.zeros(2, 3)
+
+
+def refused(case: str) -> str:
+    (model, replica), rank = replicated(divided=True), own_rank()
+    x, y = batch(0, torch.float64)[rank]
+    model.losses(x, y, spare=True).sum().backward()
+    try:
+        if case == "whole tensors":
+            replica.drive(torch.optim.SGD(model.parameters()))
+        if case == "not driven":
+            torch.optim.SGD(replica.optimized.values())
+            replica.reduce_gradients()
+        optimizer = replica.drive(Norms(replica.optimized.values()))
+        replica.reduce_gradients()
+        optimizer.step()
+        list(replica.share.states(optimizer))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("not driven", "ReplicaError: the optimizer state is divided over ranks, and its steps .*"),
+        ("whole tensors", r"ReplicaError: .*; give it replica\.parameter_groups\(\.\.\.\)"),
+        (
+            "shapes",
+            r"UsageError: sharding\.optimizer_state: .* Norms keeps norms of shape \[2, 3\] .*",
+        ),
+    ],
+)
+def test_what_would_go_wrong_is_refused_on_every_rank(
+    pools: Pools, case: str, message: str
+) -> None:
+    for told in pools(2).run(refused, case):
+        assert re.fullmatch(message, told, re.DOTALL)
+
+
+def test_an_unknown_setting_is_refused() -> None:
+    with pytest.raises(UsageError, match="sharding.optimizer_state: 'half' is none of auto, "):
+        shard(torch.nn.Linear(2, 2), optimizer_state="half")
