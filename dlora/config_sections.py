@@ -67,12 +67,12 @@ class ShardingConfig:
     ranks_per_node: int | None = option(
         None, "ranks that share a node; null: as the launcher says", ge=1
     )
+    cpu_offload: bool = option(False, "zero3: keep the ranks' parts of W0 in host memory")
     optimizer_state: Literal["auto", "replicated", "divided"] = option(
         "auto",
         "replicated: on every rank, saves need no collective; divided: 1/ranks of it on each, for "
         "large adapters, saves are collective",
     )
-    cpu_offload: bool = option(False, "zero3: keep the ranks' parts of W0 in host memory")
     activation_checkpointing: bool = option(False, "recompute activations in backward")
     memory_budget_gb: float | None = option(
         None, "per rank; spare memory keeps frozen layers resident", gt=0

@@ -9,7 +9,8 @@ from dataclasses import asdict
 
 from dlora.config import SCHEMA, Config, Options, parse
 from dlora.errors import UsageError
-from dlora.prepare import Preparation, prepare
+from dlora.plan.capacity import free_bytes
+from dlora.prepare import Preparation, Surroundings, prepare
 from dlora.runtime import Runtime
 from dlora.start import Start, find_start
 
@@ -63,9 +64,14 @@ def prepared(config: Config, runtime: Runtime) -> Preparation:
     found = runtime.agree("start", find)
     told = runtime.broadcast("start/found", found and asdict(found))
     start = Start(**told) if told else None
+    around = Surroundings(
+        runtime.device.type, runtime.least("free", free_bytes(runtime.device, local_world))
+    )
 
     def work() -> tuple[Preparation, str]:
-        found = prepare(config, runtime.rank, runtime.world, local_world, runtime.say, start=start)
+        found = prepare(
+            config, runtime.rank, runtime.world, local_world, runtime.say, start, around
+        )
         return found, found.fingerprint
 
     return runtime.agree("preparation", work)

@@ -26,9 +26,11 @@ from dlora.errors import UsageError
 from dlora.lora.attach import attach, trainable_parameters
 from dlora.lora.config import LoraConfig
 from dlora.objectives.targets import model_parts
-from dlora.plan import Budget, budget
+from dlora.plan.choose import Decision, capacity_of, decide
+from dlora.plan.earlier import earlier_placement, settle
+from dlora.plan.subject import Plan, Subject
+from dlora.plan.workload import workload_of
 from dlora.sharding.mesh import Placement, Topology, resolve_placement
-from dlora.sharding.share import state_is_divided
 from dlora.start import Start, check_start
 
 
@@ -42,18 +44,45 @@ class Preparation:
     eval: Dataset | None
     sampler: Sampler
     lora: LoraConfig
-    placement: Placement
     topology: Topology
-    divided: bool  # the optimizer state, over ranks
-    budget: Budget
     pad_id: int
-    start: Start | None = None
+    start: Start | None
+    decision: Decision
+
+    @property
+    def budget(self) -> Plan:
+        """The plan that was chosen."""
+        return self.decision.plan
+
+    @property
+    def placement(self) -> Placement:
+        """Where W0 lives."""
+        return self.budget.placement
+
+    @property
+    def divided(self) -> bool:
+        """Whether the optimizer state is divided over ranks."""
+        return self.budget.divided
 
     @property
     def fingerprint(self) -> str:
-        """Equal on ranks that are about to train the same."""
+        """Equal on ranks that are about to train the same, in the same way."""
         data = [self.train.fingerprint, self.eval.fingerprint if self.eval else ""]
-        return " ".join([*data, str(self.lora), str(self.divided)])
+        chosen = [self.placement, self.divided, self.budget.resident]
+        return " ".join([*data, str(self.lora), *map(str, chosen)])
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What ranks have to know alike before they plan, so that all of them plan the same.
+
+    Attributes:
+        device: `"cpu"` or `"cuda"`.
+        free: bytes that each rank may take; None if that is not known, and then everything fits.
+    """
+
+    device: str = "cpu"
+    free: int | None = None
 
 
 def prepare(
@@ -63,6 +92,7 @@ def prepare(
     local_world: int,
     announce: Callable[[str], None],
     start: Start | None = None,
+    around: Surroundings = Surroundings(),  # noqa: B008 - frozen
 ) -> Preparation:
     """Read the data, the tokenizer and the model's skeleton, and plan.
 
@@ -70,22 +100,17 @@ def prepare(
         start: the checkpoint to go on from, if there is one.
 
     Raises:
-        UsageError: data, model or adapter settings are wrong, named by key, file or line.
+        UsageError: data, model or adapter settings are wrong, named by key, file or line, or no
+            placement fits the budget.
     """
     check_ranks_per_node(config, world)
     if rank == 0:
         check_output(config)
     topology = Topology(rank, world, config.sharding.ranks_per_node or local_world)
-    placement = resolve_placement(
-        config.sharding.engine,
-        config.sharding.base,
-        topology,
-        offload=config.sharding.cpu_offload,
-    )
-    divided = state_is_divided(config.sharding.optimizer_state)
+    _check_placement(config, topology)
     lora = lora_config(config, start)
     base = _base(config, announce)
-    skeleton = _adapted(config, base, placement, lora, start)
+    skeleton = _adapted(config, base, lora, start)
     tokenizer = base.tokenizer()
     train, held_out = _data(config, tokenizer, announce)
     check_sequences({"data.train": train, "data.eval": held_out}, tokenizer, skeleton)
@@ -94,22 +119,12 @@ def prepare(
     if start is not None:
         check_start(start, config, lora, trainable, sampler, train.fingerprint)
     announce(_said_of_steps(sampler, config.train.global_batch_size))
-    if divided:
+    decision = _decision(config, skeleton, topology, train.report.longest, around, start)
+    if decision.plan.divided:
         announce(
             f"optimizer state: divided, 1/{world} on each rank, so a save needs all ranks: each "
             "sends its part to rank 0 (sharding.optimizer_state)"
         )
-    micro_batches = -(-config.train.global_batch_size // (world * config.train.micro_batch_size))
-    planned = budget(
-        skeleton,
-        trainable,
-        placement,
-        topology,
-        optimizer=config.optimizer.name,
-        micro_batches=micro_batches,
-        checkpointing=config.sharding.activation_checkpointing,
-        divided=divided,
-    )
     return Preparation(
         base,
         tokenizer,
@@ -117,13 +132,51 @@ def prepare(
         held_out,
         sampler,
         lora,
-        placement,
         topology,
-        divided,
-        planned,
         pad_token(tokenizer, skeleton),
         start,
+        decision,
     )
+
+
+def _check_placement(config: Config, topology: Topology) -> None:
+    """What is wrong with the placement that the user wants, before anything is read."""
+    section = config.sharding
+    if section.base != "auto":
+        resolve_placement(section.engine, section.base, topology, offload=section.cpu_offload)
+
+
+def _decision(
+    config: Config,
+    skeleton: Any,
+    topology: Topology,
+    longest: int,
+    around: Surroundings,
+    start: Start | None,
+) -> Decision:
+    """The plan of the run: what the settings leave open is chosen, `base: auto` above all."""
+    section, world = config.sharding, topology.world
+    earlier = earlier_placement(start.settings, start.state) if start else None
+    settings = settle(config, earlier, world)
+    decision = decide(
+        Subject(
+            skeleton,
+            trainable_parameters(skeleton),
+            workload_of(config, world, longest),
+            device=around.device,
+            check=lambda placement: check_experts_divide(skeleton, placement),
+        ),
+        topology,
+        engine=settings.engine,
+        base=settings.base,
+        optimizer_state=settings.optimizer_state,
+        capacity=capacity_of(section.memory_budget_gb, around.free),
+        offload=section.cpu_offload,
+    )
+    if settings.said:
+        reason = f"{settings.said}: {decision.reason}" if settings.base == "auto" else settings.said
+        decision = replace(decision, reason=reason)
+    return decision
 
 
 def _base(config: Config, announce: Callable[[str], None]) -> BaseModel:
@@ -144,14 +197,11 @@ def _base(config: Config, announce: Callable[[str], None]) -> BaseModel:
     )
 
 
-def _adapted(
-    config: Config, base: BaseModel, placement: Placement, lora: LoraConfig, start: Start | None
-) -> nn.Module:
+def _adapted(config: Config, base: BaseModel, lora: LoraConfig, start: Start | None) -> nn.Module:
     """The base on the meta device with its adapters, once all that can be seen of it is right."""
     skeleton = base.skeleton()
     base.check_stored(skeleton)
     model_parts(skeleton)
-    check_experts_divide(skeleton, placement)
     with keyed_by("adapter"):
         attach(skeleton, lora)
     check_dropout(skeleton)

@@ -30,6 +30,8 @@ from dlora.memory import MemoryMeter, trim
 from dlora.metrics import FiniteWatch, SilentLog, held_out_line
 from dlora.objectives import targets
 from dlora.optim.schedule import lr_factor, set_lr
+from dlora.plan.measured import measure
+from dlora.plan.report import comparison, lines_of
 from dlora.prepare import Preparation
 from dlora.progress import StepDisplay
 from dlora.resume import open_directory, resolved_yaml, resume
@@ -50,8 +52,7 @@ def main(argv: list[str]) -> int:
     importlib.import_module("transformers.models.auto.modeling_auto")
     meter = MemoryMeter()  # counts from here: after imports, before data and weights
     preparation = prepared(config, runtime)
-    for line in preparation.budget.lines():
-        runtime.say(line)
+    runtime.say("\n".join(lines_of(preparation.decision, is_open=config.sharding.base == "auto")))
     if options.check:
         runtime.say("configuration, data and plan are right; nothing was trained (--check)")
         runtime.leave()
@@ -82,6 +83,7 @@ class Run:
         self.model, self.replica = build(config, runtime, preparation)
         self.optimizer = build_optimizer(config, self.replica)
         self.total_steps = preparation.sampler.total_steps
+        self.records: list[dict[str, Any]] = []  # of the steps of this start
         self.start = resume(runtime, preparation, self.replica, self.optimizer)
 
     def train(self) -> int:
@@ -154,6 +156,7 @@ class Run:
                     "batch_hash": batch_hash(ids),
                 }
                 self.losses.see(record)
+                self.records.append(record)
                 status = exit_status(reduced.sums[1:])
                 evaluated = self.evaluates and due(done, config.output.eval_every, last=last)
                 if evaluated:
@@ -232,6 +235,7 @@ class Run:
             return
         found = self.prepared
         state = state_at(step, self.config, found.lora, found.sampler, found.train.fingerprint)
+        state["ranks"] = self.runtime.world
         captured = checkpoints.capture(self.replica, self.optimizer, state)
         if captured is not None:
             checkpoints.write(
@@ -248,6 +252,8 @@ class Run:
             self.runtime.say(line)
         self.losses.close()
         self.save_adapter()
+        measured = measure(self.model, self.replica, self.optimizer, self.records)
+        self.runtime.say(comparison(self.prepared.budget, measured, self.runtime.device.type))
 
     def save_adapter(self) -> None:
         """The adapter that stock PEFT loads."""
@@ -265,6 +271,7 @@ def build(
     model = preparation.base.load(engine, runtime.device)
     replica = replicate(model, engine, divided=preparation.divided)
     attach(model, preparation.lora)
+    engine.hold(model, preparation.budget.resident)
     if config.adapter.path is not None and preparation.start is None:
         load_adapter(model, config.adapter.path)
     if config.sharding.activation_checkpointing:

@@ -1,0 +1,55 @@
+"""What an earlier start of the same run chose, so that a resume keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dlora.config import Config, is_set
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """The placement that a checkpoint was written under; `ranks` is None if it does not say."""
+
+    engine: str
+    base: str
+    optimizer_state: str
+    ranks: int | None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the plan may choose from: the configuration, and what an earlier start made of it."""
+
+    engine: str
+    base: str
+    optimizer_state: str
+    said: str = ""
+
+
+def earlier_placement(settings: Mapping[str, Any], state: Mapping[str, Any]) -> Earlier | None:
+    """That of a checkpoint, from its `config.yaml` and its `state.json`."""
+    section = settings.get("sharding", {})
+    if not {"engine", "base"} <= section.keys():
+        return None
+    kept = section.get("optimizer_state", "auto")
+    return Earlier(section["engine"], section["base"], kept, state.get("ranks"))
+
+
+def settle(config: Config, earlier: Earlier | None, world: int) -> Settings:
+    """The configuration's settings; where they are open, those of a start on as many ranks."""
+    own = config.sharding
+    settings = Settings(own.engine, own.base, own.optimizer_state)
+    if own.base != "auto" or earlier is None or earlier.base == "auto":
+        return settings
+    if earlier.ranks not in (None, world):
+        said = f"chosen again, for {world} rank(s) where the checkpoint has {earlier.ranks}"
+        return Settings(own.engine, own.base, own.optimizer_state, said)
+    return Settings(
+        own.engine if is_set(config, "sharding.engine") else earlier.engine,
+        earlier.base,
+        earlier.optimizer_state if own.optimizer_state == "auto" else own.optimizer_state,
+        "as in the checkpoint",
+    )
