@@ -142,6 +142,7 @@ def test_what_a_hub_brings_is_checked_while_it_is_read(saved_models: Any, tmp_pa
 
 HUB = """
 import sys
+import torch
 from tiny import command
 from dlora.config import parse
 from dlora.entry import prepared
@@ -152,7 +153,7 @@ from pathlib import Path
 for name in ("whole", "damaged", "away"):
     config = parse(command(f"org/{name}", Path(sys.argv[1])), "dlora.train").config
     try:
-        prepared(config, Runtime(0, 1, None, None))
+        prepared(config, Runtime(0, 1, torch.device("cpu"), None))
     except UsageError as error:
         print(f"result {name}: {error}")
     else:
