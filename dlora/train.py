@@ -26,7 +26,7 @@ from dlora.errors import UsageError
 from dlora.evaluation import held_out_loss, sample_answers
 from dlora.lora.attach import attachment_of
 from dlora.lora.dropout import SampleKeys, seed_of
-from dlora.memory import MemoryMeter, trim
+from dlora.memory import MemoryMeter, trim, without_holes
 from dlora.metrics import FiniteWatch, SilentLog, held_out_line
 from dlora.objectives import targets
 from dlora.optim.schedule import lr_factor, set_lr
@@ -77,8 +77,10 @@ class Run:
         self.meter = meter
         self.stop = (
             StopRequest()
-        )  # from here on a signal is remembered, also while weights are read
+        )  # a signal is remembered from here on, also while weights are read
         self.losses = FiniteWatch(runtime.say)
+        if config.sharding.memory_budget_gb is not None:
+            without_holes()
         torch.manual_seed(config.train.seed)
         self.model, self.replica = build(config, runtime, preparation)
         self.optimizer = build_optimizer(config, self.replica)

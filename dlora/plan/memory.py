@@ -1,10 +1,11 @@
 """Bytes per rank.
 
-all the time    share of W0 │ layers that are held │ A, B, gradients │ optimizer state │ process
+all the time    share of W0 │ layers that are held │ A, B, gradients │ optimizer state
 and the most of
   blocks        saved activations + the busiest moment of a block │ W0: kept + two layers
   loss          saved activations + a chunk of logits, its gradient │ W0: kept + one layer
   a save        on a CPU: the copy that is written, and what clipping copies
+and an allowance for the process, and for the holes that an allocator leaves
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from dlora.plan.trace import Trace
+from dlora.memory import HOLES
+from dlora.plan.activations import Trace
 from dlora.plan.units import Unit
 from dlora.plan.workload import Workload
 from dlora.sharding.mesh import Placement, Topology
@@ -22,7 +24,7 @@ from dlora.sharding.replica import share_class
 
 # What a process takes that no tensor here accounts for. CPU: the interpreter's growth, gloo's
 # buffers, scratch of matrix products. CUDA: context, NCCL's buffers, workspaces of cuBLAS.
-PROCESS = {"cpu": 80 * 10**6, "cuda": 1_200 * 10**6}
+PROCESS = {"cpu": 90 * 10**6, "cuda": 1_200 * 10**6}
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Memory:
         state: of the optimizer.
         activations: what a micro-batch takes.
         saving: most that clipping or a save takes between two steps.
-        process: a stated allowance.
+        process: what it takes beside tensors, stated and not computed.
     """
 
     base_total: int
@@ -59,14 +61,23 @@ class Memory:
         return self.adapters + self.state
 
     @property
-    def peak(self) -> int:
-        """Most at one time."""
-        always = self.base_held + self.resident + self.replica + self.process
-        return always + max(
+    def in_use(self) -> int:
+        """Most bytes of tensors at one time."""
+        return (self.base_held + self.resident + self.replica) + max(
             self.activations.blocks + self.base_gathered,
             self.activations.loss + self.loss_gathered,
             self.saving,
         )
+
+    @property
+    def allowance(self) -> int:
+        """For the process, and for the holes that an allocator leaves between tensors."""
+        return self.process + round(HOLES * (self.in_use + self.process))
+
+    @property
+    def peak(self) -> int:
+        """Most bytes that the rank takes at one time."""
+        return self.in_use + self.allowance
 
     def holding(self, units: Iterable[Unit], held: Collection[str]) -> Memory:
         """The same rank, with the units of its placement at the paths `held` resident."""

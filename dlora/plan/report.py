@@ -27,7 +27,8 @@ def lines_of(decision: Decision, *, is_open: bool) -> list[str]:
         f"A and B         {plan.trainable:,} parameters; with gradients and optimizer state "
         f"{mb(m.replica)} per rank",
         f"activations     {activations_of(plan)}",
-        f"peak memory     {mb(m.peak)} per rank, {mb(m.process)} of them for the process itself",
+        f"peak memory     {mb(m.peak)} per rank, with an allowance of {mb(m.allowance)} for "
+        "process and allocator",
         f"wire, per step  {mb(plan.gathers)} gathering W0 + {mb(plan.reduction)} reducing "
         f"gradients, sent by each rank; {plan.audit} bytes every {AUDIT_EVERY}th for the audit",
     ]
@@ -70,8 +71,8 @@ def resident_of(plan: Plan) -> str:
 
 def comparison(plan: Plan, measured: Measured, device: str) -> str:
     """Planned against measured, as a run prints it at its end."""
-    # CUDA's figure is what the allocator gave out, so the process itself is not in it.
-    peak = plan.memory.peak - (plan.memory.process if device == "cuda" else 0)
+    # CUDA's figure is what its allocator gave out, without holes and all else.
+    peak = plan.memory.in_use if device == "cuda" else plan.memory.peak
     rows: list[tuple[str, int, float]] = [
         ("wire per step, median", plan.gathers + plan.reduction, measured.wire),
         ("W0 held", plan.base_held, measured.base),
@@ -88,11 +89,11 @@ def comparison(plan: Plan, measured: Measured, device: str) -> str:
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows as text: the first column on the left, figures on the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    padded = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *cells[1:]])
-        for row, cells in zip(rows, padded, strict=True)
-    ]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip())
+    return lines
 
 
 def mb(nbytes: float) -> str:

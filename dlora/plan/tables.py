@@ -102,7 +102,7 @@ def _parts(plan: Plan) -> list[str]:
         ("  activations kept for backward", gb(m.activations.saved)),
         ("  activations, busiest moment of the blocks", gb(m.activations.blocks)),
         ("  activations, logits and loss", gb(m.activations.loss)),
-        ("  allowance for the process", gb(m.process)),
+        ("  allowance for process and allocator", gb(m.allowance)),
         ("  peak", gb(m.peak)),
         ("sent per optimizer step", ""),
         ("  a rank, inside its node: W0", gb(t.gathers.inside)),
@@ -164,4 +164,6 @@ def _plain(plan: Plan, speeds: Speeds) -> dict[str, Any]:
 
 def gb(nbytes: float) -> str:
     """Bytes in gigabytes, or in megabytes where those would show nothing."""
+    if nbytes == 0:
+        return "0"
     return f"{nbytes / 1e9:,.2f} GB" if nbytes >= 1e7 else f"{nbytes / 1e6:,.2f} MB"
