@@ -75,9 +75,7 @@ class Run:
         self.config, self.runtime, self.prepared = config, runtime, preparation
         self.directory = output_directory(config)
         self.meter = meter
-        self.stop = (
-            StopRequest()
-        )  # a signal is remembered from here on, also while weights are read
+        self.stop = StopRequest()  # from here on, so also while weights are read
         self.losses = FiniteWatch(runtime.say)
         if config.sharding.memory_budget_gb is not None:
             without_holes()
