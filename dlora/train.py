@@ -12,12 +12,10 @@ import time
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
 
 from dlora import checkpoint as checkpoints
-from dlora.adapter_files import load_adapter, save_adapter
-from dlora.api import TrainedReplica, attach, replicate
+from dlora.adapter_files import save_adapter
+from dlora.build import build, build_optimizer
 from dlora.config import Config
 from dlora.data import batch_hash, deal
 from dlora.data.collate import Batch, collate
@@ -28,7 +26,6 @@ from dlora.lora.attach import attachment_of
 from dlora.lora.dropout import SampleKeys, seed_of
 from dlora.memory import MemoryMeter, trim, without_holes
 from dlora.metrics import FiniteWatch, SilentLog, held_out_line
-from dlora.objectives import targets
 from dlora.optim.schedule import lr_factor, set_lr
 from dlora.plan.measured import measure
 from dlora.plan.report import comparison, lines_of
@@ -36,7 +33,6 @@ from dlora.prepare import Preparation
 from dlora.progress import StepDisplay
 from dlora.resume import open_directory, resolved_yaml, resume
 from dlora.runtime import Runtime, exit_with
-from dlora.sharding.engine import build_engine
 from dlora.start import output_directory, state_at
 from dlora.stopping import StopRequest, exit_status
 
@@ -261,37 +257,6 @@ class Run:
         if self.runtime.main:
             save_adapter(self.model, where, base_model_name_or_path=self.config.model.path)
         self.runtime.say(f"adapter: {where}")
-
-
-def build(
-    config: Config, runtime: Runtime, preparation: Preparation
-) -> tuple[nn.Module, TrainedReplica]:
-    """The sharded base with its adapters attached, and their replica."""
-    engine = build_engine(preparation.placement, preparation.topology)
-    model = preparation.base.load(engine, runtime.device)
-    replica = replicate(model, engine, divided=preparation.divided)
-    attach(model, preparation.lora)
-    engine.hold(model, preparation.budget.resident)
-    if config.adapter.path is not None and preparation.start is None:
-        load_adapter(model, config.adapter.path)
-    if config.sharding.activation_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    targets.install(model)
-    model.train()
-    return model, replica
-
-
-def build_optimizer(config: Config, replica: TrainedReplica) -> Optimizer:
-    """torch's optimizer over the replica's plain tensors, driven by it."""
-    section = config.optimizer
-    groups = replica.parameter_groups(
-        lr=section.lr,
-        loraplus_lr_ratio=section.loraplus_lr_ratio,
-        weight_decay=section.weight_decay,
-    )
-    if section.name == "sgd":
-        return replica.drive(torch.optim.SGD(groups))
-    return replica.drive(torch.optim.AdamW(groups, fused=True))
 
 
 def due(step: int, every: int, last: bool = False) -> bool:
