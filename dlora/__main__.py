@@ -10,7 +10,7 @@ from dlora.runtime import exit_with
 COMMANDS = {
     "train": "train adapters; what `torchrun -m dlora.train` runs",
     "launch": "the same on several processes, with torchrun's options",
-    "plan": "later: bytes per rank and on the wire for machines that are not at hand",
+    "plan": "bytes per rank and on the wire for machines that are not at hand",
     "export": "an adapter or checkpoint → plain PEFT LoRA, or a merged model",
     "generate": "try an adapter, or a base, on a prompt",
 }

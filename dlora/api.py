@@ -84,7 +84,8 @@ def shard(
 
     Args:
         engine: `"fsdp2"` or `"zero3"`.
-        base: where W0 lives: `"none"` (a whole copy on each rank), `"node"`, `"world"` or `"auto"`.
+        base: where W0 lives: `"none"` (a whole copy on each rank), `"node"` or `"world"`. `"auto"`
+            is `"world"`: what a loop of one's own needs beside W0 is not known here.
         ranks_per_node: overrides LOCAL_WORLD_SIZE.
         resident: share of W0, 0 to 1, that stays gathered from its first use on: frozen weights are
             read-only, so this trades memory for bytes on the wire.
@@ -100,7 +101,8 @@ def shard(
     """
     topology = Topology.current(ranks_per_node)
     divided_by = sharded_by(model)
-    placement = resolve_placement(divided_by or engine, base, topology)
+    where = "world" if base == "auto" else base
+    placement = resolve_placement(divided_by or engine, where, topology)
     divided = state_is_divided(optimizer_state)
     built = build_engine(placement, topology, sharded=divided_by)
     replica = replicate(model, built, divided=divided)

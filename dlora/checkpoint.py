@@ -166,7 +166,7 @@ def verify(directory: Path, names: Collection[str] | None = None) -> None:
 
 def newest(root: Path, warn: Any = print) -> Path | None:
     """The newest checkpoint under `root` that verifies; damaged ones are skipped with a warning."""
-    for _, directory in reversed(_steps(root)):
+    for directory in newest_first(root):
         try:
             read(directory)
         except UsageError as error:
@@ -174,6 +174,11 @@ def newest(root: Path, warn: Any = print) -> Path | None:
         else:
             return directory
     return None
+
+
+def newest_first(root: Path) -> list[Path]:
+    """The directories of all checkpoints under `root`, whole or not."""
+    return [directory for _, directory in reversed(_steps(root))]
 
 
 def _steps(root: Path) -> list[tuple[int, Path]]:

@@ -44,6 +44,7 @@ __all__ = [
     "ShardingConfig",
     "TrainConfig",
     "dump_yaml",
+    "is_set",
     "load",
     "parse",
     "to_dict",
@@ -79,7 +80,6 @@ BUILT: dict[str, tuple[object, ...]] = {
     "adapter.method": ("lora",),
     "adapter.use_dora": (False,),
     "adapter.init_lora_weights": (True,),
-    "sharding.memory_budget_gb": (None,),
     "data.format": ("chat", "alpaca", "sharegpt", "text"),
     "data.packing": (False,),
     "optimizer.name": ("adamw", "sgd"),
@@ -138,7 +138,7 @@ def value_of(config: Config, key: str) -> Any:
     return operator.attrgetter(key)(config)
 
 
-def _is_set(config: Config, key: str) -> bool:
+def is_set(config: Config, key: str) -> bool:
     """Whether the user chose `key`; a `Config` built in Python shows only what left its default."""
     return key in config.user_set or value_of(config, key) != SCHEMA[key].default
 
@@ -169,9 +169,9 @@ def _bad_patterns(config: Config) -> Iterator[str]:
 
 
 def _contradictions(config: Config) -> Iterator[str]:
-    if config.adapter.method == "adalora" and _is_set(config, "adapter.r"):
+    if config.adapter.method == "adalora" and is_set(config, "adapter.r"):
         yield "adapter.r: adalora starts from adapter.init_r, set that instead"
-    if config.train.governed_by == "epochs" and _is_set(config, "train.max_steps"):
+    if config.train.governed_by == "epochs" and is_set(config, "train.max_steps"):
         yield "train.max_steps and train.epochs are both set, keep one"
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dlora.adapter_files import read_config
@@ -15,9 +16,13 @@ from dlora.errors import UsageError
 from dlora.lora.attach import attach, trainable_parameters
 from dlora.lora.config import LoraConfig
 from dlora.objectives.targets import model_parts
-from dlora.plan import Budget, budget
+from dlora.plan.capacity import free_bytes
+from dlora.plan.choose import Decision, capacity_of, decide
+from dlora.plan.earlier import Earlier, earlier_placement, settle
+from dlora.plan.subject import Plan, Subject
+from dlora.plan.workload import workload_of
+from dlora.runtime import Runtime
 from dlora.sharding.mesh import Placement, Topology, resolve_placement
-from dlora.sharding.share import state_is_divided
 
 
 @dataclass(frozen=True)
@@ -30,16 +35,30 @@ class Preparation:
     eval: Dataset | None
     sampler: Sampler
     lora: LoraConfig
-    placement: Placement
     topology: Topology
-    divided: bool  # the optimizer state, over ranks
-    budget: Budget
+    decision: Decision
+
+    @property
+    def budget(self) -> Plan:
+        """The plan that was chosen."""
+        return self.decision.plan
+
+    @property
+    def placement(self) -> Placement:
+        """Where W0 lives."""
+        return self.budget.placement
+
+    @property
+    def divided(self) -> bool:
+        """Whether the optimizer state is divided over ranks."""
+        return self.budget.divided
 
     @property
     def fingerprint(self) -> str:
-        """Equal on ranks that are about to train the same."""
+        """Equal on ranks that are about to train the same, in the same way."""
         data = [self.train.fingerprint, self.eval.fingerprint if self.eval else ""]
-        return " ".join([*data, str(self.lora), str(self.divided)])
+        chosen = [self.placement, self.divided, self.budget.resident]
+        return " ".join([*data, str(self.lora), *map(str, chosen)])
 
     @property
     def pad_id(self) -> int:
@@ -48,22 +67,64 @@ class Preparation:
         return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
 
+@dataclass(frozen=True)
+class Surroundings:
+    """What ranks have to know alike before they plan, so that all of them plan the same.
+
+    Attributes:
+        device: `"cpu"` or `"cuda"`.
+        free: bytes that each rank may take; None if that is not known, and then everything fits.
+        earlier: what a checkpoint that is to be resumed was written under.
+    """
+
+    device: str = "cpu"
+    free: int | None = None
+    earlier: Earlier | None = None
+
+
+def prepare_together(config: Config, runtime: Runtime) -> Preparation:
+    """`prepare` on every rank, with one view of memory and checkpoints, and one outcome."""
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world))
+    around = look_around(config, runtime, local_world)
+
+    def work() -> tuple[Preparation, str]:
+        found = prepare(config, runtime.rank, runtime.world, local_world, runtime.say, around)
+        return found, found.fingerprint
+
+    return runtime.agree("preparation", work)
+
+
+def look_around(config: Config, runtime: Runtime, local_world: int) -> Surroundings:
+    """Collective, through the store: the memory of the rank that has least, rank 0's checkpoint.
+
+    Args:
+        local_world: ranks that share this machine's memory.
+    """
+    found = earlier_placement(config) if runtime.main else None
+    earlier = runtime.broadcast("earlier", found and asdict(found))
+    return Surroundings(
+        device=runtime.device.type,
+        free=runtime.least("free", free_bytes(runtime.device, local_world)),
+        earlier=earlier and Earlier(**earlier),
+    )
+
+
 def prepare(
-    config: Config, rank: int, world: int, local_world: int, announce: Callable[[str], None]
+    config: Config,
+    rank: int,
+    world: int,
+    local_world: int,
+    announce: Callable[[str], None],
+    around: Surroundings = Surroundings(),  # noqa: B008 - frozen
 ) -> Preparation:
     """Read the data, the tokenizer and the model's skeleton, and plan.
 
     Raises:
-        UsageError: data, model or adapter settings are wrong, named by key, file or line.
+        UsageError: data, model or adapter settings are wrong, named by key, file or line, or no
+            placement fits the budget.
     """
     topology = Topology(rank, world, config.sharding.ranks_per_node or local_world)
-    placement = resolve_placement(
-        config.sharding.engine,
-        config.sharding.base,
-        topology,
-        offload=config.sharding.cpu_offload,
-    )
-    divided = state_is_divided(config.sharding.optimizer_state)
+    _check_placement(config, topology)
     lora = lora_config(config)
     if config.model.path.endswith(".gguf"):
         # Its tokenizer comes with the conversion, and a typo in the data must not wait for that.
@@ -81,7 +142,6 @@ def prepare(
     )
     skeleton = base.skeleton()
     model_parts(skeleton)
-    check_experts_divide(skeleton, placement)
     with keyed_by("adapter"):
         attach(skeleton, lora)
     tokenizer = base.tokenizer()
@@ -95,34 +155,47 @@ def prepare(
         **_length(config),
     )
     announce(_said_of_steps(sampler, config.train.global_batch_size))
-    if divided:
+    decision = _decision(config, skeleton, topology, train.report.longest, around)
+    if decision.plan.divided:
         announce(
             f"optimizer state: divided, 1/{world} on each rank, so a save needs all ranks: each "
             "sends its part to rank 0 (sharding.optimizer_state)"
         )
-    micro_batches = -(-config.train.global_batch_size // (world * config.train.micro_batch_size))
-    planned = budget(
-        skeleton,
-        trainable_parameters(skeleton),
-        placement,
+    return Preparation(base, tokenizer, train, held_out or None, sampler, lora, topology, decision)
+
+
+def _check_placement(config: Config, topology: Topology) -> None:
+    """What is wrong with the placement that the user wants, before anything is read."""
+    section = config.sharding
+    if section.base != "auto":
+        resolve_placement(section.engine, section.base, topology, offload=section.cpu_offload)
+
+
+def _decision(
+    config: Config, skeleton: Any, topology: Topology, longest: int, around: Surroundings
+) -> Decision:
+    """The plan of the run: what the settings leave open is chosen, `base: auto` above all."""
+    section, world = config.sharding, topology.world
+    settings = settle(config, around.earlier, world)
+    decision = decide(
+        Subject(
+            skeleton,
+            trainable_parameters(skeleton),
+            workload_of(config, world, longest),
+            device=around.device,
+            check=lambda placement: check_experts_divide(skeleton, placement),
+        ),
         topology,
-        optimizer=config.optimizer.name,
-        micro_batches=micro_batches,
-        checkpointing=config.sharding.activation_checkpointing,
-        divided=divided,
+        engine=settings.engine,
+        base=settings.base,
+        optimizer_state=settings.optimizer_state,
+        capacity=capacity_of(section.memory_budget_gb, around.free),
+        offload=section.cpu_offload,
     )
-    return Preparation(
-        base,
-        tokenizer,
-        train,
-        held_out or None,
-        sampler,
-        lora,
-        placement,
-        topology,
-        divided,
-        planned,
-    )
+    if settings.said:
+        reason = f"{settings.said}: {decision.reason}" if settings.base == "auto" else settings.said
+        decision = replace(decision, reason=reason)
+    return decision
 
 
 def lora_config(config: Config) -> LoraConfig:

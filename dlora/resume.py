@@ -96,6 +96,7 @@ def resolved_yaml(config: Config, preparation: Preparation) -> str:
     """The configuration with the placement that was chosen."""
     sharding = replace(
         config.sharding,
+        engine=preparation.placement.engine,  # type: ignore[arg-type]
         base=preparation.placement.base,  # type: ignore[arg-type]
         optimizer_state="divided" if preparation.divided else "replicated",
     )

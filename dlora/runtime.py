@@ -83,6 +83,16 @@ class Runtime:
                 return f"{topic}: rank {rank} sees something else than rank 0"
         return ""
 
+    def least(self, topic: str, value: int | None) -> int | None:
+        """The least of the ranks' values, on every rank; None if some rank has none."""
+        if self.store is None:
+            return value
+        self.store.set(f"{topic}/{self.rank}", json.dumps(value))
+        if not self.main:
+            return self.broadcast(topic, None)
+        values = [json.loads(self.store.get(f"{topic}/{rank}")) for rank in range(self.world)]
+        return self.broadcast(topic, None if None in values else min(values))
+
     def broadcast(self, topic: str, value: Any) -> Any:
         """Rank 0's value, JSON-like, on every rank."""
         if self.store is None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,13 @@ from dlora.data.collate import Batch, collate
 from dlora.evaluation import held_out_loss, sample_answers
 from dlora.lora.attach import attachment_of
 from dlora.lora.dropout import SampleKeys, seed_of
-from dlora.memory import MemoryMeter, trim
+from dlora.memory import MemoryMeter, trim, without_holes
 from dlora.metrics import SilentLog
 from dlora.objectives import targets
 from dlora.optim.schedule import lr_factor, set_lr
-from dlora.prepare import Preparation, prepare
+from dlora.plan.measured import measure
+from dlora.plan.report import comparison, lines_of
+from dlora.prepare import Preparation, prepare_together
 from dlora.progress import StepDisplay
 from dlora.resume import open_directory, resolved_yaml, resume
 from dlora.runtime import Runtime, exit_with
@@ -46,15 +47,8 @@ def main(argv: list[str]) -> int:
     importlib.import_module("transformers.models.auto.modeling_auto")
     meter = MemoryMeter()  # counts from here: after imports, before data and weights
     runtime = Runtime.from_environment(config.sharding.timeout_seconds)
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world))
-
-    def work() -> tuple[Preparation, str]:
-        found = prepare(config, runtime.rank, runtime.world, local_world, runtime.say)
-        return found, found.fingerprint
-
-    preparation = runtime.agree("preparation", work)
-    for line in preparation.budget.lines():
-        runtime.say(line)
+    preparation = prepare_together(config, runtime)
+    runtime.say("\n".join(lines_of(preparation.decision, is_open=config.sharding.base == "auto")))
     if options.check:
         runtime.say("configuration, data and plan are right; nothing was trained (--check)")
         return 0
@@ -73,11 +67,14 @@ class Run:
         self.config, self.runtime, self.prepared = config, runtime, preparation
         self.directory = Path(config.output.dir)
         self.meter = meter
+        if config.sharding.memory_budget_gb is not None:
+            without_holes()
         torch.manual_seed(config.train.seed)
         self.model, self.replica = build(config, runtime, preparation)
         self.optimizer = build_optimizer(config, self.replica)
         self.total_steps = preparation.sampler.total_steps
         self.held_out: list[float] = []
+        self.records: list[dict[str, Any]] = []  # of the steps of this start
         self.start = resume(config, runtime, preparation, self.replica, self.optimizer)
 
     def train(self) -> int:
@@ -147,6 +144,7 @@ class Run:
                     "wire_bytes": replica.wire.take(),
                     "batch_hash": batch_hash(ids),
                 }
+                self.records.append(record)
                 status = exit_status(reduced.sums[1:])
                 evaluated = self.evaluates and due(done, config.output.eval_every, last=last)
                 if evaluated:
@@ -229,6 +227,7 @@ class Run:
             "total_steps": self.total_steps,
             "schedule": {"name": self.config.optimizer.schedule, "next_step": step},
             "data": {"cursor": step, "fingerprint": self.prepared.train.fingerprint},
+            "ranks": self.runtime.world,
             "random": {"seed": self.config.train.seed, "keyed_by": ["seed", "step", "sequence"]},
         }
         captured = checkpoints.capture(self.replica, self.optimizer, state)
@@ -249,6 +248,8 @@ class Run:
                 f"held-out loss: {before:.4f} before, {after:.4f} after ({after / before - 1:+.1%})"
             )
         self.save_adapter()
+        measured = measure(self.model, self.replica, self.optimizer, self.records)
+        self.runtime.say(comparison(self.prepared.budget, measured, self.runtime.device.type))
 
     def save_adapter(self) -> None:
         """The adapter that stock PEFT loads."""
@@ -266,6 +267,7 @@ def build(
     model = preparation.base.load(engine, runtime.device)
     replica = replicate(model, engine, divided=preparation.divided)
     attach(model, preparation.lora)
+    engine.hold(model, preparation.budget.resident)
     if config.adapter.path is not None:
         load_adapter(model, config.adapter.path)
     if config.sharding.activation_checkpointing:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from dlora.errors import UsageError
 
-BASES = ("none", "node", "world", "auto")
+BASES = ("none", "node", "world")
 
 
 @dataclass(frozen=True)
@@ -65,22 +65,19 @@ def resolve_placement(
 ) -> Placement:
     """Turn the two settings into group sizes.
 
-    `auto` is `world`: one copy of W0 over all ranks.
-
     Raises:
         UsageError: `base` is unknown, nodes hold unequal numbers of ranks where that matters, or
             there is nothing to offload.
     """
     if base not in BASES:
         raise UsageError(f"sharding.base: {base!r} is none of {', '.join(BASES)}")
-    resolved = "world" if base == "auto" else base
-    if resolved == "node" and topology.uneven:
+    if base == "node" and topology.uneven:
         raise UsageError(
             f"sharding.base: node needs equally many ranks on every node, but {topology.world} "
             f"ranks do not divide into nodes of {topology.ranks_per_node}"
         )
     sizes = {"none": 1, "node": topology.ranks_per_node, "world": topology.world}
-    size = sizes[resolved]
+    size = sizes[base]
     if offload and size == 1:
         raise UsageError("sharding.cpu_offload needs W0 divided over two ranks or more")
-    return Placement(engine, resolved, size, topology.world // size, offload)
+    return Placement(engine, base, size, topology.world // size, offload)

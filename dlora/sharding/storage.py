@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 _MADV_DONTNEED = 4
@@ -74,6 +75,8 @@ def dropping_mapped_pages(suffix: str = ".safetensors") -> Iterator[None]:
 def held_bytes(model: nn.Module) -> int:
     """Bytes of the distinct storages that this rank holds for the frozen parameters of `model`."""
     storages = {}
+    for shard in _shards_of_gathered(model):
+        storages[shard.untyped_storage().data_ptr()] = shard.untyped_storage().nbytes()
     for parameter in model.parameters():
         if not parameter.requires_grad:
             # A partitioned parameter that stays gathered is there in part and as a whole.
@@ -82,6 +85,14 @@ def held_bytes(model: nn.Module) -> int:
                 storage = part.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
+
+
+def _shards_of_gathered(model: nn.Module) -> Iterator[Tensor]:
+    """FSDP2's parts of its parameters, which the model does not show while they are gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                yield from (managed._sharded_param_data for managed in group.fsdp_params)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from dlora.checkpoint import capture
 from dlora.config import parse
 from dlora.memory import MemoryMeter
 from dlora.metrics import read_metrics
-from dlora.prepare import prepare
+from dlora.prepare import prepare_together
 from dlora.runtime import Runtime
 from dlora.train import Run
 
@@ -56,12 +56,7 @@ def prepared_run(argv: list[str]) -> Run:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     runtime = Runtime(rank, world, torch.device("cpu"), ranks.current_store)
 
-    def work() -> tuple[Any, str]:
-        local_world = int(os.environ["LOCAL_WORLD_SIZE"])
-        found = prepare(config, rank, world, local_world, runtime.say)
-        return found, found.fingerprint
-
-    return Run(config, runtime, runtime.agree("preparation", work), meter())
+    return Run(config, runtime, prepare_together(config, runtime), meter())
 
 
 def train(argv: list[str], meddle: Callable[[Run], None] | None = None) -> dict[str, Any]:

@@ -1,0 +1,71 @@
+"""What a micro-batch takes: its figures, and an estimate of them where a model cannot be traced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from dlora.objectives import targets
+from dlora.sharding.groups import block_lists
+
+_COPIES = 5  # of a chunk of float32 logits, while its gradient is computed
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Bytes and operations of one micro-batch.
+
+    Attributes:
+        saved: alive between forward and backward.
+        blocks: most alive at one time, but for the time of the loss.
+        loss: most alive while output head and loss are computed.
+        flops: of forward and backward, with what is recomputed.
+        estimated: why the figures are estimated from shapes alone; empty where they are traced.
+    """
+
+    saved: int
+    blocks: int
+    loss: int
+    flops: int
+    estimated: str = ""
+
+
+def estimate(skeleton: Any, tokens: int, checkpointing: bool, reason: str) -> Trace:
+    """The figures of `tokens` tokens from shapes alone.
+
+    Every weight [.., out, in] of a block saves its input and its output, which for a Llama is 0.9
+    of what it does. The stacked weights of experts count for as many experts as see a token.
+    """
+    head = targets.model_parts(skeleton).head
+    experts = getattr(skeleton.config, "num_experts_per_tok", None) or 1
+    blocks = [b for p in block_lists(skeleton) for b in skeleton.get_submodule(p).children()]
+    each = [sum(_saved_by(p, experts) for p in _frozen_matrices(block)) for block in blocks]
+    weights = sum(
+        p.shape[-2:].numel() * (experts if p.ndim > 2 else 1)
+        for block in blocks
+        for p in _frozen_matrices(block)
+    )
+    trained = sum(p.numel() for p in skeleton.parameters() if p.requires_grad)
+    head_size = sum(p.numel() for p in head.parameters())
+    widest: Any = max(head.parameters(), key=lambda p: p.ndim)
+    hidden = tokens * min(widest.shape) * widest.element_size()
+    saved = len(blocks) * hidden if checkpointing else tokens * sum(each)
+    return Trace(
+        saved=saved,
+        blocks=saved + tokens * max(each, default=0),
+        loss=saved + 3 * hidden + _COPIES * targets.CHUNK_BYTES,
+        flops=tokens * ((6 if checkpointing else 4) * weights + 4 * head_size + 6 * trained),
+        estimated=reason,
+    )
+
+
+def _frozen_matrices(block: nn.Module) -> list[nn.Parameter]:
+    return [p for p in block.parameters() if p.ndim > 1 and not p.requires_grad]
+
+
+def _saved_by(weight: nn.Parameter, experts: int) -> int:
+    """Bytes per token of its input and its output."""
+    times = experts if weight.ndim > 2 else 1
+    return times * sum(weight.shape[-2:]) * weight.element_size()

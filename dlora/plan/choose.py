@@ -1,0 +1,177 @@
+"""The choice of `base: auto`: the cheapest placement that fits the memory, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dlora.errors import UsageError
+from dlora.plan.subject import Plan, Subject
+from dlora.sharding.mesh import Topology, resolve_placement
+
+USABLE = 0.95  # of free memory: others take of it as well
+Cost = Callable[[Plan], tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Memory that a rank may take.
+
+    Args:
+        nbytes: of it.
+        source: where the figure comes from, for a reader.
+        is_budget: the user has set it, so what is spare keeps layers resident, and what does not
+            fit is refused.
+    """
+
+    nbytes: int
+    source: str
+    is_budget: bool = False
+
+
+def capacity_of(budget_gb: float | None, free: int | None) -> Capacity | None:
+    """The user's budget in GB (10^9 bytes), or else most of what is free, if that is known."""
+    if budget_gb is not None:
+        return Capacity(round(budget_gb * 1e9), "sharding.memory_budget_gb", is_budget=True)
+    if free is None:
+        return None
+    return Capacity(int(USABLE * free), f"{USABLE:.0%} of the free memory")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One row of the table: a placement with its plan, or why there is none."""
+
+    engine: str
+    base: str
+    plan: Plan | None
+    fits: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was chosen among which candidates, and why; `warning` if it may not fit."""
+
+    plan: Plan
+    candidates: list[Candidate]
+    reason: str
+    has_budget: bool = False
+    warning: str = ""
+
+
+def bytes_first(plan: Plan) -> tuple[float, ...]:
+    """Between nodes, then inside them."""
+    return plan.traffic.between, plan.traffic.inside
+
+
+def candidates(
+    subject: Subject,
+    topology: Topology,
+    *,
+    engine: str,
+    base: str,
+    capacity: Capacity | None,
+    divided: bool = False,
+    offload: bool = False,
+) -> list[Candidate]:
+    """All placements that `base` leaves open; on one node, `node` would be `world`."""
+    places = ("none", "node", "world") if topology.nodes > 1 else ("none", "world")
+    found = []
+    for place in places if base == "auto" else (base,):
+        try:
+            placement = resolve_placement(engine, place, topology, offload=offload)
+            subject.check(placement)
+            if capacity is not None and capacity.is_budget:
+                plan = subject.plan_within(placement, topology, capacity.nbytes, divided=divided)
+            else:
+                plan = subject.plan(placement, topology, divided=divided)
+        except UsageError as error:
+            found.append(Candidate(engine, place, None, False, str(error)))
+            continue
+        need = f"needs {_gb(plan.memory.peak)}"
+        fits = capacity is None or plan.memory.peak <= capacity.nbytes
+        found.append(Candidate(engine, place, plan, fits, need))
+    return found
+
+
+def decide(
+    subject: Subject,
+    topology: Topology,
+    *,
+    engine: str,
+    base: str,
+    optimizer_state: str,
+    capacity: Capacity | None,
+    offload: bool = False,
+    cost: Cost = bytes_first,
+) -> Decision:
+    """Choose among the placements that the settings leave open.
+
+    The optimizer state is divided (`optimizer_state: auto`) only where nothing fits otherwise.
+
+    Args:
+        base: `"none"`, `"node"`, `"world"`, or `"auto"` for any of them.
+        capacity: None if nothing is known: everything fits.
+
+    Raises:
+        UsageError: no placement is possible, or none fits a budget, of which the least is told.
+    """
+    modes = {"replicated": [False], "divided": [True]}.get(optimizer_state, [False, True])
+    seen: list[Candidate] = []
+    for divided in modes if topology.world > 1 else modes[:1]:
+        found = candidates(
+            subject,
+            topology,
+            engine=engine,
+            base=base,
+            capacity=capacity,
+            divided=divided,
+            offload=offload,
+        )
+        seen += found
+        fitting = [c.plan for c in found if c.plan is not None and c.fits]
+        if fitting:
+            plan = min(fitting, key=cost)
+            has_budget = capacity is not None and capacity.is_budget
+            return Decision(plan, seen, _reason(plan, seen, base, capacity), has_budget)
+    return _smallest(seen, capacity)
+
+
+def _smallest(seen: list[Candidate], capacity: Capacity | None) -> Decision:
+    """What is left where nothing fits."""
+    possible = [c.plan for c in seen if c.plan is not None]
+    if not possible or capacity is None:
+        raise UsageError("; ".join(dict.fromkeys(c.reason for c in seen)))
+    least = min(possible, key=lambda plan: plan.memory.peak)
+    needs = f"{_named(least)} needs {_gb(least.memory.peak)}"
+    if capacity.is_budget:
+        raise UsageError(
+            f"{capacity.source}: {_gb(capacity.nbytes)} per rank is too little; the least that the "
+            f"other settings allow is {needs}"
+        )
+    warning = f"it may not fit: {needs}, and a rank has {_gb(capacity.nbytes)} ({capacity.source})"
+    return Decision(least, seen, "what takes the least memory", warning=warning)
+
+
+def _reason(plan: Plan, seen: list[Candidate], base: str, capacity: Capacity | None) -> str:
+    if base != "auto":
+        reason = "as set"
+    elif capacity is None:
+        reason = "the fewest bytes on the wire"
+    else:
+        others = [f"{c.base} {c.reason}" if c.plan else c.reason for c in seen if not c.fits]
+        reason = f"the cheapest that fits {_gb(capacity.nbytes)} ({capacity.source})"
+        reason = "; ".join([reason, *dict.fromkeys(others)])
+    if plan.divided and any(c.plan is not None and not c.plan.divided for c in seen):
+        reason += "; the optimizer state is divided, since nothing fits otherwise"
+    return reason
+
+
+def _named(plan: Plan) -> str:
+    name = f"base: {plan.placement.base}"
+    return f"{name} with a divided optimizer state" if plan.divided else name
+
+
+def _gb(nbytes: float) -> str:
+    return f"{nbytes / 1e9:,.2f} GB"

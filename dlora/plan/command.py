@@ -1,0 +1,166 @@
+"""`python -m dlora.plan --config FILE`: what a run would cost on machines that are not at hand."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from dlora.base_model import DTYPES, check_experts_divide, find_base, quiet_libraries
+from dlora.config import Config, parse
+from dlora.config_options import option
+from dlora.errors import UsageError
+from dlora.lora.attach import attach, trainable_parameters
+from dlora.objectives.targets import model_parts
+from dlora.plan.capacity import free_bytes
+from dlora.plan.choose import Capacity, bytes_first, capacity_of, decide
+from dlora.plan.choose import candidates as candidates_of
+from dlora.plan.speed import Speeds, step_time
+from dlora.plan.subject import Plan, Subject
+from dlora.plan.tables import Survey, as_json, as_text
+from dlora.plan.workload import workload_of
+from dlora.prepare import keyed_by, lora_config
+from dlora.sharding.mesh import Topology
+
+ENGINES = {"fsdp2": "torch", "zero3": "deepspeed"}  # and what each stands on
+
+
+@dataclass(frozen=True)
+class Machines:
+    """The machines to plan for."""
+
+    nodes: int = option(1, "machines", ge=1)
+    gpus_per_node: int = option(8, "ranks on each of them", ge=1)
+    gpu_memory_gb: float | None = option(
+        None,
+        "memory of a rank in GB (10^9 bytes); null: sharding.memory_budget_gb, else what is free "
+        "on this machine",
+        gt=0,
+    )
+    intra_gbps: float | None = option(
+        None, "Gbit/s (bits, not bytes) that a rank sends inside its node; null: no limit", gt=0
+    )
+    inter_gbps: float | None = option(
+        None, "Gbit/s (bits) of a node's link to other nodes, each way; null: no limit", gt=0
+    )
+    tflops: float | None = option(
+        None, "10^12 floating-point operations per second of a rank; null: no limit", gt=0
+    )
+    format: Literal["table", "json"] = option("table", "how the plan is printed")
+
+
+def main(argv: list[str]) -> int:
+    """Print the plan; returns the exit status."""
+    options = parse(argv, prog="dlora.plan", extra=Machines)
+    if options.check:
+        raise UsageError("--check belongs to dlora.train: dlora.plan trains nothing anyway")
+    found = survey(options.config, options.extra)
+    print(as_json(found) if options.extra.format == "json" else "\n".join(as_text(found)))
+    return 0
+
+
+def survey(config: Config, machines: Machines) -> Survey:
+    """All placements of the run that `config` describes, on `machines`, and the one to take.
+
+    Raises:
+        UsageError: the model or the adapter's settings are wrong, or nothing fits a budget.
+    """
+    topology = Topology(0, machines.nodes * machines.gpus_per_node, machines.gpus_per_node)
+    capacity, device = _capacity(config, machines)
+    skeleton = _skeleton(config)
+    size = sum(p.numel() for p in skeleton.parameters())
+    model_parts(skeleton)
+    with keyed_by("adapter"):
+        attach(skeleton, lora_config(config))
+    subject = Subject(
+        skeleton,
+        trainable_parameters(skeleton),
+        workload_of(config, topology.world),
+        device=device,
+        check=lambda placement: check_experts_divide(skeleton, placement),
+    )
+    speeds = Speeds(
+        inside=machines.intra_gbps and machines.intra_gbps * 1e9 / 8,
+        between=machines.inter_gbps and machines.inter_gbps * 1e9 / 8,
+        flops=machines.tflops and machines.tflops * 1e12,
+    )
+    section = config.sharding
+    decision = decide(
+        subject,
+        topology,
+        engine=section.engine,
+        base=section.base,
+        optimizer_state=section.optimizer_state,
+        capacity=capacity,
+        offload=section.cpu_offload,
+        cost=lambda plan: (step_time(plan, speeds).serial, *bytes_first(plan)),
+    )
+    others = [
+        candidate
+        for engine, needs in ENGINES.items()
+        if engine != section.engine and importlib.util.find_spec(needs) is not None
+        for candidate in candidates_of(
+            subject, topology, engine=engine, base=section.base, capacity=capacity
+        )
+        if candidate.base != "none"
+    ]
+    twin = _with_other_checkpointing(subject)
+    rows = [*decision.candidates, *others]
+    return Survey(
+        model=f"{type(skeleton).__name__}, {size:,} parameters in {config.model.dtype}",
+        capacity=capacity,
+        speeds=speeds,
+        decision=decision,
+        others=others,
+        twins=[c.plan and _as(c.plan, twin) for c in rows],
+    )
+
+
+def _with_other_checkpointing(subject: Subject) -> Subject:
+    other = replace(subject.workload, checkpointing=not subject.workload.checkpointing)
+    return Subject(
+        subject.skeleton, subject.trained, other, device=subject.device, check=subject.check
+    )
+
+
+def _as(plan: Plan, subject: Subject) -> Plan:
+    """The same placement for another subject."""
+    return subject.plan(plan.placement, plan.topology, divided=plan.divided, held=plan.resident)
+
+
+def _capacity(config: Config, machines: Machines) -> tuple[Capacity | None, str]:
+    """Memory of a rank, and the kind of device that has it."""
+    budget, given = config.sharding.memory_budget_gb, machines.gpu_memory_gb
+    if given is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return capacity_of(budget, free_bytes(device, machines.gpus_per_node)), device.type
+    if budget is None:
+        return Capacity(round(given * 1e9), "--gpu-memory-gb"), "cuda"
+    if budget > given:
+        raise UsageError(
+            f"sharding.memory_budget_gb: {budget:g} is more than --gpu-memory-gb {given:g}"
+        )
+    return capacity_of(budget, None), "cuda"
+
+
+def _skeleton(config: Config) -> nn.Module:
+    """The model on the meta device; of a .gguf file nothing but its header is read."""
+    path = Path(config.model.path).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        from dlora.gguf_tensors import open_gguf
+
+        quiet_libraries()
+        with tempfile.TemporaryDirectory() as folder:
+            return open_gguf(path, Path(folder), DTYPES[config.model.dtype]).model
+    return find_base(
+        config.model.path,
+        dtype=config.model.dtype,
+        revision=config.model.revision,
+        trust_remote_code=config.model.trust_remote_code,
+        attn_implementation=config.model.attn_implementation,
+    ).skeleton()

@@ -1,0 +1,61 @@
+"""What a run took, to be held against its plan."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dlora.sharding.replica import Replica
+from dlora.sharding.storage import held_bytes
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Bytes of one rank.
+
+    Attributes:
+        wire: sent per step, the median.
+        base: of W0, held.
+        replica: of A, B, gradients and optimizer state.
+        peak: the most, of the rank that had most.
+    """
+
+    wire: float
+    base: int
+    replica: int
+    peak: int
+
+
+def measure(
+    model: nn.Module, replica: Replica, optimizer: Optimizer, records: Sequence[Mapping[str, Any]]
+) -> Measured:
+    """The figures of a run that is over.
+
+    Args:
+        records: lines of the metrics, one for each step.
+    """
+    return Measured(
+        wire=statistics.median(record["wire_bytes"] for record in records),
+        base=held_bytes(model),
+        replica=_storage_bytes(_kept(replica, optimizer)),
+        peak=max(record["peak_memory_bytes"] for record in records),
+    )
+
+
+def _kept(replica: Replica, optimizer: Optimizer) -> Iterable[Tensor]:
+    for parameter in (*replica.named.values(), *replica.optimized.values()):
+        yield parameter.detach()
+        if parameter.grad is not None:
+            yield parameter.grad
+    for slots in optimizer.state.values():
+        yield from (value for value in slots.values() if isinstance(value, Tensor) and value.ndim)
+
+
+def _storage_bytes(tensors: Iterable[Tensor]) -> int:
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

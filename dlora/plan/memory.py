@@ -1,0 +1,145 @@
+"""Bytes per rank.
+
+all the time    share of W0 │ layers that are held │ A, B, gradients │ optimizer state
+and the most of
+  blocks        saved activations + the busiest moment of a block │ W0: kept + two layers
+  loss          saved activations + a chunk of logits, its gradient │ W0: kept + one layer
+  a save        on a CPU: the copy that is written, and what clipping copies
+and an allowance for the process, and for the holes that an allocator leaves
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from dlora.memory import HOLES
+from dlora.plan.activations import Trace
+from dlora.plan.units import Unit
+from dlora.plan.workload import Workload
+from dlora.sharding.mesh import Placement, Topology
+from dlora.sharding.replica import share_class
+
+# What a process takes that no tensor here accounts for. CPU: the interpreter's growth, gloo's
+# buffers, scratch of matrix products. CUDA: context, NCCL's buffers, workspaces of cuBLAS.
+PROCESS = {"cpu": 90 * 10**6, "cuda": 1_200 * 10**6}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank; see the picture above.
+
+    Attributes:
+        base_total: W0, once.
+        base_held: this rank's share of W0, padding included, and what the engine always holds.
+        resident: layers that the plan holds gathered beside the share.
+        base_gathered: most of W0 that is gathered at one time beside these, in the blocks.
+        loss_gathered: the same while the loss is computed.
+        adapters: values and gradients of A, B and trained copies.
+        state: of the optimizer.
+        activations: what a micro-batch takes.
+        saving: most that clipping or a save takes between two steps.
+        process: what it takes beside tensors, stated and not computed.
+    """
+
+    base_total: int
+    base_held: int
+    resident: int
+    base_gathered: int
+    loss_gathered: int
+    adapters: int
+    state: int
+    activations: Trace
+    saving: int
+    process: int
+
+    @property
+    def replica(self) -> int:
+        """A and B with their gradients and the optimizer's state."""
+        return self.adapters + self.state
+
+    @property
+    def in_use(self) -> int:
+        """Most bytes of tensors at one time."""
+        return (self.base_held + self.resident + self.replica) + max(
+            self.activations.blocks + self.base_gathered,
+            self.activations.loss + self.loss_gathered,
+            self.saving,
+        )
+
+    @property
+    def allowance(self) -> int:
+        """For the process, and for the holes that an allocator leaves between tensors."""
+        return self.process + round(HOLES * (self.in_use + self.process))
+
+    @property
+    def peak(self) -> int:
+        """Most bytes that the rank takes at one time."""
+        return self.in_use + self.allowance
+
+    def holding(self, units: Iterable[Unit], held: Collection[str]) -> Memory:
+        """The same rank, with the units of its placement at the paths `held` resident."""
+        coming = [unit for unit in units if not unit.always]
+        blocks, loss = most_gathered(unit for unit in coming if unit.path not in held)
+        resident = sum(unit.gathered for unit in coming if unit.path in held)
+        return replace(self, resident=resident, base_gathered=blocks, loss_gathered=loss)
+
+
+def memory_of(
+    units: Iterable[Unit],
+    held: Collection[str],
+    trained: Mapping[str, nn.Parameter],
+    *,
+    placement: Placement,
+    topology: Topology,
+    workload: Workload,
+    activations: Trace,
+    divided: bool,
+    device: str,
+) -> Memory:
+    """The memory of a rank.
+
+    Args:
+        units: of the placement.
+        held: paths of units that stay gathered.
+        trained: A, B and trained copies by name.
+        divided: whether the optimizer state is divided over ranks.
+        device: `"cuda"` or `"cpu"`: where the model is.
+    """
+    units = list(units)
+    share, size = share_class(divided), placement.shard_size
+    item = next(iter(trained.values())).element_size()
+    stepped = share.elements(trained, topology)
+    values, gradients = share.lengths(trained, topology)
+    always = sum(unit.nbytes for unit in units if unit.always) if size > 1 else 0
+    shard = sum(unit.gathered if size > 1 else unit.nbytes for unit in units) // size
+    whole = item * sum(parameter.numel() for parameter in trained.values())
+    saving = max(8 * stepped, 2 * whole * (1 + workload.moments)) if device == "cpu" else 0
+    memory = Memory(
+        base_total=sum(unit.nbytes for unit in units),
+        base_held=always + (0 if placement.offload and device != "cpu" else shard),
+        resident=0,
+        base_gathered=0,
+        loss_gathered=0,
+        adapters=item * (values + gradients),
+        state=workload.moments * item * stepped,
+        activations=activations,
+        saving=saving,
+        process=PROCESS[device],
+    )
+    return memory if size == 1 else memory.holding(units, held)
+
+
+def most_gathered(coming: Iterable[Unit]) -> tuple[int, int]:
+    """Most bytes of W0 that are gathered at one time of units that are not held: in the blocks, and
+    at the loss.
+
+    What an engine keeps for the step is there all the time. In the blocks one layer computes and
+    the next one arrives; at the loss there is the buffer in which the last one arrived.
+    """
+    coming = list(coming)
+    kept = sum(unit.gathered for unit in coming if not unit.freed)
+    freed = sorted((unit.gathered for unit in coming if unit.freed), reverse=True)
+    return kept + sum(freed[:2]), kept + max((unit.gathered for unit in coming), default=0)

@@ -1,0 +1,101 @@
+"""A plan in words: the lines before the first step, the table of placements, the closing table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dlora.plan.choose import Decision
+from dlora.plan.measured import Measured
+from dlora.plan.subject import Plan
+from dlora.sharding.replica import AUDIT_EVERY
+
+
+def lines_of(decision: Decision, *, is_open: bool) -> list[str]:
+    """The budget as it is printed before the first step.
+
+    Args:
+        is_open: whether the placement was to be chosen, so that the choice and its reason are told.
+    """
+    plan = decision.plan
+    p, m, t = plan.placement, plan.memory, plan.traffic
+    where = "a whole copy" if p.shard_size == 1 else f"1/{p.shard_size}"
+    lines = [
+        f"placement       base: {p.base}, engine: {p.engine}, {plan.topology.world} rank(s), "
+        f"{where} of W0 on each",
+        f"W0              {mb(m.base_held)} of {mb(m.base_total)} per rank, "
+        f"at most {mb(m.base_gathered)} more while gathered",
+        f"A and B         {plan.trainable:,} parameters; with gradients and optimizer state "
+        f"{mb(m.replica)} per rank",
+        f"activations     {activations_of(plan)}",
+        f"peak memory     {mb(m.peak)} per rank, with an allowance of {mb(m.allowance)} for process "
+        "and allocator",
+        f"wire, per step  {mb(plan.gathers)} gathering W0 + {mb(plan.reduction)} reducing "
+        f"gradients, sent by each rank; {plan.audit} bytes every {AUDIT_EVERY}th for the audit",
+    ]
+    if is_open:
+        lines.insert(1, f"chosen          base: {p.base}: {decision.reason}")
+    if plan.resident:
+        lines.append(f"resident        {resident_of(plan)}")
+    elif is_open and p.shard_size > 1 and not decision.has_budget:
+        lines.append(
+            "resident        no layer stays gathered; sharding.memory_budget_gb lets those that fit"
+        )
+    if plan.topology.nodes > 1:
+        lines.append(
+            f"between nodes   {mb(t.between)} per step over each node's link, each way "
+            f"({mb(t.gathers.between)} of W0)"
+        )
+    if decision.warning:
+        lines.append(f"warning         {decision.warning}")
+    return lines
+
+
+def activations_of(plan: Plan) -> str:
+    """What a micro-batch takes, in a line."""
+    w, a = plan.workload, plan.memory.activations
+    busiest = max(a.blocks, a.loss)
+    how = "recomputed in backward" if w.checkpointing else "saved for backward"
+    told = (
+        f"{mb(busiest)} at most for {w.rows} x {w.tokens} tokens, of these {mb(a.saved)} kept "
+        f"from forward to backward ({how})"
+    )
+    return f"{told}; estimated: {a.estimated}" if a.estimated else told
+
+
+def resident_of(plan: Plan) -> str:
+    """The layers that stay gathered, in a line."""
+    paths = [path or "the root's own" for path in plan.resident]
+    shown = ", ".join(paths[:2]) + (f", ..., {paths[-1]}" if len(paths) > 2 else "")
+    return f"{mb(plan.memory.resident)} of W0 stay gathered on each rank: {shown} ({len(paths)})"
+
+
+def comparison(plan: Plan, measured: Measured, device: str) -> str:
+    """Planned against measured, as a run prints it at its end."""
+    # CUDA's figure is what its allocator gave out, without holes and all else.
+    peak = plan.memory.in_use if device == "cuda" else plan.memory.peak
+    rows: list[tuple[str, int, float]] = [
+        ("wire per step, median", plan.gathers + plan.reduction, measured.wire),
+        ("W0 held", plan.base_held, measured.base),
+        ("A, B, gradients, state", plan.memory.replica, measured.replica),
+        ("peak memory", peak, measured.peak),
+    ]
+    table = [("per rank", "planned", "measured", "measured/planned")]
+    for name, planned, taken in rows:
+        ratio = f"{taken / planned:.3f}" if planned else "-"
+        table.append((name, mb(planned), mb(taken), ratio))
+    return "\n".join(columns(table))
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as text: the first column on the left, figures on the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip())
+    return lines
+
+
+def mb(nbytes: float) -> str:
+    """Bytes in megabytes."""
+    return f"{nbytes / 1e6:,.1f} MB"

@@ -1,0 +1,151 @@
+"""What is planned for, and a plan: one placement of one model on some ranks, in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from dlora.plan.memory import Memory, memory_of
+from dlora.plan.trace import trace
+from dlora.plan.traffic import Traffic, traffic_of
+from dlora.plan.units import Unit, in_order_of_worth, units_of
+from dlora.plan.workload import Workload
+from dlora.sharding.engine import engine_class
+from dlora.sharding.groups import frozen_groups
+from dlora.sharding.mesh import Placement, Topology
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One placement and what it costs each rank.
+
+    Attributes:
+        divided: the optimizer state, over ranks.
+        resident: paths of the layers that stay gathered from their first use on.
+        trainable: numbers of parameters of A, B and trained copies.
+        flops: of a rank in an optimizer step whose micro-batches are all the largest.
+    """
+
+    placement: Placement
+    topology: Topology
+    divided: bool
+    resident: tuple[str, ...]
+    trainable: int
+    flops: int
+    workload: Workload
+    memory: Memory
+    traffic: Traffic
+
+    @property
+    def base_total(self) -> int:
+        """Bytes of W0, once."""
+        return self.memory.base_total
+
+    @property
+    def base_held(self) -> int:
+        """Bytes of W0 that a rank holds between steps once all that stays has come."""
+        return self.memory.base_held + self.memory.resident
+
+    @property
+    def gathers(self) -> int:
+        """Bytes that a rank sends per optimizer step in gathers of W0, in steady state."""
+        return round(self.traffic.gathers.rank)
+
+    @property
+    def reduction(self) -> int:
+        """Bytes that a rank sends per optimizer step to reduce gradients."""
+        return round(self.traffic.reduction.rank)
+
+    @property
+    def audit(self) -> int:
+        """Bytes that a rank sends to compare checksums."""
+        return round(self.traffic.audit.rank)
+
+
+class Subject:
+    """A model with adapters on the meta device, and the step that is to be planned.
+
+    Args:
+        trained: A, B and trained copies by name.
+        device: `"cuda"` or `"cpu"`: where the model will be.
+        check: raises a `UsageError` for a placement that the model does not allow.
+    """
+
+    def __init__(
+        self,
+        skeleton: nn.Module,
+        trained: Mapping[str, nn.Parameter],
+        workload: Workload,
+        *,
+        device: str,
+        check: Callable[[Placement], None] = lambda placement: None,
+    ) -> None:
+        self.skeleton, self.trained = skeleton, trained
+        self.workload, self.device, self.check = workload, device, check
+        self.activations = trace(
+            skeleton, workload.rows, workload.tokens, checkpointing=workload.checkpointing
+        )
+        self._units: dict[tuple[Any, int], tuple[Unit, ...]] = {}
+
+    def units(self, placement: Placement) -> tuple[Unit, ...]:
+        """The groups of a placement's engine."""
+        engine, ranks = engine_class(placement), placement.shard_size
+        if (engine, ranks) not in self._units:
+            groups = frozen_groups(engine.groups(self.skeleton))
+            self._units[engine, ranks] = units_of(
+                groups, self.skeleton, self.trained, ranks, self.workload
+            )
+        return self._units[engine, ranks]
+
+    def plan(
+        self,
+        placement: Placement,
+        topology: Topology,
+        *,
+        divided: bool = False,
+        held: Collection[str] = (),
+    ) -> Plan:
+        """The plan of a placement, with the units at the paths `held` resident."""
+        units = self.units(placement)
+        common: dict[str, Any] = {
+            "placement": placement,
+            "topology": topology,
+            "divided": divided,
+        }
+        return Plan(
+            resident=tuple(dict.fromkeys(u.path for u in units if u.path in held and not u.always)),
+            trainable=sum(p.numel() for p in self.trained.values()),
+            flops=self.activations.flops * self.workload.micro_batches,
+            workload=self.workload,
+            memory=memory_of(
+                units,
+                held,
+                self.trained,
+                workload=self.workload,
+                activations=self.activations,
+                device=self.device,
+                **common,
+            ),
+            traffic=traffic_of(units, held, self.trained, **common),
+            **common,
+        )
+
+    def plan_within(
+        self, placement: Placement, topology: Topology, budget: int, *, divided: bool = False
+    ) -> Plan:
+        """The plan that holds as many layers as fit `budget` bytes beside all else.
+
+        In the order of worth each is taken that still fits. Where nothing fits, none is.
+        """
+        plan = self.plan(placement, topology, divided=divided)
+        if placement.shard_size == 1:
+            return plan
+        units, held = self.units(placement), set[str]()
+        for unit in in_order_of_worth(units):
+            with_it = plan.memory.holding(units, {*held, unit.path})
+            if with_it.peak <= budget:
+                held.add(unit.path)
+        return self.plan(placement, topology, divided=divided, held=held) if held else plan

@@ -1,0 +1,170 @@
+"""What a micro-batch takes beside parameters: one forward and backward over fake tensors.
+
+    skeleton (meta) ── a copy with 2 and 3 blocks ── fake tensors on the CPU ── LiveBytes
+                                │
+                 alive(n blocks) = alive(3) + (n − 3) · (saved(3) − saved(2))
+
+There is no formula for any architecture here: the model's own code runs, on shapes. On the CPU it
+takes the fused attention, which saves what the fused kernels on CUDA save. Blocks that are alike
+each add what they save for backward; where they differ, all of them run.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dlora.objectives import targets
+from dlora.plan.activations import Trace, estimate
+from dlora.plan.live import LiveBytes
+from dlora.sharding.groups import block_lists
+
+_FEW = 3  # blocks that are enough to know what one more adds
+
+
+def trace(skeleton: nn.Module, rows: int, tokens: int, *, checkpointing: bool) -> Trace:
+    """The figures of a micro-batch of `rows` sequences of `tokens` tokens, all of them targets.
+
+    Args:
+        skeleton: the model on the meta device with adapters attached; left as it is.
+        checkpointing: with activation checkpointing.
+    """
+    try:
+        alike = _alike_blocks(skeleton)
+        if alike is None:
+            return _traced(copy.deepcopy(skeleton), rows, tokens, checkpointing)
+        path, number = alike
+        traces = []
+        for count in (_FEW - 1, _FEW):
+            with _shortened(skeleton, path, count):
+                traces.append(_traced(copy.deepcopy(skeleton), rows, tokens, checkpointing))
+        return _extrapolated(traces[0], traces[1], number - _FEW)
+    except Exception as error:  # whatever a model's code does that only real values allow
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        return estimate(skeleton, rows * tokens, checkpointing, reason)
+
+
+def _extrapolated(fewer: Trace, few: Trace, more: int) -> Trace:
+    saved, flops = few.saved - fewer.saved, few.flops - fewer.flops
+    return Trace(
+        saved=few.saved + more * saved,
+        blocks=few.blocks + more * saved,
+        loss=few.loss + more * saved,
+        flops=few.flops + more * flops,
+    )
+
+
+def _traced(twin: Any, rows: int, tokens: int, checkpointing: bool) -> Trace:
+    """Run a copy of the skeleton, which is used up."""
+    if twin.config._attn_implementation not in ("eager", "sdpa"):
+        twin.set_attn_implementation("sdpa")  # fused ones save the same, and need a GPU
+    twin.train()
+    if checkpointing:
+        twin.activation_checkpointing_enable({"use_reentrant": False})
+    head = targets.model_parts(twin).head
+    targets.install(twin)
+    fake = FakeTensorMode()
+    known = _make_fake(twin, fake)
+    with fake:
+        for parameter in twin.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+                known.append(parameter.grad)
+    live = LiveBytes(known)
+    _mark_loss(head, live)
+    with fake, live:
+        ids = torch.zeros(rows, tokens, dtype=torch.int64)
+        loss = twin(input_ids=ids, targets=torch.zeros_like(ids))
+        saved = live.now
+        loss.backward()
+    return Trace(saved, live.peaks[""], live.peaks["loss"], live.flops)
+
+
+def _mark_loss(head: nn.Module, live: LiveBytes) -> None:
+    """The output head's forward, which computes the loss as well, is a phase of its own."""
+    open_phases: list[Any] = []
+
+    def enter(*_: Any) -> None:
+        open_phases.append(live.phase("loss"))
+        open_phases[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        open_phases.pop().__exit__(None, None, None)
+
+    head.register_forward_pre_hook(enter)
+    head.register_forward_hook(leave)
+
+
+def _make_fake(model: nn.Module, fake: FakeTensorMode) -> list[Tensor]:
+    """Put fake CPU tensors in the place of all parameters and buffers; tied ones stay tied."""
+    made: dict[int, Tensor] = {}
+
+    def twin_of(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            with fake:
+                empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            is_parameter = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = (
+                nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+            )
+        return made[id(tensor)]
+
+    for module in model.modules():
+        for slots in (module._parameters, module._buffers):
+            for name, tensor in slots.items():
+                if tensor is not None:
+                    slots[name] = twin_of(tensor)  # type: ignore[assignment]
+    return list(made.values())
+
+
+# -- blocks that are alike -----------------------------------------------------------------------
+
+
+def _alike_blocks(skeleton: nn.Module) -> tuple[str, int] | None:
+    """Path and length of the one list of more than a few blocks, if they are all alike."""
+    lists = [
+        (path, list(skeleton.get_submodule(path).children())) for path in block_lists(skeleton)
+    ]
+    long = [(path, blocks) for path, blocks in lists if len(blocks) > _FEW]
+    if len(long) != 1:
+        return None
+    [(path, blocks)] = long
+    first = _signature(blocks[0])
+    return (path, len(blocks)) if all(_signature(b) == first for b in blocks[1:]) else None
+
+
+def _signature(block: nn.Module) -> list[Any]:
+    """Classes, settings and shapes of a block, without its place among the others."""
+    return [
+        (
+            path,
+            type(module).__name__,
+            sorted(
+                (name, value)
+                for name, value in vars(module).items()
+                if isinstance(value, bool | int | float | str)
+                and name != "path"  # an adapter's own
+                and "idx" not in name
+            ),
+            [(name, p.shape, p.dtype) for name, p in module.named_parameters(recurse=False)],
+        )
+        for path, module in block.named_modules()
+    ]
+
+
+@contextmanager
+def _shortened(model: nn.Module, path: str, count: int) -> Iterator[None]:
+    """Inside, the list at `path` holds its first blocks only."""
+    owner, _, name = path.rpartition(".")
+    parent, blocks = model.get_submodule(owner), model.get_submodule(path)
+    setattr(parent, name, blocks[:count])  # type: ignore[index]
+    try:
+        yield
+    finally:
+        setattr(parent, name, blocks)

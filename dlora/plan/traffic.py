@@ -1,0 +1,97 @@
+"""Bytes on the wire per optimizer step, inside nodes and between them.
+
+A ring all-gather of N bytes over p ranks sends N·(p−1)/p from each rank to the next one. In the
+order of ranks, which is node by node, the last rank of a node has its next one on another node: a
+shard group wider than a node sends N·(p−1)/p over the link of every node, out and in, and the same
+from rank to rank inside. The reduction of gradients of N bytes over M nodes of G ranks is a ring
+inside the node, one across with 1/G from each rank, and one inside again: 2·N·(G−1)/G per rank
+inside, 2·N·(M−1)/M per node's link.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from dlora.plan.units import Unit
+from dlora.sharding.mesh import Placement, Topology
+from dlora.sharding.reduction import is_hierarchical, reduction_bytes
+from dlora.sharding.replica import share_class
+from dlora.sharding.wire import ring_gather_bytes
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Bytes of a kind of collective.
+
+    Attributes:
+        rank: ring-equivalent bytes that a rank sends in all, and so what its counter says.
+        inside: that a rank sends to ranks of its node, at most.
+        between: that leave a node over its link, and as many come in.
+    """
+
+    rank: float = 0.0
+    inside: float = 0.0
+    between: float = 0.0
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Per optimizer step: gathers of W0 (in steady state) and the reduction; and of one audit."""
+
+    gathers: Sent
+    reduction: Sent
+    audit: Sent
+
+    @property
+    def inside(self) -> float:
+        """Bytes per step that a rank sends inside its node, at most."""
+        return self.gathers.inside + self.reduction.inside
+
+    @property
+    def between(self) -> float:
+        """Bytes per step over a node's link, each way."""
+        return self.gathers.between + self.reduction.between
+
+
+def traffic_of(
+    units: Iterable[Unit],
+    held: Collection[str],
+    trained: Mapping[str, nn.Parameter],
+    *,
+    placement: Placement,
+    topology: Topology,
+    divided: bool,
+) -> Traffic:
+    """The traffic of a rank; see `dlora.plan.memory.memory_of` for the arguments."""
+    size = placement.shard_size
+    coming = (unit for unit in units if not (unit.always or unit.path in held))
+    gathers = sum(unit.times * ring_gather_bytes(unit.gathered, size) for unit in coming)
+    reduced = share_class(divided).wire_bytes(trained, topology)
+    checksums = ring_gather_bytes(8 * topology.world, topology.world)
+    return Traffic(
+        gathers=_in_a_ring(gathers, size, topology),
+        reduction=_in_two_levels(reduced, topology),
+        audit=_in_a_ring(checksums, topology.world, topology),
+    )
+
+
+def _in_a_ring(sent: float, ranks: int, topology: Topology) -> Sent:
+    """Of rings of `ranks` consecutive ranks."""
+    crosses = ranks > topology.ranks_per_node
+    return Sent(
+        rank=sent,
+        inside=sent if min(ranks, topology.ranks_per_node) > 1 else 0.0,
+        between=sent if crosses else 0.0,
+    )
+
+
+def _in_two_levels(sent: float, topology: Topology) -> Sent:
+    """Of the reduction: its two levels have a fixed ratio."""
+    if not is_hierarchical(topology):
+        return _in_a_ring(sent, topology.world, topology)
+    node = Topology(0, topology.ranks_per_node, topology.ranks_per_node)
+    inside = sent * reduction_bytes(1, node) / reduction_bytes(1, topology)
+    return Sent(sent, inside, (sent - inside) * topology.ranks_per_node)

@@ -1,0 +1,85 @@
+"""The groups of an engine under one placement: bytes, and how often they are gathered in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from torch import nn
+
+from dlora.plan.workload import Workload
+from dlora.sharding.groups import Group
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One group of a base that is divided over some ranks.
+
+    Attributes:
+        nbytes: of its parameters.
+        gathered: while it is gathered, padding included.
+        times: gathers per optimizer step, unless it is held.
+        freed: after each use; otherwise it stays until the step ends.
+        always: the engine holds it anyway.
+    """
+
+    path: str
+    nbytes: int
+    gathered: int
+    times: int
+    freed: bool
+    always: bool
+
+
+def units_of(
+    groups: Collection[Group],
+    skeleton: nn.Module,
+    trained: Collection[str],
+    ranks: int,
+    workload: Workload,
+) -> tuple[Unit, ...]:
+    """The frozen groups of a model over `ranks` ranks.
+
+    A freed group is gathered once per forward, once more for backward where a gradient comes to it,
+    and once more where recomputation asks for it; a kept one once per step.
+
+    Args:
+        trained: names of the trained parameters.
+    """
+    first_trained, last_of = _order(skeleton, trained)
+    units = []
+    for group in groups:
+        reached = first_trained <= last_of[group.path]
+        passes = 1 + reached + (workload.checkpointing and group.recomputed)
+        units.append(
+            Unit(
+                path=group.path,
+                nbytes=group.nbytes,
+                gathered=group.gathered_bytes(ranks),
+                times=workload.micro_batches * passes if group.freed else 1,
+                freed=group.freed,
+                always=group.held,
+            )
+        )
+    return tuple(units)
+
+
+def in_order_of_worth(units: Collection[Unit]) -> list[Unit]:
+    """What can be held, most bytes saved per byte held first; ties in the order of the model."""
+    return sorted((unit for unit in units if not unit.always), key=lambda unit: -unit.times)
+
+
+def _order(skeleton: nn.Module, trained: Collection[str]) -> tuple[int, dict[str, int]]:
+    """Where in the model's order the first trained module stands, and the last one in each module.
+
+    A gradient comes to the output of a module if something trained lies in or before it.
+    """
+    paths = [path for path, _ in skeleton.named_modules()]
+    last_of: dict[str, int] = {}
+    for index, path in enumerate(paths):
+        last_of[path] = index
+        while path:
+            path = path.rpartition(".")[0]
+            last_of[path] = index
+    place = {path: index for index, path in enumerate(paths)}
+    return min(place[name.rpartition(".")[0]] for name in trained), last_of
