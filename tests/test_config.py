@@ -411,8 +411,6 @@ LATER = [
         ("adapter.init_lora_weights", value)
         for value in ("gaussian", "orthogonal", "pissa", "milora", "lora_ga")
     ),
-    ("sharding.engine", "zero3"),
-    ("sharding.memory_budget_gb", "10"),
     ("data.format", "preference"),
     ("data.packing", "true"),
     *(("optimizer.name", value) for value in ("adamw8bit", "paged_adamw8bit", "lora_pro")),

@@ -144,13 +144,13 @@ def _smallest(seen: list[Candidate], capacity: Capacity | None) -> Decision:
     if not possible or capacity is None:
         raise UsageError("; ".join(dict.fromkeys(c.reason for c in seen)))
     least = min(possible, key=lambda plan: plan.memory.peak)
-    needs = f"{_named(least)} needs {_gb(least.memory.peak)}"
+    needs = _gb(least.memory.peak)
     if capacity.is_budget:
         raise UsageError(
             f"{capacity.source}: {_gb(capacity.nbytes)} per rank is too little; the least that the "
-            f"other settings allow is {needs}"
+            f"other settings allow is {needs}, with {_named(least)}"
         )
-    warning = f"it may not fit: {needs}, and a rank has {_gb(capacity.nbytes)} ({capacity.source})"
+    warning = f"it needs {needs}, and a rank has {_gb(capacity.nbytes)} ({capacity.source})"
     return Decision(least, seen, "what takes the least memory", warning=warning)
 
 

@@ -27,8 +27,8 @@ def lines_of(decision: Decision, *, is_open: bool) -> list[str]:
         f"A and B         {plan.trainable:,} parameters; with gradients and optimizer state "
         f"{mb(m.replica)} per rank",
         f"activations     {activations_of(plan)}",
-        f"peak memory     {mb(m.peak)} per rank, with an allowance of {mb(m.allowance)} for process "
-        "and allocator",
+        f"peak memory     {mb(m.peak)} per rank, with an allowance of {mb(m.allowance)} for "
+        "process and allocator",
         f"wire, per step  {mb(plan.gathers)} gathering W0 + {mb(plan.reduction)} reducing "
         f"gradients, sent by each rank; {plan.audit} bytes every {AUDIT_EVERY}th for the audit",
     ]
