@@ -15,61 +15,29 @@ backward, and (but for the floor) clip, AdamW and zero_grad.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from peft import LoraConfig as PeftLoraConfig
-from peft import get_peft_model
+from rows import Row, adapter_parameters, base_model, fully_shard_blocks, random_batch, trainer
+from rows import dlora as dlora_row
+from rows import peft as peft_row
+from timing import alternate, peak_memory
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from dlora import LoraConfig, attach, shard
-from dlora.memory import private_bytes, trim
 from dlora.sharding.storage import held_bytes
 
-SHAPE = {
-    "hidden_size": 1024,
-    "num_hidden_layers": 8,
-    "intermediate_size": 2816,
-    "vocab_size": 32000,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-}
-ROWS, TOKENS, R = 4, 256, 16
 
-
-@dataclass
-class Row:
-    """One way of doing the step."""
-
-    step: Callable[[], None]
-    held: int  # bytes of frozen parameters (all parameters for `full`) held between steps
-
-
-def base_model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SHAPE)).to(torch.bfloat16).train()
-
-
-def fully_shard_blocks(model: nn.Module, blocks: nn.ModuleList) -> None:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for block in blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+def all_ranks() -> DeviceMesh:
+    return init_device_mesh("cpu", (dist.get_world_size(),))
 
 
 def floor(batch: torch.Tensor) -> Row:
     model = base_model().requires_grad_(False)
-    fully_shard_blocks(model, model.model.layers)
+    fully_shard_blocks(model, model.model.layers, all_ranks())
 
     def to_embeddings(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         return output.requires_grad_()
@@ -83,86 +51,19 @@ def floor(batch: torch.Tensor) -> Row:
 
 
 def dlora(batch: torch.Tensor) -> Row:
-    model = base_model()
-    attach(model, LoraConfig(r=R))
-    replica = shard(model, engine="fsdp2", base="world")
-    optimizer = torch.optim.AdamW(replica.parameter_groups(lr=1e-4), fused=True)
-
-    def step() -> None:
-        model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
-        replica.reduce_gradients()
-        replica.clip(1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return Row(step, held_bytes(model))
+    return dlora_row(batch, base="world")
 
 
 def peft(batch: torch.Tensor) -> Row:
-    config = PeftLoraConfig(r=R, lora_alpha=32, target_modules="all-linear")
-    model = get_peft_model(base_model(), config, autocast_adapter_dtype=False)
-    fully_shard_blocks(model, model.base_model.model.model.layers)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return Row(trainer(model, batch, trained), held_bytes(model))
+    return peft_row(batch, all_ranks())
 
 
 def full(batch: torch.Tensor) -> Row:
     model = base_model()
-    fully_shard_blocks(model, model.model.layers)
+    fully_shard_blocks(model, model.model.layers, all_ranks())
     parameters = list(model.parameters())
     step = trainer(model, batch, parameters)
     return Row(step, sum(p.to_local().nbytes for p in parameters))
-
-
-def trainer(
-    model: nn.Module, batch: torch.Tensor, trained: list[nn.Parameter]
-) -> Callable[[], None]:
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-
-    def step() -> None:
-        model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def sent_bytes() -> int:
-    """What this machine's loopback interface sent so far: all ranks together."""
-    return int(Path("/sys/class/net/lo/statistics/tx_bytes").read_text())
-
-
-def measure(step: Callable[[], None]) -> tuple[float, int]:
-    """(seconds, bytes on the wire of all ranks) of one step, started together."""
-    dist.barrier()
-    before, began = sent_bytes(), time.perf_counter()
-    step()
-    seconds = time.perf_counter() - began
-    dist.barrier()
-    return seconds, sent_bytes() - before
-
-
-def peak_memory(build: Callable[[torch.Tensor], Row], batch: torch.Tensor) -> tuple[Row, int]:
-    """Build a row and run it three times; private bytes above those before, sampled at the peak."""
-    gc.collect()
-    trim()
-    before, row = private_bytes(), build(batch)
-    peak = 0
-    hooks = []
-
-    def sample(*_: object) -> None:
-        nonlocal peak
-        peak = max(peak, private_bytes() - before)
-
-    handle = nn.modules.module.register_module_forward_hook(sample)
-    hooks.append(handle)
-    for _ in range(3):
-        row.step()
-        sample()
-    for handle in hooks:
-        handle.remove()
-    return row, peak
 
 
 def main() -> None:
@@ -174,20 +75,13 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
-    generator = torch.Generator().manual_seed(rank)
-    batch = torch.randint(0, SHAPE["vocab_size"], (ROWS, TOKENS), generator=generator)
+    batch = random_batch(rank)
 
     rows, peaks = {}, {}
     for build in (floor, dlora, peft, full):
         if build.__name__ in {"floor", "dlora", *args.rows}:
             rows[build.__name__], peaks[build.__name__] = peak_memory(build, batch)
-    seconds: dict[str, list[float]] = {name: [] for name in rows}
-    sent: dict[str, list[int]] = {name: [] for name in rows}
-    for _ in range(args.rounds):
-        for name, row in rows.items():
-            taken, nbytes = measure(row.step)
-            seconds[name].append(taken)
-            sent[name].append(nbytes)
+    seconds, sent = alternate(rows, args.rounds)
     if rank == 0:
         report(rows, peaks, seconds, sent, world, args)
     dist.barrier()
@@ -235,9 +129,7 @@ def expected_bytes(model: nn.Module, world: int) -> tuple[float, float]:
     share = (world - 1) / world
     blocks = sum(p.nbytes for p in model.model.layers.parameters())
     rest = sum(p.nbytes for p in model.parameters()) - blocks
-    shapes = [m.weight.shape for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
-    adapters = sum(R * (m + n) for m, n in shapes)
-    return (2 * blocks + rest) * share, 2 * 4 * adapters * share
+    return (2 * blocks + rest) * share, 2 * 4 * adapter_parameters(model) * share
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def save_adapter(
         if tensor.numel() == 0:
             raise UsageError(f"save_adapter: {key} is empty; refusing to write it")
     name = base_model_name_or_path or getattr(getattr(model, "config", None), "name_or_path", None)
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     directory.mkdir(parents=True, exist_ok=True)
     write_atomically(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))
     # Not sorted: of two patterns that match, the first one counts.
@@ -88,23 +89,14 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
         UsageError: a file is missing or damaged, is no LoRA, uses something that dlora does not
             have, or does not fit the model; the message names the file and the key.
     """
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     config = read_config(directory)
     if not hasattr(model, "dlora"):
         attach(model, config)
     expected = peft_slots(model)
     tensors = _read_tensors(directory / WEIGHTS)
     base_copies = _take_base_copies(model, tensors)
-    missing, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
-    if missing or extra:
-        what, keys = ("lacks", missing) if missing else ("has the unexpected", extra)
-        raise UsageError(f"{directory / WEIGHTS}: {what} {_some(keys)}")
-    for key, slot in expected.items():
-        if tensors[key].shape != slot.shape:
-            raise UsageError(
-                f"{directory / WEIGHTS}: {key} has shape {list(tensors[key].shape)}, "
-                f"the model expects {list(slot.shape)}"
-            )
+    check_shapes(directory / WEIGHTS, {key: t.shape for key, t in tensors.items()}, expected)
     for key, (stored, base) in base_copies.items():
         if not _same_base(stored, base):
             raise UsageError(
@@ -124,9 +116,24 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     return model
 
 
+def check_shapes(
+    path: Path, stored: Mapping[str, Sequence[int]], expected: Mapping[str, Tensor]
+) -> None:
+    """Raise a `UsageError` unless a file's tensors, {key: shape}, are those that are expected."""
+    missing, extra = expected.keys() - stored.keys(), stored.keys() - expected.keys()
+    if missing or extra:
+        what, keys = ("lacks", missing) if missing else ("has the unexpected", extra)
+        raise UsageError(f"{path}: {what} {_some(keys)}")
+    for key, slot in expected.items():
+        if tuple(stored[key]) != slot.shape:
+            raise UsageError(
+                f"{path}: {key} has shape {list(stored[key])}, the model expects {list(slot.shape)}"
+            )
+
+
 def read_config(directory: str | Path) -> LoraConfig:
     """The `LoraConfig` of an adapter directory; see `load_adapter` for the errors."""
-    path = Path(directory) / CONFIG
+    path = Path(directory).expanduser() / CONFIG
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -28,6 +28,7 @@ from dlora.lora.attach import named_adapters, named_copies, trainable_parameters
 from dlora.lora.config import LoraConfig
 from dlora.lora.hosts import CHILD
 from dlora.prepare import lora_config
+from dlora.start import saved_lora
 from dlora.tensor_files import FLOATS, StoredTensor, stored_tensors
 
 
@@ -170,13 +171,15 @@ def _from_peft(directory: Path) -> AdapterSource:
 
 
 def _from_checkpoint(directory: Path) -> AdapterSource:
-    checkpoint.verify(directory, ("adapter.safetensors", "config.yaml"))
+    checkpoint.verify(directory, ("adapter.safetensors", "config.yaml", "state.json"))
     # Where W0 was divided does not matter here, and its engine need not be installed.
-    config = load(directory / "config.yaml", ["--sharding.engine", "fsdp2"])
+    elsewhere = ["--sharding.engine", "fsdp2", "--sharding.cpu_offload", "false"]
+    config = load(directory / "config.yaml", elsewhere)
+    lora = saved_lora(json.loads((directory / "state.json").read_text(encoding="utf-8")))
     model = config.model
     base = BaseReference(model.path, model.revision, model.dtype, model.cache_dir)
     file = directory / "adapter.safetensors"
-    return AdapterSource(directory, file, lora_config(config), base, is_checkpoint=True)
+    return AdapterSource(directory, file, lora or lora_config(config), base, is_checkpoint=True)
 
 
 def _model_section(path: Path) -> dict[str, Any]:

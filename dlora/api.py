@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from dlora.errors import UsageError
 from dlora.lora.attach import attach as attach_adapters
@@ -29,7 +29,7 @@ class TrainedReplica(Replica):
         self.engine, self._model = engine, model
 
     def reduce_gradients(
-        self, tokens: int | None = None, sums: Sequence[float] = (), each: int = 0
+        self, tokens: int | Tensor | None = None, sums: Sequence[float] = (), each: int = 0
     ) -> Reduced:
         """See `Replica.reduce_gradients`; the step's passes are over, so W0 is freed as well."""
         self.release()
@@ -99,6 +99,11 @@ def shard(
         UsageError: a setting is unknown or does not fit the ranks, or something else has divided
             the adapters.
     """
+    if type(model).__name__ == "DeepSpeedEngine":
+        raise UsageError(
+            "shard: this is a DeepSpeed engine; pass its module (engine.module), and call that in "
+            "the loop: the engine itself reduces and steps only what an optimizer section trains"
+        )
     topology = Topology.current(ranks_per_node)
     divided_by = sharded_by(model)
     where = "world" if base == "auto" else base
@@ -109,7 +114,7 @@ def shard(
     if resident:
         groups = frozen_groups(replica.engine.groups(model))
         room = resident * sum(group.nbytes for group in groups)
-        for group in worth_holding(groups):
+        for group in worth_holding(groups, model):
             room -= group.nbytes
             if room > -1:
                 replica.engine.hold(model, [group.path])

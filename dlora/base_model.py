@@ -85,6 +85,23 @@ class BaseModel:
         trim()  # blocks that were read and cast are free, and the heap would keep them
         return model.requires_grad_(False)
 
+    def check_stored(self, skeleton: Any) -> None:
+        """See from the headers of the base's files that they are whole and fit the configuration.
+
+        Nothing is brought from a hub for this, and what is quantized is left to transformers.
+
+        Args:
+            skeleton: the model on the meta device, without adapters.
+
+        Raises:
+            UsageError: there are no weights, they are damaged, or they are another model's.
+        """
+        from dlora.stored_base import are_at_hand
+        from dlora.stored_weights import StoredWeights
+
+        if getattr(skeleton.config, "quantization_config", None) is None and are_at_hand(self):
+            StoredWeights(self, skeleton)
+
     def _reading(self, read: Callable[..., Any], **kwargs: Any) -> Any:
         """Call a `from_pretrained` on the source."""
         with _said_of(self.path):
@@ -104,16 +121,31 @@ class BaseWeights:
         self.skeleton: Any = base.skeleton()
 
     def from_pretrained(self, **sharding: Any) -> nn.Module:
-        """transformers' own loading; its arguments may let it read a part only."""
+        """transformers' own loading; its arguments may let it read a part only.
+
+        Raises:
+            UsageError: the files lack a parameter or hold it in another shape; transformers would
+                draw it at random. Files at hand are checked before (`check_stored`).
+        """
         from transformers import AutoModelForCausalLM
 
-        return self._base._reading(
+        model, found = self._base._reading(
             AutoModelForCausalLM.from_pretrained,
             dtype=self._base.dtype,
             attn_implementation=self._base.attn_implementation,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
             **sharding,
         )
+        if missing := sorted(found["missing_keys"]):
+            raise UsageError(f"model.path: the files of {self._base.path} hold no {missing[0]}")
+        for name, stored, wanted in sorted(found["mismatched_keys"]):
+            raise UsageError(
+                f"model.path: {self._base.path} holds {name} as {list(stored)}, where the model "
+                f"has {list(wanted)}"
+            )
+        return model
 
     def empty(self) -> nn.Module:
         """The model on the meta device, but for its buffers, which are computed or read.

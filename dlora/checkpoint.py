@@ -32,10 +32,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dlora.errors import UsageError
-from dlora.files import sync, write_atomically
+from dlora.files import sync, unused_name, write_atomically
 from dlora.sharding.replica import Replica
 
 FORMAT = 1
+FILES = {"adapter.safetensors", "optimizer.safetensors", "state.json", "config.yaml"}
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -61,9 +62,12 @@ def capture(replica: Replica, optimizer: Optimizer, state: dict[str, Any]) -> Ch
     return Checkpoint({n: _host(p.detach()) for n, p in replica.named.items()}, moments, state)
 
 
-def check_fits(checkpoint: Checkpoint, named: Mapping[str, nn.Parameter]) -> None:
-    """Raise a `UsageError` if names or shapes differ from what is being trained."""
-    saved = {name: list(t.shape) for name, t in checkpoint.tensors.items()}
+def check_fits(saved: Mapping[str, list[int]], named: Mapping[str, nn.Parameter]) -> None:
+    """Raise a `UsageError` if names or shapes differ from what is being trained.
+
+    Args:
+        saved: {name: shape} of a checkpoint's tensors.
+    """
     live = {name: list(p.shape) for name, p in named.items()}
     for name in sorted(saved.keys() | live.keys()):
         if saved.get(name) != live.get(name):
@@ -94,7 +98,7 @@ def restore(
 
 
 def write(checkpoint: Checkpoint, root: Path, config_yaml: str, keep_last: int) -> Path:
-    """Commit a checkpoint under `root`, then remove all but the newest `keep_last`.
+    """Commit a checkpoint under `root`, then remove all but the newest `keep_last` and this one.
 
     Returns:
         Its directory, `root/step-NNNNNN`.
@@ -127,7 +131,8 @@ def write(checkpoint: Checkpoint, root: Path, config_yaml: str, keep_last: int) 
     sync(root)
     shutil.rmtree(aside, ignore_errors=True)
     for _, old in _steps(root)[:-keep_last]:
-        shutil.rmtree(old, ignore_errors=True)
+        if old != final:
+            shutil.rmtree(old, ignore_errors=True)
     return final
 
 
@@ -154,21 +159,28 @@ def verify(directory: Path, names: Collection[str] | None = None) -> None:
     manifest = _read_json(directory / "manifest.json")
     if manifest.get("format") != FORMAT:
         raise UsageError(f"{directory}: checkpoint format {manifest.get('format')} is unknown")
-    for name in manifest["files"] if names is None else names:
-        path, expected = directory / name, manifest["files"].get(name)
-        if not expected or not path.is_file() or path.stat().st_size != expected["bytes"]:
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not files.keys() >= FILES:
+        raise UsageError(f"{directory / 'manifest.json'}: does not list the checkpoint's files")
+    for name in files if names is None else names:
+        path, expected = directory / name, files.get(name)
+        if (
+            not isinstance(expected, dict)
+            or not path.is_file()
+            or path.stat().st_size != expected.get("bytes")
+        ):
             raise UsageError(f"{path}: is missing or has the wrong size; the checkpoint is damaged")
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != expected["sha256"]:
+        if digest != expected.get("sha256"):
             raise UsageError(f"{path}: does not match its SHA-256; the checkpoint is damaged")
 
 
 def newest(root: Path, warn: Any = print) -> Path | None:
     """The newest checkpoint under `root` that verifies; damaged ones are skipped with a warning."""
-    for directory in newest_first(root):
+    for _, directory in reversed(_steps(root)):
         try:
-            read(directory)
+            verify(directory)
         except UsageError as error:
             warn(f"skipping a checkpoint: {error}")
         else:
@@ -176,9 +188,15 @@ def newest(root: Path, warn: Any = print) -> Path | None:
     return None
 
 
-def newest_first(root: Path) -> list[Path]:
-    """The directories of all checkpoints under `root`, whole or not."""
-    return [directory for _, directory in reversed(_steps(root))]
+def set_aside_after(step: int, root: Path) -> None:
+    """Move the checkpoints past `step` out of `root`, into a directory beside it."""
+    newer = [directory for number, directory in _steps(root) if number > step]
+    if newer:
+        aside = unused_name(root)
+        aside.mkdir()
+        for directory in newer:
+            os.rename(directory, aside / directory.name)
+        sync(root)
 
 
 def _steps(root: Path) -> list[tuple[int, Path]]:
@@ -198,6 +216,9 @@ def _json(value: Any) -> bytes:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{path}: holds a JSON {type(value).__name__}, not an object")
+    return value

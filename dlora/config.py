@@ -98,6 +98,7 @@ def _is_local(c: Config) -> bool:
 # (options, when they do nothing, why): set to something else than the default, they are refused.
 INERT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("model.revision", _is_local, "model.path is local"),
+    ("model.cache_dir", lambda c: not _is_gguf(c), "only a .gguf base is converted"),
     ("model.trust_remote_code", _is_gguf, "a .gguf file brings no code"),
     (
         "adapter.r adapter.lora_alpha adapter.target_modules adapter.use_rslora adapter.use_dora "

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dlora.checks import learned_positions
 from dlora.data import NO_TARGET, Dataset, deal
 from dlora.data.collate import collate
 
@@ -64,6 +65,8 @@ def sample_answers(
     starts = [int((example.labels != NO_TARGET).argmax()) for example in examples]
     prompts = [example.input_ids[:s].tolist() for example, s in zip(examples, starts, strict=True)]
     longest = max(map(len, prompts))
+    if (positions := learned_positions(model)) is not None:
+        max_new_tokens = min(max_new_tokens, positions - longest)
     device = next(model.parameters()).device
     ids = torch.tensor([[pad_id] * (longest - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)

@@ -45,6 +45,14 @@ def new_directory(final: Path) -> Iterator[Path]:
     sync(final.parent)
 
 
+def unused_name(path: Path) -> Path:
+    """`path` with the first of .old-1, .old-2, … that is free: where it can be set aside."""
+    number = 1
+    while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
+        number += 1
+    return aside
+
+
 def sync(path: Path) -> None:
     """Make a file's content, or the renames in a directory, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -8,7 +8,10 @@ for all.
 from __future__ import annotations
 
 import os
-import sys
+from typing import Any, NoReturn
+
+from dlora.errors import UsageError
+from dlora.runtime import exit_with
 
 TRAINING_OPTIONS = ("--config", "--check", "--print_config")
 GRACE_SECONDS = 120  # between a stop signal and the kill: time to finish a step and commit
@@ -33,7 +36,7 @@ def main(argv: list[str]) -> int:
         print(USAGE)
         return 0 if argv else 2
     agent, training = split(argv)
-    args = torchrun.parse_args([*agent, "-m", "dlora.train", *training])
+    args = agent_options(agent, training)
     if args.shutdown_timeout is None:
         args.shutdown_timeout = GRACE_SECONDS
     if "OMP_NUM_THREADS" not in os.environ:
@@ -46,6 +49,39 @@ def main(argv: list[str]) -> int:
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0
+
+
+def agent_options(agent: list[str], training: list[str]) -> Any:
+    """torchrun's own reading of its options.
+
+    Raises:
+        UsageError: it does not understand one, or something stands there that is none.
+    """
+    from torch.distributed import run as torchrun
+
+    def refuse(message: str) -> NoReturn:
+        raise UsageError(f"{message} (torchrun --help lists its options)")
+
+    parser = torchrun.get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    args = parser.parse_args([*agent, "-m", "dlora.train", *training])
+    if args.training_script != "dlora.train":
+        raise UsageError(
+            f"{args.training_script}: unexpected argument; torchrun's options come first, then "
+            "those of dlora.train: --config FILE"
+        )
+    for option, read in (
+        ("nproc-per-node", torchrun.determine_local_world_size),
+        ("nnodes", lambda text: min(torchrun.parse_min_max_nnodes(text))),
+    ):
+        value = getattr(args, option.replace("-", "_"))
+        try:
+            count = read(value)
+        except (ValueError, RuntimeError) as error:
+            raise UsageError(f"--{option} {value}: {error}") from None
+        if count < 1:
+            raise UsageError(f"--{option} {value}: must be at least 1")
+    return args
 
 
 def split(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -65,4 +101,4 @@ def threads_per_worker(workers: str) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    exit_with(main)

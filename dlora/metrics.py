@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,34 @@ class SilentLog:
         """Nothing."""
 
 
+class FiniteWatch:
+    """Says so when the loss or its gradient is no number any more: at once, and at the end."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._steps: list[int] = []
+
+    def see(self, record: dict[str, Any]) -> None:
+        """Look at a step's record."""
+        loss, norm = record["loss"], record["grad_norm"]
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        self._steps.append(record["step"])
+        if len(self._steps) == 1:
+            self._say(
+                f"warning: step {record['step']} has loss {loss} and gradient norm {norm}; "
+                "a smaller optimizer.lr may help"
+            )
+
+    def close(self) -> None:
+        """The run has ended."""
+        if self._steps:
+            self._say(
+                f"warning: loss or gradient was not finite in {len(self._steps)} steps, the first "
+                f"of them step {self._steps[0]}; the adapter is of no use"
+            )
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All whole lines of a `metrics.jsonl`; the torn line of a crash is left out."""
     if not path.exists():
@@ -72,5 +102,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def held_out_line(directory: Path) -> str | None:
+    """What training did to the held-out loss, also of a run that was resumed; None if unknown."""
+    found = [r for r in read_metrics(directory / "metrics.jsonl") if r.get("eval_loss") is not None]
+    if len(found) < 2:
+        return None
+    first, last = found[0]["eval_loss"], found[-1]["eval_loss"]
+    when = "before" if found[0]["step"] == 0 else f"at step {found[0]['step']}"
+    return f"held-out loss: {first:.4f} {when}, {last:.4f} after ({last / first - 1:+.1%})"
+
+
 def _line(record: dict[str, Any]) -> str:
-    return json.dumps(record) + "\n"
+    """JSON has no NaN and no infinity: they become null."""
+    lost = {k: None for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)}
+    return json.dumps(record | lost) + "\n"

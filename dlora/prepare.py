@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from dlora.adapter_files import read_config
 from dlora.base_model import BaseModel, check_experts_divide, find_base
+from dlora.checks import (
+    check_adapter,
+    check_dropout,
+    check_output,
+    check_ranks_per_node,
+    check_sequences,
+    pad_token,
+)
 from dlora.config import Config
 from dlora.data import Dataset, Sampler, check_source, load_examples
 from dlora.errors import UsageError
 from dlora.lora.attach import attach, trainable_parameters
 from dlora.lora.config import LoraConfig
 from dlora.objectives.targets import model_parts
-from dlora.plan.capacity import free_bytes
 from dlora.plan.choose import Decision, capacity_of, decide
-from dlora.plan.earlier import Earlier, earlier_placement, settle
+from dlora.plan.earlier import earlier_placement, settle
 from dlora.plan.subject import Plan, Subject
 from dlora.plan.workload import workload_of
-from dlora.runtime import Runtime
 from dlora.sharding.mesh import Placement, Topology, resolve_placement
+from dlora.start import Start, check_start
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,8 @@ class Preparation:
     sampler: Sampler
     lora: LoraConfig
     topology: Topology
+    pad_id: int
+    start: Start | None
     decision: Decision
 
     @property
@@ -60,12 +71,6 @@ class Preparation:
         chosen = [self.placement, self.divided, self.budget.resident]
         return " ".join([*data, str(self.lora), *map(str, chosen)])
 
-    @property
-    def pad_id(self) -> int:
-        """Token of padded positions; which one does not matter, since they are masked."""
-        tokenizer = self.tokenizer
-        return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-
 
 @dataclass(frozen=True)
 class Surroundings:
@@ -74,39 +79,10 @@ class Surroundings:
     Attributes:
         device: `"cpu"` or `"cuda"`.
         free: bytes that each rank may take; None if that is not known, and then everything fits.
-        earlier: what a checkpoint that is to be resumed was written under.
     """
 
     device: str = "cpu"
     free: int | None = None
-    earlier: Earlier | None = None
-
-
-def prepare_together(config: Config, runtime: Runtime) -> Preparation:
-    """`prepare` on every rank, with one view of memory and checkpoints, and one outcome."""
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world))
-    around = look_around(config, runtime, local_world)
-
-    def work() -> tuple[Preparation, str]:
-        found = prepare(config, runtime.rank, runtime.world, local_world, runtime.say, around)
-        return found, found.fingerprint
-
-    return runtime.agree("preparation", work)
-
-
-def look_around(config: Config, runtime: Runtime, local_world: int) -> Surroundings:
-    """Collective, through the store: the memory of the rank that has least, rank 0's checkpoint.
-
-    Args:
-        local_world: ranks that share this machine's memory.
-    """
-    found = earlier_placement(config) if runtime.main else None
-    earlier = runtime.broadcast("earlier", found and asdict(found))
-    return Surroundings(
-        device=runtime.device.type,
-        free=runtime.least("free", free_bytes(runtime.device, local_world)),
-        earlier=earlier and Earlier(**earlier),
-    )
 
 
 def prepare(
@@ -115,53 +91,52 @@ def prepare(
     world: int,
     local_world: int,
     announce: Callable[[str], None],
+    start: Start | None = None,
     around: Surroundings = Surroundings(),  # noqa: B008 - frozen
 ) -> Preparation:
     """Read the data, the tokenizer and the model's skeleton, and plan.
+
+    Args:
+        start: the checkpoint to go on from, if there is one.
 
     Raises:
         UsageError: data, model or adapter settings are wrong, named by key, file or line, or no
             placement fits the budget.
     """
+    check_ranks_per_node(config, world)
+    if rank == 0:
+        check_output(config)
     topology = Topology(rank, world, config.sharding.ranks_per_node or local_world)
     _check_placement(config, topology)
-    lora = lora_config(config)
-    if config.model.path.endswith(".gguf"):
-        # Its tokenizer comes with the conversion, and a typo in the data must not wait for that.
-        for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-            if source is not None:
-                check_source(source, key=key, format=config.data.format)
-    base = find_base(
-        config.model.path,
-        dtype=config.model.dtype,
-        revision=config.model.revision,
-        trust_remote_code=config.model.trust_remote_code,
-        cache_dir=config.model.cache_dir,
-        attn_implementation=config.model.attn_implementation,
-        announce=announce,
-    )
-    skeleton = base.skeleton()
-    model_parts(skeleton)
-    with keyed_by("adapter"):
-        attach(skeleton, lora)
+    lora = lora_config(config, start)
+    base = _base(config, announce)
+    skeleton = _adapted(config, base, lora, start)
     tokenizer = base.tokenizer()
-    train = _load(config, "train", config.data.train, tokenizer, announce)
-    held_out = config.data.eval and _load(config, "eval", config.data.eval, tokenizer, announce)
-    sampler = Sampler(
-        len(train),
-        config.train.global_batch_size,
-        config.train.seed,
-        config.data.shuffle,
-        **_length(config),
-    )
+    train, held_out = _data(config, tokenizer, announce)
+    check_sequences({"data.train": train, "data.eval": held_out}, tokenizer, skeleton)
+    sampler = _sampler(config, len(train))
+    trainable = trainable_parameters(skeleton)
+    if start is not None:
+        check_start(start, config, lora, trainable, sampler, train.fingerprint)
     announce(_said_of_steps(sampler, config.train.global_batch_size))
-    decision = _decision(config, skeleton, topology, train.report.longest, around)
+    decision = _decision(config, skeleton, topology, train.report.longest, around, start)
     if decision.plan.divided:
         announce(
             f"optimizer state: divided, 1/{world} on each rank, so a save needs all ranks: each "
             "sends its part to rank 0 (sharding.optimizer_state)"
         )
-    return Preparation(base, tokenizer, train, held_out or None, sampler, lora, topology, decision)
+    return Preparation(
+        base,
+        tokenizer,
+        train,
+        held_out,
+        sampler,
+        lora,
+        topology,
+        pad_token(tokenizer, skeleton),
+        start,
+        decision,
+    )
 
 
 def _check_placement(config: Config, topology: Topology) -> None:
@@ -172,11 +147,17 @@ def _check_placement(config: Config, topology: Topology) -> None:
 
 
 def _decision(
-    config: Config, skeleton: Any, topology: Topology, longest: int, around: Surroundings
+    config: Config,
+    skeleton: Any,
+    topology: Topology,
+    longest: int,
+    around: Surroundings,
+    start: Start | None,
 ) -> Decision:
     """The plan of the run: what the settings leave open is chosen, `base: auto` above all."""
     section, world = config.sharding, topology.world
-    settings = settle(config, around.earlier, world)
+    earlier = earlier_placement(start.settings, start.state) if start else None
+    settings = settle(config, earlier, world)
     decision = decide(
         Subject(
             skeleton,
@@ -198,11 +179,47 @@ def _decision(
     return decision
 
 
-def lora_config(config: Config) -> LoraConfig:
-    """The `adapter` section, or the configuration of the adapter that it starts from."""
+def _base(config: Config, announce: Callable[[str], None]) -> BaseModel:
+    """The base that the `model` section names."""
+    if config.model.path.endswith(".gguf"):
+        # Its tokenizer comes with the conversion, and a typo in the data must not wait for that.
+        for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+            if source is not None:
+                check_source(source, key=key, format=config.data.format)
+    return find_base(
+        config.model.path,
+        dtype=config.model.dtype,
+        revision=config.model.revision,
+        trust_remote_code=config.model.trust_remote_code,
+        cache_dir=config.model.cache_dir,
+        attn_implementation=config.model.attn_implementation,
+        announce=announce,
+    )
+
+
+def _adapted(config: Config, base: BaseModel, lora: LoraConfig, start: Start | None) -> nn.Module:
+    """The base on the meta device with its adapters, once all that can be seen of it is right."""
+    skeleton = base.skeleton()
+    base.check_stored(skeleton)
+    model_parts(skeleton)
+    with keyed_by("adapter"):
+        attach(skeleton, lora)
+    check_dropout(skeleton)
+    if config.adapter.path is not None and start is None:
+        check_adapter(skeleton, config.adapter.path)
+    return skeleton
+
+
+def lora_config(config: Config, start: Start | None = None) -> LoraConfig:
+    """The `adapter` section, or the configuration of the adapter that it starts from.
+
+    Where a run goes on and that adapter is gone by now, its checkpoint knows it as well.
+    """
     section = config.adapter
     with keyed_by("adapter"):
         if section.path is not None:
+            if start and start.lora and not Path(section.path).expanduser().is_dir():
+                return replace(start.lora, lora_dropout=section.lora_dropout)
             return replace(read_config(section.path), lora_dropout=section.lora_dropout)
         return LoraConfig(
             r=section.r,
@@ -228,6 +245,23 @@ def keyed_by(section: str) -> Iterator[None]:
         if field not in LoraConfig.__dataclass_fields__:
             raise
         raise UsageError(f"{section}.{error}") from None
+
+
+def _data(
+    config: Config, tokenizer: Any, announce: Callable[[str], None]
+) -> tuple[Dataset, Dataset | None]:
+    """What is trained on, and what is held out."""
+    train = _load(config, "train", config.data.train, tokenizer, announce)
+    if config.data.eval is None:
+        return train, None
+    return train, _load(config, "eval", config.data.eval, tokenizer, announce)
+
+
+def _sampler(config: Config, num_examples: int) -> Sampler:
+    train = config.train
+    return Sampler(
+        num_examples, train.global_batch_size, train.seed, config.data.shuffle, **_length(config)
+    )
 
 
 def _load(

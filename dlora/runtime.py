@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -14,6 +15,12 @@ import torch
 import torch.distributed as dist
 
 from dlora.errors import UsageError
+
+PARTING_SECONDS = 10.0  # that rank 0 waits for the others to read what it is about to take along
+
+
+class ToldError(UsageError):
+    """A `UsageError` that has been printed, on this rank or on another."""
 
 
 @dataclass
@@ -56,7 +63,9 @@ class Runtime:
 
         Raises:
             UsageError: on every rank, with the first failing rank's message; or if fingerprints
-                differ, as when two nodes hold different data files.
+                differ, as when two nodes hold different data files. Where there are several ranks,
+                rank 0 has printed it before any of them could leave: an agent ends all ranks as
+                soon as one of them has.
         """
         result, fingerprint, message = None, "", ""
         try:
@@ -65,13 +74,27 @@ class Runtime:
             message = str(error)
         if self.store is not None:
             self.store.set(f"{topic}/{self.rank}", json.dumps([message, fingerprint]))
-            verdict = self._verdict(topic) if self.main else ""
             if self.main:
-                self.store.set(f"{topic}/verdict", verdict)
+                message = self._verdict(topic)
+                if message:
+                    _print_error(message)
+                self.store.set(f"{topic}/verdict", message)
             message = self.store.get(f"{topic}/verdict").decode()
+            if message:
+                self._part(topic)
+                raise ToldError(message)
         if message:
             raise UsageError(message)
         return result
+
+    def told(self, error: UsageError) -> UsageError:
+        """An error outside `agree`, printed by the first rank that has one."""
+        if self.store is None or isinstance(error, ToldError):
+            return error
+        if self.store.add("told", 1) == 1:
+            _print_error(str(error) if self.main else f"rank {self.rank}: {error}")
+        self._part("told")
+        return ToldError(str(error))
 
     def _verdict(self, topic: str) -> str:
         assert self.store is not None
@@ -116,25 +139,41 @@ class Runtime:
         )
 
     def leave(self) -> None:
-        """End the process group together, so that no rank pulls the store from under another."""
+        """End together, so that no rank pulls the store from under another."""
         if dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
+        else:
+            self._part("end")
+
+    def _part(self, topic: str) -> None:
+        """Before an end without a process group: where rank 0 hosts the store, it leaves last."""
+        if self.store is None or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return
+        others = [f"{topic}/parted/{rank}" for rank in range(1, self.world)]
+        if not self.main:
+            self.store.set(others[self.rank - 1], "")
+            return
+        with contextlib.suppress(RuntimeError):  # one that died does not hold up the rest
+            self.store.wait(others, timedelta(seconds=PARTING_SECONDS))
 
 
 def exit_with(main: Callable[[list[str]], int]) -> None:
     """Run an entry point and end the process with its status; a user's mistake is one line, status
     2.
-
-    Only rank 0 prints the line, since all ranks agreed on it.
     """
     try:
         status = main(sys.argv[1:])
+    except ToldError:
+        status = 2
     except UsageError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"dlora: error: {error}", file=sys.stderr, flush=True)
+        _print_error(str(error))
         status = 2
     raise SystemExit(status)
+
+
+def _print_error(message: str) -> None:
+    print(f"dlora: error: {message}", file=sys.stderr, flush=True)
 
 
 def _device(local_rank: int) -> torch.device:

@@ -7,6 +7,7 @@ which key becomes which parameter; only what is renamed and nothing else can be 
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -145,6 +147,22 @@ def _cached(base: BaseModel, name: str) -> Path | None:
         base.source, name, revision=base.revision, _raise_exceptions_for_missing_entries=False
     )
     return Path(found) if found else None
+
+
+def are_at_hand(base: BaseModel) -> bool:
+    """Whether the weights are on this machine, or should be; the hub is not asked."""
+    if Path(base.source).is_dir():
+        return True
+    cached = functools.partial(
+        try_to_load_from_cache, base.source, revision=base.revision or "main"
+    )
+    if isinstance(cached("model.safetensors"), str):
+        return True
+    index = cached(INDEX)
+    if not isinstance(index, str):
+        return False
+    shards = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+    return all(isinstance(cached(shard), str) for shard in shards)
 
 
 def weight_files(base: BaseModel) -> list[Path]:

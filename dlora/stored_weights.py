@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -32,8 +33,11 @@ BLOCK_NUMEL = 1 << 22  # elements read at a time
 class StoredWeights:
     """Reads ranges of the flattened parameters of a model.
 
+    Nothing but headers has been read when it is there, and they have what the model needs.
+
     Raises:
-        UsageError: the base is quantized, or its files lack a parameter.
+        UsageError: the base is quantized; there are no weights, or they are damaged; or the files
+            lack a parameter or hold it in another shape than the configuration says.
     """
 
     def __init__(self, base: BaseModel, skeleton: PreTrainedModel) -> None:
@@ -41,22 +45,26 @@ class StoredWeights:
             raise UsageError(
                 f"model.path: {base.path} is quantized; engine zero3 reads plain floats"
             )
-        self._path, self._skeleton = base.path, skeleton
+        self._skeleton = skeleton
         self._tensors: dict[str, StoredTensor] = {}
-        for file in weight_files(base):
-            self._tensors |= stored_tensors(file)
+        try:
+            for file in weight_files(base):
+                self._tensors |= stored_tensors(file)
+        except UsageError as error:
+            raise UsageError(f"model.path: {error}") from error
         expected = skeleton.state_dict()
-        sources = sources_of_parameters(skeleton, self._tensors, expected)
-        self._sources = {
-            target: (name, source)
-            for name, source in sources.items()
-            for target in self._targets(name, source)
-        }
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+        self._sources: dict[str, tuple[str, Source]] = {}
+        for name, source in sources_of_parameters(skeleton, self._tensors, expected).items():
+            for target, shape in self._made_shapes(name, source).items():
+                self._sources[target] = (name, source)
+                self._check_shape(target, shape, source)
         self._alias = _aliases(skeleton)
-        self._shapes = {name: tensor.shape for name, tensor in expected.items()}
         missing = [name for name in expected if self._stored_name(name) is None]
+        missing = [name for name in missing if not _may_be_missing(skeleton, name)]
         if missing:
-            raise UsageError(f"model.path: the files of {base.path} hold no {missing[0]}")
+            more = f" and {len(missing) - 1} more that the model has" if len(missing) > 1 else ""
+            raise UsageError(f"model.path: the files of {base.path} hold no {missing[0]}{more}")
 
     def read(self, name: str, start: int, out: Tensor) -> None:
         """Fill `out` [n] with the elements from `start` on of the parameter `name`, cast."""
@@ -66,7 +74,7 @@ class StoredWeights:
         if source.converter is not None:
             out.copy_(self._made(stored_name, first, source, start, start + out.numel()))
             return
-        stored = self._checked(source.keys[-1], name)
+        stored = self._tensors[source.keys[-1]]
         for offset in range(0, out.numel(), BLOCK_NUMEL):
             piece = out[offset : offset + BLOCK_NUMEL]
             piece.copy_(stored.elements(start + offset, start + offset + piece.numel()))
@@ -75,21 +83,33 @@ class StoredWeights:
         """Under which of its names a (tied) parameter lies in the files."""
         return next((n for n in self._alias.get(name, [name]) if n in self._sources), None)
 
-    def _checked(self, key: str, name: str) -> StoredTensor:
-        stored = self._tensors[key]
-        numel = math.prod(self._shapes[name])
-        if stored.dtype not in FLOATS or math.prod(stored.shape) != numel:
-            raise UsageError(
-                f"model.path: {stored.file} holds {key} as {stored.dtype} {list(stored.shape)}, "
-                f"where the model has {numel} floats"
-            )
-        return stored
+    def _check_shape(self, name: str, shape: tuple[int, ...], source: Source) -> None:
+        wanted = self._shapes.get(name, shape)
+        stored = [self._tensors[key] for key in source.keys]
+        strange = [tensor for tensor in stored if tensor.dtype not in FLOATS]
+        if name not in self._shapes or (shape == wanted and not strange):
+            return
+        said = f"{strange[0].dtype} " if strange else ""
+        raise UsageError(
+            f"model.path: {stored[0].file} holds {name} as {said}{list(shape)}, where the model "
+            f"has floats {list(wanted)}; config.json and the weights do not belong together"
+        )
 
-    def _targets(self, name: str, source: Source) -> list[str]:
-        """The parameters that a source makes: tried out on the meta device."""
+    def _made_shapes(self, name: str, source: Source) -> dict[str, tuple[int, ...]]:
+        """{parameter: shape} of what a source makes; a conversion is tried on the meta device."""
         if source.converter is None:
-            return [name]
-        return list(self._convert(name, source, range(len(source.keys)), self._without_data))
+            return {name: self._tensors[source.keys[-1]].shape}
+        try:
+            made = self._convert(name, source, range(len(source.keys)), self._without_data)
+        except (RuntimeError, ValueError, KeyError, IndexError) as error:
+            if name not in self._shapes:  # of layers that the model does not have
+                return {}
+            first = self._tensors[source.keys[0]]
+            raise UsageError(
+                f"model.path: {name} cannot be made of {first.key} and the other "
+                f"{len(source.keys) - 1} keys in {first.file}: {str(error).splitlines()[0]}"
+            ) from error
+        return {target: tuple(tensor.shape) for target, tensor in made.items()}
 
     def _made(self, target: str, name: str, source: Source, start: int, stop: int) -> Tensor:
         """The elements [start, stop) of a converted parameter."""
@@ -117,7 +137,7 @@ class StoredWeights:
 
     def _without_data(self, key: str) -> Tensor:
         stored = self._tensors[key]
-        return torch.empty(stored.shape, dtype=FLOATS[stored.dtype], device="meta")
+        return torch.empty(stored.shape, dtype=FLOATS.get(stored.dtype), device="meta")
 
 
 def _stacks_alone(source: Source) -> bool:
@@ -140,6 +160,12 @@ def _of_rows(patterns: Sequence[str], first: int, last: int) -> list[int]:
             wanted.append(index)
         seen[pattern] += 1
     return wanted
+
+
+def _may_be_missing(model: PreTrainedModel, name: str) -> bool:
+    """transformers' own exceptions: what a model computes anew, although it has a name."""
+    patterns = model._keys_to_ignore_on_load_missing or ()
+    return any(re.search(pattern, name) for pattern in patterns)
 
 
 def _aliases(model: PreTrainedModel) -> dict[str, list[str]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,41 +18,50 @@ from torch.optim import Optimizer
 from dlora import checkpoint as checkpoints
 from dlora.adapter_files import load_adapter, save_adapter
 from dlora.api import TrainedReplica, attach, replicate
-from dlora.config import Config, parse
+from dlora.config import Config
 from dlora.data import batch_hash, deal
 from dlora.data.collate import Batch, collate
+from dlora.entry import enter, prepared
+from dlora.errors import UsageError
 from dlora.evaluation import held_out_loss, sample_answers
 from dlora.lora.attach import attachment_of
 from dlora.lora.dropout import SampleKeys, seed_of
-from dlora.memory import MemoryMeter, trim, without_holes
-from dlora.metrics import SilentLog
+from dlora.memory import MemoryMeter, trim
+from dlora.metrics import FiniteWatch, SilentLog, held_out_line
 from dlora.objectives import targets
 from dlora.optim.schedule import lr_factor, set_lr
 from dlora.plan.measured import measure
 from dlora.plan.report import comparison, lines_of
-from dlora.prepare import Preparation, prepare_together
+from dlora.prepare import Preparation
 from dlora.progress import StepDisplay
 from dlora.resume import open_directory, resolved_yaml, resume
 from dlora.runtime import Runtime, exit_with
 from dlora.sharding.engine import build_engine
-from dlora.sharding.replica import AUDIT_EVERY
+from dlora.start import output_directory, state_at
 from dlora.stopping import StopRequest, exit_status
+
+TRIM_EVERY = 10  # optimizer steps between two returns of freed host memory
 
 
 def main(argv: list[str]) -> int:
     """The command; returns the exit status."""
-    options = parse(argv, prog="dlora.train")
+    runtime, options = enter(argv, prog="dlora.train")
+    if options is None:
+        return 0
     config = options.config
     importlib.import_module("transformers.models.auto.modeling_auto")
     meter = MemoryMeter()  # counts from here: after imports, before data and weights
-    runtime = Runtime.from_environment(config.sharding.timeout_seconds)
-    preparation = prepare_together(config, runtime)
+    preparation = prepared(config, runtime)
     runtime.say("\n".join(lines_of(preparation.decision, is_open=config.sharding.base == "auto")))
     if options.check:
         runtime.say("configuration, data and plan are right; nothing was trained (--check)")
+        runtime.leave()
         return 0
     runtime.join(config.sharding.timeout_seconds)
-    status = Run(config, runtime, preparation, meter).train()
+    try:
+        status = Run(config, runtime, preparation, meter).train()
+    except UsageError as error:
+        raise runtime.told(error) from error
     runtime.leave()
     return status
 
@@ -65,17 +73,16 @@ class Run:
         self, config: Config, runtime: Runtime, preparation: Preparation, meter: MemoryMeter
     ) -> None:
         self.config, self.runtime, self.prepared = config, runtime, preparation
-        self.directory = Path(config.output.dir)
+        self.directory = output_directory(config)
         self.meter = meter
-        if config.sharding.memory_budget_gb is not None:
-            without_holes()
+        self.stop = StopRequest()  # a signal is remembered from here on, while weights are read too
+        self.losses = FiniteWatch(runtime.say)
         torch.manual_seed(config.train.seed)
         self.model, self.replica = build(config, runtime, preparation)
         self.optimizer = build_optimizer(config, self.replica)
         self.total_steps = preparation.sampler.total_steps
-        self.held_out: list[float] = []
         self.records: list[dict[str, Any]] = []  # of the steps of this start
-        self.start = resume(config, runtime, preparation, self.replica, self.optimizer)
+        self.start = resume(runtime, preparation, self.replica, self.optimizer)
 
     def train(self) -> int:
         """The loop; returns the exit status."""
@@ -85,7 +92,7 @@ class Run:
             runtime.say(f"the run was finished already: step {self.start} of {self.total_steps}")
             self.save_adapter()  # the run may have ended between its last two files
             return 0
-        stop, status = StopRequest(), None
+        stop, status = self.stop, None
         log = self.open_log()
         if self.start == 0:
             self.show_samples("before training")
@@ -93,6 +100,7 @@ class Run:
                 log.write({"step": 0, "eval_loss": (before := self.evaluate())})
                 runtime.say(f"held-out loss before training: {before:.4f}")
         replica.zero_grad()
+        replica.reductions = self.start  # so that audits fall on the same steps as without a stop
         replica.wire.take()
         with StepDisplay(self.total_steps, self.start, runtime.main) as display:
             for step in range(self.start, self.total_steps):
@@ -128,8 +136,9 @@ class Run:
                 # 5  look, log, save
                 done = step + 1
                 last = done == self.total_steps
-                if due(done, AUDIT_EVERY) or last:
-                    replica.audit()
+                if last:
+                    replica.audit()  # as the replica does by itself at every 10th reduction
+                if due(done, TRIM_EVERY, last=last):
                     trim()
                 seconds = time.perf_counter() - began
                 record = {
@@ -144,6 +153,7 @@ class Run:
                     "wire_bytes": replica.wire.take(),
                     "batch_hash": batch_hash(ids),
                 }
+                self.losses.see(record)
                 self.records.append(record)
                 status = exit_status(reduced.sums[1:])
                 evaluated = self.evaluates and due(done, config.output.eval_every, last=last)
@@ -198,7 +208,6 @@ class Run:
         )
         self.replica.release()
         self.replica.wire.take()  # wire_bytes are those of training
-        self.held_out.append(loss)
         return loss
 
     def show_samples(self, when: str) -> None:
@@ -222,14 +231,9 @@ class Run:
         """Commit a checkpoint: rank 0 alone, unless the optimizer state is divided over ranks."""
         if not (self.runtime.main or self.replica.divided):
             return
-        state = {
-            "step": step,
-            "total_steps": self.total_steps,
-            "schedule": {"name": self.config.optimizer.schedule, "next_step": step},
-            "data": {"cursor": step, "fingerprint": self.prepared.train.fingerprint},
-            "ranks": self.runtime.world,
-            "random": {"seed": self.config.train.seed, "keyed_by": ["seed", "step", "sequence"]},
-        }
+        found = self.prepared
+        state = state_at(step, self.config, found.lora, found.sampler, found.train.fingerprint)
+        state["ranks"] = self.runtime.world
         captured = checkpoints.capture(self.replica, self.optimizer, state)
         if captured is not None:
             checkpoints.write(
@@ -242,11 +246,9 @@ class Run:
     def finish(self) -> None:
         """The closing lines and the adapter."""
         self.show_samples("after training")
-        if len(self.held_out) > 1:
-            before, after = self.held_out[0], self.held_out[-1]
-            self.runtime.say(
-                f"held-out loss: {before:.4f} before, {after:.4f} after ({after / before - 1:+.1%})"
-            )
+        if self.runtime.main and (line := held_out_line(self.directory)):
+            self.runtime.say(line)
+        self.losses.close()
         self.save_adapter()
         measured = measure(self.model, self.replica, self.optimizer, self.records)
         self.runtime.say(comparison(self.prepared.budget, measured, self.runtime.device.type))
@@ -268,7 +270,7 @@ def build(
     replica = replicate(model, engine, divided=preparation.divided)
     attach(model, preparation.lora)
     engine.hold(model, preparation.budget.resident)
-    if config.adapter.path is not None:
+    if config.adapter.path is not None and preparation.start is None:
         load_adapter(model, config.adapter.path)
     if config.sharding.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]

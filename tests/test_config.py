@@ -54,6 +54,7 @@ output: {dir: runs/x, log_every: 1, eval_every: 50, save_every: 50, keep_last: 2
 ADDED = {  # change nothing
     ("sharding", "ranks_per_node"): None,
     ("sharding", "optimizer_state"): "auto",
+    ("sharding", "cpu_offload"): False,
     ("output", "samples"): 0,
 }
 
@@ -428,11 +429,15 @@ def test_what_is_not_built_says_later(base, key, value):
 def test_zero3_names_the_install_command_where_deepspeed_is_missing(base, monkeypatch, installed):
     spec = object() if installed else None
     monkeypatch.setattr(config_module.importlib.util, "find_spec", lambda name: spec)
-    message = refusal(load, base, ["--sharding.engine", "zero3"])
-    assert ("pip install 'dlora[zero3]'" in message) is not installed
+    words = ["--sharding.engine", "zero3"]
+    if installed:
+        assert load(base, words).sharding.engine == "zero3"
+    else:
+        assert "pip install 'dlora[zero3]'" in refusal(load, base, words)
 
 
 CANNOT_ACT = [  # words, the key that cannot act, the key that is why
+    ("--sharding.cpu_offload true", "sharding.cpu_offload", "zero3"),
     *(
         (f"--adapter.{key} {value}", f"adapter.{key}", "adapter.method")
         for key, value in {
@@ -450,6 +455,7 @@ CANNOT_ACT = [  # words, the key that cannot act, the key that is why
     ),
     ("--model.path x.gguf --model.revision main", "model.revision", "model.path"),
     ("--model.path x.gguf --model.trust_remote_code true", "model.trust_remote_code", "gguf"),
+    ("--model.cache_dir elsewhere", "model.cache_dir", "gguf"),
     ("--output.eval_every 10", "output.eval_every", "data.eval"),
     ("--output.resume none --output.resume_force true", "output.resume_force", "output.resume"),
     ("--adapter.method adalora --adapter.r 16", "adapter.r", "adapter.init_r"),

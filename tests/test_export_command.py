@@ -149,6 +149,7 @@ print("PEAK", highest - before)
 
 
 def test_merging_400_mb_takes_a_few_blocks_of_memory(tmp_path):
+    """promise 1.14: merging streams, in the memory of a few blocks."""
     config = LlamaConfig(
         vocab_size=8192,
         hidden_size=1024,

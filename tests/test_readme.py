@@ -140,31 +140,51 @@ def check_syntax(command: str) -> None:
     assert parse([str(ROOT / w) if w.endswith(".yaml") else w for w in training], "dlora").config
 
 
-def test_the_loop_in_the_readme_runs(tmp_path: Path):
-    """The Python block as it stands, around a tiny model and a loader of three batches."""
+LOOP = """
+import torch
+import torch.distributed as dist
+from transformers import LlamaConfig, LlamaForCausalLM
+
+CONFIG = LlamaConfig(
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+)
+torch.manual_seed(0)
+model = LlamaForCausalLM(CONFIG)
+model.save_pretrained("base")
+ids = torch.randint(0, 32, (2, 6))
+loader = [{"input_ids": ids, "labels": ids}] * 3
+"""
+AFTERWARDS = """
+logits = model(input_ids=ids).logits
+if dist.get_rank() == 0:
+    from safetensors.torch import save_file
+
+    save_file({"ids": ids, "logits": logits.detach()}, "trained.st")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_loop_in_the_readme_runs(tmp_path: Path, ranks: int):
+    """The Python block as it stands, under torchrun, around a tiny model and three batches."""
     import torch
     from peft import PeftModel
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from safetensors.torch import load_file
+    from transformers import LlamaForCausalLM
 
     (block,) = blocks("python")
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
-    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    ids = torch.randint(0, 32, (2, 6))
-    loader = [{"input_ids": ids, "labels": ids}] * 3
-    exec(block.replace('"out/adapter"', repr(str(tmp_path))), {"model": model, "loader": loader})
+    (tmp_path / "loop.py").write_text(LOOP + block + AFTERWARDS)
+    (tmp_path / ".venv").symlink_to(ROOT / ".venv")
+    run(f"PYTHONPATH={ROOT} torchrun --nproc-per-node {ranks} loop.py", tmp_path)
 
-    twin = LlamaForCausalLM(config)
-    twin.load_state_dict(base)
-    loaded = PeftModel.from_pretrained(twin, str(tmp_path))
-    logits = model(input_ids=ids).logits
-    torch.testing.assert_close(loaded(input_ids=ids).logits, logits)
-    assert not torch.equal(logits, LlamaForCausalLM(config)(input_ids=ids).logits)
+    got = load_file(tmp_path / "trained.st")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    before = base(input_ids=got["ids"]).logits
+    loaded = PeftModel.from_pretrained(base, str(tmp_path / "out" / "adapter"))
+    torch.testing.assert_close(loaded(input_ids=got["ids"]).logits, got["logits"])
+    assert not torch.equal(got["logits"], before)

@@ -36,6 +36,9 @@ _LLAMA = {
 MODELS: dict[str, Any] = {
     "llama": lambda: LlamaConfig(**_LLAMA),
     "tied": lambda: LlamaConfig(**_LLAMA, tie_word_embeddings=True),
+    "wide": lambda: LlamaConfig(
+        **_LLAMA | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
+    ),
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCABULARY,
         n_embd=40,
@@ -92,3 +95,26 @@ def save_chats(path: Path, count: int) -> Path:
             messages = [{"role": role, "content": content} for role, content in turns]
             file.write(json.dumps({"messages": messages}) + "\n")
     return path
+
+
+def command(base: str | Path, directory: Path, **settings: Any) -> list[str]:
+    """Words for `dlora.train`: 2 steps on `base`, in `directory`/run; `__` stands for a dot."""
+    chats = directory / "chats.jsonl"
+    if not chats.exists():
+        save_chats(chats, 8)
+    given = {
+        "model__path": str(base),
+        "model__dtype": "float32",
+        "adapter__r": 4,
+        "data__train": str(chats),
+        "train__max_steps": 2,
+        "train__global_batch_size": 4,
+        "output__dir": str(directory / "run"),
+        "output__tensorboard": False,
+    }
+    words = []
+    for key, value in (given | settings).items():
+        if value is not None:  # None takes a setting out
+            shown = value if isinstance(value, str) else json.dumps(value)
+            words += [f"--{key.replace('__', '.')}", shown]
+    return words

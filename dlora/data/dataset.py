@@ -66,6 +66,11 @@ class Dataset(Sequence[Example]):
         """Tokens of each sequence, int64 [N]."""
         return np.diff(self._starts)
 
+    @property
+    def largest_id(self) -> int:
+        """The largest token id."""
+        return int(self._input_ids.max())
+
     def __len__(self) -> int:
         return len(self._starts) - 1
 

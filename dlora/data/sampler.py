@@ -51,6 +51,10 @@ class Sampler:
         """Optimizer steps of the whole run."""
         return -(-self._end // self.global_batch_size)
 
+    def sequences(self, steps: int) -> int:
+        """How many sequences the first `steps` steps take from the stream."""
+        return min(steps * self.global_batch_size, self._end)
+
     def step(self, t: int) -> list[int]:
         """Ids of the sequences of optimizer step t, counted from 0, in stream order."""
         if not 0 <= t < self.total_steps:

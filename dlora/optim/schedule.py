@@ -12,10 +12,12 @@ SCHEDULES = ("cosine", "linear", "constant")
 def lr_factor(schedule: str, step: int, total: int, warmup_ratio: float) -> float:
     """Factor of the base learning rate at optimizer step `step` (0-based) of `total`.
 
-    Rises linearly over ⌈warmup_ratio·total⌉ steps, then follows the schedule: `cosine` and `linear`
-    reach 0 after the last step, `constant` stays at 1. transformers' schedules give the same.
+    Rises linearly over w = ⌈warmup_ratio·total⌉ steps, from 0 at the first of them to 1 at the step
+    after them, then follows the schedule: `cosine` and `linear` reach 0 after the last step,
+    `constant` stays at 1. transformers' schedules give the same. w is at most total − 1, so that
+    the last step has a rate above 0 in the shortest of runs.
     """
-    warmup = math.ceil(warmup_ratio * total)
+    warmup = min(math.ceil(warmup_ratio * total), total - 1)
     if step < warmup:
         return step / warmup
     progress = (step - warmup) / max(1, total - warmup)

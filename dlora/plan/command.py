@@ -155,8 +155,12 @@ def _skeleton(config: Config) -> nn.Module:
         from dlora.gguf_tensors import open_gguf
 
         quiet_libraries()
-        with tempfile.TemporaryDirectory() as folder:
-            return open_gguf(path, Path(folder), DTYPES[config.model.dtype]).model
+        cache = Path(config.model.cache_dir).expanduser()
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".plan-") as folder:
+            return open_gguf(
+                path.resolve(), Path(folder).resolve(), DTYPES[config.model.dtype]
+            ).model
     return find_base(
         config.model.path,
         dtype=config.model.dtype,

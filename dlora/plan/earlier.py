@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-import yaml
-
-from dlora.checkpoint import newest_first, verify
 from dlora.config import Config, is_set
-from dlora.errors import UsageError
-
-CONFIG, STATE = "config.yaml", "state.json"
 
 
 @dataclass(frozen=True)
@@ -36,22 +29,13 @@ class Settings:
     said: str = ""
 
 
-def earlier_placement(config: Config) -> Earlier | None:
-    """That of the checkpoint from which `output.resume` would go on; None if there is none.
-
-    Only its small files are read and verified. What is wrong with it is said by the resume itself.
-    """
-    for directory in _candidates(config):
-        try:
-            verify(directory, (CONFIG, STATE))
-            section = yaml.safe_load((directory / CONFIG).read_text("utf-8"))["sharding"]
-            ranks = json.loads((directory / STATE).read_text("utf-8")).get("ranks")
-            return Earlier(
-                section["engine"], section["base"], section.get("optimizer_state", "auto"), ranks
-            )
-        except (UsageError, OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-            continue
-    return None
+def earlier_placement(settings: Mapping[str, Any], state: Mapping[str, Any]) -> Earlier | None:
+    """That of a checkpoint, from its `config.yaml` and its `state.json`."""
+    section = settings.get("sharding", {})
+    if not {"engine", "base"} <= section.keys():
+        return None
+    kept = section.get("optimizer_state", "auto")
+    return Earlier(section["engine"], section["base"], kept, state.get("ranks"))
 
 
 def settle(config: Config, earlier: Earlier | None, world: int) -> Settings:
@@ -69,11 +53,3 @@ def settle(config: Config, earlier: Earlier | None, world: int) -> Settings:
         earlier.optimizer_state if own.optimizer_state == "auto" else own.optimizer_state,
         "as in the checkpoint",
     )
-
-
-def _candidates(config: Config) -> Iterator[Path]:
-    wanted = config.output.resume
-    if wanted == "auto":
-        yield from newest_first(Path(config.output.dir) / "checkpoints")
-    elif wanted != "none":
-        yield Path(wanted)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from dlora.errors import UsageError
@@ -95,9 +96,9 @@ def engine_class(placement: Placement, sharded: str | None = None) -> type[Engin
     Raises:
         UsageError: there is no such engine, or what it stands on is not installed.
     """
+    if placement.engine not in ENGINES:  # also where one process needs none
+        raise UsageError(f"sharding.engine: {placement.engine!r} is none of {', '.join(ENGINES)}")
     name = sharded or ("replicated" if placement.shard_size == 1 else placement.engine)
-    if name not in ENGINES:
-        raise UsageError(f"sharding.engine: {name!r} is none of {', '.join(ENGINES)}")
     module, _, cls = ENGINES[name].partition(":")
     try:
         return getattr(importlib.import_module(module), cls)
@@ -113,7 +114,16 @@ def build_engine(placement: Placement, topology: Topology, sharded: str | None =
 
 
 def sharded_by(model: nn.Module) -> str | None:
-    """The engine that divided the model's parameters, or None where they are whole."""
+    """The engine that divided the model's parameters, or None where they are whole.
+
+    Raises:
+        UsageError: it was FSDP1, whose flat parameters hold what is frozen and what is not as one.
+    """
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise UsageError(
+            "shard: this model is wrapped by FSDP1 (FullyShardedDataParallel); give dlora the bare "
+            "model, or one sharded by fully_shard"
+        )
     parameters = list(model.parameters())
     if any(hasattr(parameter, "ds_id") for parameter in parameters):
         return "zero3"

@@ -67,12 +67,17 @@ def frozen_groups(groups: Iterable[Group]) -> list[Group]:
     return kept
 
 
-def worth_holding(groups: Iterable[Group]) -> list[Group]:
-    """Groups in the order in which they are worth their memory: freed ones save two gathers per
-    micro-batch, kept ones one per step; held ones are left out.
+def worth_holding(groups: Iterable[Group], model: nn.Module) -> list[Group]:
+    """Groups in the order in which they are worth their memory; held ones are left out.
+
+    Blocks save two gathers per micro-batch; what is freed outside of them saves one (an embedding
+    has no gradient to pass on), and what is kept saves one per step.
     """
-    candidates = [group for group in groups if not group.held]
-    return sorted(candidates, key=lambda group: not group.freed)
+    lists = tuple(f"{path}." for path in block_lists(model))
+    return sorted(
+        (group for group in groups if not group.held),
+        key=lambda group: (not group.freed, not group.path.startswith(lists)),
+    )
 
 
 def block_lists(model: nn.Module) -> list[str]:

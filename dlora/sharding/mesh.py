@@ -26,8 +26,17 @@ class Topology:
 
         Args:
             ranks_per_node: overrides LOCAL_WORLD_SIZE, as when one machine stands in for several.
+
+        Raises:
+            UsageError: the launcher started several processes, and there is no process group: each
+                would train an adapter of its own.
         """
         if not dist.is_initialized():
+            if (started := os.environ.get("WORLD_SIZE", "1")) != "1":
+                raise UsageError(
+                    f"shard: {started} processes were started (WORLD_SIZE) and have no process "
+                    "group; call torch.distributed.init_process_group() first"
+                )
             return cls(0, 1, 1)
         world = dist.get_world_size()
         local = ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", world))

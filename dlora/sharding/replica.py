@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dlora.sharding.audit import mismatch
+from dlora.sharding.counts import whole_number
 from dlora.sharding.divided import DividedShare
 from dlora.sharding.mesh import Topology
 from dlora.sharding.reduction import Reduction
@@ -57,6 +58,7 @@ class Replica:
         self.wire = wire or WireCounter()
         self._reduction = Reduction(topology, self.wire)
         self.named: dict[str, nn.Parameter] = {}
+        self.reductions = 0  # made so far; every `AUDIT_EVERY`th ends with an audit
 
     def own(self, named: Named) -> None:
         """Take over parameters; collective: rank 0's values are broadcast.
@@ -102,7 +104,7 @@ class Replica:
     # -- one optimizer step ---------------------------------------------------------------------
 
     def reduce_gradients(
-        self, tokens: int | None = None, sums: Sequence[float] = (), each: int = 0
+        self, tokens: int | Tensor | None = None, sums: Sequence[float] = (), each: int = 0
     ) -> Reduced:
         """Replace every gradient by its mean over ranks: one reduction, the same bits everywhere.
 
@@ -115,6 +117,11 @@ class Replica:
                 all ranks. Without it they become Σ grad / world.
             sums: up to 16 scalars to be summed over ranks along the way.
             each: an integer ≥ 0 (below 2^36) of this rank that all ranks want to see.
+
+        Raises:
+            ReplicaError: adapters are missing or were cast, or (every 10th time) they differ
+                between ranks; see `audit`.
+            UsageError: `tokens` is no whole number.
         """
         if not self.named:
             raise ReplicaError("there is nothing to reduce: attach adapters first")
@@ -125,12 +132,15 @@ class Replica:
         self._check_bound()
         self._collect()
         rank, world = self.topology.rank, self.topology.world
-        mine = tail(1 if tokens is None else tokens, sums, each, rank, world)
+        mine = tail(1 if tokens is None else whole_number(tokens), sums, each, rank, world)
         received = self.share.sum_([*map(float, self._present.values()), *mine])
         reduced = read_tail(received[len(self.named) :], len(sums), world)
         ranks_with = dict(zip(self.named, received, strict=False))
         present = {name: ranks > 0 for name, ranks in ranks_with.items()}
         self.share.hand_out(present, max(reduced.tokens, 1))
+        self.reductions += 1
+        if self.reductions % AUDIT_EVERY == 0:
+            self.audit()
         return reduced
 
     def clip(self, max_norm: float) -> Tensor:
@@ -139,6 +149,8 @@ class Replica:
         Returns:
             The norm before clipping, a scalar; the gradients must have been reduced.
         """
+        if not self.named:
+            raise ReplicaError("there is nothing to clip: attach adapters first")
         norm = self.gradient_norm()
         self.share.scale_((max_norm / (norm + 1e-6)).clamp(max=1.0).to(norm.dtype))
         return norm

@@ -92,7 +92,8 @@ def _shards_of_gathered(model: nn.Module) -> Iterator[Tensor]:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             for group in module._get_fsdp_state()._fsdp_param_groups:
-                yield from (managed._sharded_param_data for managed in group.fsdp_params)
+                if group.is_unsharded:
+                    yield from (managed._sharded_param_data for managed in group.fsdp_params)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,6 +31,8 @@ from dlora.sharding.wire import WireCounter, ring_gather_bytes
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would look for a driver otherwise
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+# DeepSpeed calls torch by a name that is on its way out; a user can do nothing about that.
+warnings.filterwarnings("ignore", ".*all_gather_into_tensor` is deprecated", FutureWarning)
 
 import deepspeed  # noqa: E402
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload  # noqa: E402

@@ -37,7 +37,7 @@ def reference(schedule: str, total: int, warmup: int) -> list[float]:
 @pytest.mark.parametrize("total", [1, 2, 7, 100, 133])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_rates_equal_transformers(schedule: str, total: int, warmup_ratio: float) -> None:
-    expected = reference(schedule, total, math.ceil(warmup_ratio * total))
+    expected = reference(schedule, total, min(math.ceil(warmup_ratio * total), total - 1))
     actual = [LR * lr_factor(schedule, step, total, warmup_ratio) for step in range(total)]
     assert actual == pytest.approx(expected, rel=1e-12, abs=1e-18)
 
@@ -47,6 +47,13 @@ def test_a_schedule_starts_peaks_and_ends_where_it_says(schedule: str, end: floa
     assert lr_factor(schedule, 0, 100, 0.1) == 0
     assert lr_factor(schedule, 10, 100, 0.1) == 1
     assert lr_factor(schedule, 100, 100, 0.1) == pytest.approx(end, abs=1e-15)
+
+
+@pytest.mark.parametrize("warmup_ratio", [0.0, 0.03, 1.0])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_shortest_runs_learn(schedule: str, warmup_ratio: float) -> None:
+    assert lr_factor(schedule, 0, 1, warmup_ratio) == 1
+    assert lr_factor(schedule, 1, 2, warmup_ratio) > 0
 
 
 def test_every_group_is_scaled_from_its_own_rate() -> None:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from dlora.checkpoint import capture
 from dlora.config import parse
+from dlora.entry import prepared
 from dlora.memory import MemoryMeter
 from dlora.metrics import read_metrics
-from dlora.prepare import prepare_together
 from dlora.runtime import Runtime
 from dlora.train import Run
 
@@ -36,11 +36,12 @@ MEASURED = {"step_seconds", "tokens_per_second", "peak_memory_bytes"}
 
 
 def command_line(**settings: Any) -> list[str]:
-    """Words for `dlora.train`: BASE_SETTINGS and `settings`, with `__` for the dot."""
+    """Words for `dlora.train`: BASE_SETTINGS and `settings`; `__` is a dot, None is left out."""
     given = BASE_SETTINGS | {key.replace("__", "."): value for key, value in settings.items()}
     words = []
     for key, value in given.items():
-        words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+        if value is not None:
+            words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
     return words
 
 
@@ -55,8 +56,7 @@ def prepared_run(argv: list[str]) -> Run:
     config = parse(argv, prog="dlora.train").config
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     runtime = Runtime(rank, world, torch.device("cpu"), ranks.current_store)
-
-    return Run(config, runtime, prepare_together(config, runtime), meter())
+    return Run(config, runtime, prepared(config, runtime), meter())
 
 
 def train(argv: list[str], meddle: Callable[[Run], None] | None = None) -> dict[str, Any]:

@@ -20,10 +20,10 @@ from dlora.sharding.replica import ReplicaError
 STEPS = 4
 
 
-def trained(path: str, dtype: str, base: str, config: dict[str, Any]) -> dict[str, Any]:
+def trained(path: str, dtype: str, name: str, base: str, config: dict[str, Any]) -> dict[str, Any]:
     """W0 before and after some steps, and the adapter; every rank draws numbers of its own."""
     topology = Topology.current()
-    engine = build_engine(resolve_placement("fsdp2", base, topology), topology)
+    engine = build_engine(resolve_placement(name, base, topology), topology)
     model: Any = find_base(path, dtype=dtype).load(engine, torch.device("cpu"))
     replica = replicate(model, engine)
     before = whole(engine, model)
@@ -61,13 +61,16 @@ def base_weights(path: str, dtype: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("model", "dtype", "base", "world", "config"),
+    ("model", "dtype", "engine", "base", "world", "config"),
     [
-        ("llama", "bfloat16", "world", 2, {}),
-        ("llama", "float32", "node", 4, {}),
-        ("llama", "bfloat16", "none", 3, {}),
-        ("tied", "bfloat16", "world", 3, {"modules_to_save": ["lm_head"]}),
-        ("gpt2", "bfloat16", "world", 2, {"target_modules": ["c_attn", "wte"]}),
+        ("llama", "bfloat16", "fsdp2", "world", 2, {}),
+        ("llama", "float32", "fsdp2", "node", 4, {}),
+        ("llama", "bfloat16", "fsdp2", "none", 3, {}),
+        ("tied", "bfloat16", "fsdp2", "world", 3, {"modules_to_save": ["lm_head"]}),
+        ("gpt2", "bfloat16", "fsdp2", "world", 2, {"target_modules": ["c_attn", "wte"]}),
+        ("llama", "bfloat16", "zero3", "node", 4, {}),
+        ("tied", "bfloat16", "zero3", "world", 3, {"modules_to_save": ["lm_head"]}),
+        ("gpt2", "bfloat16", "zero3", "world", 2, {"target_modules": ["c_attn", "wte"]}),
     ],
 )
 def test_training_changes_the_adapter_alone(
@@ -75,13 +78,20 @@ def test_training_changes_the_adapter_alone(
     saved_models: Any,
     model: str,
     dtype: str,
+    engine: str,
     base: str,
     world: int,
     config: dict[str, Any],
 ) -> None:
+    """promise 1.1: one adapter, whatever the ranks' seeds.
+
+    promise 1.9: W0 in bf16, A and B in float32, and every one of them moves.
+    """
     path = saved_models(model, dtype)
     [wanted] = pools(1).run(base_weights, path, dtype)
-    results = pools(world).run(trained, path, dtype, base, config, ranks_per_node=-(-world // 2))
+    results = pools(world).run(
+        trained, path, dtype, engine, base, config, ranks_per_node=-(-world // 2)
+    )
     for result in results:
         for weights in (result["before"], result["after"]):
             assert weights.keys() == wanted.keys()
@@ -108,15 +118,19 @@ def flipped_in_a_run(argv: list[str]) -> str:
     run.optimizer.register_step_post_hook(flip)
     with pytest.raises(ReplicaError) as stopped:
         run.train()
-    assert next(steps) == 11  # the audit after step 10 stopped it
+    assert next(steps) == 10  # the audit in the 10th reduction stopped it
     return str(stopped.value).replace(name, "NAME")
 
 
-def test_a_run_stops_when_its_ranks_differ(pools: Pools, saved_models: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_a_run_stops_when_its_ranks_differ(
+    pools: Pools, saved_models: Any, tmp_path: Path, engine: str
+) -> None:
     argv = command_line(
         model__path=saved_models("llama"),
         data__train=str(save_chats(tmp_path / "chats.jsonl", 24)),
         output__dir=str(tmp_path / "run"),
+        sharding__engine=engine,
     )
     told = "the adapters are no longer the same on every rank: NAME on rank 1"
     assert pools(3).run(flipped_in_a_run, argv) == [told] * 3

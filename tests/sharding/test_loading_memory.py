@@ -72,6 +72,7 @@ def most_held_while_loading(path: str, name: str) -> tuple[int, int]:
     ("engine", "stored"), [("fsdp2", "bfloat16"), ("fsdp2", "float32"), ("zero3", "float32")]
 )
 def test_no_rank_ever_holds_the_whole_base(tmp_path: Path, engine: str, stored: str) -> None:
+    """promise 1.8: a rank reads its share only."""
     total, largest_layer = save_llama(tmp_path, getattr(torch, stored))
     pool = Pool(2, tmp_path / "ranks", fresh=True)
     results = pool.run(most_held_while_loading, str(tmp_path), engine)

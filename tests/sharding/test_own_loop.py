@@ -11,10 +11,10 @@ from ranks import Pools
 from run_training import relative_error, same_bits
 from tiny import VOCABULARY
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from dlora import LoraConfig, attach, load_adapter, save_adapter, shard
+from dlora import LoraConfig, UsageError, attach, load_adapter, save_adapter, shard
+from dlora.sharding.engine import is_divided
 
 STEPS, ROWS = 8, 4
 CONFIG = LoraConfig(r=4, lora_alpha=8)
@@ -43,10 +43,25 @@ def sharded_by_transformers(path: str) -> Any:
     )
 
 
+def partitioned_by_user(path: str) -> Any:
+    """`deepspeed.zero.Init` around the model, and an engine without an optimizer over it."""
+    import deepspeed
+
+    model = whole(path)
+    settings = {"train_micro_batch_size_per_gpu": ROWS, "zero_optimization": {"stage": 3}}
+    deepspeed.init_distributed("gloo", dist_init_required=False)
+    deepspeed.zero.Init(module=model, config_dict_or_path=settings, dtype=torch.float32)
+    model.requires_grad_(False)
+    deepspeed.initialize(model=model, config=settings)
+    return model
+
+
 BASES: dict[str, Callable[[str], Any]] = {
     "sharded by dlora": whole,
     "sharded by the user": sharded_by_user,
     "sharded by transformers": sharded_by_transformers,
+    "partitioned by dlora": whole,
+    "partitioned by the user": partitioned_by_user,
 }
 
 
@@ -57,7 +72,8 @@ def own_loop(path: str, base: str, attach_first: bool, by_tokens: bool, out: str
     if attach_first:
         torch.manual_seed(rank)
         attach(model, CONFIG)
-    replica = shard(model, engine="fsdp2", base="world")
+    engine = "zero3" if base == "partitioned by dlora" else "fsdp2"
+    replica = shard(model, engine=engine, base="world", resident=0.5)
     if not attach_first:
         torch.manual_seed(rank)
         attach(model, CONFIG)
@@ -84,7 +100,7 @@ def own_loop(path: str, base: str, attach_first: bool, by_tokens: bool, out: str
         "norms": torch.stack(norms),
         "adapter": {name: p.detach() for name, p in replica.named.items()},
         "names": [name for name, _ in model.named_parameters() if ".adapter." not in name],
-        "divided": any(isinstance(parameter, DTensor) for parameter in model.parameters()),
+        "divided": any(map(is_divided, model.parameters())),
     }
 
 
@@ -112,6 +128,10 @@ def test_the_loop_gives_what_one_process_gives(
     attach_first: bool,
     by_tokens: bool,
 ) -> None:
+    """promise 1.2: what any rank saves is what was trained.
+
+    promise 1.4: plain files on every engine; promise 4.2: attach works after `zero.Init`.
+    """
     arguments = (saved_models("llama"), base, attach_first, by_tokens, str(tmp_path))
     results = pools(world).run(own_loop, *arguments)
     loss = torch.stack([result["losses"] for result in results]).mean(0)
@@ -137,3 +157,19 @@ def partitioned_adapters(path: str) -> None:
 def test_adapters_that_were_partitioned_are_refused(pools: Pools, saved_models: Any) -> None:
     with pytest.raises(AssertionError, match="UsageError: shard: model.* is divided over ranks"):
         pools(2).run(partitioned_adapters, saved_models("llama"))
+
+
+def test_ranks_without_a_process_group_are_refused(
+    saved_models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would train an adapter each."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="^shard: 2 processes .* call .*init_process_group"):
+        shard(attach(whole(saved_models("llama")), CONFIG))
+
+
+@pytest.mark.parametrize("setting", ["engine", "base"])
+def test_unknown_settings_are_refused_on_one_process(saved_models: Any, setting: str) -> None:
+    model = attach(whole(saved_models("llama")), CONFIG)
+    with pytest.raises(UsageError, match=f"^sharding.{setting}: 'foo' is none of "):
+        shard(model, **{setting: "foo"})

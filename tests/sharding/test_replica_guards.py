@@ -1,11 +1,16 @@
 """How the replica keeps its promise: one adapter, in its own buffers, the same on every rank."""
 
+import math
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from ranks import Pools
 from torch import Tensor, nn
 from toy import Toy, batch, own_rank, replicated
 
+from dlora.errors import UsageError
 from dlora.sharding.mesh import Topology
 from dlora.sharding.replica import Replica, ReplicaError
 
@@ -103,6 +108,60 @@ def test_the_audit_names_tensor_and_rank(
 ) -> None:
     expected = f"the adapters are no longer the same on every rank: {named}" if named else ""
     assert pools(world).run(flipped, flips) == [expected] * world
+
+
+def audited_by_itself() -> dict[str, Any]:
+    """A loop that never calls `audit`: bytes of each reduction, and what was said of a flip."""
+    (model, replica), rank = replicated(torch.float32), own_rank()
+    x, y = batch(0, torch.float32)[rank]
+    sent: list[int] = []
+    try:
+        while len(sent) < 30:
+            if len(sent) == 12 and rank == 1:
+                model.get_parameter("A").data.view(-1).view(torch.int32)[3] ^= 1
+            replica.zero_grad()
+            model.losses(x, y, spare=False).sum().backward()
+            replica.wire.take()
+            replica.reduce_gradients(len(x))
+            sent.append(replica.wire.take())
+    except ReplicaError as error:
+        return {"sent": sent, "said": str(error)}
+    return {"sent": sent, "said": ""}
+
+
+def test_every_tenth_reduction_audits(pools: Pools) -> None:
+    for result in pools(2).run(audited_by_itself):
+        assert result["said"].endswith("A on rank 1")
+        plain = result["sent"][0]
+        audited = plain + 8  # a checksum of 8 bytes to one other rank
+        assert result["sent"] == [*[plain] * 9, audited, *[plain] * 9]
+
+
+# -- numbers of tokens ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [4, torch.tensor(4), torch.tensor([4]), np.int64(4), 4.0])
+def test_any_whole_number_counts_tokens(tokens: Any) -> None:
+    model, replica = replicated()
+    x, y = batch(0, torch.float64)[0]
+    model.losses(x, y, spare=False).sum().backward()
+    gradient = model.get_parameter("A").grad.clone()
+    assert replica.reduce_gradients(tokens=tokens).tokens == 4
+    assert torch.equal(model.get_parameter("A").grad, gradient / 4)
+
+
+@pytest.mark.parametrize(
+    "tokens", [2.5, -1, math.nan, torch.tensor([1, 2]), torch.tensor(0.5), "n"]
+)
+def test_what_is_no_number_of_tokens_is_refused(tokens: Any) -> None:
+    _, replica = replicated()
+    with pytest.raises(UsageError, match="^tokens: must be "):
+        replica.reduce_gradients(tokens=tokens)
+
+
+def test_nothing_to_clip() -> None:
+    with pytest.raises(ReplicaError, match="nothing to clip: attach adapters first"):
+        Replica(Topology.current()).clip(1.0)
 
 
 def drawn_by_rank() -> Tensor:

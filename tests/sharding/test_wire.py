@@ -84,6 +84,7 @@ def test_the_plan_is_what_is_sent(
     per_node: int,
     accumulation: int,
 ) -> None:
+    """promise 1.7: W0 per rank is what was printed."""
     argv = command_line(
         model__path=saved_models(model),
         data__train=chats,
@@ -145,7 +146,11 @@ def test_zero3_sends_what_the_plan_says(
     accumulation: int,
     checkpointing: bool,
 ) -> None:
-    """From the third step on: in the first two DeepSpeed records its trace and gathers vectors."""
+    """From the third step on: in the first two DeepSpeed records its trace and gathers vectors.
+
+    promise 4.1: A and B are outside by name, and gathers are counted.
+    promise 4.4: it is local to a node without ZeRO++.
+    """
     argv = command_line(
         model__path=saved_models(model),
         data__train=chats,
@@ -226,7 +231,11 @@ def saved_by_each(argv: list[str], directory: str) -> dict[str, Any]:
 def test_any_rank_saves_everything_alone(
     pools: Pools, saved_models: Any, chats: str, tmp_path: Path, base: str
 ) -> None:
-    """No collective, the same bytes, and no more than A, B and their state."""
+    """No collective, the same bytes, and no more than A, B and their state.
+
+    promise 1.5: bounded by what is trained; promise 3.4: published by any rank without W0.
+    promise 4.6: only what was trained.
+    """
     argv = command_line(
         model__path=saved_models("llama"),
         data__train=chats,

@@ -1,0 +1,105 @@
+"""What does not fit together, said in one line before a weight is read.
+
+Each takes what `prepare` has at hand: the configuration, data sets, and the model on the meta
+device.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dlora.adapter_files import PREFIX, WEIGHTS, check_shapes, peft_slots
+from dlora.config import Config
+from dlora.data import Dataset
+from dlora.errors import UsageError
+from dlora.lora.attach import attachment_of, named_adapters
+from dlora.lora.hosts import HostMixin
+from dlora.start import output_directory
+from dlora.tensor_files import stored_tensors
+
+
+def check_output(config: Config) -> None:
+    """See that `output.dir` can be made or written to; for the rank that writes."""
+    wanted = output_directory(config).absolute()
+    existing = next(path for path in (wanted, *wanted.parents) if path.exists())
+    if not existing.is_dir():
+        raise UsageError(f"output.dir: {existing} is a file, so {config.output.dir} cannot be made")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"output.dir: {existing} cannot be written to")
+
+
+def check_ranks_per_node(config: Config, world: int) -> None:
+    """See that `sharding.ranks_per_node` can act on so many ranks."""
+    wanted = config.sharding.ranks_per_node
+    if wanted is not None and wanted > world:
+        raise UsageError(f"sharding.ranks_per_node: {wanted} is more than the {world} rank(s)")
+
+
+def check_dropout(model: nn.Module) -> None:
+    """See that there is something for `adapter.lora_dropout` to act on; a look-up has no input."""
+    dropout = attachment_of(model).config.lora_dropout
+    hosts = [host for _, host, _ in named_adapters(model)]
+    if dropout and all(isinstance(host, HostMixin) and host.is_embedding for host in hosts):
+        raise UsageError(
+            f"adapter.lora_dropout: {dropout} cannot act: it drops inputs of linear layers, and "
+            "none of them is adapted"
+        )
+
+
+def check_adapter(model: nn.Module, directory: str) -> None:
+    """See from its header that an adapter's file fits an attached model; as `load_adapter` does."""
+    path = Path(directory).expanduser() / WEIGHTS
+    shapes = {key: stored.shape for key, stored in stored_tensors(path).items()}
+    for host, _, _ in named_adapters(model):
+        shapes.pop(f"{PREFIX}{host}.base_layer.weight", None)
+    check_shapes(path, shapes, peft_slots(model))
+
+
+def check_sequences(data: Mapping[str, Dataset | None], tokenizer: Any, model: Any) -> None:
+    """See that the model has an embedding for every token, and a position where it learned them.
+
+    Args:
+        data: data sets by their keys.
+    """
+    rows, positions = embedding_rows(model), learned_positions(model)
+    for key, dataset in data.items():
+        if dataset is None:
+            continue
+        if dataset.largest_id >= rows:
+            token = tokenizer.convert_ids_to_tokens(dataset.largest_id)
+            raise UsageError(
+                f"{key}: holds the token {dataset.largest_id} ({token!r}), and the model's "
+                f"embedding has {rows} rows; its tokenizer knows tokens that model.path does not"
+            )
+        longest = dataset.report.longest
+        if positions is not None and longest > positions:
+            raise UsageError(
+                f"data.max_length: {key} holds a sequence of {longest} tokens, and the model has "
+                f"learned {positions} positions; set data.max_length to {positions} or less"
+            )
+
+
+def pad_token(tokenizer: Any, model: Any) -> int:
+    """Token of padded positions; they are masked, so any that the model has an embedding for."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(t for t in candidates if t is not None and t < embedding_rows(model))
+
+
+def embedding_rows(model: Any) -> int:
+    """Tokens that the model has an embedding for."""
+    return model.get_input_embeddings().num_embeddings
+
+
+def learned_positions(model: Any) -> int | None:
+    """The longest sequence of a model whose positions are rows of a table; None for others."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    words = model.get_input_embeddings()
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not words]
+    # Some models (OPT) keep two rows in front for positions that are not used.
+    learned = limit is not None and any(0 <= t.num_embeddings - limit <= 2 for t in tables)
+    return limit if learned else None

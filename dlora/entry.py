@@ -1,0 +1,81 @@
+"""How every rank gets from the same command line to the same preparation, or to one error line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from dataclasses import asdict
+
+from dlora.config import SCHEMA, Config, Options, parse
+from dlora.errors import UsageError
+from dlora.memory import without_holes
+from dlora.plan.capacity import free_bytes
+from dlora.prepare import Preparation, Surroundings, prepare
+from dlora.runtime import Runtime
+from dlora.start import Start, find_start
+
+
+def enter(argv: list[str], prog: str) -> tuple[Runtime, Options | None]:
+    """Understand the command line, join the other ranks, and see that all of them understood it.
+
+    Returns:
+        The runtime and the options; None in their place where the command only printed something
+        (`--help`, `--print_config`), which rank 0 has done.
+
+    Raises:
+        UsageError: on every rank, if a command line or a configuration file is wrong on any.
+    """
+    printed, options, failure = io.StringIO(), None, None
+    try:
+        with contextlib.redirect_stdout(printed):
+            options = parse(argv, prog)
+    except UsageError as error:
+        failure = error
+    except SystemExit:
+        pass
+    timeout = SCHEMA["sharding.timeout_seconds"].default
+    runtime = Runtime.from_environment(
+        options.config.sharding.timeout_seconds if options else timeout
+    )
+
+    def work() -> tuple[Options | None, str]:
+        if failure is not None:
+            raise failure
+        return options, ""
+
+    options = runtime.agree("command line", work)
+    if options is None:
+        runtime.say(printed.getvalue().rstrip("\n"))
+        runtime.leave()
+    return runtime, options
+
+
+def prepared(config: Config, runtime: Runtime) -> Preparation:
+    """What `prepare` finds out, the same on every rank, from the checkpoint that rank 0 sees.
+
+    Raises:
+        UsageError: on every rank, with the first failing rank's message.
+    """
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world))
+
+    def find() -> tuple[Start | None, str]:
+        return (find_start(config, runtime.say) if runtime.main else None), ""
+
+    found = runtime.agree("start", find)
+    told = runtime.broadcast("start/found", found and asdict(found))
+    start = Start(**told) if told else None
+    around = Surroundings(
+        runtime.device.type, runtime.least("free", free_bytes(runtime.device, local_world))
+    )
+
+    def work() -> tuple[Preparation, str]:
+        found = prepare(
+            config, runtime.rank, runtime.world, local_world, runtime.say, start, around
+        )
+        return found, found.fingerprint
+
+    preparation = runtime.agree("preparation", work)
+    if config.sharding.memory_budget_gb is not None:
+        without_holes()  # else the peak could pass the budget for what nobody uses
+    return preparation

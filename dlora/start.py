@@ -1,0 +1,177 @@
+"""Where a run starts from, found and judged before a weight is read.
+
+output.resume ──find_start, on rank 0──> Start: step, settings, names and shapes; no tensors
+Start         ──check_start, on all────> a line that names whatever makes this another run
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from dlora import checkpoint as checkpoints
+from dlora.config import Config, to_dict
+from dlora.data import Sampler
+from dlora.errors import UsageError
+from dlora.lora.config import LoraConfig
+from dlora.tensor_files import stored_tensors
+
+# Keys that may change between a run and its continuation: they do not alter the result.
+FREE_KEYS = {
+    "model.cache_dir",
+    "adapter.path",  # what it said of the adapter is compared, not where it lay
+    "data.train",  # what the files hold is compared, not what they are called
+    "data.eval",
+    "train.max_steps",
+    "train.epochs",
+    "train.micro_batch_size",
+}
+FREE_SECTIONS = {"sharding", "output"}
+
+
+@dataclass(frozen=True)
+class Start:
+    """A checkpoint that verifies; plain values, so that rank 0 can tell the others.
+
+    Attributes:
+        state: its `state.json`.
+        settings: its `config.yaml`.
+        shapes: of A, B and trained copies, by name.
+    """
+
+    directory: str
+    state: dict[str, Any]
+    settings: dict[str, Any]
+    shapes: dict[str, list[int]]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that have been made."""
+        return int(self.state["step"])
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """What was attached."""
+        return saved_lora(self.state)
+
+
+def saved_lora(state: Mapping[str, Any]) -> LoraConfig | None:
+    """The resolved adapter settings in a `state.json`; None in one that was written without."""
+    return LoraConfig(**state["adapter"]) if "adapter" in state else None
+
+
+def find_start(config: Config, warn: Callable[[str], None]) -> Start | None:
+    """The checkpoint that `output.resume` means, or None for a fresh start.
+
+    Raises:
+        UsageError: there is none at the path that it names, or that one is damaged.
+    """
+    wanted = config.output.resume
+    if wanted == "none":
+        return None
+    if wanted == "auto":
+        directory = checkpoints.newest(output_directory(config) / "checkpoints", warn)
+        if directory is None:
+            return None
+    else:
+        directory = Path(wanted).expanduser()
+        if not directory.is_dir():
+            raise UsageError(
+                f"output.resume: there is no checkpoint {wanted} (auto, none, or the path of one)"
+            )
+        checkpoints.verify(directory)
+    state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
+    settings = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
+    stored = stored_tensors(directory / "adapter.safetensors")
+    shapes = {name: list(tensor.shape) for name, tensor in stored.items()}
+    return Start(str(directory), state, settings, shapes)
+
+
+def state_at(
+    step: int, config: Config, lora: LoraConfig, sampler: Sampler, fingerprint: str
+) -> dict[str, Any]:
+    """`state.json` after `step` optimizer steps; the other arguments are those of `check_start`."""
+    return {
+        "step": step,
+        "total_steps": sampler.total_steps,
+        "schedule": {"name": config.optimizer.schedule, "next_step": step},
+        "adapter": asdict(lora),
+        "data": {
+            "cursor": step,
+            "sequences": sampler.sequences(step),
+            "fingerprint": fingerprint,
+        },
+        "random": {"seed": config.train.seed, "keyed_by": ["seed", "step", "sequence"]},
+    }
+
+
+def check_start(
+    start: Start,
+    config: Config,
+    lora: LoraConfig,
+    trainable: Mapping[str, nn.Parameter],
+    sampler: Sampler,
+    fingerprint: str,
+) -> None:
+    """See that going on from `start` continues the run that it was saved by.
+
+    Args:
+        lora: what this run attaches, and `trainable` the parameters that it then trains.
+        fingerprint: of the training data.
+
+    Raises:
+        UsageError: settings or data differ, names or shapes do, or there is nothing left to do.
+    """
+    if not config.output.resume_force:
+        _refuse_conflicts(start, config, lora, fingerprint)
+        if start.step < sampler.total_steps and sampler.sequences(start.step) != start.state[
+            "data"
+        ].get("sequences", sampler.sequences(start.step)):
+            raise UsageError(
+                f"train.epochs: step {start.step} of {start.directory} was the smaller last step "
+                "of its run; steps after it would skip sequences (output.resume: none starts "
+                "afresh, output.resume_force: true goes on regardless)"
+            )
+    checkpoints.check_fits(start.shapes, trainable)
+    if start.step > sampler.total_steps:
+        raise UsageError(
+            f"train.{config.train.governed_by}: {start.directory} is at step {start.step} already, "
+            f"past the run's {sampler.total_steps}"
+        )
+
+
+def output_directory(config: Config) -> Path:
+    """`output.dir` as a path."""
+    return Path(config.output.dir).expanduser()
+
+
+def _refuse_conflicts(start: Start, config: Config, lora: LoraConfig, fingerprint: str) -> None:
+    """Settings or data that would make the continued run another one than was begun."""
+    conflicts, compared = [], set(FREE_KEYS)
+    if start.lora is not None:
+        whose = "{} of the adapter" if config.adapter.path else "adapter.{}"
+        before, now = asdict(start.lora), asdict(lora)
+        for name in (field.name for field in fields(LoraConfig)):
+            compared.add(f"adapter.{name}")
+            # As JSON, so that a tuple equals a list and the order of patterns counts.
+            if json.dumps(before[name]) != json.dumps(now[name]):
+                was, is_now = before[name], now[name]
+                conflicts.append(f"{whose.format(name)} was {was!r} and is {is_now!r}")
+    for section, options in to_dict(config).items():
+        for name, value in options.items() if section not in FREE_SECTIONS else ():
+            key, saved = f"{section}.{name}", start.settings.get(section, {}).get(name)
+            if key not in compared and saved != value:
+                conflicts.append(f"{key} was {saved!r} and is {value!r}")
+    if start.state["data"]["fingerprint"] != fingerprint:
+        conflicts.append("data.train holds other sequences")
+    if conflicts:
+        raise UsageError(
+            f"output.resume: {start.directory} belongs to another run: {'; '.join(conflicts)} "
+            "(output.resume: none starts afresh, output.resume_force: true goes on regardless)"
+        )

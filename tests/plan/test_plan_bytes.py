@@ -1,0 +1,119 @@
+"""Bytes of Llama shapes on 8 to 1024 devices, from a config file alone, against hand arithmetic."""
+
+import functools
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from dlora.base_model import find_base
+from dlora.lora.attach import attach, trainable_parameters
+from dlora.lora.config import LoraConfig
+from dlora.plan.subject import Plan, Subject
+from dlora.plan.workload import Workload
+from dlora.sharding.mesh import Topology, resolve_placement
+
+R, BF16, FLOAT32 = 16, 2, 4
+# hidden, layers, ffn, heads, key-value heads, vocabulary
+SHAPES = {
+    "small": (2048, 8, 5504, 16, 16, 32000),
+    "7B": (4096, 32, 11008, 32, 32, 32000),
+    "70B": (8192, 80, 28672, 64, 8, 128256),
+    "405B": (16384, 126, 53248, 128, 8, 128256),
+}
+PARAMETERS = {"7B": 6_738_415_616, "70B": 70_553_706_496, "405B": 405_853_388_800}  # published
+MACHINES = [(1, 8), (2, 8), (16, 8), (128, 8)]
+
+
+def saved_config(name: str, directory: Path) -> str:
+    """A directory with nothing but config.json."""
+    hidden, layers, ffn, heads, kv, vocabulary = SHAPES[name]
+    settings = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": False,
+    }
+    (directory / "config.json").write_text(json.dumps(settings))
+    return str(directory)
+
+
+@functools.cache
+def subject(name: str, checkpointing: bool = False) -> Subject:
+    """The shape with adapters, and a step of two micro-batches of one sequence."""
+    with tempfile.TemporaryDirectory() as directory:
+        skeleton = find_base(saved_config(name, Path(directory))).skeleton()
+    attach(skeleton, LoraConfig(r=R))
+    workload = Workload(1, 256, micro_batches=2, moments=2, checkpointing=checkpointing)
+    return Subject(skeleton, trainable_parameters(skeleton), workload, device="cuda")
+
+
+def planned(name: str, nodes: int, per_node: int, base: str, engine: str = "fsdp2") -> Plan:
+    topology = Topology(0, nodes * per_node, per_node)
+    return subject(name).plan(resolve_placement(engine, base, topology), topology)
+
+
+def block_shapes(name: str) -> list[tuple[int, int]]:
+    hidden, _, ffn, heads, kv, _ = SHAPES[name]
+    narrow = hidden // heads * kv
+    attention = [(hidden, hidden), (narrow, hidden), (narrow, hidden), (hidden, hidden)]
+    return [*attention, (ffn, hidden), (ffn, hidden), (hidden, ffn)]
+
+
+@pytest.mark.parametrize(("nodes", "per_node"), MACHINES)
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_fsdp2_bytes_are_those_of_the_shapes(name: str, nodes: int, per_node: int) -> None:
+    hidden, layers, _, _, _, vocabulary = SHAPES[name]
+    ranks = nodes * per_node
+    world = planned(name, nodes, per_node, "world")
+    node = planned(name, nodes, per_node, "node")
+
+    block = sum(m * n for m, n in block_shapes(name)) + 2 * hidden
+    table = vocabulary * hidden
+    total = layers * block + 2 * table + hidden
+    assert total == PARAMETERS[name]
+    trained = layers * sum(R * (m + n) for m, n in block_shapes(name))
+    assert world.trainable == node.trainable == trained
+    assert world.base_total == BF16 * total
+    for plan, size in ((world, ranks), (node, per_node)):
+        padding = 0 if size <= 128 else 0.015  # rows that do not divide over 1024 ranks
+        assert plan.base_held == pytest.approx(BF16 * total // size, rel=padding, abs=0)
+        # Blocks twice and the embedding once per micro-batch, head and last norm once per step.
+        gathered = BF16 * (2 * (2 * layers * block + table) + table + hidden)
+        assert plan.gathers == pytest.approx(gathered * (size - 1) / size, rel=padding, abs=1)
+        assert plan.memory.adapters == pytest.approx(2 * FLOAT32 * trained, rel=1e-3)
+        assert plan.memory.state == 2 * FLOAT32 * trained
+        inside = 2 * (per_node - 1) / per_node * FLOAT32 * trained
+        link = 2 * (nodes - 1) / nodes * FLOAT32 * trained
+        assert plan.traffic.reduction.inside == pytest.approx(inside, rel=1e-3)
+        assert plan.traffic.reduction.between == pytest.approx(link, rel=1e-3)
+    assert node.traffic.gathers.between == 0
+    crossing = world.gathers if nodes > 1 else 0
+    assert world.traffic.gathers.between == pytest.approx(crossing, abs=1)
+
+
+def test_zero3_gathers_modules_and_holds_vectors() -> None:
+    hidden, layers, ffn, _, _, vocabulary = SHAPES["7B"]
+    plan = planned("7B", 1, 8, "world", "zero3")
+    matrices = layers * sum(m * n for m, n in block_shapes("7B"))
+    gathered = BF16 * (2 * (2 * matrices + vocabulary * hidden) + vocabulary * hidden)
+    assert plan.gathers == round(gathered * 7 / 8)
+    vectors = BF16 * (2 * layers + 1) * hidden
+    assert plan.base_held == BF16 * PARAMETERS["7B"] // 8 + vectors
+    # Recomputation gathers a block's matrices once more, but for its last one.
+    again = subject("7B", checkpointing=True).plan(plan.placement, plan.topology)
+    more = 2 * BF16 * (matrices - layers * hidden * ffn) * 7 / 8
+    assert again.gathers - plan.gathers == pytest.approx(more, abs=1)
+
+
+def test_a_divided_state_is_one_part_and_no_more_bytes() -> None:
+    whole = planned("70B", 2, 8, "node")
+    divided = subject("70B").plan(whole.placement, whole.topology, divided=True)
+    assert divided.memory.state == pytest.approx(whole.memory.state / 16, rel=1e-4)
+    assert divided.reduction == pytest.approx(whole.reduction, rel=1e-3)

@@ -1,0 +1,126 @@
+"""The choice of `base: auto`, residency within a budget, and what the command refuses."""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from test_plan_bytes import saved_config
+
+from dlora.config import parse
+from dlora.errors import UsageError
+from dlora.plan.command import Machines, main, survey
+
+GB = 10**9
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return saved_config("small", tmp_path_factory.mktemp("model"))
+
+
+def surveyed(path: str, machines: Machines, **settings: Any) -> Any:
+    words = [f"--{key.replace('__', '.')}={value}" for key, value in settings.items()]
+    words += [f"--model.path={path}", "--data.train=unread.jsonl", "--output.dir=unwritten"]
+    words += ["--sharding.activation_checkpointing=true"]
+    return survey(parse(words, prog="dlora.plan").config, machines)
+
+
+def test_the_cheapest_that_fits_is_taken(path: str) -> None:
+    """As memory shrinks W0 moves from every rank to every node to all nodes."""
+    wide = surveyed(path, Machines(nodes=4, gpus_per_node=4, gpu_memory_gb=1000))
+    peaks = {c.base: c.plan.memory.peak for c in wide.decision.candidates if not c.plan.divided}
+    assert peaks["none"] > peaks["node"] > peaks["world"]
+    taken = []
+    for memory in (peaks["none"], peaks["none"] - 1, peaks["node"] - 1):
+        machines = Machines(nodes=4, gpus_per_node=4, gpu_memory_gb=memory / GB)
+        found = surveyed(path, machines)
+        assert found.decision.plan.memory.peak <= memory
+        assert found.decision.reason
+        taken.append((found.decision.plan.placement.base, found.decision.plan.divided))
+    assert taken == [("none", False), ("node", False), ("world", False)]
+
+
+def test_the_optimizer_state_is_divided_only_where_nothing_fits_otherwise(path: str) -> None:
+    wide = surveyed(path, Machines(nodes=1, gpus_per_node=8, gpu_memory_gb=1000), adapter__r=256)
+    least = min(c.plan.memory.peak for c in wide.decision.candidates if not c.plan.divided)
+    for memory, divided in ((least, False), (least - 1, True)):
+        machines = Machines(nodes=1, gpus_per_node=8, gpu_memory_gb=memory / GB)
+        found = surveyed(path, machines, adapter__r=256)
+        assert found.decision.plan.divided is divided
+        assert found.decision.plan.memory.peak <= memory
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_residency_grows_with_the_budget_and_stays_inside(path: str, engine: str) -> None:
+    machines = Machines(nodes=1, gpus_per_node=8, gpu_memory_gb=1000)
+    settings = {"sharding__engine": engine, "sharding__base": "world"}
+    bare = surveyed(path, machines, **settings).decision.plan
+    least, whole = bare.memory.peak, bare.memory.peak + bare.base_total
+    shares, sent = [], []
+    for part in (0, 0.2, 0.5, 0.8, 1.1):
+        budget = least + part * (whole - least)
+        plan = surveyed(
+            path, machines, **settings, sharding__memory_budget_gb=budget / GB
+        ).decision.plan
+        assert plan.memory.peak <= budget
+        shares.append(plan.memory.resident)
+        sent.append(plan.gathers)
+    assert shares == sorted(shares) and len(set(shares[:-1])) == 4
+    # What is kept for the step is there anyway: to hold it costs no memory.
+    assert shares[0] <= bare.memory.base_gathered
+    assert sent == sorted(sent, reverse=True) and sent[-1] == 0
+
+
+def test_a_budget_below_the_least_is_refused_with_the_least(path: str) -> None:
+    machines = Machines(nodes=1, gpus_per_node=8, gpu_memory_gb=80)
+    with pytest.raises(UsageError, match="sharding.memory_budget_gb: .*") as refused:
+        surveyed(path, machines, sharding__memory_budget_gb=0.5)
+    message = str(refused.value)
+    assert "\n" not in message
+    [needed] = [float(word) for word in message.replace(",", "").split() if _is_number(word)][-1:]
+    fits = surveyed(path, machines, sharding__memory_budget_gb=needed + 0.01)
+    assert fits.decision.plan.memory.peak <= (needed + 0.01) * GB
+
+
+def _is_number(word: str) -> bool:
+    return word.replace(".", "", 1).isdigit()
+
+
+def words_for(path: str, *words: str) -> list[str]:
+    return ["--model.path", path, "--data.train", "x.jsonl", "--output.dir", "unwritten", *words]
+
+
+def test_the_command_prints_a_table_and_json(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    machines = ["--nodes", "2", "--gpus-per-node", "8", "--gpu-memory-gb", "2"]
+    words = words_for(path, *machines, "--inter-gbps", "100", "--tflops", "400")
+    assert main(words) == 0
+    table = capsys.readouterr().out
+    assert "takes      base:" in table and "does not fit" in table
+    assert main([*words, "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--nodes", "0"], "nodes: must be >= 1"),
+        (["--gpus-per-node", "many"], "gpus-per-node: expected int"),
+        (["--nodez", "2"], "--nodez is not an option"),
+        (["--check"], "--check belongs to dlora.train"),
+        (["--adapter.target_modules", '["q_prof"]'], "q_prof"),
+        (["--sharding.memory_budget_gb", "9", "--gpu-memory-gb", "8"], "is more than"),
+    ],
+)
+def test_mistakes_are_one_line(path: str, words: list[str], told: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        main(words_for(path, *words))
+    assert told in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_the_command_ends_with_status_2() -> None:
+    program = [sys.executable, "-m", "dlora.plan", *words_for("./nowhere")]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "dlora: error: model.path: there is no directory ./nowhere\n"

@@ -1,0 +1,230 @@
+"""What a run may go on from, what it sets aside, and what it refuses; on one process."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import Pools
+from run_training import command_line, figures, same_bits, train
+from test_resume import told
+from tiny import save_chats
+
+from dlora.checkpoint import Checkpoint, newest, read, write
+from dlora.config import parse
+from dlora.entry import prepared
+from dlora.errors import UsageError
+from dlora.runtime import Runtime
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def command(saved_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """command(directory, **settings): the words of a run of 4 steps with a checkpoint at each."""
+    data = save_chats(tmp_path_factory.mktemp("data") / "chats.jsonl", 10)
+
+    def of(directory: Path, **settings: Any) -> list[str]:
+        common = {
+            "model__path": saved_models("llama"),
+            "data__train": str(data),
+            "output__dir": str(directory),
+            "output__save_every": 1,
+            "output__keep_last": 9,
+            "train__max_steps": STEPS,
+            "train__global_batch_size": 4,
+        }
+        return command_line(**common | settings)
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def finished(pools: Pools, command: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run that ended."""
+    directory = tmp_path_factory.mktemp("finished")
+    pools(1).run(train, command(directory))
+    return directory
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def refusal(argv: list[str]) -> str:
+    """What the preparation of a run says, which reads no weights."""
+    with pytest.raises(UsageError) as refused:
+        prepared(parse(argv, "dlora.train").config, Runtime(0, 1, torch.device("cpu"), None))
+    return str(refused.value)
+
+
+# -- from a checkpoint that is named ---------------------------------------------------------------
+
+
+def test_checkpoints_past_the_one_that_is_named_are_set_aside(
+    pools: Pools, command: Any, finished: Path, tmp_path: Path
+) -> None:
+    directory = Path(shutil.copytree(finished, tmp_path / "run"))
+    checkpoint = directory / "checkpoints" / "step-000001"
+    argv = command(directory, output__resume=str(checkpoint), output__keep_last=2)
+    pools(1).run(train, argv)
+    assert names(directory / "checkpoints") == ["step-000003", "step-000004"]
+    assert names(directory / "checkpoints.old-1") == [f"step-00000{step}" for step in (2, 3, 4)]
+    assert figures(directory) == figures(finished)
+    ours, theirs = (read(d / "checkpoints" / "step-000004") for d in (directory, finished))
+    assert same_bits(ours.tensors, theirs.tensors)
+
+
+def test_what_another_run_left_is_set_aside(
+    pools: Pools, command: Any, finished: Path, tmp_path: Path
+) -> None:
+    """A run that goes on from elsewhere mixes neither metrics nor checkpoints with the others'."""
+    pools(1).run(train, command(tmp_path, train__seed=1))
+    before = figures(tmp_path)
+    checkpoint = finished / "checkpoints" / "step-000003"
+    pools(1).run(train, command(tmp_path, output__resume=str(checkpoint)))
+    assert names(tmp_path / "checkpoints") == ["step-000004"]
+    assert figures(tmp_path) == figures(finished)[3:]
+    assert names(tmp_path / "checkpoints.old-1") == [f"step-00000{s}" for s in (1, 2, 3, 4)]
+    kept = (tmp_path / "metrics.jsonl.old-1").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in kept] == [line["loss"] for line in before]
+
+
+def test_a_checkpoint_is_not_pruned_by_its_own_writing(tmp_path: Path) -> None:
+    tensors = {"x": torch.zeros(1)}
+    for step in (7, 8, 2):
+        written = write(Checkpoint(tensors, {}, {"step": step}), tmp_path, "", keep_last=2)
+        assert written.is_dir()
+    assert names(tmp_path) == ["step-000002", "step-000007", "step-000008"]
+
+
+# -- what is refused before a weight is read -------------------------------------------------------
+
+
+def test_other_settings(command: Any, finished: Path) -> None:
+    said = refusal(command(finished, adapter__r=8, optimizer__lr=1e-3))
+    assert "belongs to another run: " in said
+    assert "adapter.r was 4 and is 8" in said
+    assert "optimizer.lr was 0.002 and is 0.001" in said
+
+
+def test_other_shapes_although_forced(command: Any, finished: Path) -> None:
+    said = refusal(command(finished, adapter__r=8, output__resume_force=True))
+    assert said.startswith("output.resume: the checkpoint has model.layers.0")
+    assert "[4, 70], this run [8, 70]" in said
+
+
+def test_a_checkpoint_past_the_end(command: Any, finished: Path) -> None:
+    said = refusal(command(finished, train__max_steps=3))
+    assert said.startswith("train.max_steps: ") and "is at step 4 already" in said
+
+
+def test_a_named_checkpoint_that_is_damaged(command: Any, finished: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(finished / "checkpoints" / "step-000002", tmp_path / "copy"))
+    (copy / "optimizer.safetensors").unlink()
+    said = refusal(command(tmp_path / "run", output__resume=str(copy)))
+    assert "is missing or has the wrong size" in said
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '{"format": 1}', '{"format": 1, "files": []}'])
+def test_a_manifest_that_is_none_is_skipped(finished: Path, tmp_path: Path, content: str) -> None:
+    root = Path(shutil.copytree(finished / "checkpoints", tmp_path / "checkpoints"))
+    (root / "step-000004" / "manifest.json").write_text(content)
+    warnings: list[str] = []
+    assert newest(root, warnings.append) == root / "step-000003"
+    assert len(warnings) == 1 and "manifest.json" in warnings[0]
+
+
+# -- epochs ----------------------------------------------------------------------------------------
+
+
+def test_epochs_cannot_be_added_after_a_smaller_step(
+    pools: Pools, command: Any, tmp_path: Path
+) -> None:
+    """10 sequences in steps of 4: the third has 2, and a fourth would begin with the 13th."""
+    once = command(tmp_path, train__max_steps=None, train__epochs=1)
+    pools(1).run(train, once)
+    twice = command(tmp_path, train__max_steps=None, train__epochs=2)
+    said = refusal(twice)
+    assert said.startswith("train.epochs: step 3 of ") and "would skip sequences" in said
+    # From the step before it nothing is skipped, and the run is the one of two epochs.
+    checkpoint = tmp_path / "checkpoints" / "step-000002"
+    pools(1).run(train, [*twice, "--output.resume", str(checkpoint)])
+    assert [line["tokens"] > 0 for line in figures(tmp_path)] == [True] * 5
+    pools(1).run(train, command(tmp_path / "whole", train__max_steps=None, train__epochs=2))
+    hashes = [[line["batch_hash"] for line in figures(d)] for d in (tmp_path, tmp_path / "whole")]
+    assert hashes[0] == hashes[1]
+
+
+# -- a run that started from an adapter ------------------------------------------------------------
+
+
+def started(command: Any, directory: Path, adapter: Path, **settings: Any) -> list[str]:
+    decided = {"adapter__r": None, "adapter__lora_alpha": None}
+    return command(directory, adapter__path=str(adapter), **decided, **settings)
+
+
+def test_a_run_that_started_from_an_adapter_needs_it_no_more(
+    pools: Pools, command: Any, finished: Path, tmp_path: Path
+) -> None:
+    from dlora.adapter_source import open_adapter
+
+    adapter = Path(shutil.copytree(finished / "adapter", tmp_path / "start"))
+    whole = pools(1).run(train, started(command, tmp_path / "whole", adapter))[0]
+    pools(1).run(train, started(command, tmp_path / "run", adapter, train__max_steps=2))
+    shutil.rmtree(adapter)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000002"
+    assert (open_adapter(checkpoint).config.r, open_adapter(checkpoint).config.lora_alpha) == (4, 8)
+    [(result, printed)] = pools(1).run(told, started(command, tmp_path / "run", adapter))
+    assert "resuming after step 2" in printed
+    assert same_bits(result["tensors"], whole["tensors"])
+
+
+def test_another_adapter_to_start_from_is_another_run(
+    pools: Pools, command: Any, finished: Path, tmp_path: Path
+) -> None:
+    adapter = Path(shutil.copytree(finished / "adapter", tmp_path / "start"))
+    pools(1).run(train, started(command, tmp_path / "run", adapter, train__max_steps=2))
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 64}))
+    said = refusal(started(command, tmp_path / "run", adapter))
+    assert "lora_alpha of the adapter was 8 and is 64" in said
+
+
+# -- what a run says at its end --------------------------------------------------------------------
+
+
+def test_the_held_out_loss_before_is_that_of_the_first_start(
+    pools: Pools, command: Any, tmp_path: Path
+) -> None:
+    data = str(save_chats(tmp_path / "held.jsonl", 3))
+    settings = {"data__eval": data, "output__eval_every": 2}
+    pools(1).run(train, command(tmp_path / "run", train__max_steps=2, **settings))
+    [(_, printed)] = pools(1).run(told, command(tmp_path / "run", **settings))
+    losses = {line["step"]: line.get("eval_loss") for line in figures(tmp_path / "run")}
+    assert list(losses) == [0, 1, 2, 3, 4]
+    change = losses[4] / losses[0] - 1
+    assert (
+        f"held-out loss: {losses[0]:.4f} before, {losses[4]:.4f} after ({change:+.1%})" in printed
+    )
+
+
+def test_a_loss_that_is_no_number_is_said_and_leaves_valid_json(
+    pools: Pools, command: Any, tmp_path: Path
+) -> None:
+    argv = command(tmp_path, optimizer__lr=1e38, optimizer__schedule="constant")
+    [(_, printed)] = pools(1).run(told, argv)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    text = (tmp_path / "metrics.jsonl").read_text()
+    records = [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+    bad = [r["step"] for r in records if r["loss"] is None or r["grad_norm"] is None]
+    assert bad and bad[-1] == STEPS
+    said = [line for line in printed.splitlines() if line.startswith("warning: ")]
+    assert said[0].startswith(f"warning: step {bad[0]} has loss ")
+    assert said[1].startswith(f"warning: loss or gradient was not finite in {len(bad)} steps")
+    assert len(said) == 2

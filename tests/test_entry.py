@@ -1,0 +1,143 @@
+"""Several ranks, one command line: one error line, printed once, and status 2 on all of them.
+
+The processes are started as by hand, without an agent: rank 0 hosts the store.
+"""
+
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import PRELOADED
+from tiny import command
+
+ROOT = Path(__file__).parents[1]
+LIMIT_SECONDS = 90
+
+
+def one_rank(
+    rank: int, port: int, argv: list[str], printed: str, delay: float, breaks: bool
+) -> None:
+    """The life of a rank, after `delay` seconds; where it `breaks`, no weights can be read."""
+    for descriptor in (1, 2):
+        os.dup2(os.open(f"{printed}-{descriptor}", os.O_WRONLY | os.O_CREAT), descriptor)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
+    )  # fmt: skip
+    time.sleep(delay)
+    from dlora.base_model import BaseModel
+    from dlora.errors import UsageError
+    from dlora.runtime import exit_with
+    from dlora.train import main
+
+    def load(*_: Any) -> None:
+        raise UsageError("model.path: was taken away meanwhile")
+
+    if breaks:
+        BaseModel.load = load  # type: ignore[method-assign, assignment]
+
+    sys.argv = ["dlora.train", *argv]
+    exit_with(main)
+
+
+def two_ranks(
+    directory: Path,
+    *argv: list[str],
+    delays: tuple[float, float] = (0, 0),
+    breaks: bool = False,
+) -> list[tuple[int, str, str]]:
+    """(status, standard output, standard error) by rank; one command line for both, or two."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    workers: list[Any] = []
+    for rank in range(2):
+        words = argv[rank % len(argv)]
+        arguments = (rank, port, words, str(directory / str(rank)), delays[rank], breaks)
+        workers.append(context.Process(target=one_rank, args=arguments, daemon=True))
+        workers[-1].start()
+    deadline = time.monotonic() + LIMIT_SECONDS
+    for worker in workers:
+        worker.join(max(0.0, deadline - time.monotonic()))
+        if worker.is_alive():
+            worker.kill()
+            worker.join()
+    texts = [[(directory / f"{rank}-{d}").read_text() for d in (1, 2)] for rank in range(2)]
+    return [(w.exitcode, *text) for w, text in zip(workers, texts, strict=True)]
+
+
+@pytest.mark.parametrize("delays", [(0, 0), (1.5, 0), (0, 1.5)])
+def test_a_wrong_key_is_said_once(
+    saved_models: Any, tmp_path: Path, delays: tuple[float, float]
+) -> None:
+    """Whoever comes late: rank 0 speaks before the other leaves, and the store outlives it."""
+    argv = [*command(saved_models("llama"), tmp_path), "--train.max_step", "3"]
+    first, second = two_ranks(tmp_path, argv, delays=delays)
+    said = "dlora: error: --train.max_step is not an option (did you mean --train.max_steps?)\n"
+    assert first == (2, "", said)
+    assert second == (2, "", "")
+
+
+def test_a_file_that_is_wrong_on_one_rank(saved_models: Any, tmp_path: Path) -> None:
+    right = command(saved_models("llama"), tmp_path)
+    (tmp_path / "wrong.yaml").write_text("optimizer: {lr: fast}\n")
+    wrong = [*right, "--config", str(tmp_path / "wrong.yaml")]
+    first, second = two_ranks(tmp_path, right, wrong)
+    assert (first[0], second) == (2, (2, "", ""))
+    assert first[2].startswith("dlora: error: rank 1: ") and "optimizer.lr" in first[2]
+    assert len(first[2].splitlines()) == 1
+
+
+def test_wrong_data(saved_models: Any, tmp_path: Path) -> None:
+    argv = command(saved_models("llama"), tmp_path, data__train=str(tmp_path / "gone.jsonl"))
+    first, second = two_ranks(tmp_path, argv)
+    assert (first[0], second[0], second[2]) == (2, 2, "")
+    assert "gone.jsonl does not exist" in first[2] and len(first[2].splitlines()) == 1
+
+
+@pytest.mark.parametrize("switch", ["--print_config", "--help", "--check"])
+def test_what_is_only_printed_is_printed_once(
+    saved_models: Any, tmp_path: Path, switch: str
+) -> None:
+    argv = [*command(saved_models("llama"), tmp_path), switch]
+    first, second = two_ranks(tmp_path, argv, delays=(0, 1.0))
+    assert (first[0], first[2]) == (0, "")
+    assert second == (0, "", "")
+    wanted = {"--print_config": "\nadapter:\n", "--help": "usage: ", "--check": "(--check)\n"}
+    assert first[1].count(wanted[switch]) == 1
+
+
+def test_what_goes_wrong_later_is_said_once_too(saved_models: Any, tmp_path: Path) -> None:
+    """By whichever rank meets it first."""
+    ranks = two_ranks(tmp_path, command(saved_models("llama"), tmp_path), breaks=True)
+    assert [status for status, _, _ in ranks] == [2, 2]
+    (said,) = "".join(errors for _, _, errors in ranks).splitlines()
+    assert said.startswith("dlora: error: ") and said.endswith("was taken away meanwhile")
+
+
+def test_the_agent_does_not_silence_a_slow_rank_0(saved_models: Any, tmp_path: Path) -> None:
+    """It ends all ranks as soon as one has ended."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, time\nif os.environ.get('RANK') == '0': time.sleep(3)\n"
+    )
+    argv = [*command(saved_models("llama"), tmp_path), "--train.max_step", "3"]
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-m", "dlora.launch", "--nproc-per-node", "2", *argv],
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_SECONDS,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("dlora: error: --train.max_step is not an option") == 1
