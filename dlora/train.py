@@ -26,7 +26,7 @@ from dlora.errors import UsageError
 from dlora.evaluation import held_out_loss, sample_answers
 from dlora.lora.attach import attachment_of
 from dlora.lora.dropout import SampleKeys, seed_of
-from dlora.memory import MemoryMeter, trim
+from dlora.memory import MemoryMeter, trim, trim_before
 from dlora.metrics import FiniteWatch, SilentLog, held_out_line
 from dlora.objectives import targets
 from dlora.optim.schedule import lr_factor, set_lr
@@ -275,6 +275,8 @@ def build(
     if config.sharding.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     targets.install(model)
+    if runtime.device.type == "cpu":
+        trim_before(targets.model_parts(model).head)
     model.train()
     return model, replica
 
