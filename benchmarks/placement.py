@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
-from rows import R, Row, base_model, dlora, peft, random_batch
+from rows import R, Row, adapted, base_model, dlora, peft, random_batch
 from timing import alternate, peak_memory
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -60,16 +60,7 @@ def alone(batch: torch.Tensor) -> Row:
     attach(model, LoraConfig(r=R))
     topology = Topology(0, 1, 1)
     replica = replicate(model, build_engine(Placement("fsdp2", "none", 1, 1), topology))
-    optimizer = torch.optim.AdamW(replica.parameter_groups(lr=1e-4), fused=True)
-
-    def step() -> None:
-        model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
-        replica.reduce_gradients()
-        replica.clip(1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return Row(step, held_bytes(model))
+    return adapted(model, replica, batch)
 
 
 def peft_zero3(batch: torch.Tensor, settings: dict[str, Any]) -> Row:

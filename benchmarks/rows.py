@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dlora import LoraConfig, attach, shard
+from dlora.api import TrainedReplica
 from dlora.sharding.storage import held_bytes
 
 SHAPE = {
@@ -76,6 +77,11 @@ def dlora(
     replica = shard(
         model, engine=engine, base=base, resident=resident, ranks_per_node=ranks_per_node
     )
+    return adapted(model, replica, batch)
+
+
+def adapted(model: LlamaForCausalLM, replica: TrainedReplica, batch: torch.Tensor) -> Row:
+    """The step of dlora's own loop."""
     optimizer = torch.optim.AdamW(replica.parameter_groups(lr=1e-4), fused=True)
 
     def step() -> None:

@@ -9,7 +9,6 @@ from dataclasses import asdict
 
 from dlora.config import SCHEMA, Config, Options, parse
 from dlora.errors import UsageError
-from dlora.memory import without_holes
 from dlora.plan.capacity import free_bytes
 from dlora.prepare import Preparation, Surroundings, prepare
 from dlora.runtime import Runtime
@@ -75,7 +74,4 @@ def prepared(config: Config, runtime: Runtime) -> Preparation:
         )
         return found, found.fingerprint
 
-    preparation = runtime.agree("preparation", work)
-    if config.sharding.memory_budget_gb is not None:
-        without_holes()  # else the peak could pass the budget for what nobody uses
-    return preparation
+    return runtime.agree("preparation", work)

@@ -12,12 +12,10 @@ import time
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
 
 from dlora import checkpoint as checkpoints
-from dlora.adapter_files import load_adapter, save_adapter
-from dlora.api import TrainedReplica, attach, replicate
+from dlora.adapter_files import save_adapter
+from dlora.build import build, build_optimizer
 from dlora.config import Config
 from dlora.data import batch_hash, deal
 from dlora.data.collate import Batch, collate
@@ -26,9 +24,8 @@ from dlora.errors import UsageError
 from dlora.evaluation import held_out_loss, sample_answers
 from dlora.lora.attach import attachment_of
 from dlora.lora.dropout import SampleKeys, seed_of
-from dlora.memory import MemoryMeter, trim, trim_before
+from dlora.memory import MemoryMeter, trim, without_holes
 from dlora.metrics import FiniteWatch, SilentLog, held_out_line
-from dlora.objectives import targets
 from dlora.optim.schedule import lr_factor, set_lr
 from dlora.plan.measured import measure
 from dlora.plan.report import comparison, lines_of
@@ -36,7 +33,6 @@ from dlora.prepare import Preparation
 from dlora.progress import StepDisplay
 from dlora.resume import open_directory, resolved_yaml, resume
 from dlora.runtime import Runtime, exit_with
-from dlora.sharding.engine import build_engine
 from dlora.start import output_directory, state_at
 from dlora.stopping import StopRequest, exit_status
 
@@ -75,8 +71,10 @@ class Run:
         self.config, self.runtime, self.prepared = config, runtime, preparation
         self.directory = output_directory(config)
         self.meter = meter
-        self.stop = StopRequest()  # a signal is remembered from here on, while weights are read too
+        self.stop = StopRequest()  # from here on, so also while weights are read
         self.losses = FiniteWatch(runtime.say)
+        if config.sharding.memory_budget_gb is not None:
+            without_holes()
         torch.manual_seed(config.train.seed)
         self.model, self.replica = build(config, runtime, preparation)
         self.optimizer = build_optimizer(config, self.replica)
@@ -259,39 +257,6 @@ class Run:
         if self.runtime.main:
             save_adapter(self.model, where, base_model_name_or_path=self.config.model.path)
         self.runtime.say(f"adapter: {where}")
-
-
-def build(
-    config: Config, runtime: Runtime, preparation: Preparation
-) -> tuple[nn.Module, TrainedReplica]:
-    """The sharded base with its adapters attached, and their replica."""
-    engine = build_engine(preparation.placement, preparation.topology)
-    model = preparation.base.load(engine, runtime.device)
-    replica = replicate(model, engine, divided=preparation.divided)
-    attach(model, preparation.lora)
-    engine.hold(model, preparation.budget.resident)
-    if config.adapter.path is not None and preparation.start is None:
-        load_adapter(model, config.adapter.path)
-    if config.sharding.activation_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    targets.install(model)
-    if runtime.device.type == "cpu":
-        trim_before(targets.model_parts(model).head)
-    model.train()
-    return model, replica
-
-
-def build_optimizer(config: Config, replica: TrainedReplica) -> Optimizer:
-    """torch's optimizer over the replica's plain tensors, driven by it."""
-    section = config.optimizer
-    groups = replica.parameter_groups(
-        lr=section.lr,
-        loraplus_lr_ratio=section.loraplus_lr_ratio,
-        weight_decay=section.weight_decay,
-    )
-    if section.name == "sgd":
-        return replica.drive(torch.optim.SGD(groups))
-    return replica.drive(torch.optim.AdamW(groups, fused=True))
 
 
 def due(step: int, every: int, last: bool = False) -> bool:

@@ -1,0 +1,49 @@
+"""What a run trains: the placed base with its adapters, their replica, and the optimizer."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from dlora.adapter_files import load_adapter
+from dlora.api import TrainedReplica, attach, replicate
+from dlora.config import Config
+from dlora.memory import trim_before
+from dlora.objectives import targets
+from dlora.prepare import Preparation
+from dlora.runtime import Runtime
+from dlora.sharding.engine import build_engine
+
+
+def build(
+    config: Config, runtime: Runtime, preparation: Preparation
+) -> tuple[nn.Module, TrainedReplica]:
+    """The sharded base with its adapters attached, and their replica."""
+    engine = build_engine(preparation.placement, preparation.topology)
+    model = preparation.base.load(engine, runtime.device)
+    replica = replicate(model, engine, divided=preparation.divided)
+    attach(model, preparation.lora)
+    engine.hold(model, preparation.budget.resident)
+    if config.adapter.path is not None and preparation.start is None:
+        load_adapter(model, config.adapter.path)
+    if config.sharding.activation_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    targets.install(model)
+    if runtime.device.type == "cpu":
+        trim_before(targets.model_parts(model).head)
+    model.train()
+    return model, replica
+
+
+def build_optimizer(config: Config, replica: TrainedReplica) -> Optimizer:
+    """torch's optimizer over the replica's plain tensors, driven by it."""
+    section = config.optimizer
+    groups = replica.parameter_groups(
+        lr=section.lr,
+        loraplus_lr_ratio=section.loraplus_lr_ratio,
+        weight_decay=section.weight_decay,
+    )
+    if section.name == "sgd":
+        return replica.drive(torch.optim.SGD(groups))
+    return replica.drive(torch.optim.AdamW(groups, fused=True))
