@@ -104,14 +104,14 @@ def test_planned_is_measured(tmp_path: Path, engine: str, base: str, recomputed:
         str(text),
         model__dtype="bfloat16",
         data__format="text",
-        data__max_length=256,
+        data__max_length=512,
         adapter__r=16,
         sharding__engine=engine,
         sharding__base=base,
         sharding__activation_checkpointing=recomputed,
-        train__max_steps=3,
-        train__global_batch_size=8,
-        train__micro_batch_size=4,
+        train__max_steps=2,
+        train__global_batch_size=16,
+        train__micro_batch_size=8,
     )
     pool = Pool(2, tmp_path / "ranks", fresh=True)
     (printed, _), _ = pool.run(told, argv, limit=200)
