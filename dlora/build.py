@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from dlora.adapter_files import load_adapter
 from dlora.api import TrainedReplica, attach, replicate
 from dlora.config import Config
+from dlora.memory import trim_before
 from dlora.objectives import targets
 from dlora.prepare import Preparation
 from dlora.runtime import Runtime
@@ -29,6 +30,8 @@ def build(
     if config.sharding.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     targets.install(model)
+    if runtime.device.type == "cpu":
+        trim_before(targets.model_parts(model).head)
     model.train()
     return model, replica
 

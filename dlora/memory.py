@@ -17,12 +17,14 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 HOLES = 1 / 16  # of the peak: fewer bytes are not worth the handing back and taking again
 _EVERY_SECONDS = 0.02
-_NEAR = 0.85  # of the peak: below it, holes do no harm
+_NEAR = 0.95  # of the peak: below it, holes do no harm
 _STATM = Path("/proc/self/statm")
 _M_MMAP_THRESHOLD = -3
 
@@ -78,6 +80,19 @@ def trim() -> None:
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim is not None:
         malloc_trim(0)
+
+
+def trim_before(module: nn.Module) -> None:
+    """`trim` whenever `module` is about to run with gradients.
+
+    For an output head: that is when activations are complete and the logits still to come.
+    """
+
+    def hook(*_: Any) -> None:
+        if torch.is_grad_enabled():
+            trim()
+
+    module.register_forward_pre_hook(hook)
 
 
 def without_holes(nbytes: int = 1 << 20) -> None:

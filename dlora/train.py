@@ -73,7 +73,7 @@ class Run:
         self.meter = meter
         self.stop = StopRequest()  # from here on, so also while weights are read
         self.losses = FiniteWatch(runtime.say)
-        if config.sharding.memory_budget_gb is not None:
+        if config.sharding.memory_budget_gb is not None and runtime.device.type == "cpu":
             without_holes()
         torch.manual_seed(config.train.seed)
         self.model, self.replica = build(config, runtime, preparation)

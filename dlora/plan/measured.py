@@ -19,7 +19,7 @@ class Measured:
     """Bytes of one rank.
 
     Attributes:
-        wire: sent per step, the median.
+        wire: sent per step once what stays gathered has come: the median from the third step on.
         base: of W0, held.
         replica: of A, B, gradients and optimizer state.
         peak: the most, of the rank that had most.
@@ -39,8 +39,9 @@ def measure(
     Args:
         records: lines of the metrics, one for each step.
     """
+    steady = records[2:] or records
     return Measured(
-        wire=statistics.median(record["wire_bytes"] for record in records),
+        wire=statistics.median(record["wire_bytes"] for record in steady),
         base=held_bytes(model),
         replica=_storage_bytes(_kept(replica, optimizer)),
         peak=max(record["peak_memory_bytes"] for record in records),

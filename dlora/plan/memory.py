@@ -24,7 +24,7 @@ from dlora.sharding.replica import share_class
 
 # What a process takes that no tensor here accounts for. CPU: the interpreter's growth, gloo's
 # buffers, scratch of matrix products. CUDA: context, NCCL's buffers, workspaces of cuBLAS.
-PROCESS = {"cpu": 90 * 10**6, "cuda": 1_200 * 10**6}
+PROCESS = {"cpu": 60 * 10**6, "cuda": 1_200 * 10**6}
 
 
 @dataclass(frozen=True)

@@ -78,12 +78,29 @@ def _traced(twin: Any, rows: int, tokens: int, checkpointing: bool) -> Trace:
                 known.append(parameter.grad)
     live = LiveBytes(known)
     _mark_loss(head, live)
-    with fake, live:
+    with fake, live, _one_sequence_in_a_row():
         ids = torch.zeros(rows, tokens, dtype=torch.int64)
         loss = twin(input_ids=ids, targets=torch.zeros_like(ids))
         saved = live.now
         loss.backward()
     return Trace(saved, live.peaks[""], live.peaks["loss"], live.flops)
+
+
+@contextmanager
+def _one_sequence_in_a_row() -> Iterator[None]:
+    """Inside, transformers does not look whether rows are packed, which it cannot see of fake ones.
+
+    It would make a mask [tokens, tokens] for every layer, where a run needs none.
+    """
+    from transformers import masking_utils
+
+    name = "find_packed_sequence_indices"
+    look = getattr(masking_utils, name)
+    setattr(masking_utils, name, lambda position_ids: None)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, look)
 
 
 def _mark_loss(head: nn.Module, live: LiveBytes) -> None:

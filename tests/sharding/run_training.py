@@ -56,7 +56,8 @@ def prepared_run(argv: list[str]) -> Run:
     config = parse(argv, prog="dlora.train").config
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     runtime = Runtime(rank, world, torch.device("cpu"), ranks.current_store)
-    return Run(config, runtime, prepared(config, runtime), meter())
+    since_before = meter()
+    return Run(config, runtime, prepared(config, runtime), since_before)
 
 
 def train(argv: list[str], meddle: Callable[[Run], None] | None = None) -> dict[str, Any]:

@@ -13,6 +13,10 @@ from ranks import Pool, Pools
 from run_training import command_line, figures, prepared_run
 from tiny import VOCABULARY, save_chats, tokenizer
 
+from dlora.config import parse
+from dlora.metrics import read_metrics
+from dlora.prepare import prepare
+
 WIDE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8}
 
 
@@ -88,35 +92,47 @@ def save_wide(directory: Path) -> str:
     return str(directory)
 
 
+def wide_words(directory: Path, **settings: Any) -> list[str]:
+    """A run of a model so large that its memory can be told from a process's own."""
+    text = directory / "text.jsonl"
+    text.write_text(('{"text": "' + "y" * 600 + '"}\n') * 16)
+    return words(
+        directory / "run",
+        save_wide(directory / "model"),
+        str(text),
+        model__dtype="bfloat16",
+        data__format="text",
+        data__max_length=512,
+        adapter__r=16,
+        train__max_steps=3,  # the first two gather what later ones find
+        train__global_batch_size=16,
+        train__micro_batch_size=8,
+        **settings,
+    )
+
+
+def told_by_new_processes(directory: Path, argv: list[str]) -> tuple[str, list[str]]:
+    """`told` on two ranks whose memory holds nothing of other runs."""
+    pool = Pool(2, directory / "ranks", fresh=True)
+    result, _ = pool.run(told, argv, limit=200)
+    pool.close()
+    print(result[0])
+    return result
+
+
 @pytest.mark.parametrize(
     ("engine", "base", "recomputed"),
     [("fsdp2", "world", False), ("zero3", "world", True), ("fsdp2", "none", False)],
 )
 def test_planned_is_measured(tmp_path: Path, engine: str, base: str, recomputed: bool) -> None:
     """Bytes within 2 %, W0 and adapter memory within 5 %, the peak within 15 %."""
-    text = tmp_path / "text.jsonl"
-    text.write_text(
-        '{"text": "' + "x" * 600 + '"}\n' * 1 + ('{"text": "' + "y" * 600 + '"}\n') * 15
-    )
-    argv = words(
-        tmp_path / "run",
-        save_wide(tmp_path / "model"),
-        str(text),
-        model__dtype="bfloat16",
-        data__format="text",
-        data__max_length=512,
-        adapter__r=16,
+    argv = wide_words(
+        tmp_path,
         sharding__engine=engine,
         sharding__base=base,
         sharding__activation_checkpointing=recomputed,
-        train__max_steps=2,
-        train__global_batch_size=16,
-        train__micro_batch_size=8,
     )
-    pool = Pool(2, tmp_path / "ranks", fresh=True)
-    (printed, _), _ = pool.run(told, argv, limit=200)
-    pool.close()
-    print(printed)
+    printed, _ = told_by_new_processes(tmp_path, argv)
     bounds = {"wire": 0.02, "W0": 0.05, "A, B": 0.05, "peak": 0.15}
     ratios = {
         label: float(match[1])
@@ -127,6 +143,21 @@ def test_planned_is_measured(tmp_path: Path, engine: str, base: str, recomputed:
     for label, ratio in ratios.items():
         if not (label == "W0" and ratio == 0):
             assert abs(ratio - 1) <= bounds[label], (label, printed)
+
+
+def test_a_budget_is_used_and_never_passed(tmp_path: Path) -> None:
+    argv = wide_words(tmp_path, sharding__base="world")
+    config = parse(argv, prog="dlora.train").config
+    bare = prepare(config, 0, 2, 2, print).budget
+    budget = bare.memory.peak + 0.4 * bare.base_total
+    _, held = told_by_new_processes(
+        tmp_path, [*argv, "--sharding.memory_budget_gb", str(budget / 1e9)]
+    )
+    assert "model.layers.0" in held and "model.layers.7" not in held
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert max(record["peak_memory_bytes"] for record in records) <= budget
+    saved = bare.gathers + bare.reduction - records[-1]["wire_bytes"]
+    assert 0.3 * bare.gathers < saved < bare.gathers
 
 
 def after_planned(printed: str) -> str:

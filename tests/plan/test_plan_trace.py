@@ -1,0 +1,174 @@
+"""The trace of a micro-batch against the same micro-batch really computed, byte for byte."""
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
+
+from dlora.lora.attach import attach
+from dlora.lora.config import LoraConfig
+from dlora.objectives import targets
+from dlora.plan.trace import trace
+
+R, ROWS, TOKENS, VOCABULARY = 8, 2, 128, 4000
+HIDDEN, FFN, LAYERS, HEADS, KV = 256, 688, 6, 4, 2
+LLAMA = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": FFN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV,
+}
+CONFIGS: dict[str, Any] = {
+    "llama": LlamaConfig(**LLAMA),
+    "gpt2": GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=HIDDEN,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), 0),
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
+    ),
+    "mixtral": MixtralConfig(**LLAMA, num_local_experts=4, num_experts_per_tok=2),
+}
+
+
+def model_of(name: str, dtype: torch.dtype, device: str, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=dtype)
+    attach(model, LoraConfig(r=R, **settings))
+    return model
+
+
+def allocated(model: nn.Module) -> tuple[int, int]:
+    """(alive between forward and backward, most alive) as torch's profiler sees the allocator."""
+    targets.install(model)
+    model.train()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    run(model)  # what is made once is there now
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
+        run(model)
+    events = list(profile.profiler.kineto_results.events())  # type: ignore[union-attr]
+    [turn] = [event.start_ns() for event in events if event.name() == "backward begins"]
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    alive = most = saved = 0
+    for when, nbytes in changes:
+        saved = alive if when < turn else saved
+        alive += nbytes
+        saved = alive if when < turn else saved
+        most = max(most, alive)
+    return saved, most
+
+
+def run(model: nn.Module) -> None:
+    ids = torch.randint(VOCABULARY, (ROWS, TOKENS))
+    loss = model(input_ids=ids, targets=ids.clone())
+    with torch.profiler.record_function("backward begins"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_bytes_are_those_of_a_real_pass(name: str, dtype: torch.dtype, recomputed: bool) -> None:
+    planned = trace(model_of(name, dtype, "meta"), ROWS, TOKENS, checkpointing=recomputed)
+    model = model_of(name, dtype, "cpu")
+    if recomputed:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    saved, most = allocated(model)
+    assert planned.estimated == ""
+    assert max(planned.blocks, planned.loss) == pytest.approx(most, rel=0.005)
+    assert planned.saved == pytest.approx(saved, abs=6000 * LAYERS)  # random states, not traced
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_what_autograd_saves_is_in_it(name: str) -> None:
+    """torch's hooks see each tensor saved for backward; beside them the loss holds a gradient."""
+    model = model_of(name, torch.float32, "cpu")
+    targets.install(model)
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    seen = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            seen.append(weakref.ref(tensor.untyped_storage()))
+        return tensor
+
+    ids = torch.randint(VOCABULARY, (ROWS, TOKENS))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(input_ids=ids, targets=ids.clone())
+    # The logits of a chunk were saved as well, and are gone by now.
+    alive = {s.data_ptr(): s.nbytes() for see in seen if (s := see()) is not None}
+    saved = sum(alive.values()) + 4 * ROWS * TOKENS * HIDDEN  # the gradient of the hidden state
+    planned = trace(model_of(name, torch.float32, "meta"), ROWS, TOKENS, checkpointing=False)
+    assert planned.saved == pytest.approx(saved, rel=0.01)
+    assert loss.requires_grad
+
+
+def test_operations_are_those_of_the_formulas() -> None:
+    tokens, narrow = ROWS * TOKENS, HIDDEN // HEADS * KV
+    shapes = [(HIDDEN, HIDDEN), (narrow, HIDDEN), (narrow, HIDDEN), (HIDDEN, HIDDEN)]
+    shapes += [(FFN, HIDDEN), (FFN, HIDDEN), (HIDDEN, FFN)]
+    block = 2 * tokens * sum(m * n for m, n in shapes)
+    adapters = 2 * tokens * R * sum(m + n for m, n in shapes)
+    product = 2 * ROWS * HEADS * TOKENS * TOKENS * (HIDDEN // HEADS) // 2  # the causal half
+    forward = LAYERS * (block + adapters + 2 * product)
+    head = 2 * tokens * HIDDEN * VOCABULARY
+    # No gradient is taken to the input of the first block, which q, k and v read.
+    first = 2 * tokens * (sum(m * n for m, n in shapes[:3]) + R * sum(n for _, n in shapes[:3]))
+    backward = LAYERS * (block + 2 * adapters + 5 * product) - first
+    model = model_of("llama", torch.bfloat16, "meta")
+    assert trace(model, ROWS, TOKENS, checkpointing=False).flops == forward + backward + 2 * head
+    again = trace(model, ROWS, TOKENS, checkpointing=True).flops - (forward + backward + 2 * head)
+    assert forward <= again <= forward + first
+
+
+def test_experts_count_for_the_tokens_that_see_them() -> None:
+    model = model_of("mixtral", torch.bfloat16, "meta", target_modules=["q_proj"])
+    planned = trace(model, ROWS, TOKENS, checkpointing=False)
+    assert planned.estimated == ""
+    seen = 2 * 3 * HIDDEN * FFN  # two experts of three matrices for each token
+    attention = 2 * HIDDEN * (HIDDEN + HIDDEN // HEADS * KV)
+    products = 2 * 2 * ROWS * TOKENS * (LAYERS * (seen + attention) + HIDDEN * VOCABULARY)
+    assert planned.flops == pytest.approx(products, rel=0.1)
+
+
+class Peeking(nn.Module):
+    """Looks at a value, as no pass over shapes can."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) if x.sum().item() else x
+
+
+def test_a_model_that_cannot_be_traced_is_estimated() -> None:
+    model = model_of("llama", torch.bfloat16, "meta")
+    traced = trace(model, ROWS, TOKENS, checkpointing=False)
+    model.model.norm = Peeking(model.model.norm)
+    estimated = trace(model, ROWS, TOKENS, checkpointing=False)
+    assert traced.estimated == ""
+    assert "_local_scalar_dense" in estimated.estimated
+    for figure in ("saved", "blocks", "flops"):
+        assert getattr(estimated, figure) == pytest.approx(getattr(traced, figure), rel=0.25)
+
+
+def test_a_skeleton_is_left_as_it_was() -> None:
+    model = model_of("llama", torch.bfloat16, "meta")
+    before = {name: id(parameter) for name, parameter in model.named_parameters()}
+    trace(model, ROWS, TOKENS, checkpointing=True)
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
+    assert len(model.model.layers) == LAYERS
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert "forward" not in vars(model)
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
