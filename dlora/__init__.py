@@ -14,9 +14,11 @@ from dlora.errors import UsageError
 from dlora.lora.attach import disabled
 from dlora.lora.config import LoraConfig
 from dlora.lora.merge import merge, unmerge
+from dlora.lora.variants.adalora import AdaLoraConfig
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdaLoraConfig",
     "LoraConfig",
     "UsageError",
     "attach",

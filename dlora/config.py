@@ -77,7 +77,7 @@ SWITCHES = {
 BUILT: dict[str, tuple[object, ...]] = {
     "model.dtype": ("bfloat16", "float32"),
     "model.quantization": ("none",),
-    "adapter.method": ("lora",),
+    "adapter.method": ("lora", "adalora"),
     "adapter.use_dora": (False,),
     "adapter.init_lora_weights": (True,),
     "data.format": ("chat", "alpaca", "sharegpt", "text"),
@@ -109,9 +109,20 @@ INERT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ),
     (
         "adapter.init_r adapter.target_r adapter.tinit adapter.tfinal adapter.deltaT "
-        "adapter.beta1 adapter.beta2 adapter.orth_reg_weight",
+        "adapter.beta1 adapter.beta2 adapter.orth_reg_weight adapter.importance "
+        "adapter.budget_unit",
         lambda c: c.adapter.method != "adalora",
         "adapter.method is not adalora",
+    ),
+    (
+        "adapter.rank_pattern adapter.init_lora_weights",
+        lambda c: c.adapter.method == "adalora",
+        "adalora starts every module alike, at adapter.init_r and with lambda = 0",
+    ),
+    (
+        "adapter.beta1 adapter.beta2",
+        lambda c: c.adapter.method == "adalora" and c.adapter.importance != "uncertainty",
+        "only adapter.importance: uncertainty averages over steps",
     ),
     (
         "output.eval_every",
@@ -172,6 +183,11 @@ def _bad_patterns(config: Config) -> Iterator[str]:
 def _contradictions(config: Config) -> Iterator[str]:
     if config.adapter.method == "adalora" and is_set(config, "adapter.r"):
         yield "adapter.r: adalora starts from adapter.init_r, set that instead"
+    if config.adapter.method != "lora" and config.adapter.path is not None:
+        yield (
+            f"adapter.path: an adapter on disk is a plain LoRA, and {config.adapter.method} starts "
+            "afresh"
+        )
     if config.train.governed_by == "epochs" and is_set(config, "train.max_steps"):
         yield "train.max_steps and train.epochs are both set, keep one"
 

@@ -54,6 +54,14 @@ class AdapterConfig:
     beta1: float = option(0.85, "adalora: smoothing of the sensitivity", ge=0, lt=1)
     beta2: float = option(0.85, "adalora: smoothing of the uncertainty", ge=0, lt=1)
     orth_reg_weight: float = option(0.5, "adalora: weight of the orthogonality penalty", ge=0)
+    importance: Literal["uncertainty", "sensitivity", "magnitude"] = option(
+        "uncertainty",
+        "adalora: what judges a triplet: averages of sensitivity and uncertainty, sensitivity in "
+        "the mask's step, or |lambda|",
+    )
+    budget_unit: Literal["triplets", "params"] = option(
+        "triplets", "adalora: what budgets count; params: wide matrices pay what they cost"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

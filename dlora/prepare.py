@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from dlora.adapter_files import read_config
+from dlora.adapter_settings import keyed_by, lora_config, scheduled
 from dlora.base_model import BaseModel, check_experts_divide, find_base
 from dlora.checks import (
     check_adapter,
@@ -22,7 +20,6 @@ from dlora.checks import (
 )
 from dlora.config import Config
 from dlora.data import Dataset, Sampler, check_source, load_examples
-from dlora.errors import UsageError
 from dlora.lora.attach import attach, trainable_parameters
 from dlora.lora.config import LoraConfig
 from dlora.objectives.targets import model_parts
@@ -30,6 +27,7 @@ from dlora.plan.choose import Decision, capacity_of, decide
 from dlora.plan.earlier import earlier_placement, settle
 from dlora.plan.subject import Plan, Subject
 from dlora.plan.workload import workload_of
+from dlora.rank_allocator import keep_triplets
 from dlora.sharding.mesh import Placement, Topology, resolve_placement
 from dlora.start import Start, check_start
 
@@ -115,6 +113,7 @@ def prepare(
     train, held_out = _data(config, tokenizer, announce)
     check_sequences({"data.train": train, "data.eval": held_out}, tokenizer, skeleton)
     sampler = _sampler(config, len(train))
+    lora = scheduled(lora, sampler.total_steps)
     trainable = trainable_parameters(skeleton)
     if start is not None:
         check_start(start, config, lora, trainable, sampler, train.fingerprint)
@@ -204,47 +203,12 @@ def _adapted(config: Config, base: BaseModel, lora: LoraConfig, start: Start | N
     model_parts(skeleton)
     with keyed_by("adapter"):
         attach(skeleton, lora)
+    if start is not None and start.allocation is not None:
+        keep_triplets(skeleton, start.allocation)
     check_dropout(skeleton)
     if config.adapter.path is not None and start is None:
         check_adapter(skeleton, config.adapter.path)
     return skeleton
-
-
-def lora_config(config: Config, start: Start | None = None) -> LoraConfig:
-    """The `adapter` section, or the configuration of the adapter that it starts from.
-
-    Where a run goes on and that adapter is gone by now, its checkpoint knows it as well.
-    """
-    section = config.adapter
-    with keyed_by("adapter"):
-        if section.path is not None:
-            if start and start.lora and not Path(section.path).expanduser().is_dir():
-                return replace(start.lora, lora_dropout=section.lora_dropout)
-            return replace(read_config(section.path), lora_dropout=section.lora_dropout)
-        return LoraConfig(
-            r=section.r,
-            lora_alpha=section.lora_alpha,
-            lora_dropout=section.lora_dropout,
-            target_modules=section.target_modules,
-            use_rslora=section.use_rslora,
-            use_dora=section.use_dora,
-            init_lora_weights=section.init_lora_weights,
-            rank_pattern=section.rank_pattern,
-            alpha_pattern=section.alpha_pattern,
-            modules_to_save=section.modules_to_save,
-        )
-
-
-@contextmanager
-def keyed_by(section: str) -> Iterator[None]:
-    """Inside, a `UsageError` on a field (`r: …`) names the section's key (`adapter.r: …`)."""
-    try:
-        yield
-    except UsageError as error:
-        field = str(error).partition(":")[0].partition("[")[0]
-        if field not in LoraConfig.__dataclass_fields__:
-            raise
-        raise UsageError(f"{section}.{error}") from None
 
 
 def _data(

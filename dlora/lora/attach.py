@@ -139,7 +139,7 @@ def _attach_adapter(module: nn.Module, path: str, attachment: Attachment) -> Non
     assert kind is not None  # target_paths has checked
     m, n = kind.shape(module)
     weight: Tensor = module.weight  # type: ignore[assignment]
-    adapter = VARIANTS["lora"](
+    adapter = VARIANTS[config.method](
         m=m,
         n=n,
         r=config.r_for(path),

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from dlora.adapter_settings import keyed_by, lora_config
 from dlora.base_model import DTYPES, check_experts_divide, find_base, quiet_libraries
 from dlora.config import Config, parse
 from dlora.config_options import option
@@ -24,7 +25,6 @@ from dlora.plan.speed import Speeds, step_time
 from dlora.plan.subject import Plan, Subject
 from dlora.plan.tables import Survey, as_json, as_text
 from dlora.plan.workload import workload_of
-from dlora.prepare import keyed_by, lora_config
 from dlora.sharding.mesh import Topology
 
 ENGINES = {"fsdp2": "torch", "zero3": "deepspeed"}  # and what each stands on
