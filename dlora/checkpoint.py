@@ -71,12 +71,17 @@ def capture(
 
     Any rank may do so alone. Where the optimizer state is divided it is collective, and only rank 0
     gets a checkpoint: the tensors of the state arrive one by one, and no other rank holds any.
+    Beside a tensor without elements nothing is kept: divided, no rank would have it.
 
     Args:
         states: of this rank, by the names of their files.
     """
     whole = {
-        file: {f"{name}.{slot}": _host(value) for name, slot, value in replica.share.whole(kept)}
+        file: {
+            f"{name}.{slot}": _host(value)
+            for name, slot, value in replica.share.whole(kept)
+            if replica.named[name].numel()
+        }
         for file, kept in states.items()
     }
     if replica.divided and replica.topology.rank != 0:
