@@ -221,8 +221,20 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("world", "per_node"), [(1, 1), (2, 2), (3, 3), (4, 2)])
-@pytest.mark.parametrize("divided", [False, True], ids=["whole", "divided"])
+@pytest.mark.parametrize(
+    ("world", "per_node", "divided"),
+    [
+        (1, 1, False),
+        (3, 3, True),
+        (4, 2, False),
+        *(
+            pytest.param(*shape, divided, marks=pytest.mark.full)
+            for shape in ((1, 1), (2, 2), (3, 3), (4, 2))
+            for divided in (False, True)
+            if (*shape, divided) not in ((1, 1, False), (3, 3, True), (4, 2, False))
+        ),
+    ],
+)
 @pytest.mark.parametrize(("when", "gamma", "unit"), CASES)
 def test_every_step_follows_the_formulas(
     pools: Pools, world: int, per_node: int, divided: bool, when: str, gamma: float, unit: str

@@ -104,8 +104,9 @@ def test_one_sum_for_each_mask(
         assert recorded[step] == round(sent[step])
     assert recorded[-1] == round(sent[-1]) + 8 * (world - 1)  # the audit
     # Where the moments are divided they are laid out anew after the last mask: the one time that
-    # anything is broadcast.
+    # anything is broadcast, but by DeepSpeed in its first steps.
     for result in results:
         ops = [{call.op for call in calls} for calls in result["steps"]]
         moved = ["broadcast_" in found for found in ops]
-        assert moved == [state == "divided" and step == LAST for step in range(1, STEPS + 1)]
+        wanted = [state == "divided" and step == LAST for step in range(1, STEPS + 1)]
+        assert moved[first:] == wanted[first:]

@@ -149,6 +149,7 @@ def test_attaching_reads_shapes_and_gathers_nothing(
 
 APPLY = {
     *(f"1.{number}" for number in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 16)),
+    *(f"2.{number}" for number in range(1, 10)),
     *("3.1", "3.2", "3.3", "3.4", "4.1", "4.2", "4.4", "4.5", "4.6"),
 }
 

@@ -14,7 +14,12 @@ from toy import Toy, batch, own_rank, replicated
 from dlora.sharding.replica import Replica, ReplicaError
 
 BEFORE, AFTER = 3, 3  # steps before and after the cut
-SHAPES = [(1, 1), (2, 2), (3, 3), (4, 2)]  # ranks, ranks per node
+SHAPES = [  # ranks, ranks per node
+    (1, 1),
+    pytest.param(2, 2, marks=pytest.mark.full),
+    (3, 3),
+    pytest.param(4, 2, marks=pytest.mark.full),
+]
 # The toy is 3 → 5 → 2: each hidden unit is a row of A, an element of b and a column of B.
 UNITS = {
     "some": {"A": (0, [0, 3, 4]), "b": (0, [0, 3, 4]), "B": (1, [0, 3, 4])},
