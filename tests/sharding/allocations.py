@@ -4,8 +4,10 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
-from run_training import capture_of, prepared_run
+from run_training import prepared_run
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from dlora.checkpoint import capture
 
 STEPS = 60  # in three phases: 8 of warm-up, 42 in which masks fall, 10 on what is left
 ADALORA = {
@@ -79,7 +81,7 @@ def watched(argv: list[str], crash_in: int | None = None) -> dict[str, Any]:
             seen["status"] = run.train()
     except Crash:
         return seen | {"status": "crashed"}
-    held = capture_of(run)
+    held = capture(replica, replica.states(run.optimizer), {})
     return seen | {
         "tensors": {name: p.detach().clone() for name, p in replica.named.items()},
         "states": held and held.states,

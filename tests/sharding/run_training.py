@@ -11,7 +11,7 @@ import ranks
 import torch
 from torch import Tensor
 
-from dlora.checkpoint import Checkpoint, capture
+from dlora.checkpoint import capture
 from dlora.config import parse
 from dlora.entry import prepared
 from dlora.memory import MemoryMeter
@@ -70,14 +70,9 @@ def train(argv: list[str], meddle: Callable[[Run], None] | None = None) -> dict[
     if meddle is not None:
         meddle(run)
     status = run.train()
-    held = capture_of(run)
+    held = capture(run.replica, run.replica.states(run.optimizer), {})
     tensors = {name: parameter.detach().clone() for name, parameter in run.replica.named.items()}
     return {"status": status, "tensors": tensors, "optimizer": held and held.states["optimizer"]}
-
-
-def capture_of(run: Run) -> Checkpoint | None:
-    """What this rank would save of a run."""
-    return capture(run.replica, run.replica.states(run.optimizer), {}, run.replica.allocation())
 
 
 def figures(directory: str | Path) -> list[dict[str, Any]]:
