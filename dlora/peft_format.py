@@ -58,6 +58,8 @@ def plain_forms(model: nn.Module) -> dict[str, PlainLora]:
         UsageError: none has any.
     """
     forms = {path: adapter.as_lora() for path, _, adapter in named_adapters(model)}
+    if attachment_of(model).config.method == "lora":
+        return forms  # an empty one has lost its tensors, and is not pruned
     left = {path: form for path, form in forms.items() if form.r}
     if forms and not left:
         raise UsageError(
