@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from dlora.errors import UsageError
 from dlora.lora.attach import attach as attach_adapters
-from dlora.lora.attach import trainable_parameters
+from dlora.lora.attach import named_adapters, trainable_parameters
 from dlora.lora.config import LoraConfig
 from dlora.optim.groups import parameter_groups
+from dlora.optim.lora_pro import Pair
 from dlora.sharding.engine import Engine, build_engine, is_divided, sharded_by
 from dlora.sharding.groups import frozen_groups, worth_holding
 from dlora.sharding.mesh import Topology, resolve_placement
@@ -38,6 +39,23 @@ class TrainedReplica(Replica):
     def release(self) -> None:
         """Free what passes without a reduction after them (evaluation) left gathered of W0."""
         self.engine.release(self._model)
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """A and B of every adapter with its scale, for `dlora.optim.lora_pro.LoraPro`.
+
+        Raises:
+            UsageError: an adapter has a factor beside these.
+        """
+        found = []
+        for path, _, adapter in named_adapters(self._model):
+            pair = Pair(adapter.lora_A, adapter.lora_B, adapter.scaling)
+            for name, other in adapter.named_parameters():
+                # What has a number for each row of W, as a magnitude, scales the product of both.
+                if other is not pair.A and other is not pair.B and other.numel() != pair.sizes[0]:
+                    raise UsageError(f"LoraPro: the adapter at {path} has {name} beside A and B")
+            found.append(pair)
+        return found
 
     def parameter_groups(
         self, lr: float, *, loraplus_lr_ratio: float = 1.0, weight_decay: float = 0.0
