@@ -170,6 +170,7 @@ class Replica:
 
     def zero_grad(self) -> None:
         """Forget all gradients; `optimizer.zero_grad()` does as well."""
+        self._check_bound()  # `.to()` moves gradients too, out of the buffer
         self._buffer[: self.numel].zero_()
         for name, parameter in self.named.items():
             parameter.grad = self._gradient_views[name]
