@@ -110,7 +110,8 @@ def shard(
         optimizer_state: `"replicated"` (as is `"auto"`), or `"divided"`: each rank's optimizer
             keeps the state of 1/ranks of the elements of A and B. Call `replica.drive(optimizer)`
             once; its steps are collective then, and end with whole values on every rank. It must
-            treat each element alone, as AdamW and SGD do. After `reduce_gradients` a rank has the
+            treat each element alone, as AdamW and SGD do (`LoraPro` does not; `drive` spreads its
+            pairs over the ranks of a replicated replica). After `reduce_gradients` a rank has the
             mean gradient of its part only, and `.grad` of the parameters themselves is None.
 
     Raises:
