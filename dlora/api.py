@@ -51,8 +51,12 @@ class TrainedReplica(Replica):
         for path, _, adapter in named_adapters(self._model):
             pair = Pair(adapter.lora_A, adapter.lora_B, adapter.scaling)
             for name, other in adapter.named_parameters():
-                # What has a number for each row of W, as a magnitude, scales the product of both.
-                if other is not pair.A and other is not pair.B and other.numel() != pair.sizes[0]:
+                # A magnitude, one number for each row of the host's weight, acts on their product.
+                if (
+                    other is not pair.A
+                    and other is not pair.B
+                    and other.numel() not in pair.sizes[:2]
+                ):
                     raise UsageError(f"LoraPro: the adapter at {path} has {name} beside A and B")
             found.append(pair)
         return found
