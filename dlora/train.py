@@ -78,7 +78,7 @@ class Run:
             without_holes()
         torch.manual_seed(config.train.seed)
         self.model, self.replica = build(config, runtime, preparation)
-        self.optimizer = build_optimizer(config, self.replica)
+        self.optimizer = build_optimizer(config, runtime, preparation, self.replica)
         self.total_steps = preparation.sampler.total_steps
         self.records: list[dict[str, Any]] = []  # of the steps of this start
         self.start = resume(runtime, preparation, self.replica, self.optimizer)
@@ -245,8 +245,8 @@ class Run:
         self.runtime.say(f"ranks: {write_picture(self.directory, figure)}")
 
     def save(self, step: int) -> None:
-        """Commit a checkpoint: rank 0 alone, unless the optimizer state is divided over ranks."""
-        if not (self.runtime.main or self.replica.divided):
+        """Commit a checkpoint: rank 0 alone, unless ranks keep different optimizer states."""
+        if not (self.runtime.main or self.replica.share.collective_saves):
             return
         found = self.prepared
         state = state_at(step, self.config, found.lora, found.sampler, found.train.fingerprint)

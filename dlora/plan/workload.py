@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dlora.config import Config
+from dlora.config import Config, OptimizerConfig
 from dlora.data.collate import PAD_TO
-
-MOMENTS = {"adamw": 2, "sgd": 0}  # float32 values that an optimizer keeps per parameter
 
 
 @dataclass(frozen=True)
@@ -17,14 +15,14 @@ class Workload:
     Attributes:
         rows, tokens: sequences of the largest micro-batch, and their padded length.
         micro_batches: forward passes.
-        moments: values that the optimizer keeps per element that it steps.
+        optimizer: what keeps a state of A and B.
         checkpointing: activations are recomputed in backward.
     """
 
     rows: int
     tokens: int
     micro_batches: int
-    moments: int
+    optimizer: OptimizerConfig
     checkpointing: bool
 
 
@@ -40,6 +38,6 @@ def workload_of(config: Config, world: int, longest: int | None = None) -> Workl
         rows=-(-sequences // (world * micro_batches)),
         tokens=-(-(longest or config.data.max_length) // PAD_TO) * PAD_TO,
         micro_batches=micro_batches,
-        moments=MOMENTS[config.optimizer.name],
+        optimizer=config.optimizer,
         checkpointing=config.sharding.activation_checkpointing,
     )
