@@ -157,11 +157,14 @@ def _decision(
     section, world = config.sharding, topology.world
     earlier = earlier_placement(start.settings, start.state) if start else None
     settings = settle(config, earlier, world)
+    workload = workload_of(config, world, longest)
+    if start is not None and start.allocation is not None and start.allocation["shrunk"]:
+        workload = replace(workload, averages=0)  # nothing is scored any more
     decision = decide(
         Subject(
             skeleton,
             trainable_parameters(skeleton),
-            workload_of(config, world, longest),
+            workload,
             device=around.device,
             check=lambda placement: check_experts_divide(skeleton, placement),
         ),

@@ -17,6 +17,7 @@ from torch import nn
 
 from dlora.memory import HOLES
 from dlora.plan.activations import Trace
+from dlora.plan.scores import is_triplet_factor
 from dlora.plan.state import share_of, state_of
 from dlora.plan.units import Unit
 from dlora.plan.workload import Workload
@@ -38,7 +39,7 @@ class Memory:
         base_gathered: most of W0 that is gathered at one time beside these, in the blocks.
         loss_gathered: the same while the loss is computed.
         adapters: values and gradients of A, B and trained copies.
-        state: of the optimizer.
+        state: of the optimizer, and of AdaLoRA's scorer.
         activations: what a micro-batch takes.
         saving: most that clipping, a step or a save takes between two passes.
         process: what it takes beside tensors, stated and not computed.
@@ -117,7 +118,11 @@ def memory_of(
     always = sum(unit.nbytes for unit in units if unit.always) if size > 1 else 0
     shard = sum(unit.gathered if size > 1 else unit.nbytes for unit in units) // size
     whole = item * sum(parameter.numel() for parameter in trained.values())
-    saving = max(8 * stepped, 2 * (whole + state.whole)) if device == "cpu" else 0
+    scored = {name: p for name, p in trained.items() if is_triplet_factor(name)}
+    averages = workload.averages * item if scored else 0
+    scorer = averages * share.elements(scored, topology) if averages else 0
+    kept = state.whole + averages * sum(p.numel() for p in scored.values())
+    saving = max(8 * stepped, 2 * (whole + kept)) if device == "cpu" else 0
     memory = Memory(
         base_total=sum(unit.nbytes for unit in units),
         base_held=always + (0 if placement.offload and device != "cpu" else shard),
@@ -125,7 +130,7 @@ def memory_of(
         base_gathered=0,
         loss_gathered=0,
         adapters=item * (values + gradients),
-        state=state.held,
+        state=state.held + scorer,
         activations=activations,
         saving=max(saving, state.stepping),
         process=PROCESS[device],

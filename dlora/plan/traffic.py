@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from dlora.plan.scores import score_bytes
 from dlora.plan.state import share_of, state_of
 from dlora.plan.units import Unit
 from dlora.plan.workload import Workload
@@ -41,12 +42,13 @@ class Sent:
 @dataclass(frozen=True)
 class Traffic:
     """Per optimizer step: gathers of W0 (in steady state) and the reduction, with what an optimizer
-    that is spread over ranks sends after it; and of one audit.
+    that is spread over ranks sends after it; of one audit; and of one of AdaLoRA's masks.
     """
 
     gathers: Sent
     reduction: Sent
     audit: Sent
+    mask: Sent = Sent()
 
     @property
     def inside(self) -> float:
@@ -81,6 +83,7 @@ def traffic_of(
         gathers=_in_a_ring(gathers, size, topology),
         reduction=_in_two_levels(reduced, topology),
         audit=_in_a_ring(checksums, topology.world, topology),
+        mask=_in_two_levels(score_bytes(trained, topology), topology),
     )
 
 
