@@ -83,9 +83,13 @@ def one_step(model: Chain, replica: Replica, optimizer: LoraPro, step: int) -> N
     replica.zero_grad()
 
 
+def kept(replica: Replica, optimizer: LoraPro) -> dict[str, States]:
+    return {"optimizer": states_of(optimizer, replica.optimized)}
+
+
 def state_of(replica: Replica, optimizer: LoraPro) -> dict[str, Tensor] | None:
-    captured = capture(replica, optimizer, {})
-    return captured and captured.optimizer
+    captured = capture(replica, kept(replica, optimizer), {})
+    return captured and captured.states["optimizer"]
 
 
 def train(moments: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -179,10 +183,10 @@ def saved(moments: str) -> Any:
     model, replica, optimizer = spread(moments, torch.float32)
     for step in range(2):
         one_step(model, replica, optimizer, step)
-    checkpoint = capture(replica, optimizer, {})
+    checkpoint = capture(replica, kept(replica, optimizer), {})
     for step in range(2, STEPS):
         one_step(model, replica, optimizer, step)
-    files = checkpoint and (checkpoint.tensors, checkpoint.optimizer)
+    files = checkpoint and (checkpoint.tensors, checkpoint.states["optimizer"])
     return files, values(model), state_of(replica, optimizer)
 
 
