@@ -14,6 +14,7 @@ from dlora.checkpoint import capture, restore
 from dlora.optim.lora_pro import LoraPro
 from dlora.sharding.mesh import Topology
 from dlora.sharding.replica import Replica, ReplicaError
+from dlora.sharding.share import States, states_of
 from dlora.sharding.spread import owners
 
 SHAPES = [(2, 2), (3, 3), (4, 2), (4, 1), (3, 2)]  # ranks, ranks per node
