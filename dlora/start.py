@@ -168,7 +168,8 @@ def _refuse_conflicts(start: Start, config: Config, lora: LoraConfig, fingerprin
         before, now = asdict(start.lora), asdict(lora)
         compared |= {f"adapter.{name}" for name in {*before, *now}}
         # As JSON, so that a tuple equals a list and the order of patterns counts.
-        for name in (name for name in now if name in before):
+        ignored = {"r"} if "init_r" in now else set()
+        for name in (name for name in now if name in before and name not in ignored):
             if json.dumps(before[name]) != json.dumps(now[name]):
                 key = SAID_AS.get(name, whose.format(name))
                 conflicts.append(f"{key} was {before[name]!r} and is {now[name]!r}")
