@@ -6,9 +6,11 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adalora_nets import Ours, adapted, mse, net, peft_adalora, peft_layers, regulariser
+from adalora_nets import LAYERS, Ours, adapted, mse, net, peft_adalora, peft_layers, regulariser
 from causal_models import causal_model, relative_error, token_ids
 from torch import Tensor, nn
+
+from dlora import shard
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -33,7 +35,8 @@ class Beside:
         self.ours = Ours.start(ours, **options)
         self.theirs = peft_adalora(base, ours)
         self.layers = peft_layers(self.theirs, ours)
-        trained = [p for p in self.theirs.parameters() if p.requires_grad]
+        # Without `ranknum`, which divides the scale: see the test of that below.
+        trained = [p for name, p in self.theirs.named_parameters() if ".lora_" in name]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-2, **options)
         self.allocator = self.ours.replica.allocator
         self.gamma = ours.dlora.config.orth_reg_weight
@@ -258,3 +261,15 @@ def test_a_resume_forgets_the_averages_in_peft_and_goes_on_here() -> None:
     assert sorted(allocator.masks) == [15, 20, 25]
     for name, parameter in again.replica.named.items():
         assert torch.equal(parameter, ours.replica.named[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_scale_is_trained_in_peft_and_constant_here(dtype: torch.dtype) -> None:
+    """Beside a base that is not float32 PEFT's divisor `ranknum` becomes trainable."""
+    model = adapted(net(dtype), total_step=10)
+    theirs = peft_adalora(net(dtype), model)
+    trainable = {name for name, p in theirs.named_parameters() if p.requires_grad}
+    assert {f"base_model.model.{path}.ranknum.default" for path in LAYERS} < trainable
+    names = {name.rpartition(".")[2] for name in shard(model).named}
+    assert names == {"lora_A", "lora_B", "lora_E"}
+    assert model.l1.adapter.scaling == 12 / 6
