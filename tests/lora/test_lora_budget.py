@@ -226,6 +226,14 @@ def test_means_make_wide_and_narrow_matrices_comparable() -> None:
     assert importance.triplet_means(torch.empty(4, 0), 1).shape == (0,)
 
 
+def test_permuting_triplets_permutes_scores() -> None:
+    torch.manual_seed(0)
+    A, B, order = torch.rand(5, 8), torch.rand(11, 5), torch.randperm(5)
+    scores = importance.triplet_means(A, 0) + importance.triplet_means(B, 1)
+    moved = importance.triplet_means(A[order], 0) + importance.triplet_means(B[:, order], 1)
+    torch.testing.assert_close(moved, scores[order])
+
+
 def test_orthonormal_factors_rank_by_magnitude_as_singular_values_do() -> None:
     """|λ| over all matrices keeps what the largest singular values of all ΔW would."""
     torch.manual_seed(0)
