@@ -52,13 +52,20 @@ def peft_slots(model: nn.Module) -> dict[str, Tensor]:
 
 
 def plain_forms(model: nn.Module) -> dict[str, PlainLora]:
-    """The plain LoRA of every adapted module by path, without those that have no rank left.
+    """The plain LoRA of every adapted module by path, without those that AdaLoRA left no rank.
+
+    Any other that seems to have none has been emptied (partitioned, say), and is not left out.
 
     Raises:
         UsageError: none has any.
     """
-    forms = {path: adapter.as_lora() for path, _, adapter in named_adapters(model)}
-    left = {path: form for path, form in forms.items() if form.r}
+    adapters = {path: adapter for path, _, adapter in named_adapters(model)}
+    forms = {path: adapter.as_lora() for path, adapter in adapters.items()}
+    left = {
+        path: form
+        for path, form in forms.items()
+        if form.r or not isinstance(adapters[path], AdaLoraAdapter)
+    }
     if forms and not left:
         raise UsageError(
             "save_adapter: every singular value is 0, so there is no adapter to write; train first"
