@@ -49,7 +49,7 @@ PHASES = {
     "final": {"tinit": 0, "tfinal": LONG - 2, "deltaT": 1, "total_step": LONG},
 }
 ROWS = ("lora", *PHASES)
-WARM_UP = 4  # steps of each row before it is timed; `final` makes its last mask in them
+WARM_UP = 3  # steps of each row before it is timed; `final` makes its last mask in them
 
 
 @dataclass
