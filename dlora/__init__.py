@@ -14,6 +14,7 @@ from dlora.errors import UsageError
 from dlora.lora.attach import disabled
 from dlora.lora.config import LoraConfig
 from dlora.lora.merge import merge, unmerge
+from dlora.quantization import quantize
 
 __version__ = "0.1.0"
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "disabled",
     "load_adapter",
     "merge",
+    "quantize",
     "save_adapter",
     "shard",
     "unmerge",

@@ -110,7 +110,7 @@ def prepare(
     _check_placement(config, topology)
     lora = lora_config(config, start)
     base = _base(config, announce)
-    skeleton = _adapted(config, base, lora, start)
+    skeleton = _adapted(config, base, lora, start, announce)
     tokenizer = base.tokenizer()
     train, held_out = _data(config, tokenizer, announce)
     check_sequences({"data.train": train, "data.eval": held_out}, tokenizer, skeleton)
@@ -193,15 +193,24 @@ def _base(config: Config, announce: Callable[[str], None]) -> BaseModel:
         trust_remote_code=config.model.trust_remote_code,
         cache_dir=config.model.cache_dir,
         attn_implementation=config.model.attn_implementation,
+        quantization=config.model.quantization,
         announce=announce,
     )
 
 
-def _adapted(config: Config, base: BaseModel, lora: LoraConfig, start: Start | None) -> nn.Module:
+def _adapted(
+    config: Config,
+    base: BaseModel,
+    lora: LoraConfig,
+    start: Start | None,
+    announce: Callable[[str], None],
+) -> nn.Module:
     """The base on the meta device with its adapters, once all that can be seen of it is right."""
     skeleton = base.skeleton()
     base.check_stored(skeleton)
     model_parts(skeleton)
+    if (quantized := base.pack(skeleton)) is not None:
+        announce(f"model.quantization: {quantized}")
     with keyed_by("adapter"):
         attach(skeleton, lora)
     check_dropout(skeleton)

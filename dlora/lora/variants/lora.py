@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dlora.lora import functional
 from dlora.lora.dropout import DropoutStream
+from dlora.quant.packed import Weight
 
 
 class LoraAdapter(nn.Module):
@@ -57,8 +58,8 @@ class LoraAdapter(nn.Module):
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
             self.lora_B.zero_()
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x [..., n], weight [m, n] → y [..., m]."""
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+        """x [..., n], weight [m, n], packed or not → y [..., m]."""
         keep, keep_scale = None, 1.0
         if self.training and self.dropout > 0:
             keep = self.stream.keep_mask(x, self.dropout, self.path)
