@@ -274,15 +274,8 @@ def find_base(
         raise UsageError(f"model.path: there is no directory {path}")
     else:
         source = path
-    return BaseModel(
-        path,
-        source,
-        DTYPES[dtype],
-        revision,
-        trust_remote_code,
-        attn_implementation,
-        quantization,
-    )
+    settings = (revision, trust_remote_code, attn_implementation, quantization)
+    return BaseModel(path, source, DTYPES[dtype], *settings)
 
 
 def quiet_libraries() -> None:

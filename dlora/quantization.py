@@ -5,12 +5,14 @@ Embeddings, output head, norms and biases stay as they are, as quantisation tool
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from dlora.errors import UsageError
 from dlora.lora.hosts import HostMixin, host_kind
@@ -95,16 +97,30 @@ def quantize(model: nn.Module, quantization: str) -> Quantized:
     return Quantized(quantization, tuple(packed), weights, nbytes, left)
 
 
-def logical_shapes(module: nn.Module) -> Iterator[tuple[str, Tensor, tuple[int, ...]]]:
-    """(name, parameter, shape) of a module's own parameters, a packed weight with the shape of what
-    it stands for and without its scales.
+@dataclass(frozen=True)
+class FrozenMatrix:
+    """A frozen parameter of two dims or more, as its layer computes with it.
+
+    Attributes:
+        transient: bytes of what is de-quantised for each of its products.
     """
-    for name, parameter in module.named_parameters(recurse=False):
-        if not is_packed(module) or name not in (CODES, SCALES):
-            yield name, parameter, tuple(parameter.shape)
-        elif name == CODES:
-            packing: Packing = module.packing  # type: ignore[assignment]
-            yield name, parameter, (parameter.shape[0], packing.n)
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    transient: int
+
+
+def frozen_matrices(model: nn.Module) -> Iterator[FrozenMatrix]:
+    """All of a model, a packed one with the shape and the dtype of what it stands for."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if is_packed(module) and name in (CODES, SCALES):
+                if name == CODES:
+                    packing: Packing = module.packing  # type: ignore[assignment]
+                    shape, dtype = (parameter.shape[0], packing.n), packing.dtype
+                    yield FrozenMatrix(shape, dtype, math.prod(shape) * dtype.itemsize)
+            elif parameter.ndim > 1 and not parameter.requires_grad:
+                yield FrozenMatrix(tuple(parameter.shape), parameter.dtype, 0)
 
 
 def _linear_in_blocks(model: nn.Module) -> list[str]:
