@@ -64,8 +64,8 @@ def quantize(model: nn.Module, quantization: str) -> Quantized:
         quantization: `"nf4"`, `"nf4-dq"` or `"int8"`.
 
     Raises:
-        UsageError: there is no such format, no layer can be packed, or the model has adapters or is
-            sharded already.
+        UsageError: there is no such format, no layer can be packed, or the model has adapters, is
+            sharded or is packed already.
     """
     fmt = FORMATS.get(quantization)
     if fmt is None:
@@ -74,6 +74,8 @@ def quantize(model: nn.Module, quantization: str) -> Quantized:
         raise UsageError("quantize: this model carries adapters already; quantize comes first")
     if any(map(is_divided, model.parameters())):
         raise UsageError("quantize: this model is sharded already; quantize comes first")
+    if any(map(is_packed, model.modules())):
+        raise UsageError("quantize: this model is packed already")
     packed, weights, nbytes = [], 0, 0
     left, uses = dict(_not_linear(model)), _uses(model)
     for path in _linear_in_blocks(model):
