@@ -44,11 +44,14 @@ def levels_in_torch(
     k, half = codes.shape
     out = torch.empty(k, 2 * half, dtype=dtype, device=codes.device)
     both = pairs.to(codes.device).view(torch.int64).view(-1)  # two floats in one look-up
-    for rows in chunk_rows(codes):
+
+    def values(rows: slice) -> Tensor:
         found = torch.index_select(both, 0, codes[rows].reshape(-1).int())
-        values = found.view(torch.float32).view(-1, block)
-        values.mul_(scales[rows].reshape(-1, 1))
-        out[rows] = values.view(-1, 2 * half)
+        blocks = found.view(torch.float32).view(-1, block)
+        return blocks.mul_(scales[rows].reshape(-1, 1)).view(-1, 2 * half)
+
+    for rows in chunk_rows(codes):
+        out[rows] = values(rows)  # which is gone before the next chunk
     return out
 
 
