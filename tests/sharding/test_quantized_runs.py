@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from collectives import GLOO
+from peft import PeftModel
 from ranks import Pools
 from run_training import command_line, figures, prepared_run, relative_error, train
 from test_continuation import refusal
@@ -17,6 +19,7 @@ from test_wire import counted, last_step
 from tiny import save_chats
 
 from dlora.checkpoint import read
+from dlora.export import main as export
 from dlora.tensor_files import stored_tensors
 
 STEPS = 3
@@ -253,3 +256,21 @@ def test_a_base_that_is_quantized_in_its_files_is_refused(
     said = refusal(words(tmp_path / "run", str(model), chats, **settings))
     assert said.startswith("model.quantization: nf4 packs plain floats, and ")
     assert said.endswith("is quantized already; set model.quantization: none")
+
+
+@pytest.mark.parametrize("source", ["adapter", "checkpoints/step-000003"])
+def test_export_merges_into_the_weights_of_the_files(
+    pools: Pools, saved_models: Any, chats: str, tmp_path: Path, source: str
+) -> None:
+    """Not into what the packed weights stand for: as PEFT, given the base in 16 bit or more."""
+    model = saved_models("blocks")
+    settings = {"model__quantization": "nf4", "output__save_every": STEPS}
+    pools(1).run(train, words(tmp_path / "run", model, chats, **settings))
+    to = tmp_path / "merged"
+    assert export(["--adapter", str(tmp_path / "run" / source), "--to", str(to), "--merge"]) == 0
+    merged = dict(whole(str(to), "float32").named_parameters())
+    peft = PeftModel.from_pretrained(whole(model, "float32"), str(tmp_path / "run" / "adapter"))
+    wanted = dict(peft.merge_and_unload().named_parameters())
+    assert merged.keys() == wanted.keys()
+    for name, parameter in wanted.items():
+        torch.testing.assert_close(merged[name], parameter)
