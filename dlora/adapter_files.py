@@ -31,6 +31,7 @@ from dlora.lora.attach import (
 )
 from dlora.lora.config import LoraConfig
 from dlora.lora.hosts import CHILD, HostMixin
+from dlora.quant.packed import is_packed
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -268,7 +269,7 @@ def _take_base_copies(
     found = {}
     for path, host, _ in named_adapters(model):
         key = f"{PREFIX}{path}.base_layer.weight"
-        if key in tensors:
+        if key in tensors and not is_packed(host):
             found[key] = (tensors.pop(key), host.get_parameter("weight").detach())
     return found
 

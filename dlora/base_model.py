@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dlora.errors import UsageError
 from dlora.memory import trim
-from dlora.quantization import Quantized, quantize
+from dlora.quantization import Quantized, quantize_as_set
 from dlora.sharding.engine import Engine
 from dlora.sharding.mesh import Placement
 from dlora.sharding.storage import dropping_mapped_pages, own_storage
@@ -79,12 +79,7 @@ class BaseModel:
         Raises:
             UsageError: no layer can be packed.
         """
-        if self.quantization == "none":
-            return None
-        try:
-            return quantize(skeleton, self.quantization)
-        except UsageError as error:
-            raise UsageError(f"model.{error}") from error
+        return quantize_as_set(skeleton, self.quantization)
 
     def load(self, engine: Engine, device: torch.device) -> nn.Module:
         """The model with this rank's share of the weights, packed or in `dtype`, frozen.
@@ -177,7 +172,12 @@ class BaseWeights:
 
         What transformers' `from_pretrained` does once every parameter has been read.
         """
-        model, stored = self.skeleton, self._stored
+        from transformers import GenerationConfig
+
+        model, stored, base = self.skeleton, self._stored, self._base
+        read, revision = GenerationConfig.from_pretrained, base.revision or "main"
+        with suppress(OSError):  # not every base has one
+            model.generation_config = read(base.source, revision=revision)
         for tensor in model.state_dict(keep_vars=True).values():
             tensor._is_hf_initialized = True
         persistent = dict(model.named_buffers())
@@ -190,7 +190,7 @@ class BaseWeights:
             stored.read(name, 0, value.view(-1))
             owner, _, last = name.rpartition(".")
             model.get_submodule(owner).register_buffer(last, value)
-        self._base.pack(model)
+        base.pack(model)
         return model.eval().requires_grad_(False)
 
     def read(self, name: str, start: int, out: Tensor) -> None:

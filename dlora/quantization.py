@@ -99,6 +99,16 @@ def quantize(model: nn.Module, quantization: str) -> Quantized:
     return Quantized(quantization, tuple(packed), weights, nbytes, left)
 
 
+def quantize_as_set(model: nn.Module, setting: str) -> Quantized | None:
+    """`quantize` by the value of `model.quantization`, which may be `"none"`."""
+    if setting == "none":
+        return None
+    try:
+        return quantize(model, setting)
+    except UsageError as error:
+        raise UsageError(f"model.{error}") from error
+
+
 @dataclass(frozen=True)
 class FrozenMatrix:
     """A frozen parameter of two dims or more, as its layer computes with it.

@@ -25,7 +25,7 @@ from dlora.plan.subject import Plan, Subject
 from dlora.plan.tables import Survey, as_json, as_text
 from dlora.plan.workload import workload_of
 from dlora.prepare import keyed_by, lora_config
-from dlora.quantization import quantize
+from dlora.quantization import quantize_as_set
 from dlora.sharding.mesh import Topology
 
 ENGINES = {"fsdp2": "torch", "zero3": "deepspeed"}  # and what each stands on
@@ -73,12 +73,10 @@ def survey(config: Config, machines: Machines) -> Survey:
     """
     topology = Topology(0, machines.nodes * machines.gpus_per_node, machines.gpus_per_node)
     capacity, device = _capacity(config, machines)
-    skeleton, quantization = _skeleton(config), config.model.quantization
+    skeleton = _skeleton(config)
     size = sum(p.numel() for p in skeleton.parameters())
-    packed = ""
     model_parts(skeleton)
-    if quantization != "none":
-        packed = f"; {quantize(skeleton, quantization)}"
+    quantized = quantize_as_set(skeleton, config.model.quantization)
     with keyed_by("adapter"):
         attach(skeleton, lora_config(config))
     subject = Subject(
@@ -116,7 +114,8 @@ def survey(config: Config, machines: Machines) -> Survey:
     twin = _with_other_checkpointing(subject)
     rows = [*decision.candidates, *others]
     return Survey(
-        model=f"{type(skeleton).__name__}, {size:,} parameters in {config.model.dtype}{packed}",
+        model=f"{type(skeleton).__name__}, {size:,} parameters in {config.model.dtype}"
+        + (f"; {quantized}" if quantized else ""),
         capacity=capacity,
         speeds=speeds,
         decision=decision,

@@ -1,5 +1,8 @@
 """A packed base over ranks: the bits of the whole packed, and the passes of one process."""
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -113,6 +116,22 @@ def test_shards_of_the_packed_are_the_packed_shards(
         assert got["frozen"]
         assert got["held"] <= 1.05 * total / size  # uneven rows and padding
     assert sum(got["held"] for got in results) >= total * world / size
+
+
+def answers(path: str, engine: str) -> list[Any]:
+    model, _ = placed(path, "float32", "int8", engine, "world", from_files=True)
+    return [model.generation_config.eos_token_id, model.training]
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_a_packed_base_knows_where_an_answer_ends(
+    pools: Pools, saved_models: Any, tmp_path: Path, engine: str
+) -> None:
+    """As after transformers' own loading, generation settings are those in the base's files."""
+    model = Path(shutil.copytree(saved_models("blocks"), tmp_path / "model"))
+    settings = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [7, 9]}))
+    assert pools(2).run(answers, str(model), engine) == [[[7, 9], False]] * 2
 
 
 # -- what they compute -----------------------------------------------------------------------------
