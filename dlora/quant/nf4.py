@@ -58,7 +58,8 @@ class Nf4:
         blocks = rows.float().reshape(-1, self.block)
         # Times the reciprocal and not divided, as bitsandbytes does it; a block of zeros stays one.
         inverse = blocks.abs().amax(1, keepdim=True).reciprocal_().nan_to_num_(posinf=0.0)
-        index = torch.bucketize(blocks * inverse, _MIDDLES, out_int32=True).to(torch.uint8)
+        middles = _MIDDLES.to(rows.device)
+        index = torch.bucketize(blocks * inverse, middles, out_int32=True).to(torch.uint8)
         high, low = index.view(len(rows), -1, 2).unbind(2)
         return (high << 4) | low
 

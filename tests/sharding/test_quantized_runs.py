@@ -177,6 +177,29 @@ def test_four_bits_and_a_quarter_at_rest_and_on_the_wire(
     assert sent["none"] - sent["nf4"] == 2 * 2 * packed * (2 - 4.25 / 8) / 2
 
 
+@pytest.mark.parametrize(
+    ("engine", "more"),
+    [
+        ("fsdp2", {"sharding__memory_budget_gb": 4}),
+        ("zero3", {"sharding__memory_budget_gb": 4}),
+        ("zero3", {"sharding__cpu_offload": True}),
+        ("fsdp2", {"sharding__optimizer_state": "divided"}),
+    ],
+)
+def test_other_settings_of_a_placement_change_nothing(
+    pools: Pools, saved_models: Any, chats: str, tmp_path: Path, engine: str, more: dict[str, Any]
+) -> None:
+    """Packed layers that stay gathered, or lie in host memory; a divided optimizer state."""
+    common = {"model": saved_models("blocks"), "chats": chats, "model__quantization": "nf4"}
+    where = {"sharding__engine": engine, "sharding__base": "world"}
+    for directory, settings in (("bare", where), ("run", where | more)):
+        pools(2).run(train, words(tmp_path / directory, **common, **settings))
+    bare, run = figures(tmp_path / "bare"), figures(tmp_path / "run")
+    assert [line["loss"] for line in run] == pytest.approx([line["loss"] for line in bare])
+    if "sharding__memory_budget_gb" in more:  # from the third step on nothing of W0 is sent
+        assert run[2]["wire_bytes"] < 0.5 * bare[2]["wire_bytes"]
+
+
 # -- what is saved, and what is refused ------------------------------------------------------------
 
 
