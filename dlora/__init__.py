@@ -14,10 +14,12 @@ from dlora.errors import UsageError
 from dlora.lora.attach import disabled
 from dlora.lora.config import LoraConfig
 from dlora.lora.merge import merge, unmerge
+from dlora.lora.variants.adalora import AdaLoraConfig
 from dlora.quantization import quantize
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdaLoraConfig",
     "LoraConfig",
     "UsageError",
     "attach",

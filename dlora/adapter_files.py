@@ -1,8 +1,7 @@
 """Adapters on disk, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-Stock PEFT loads what is written here, and what it writes is loaded here. Keys are
-`base_model.model.<path>.lora_A.weight`; embeddings have `lora_embedding_A` without `.weight`, and
-modules trained whole stand under their own names.
+Stock PEFT loads what is written here, and what it writes is loaded here; see `peft_format.py` for
+what the files hold.
 """
 
 from __future__ import annotations
@@ -22,19 +21,13 @@ from torch import Tensor, nn
 from dlora.api import attach
 from dlora.errors import UsageError
 from dlora.files import write_atomically
-from dlora.lora.attach import (
-    Attachment,
-    attachment_of,
-    named_adapters,
-    named_copies,
-    trainable_parameters,
-)
+from dlora.lora.attach import attachment_of, named_adapters
 from dlora.lora.config import LoraConfig
-from dlora.lora.hosts import CHILD, HostMixin
+from dlora.peft_format import PREFIX, adalora_files, lora_files, peft_slots
 from dlora.quant.packed import is_packed
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
+FORMS = {"LORA": lora_files, "ADALORA": adalora_files}  # by PEFT's name
 _READ = {  # PEFT's keys that have a meaning here, with the value that means "not used"
     "bias": "none",
     "use_dora": False,
@@ -59,28 +52,35 @@ _INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 
 
 def save_adapter(
-    model: nn.Module, directory: str | Path, *, base_model_name_or_path: str | None = None
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    base_model_name_or_path: str | None = None,
+    peft_type: str = "LORA",
 ) -> None:
     """Write the adapter of `model` so that stock PEFT loads it. Any rank may, without a collective.
 
     Args:
         directory: created if need be; each file is written beside its place and renamed.
         base_model_name_or_path: recorded in the configuration; by default the model's own.
+        peft_type: `"LORA"`: a plain LoRA with the same logits, whatever the adapter's form;
+            `"ADALORA"`: AdaLoRA's own form, of the triplets that are left.
 
     Raises:
-        UsageError: nothing is attached, or a tensor is empty.
+        UsageError: nothing is attached, a tensor is empty, or there is no such form of it.
     """
-    tensors = peft_tensors(model)
-    for key, tensor in tensors.items():
-        if tensor.numel() == 0:
-            raise UsageError(f"save_adapter: {key} is empty; refusing to write it")
+    if peft_type not in FORMS:
+        raise UsageError(f"peft_type: {peft_type!r} is none of {', '.join(FORMS)}")
     name = base_model_name_or_path or getattr(getattr(model, "config", None), "name_or_path", None)
+    settings, tensors = FORMS[peft_type](model, name)
+    for key, tensor in tensors.items():
+        if tensor.numel() == 0 and peft_type == "LORA":  # PEFT's AdaLoRA has modules of rank 0
+            raise UsageError(f"save_adapter: {key} is empty; refusing to write it")
     directory = Path(directory).expanduser()
     directory.mkdir(parents=True, exist_ok=True)
     write_atomically(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))
     # Not sorted: of two patterns that match, the first one counts.
-    text = json.dumps(peft_config(model, name), indent=2) + "\n"
-    write_atomically(directory / CONFIG, text.encode())
+    write_atomically(directory / CONFIG, (json.dumps(settings, indent=2) + "\n").encode())
 
 
 def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
@@ -94,6 +94,11 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     config = read_config(directory)
     if not hasattr(model, "dlora"):
         attach(model, config)
+    if (method := attachment_of(model).config.method) != "lora":
+        raise UsageError(
+            f"load_adapter: {directory} is a plain LoRA, and the model carries {method}; load it "
+            "into a model without adapters"
+        )
     expected = peft_slots(model)
     tensors = _read_tensors(directory / WEIGHTS)
     base_copies = _take_base_copies(model, tensors)
@@ -168,79 +173,6 @@ def read_config(directory: str | Path) -> LoraConfig:
         raise UsageError(f"{path}: {error}") from None
 
 
-def peft_config(model: nn.Module, base_model_name_or_path: str | None) -> dict[str, Any]:
-    """`adapter_config.json` of an attached model."""
-    attachment = attachment_of(model)
-    config = attachment.config
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if hasattr(model, "get_output_embeddings") else None,
-        "base_model_name_or_path": base_model_name_or_path,
-        "r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
-        "target_modules": peft_targets(model, attachment),
-        "rank_pattern": dict(config.rank_pattern),
-        "alpha_pattern": dict(config.alpha_pattern),
-        "modules_to_save": sorted(config.modules_to_save) or None,
-        "use_rslora": config.use_rslora,
-        "use_dora": False,
-        "fan_in_fan_out": _stored_transposed(model),
-        "bias": "none",
-        "init_lora_weights": True,
-        "inference_mode": True,
-    }
-
-
-def peft_targets(model: nn.Module, attachment: Attachment) -> list[str] | str:
-    """`target_modules` with which PEFT adapts exactly the adapted modules.
-
-    The shortest that will do: last names, else full paths, else an expression (a path such as
-    `head` also means `block.head`).
-    """
-    inner = tuple(f"{path}.{CHILD}" for path in (*attachment.adapted, *attachment.saved))
-    paths = [p for p, _ in model.named_modules() if p and not f"{p}.".startswith(inner)]
-    adapted = set(attachment.adapted)
-    for names in ({path.rpartition(".")[2] for path in adapted}, adapted):
-        suffixes = tuple(f".{name}" for name in names)
-        meant = {p for p in paths if f".{p}".endswith(suffixes) and not _in_saved(p, attachment)}
-        if meant == adapted:
-            return sorted(names)
-    return "|".join(re.escape(path) for path in attachment.adapted)
-
-
-def _in_saved(path: str, attachment: Attachment) -> bool:
-    return any(f"{path}.".startswith(f"{saved}.") for saved in attachment.saved)
-
-
-def peft_names(model: nn.Module) -> dict[str, str]:
-    """PEFT's key of each trainable parameter of an attached model, by its name in the model."""
-    names: dict[str, str] = {}
-    for path, host, _ in named_adapters(model):
-        embedding = isinstance(host, HostMixin) and host.is_embedding
-        key = "lora_embedding_{}" if embedding else "lora_{}.weight"
-        for factor in "AB":
-            names[f"{path}.{CHILD}.lora_{factor}"] = f"{PREFIX}{path}.{key.format(factor)}"
-    for path, _, copy in named_copies(model):
-        for name, _ in copy.named_parameters():
-            names[f"{path}.{CHILD}.{name}"] = f"{PREFIX}{path}.{name}"
-    return names
-
-
-def peft_slots(model: nn.Module) -> dict[str, Tensor]:
-    """The live tensors of an attached model under PEFT's keys."""
-    parameters = trainable_parameters(model)
-    return {key: parameters[name].detach() for name, key in peft_names(model).items()}
-
-
-def peft_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Float32 copies of `peft_slots` on the CPU, each owning its storage."""
-    return {
-        key: tensor.to("cpu", torch.float32, copy=True).contiguous()
-        for key, tensor in peft_slots(model).items()
-    }
-
-
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
@@ -280,12 +212,6 @@ def _same_base(stored: Tensor, base: Tensor) -> bool:
         return stored.shape == base.shape
     stored = stored.to(base.device)
     return torch.equal(stored.to(base.dtype), base) or torch.equal(base.to(stored.dtype), stored)
-
-
-def _stored_transposed(model: nn.Module) -> bool:
-    """PEFT's `fan_in_fan_out`: the adapted layers are Conv1D (an embedding does not count)."""
-    hosts = [host for _, host, _ in named_adapters(model)]
-    return any(h.transposed and not h.is_embedding for h in hosts if isinstance(h, HostMixin))
 
 
 def _some(keys: set[str]) -> str:

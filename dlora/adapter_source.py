@@ -20,14 +20,16 @@ import yaml
 from torch import Tensor, nn
 
 from dlora import checkpoint
-from dlora.adapter_files import CONFIG, PREFIX, WEIGHTS, peft_names, read_config
+from dlora.adapter_files import CONFIG, WEIGHTS, read_config
+from dlora.adapter_settings import lora_config
 from dlora.api import attach
 from dlora.config import load
 from dlora.errors import UsageError
 from dlora.lora.attach import named_adapters, named_copies, trainable_parameters
 from dlora.lora.config import LoraConfig
 from dlora.lora.hosts import CHILD
-from dlora.prepare import lora_config
+from dlora.peft_format import PREFIX, peft_names
+from dlora.rank_allocator import keep_triplets
 from dlora.start import saved_lora
 from dlora.tensor_files import FLOATS, StoredTensor, stored_tensors
 
@@ -51,6 +53,7 @@ class AdapterSource:
     config: LoraConfig
     base: BaseReference
     is_checkpoint: bool
+    allocation: dict[str, Any] | None = None  # the triplets that AdaLoRA has left
     _tensors: dict[str, StoredTensor] = field(default_factory=dict)  # by name in the model
     # PEFT stores W0 of adapted embeddings too: where, by the parameter's name
     base_copies: dict[str, StoredTensor] = field(default_factory=dict)
@@ -65,6 +68,8 @@ class AdapterSource:
             attach(model, self.config)
         except UsageError as error:
             raise UsageError(f"{self.directory} does not fit the base: {error}") from None
+        if self.allocation is not None:
+            keep_triplets(model, self.allocation)
         stored = stored_tensors(self.file)
         parameters = trainable_parameters(model)
         keys = {name: name for name in parameters} if self.is_checkpoint else peft_names(model)
@@ -179,7 +184,14 @@ def _from_checkpoint(directory: Path) -> AdapterSource:
     model = config.model
     base = BaseReference(model.path, model.revision, model.dtype, model.cache_dir)
     file = directory / "adapter.safetensors"
-    return AdapterSource(directory, file, lora or lora_config(config), base, is_checkpoint=True)
+    return AdapterSource(
+        directory,
+        file,
+        lora or lora_config(config),
+        base,
+        is_checkpoint=True,
+        allocation=checkpoint.allocation(directory),
+    )
 
 
 def _model_section(path: Path) -> dict[str, Any]:

@@ -6,38 +6,89 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from dlora.errors import UsageError
 from dlora.lora.attach import attach as attach_adapters
-from dlora.lora.attach import trainable_parameters
+from dlora.lora.attach import attachment_of, named_adapters, trainable_parameters
 from dlora.lora.config import LoraConfig
+from dlora.lora.variants.adalora import AdaLoraConfig
 from dlora.optim.groups import parameter_groups
+from dlora.optim.lora_pro import Pair
+from dlora.rank_allocator import RankAllocator
+from dlora.sharding.counts import whole_number
 from dlora.sharding.engine import Engine, build_engine, is_divided, sharded_by
 from dlora.sharding.groups import frozen_groups, worth_holding
 from dlora.sharding.mesh import Topology, resolve_placement
 from dlora.sharding.replica import Reduced, Replica
-from dlora.sharding.share import state_is_divided
+from dlora.sharding.share import States, state_is_divided, states_of
 
 _RECORD = "dlora_replica"
 
 
 class TrainedReplica(Replica):
-    """The replica of a model's adapters together with the engine that holds its base."""
+    """The replica of a model's adapters together with the engine that holds its base.
+
+    Attributes:
+        allocator: AdaLoRA's, which goes along with every step; None for other adapters.
+    """
 
     def __init__(self, engine: Engine, model: nn.Module, *, divided: bool = False) -> None:
         super().__init__(engine.topology, engine.wire, divided=divided)
         self.engine, self._model = engine, model
+        self.allocator: RankAllocator | None = None
 
     def reduce_gradients(
         self, tokens: int | Tensor | None = None, sums: Sequence[float] = (), each: int = 0
     ) -> Reduced:
         """See `Replica.reduce_gradients`; the step's passes are over, so W0 is freed as well."""
         self.release()
+        if self.allocator is not None:
+            self.allocator.regularise(1 if tokens is None else whole_number(tokens))
         return super().reduce_gradients(tokens, sums, each)
 
     def release(self) -> None:
         """Free what passes without a reduction after them (evaluation) left gathered of W0."""
         self.engine.release(self._model)
+
+    def states(self, optimizer: Optimizer) -> dict[str, States]:
+        """What this rank keeps beside the adapters, by the name of its file in a checkpoint."""
+        kept = {"optimizer": states_of(optimizer, self.optimized)}
+        return kept | ({"scorer": self.allocator.averages()} if self.allocator else {})
+
+    def allocation(self) -> dict[str, Any] | None:
+        """What a checkpoint records of AdaLoRA's triplets."""
+        return self.allocator.record() if self.allocator else None
+
+    @property
+    def final_budget(self) -> int | None:
+        """What AdaLoRA's budget comes to."""
+        return self.allocator.schedule.final if self.allocator else None
+
+    def figures(self) -> dict[str, Any]:
+        """What a line of the metrics holds of the last step beside the loss."""
+        return self.allocator.figures() if self.allocator else {}
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """A and B of every adapter with its scale, for `dlora.optim.lora_pro.LoraPro`.
+
+        Raises:
+            UsageError: an adapter has a factor beside these.
+        """
+        found = []
+        for path, _, adapter in named_adapters(self._model):
+            pair = Pair(adapter.lora_A, adapter.lora_B, adapter.scaling)
+            for name, other in adapter.named_parameters():
+                # A magnitude, one number for each row of the host's weight, acts on their product.
+                if (
+                    other is not pair.A
+                    and other is not pair.B
+                    and other.numel() not in pair.sizes[:2]
+                ):
+                    raise UsageError(f"LoraPro: the adapter at {path} has {name} beside A and B")
+            found.append(pair)
+        return found
 
     def parameter_groups(
         self, lr: float, *, loraplus_lr_ratio: float = 1.0, weight_decay: float = 0.0
@@ -92,7 +143,8 @@ def shard(
         optimizer_state: `"replicated"` (as is `"auto"`), or `"divided"`: each rank's optimizer
             keeps the state of 1/ranks of the elements of A and B. Call `replica.drive(optimizer)`
             once; its steps are collective then, and end with whole values on every rank. It must
-            treat each element alone, as AdamW and SGD do. After `reduce_gradients` a rank has the
+            treat each element alone, as AdamW and SGD do (`LoraPro` does not; `drive` spreads its
+            pairs over the ranks of a replicated replica). After `reduce_gradients` a rank has the
             mean gradient of its part only, and `.grad` of the parameters themselves is None.
 
     Raises:
@@ -148,3 +200,5 @@ def _take_over(replica: TrainedReplica, model: nn.Module) -> None:
     named = trainable_parameters(model)
     replica.own(named)
     replica.engine.expect_gradients(model, named.values())
+    if isinstance(attachment_of(model).config, AdaLoraConfig):
+        replica.allocator = RankAllocator(model, replica)

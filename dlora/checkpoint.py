@@ -4,9 +4,11 @@ alone.
     checkpoints/step-000050/
         adapter.safetensors      A, B and trained copies under their names in the model
         optimizer.safetensors    `<parameter>.<state>`, as the optimizer keeps it
+        scorer.safetensors       of AdaLoRA: `<parameter>.<average>`
         state.json               step, schedule, random state, data cursor
         config.yaml              the resolved configuration
-        manifest.json            sizes and SHA-256 of the files above, versions
+        manifest.json            sizes and SHA-256 of the files above, versions; of AdaLoRA the
+                                 triplets that are left, which say the shapes of its tensors
 
 Written by one rank, without a collective: every rank holds all of it, but for an optimizer state
 that is divided over ranks, which all of them send to rank 0; the files are the same. The directory
@@ -34,32 +36,53 @@ from torch.optim import Optimizer
 from dlora.errors import UsageError
 from dlora.files import sync, unused_name, write_atomically
 from dlora.sharding.replica import Replica
+from dlora.sharding.share import States
 
 FORMAT = 1
 FILES = {"adapter.safetensors", "optimizer.safetensors", "state.json", "config.yaml"}
+STATES = ("optimizer", "scorer")
 _NAME = re.compile(r"step-(\d{6,})")
 
 
 @dataclass
 class Checkpoint:
-    """The content of a checkpoint in host memory."""
+    """The content of a checkpoint in host memory.
+
+    Attributes:
+        tensors: what is trained.
+        states: what is kept of each element beside, by the name of the file: `optimizer`, `scorer`.
+        state: `state.json`.
+        allocation: the triplets that AdaLoRA has left.
+    """
 
     tensors: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
+    states: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
+    allocation: dict[str, Any] | None = None
 
 
-def capture(replica: Replica, optimizer: Optimizer, state: dict[str, Any]) -> Checkpoint | None:
-    """Copy the trained tensors and the optimizer's state to host memory.
+def capture(
+    replica: Replica,
+    states: Mapping[str, States],
+    state: dict[str, Any],
+    allocation: dict[str, Any] | None = None,
+) -> Checkpoint | None:
+    """Copy the trained tensors and what is kept beside them to host memory.
 
     Any rank may do so alone. Where the optimizer state is divided it is collective, and only rank 0
     gets a checkpoint: the tensors of the state arrive one by one, and no other rank holds any.
+
+    Args:
+        states: of this rank, by the names of their files.
     """
-    states = replica.share.states(optimizer)
-    moments = {f"{name}.{slot}": _host(value) for name, slot, value in states}
-    if replica.divided and replica.topology.rank != 0:
+    whole = {
+        file: {f"{name}.{slot}": _host(value) for name, slot, value in replica.share.whole(kept)}
+        for file, kept in states.items()
+    }
+    if replica.share.collective_saves and replica.topology.rank != 0:
         return None
-    return Checkpoint({n: _host(p.detach()) for n, p in replica.named.items()}, moments, state)
+    tensors = {name: _host(p.detach()) for name, p in replica.named.items()}
+    return Checkpoint(tensors, whole, state, allocation)
 
 
 def check_fits(saved: Mapping[str, list[int]], named: Mapping[str, nn.Parameter]) -> None:
@@ -92,6 +115,10 @@ def restore(
         own = replica.share.part(name, value)
         if own is not None:
             parameter = replica.optimized[name]
+            kept = optimizer.state[parameter].get(slot)
+            if isinstance(kept, Tensor) and (kept.shape, kept.dtype) == (own.shape, own.dtype):
+                kept.copy_(own)  # it may lie where this optimizer alone can put it
+                continue
             # A step count stays where torch keeps it: on the CPU unless the optimizer says so.
             device = parameter.device if value.ndim else "cpu"
             optimizer.state[parameter][slot] = own.to(device, copy=True)
@@ -110,11 +137,11 @@ def write(checkpoint: Checkpoint, root: Path, config_yaml: str, keep_last: int) 
     beside.mkdir(parents=True)
     files = {
         "adapter.safetensors": save(checkpoint.tensors),
-        "optimizer.safetensors": save(checkpoint.optimizer),
+        **{f"{name}.safetensors": save(states) for name, states in checkpoint.states.items()},
         "state.json": _json(checkpoint.state),
         "config.yaml": config_yaml.encode(),
     }
-    manifest = {
+    manifest: dict[str, Any] = {
         "format": FORMAT,
         "versions": {"torch": torch.__version__},
         "files": {
@@ -122,6 +149,8 @@ def write(checkpoint: Checkpoint, root: Path, config_yaml: str, keep_last: int) 
             for name, content in files.items()
         },
     }
+    if checkpoint.allocation is not None:
+        manifest["triplets"] = checkpoint.allocation
     for name, content in (files | {"manifest.json": _json(manifest)}).items():
         write_atomically(beside / name, content)
     aside = beside.with_suffix(".old")
@@ -142,16 +171,27 @@ def read(directory: Path) -> Checkpoint:
     Raises:
         UsageError: a file is missing, has another size or another hash than the manifest says.
     """
-    verify(directory)
+    files = verify(directory)
     return Checkpoint(
         load_file(directory / "adapter.safetensors"),
-        load_file(directory / "optimizer.safetensors"),
+        {
+            n: load_file(directory / f"{n}.safetensors")
+            for n in STATES
+            if f"{n}.safetensors" in files
+        },
         _read_json(directory / "state.json"),
+        allocation(directory),
     )
 
 
-def verify(directory: Path, names: Collection[str] | None = None) -> None:
-    """Check files against the manifest: those called `names`, by default all.
+def allocation(directory: Path) -> dict[str, Any] | None:
+    """The triplets that AdaLoRA had left, of a checkpoint's manifest; None of other adapters."""
+    found = _read_json(directory / "manifest.json").get("triplets")
+    return found if isinstance(found, dict) else None
+
+
+def verify(directory: Path, names: Collection[str] | None = None) -> Collection[str]:
+    """Check files against the manifest: those called `names`, by default all; returns their names.
 
     Raises:
         UsageError: a file is missing, has another size or another hash than the manifest says.
@@ -162,7 +202,8 @@ def verify(directory: Path, names: Collection[str] | None = None) -> None:
     files = manifest.get("files")
     if not isinstance(files, dict) or not files.keys() >= FILES:
         raise UsageError(f"{directory / 'manifest.json'}: does not list the checkpoint's files")
-    for name in files if names is None else names:
+    names = files.keys() if names is None else names
+    for name in names:
         path, expected = directory / name, files.get(name)
         if (
             not isinstance(expected, dict)
@@ -174,6 +215,7 @@ def verify(directory: Path, names: Collection[str] | None = None) -> None:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != expected.get("sha256"):
             raise UsageError(f"{path}: does not match its SHA-256; the checkpoint is damaged")
+    return names
 
 
 def newest(root: Path, warn: Any = print) -> Path | None:

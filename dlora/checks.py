@@ -13,12 +13,13 @@ from typing import Any
 
 from torch import nn
 
-from dlora.adapter_files import PREFIX, WEIGHTS, check_shapes, peft_slots
+from dlora.adapter_files import WEIGHTS, check_shapes
 from dlora.config import Config
 from dlora.data import Dataset
 from dlora.errors import UsageError
 from dlora.lora.attach import attachment_of, named_adapters
 from dlora.lora.hosts import HostMixin
+from dlora.peft_format import PREFIX, peft_slots
 from dlora.sharding.mesh import Topology, resolve_placement
 from dlora.start import output_directory
 from dlora.tensor_files import stored_tensors

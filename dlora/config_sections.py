@@ -54,6 +54,14 @@ class AdapterConfig:
     beta1: float = option(0.85, "adalora: smoothing of the sensitivity", ge=0, lt=1)
     beta2: float = option(0.85, "adalora: smoothing of the uncertainty", ge=0, lt=1)
     orth_reg_weight: float = option(0.5, "adalora: weight of the orthogonality penalty", ge=0)
+    importance: Literal["uncertainty", "sensitivity", "magnitude"] = option(
+        "uncertainty",
+        "adalora: what judges a triplet: averages of sensitivity and uncertainty, sensitivity in "
+        "the mask's step, or |lambda|",
+    )
+    budget_unit: Literal["triplets", "params"] = option(
+        "triplets", "adalora: what budgets count; params: wide matrices pay what they cost"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +110,9 @@ class OptimizerConfig:
         "adamw", "the update rule"
     )
     lr: float = option(2e-4, "peak learning rate, of A where the two differ", ge=0)
+    lora_pro_moments: Literal["low", "full"] = option(
+        "low", "lora_pro: moments of the sizes of A and B, or of W as in the paper, at its lr"
+    )
     loraplus_lr_ratio: float = option(1.0, "LoRA+: lr of B over lr of A", gt=0)
     weight_decay: float = option(0.0, "decay of A and B towards zero", ge=0)
     schedule: Literal["cosine", "linear", "constant"] = option("cosine", "lr after warm-up")

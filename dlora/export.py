@@ -29,7 +29,14 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     if args.dtype and not args.merge:
         raise UsageError("--dtype cannot act without --merge: a plain adapter is always float32")
+    if args.format != "lora" and args.merge:
+        raise UsageError("--format cannot act with --merge: a merged model holds no adapter")
     source = open_adapter(args.adapter)
+    if args.format != "lora" and source.config.method != args.format:
+        raise UsageError(
+            f"--format: {args.format} needs a checkpoint of an {args.format} run, and "
+            f"{args.adapter} is {source.config.method}"
+        )
     target = _target(args.to, source.directory)
     base, option = chosen_base(
         args.base,
@@ -46,7 +53,7 @@ def main(argv: list[str]) -> int:
         if args.merge:
             _merge(source, base, skeleton, target, args.dtype)
         else:
-            _write_plain(source, base, skeleton, target)
+            _write_adapter(source, base, skeleton, target, args.format.upper())
     except OSError as error:
         raise UsageError(f"--to: cannot write {args.to}: {error.strerror or error}") from error
     print(f"wrote {args.to}")
@@ -66,6 +73,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--merge", action="store_true", help="write base + adapter as one model (default: no)"
+    )
+    parser.add_argument(
+        "--format",
+        choices=("lora", "adalora"),
+        default="lora",
+        help="of the adapter: a plain LoRA, or PEFT's AdaLoRA (default: lora)",
     )
     parser.add_argument(
         "--dtype",
@@ -97,11 +110,13 @@ def _target(to: str, adapter: Path) -> Path:
     return target
 
 
-def _write_plain(source: AdapterSource, base: BaseModel, skeleton, target: Path) -> None:
+def _write_adapter(
+    source: AdapterSource, base: BaseModel, skeleton, target: Path, peft_type: str
+) -> None:
     source.attach_to(skeleton)
     source.materialize(skeleton)
     with new_directory(target) as folder:
-        save_adapter(skeleton, folder, base_model_name_or_path=base.path)
+        save_adapter(skeleton, folder, base_model_name_or_path=base.path, peft_type=peft_type)
 
 
 def _merge(

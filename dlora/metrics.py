@@ -42,6 +42,11 @@ class MetricsLog:
                 if isinstance(value, (int, float)) and name != "step":
                     self._board.add_scalar(name, value, record["step"])
 
+    def figure(self, name: str, figure: Any, step: int) -> None:
+        """Show a matplotlib figure on TensorBoard."""
+        if self._board is not None:
+            self._board.add_figure(name, figure, step, close=False)
+
     def close(self) -> None:
         """Flush both."""
         self._file.close()

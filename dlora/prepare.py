@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from dlora.adapter_files import read_config
+from dlora.adapter_settings import keyed_by, lora_config, scheduled
 from dlora.base_model import BaseModel, check_experts_divide, find_base
 from dlora.checks import (
     check_adapter,
@@ -23,7 +21,6 @@ from dlora.checks import (
 )
 from dlora.config import Config
 from dlora.data import Dataset, Sampler, check_source, load_examples
-from dlora.errors import UsageError
 from dlora.lora.attach import attach, trainable_parameters
 from dlora.lora.config import LoraConfig
 from dlora.objectives.targets import model_parts
@@ -32,6 +29,7 @@ from dlora.plan.earlier import earlier_placement, settle
 from dlora.plan.subject import Plan, Subject
 from dlora.plan.workload import workload_of
 from dlora.quantization import Quantized
+from dlora.rank_allocator import keep_triplets
 from dlora.sharding.mesh import Placement, Topology
 from dlora.start import Start, check_start
 
@@ -119,6 +117,7 @@ def prepare(
     train, held_out = _data(config, tokenizer, announce)
     check_sequences({"data.train": train, "data.eval": held_out}, tokenizer, skeleton)
     sampler = _sampler(config, len(train))
+    lora = scheduled(lora, sampler.total_steps)
     trainable = trainable_parameters(skeleton)
     if start is not None:
         check_start(start, config, lora, trainable, sampler, train.fingerprint)
@@ -155,11 +154,14 @@ def _decision(
     section, world = config.sharding, topology.world
     earlier = earlier_placement(start.settings, start.state) if start else None
     settings = settle(config, earlier, world)
+    workload = workload_of(config, world, longest)
+    if start is not None and start.allocation is not None and start.allocation["shrunk"]:
+        workload = replace(workload, averages=0)  # nothing is scored any more
     decision = decide(
         Subject(
             skeleton,
             trainable_parameters(skeleton),
-            workload_of(config, world, longest),
+            workload,
             device=around.device,
             check=lambda placement: check_experts_divide(skeleton, placement),
         ),
@@ -205,47 +207,12 @@ def _adapted(
     quantized = base.pack(skeleton)
     with keyed_by("adapter"):
         attach(skeleton, lora)
+    if start is not None and start.allocation is not None:
+        keep_triplets(skeleton, start.allocation)
     check_dropout(skeleton)
     if config.adapter.path is not None and start is None:
         check_adapter(skeleton, config.adapter.path)
     return skeleton, quantized
-
-
-def lora_config(config: Config, start: Start | None = None) -> LoraConfig:
-    """The `adapter` section, or the configuration of the adapter that it starts from.
-
-    Where a run goes on and that adapter is gone by now, its checkpoint knows it as well.
-    """
-    section = config.adapter
-    with keyed_by("adapter"):
-        if section.path is not None:
-            if start and start.lora and not Path(section.path).expanduser().is_dir():
-                return replace(start.lora, lora_dropout=section.lora_dropout)
-            return replace(read_config(section.path), lora_dropout=section.lora_dropout)
-        return LoraConfig(
-            r=section.r,
-            lora_alpha=section.lora_alpha,
-            lora_dropout=section.lora_dropout,
-            target_modules=section.target_modules,
-            use_rslora=section.use_rslora,
-            use_dora=section.use_dora,
-            init_lora_weights=section.init_lora_weights,
-            rank_pattern=section.rank_pattern,
-            alpha_pattern=section.alpha_pattern,
-            modules_to_save=section.modules_to_save,
-        )
-
-
-@contextmanager
-def keyed_by(section: str) -> Iterator[None]:
-    """Inside, a `UsageError` on a field (`r: …`) names the section's key (`adapter.r: …`)."""
-    try:
-        yield
-    except UsageError as error:
-        field = str(error).partition(":")[0].partition("[")[0]
-        if field not in LoraConfig.__dataclass_fields__:
-            raise
-        raise UsageError(f"{section}.{error}") from None
 
 
 def _data(

@@ -14,20 +14,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dlora import checkpoint as checkpoints
+from dlora.api import TrainedReplica
 from dlora.checkpoint import Checkpoint
 from dlora.config import Config, dump_yaml
 from dlora.files import unused_name, write_atomically
 from dlora.metrics import MetricsLog
 from dlora.prepare import Preparation
+from dlora.ranks_file import PICTURE, RANKS
 from dlora.runtime import Runtime
-from dlora.sharding.replica import Replica
 from dlora.start import output_directory
 
 
 def resume(
     runtime: Runtime,
     preparation: Preparation,
-    replica: Replica,
+    replica: TrainedReplica,
     optimizer: Optimizer,
 ) -> int:
     """Restore the checkpoint that `prepare` chose; returns the step to go on from (0: fresh).
@@ -47,13 +48,23 @@ def resume(
     described = runtime.broadcast("checkpoint", checkpoint and _described(checkpoint))
     if described is None:
         return 0
+    step, states = int(described["step"]), described["states"]
+
+    def shared(file: str) -> Iterator[tuple[str, Tensor]]:
+        return _shared(
+            runtime, states.get(file, {}), checkpoint and checkpoint.states.get(file, {})
+        )
+
+    if replica.allocator is not None:
+        replica.allocator.take_up(step, described["allocation"])
     checkpoints.restore(
         _shared(runtime, described["tensors"], checkpoint and checkpoint.tensors),
-        _shared(runtime, described["optimizer"], checkpoint and checkpoint.optimizer),
+        shared("optimizer"),
         replica,
         optimizer,
     )
-    step = int(described["step"])
+    if replica.allocator is not None:
+        replica.allocator.load_averages(shared("scorer"))
     runtime.say(f"resuming after step {step}")
     return step
 
@@ -70,7 +81,7 @@ def open_directory(config: Config, preparation: Preparation, start: int) -> Metr
     found = preparation.start
     own = found and Path(found.directory).resolve().parent == (directory / "checkpoints").resolve()
     if not own:
-        for name in ("checkpoints", "metrics.jsonl", "tensorboard"):
+        for name in ("checkpoints", "metrics.jsonl", RANKS, PICTURE, "tensorboard"):
             _set_aside(directory / name)
     else:
         checkpoints.set_aside_after(start, directory / "checkpoints")
@@ -100,7 +111,8 @@ def _described(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "step": checkpoint.state["step"],
         "tensors": of(checkpoint.tensors),
-        "optimizer": of(checkpoint.optimizer),
+        "states": {file: of(tensors) for file, tensors in checkpoint.states.items()},
+        "allocation": checkpoint.allocation,
     }
 
 
@@ -115,7 +127,7 @@ def _shared(
         tensor = (
             torch.empty(shape, dtype=getattr(torch, dtype)) if tensors is None else tensors[name]
         )
-        if runtime.world > 1:
+        if runtime.world > 1 and tensor.numel():
             dist.broadcast(tensor, src=0)
         yield name, tensor
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ import yaml
 from torch import nn
 
 from dlora import checkpoint as checkpoints
-from dlora.config import Config, to_dict
+from dlora.config import SCHEMA, Config, to_dict
 from dlora.data import Sampler
 from dlora.errors import UsageError
 from dlora.lora.config import LoraConfig
+from dlora.lora.variants import VARIANTS
 from dlora.tensor_files import stored_tensors
 
 # Keys that may change between a run and its continuation: they do not alter the result.
@@ -33,6 +34,8 @@ FREE_KEYS = {
     "train.micro_batch_size",
 }
 FREE_SECTIONS = {"sharding", "output"}
+# Settings of an adapter that come from elsewhere in the configuration.
+SAID_AS = {"total_step": "train.max_steps or train.epochs (adalora's schedule spans all steps)"}
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,14 @@ class Start:
         state: its `state.json`.
         settings: its `config.yaml`.
         shapes: of A, B and trained copies, by name.
+        allocation: the triplets that AdaLoRA had left.
     """
 
     directory: str
     state: dict[str, Any]
     settings: dict[str, Any]
     shapes: dict[str, list[int]]
+    allocation: dict[str, Any] | None = None
 
     @property
     def step(self) -> int:
@@ -63,7 +68,11 @@ class Start:
 
 def saved_lora(state: Mapping[str, Any]) -> LoraConfig | None:
     """The resolved adapter settings in a `state.json`; None in one that was written without."""
-    return LoraConfig(**state["adapter"]) if "adapter" in state else None
+    if "adapter" not in state:
+        return None
+    settings = dict(state["adapter"])
+    kind = VARIANTS[settings.pop("method", "lora")].settings
+    return kind(**settings)
 
 
 def find_start(config: Config, warn: Callable[[str], None]) -> Start | None:
@@ -90,7 +99,7 @@ def find_start(config: Config, warn: Callable[[str], None]) -> Start | None:
     settings = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
     stored = stored_tensors(directory / "adapter.safetensors")
     shapes = {name: list(tensor.shape) for name, tensor in stored.items()}
-    return Start(str(directory), state, settings, shapes)
+    return Start(str(directory), state, settings, shapes, checkpoints.allocation(directory))
 
 
 def state_at(
@@ -101,7 +110,7 @@ def state_at(
         "step": step,
         "total_steps": sampler.total_steps,
         "schedule": {"name": config.optimizer.schedule, "next_step": step},
-        "adapter": asdict(lora),
+        "adapter": {"method": lora.method, **asdict(lora)},
         "data": {
             "cursor": step,
             "sequences": sampler.sequences(step),
@@ -157,15 +166,18 @@ def _refuse_conflicts(start: Start, config: Config, lora: LoraConfig, fingerprin
     if start.lora is not None:
         whose = "{} of the adapter" if config.adapter.path else "adapter.{}"
         before, now = asdict(start.lora), asdict(lora)
-        for name in (field.name for field in fields(LoraConfig)):
-            compared.add(f"adapter.{name}")
-            # As JSON, so that a tuple equals a list and the order of patterns counts.
+        compared |= {f"adapter.{name}" for name in {*before, *now}}
+        # As JSON, so that a tuple equals a list and the order of patterns counts.
+        ignored = {"r"} if "init_r" in now else set()
+        for name in (name for name in now if name in before and name not in ignored):
             if json.dumps(before[name]) != json.dumps(now[name]):
-                was, is_now = before[name], now[name]
-                conflicts.append(f"{whose.format(name)} was {was!r} and is {is_now!r}")
+                key = SAID_AS.get(name, whose.format(name))
+                conflicts.append(f"{key} was {before[name]!r} and is {now[name]!r}")
     for section, options in to_dict(config).items():
         for name, value in options.items() if section not in FREE_SECTIONS else ():
-            key, saved = f"{section}.{name}", start.settings.get(section, {}).get(name)
+            key = f"{section}.{name}"
+            # What it does not say is an option that it was written without.
+            saved = start.settings.get(section, {}).get(name, SCHEMA[key].default)
             if key not in compared and saved != value:
                 conflicts.append(f"{key} was {saved!r} and is {value!r}")
     if start.state["data"]["fingerprint"] != fingerprint:

@@ -32,6 +32,7 @@ from dlora.plan.report import comparison, lines_of
 from dlora.prepare import Preparation
 from dlora.progress import StepDisplay
 from dlora.quant.kernel import bitsandbytes_kernel
+from dlora.ranks_file import heat_map, read_masks, write_masks, write_picture
 from dlora.resume import open_directory, resolved_yaml, resume
 from dlora.runtime import Runtime, exit_with
 from dlora.start import output_directory, state_at
@@ -85,7 +86,7 @@ class Run:
             without_holes()
         torch.manual_seed(config.train.seed)
         self.model, self.replica = build(config, runtime, preparation)
-        self.optimizer = build_optimizer(config, self.replica)
+        self.optimizer = build_optimizer(config, runtime, preparation, self.replica)
         self.total_steps = preparation.sampler.total_steps
         self.records: list[dict[str, Any]] = []  # of the steps of this start
         self.start = resume(runtime, preparation, self.replica, self.optimizer)
@@ -108,7 +109,9 @@ class Run:
         replica.zero_grad()
         replica.reductions = self.start  # so that audits fall on the same steps as without a stop
         replica.wire.take()
-        with StepDisplay(self.total_steps, self.start, runtime.main) as display:
+        with StepDisplay(
+            self.total_steps, self.start, runtime.main, replica.final_budget
+        ) as display:
             for step in range(self.start, self.total_steps):
                 began = time.perf_counter()
 
@@ -133,7 +136,7 @@ class Run:
                 sums = [float(loss_sum), *stop.flags]
                 reduced = replica.reduce_gradients(tokens, sums=sums, each=self.meter.peak() >> 10)
 
-                # 4  clip, schedule, step
+                # 4  clip, schedule, step (after which AdaLoRA scores and masks by itself)
                 norm = replica.clip(config.optimizer.max_grad_norm or math.inf)
                 lr = self.set_lr(step)
                 optimizer.step()
@@ -158,6 +161,7 @@ class Run:
                     "peak_memory_bytes": max(reduced.each) << 10,
                     "wire_bytes": replica.wire.take(),
                     "batch_hash": batch_hash(ids),
+                    **replica.figures(),
                 }
                 self.losses.see(record)
                 self.records.append(record)
@@ -174,6 +178,8 @@ class Run:
                 # 6  a signal on any rank stops all of them here, after the commit
                 if status is not None and not last:
                     break
+        if last:
+            self.draw_ranks(log)
         log.close()
         if status is None or last:
             self.finish()
@@ -231,17 +237,34 @@ class Run:
     def open_log(self) -> Any:
         if not self.runtime.main:
             return SilentLog()
-        return open_directory(self.config, self.prepared, self.start)
+        log = open_directory(self.config, self.prepared, self.start)
+        if self.replica.allocator is not None:
+            self.replica.allocator.masks = read_masks(self.directory, until=self.start)
+        return log
+
+    def draw_ranks(self, log: Any) -> None:
+        """AdaLoRA: every mask in `ranks.json`, and a picture of where the ranks went."""
+        allocator = self.replica.allocator
+        if allocator is None or not self.runtime.main:
+            return
+        write_masks(self.directory, allocator.masks)
+        figure = heat_map(allocator.ranks, allocator.config.init_r)
+        log.figure("ranks", figure, allocator.step)
+        self.runtime.say(f"ranks: {write_picture(self.directory, figure)}")
 
     def save(self, step: int) -> None:
-        """Commit a checkpoint: rank 0 alone, unless the optimizer state is divided over ranks."""
-        if not (self.runtime.main or self.replica.divided):
+        """Commit a checkpoint: rank 0 alone, unless ranks keep different optimizer states."""
+        if not (self.runtime.main or self.replica.share.collective_saves):
             return
         found = self.prepared
         state = state_at(step, self.config, found.lora, found.sampler, found.train.fingerprint)
         state["ranks"] = self.runtime.world
-        captured = checkpoints.capture(self.replica, self.optimizer, state)
+        replica = self.replica
+        states, allocation = replica.states(self.optimizer), replica.allocation()
+        captured = checkpoints.capture(replica, states, state, allocation)
         if captured is not None:
+            if replica.allocator is not None:
+                write_masks(self.directory, replica.allocator.masks)
             checkpoints.write(
                 captured,
                 self.directory / "checkpoints",

@@ -152,7 +152,7 @@ def _attach_adapter(module: nn.Module, path: str, attachment: Attachment) -> Non
     assert kind is not None  # target_paths has checked
     m, n = kind.shape(module)
     device = next(module.parameters(recurse=False)).device
-    adapter = VARIANTS["lora"](
+    adapter = VARIANTS[config.method](
         m=m,
         n=n,
         r=config.r_for(path),

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from dlora.errors import LaterError, UsageError
 
@@ -35,6 +36,8 @@ class LoraConfig:
 
     Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685.
     """
+
+    method: ClassVar[str] = "lora"  # names the adapter's form, see `dlora.lora.variants`
 
     r: int = 16
     lora_alpha: float = 32

@@ -2,7 +2,7 @@
 
         x [T, n] ──────────── W0 [m, n] ───────────┐
             │                                      + ── y [T, m]
-            └─ drop ── A [r, n] ── z [T, r] ── s·B [m, r]
+            └─ drop ── A [r, n] ── z [T, r] ── s·B·diag(E) [m, r]
 
 Shapes stand behind the names: T tokens, n = in_features, m = out_features, r = LoRA rank, V = rows
 of an embedding. Everything is computed in the dtype of x, which is that of W0 unless W0 is packed;
@@ -17,7 +17,12 @@ one product.
 Only x and z are saved. The low-rank part is added into the base product, so that no second tensor
 of the size of the output ever exists.
 
-Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1.
+A form with singular values E [r, 1] (AdaLoRA) has B·diag(E) in the place of B, and with
+G = s·dyᵀ z [m, r] the gradients dB = G·diag(E) and dE_i = Σ_j G_ji B_ji: nothing more is saved, and
+nothing of the size of T is computed.
+
+Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1; Zhang et al. 2023,
+https://arxiv.org/abs/2303.10512, section 3.1.
 """
 
 from __future__ import annotations
@@ -33,7 +38,10 @@ from dlora.quant.packed import Weight, save_with, saved_with, whole
 
 
 class LinearWithLowRank(torch.autograd.Function):
-    """y = x W0ᵀ + b + s·(drop(x) Aᵀ) Bᵀ for x [..., n], W0 [m, n], A [r, n], B [m, r]."""
+    """y = x W0ᵀ + b + s·(drop(x) Aᵀ) (B E)ᵀ for x [..., n], W0 [m, n], A [r, n], B [m, r].
+
+    E is [r, 1], the diagonal of a matrix, or None for the identity.
+    """
 
     @staticmethod
     def forward(
@@ -43,6 +51,7 @@ class LinearWithLowRank(torch.autograd.Function):
         bias: Tensor | None,
         A: Tensor,
         B: Tensor,
+        E: Tensor | None,
         scaling: float,
         keep: Tensor | None,
         keep_scale: float,
@@ -50,18 +59,18 @@ class LinearWithLowRank(torch.autograd.Function):
         x_Tn = x.reshape(-1, x.shape[-1])
         z_Tr = _dropped(x_Tn, keep, keep_scale) @ A.to(x.dtype).t()
         y_Tm = F.linear(x_Tn, whole(weight, x.dtype), bias)
-        y_Tm.addmm_(z_Tr, B.to(x.dtype).t(), alpha=scaling)
-        save_with(ctx, weight, x_Tn, z_Tr, A, B, keep)
+        y_Tm.addmm_(z_Tr, _times(B, E).to(x.dtype).t(), alpha=scaling)
+        save_with(ctx, weight, x_Tn, z_Tr, A, B, E, keep)
         ctx.scaling, ctx.keep_scale, ctx.x_shape = scaling, keep_scale, x.shape
         return y_Tm.view(*x.shape[:-1], y_Tm.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weight, x_Tn, z_Tr, A, B, keep = saved_with(ctx)
+        weight, x_Tn, z_Tr, A, B, E, keep = saved_with(ctx)
         dy_Tm = grads[0].reshape(-1, grads[0].shape[-1])
-        dyB_Tr = dy_Tm @ B.to(dy_Tm.dtype)
-        dx = dA = dB = None
+        dyB_Tr = dy_Tm @ _times(B, E).to(dy_Tm.dtype)
+        dx = dA = dB = dE = None
         if ctx.needs_input_grad[0]:
             dx_Tn = dy_Tm @ whole(weight, dy_Tm.dtype)
             if keep is None:
@@ -73,12 +82,12 @@ class LinearWithLowRank(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             dA = _scaled(dyB_Tr.t() @ _dropped(x_Tn, keep, ctx.keep_scale), A, ctx.scaling)
         if ctx.needs_input_grad[4]:
-            dB = _scaled(dy_Tm.t() @ z_Tr, B, ctx.scaling)
-        return dx, None, None, dA, dB, None, None, None
+            dB, dE = _split(_scaled(dy_Tm.t() @ z_Tr, B, ctx.scaling), B, E)
+        return dx, None, None, dA, dB, dE, None, None, None
 
 
 class EmbeddingWithLowRank(torch.autograd.Function):
-    """y = W0[ids] + s·Aᵀ[ids] Bᵀ for ids [...], W0 [V, m], A [r, V], B [m, r].
+    """y = W0[ids] + s·Aᵀ[ids] (B E)ᵀ for ids [...], W0 [V, m], A [r, V], B [m, r], E [r, 1].
 
     A row that is the base's `padding_idx` takes part but receives no gradient, as in PEFT.
     """
@@ -90,31 +99,32 @@ class EmbeddingWithLowRank(torch.autograd.Function):
         weight: Tensor,
         A: Tensor,
         B: Tensor,
+        E: Tensor | None,
         scaling: float,
         padding_idx: int | None,
     ) -> Tensor:
         ids_T = ids.reshape(-1)
         z_Tr = A.t()[ids_T].to(weight.dtype)
         y_Tm = F.embedding(ids_T, weight)
-        y_Tm.addmm_(z_Tr, B.to(weight.dtype).t(), alpha=scaling)
-        ctx.save_for_backward(ids_T, z_Tr, A, B)
+        y_Tm.addmm_(z_Tr, _times(B, E).to(weight.dtype).t(), alpha=scaling)
+        ctx.save_for_backward(ids_T, z_Tr, A, B, E)
         ctx.scaling, ctx.padding_idx = scaling, padding_idx
         return y_Tm.view(*ids.shape, weight.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        ids_T, z_Tr, A, B = ctx.saved_tensors
+        ids_T, z_Tr, A, B, E = ctx.saved_tensors
         dy_Tm = grads[0].reshape(-1, B.shape[0])
-        dA = dB = None
+        dA = dB = dE = None
         if ctx.needs_input_grad[2]:
-            dz_Tr = (dy_Tm @ B.to(dy_Tm.dtype)).to(A.dtype) * ctx.scaling
+            dz_Tr = (dy_Tm @ _times(B, E).to(dy_Tm.dtype)).to(A.dtype) * ctx.scaling
             if ctx.padding_idx is not None:
                 dz_Tr = dz_Tr.masked_fill((ids_T == ctx.padding_idx)[:, None], 0)
             dA = torch.zeros_like(A).index_add_(1, ids_T, dz_Tr.t())
         if ctx.needs_input_grad[3]:
-            dB = _scaled(dy_Tm.t() @ z_Tr, B, ctx.scaling)
-        return None, None, dA, dB, None, None
+            dB, dE = _split(_scaled(dy_Tm.t() @ z_Tr, B, ctx.scaling), B, E)
+        return None, None, dA, dB, dE, None, None
 
 
 def linear(
@@ -124,12 +134,15 @@ def linear(
     A: Tensor,
     B: Tensor,
     scaling: float,
+    *,
+    E: Tensor | None = None,
     keep: Tensor | None = None,
     keep_scale: float = 1.0,
 ) -> Tensor:
     """Base product and low-rank update in one: see `LinearWithLowRank`.
 
     Args:
+        E: singular values [r, 1], or None for ones.
         keep: bool mask shaped like x, False where dropout zeroes; `keep_scale` is 1/(1 − p).
 
     Under `torch.autocast` the product is computed in autocast's dtype, as `F.linear` is.
@@ -138,18 +151,38 @@ def linear(
     if not torch.is_autocast_enabled(device):
         if keep is not None:
             keep = keep.reshape(-1, x.shape[-1])
-        return LinearWithLowRank.apply(x, weight, bias, A, B, scaling, keep, keep_scale)
+        return LinearWithLowRank.apply(x, weight, bias, A, B, E, scaling, keep, keep_scale)
     dtype = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
         bias = None if bias is None else bias.to(dtype)
-        return linear(x.to(dtype), weight.to(dtype), bias, A, B, scaling, keep, keep_scale)
+        x, weight = x.to(dtype), weight.to(dtype)
+        return linear(x, weight, bias, A, B, scaling, E=E, keep=keep, keep_scale=keep_scale)
 
 
 def embedding(
-    ids: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float, padding_idx: int | None
+    ids: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    padding_idx: int | None,
+    *,
+    E: Tensor | None = None,
 ) -> Tensor:
     """Table look-up and low-rank update in one: see `EmbeddingWithLowRank`."""
-    return EmbeddingWithLowRank.apply(ids, weight, A, B, scaling, padding_idx)
+    return EmbeddingWithLowRank.apply(ids, weight, A, B, E, scaling, padding_idx)
+
+
+def _times(B: Tensor, E: Tensor | None) -> Tensor:
+    """B·diag(E) in the masters' dtype, so that the product is rounded once."""
+    return B if E is None else B * E.t()
+
+
+def _split(gradient: Tensor, B: Tensor, E: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The gradients of B and E from that of B·diag(E), all [m, r] but dE [r, 1]."""
+    if E is None:
+        return gradient, None
+    return gradient * E.t(), (gradient * B).sum(0).unsqueeze(1)
 
 
 def _dropped(x_Tn: Tensor, keep: Tensor | None, keep_scale: float) -> Tensor:

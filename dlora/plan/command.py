@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from dlora.adapter_settings import keyed_by, lora_config
 from dlora.base_model import DTYPES, check_experts_divide, find_base, quiet_libraries
 from dlora.config import Config, parse
 from dlora.config_options import option
@@ -21,10 +22,10 @@ from dlora.plan.capacity import free_bytes
 from dlora.plan.choose import Capacity, bytes_first, capacity_of, decide
 from dlora.plan.choose import candidates as candidates_of
 from dlora.plan.speed import Speeds, step_time
+from dlora.plan.state import modes
 from dlora.plan.subject import Plan, Subject
 from dlora.plan.tables import Survey, as_json, as_text
 from dlora.plan.workload import workload_of
-from dlora.prepare import keyed_by, lora_config
 from dlora.quantization import quantize_as_set
 from dlora.sharding.mesh import Topology
 
@@ -107,7 +108,12 @@ def survey(config: Config, machines: Machines) -> Survey:
         for engine, needs in ENGINES.items()
         if engine != section.engine and importlib.util.find_spec(needs) is not None
         for candidate in candidates_of(
-            subject, topology, engine=engine, base=section.base, capacity=capacity
+            subject,
+            topology,
+            engine=engine,
+            base=section.base,
+            capacity=capacity,
+            divided=modes(config.optimizer, section.optimizer_state, topology.world)[0],
         )
         if candidate.base != "none"
     ]

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dlora.sharding.mesh import Topology
-from dlora.sharding.parts import Parts, gathered_states
+from dlora.sharding.parts import Parts, gathered
 from dlora.sharding.reduction import Reduction, divisible, part_of, reduction_bytes
-from dlora.sharding.share import Named, ReplicaError, count, item
+from dlora.sharding.share import Held, Named, ReplicaError, States, count, item
 from dlora.sharding.tail import tail_length
 
 
@@ -31,12 +31,16 @@ class DividedShare:
     collective_saves = True
 
     def __init__(self, named: Named, reduction: Reduction) -> None:
-        topology = reduction.topology
-        self._named, self._reduction, self._parts = named, reduction, Parts(named, topology)
-        first = part_of(topology.rank, topology) * self._parts.size
-        self._own = slice(first, first + self._parts.size)
+        self._named, self._reduction = named, reduction
         self._driven = False
         self.optimized: dict[str, nn.Parameter] = {}
+        self.lay_out()
+
+    def lay_out(self) -> None:
+        topology = self._reduction.topology
+        self._parts = Parts(self._named, topology)
+        first = part_of(topology.rank, topology) * self._parts.size
+        self._own = slice(first, first + self._parts.size)
 
     @staticmethod
     def lengths(named: Named, topology: Topology) -> tuple[int, int]:
@@ -55,7 +59,7 @@ class DividedShare:
 
     def bind(self, values: Tensor, buffer: Tensor, gradient_views: Mapping[str, Tensor]) -> None:
         self._values, self._buffer = values, buffer
-        self.gradients = buffer[self._own]
+        self.gradients, self.values = buffer[self._own], values[self._own]
         self._gradient_parts, offset = {}, 0
         for name, parameter in self._named.items():
             here = self._parts.here(name)
@@ -117,8 +121,21 @@ class DividedShare:
         self.gradients.mul_(factor)
         self._norm = self._norm * factor
 
-    def states(self, optimizer: Optimizer) -> Iterator[tuple[str, str, Tensor]]:
-        return gathered_states(self._parts, self._named, self.optimized, optimizer)
+    def held(self) -> dict[str, Held]:
+        places, offset = {}, 0
+        for name in self._named:
+            here = self._parts.here(name)
+            places[name] = Held(offset, here.start, here.stop)
+            offset += here.stop - here.start
+        return places
+
+    def join(self, flat: Tensor) -> Tensor:
+        return self._reduction.sum_of(flat)
+
+    def whole(
+        self, states: States, *, everywhere: bool = False
+    ) -> Iterator[tuple[str, str, Tensor]]:
+        return gathered(self._parts, self._named, states, everywhere=everywhere)
 
     def part(self, name: str, state: Tensor) -> Tensor | None:
         here = self._parts.here(name)

@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim import Optimizer
 
 from dlora.errors import UsageError
 from dlora.sharding.mesh import Topology
 from dlora.sharding.reduction import divisible, owner
-from dlora.sharding.share import Named, ReplicaError, count
+from dlora.sharding.share import Named, ReplicaError, States, count
 
 
 class Span(NamedTuple):
@@ -39,13 +38,14 @@ class Parts:
         start = 0
         for name, parameter in named.items():
             stop = start + parameter.numel()
-            self._spans[name] = [
+            self._spans[name] = [  # none of a tensor without elements
                 Span(
                     owner(part, topology),
                     max(part * self.size, start) - start,
                     min((part + 1) * self.size, stop) - start,
                 )
                 for part in range(start // self.size, -(-stop // self.size))
+                if stop > start
             ]
             start = stop
 
@@ -59,33 +59,49 @@ class Parts:
         return next((span for span in self._spans[name] if span.rank == rank), Span(rank, 0, 0))
 
 
-def gathered_states(
-    parts: Parts, named: Named, optimized: Named, optimizer: Optimizer
+def gathered(
+    parts: Parts, named: Named, states: States, *, everywhere: bool = False
 ) -> Iterator[tuple[str, str, Tensor]]:
-    """(name, slot, whole tensor) of an optimizer's state, one after the other, on rank 0 alone.
+    """(name, slot, whole tensor) of what ranks keep of their parts, one after the other.
 
-    Collective until it is exhausted. Rank 0 holds one whole tensor at a time, the others none: each
-    sends what it has. States without dims, such as a count of steps, go with a tensor's first part.
+    Collective until it is exhausted. Unless they are wanted `everywhere` rank 0 alone gets them,
+    and holds one whole tensor at a time, the others none: each sends what it has. States without
+    dims, such as a count of steps, are those of a tensor's first part.
 
     Args:
-        named, optimized: the tensors, and this rank's 1-D parts of them.
+        named: the tensors, whole.
+        states: of this rank's parts, flat.
 
     Raises:
         UsageError: on every rank: a state is not one number for each element.
         ReplicaError: on every rank: ranks keep different states of one tensor.
     """
-    main = parts.topology.rank == 0
-    for name, slots in _agreed(parts, optimized, optimizer).items():
-        part = optimized[name]
+    gets = everywhere or parts.topology.rank == 0
+    for name, slots in _agreed(parts, named, states).items():
         for slot, (dtype_name, scalar) in slots.items():
             dtype = getattr(torch, dtype_name)
             if scalar is None:
-                mine = optimizer.state[part][slot] if part.numel() else None
-                whole = _on_rank_0(parts, name, mine, part.new_empty(0, dtype=dtype))
-                if main:
+                here = parts.here(name)
+                mine = states[name][slot] if here.stop > here.start else None
+                like = named[name].detach().new_empty(0, dtype=dtype)
+                bring = _everywhere if everywhere else _on_rank_0
+                whole = bring(parts, name, mine, like)
+                if gets:
                     yield name, slot, whole.view(named[name].shape)
-            elif main:
+            elif gets:
                 yield name, slot, torch.tensor(scalar, dtype=dtype)
+
+
+def _everywhere(parts: Parts, name: str, mine: Tensor | None, like: Tensor) -> Tensor:
+    """The whole of a flat tensor on every rank: each part goes out from the rank that has it."""
+    spans = parts.spans(name)
+    whole = like.new_empty(spans[-1].stop if spans else 0)
+    if mine is not None:
+        here = parts.here(name)
+        whole[here.start : here.stop] = mine
+    for span in spans if parts.topology.world > 1 else ():
+        dist.broadcast(whole[span.start : span.stop], src=span.rank)
+    return whole
 
 
 def _on_rank_0(parts: Parts, name: str, mine: Tensor | None, like: Tensor) -> Tensor:
@@ -93,17 +109,18 @@ def _on_rank_0(parts: Parts, name: str, mine: Tensor | None, like: Tensor) -> Te
     spans, rank = parts.spans(name), parts.topology.rank
     if rank != 0:
         if mine is not None:
-            _done([dist.P2POp(dist.isend, mine, 0)])
+            done([dist.P2POp(dist.isend, mine, 0)])
         return like
-    whole = like.new_empty(spans[-1].stop)
+    whole = like.new_empty(spans[-1].stop if spans else 0)
     if mine is not None:
         here = parts.here(name)
         whole[here.start : here.stop] = mine
-    _done([dist.P2POp(dist.irecv, whole[s.start : s.stop], s.rank) for s in spans if s.rank])
+    done([dist.P2POp(dist.irecv, whole[s.start : s.stop], s.rank) for s in spans if s.rank])
     return whole
 
 
-def _done(operations: list[dist.P2POp]) -> None:
+def done(operations: list[dist.P2POp]) -> None:
+    """Start them together, and wait for all."""
     if operations:
         for work in dist.batch_isend_irecv(operations):
             work.wait()
@@ -116,47 +133,44 @@ def _done(operations: list[dist.P2POp]) -> None:
 Described = dict[str, dict[str, list[Any]]]
 
 
-def _agreed(parts: Parts, optimized: Named, optimizer: Optimizer) -> Described:
+def _agreed(parts: Parts, named: Named, states: States) -> Described:
     """What all ranks have, in the order of the tensors, once it is clear that they agree."""
-    device = next(iter(optimized.values())).device
-    mine = json.dumps(_described(optimized, optimizer))
-    by_rank: list[Described] = [json.loads(text) for text in _texts(mine, parts.topology, device)]
+    device = next(iter(named.values())).device
+    mine = json.dumps(_described(parts, states))
+    by_rank: list[Described] = [json.loads(text) for text in texts(mine, parts.topology, device)]
     agreed: Described = {}
-    for name in optimized:
-        first, *others = [
-            (span.rank, by_rank[span.rank].get(name, {})) for span in parts.spans(name)
-        ]
-        for rank, slots in others:
-            if slots != first[1]:
+    for name in named:
+        ranks = [span.rank for span in parts.spans(name)]
+        slots = by_rank[ranks[0]].get(name, {}) if ranks else {}
+        for rank in ranks[1:]:
+            if by_rank[rank].get(name, {}) != slots:
                 raise ReplicaError(
-                    f"ranks {first[0]} and {rank} keep different optimizer states of {name}: "
-                    f"{first[1]} and {slots}"
+                    f"ranks {ranks[0]} and {rank} keep different optimizer states of {name}: "
+                    f"{slots} and {by_rank[rank].get(name, {})}"
                 )
-        for slot, (_, known) in first[1].items():
+        for slot, (_, known) in slots.items():
             if isinstance(known, list):
                 raise UsageError(
                     "sharding.optimizer_state: divided needs an optimizer that treats each element "
-                    f"alone; {type(optimizer).__name__} keeps {slot} of shape {known} for {name}"
+                    f"alone; this one keeps {slot} of shape {known} for {name}"
                 )
-        agreed[name] = first[1]
+        agreed[name] = slots
     return agreed
 
 
-def _described(optimized: Named, optimizer: Optimizer) -> Described:
+def _described(parts: Parts, states: States) -> Described:
     found: Described = {}
-    for name, part in optimized.items():
-        for slot, state in optimizer.state.get(part, {}).items() if part.numel() else ():
-            if isinstance(state, Tensor):
-                known: Any = state.item() if state.ndim == 0 else list(state.shape)
-                dtype = str(state.dtype).removeprefix("torch.")
-                found.setdefault(name, {})[slot] = [
-                    dtype,
-                    None if state.shape == part.shape else known,
-                ]
+    for name, slots in states.items():
+        here = parts.here(name)
+        for slot, state in slots.items() if here.stop > here.start else ():
+            known: Any = state.item() if state.ndim == 0 else list(state.shape)
+            is_part = list(state.shape) == [here.stop - here.start]
+            dtype = str(state.dtype).removeprefix("torch.")
+            found.setdefault(name, {})[slot] = [dtype, None if is_part else known]
     return found
 
 
-def _texts(text: str, topology: Topology, device: torch.device) -> list[str]:
+def texts(text: str, topology: Topology, device: torch.device) -> list[str]:
     """Every rank's text, by rank."""
     if topology.world == 1:
         return [text]

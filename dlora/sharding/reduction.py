@@ -90,6 +90,13 @@ class Reduction:
         dist.all_reduce(part, group=self._across)
         dist.all_gather_single(flat, part, group=self._inside)
 
+    def sum_of(self, flat: Tensor) -> Tensor:
+        """Σ over ranks of flat tensors of any length."""
+        whole = flat.new_zeros(padded(flat.numel(), self.topology))
+        whole[: flat.numel()] = flat
+        self.sum_(whole)
+        return whole[: flat.numel()]
+
     def scatter_(self, flat: Tensor) -> None:
         """Part `part_of(rank)` of flat ← Σ over ranks; the other parts are used up.
 

@@ -21,11 +21,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dlora.sharding.audit import mismatch
+from dlora.sharding.buffers import common_kind, views_of
 from dlora.sharding.counts import whole_number
+from dlora.sharding.cutting import Cuts, cut_states, cut_values, put_states, replace_data
 from dlora.sharding.divided import DividedShare
 from dlora.sharding.mesh import Topology
 from dlora.sharding.reduction import Reduction
 from dlora.sharding.share import Named, ReplicaError, Share, WholeShare, count
+from dlora.sharding.spread import InUnits, SpreadShare
 from dlora.sharding.tail import SUMS, Reduced, read_tail, tail
 from dlora.sharding.wire import WireCounter
 
@@ -46,6 +49,7 @@ class Replica:
 
     Attributes:
         share: what this rank keeps of the optimizer state, once there are parameters.
+        present: the parameters that had a gradient on some rank, as of the last reduction.
         wire: counts the bytes that this rank's collectives send.
     """
 
@@ -68,15 +72,9 @@ class Replica:
                 on one device.
         """
         self.named = dict(named)
-        dtype, device = _common(self.named)
-        self.numel = count(self.named)
-        kind = share_class(self.divided)
-        self.share = kind(self.named, self._reduction)
-        values, gradients = kind.lengths(self.named, self.topology)
-        self._values = torch.zeros(values, dtype=dtype, device=device)
-        self._buffer = torch.zeros(gradients, dtype=dtype, device=device)
-        self._present = dict.fromkeys(self.named, False)
-        self._bind()
+        self.share = share_class(self.divided)(self.named, self._reduction)
+        self._allocate()
+        self.present = dict.fromkeys(self.named, False)
         for name, parameter in self.named.items():
             parameter.register_post_accumulate_grad_hook(functools.partial(self._keep, name))
         if self.topology.world > 1:
@@ -96,10 +94,36 @@ class Replica:
         """Connect the optimizer that works on `optimized`; returns it.
 
         Where its state is divided, a step is collective from now on: it ends with gathering the
-        values, so that every rank has them whole. Otherwise nothing changes.
+        values, so that every rank has them whole. So it is with an optimizer that steps its
+        parameters in units (`spread.py`), which are spread over the ranks. Otherwise nothing
+        changes.
         """
+        if isinstance(optimizer, InUnits) and not self.divided and self.topology.world > 1:
+            self.share = SpreadShare(self.named, self._reduction)
+            self.share.bind(self._values, self._buffer, self._gradient_views)
         self.share.drive(optimizer, self._check_bound)
         return optimizer
+
+    @torch.no_grad()
+    def resize(self, cuts: Cuts, optimizer: Optimizer | None = None) -> None:
+        """Keep some rows or columns of parameters and drop the others; gradients are forgotten.
+
+        The `Parameter` objects stay; what an optimizer keeps of each element is cut alike. Every
+        rank asks for the same; it is collective where the optimizer state is divided.
+
+        Args:
+            cuts: by name, a dim and the indices along it that stay.
+        """
+        self._check_bound()
+        values = cut_values(self.named, cuts)
+        if optimizer:
+            states = cut_states(self.share, self._reduction, self.named, cuts, optimizer)
+        for name, value in values.items():
+            replace_data(self.named[name], value)
+        self.share.lay_out()
+        self._allocate()
+        if optimizer:
+            put_states(states, optimizer, self.share.optimized)
 
     # -- one optimizer step ---------------------------------------------------------------------
 
@@ -136,8 +160,8 @@ class Replica:
         received = self.share.sum_([*map(float, self._present.values()), *mine])
         reduced = read_tail(received[len(self.named) :], len(sums), world)
         ranks_with = dict(zip(self.named, received, strict=False))
-        present = {name: ranks > 0 for name, ranks in ranks_with.items()}
-        self.share.hand_out(present, max(reduced.tokens, 1))
+        self.present = {name: ranks > 0 for name, ranks in ranks_with.items()}
+        self.share.hand_out(self.present, max(reduced.tokens, 1))
         self.reductions += 1
         if self.reductions % AUDIT_EVERY == 0:
             self.audit()
@@ -164,11 +188,26 @@ class Replica:
 
     def zero_grad(self) -> None:
         """Forget all gradients; `optimizer.zero_grad()` does as well."""
+        self._check_bound()  # `.to()` moves gradients too, out of the buffer
         self._buffer[: self.numel].zero_()
         for name, parameter in self.named.items():
             parameter.grad = self._gradient_views[name]
             self._present[name] = False
         self.share.zero_grad()
+
+    def gradient(self, name: str) -> Tensor:
+        """This rank's gradient of a parameter, to be added to before the reduction.
+
+        It counts as present from then on, and is zero where there was none.
+        """
+        self._check_bound()
+        parameter, view = self.named[name], self._gradient_views[name]
+        if parameter.grad is None:
+            view.zero_()
+        elif parameter.grad.data_ptr() != view.data_ptr():
+            view.copy_(parameter.grad)
+        parameter.grad, self._present[name] = view, True
+        return view
 
     @property
     def gradients(self) -> Tensor:
@@ -189,10 +228,20 @@ class Replica:
 
     # -- the buffers ----------------------------------------------------------------------------
 
+    def _allocate(self) -> None:
+        """Buffers for the parameters as they are, and the parameters in them."""
+        dtype, device = common_kind(self.named)
+        self.numel = count(self.named)
+        values, gradients = self.share.lengths(self.named, self.topology)
+        self._values = torch.zeros(values, dtype=dtype, device=device)
+        self._buffer = torch.zeros(gradients, dtype=dtype, device=device)
+        self._present = dict.fromkeys(self.named, False)
+        self._bind()
+
     def _bind(self) -> None:
         """Make parameters views of `values`, and prepare the views for gradients."""
-        self._value_views = _views(self._values, self.named)
-        self._gradient_views = _views(self._buffer, self.named)
+        self._value_views = views_of(self._values, self.named)
+        self._gradient_views = views_of(self._buffer, self.named)
         self.share.bind(self._values, self._buffer, self._gradient_views)
         for name, parameter in self.named.items():
             self._value_views[name].copy_(parameter.detach())
@@ -205,7 +254,7 @@ class Replica:
             p.data_ptr() == self._value_views[name].data_ptr() for name, p in self.named.items()
         ):
             return
-        dtype, device = _common(self.named)
+        dtype, device = common_kind(self.named)
         if dtype != self._values.dtype:
             raise ReplicaError(
                 f"the adapters were cast from {self._values.dtype} to {dtype}; cast the base only, "
@@ -244,21 +293,3 @@ class Replica:
             elif not self._present[name]:
                 # No backward pass came by, yet the view may have been written to.
                 self._present[name] = bool(view.any())
-
-
-def _common(named: Named) -> tuple[torch.dtype, torch.device]:
-    if not named:
-        raise ReplicaError("there is nothing to train: no parameter requires a gradient")
-    kinds = {(p.dtype, p.device) for p in named.values()}
-    if len(kinds) > 1:
-        listed = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
-        raise ReplicaError(f"trainable parameters must share one dtype and device, not {listed}")
-    return next(iter(kinds))
-
-
-def _views(flat: Tensor, named: Named) -> dict[str, Tensor]:
-    views, offset = {}, 0
-    for name, parameter in named.items():
-        views[name] = flat[offset : offset + parameter.numel()].view(parameter.shape)
-        offset += parameter.numel()
-    return views

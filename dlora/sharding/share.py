@@ -11,7 +11,7 @@ and everything above it know this interface only.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,20 @@ from dlora.sharding.tail import tail_length
 
 OPTIMIZER_STATES = ("auto", "replicated", "divided")
 Named = Mapping[str, nn.Parameter]
+States = Mapping[str, Mapping[str, Tensor]]  # name → slot → what this rank keeps
+
+
+class Held(NamedTuple):
+    """Elements [start, stop) of a flattened tensor that a rank has, and where among all it has."""
+
+    offset: int
+    start: int
+    stop: int
+
+    @property
+    def place(self) -> slice:
+        """Where they are in a flat tensor of all that the rank has."""
+        return slice(self.offset, self.offset + self.stop - self.start)
 
 
 class ReplicaError(RuntimeError):
@@ -49,11 +63,13 @@ class Share(Protocol):
         collective_saves: whether `states` needs all ranks.
         optimized: what an optimizer works on, by the names of the parameters.
         gradients: the flat gradients that this rank's optimizer will use, once they are summed.
+        values: the flat values that go with them.
     """
 
     collective_saves: bool
     optimized: dict[str, nn.Parameter]
     gradients: Tensor
+    values: Tensor
 
     def __init__(self, named: Named, reduction: Reduction) -> None: ...
 
@@ -93,14 +109,27 @@ class Share(Protocol):
     def scale_(self, factor: Tensor) -> None:
         """`gradients` ← factor · `gradients`."""
 
-    def states(self, optimizer: Optimizer) -> Iterator[tuple[str, str, Tensor]]:
-        """(name, slot, whole tensor) of the optimizer's state, one by one, to ranks that save.
+    def held(self) -> dict[str, Held]:
+        """What `gradients` and `values` hold of each tensor."""
 
-        Where saves are collective all ranks exhaust it at the same time, and rank 0 alone gets any.
+    def join(self, flat: Tensor) -> Tensor:
+        """What every rank has computed of its share of all elements, made one: the same bits
+        everywhere. Where all have the same share it is the mean, else the sum. Collective."""
+
+    def whole(
+        self, states: States, *, everywhere: bool = False
+    ) -> Iterator[tuple[str, str, Tensor]]:
+        """(name, slot, whole tensor) of what ranks keep of each element, one after the other.
+
+        Where saves are collective all ranks exhaust it at the same time, and rank 0 alone gets any
+        unless they are wanted `everywhere`.
         """
 
     def part(self, name: str, state: Tensor) -> Tensor | None:
         """What this rank keeps of a state tensor of `name`; None where it keeps none of it."""
+
+    def lay_out(self) -> None:
+        """Told that the shapes of the parameters have changed; `bind` follows."""
 
 
 class WholeShare:
@@ -129,7 +158,8 @@ class WholeShare:
         return reduction_bytes(WholeShare.lengths(named, topology)[1] * item(named), topology)
 
     def bind(self, values: Tensor, buffer: Tensor, gradient_views: Mapping[str, Tensor]) -> None:
-        self.gradients = buffer[: count(self.optimized)]
+        numel = count(self.optimized)
+        self.gradients, self.values = buffer[:numel], values[:numel]
         self._buffer, self._views = buffer, gradient_views
 
     def drive(self, optimizer: Optimizer, before_step: Callable[[], None]) -> None:
@@ -158,14 +188,38 @@ class WholeShare:
     def scale_(self, factor: Tensor) -> None:
         self.gradients.mul_(factor)
 
-    def states(self, optimizer: Optimizer) -> Iterator[tuple[str, str, Tensor]]:
+    def held(self) -> dict[str, Held]:
+        places, offset = {}, 0
         for name, parameter in self.optimized.items():
-            for slot, value in optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
-                    yield name, slot, value
+            places[name] = Held(offset, 0, parameter.numel())
+            offset += parameter.numel()
+        return places
+
+    def join(self, flat: Tensor) -> Tensor:
+        return self._reduction.sum_of(flat) / self._reduction.topology.world
+
+    def whole(
+        self, states: States, *, everywhere: bool = False
+    ) -> Iterator[tuple[str, str, Tensor]]:
+        for name, slots in states.items():
+            for slot, state in slots.items():
+                yield name, slot, state
 
     def part(self, name: str, state: Tensor) -> Tensor | None:
         return state
+
+    def lay_out(self) -> None:
+        """Nothing depends on shapes but what `bind` is given."""
+
+
+def states_of(optimizer: Optimizer, optimized: Named) -> States:
+    """The tensors of an optimizer's state by the names of what it works on."""
+    found = {name: optimizer.state.get(part, {}) for name, part in optimized.items()}
+    return {
+        name: {slot: state for slot, state in slots.items() if isinstance(state, Tensor)}
+        for name, slots in found.items()
+        if slots
+    }
 
 
 def count(named: Named) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dlora.base_model import find_base
+from dlora.config import OptimizerConfig
 from dlora.lora.attach import attach, trainable_parameters
 from dlora.lora.config import LoraConfig
 from dlora.plan.subject import Plan, Subject
@@ -52,7 +53,9 @@ def subject(name: str, checkpointing: bool = False, quantization: str = "none") 
         skeleton = base.skeleton()
     base.pack(skeleton)
     attach(skeleton, LoraConfig(r=R))
-    workload = Workload(1, 256, micro_batches=2, moments=2, checkpointing=checkpointing)
+    workload = Workload(
+        1, 256, micro_batches=2, optimizer=OptimizerConfig(), checkpointing=checkpointing
+    )
     return Subject(skeleton, trainable_parameters(skeleton), workload, device="cuda")
 
 

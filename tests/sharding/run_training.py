@@ -71,9 +71,9 @@ def train(argv: list[str], meddle: Callable[[Run], None] | None = None) -> dict[
     if meddle is not None:
         meddle(run)
     status = run.train()
-    held = capture(run.replica, run.optimizer, {})
+    held = capture(run.replica, run.replica.states(run.optimizer), {})
     tensors = {name: parameter.detach().clone() for name, parameter in run.replica.named.items()}
-    return {"status": status, "tensors": tensors, "optimizer": held and held.optimizer}
+    return {"status": status, "tensors": tensors, "optimizer": held and held.states["optimizer"]}
 
 
 def figures(directory: str | Path) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from toy import batch, own_rank, replicated
 
 from dlora import UsageError, shard
 from dlora.sharding.replica import ReplicaError
+from dlora.sharding.share import states_of
 
 
 def moved(when: str) -> Tensor:
@@ -85,7 +86,7 @@ def refused(case: str) -> str:
         optimizer = replica.drive(Norms(replica.optimized.values()))
         replica.reduce_gradients()
         optimizer.step()
-        list(replica.share.states(optimizer))
+        list(replica.share.whole(states_of(optimizer, replica.optimized)))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
@@ -98,7 +99,7 @@ def refused(case: str) -> str:
         ("whole tensors", r"ReplicaError: .*; give it replica\.parameter_groups\(\.\.\.\)"),
         (
             "shapes",
-            r"UsageError: sharding\.optimizer_state: .* Norms keeps norms of shape \[2, 3\] .*",
+            r"UsageError: sharding\.optimizer_state: .* this one keeps norms of shape \[2, 3\] .*",
         ),
     ],
 )

@@ -214,7 +214,7 @@ def saved_by_each(argv: list[str], directory: str) -> dict[str, Any]:
             if turn == rank:
                 root = Path(directory) / f"rank-{rank}"
                 save_adapter(run.model, root / "adapter")
-                state = capture(run.replica, run.optimizer, {"step": STEPS})
+                state = capture(run.replica, run.replica.states(run.optimizer), {"step": STEPS})
                 assert state is not None
                 write(state, root / "checkpoints", "", keep_last=1)
                 run.save(STEPS)

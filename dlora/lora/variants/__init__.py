@@ -1,9 +1,25 @@
-"""One method, one file. `VARIANTS` maps the value of `adapter.method` to the adapter's class."""
+"""One method, one file: every module here that defines an adapter is found by itself.
+
+`VARIANTS` maps the value of `adapter.method` to the adapter's class, and that has its settings.
+"""
 
 from __future__ import annotations
 
-from dlora.lora.variants.lora import LoraAdapter
+import importlib
+import pkgutil
+from collections.abc import Iterator
 
-VARIANTS = {"lora": LoraAdapter}
+from dlora.lora.variants.lora import LoraAdapter, PlainLora
 
-__all__ = ["VARIANTS", "LoraAdapter"]
+
+def _found() -> Iterator[type[LoraAdapter]]:
+    for module in pkgutil.iter_modules(__path__):
+        content = vars(importlib.import_module(f"{__name__}.{module.name}"))
+        for value in content.values():
+            if isinstance(value, type) and issubclass(value, LoraAdapter):
+                yield value
+
+
+VARIANTS: dict[str, type[LoraAdapter]] = {kind.settings.method: kind for kind in _found()}
+
+__all__ = ["VARIANTS", "LoraAdapter", "PlainLora"]

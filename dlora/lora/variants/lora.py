@@ -6,20 +6,35 @@ Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685; rsLoRA, https://arxiv.
 from __future__ import annotations
 
 import math
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dlora.lora import functional
+from dlora.lora.config import LoraConfig
 from dlora.lora.dropout import DropoutStream
 from dlora.quant.packed import Weight
+
+
+class PlainLora(NamedTuple):
+    """What any adapter comes down to: ΔW = scaling·B·A with A [r, n], B [m, r]; r may be 0."""
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+
+    @property
+    def r(self) -> int:
+        """Its LoRA rank."""
+        return self.A.shape[0]
 
 
 class LoraAdapter(nn.Module):
     """A and B of one base module. A child that is never called: its host asks it for the product.
 
     Being never called keeps it out of every wrapper that hooks `forward` (FSDP2, ZeRO-3), so A and
-    B stay whole plain tensors whatever happens to the base.
+    B stay whole plain tensors whatever happens to the base. Variants derive from it.
 
     Args:
         m, n: rows and columns of the host's weight seen as [out, in]; for an embedding, the width
@@ -27,6 +42,8 @@ class LoraAdapter(nn.Module):
         path: the host's path in the model; keys the dropout masks.
         dtype: of the masters A and B, float32 or float64.
     """
+
+    settings: ClassVar[type[LoraConfig]] = LoraConfig
 
     def __init__(
         self,
@@ -44,9 +61,18 @@ class LoraAdapter(nn.Module):
         super().__init__()
         self.lora_A = nn.Parameter(torch.empty(r, n, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.empty(m, r, dtype=dtype, device=device))
-        self.r, self.scaling, self.dropout, self.path = r, scaling, dropout, path
+        self.scaling, self.dropout, self.path = scaling, dropout, path
         self.stream = stream
         self.enabled = True
+
+    @property
+    def r(self) -> int:
+        """The LoRA rank."""
+        return self.lora_A.shape[0]
+
+    def singular_values(self) -> Tensor | None:
+        """E [r, 1] that B is scaled with column by column; None for ones."""
+        return None
 
     @torch.no_grad()
     def reset(self, *, is_embedding: bool) -> None:
@@ -65,18 +91,30 @@ class LoraAdapter(nn.Module):
             keep = self.stream.keep_mask(x, self.dropout, self.path)
             keep_scale = 1 / (1 - self.dropout)
         return functional.linear(
-            x, weight, bias, self.lora_A, self.lora_B, self.scaling, keep, keep_scale
+            x,
+            weight,
+            bias,
+            self.lora_A,
+            self.lora_B,
+            self.scaling,
+            E=self.singular_values(),
+            keep=keep,
+            keep_scale=keep_scale,
         )
 
     def embedding(self, ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
         """ids [...], weight [V, m] → y [..., m]. Dropout does not apply to a look-up (as PEFT)."""
-        return functional.embedding(
-            ids, weight, self.lora_A, self.lora_B, self.scaling, padding_idx
-        )
+        A, B, E = self.lora_A, self.lora_B, self.singular_values()
+        return functional.embedding(ids, weight, A, B, self.scaling, padding_idx, E=E)
+
+    def as_lora(self) -> PlainLora:
+        """The plain LoRA of the same ΔW; shares storage with this adapter where it can."""
+        return PlainLora(self.lora_A.detach(), self.lora_B.detach(), self.scaling)
 
     def delta(self) -> Tensor:
         """ΔW = s·B·A [m, n] in the masters' dtype."""
-        return (self.lora_B.detach() @ self.lora_A.detach()) * self.scaling
+        A, B, scaling = self.as_lora()
+        return (B @ A) * scaling
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}, dropout={self.dropout:g}"

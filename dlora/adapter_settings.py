@@ -1,0 +1,54 @@
+"""The `adapter` section as the settings of a method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+
+from dlora.adapter_files import read_config
+from dlora.config import Config
+from dlora.errors import UsageError
+from dlora.lora.config import LoraConfig
+from dlora.lora.variants import VARIANTS
+from dlora.lora.variants.adalora import AdaLoraConfig
+from dlora.start import Start
+
+
+def lora_config(config: Config, start: Start | None = None) -> LoraConfig:
+    """The `adapter` section, or the configuration of the adapter that it starts from.
+
+    Where a run goes on and that adapter is gone by now, its checkpoint knows it as well.
+    """
+    section = config.adapter
+    with keyed_by("adapter"):
+        if section.path is not None:
+            if start and start.lora and not Path(section.path).expanduser().is_dir():
+                return replace(start.lora, lora_dropout=section.lora_dropout)
+            return replace(read_config(section.path), lora_dropout=section.lora_dropout)
+        kind = VARIANTS[section.method].settings
+        names = {field.name for field in fields(kind)} & set(vars(section))
+        if section.method == "adalora":
+            names -= {"r", "rank_pattern"}  # of which there is nothing to set
+        return kind(**{name: getattr(section, name) for name in names})
+
+
+def scheduled(lora: LoraConfig, total_steps: int) -> LoraConfig:
+    """The settings, once it is known how many optimizer steps the run has."""
+    if not isinstance(lora, AdaLoraConfig):
+        return lora
+    with keyed_by("adapter"):
+        return replace(lora, total_step=total_steps)
+
+
+@contextmanager
+def keyed_by(section: str) -> Iterator[None]:
+    """Inside, a `UsageError` on a field (`r: …`) names the section's key (`adapter.r: …`)."""
+    try:
+        yield
+    except UsageError as error:
+        field = str(error).partition(":")[0].partition("[")[0]
+        if not any(field in kind.settings.__dataclass_fields__ for kind in VARIANTS.values()):
+            raise
+        raise UsageError(f"{section}.{error}") from None

@@ -1,0 +1,159 @@
+"""AdaLoRA: ΔW = s·P·diag(λ)·Q, triplets (P_i, λ_i, Q_i) of which the less important are pruned.
+
+P [m, r₀] is `lora_B`, λ [r₀, 1] is `lora_E`, Q [r₀, n] is `lora_A`, as in PEFT. The scale s = α/r₀
+is that of the initial rank and stays the same through all pruning. What is pruned, and when, is
+decided over all matrices together: see `dlora.lora.budget` and `dlora.lora.importance`.
+
+Source: Zhang et al. 2023, https://arxiv.org/abs/2303.10512.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dlora.errors import UsageError
+from dlora.lora.budget import BUDGET_UNITS, BudgetSchedule
+from dlora.lora.config import LoraConfig
+from dlora.lora.importance import IMPORTANCES
+from dlora.lora.variants.lora import LoraAdapter, PlainLora
+
+TRIPLET_DIM = {"lora_A": 0, "lora_B": 1, "lora_E": 0}  # the dim that counts triplets
+
+
+@dataclass(frozen=True)
+class AdaLoraConfig(LoraConfig):
+    """Settings of AdaLoRA; names and meanings are PEFT's. `r` is ignored: it is `init_r`.
+
+    Args:
+        init_r: rank r₀ of every module at the start.
+        target_r: mean rank at the end, at most `init_r`.
+        total_step: T, optimizer steps of the whole run. `dlora.train` fills it in.
+        tinit: steps before the first pruning.
+        tfinal: steps at the end in which what is left is trained on, without pruning.
+        deltaT: steps between two prunings.
+        beta1, beta2: decay of the averages of sensitivity and uncertainty, in [0, 1).
+        orth_reg_weight: γ of the regulariser γ·mean over all P and Q of ‖PᵀP − I‖_F, ‖QQᵀ − I‖_F.
+        importance: `"uncertainty"` (sensitivity times uncertainty, both averaged: the paper's),
+            `"sensitivity"` (of the step alone) or `"magnitude"` (|λ|).
+        budget_unit: `"triplets"`, or `"params"`: a triplet costs its m + n + 1 parameters.
+
+    Raises:
+        UsageError: a value is out of range, or the phases do not fit `total_step`.
+    """
+
+    method: ClassVar[str] = "adalora"
+
+    init_r: int = 12
+    target_r: int = 8
+    total_step: int | None = None
+    tinit: int = 0
+    tfinal: int = 0
+    deltaT: int = 1  # noqa: N815 - PEFT's name
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.5
+    importance: str = "uncertainty"
+    budget_unit: str = "triplets"
+
+    def __post_init__(self) -> None:
+        for name in ("init_r", "target_r", "deltaT"):
+            _check_whole(name, getattr(self, name), 1)
+        for name in ("tinit", "tfinal"):
+            _check_whole(name, getattr(self, name), 0)
+        if self.target_r > self.init_r:
+            raise UsageError(
+                f"target_r: {self.target_r} is more than the init_r {self.init_r} that it starts at"
+            )
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"{name}: must lie in [0, 1), not {getattr(self, name)!r}")
+        if not self.orth_reg_weight >= 0:
+            raise UsageError(f"orth_reg_weight: must be at least 0, not {self.orth_reg_weight!r}")
+        for name, known in (("importance", IMPORTANCES), ("budget_unit", BUDGET_UNITS)):
+            if getattr(self, name) not in known:
+                raise UsageError(f"{name}: {getattr(self, name)!r} is none of {', '.join(known)}")
+        if self.rank_pattern:
+            raise UsageError("rank_pattern: adalora gives every module init_r to start with")
+        if self.total_step is not None:
+            _check_whole("total_step", self.total_step, 1)
+            self.schedule(1, 1)
+        object.__setattr__(self, "r", self.init_r)
+        super().__post_init__()
+
+    def schedule(self, initial: int, final: int) -> BudgetSchedule:
+        """The schedule from a budget to another; needs `total_step`."""
+        if self.total_step is None:
+            raise UsageError("total_step: adalora needs the number of optimizer steps of the run")
+        return BudgetSchedule(initial, final, self.total_step, self.tinit, self.tfinal, self.deltaT)
+
+
+class AdaLoraAdapter(LoraAdapter):
+    """P, λ and Q of one base module.
+
+    Attributes:
+        kept: [r] bool, the triplets that the last mask left; None before the first one. In training
+            a pruned λ may grow again until the next mask; in eval mode it counts as 0, so that what
+            is evaluated, merged and saved is the pruned model.
+    """
+
+    settings = AdaLoraConfig
+
+    def __init__(self, *, r: int, dtype: torch.dtype, device: torch.device, **others: Any) -> None:
+        super().__init__(r=r, dtype=dtype, device=device, **others)
+        self.lora_E = nn.Parameter(torch.empty(r, 1, dtype=dtype, device=device))
+        self.kept: Tensor | None = None
+
+    @torch.no_grad()
+    def reset(self, *, is_embedding: bool) -> None:
+        """Start at ΔW = 0: λ = 0, and P, Q ~ N(0, 0.02²)."""
+        nn.init.normal_(self.lora_A, std=0.02)
+        nn.init.normal_(self.lora_B, std=0.02)
+        self.lora_E.zero_()
+
+    def singular_values(self) -> Tensor:
+        """λ [r, 1]; in eval mode only of triplets that are kept."""
+        return self.lora_E if self.training else self._pruned()
+
+    def as_lora(self) -> PlainLora:
+        """A = (λQ) and B = P of the triplets that are kept and whose λ is not 0."""
+        values = self._pruned().detach()
+        there = values.view(-1).nonzero().view(-1)
+        A = (self.lora_A.detach() * values)[there]
+        return PlainLora(A, self.lora_B.detach()[:, there], self.scaling)
+
+    def triplets(self) -> Tensor:
+        """Indices of the triplets that the last mask left."""
+        if self.kept is None:
+            return torch.arange(self.r)
+        return self.kept.nonzero().view(-1)
+
+    def shrink(self, triplets: Tensor) -> None:
+        """Keep the triplets at these indices alone; for parameters that nothing else manages."""
+        for name, (dim, indices) in self.cuts(triplets).items():
+            parameter = self.get_parameter(name)
+            parameter.data = parameter.data.index_select(dim, indices)
+        self.shrunk()
+
+    def cuts(self, triplets: Tensor) -> dict[str, tuple[int, Tensor]]:
+        """(dim, indices that stay) of each parameter, by its name here."""
+        indices = triplets.to(self.lora_E.device)
+        return {name: (dim, indices) for name, dim in TRIPLET_DIM.items()}
+
+    def shrunk(self) -> None:
+        """Told that the parameters have been cut; with no triplet left there is no adapter."""
+        self.kept = None
+        self.enabled = self.enabled and self.r > 0
+
+    def _pruned(self) -> Tensor:
+        if self.kept is None:
+            return self.lora_E
+        return self.lora_E.masked_fill(~self.kept.to(self.lora_E.device).unsqueeze(1), 0.0)
+
+
+def _check_whole(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UsageError(f"{name}: must be a whole number of at least {least}, not {value!r}")

@@ -1,0 +1,226 @@
+"""PEFT's files of an attached model: names of tensors, and `adapter_config.json`.
+
+    LORA      base_model.model.<path>.lora_{A,B}.weight     what any adapter comes down to
+    ADALORA   base_model.model.<path>.lora_{A,B,E}          AdaLoRA's own form
+
+Embeddings have `lora_embedding_A` without `.weight`, and modules trained whole stand under their
+own names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dlora.errors import UsageError
+from dlora.lora.attach import (
+    Attachment,
+    attachment_of,
+    named_adapters,
+    named_copies,
+    trainable_parameters,
+)
+from dlora.lora.hosts import CHILD, HostMixin
+from dlora.lora.variants import PlainLora
+from dlora.lora.variants.adalora import AdaLoraAdapter, AdaLoraConfig
+
+PREFIX = "base_model.model."
+_RANK_EPSILON = 1e-5  # PEFT scales AdaLoRA by lora_alpha / (init_r + this)
+
+
+def peft_names(model: nn.Module) -> dict[str, str]:
+    """PEFT's key of each trainable parameter of a plain LoRA, by its name in the model."""
+    names: dict[str, str] = {}
+    for path, host, _ in named_adapters(model):
+        for factor, key in _keys(path, host).items():
+            names[f"{path}.{CHILD}.{factor}"] = key
+    return names | _copy_names(model)
+
+
+def peft_slots(model: nn.Module) -> dict[str, Tensor]:
+    """The live tensors of a model with a plain LoRA under PEFT's keys."""
+    parameters = trainable_parameters(model)
+    return {key: parameters[name].detach() for name, key in peft_names(model).items()}
+
+
+# -- what is written ----------------------------------------------------------------------------
+
+
+def plain_forms(model: nn.Module) -> dict[str, PlainLora]:
+    """The plain LoRA of every adapted module by path, without those that have no rank left.
+
+    Raises:
+        UsageError: none has any.
+    """
+    forms = {path: adapter.as_lora() for path, _, adapter in named_adapters(model)}
+    if attachment_of(model).config.method == "lora":
+        return forms  # an empty one has lost its tensors, and is not pruned
+    left = {path: form for path, form in forms.items() if form.r}
+    if forms and not left:
+        raise UsageError(
+            "save_adapter: every singular value is 0, so there is no adapter to write; train first"
+        )
+    return left
+
+
+def lora_files(model: nn.Module, base: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """`adapter_config.json` and tensors of the plain LoRA that the model's adapters come down to.
+
+    Args:
+        base: name or path of the base, recorded.
+    """
+    forms, config = plain_forms(model), attachment_of(model).config
+    tensors: dict[str, Tensor] = {}
+    for path, host, _ in named_adapters(model):
+        if path in forms:
+            keys = _keys(path, host)
+            tensors[keys["lora_A"]], tensors[keys["lora_B"]] = forms[path].A, forms[path].B
+    sizes: dict[str, Any] = {
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "rank_pattern": dict(config.rank_pattern),
+        "alpha_pattern": dict(config.alpha_pattern),
+        "use_rslora": config.use_rslora,
+    }
+    if config.method != "lora" and forms:
+        sizes = _sizes(forms)
+    settings = {"peft_type": "LORA", **_common(model, base, forms), **sizes, "use_dora": False}
+    return settings, _written(tensors | _copies(model))
+
+
+def adalora_files(model: nn.Module, base: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The same in AdaLoRA's own form, of the triplets that are left.
+
+    PEFT divides lora_alpha by init_r + 1e-5; E is stored times what makes the scale dlora's.
+
+    Raises:
+        UsageError: the model has no AdaLoRA, or an adapted embedding, which PEFT has no form for.
+    """
+    config = attachment_of(model).config
+    if not isinstance(config, AdaLoraConfig):
+        raise UsageError(
+            f"peft_type: ADALORA needs an adalora adapter, and this is {config.method}"
+        )
+    tensors: dict[str, Tensor] = {}
+    pattern: dict[str, list[bool]] = {}
+    adapted = []
+    for path, host, adapter in named_adapters(model):
+        assert isinstance(adapter, AdaLoraAdapter)
+        if isinstance(host, HostMixin) and host.is_embedding:
+            raise UsageError(f"peft_type: PEFT's ADALORA has no form for the embedding {path}")
+        left = adapter.triplets()
+        correction = adapter.scaling * (config.init_r + _RANK_EPSILON) / config.lora_alpha
+        for name, (dim, indices) in adapter.cuts(left).items():
+            tensor = adapter.get_parameter(name).detach().index_select(dim, indices)
+            tensors[f"{PREFIX}{path}.{name}"] = tensor * correction if name == "lora_E" else tensor
+        pattern[f"{path}.lora_E"] = [i < len(left) for i in range(config.init_r)]
+        adapted.append(path)
+    settings = {
+        "peft_type": "ADALORA",
+        **_common(model, base, adapted),
+        "r": config.init_r,
+        "lora_alpha": config.lora_alpha,
+        "rank_pattern": pattern,
+    }
+    for name in ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2"):
+        settings[name] = getattr(config, name)
+    settings["orth_reg_weight"], settings["total_step"] = config.orth_reg_weight, config.total_step
+    return settings, _written(tensors | _copies(model))
+
+
+def _common(model: nn.Module, base: str | None, adapted: Collection[str]) -> dict[str, Any]:
+    attachment = attachment_of(model)
+    return {
+        "task_type": "CAUSAL_LM" if hasattr(model, "get_output_embeddings") else None,
+        "base_model_name_or_path": base,
+        "lora_dropout": attachment.config.lora_dropout,
+        "target_modules": peft_targets(model, attachment, adapted),
+        "modules_to_save": sorted(attachment.config.modules_to_save) or None,
+        "fan_in_fan_out": _stored_transposed(model),
+        "bias": "none",
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def _sizes(forms: dict[str, PlainLora]) -> dict[str, Any]:
+    """r and lora_alpha of most modules, and those of the others by their paths.
+
+    A path also means what ends with it, and the first that matches counts: longer ones go first.
+    """
+    alphas = {path: _shortest(form.scaling * form.r) for path, form in forms.items()}
+    usual = Counter((form.r, alphas[path]) for path, form in forms.items()).most_common(1)[0][0]
+    ordered = sorted(forms, key=len, reverse=True)
+    return {
+        "r": usual[0],
+        "lora_alpha": usual[1],
+        "rank_pattern": {path: forms[path].r for path in ordered if forms[path].r != usual[0]},
+        "alpha_pattern": {path: alphas[path] for path in ordered if alphas[path] != usual[1]},
+        "use_rslora": False,
+    }
+
+
+def _shortest(alpha: float) -> float | int:
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def peft_targets(
+    model: nn.Module, attachment: Attachment, adapted: Collection[str]
+) -> list[str] | str:
+    """`target_modules` with which PEFT adapts exactly the modules `adapted`.
+
+    The shortest that will do: last names, else full paths, else an expression (a path such as
+    `head` also means `block.head`).
+    """
+    inner = tuple(f"{path}.{CHILD}" for path in (*attachment.adapted, *attachment.saved))
+    paths = [p for p, _ in model.named_modules() if p and not f"{p}.".startswith(inner)]
+    wanted = set(adapted)
+    for names in ({path.rpartition(".")[2] for path in wanted}, wanted):
+        suffixes = tuple(f".{name}" for name in names)
+        meant = {p for p in paths if f".{p}".endswith(suffixes) and not _in_saved(p, attachment)}
+        if meant == wanted:
+            return sorted(names)
+    return "|".join(re.escape(path) for path in adapted)
+
+
+def _in_saved(path: str, attachment: Attachment) -> bool:
+    return any(f"{path}.".startswith(f"{saved}.") for saved in attachment.saved)
+
+
+def _keys(path: str, host: nn.Module) -> dict[str, str]:
+    """PEFT's keys of the factors of a plain LoRA."""
+    embedding = isinstance(host, HostMixin) and host.is_embedding
+    key = "lora_embedding_{}" if embedding else "lora_{}.weight"
+    return {f"lora_{factor}": f"{PREFIX}{path}.{key.format(factor)}" for factor in "AB"}
+
+
+def _copy_names(model: nn.Module) -> dict[str, str]:
+    return {
+        f"{path}.{CHILD}.{name}": f"{PREFIX}{path}.{name}"
+        for path, _, copy in named_copies(model)
+        for name, _ in copy.named_parameters()
+    }
+
+
+def _copies(model: nn.Module) -> dict[str, Tensor]:
+    parameters = trainable_parameters(model)
+    return {key: parameters[name].detach() for name, key in _copy_names(model).items()}
+
+
+def _written(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Float32 copies on the CPU, each owning its storage."""
+    return {
+        key: tensor.to("cpu", torch.float32, copy=True).contiguous()
+        for key, tensor in tensors.items()
+    }
+
+
+def _stored_transposed(model: nn.Module) -> bool:
+    """PEFT's `fan_in_fan_out`: the adapted layers are Conv1D (an embedding does not count)."""
+    hosts = [host for _, host, _ in named_adapters(model)]
+    return any(h.transposed and not h.is_embedding for h in hosts if isinstance(h, HostMixin))

@@ -1,0 +1,71 @@
+"""Parameters of which only some rows or columns stay, and what an optimizer keeps of those."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dlora.sharding.reduction import Reduction
+from dlora.sharding.share import Named, Share, states_of
+
+Cuts = Mapping[str, tuple[int, Tensor]]  # by name: a dim, and the indices along it that stay
+
+
+def cut_values(named: Named, cuts: Cuts) -> dict[str, Tensor]:
+    """What stays of the parameters that are cut, in storage of its own."""
+    return {name: named[name].detach().index_select(*cut) for name, cut in cuts.items()}
+
+
+def cut_states(
+    share: Share, reduction: Reduction, named: Named, cuts: Cuts, optimizer: Optimizer
+) -> list[tuple[str, str, Tensor | None]]:
+    """(name, slot, this rank's share after the cut) of an optimizer's state.
+
+    Collective where the state is divided: who has what moves between ranks, one tensor at a time.
+    """
+    after = {
+        name: nn.Parameter(_cut(parameter.detach().to("meta"), cuts.get(name)))
+        for name, parameter in named.items()
+    }
+    future = type(share)(after, reduction)
+    states: list[tuple[str, str, Tensor | None]] = []
+    for name, slot, whole in share.whole(states_of(optimizer, share.optimized), everywhere=True):
+        if whole.shape == named[name].shape:
+            whole = _cut(whole, cuts.get(name))
+        part = future.part(name, whole)
+        states.append((name, slot, None if part is None else part.clone()))
+    return states
+
+
+def put_states(
+    states: list[tuple[str, str, Tensor | None]], optimizer: Optimizer, optimized: Named
+) -> None:
+    """Give an optimizer the states that `cut_states` made."""
+    for name, slot, part in states:
+        slots = optimizer.state[optimized[name]]
+        slots.pop(slot, None)
+        if part is not None:
+            slots[slot] = part
+
+
+def replace_data(parameter: nn.Parameter, value: Tensor) -> None:
+    """Give a parameter data of another shape.
+
+    Autograd remembers the shape of a leaf for as long as any graph through it is alive (a loop's
+    last `loss` is enough) and would refuse gradients of the new one. It forgets when the dtype
+    changes.
+    """
+    parameter.grad = None
+    other = torch.float16 if value.dtype != torch.float16 else torch.float32
+    parameter.data = value.new_empty(0, dtype=other)
+    parameter.data = value
+
+
+def _cut(tensor: Tensor, cut: tuple[int, Tensor] | None) -> Tensor:
+    if cut is None:
+        return tensor
+    dim, indices = cut
+    return torch.index_select(tensor, dim, indices.to(tensor.device))
