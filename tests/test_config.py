@@ -55,6 +55,8 @@ ADDED = {  # change nothing
     ("sharding", "ranks_per_node"): None,
     ("sharding", "optimizer_state"): "auto",
     ("sharding", "cpu_offload"): False,
+    ("adapter", "importance"): "uncertainty",
+    ("adapter", "budget_unit"): "triplets",
     ("optimizer", "lora_pro_moments"): "low",
     ("output", "samples"): 0,
 }
@@ -406,7 +408,7 @@ def test_bad_pattern(base, name, pattern, says):
 
 LATER = [
     ("model.dtype", "float16"),
-    *(("adapter.method", value) for value in ("adalora", "flora")),
+    ("adapter.method", "flora"),
     ("adapter.use_dora", "true"),
     *(
         ("adapter.init_lora_weights", value)

@@ -117,4 +117,6 @@ class LoraAdapter(nn.Module):
         return (B @ A) * scaling
 
     def extra_repr(self) -> str:
-        return f"r={self.r}, scaling={self.scaling:g}, dropout={self.dropout:g}"
+        factor = self._parameters.get("lora_A")  # ZeRO-3 takes it out of sight while it looks
+        shown = "" if factor is None else f"r={factor.shape[0]}, "
+        return f"{shown}scaling={self.scaling:g}, dropout={self.dropout:g}"
