@@ -76,7 +76,6 @@ SWITCHES = {
 # What works so far. Any other choice of these keys is refused as "later": delete what gets built.
 BUILT: dict[str, tuple[object, ...]] = {
     "model.dtype": ("bfloat16", "float32"),
-    "model.quantization": ("none",),
     "adapter.method": ("lora", "adalora"),
     "adapter.use_dora": (False,),
     "adapter.init_lora_weights": (True,),

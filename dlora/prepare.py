@@ -14,6 +14,7 @@ from dlora.checks import (
     check_adapter,
     check_dropout,
     check_output,
+    check_placement,
     check_ranks_per_node,
     check_sequences,
     pad_token,
@@ -27,8 +28,9 @@ from dlora.plan.choose import Decision, capacity_of, decide
 from dlora.plan.earlier import earlier_placement, settle
 from dlora.plan.subject import Plan, Subject
 from dlora.plan.workload import workload_of
+from dlora.quantization import Quantized
 from dlora.rank_allocator import keep_triplets
-from dlora.sharding.mesh import Placement, Topology, resolve_placement
+from dlora.sharding.mesh import Placement, Topology
 from dlora.start import Start, check_start
 
 
@@ -105,10 +107,12 @@ def prepare(
     if rank == 0:
         check_output(config)
     topology = Topology(rank, world, config.sharding.ranks_per_node or local_world)
-    _check_placement(config, topology)
+    check_placement(config, topology)
     lora = lora_config(config, start)
     base = _base(config, announce)
-    skeleton = _adapted(config, base, lora, start)
+    skeleton, quantized = _adapted(config, base, lora, start)
+    if quantized is not None:
+        announce(f"model.quantization: {quantized}")
     tokenizer = base.tokenizer()
     train, held_out = _data(config, tokenizer, announce)
     check_sequences({"data.train": train, "data.eval": held_out}, tokenizer, skeleton)
@@ -136,13 +140,6 @@ def prepare(
         start,
         decision,
     )
-
-
-def _check_placement(config: Config, topology: Topology) -> None:
-    """What is wrong with the placement that the user wants, before anything is read."""
-    section = config.sharding
-    if section.base != "auto":
-        resolve_placement(section.engine, section.base, topology, offload=section.cpu_offload)
 
 
 def _decision(
@@ -195,15 +192,19 @@ def _base(config: Config, announce: Callable[[str], None]) -> BaseModel:
         trust_remote_code=config.model.trust_remote_code,
         cache_dir=config.model.cache_dir,
         attn_implementation=config.model.attn_implementation,
+        quantization=config.model.quantization,
         announce=announce,
     )
 
 
-def _adapted(config: Config, base: BaseModel, lora: LoraConfig, start: Start | None) -> nn.Module:
+def _adapted(
+    config: Config, base: BaseModel, lora: LoraConfig, start: Start | None
+) -> tuple[nn.Module, Quantized | None]:
     """The base on the meta device with its adapters, once all that can be seen of it is right."""
     skeleton = base.skeleton()
     base.check_stored(skeleton)
     model_parts(skeleton)
+    quantized = base.pack(skeleton)
     with keyed_by("adapter"):
         attach(skeleton, lora)
     if start is not None and start.allocation is not None:
@@ -211,7 +212,7 @@ def _adapted(config: Config, base: BaseModel, lora: LoraConfig, start: Start | N
     check_dropout(skeleton)
     if config.adapter.path is not None and start is None:
         check_adapter(skeleton, config.adapter.path)
-    return skeleton
+    return skeleton, quantized
 
 
 def _data(

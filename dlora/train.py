@@ -31,6 +31,7 @@ from dlora.plan.measured import measure
 from dlora.plan.report import comparison, lines_of
 from dlora.prepare import Preparation
 from dlora.progress import StepDisplay
+from dlora.quant.kernel import bitsandbytes_kernel
 from dlora.ranks_file import heat_map, read_masks, write_masks, write_picture
 from dlora.resume import open_directory, resolved_yaml, resume
 from dlora.runtime import Runtime, exit_with
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> int:
     if options is None:
         return 0
     config = options.config
-    importlib.import_module("transformers.models.auto.modeling_auto")
+    import_late_ones(config)
     meter = MemoryMeter()  # counts from here: after imports, before data and weights
     preparation = prepared(config, runtime)
     runtime.say("\n".join(lines_of(preparation.decision, is_open=config.sharding.base == "auto")))
@@ -61,6 +62,13 @@ def main(argv: list[str]) -> int:
         raise runtime.told(error) from error
     runtime.leave()
     return status
+
+
+def import_late_ones(config: Config) -> None:
+    """What would be imported while a run's memory is counted."""
+    importlib.import_module("transformers.models.auto.modeling_auto")
+    if config.model.quantization.startswith("nf4"):
+        bitsandbytes_kernel()
 
 
 class Run:

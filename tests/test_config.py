@@ -408,7 +408,6 @@ def test_bad_pattern(base, name, pattern, says):
 
 LATER = [
     ("model.dtype", "float16"),
-    *(("model.quantization", value) for value in ("nf4", "nf4-dq", "int8")),
     ("adapter.method", "flora"),
     ("adapter.use_dora", "true"),
     *(

@@ -26,6 +26,7 @@ from dlora.plan.state import modes
 from dlora.plan.subject import Plan, Subject
 from dlora.plan.tables import Survey, as_json, as_text
 from dlora.plan.workload import workload_of
+from dlora.quantization import quantize_as_set
 from dlora.sharding.mesh import Topology
 
 ENGINES = {"fsdp2": "torch", "zero3": "deepspeed"}  # and what each stands on
@@ -76,6 +77,7 @@ def survey(config: Config, machines: Machines) -> Survey:
     skeleton = _skeleton(config)
     size = sum(p.numel() for p in skeleton.parameters())
     model_parts(skeleton)
+    quantized = quantize_as_set(skeleton, config.model.quantization)
     with keyed_by("adapter"):
         attach(skeleton, lora_config(config))
     subject = Subject(
@@ -118,7 +120,8 @@ def survey(config: Config, machines: Machines) -> Survey:
     twin = _with_other_checkpointing(subject)
     rows = [*decision.candidates, *others]
     return Survey(
-        model=f"{type(skeleton).__name__}, {size:,} parameters in {config.model.dtype}",
+        model=f"{type(skeleton).__name__}, {size:,} parameters in {config.model.dtype}"
+        + (f"; {quantized}" if quantized else ""),
         capacity=capacity,
         speeds=speeds,
         decision=decision,
