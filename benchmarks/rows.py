@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dlora import LoraConfig, attach, shard
+from dlora import LoraConfig, attach, quantize, shard
 from dlora.api import TrainedReplica
 from dlora.sharding.storage import held_bytes
 
@@ -70,9 +70,12 @@ def dlora(
     engine: str = "fsdp2",
     resident: float = 0.0,
     ranks_per_node: int | None = None,
+    quantization: str = "none",
 ) -> Row:
-    """W0 placed by dlora, A and B in float32 on every rank."""
+    """W0 placed and packed by dlora, A and B in float32 on every rank."""
     model = base_model()
+    if quantization != "none":
+        quantize(model, quantization)
     attach(model, LoraConfig(r=R))
     replica = shard(
         model, engine=engine, base=base, resident=resident, ranks_per_node=ranks_per_node

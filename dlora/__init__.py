@@ -15,6 +15,7 @@ from dlora.lora.attach import disabled
 from dlora.lora.config import LoraConfig
 from dlora.lora.merge import merge, unmerge
 from dlora.lora.variants.adalora import AdaLoraConfig
+from dlora.quantization import quantize
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "disabled",
     "load_adapter",
     "merge",
+    "quantize",
     "save_adapter",
     "shard",
     "unmerge",

@@ -24,6 +24,7 @@ from dlora.files import write_atomically
 from dlora.lora.attach import attachment_of, named_adapters
 from dlora.lora.config import LoraConfig
 from dlora.peft_format import PREFIX, adalora_files, lora_files, peft_slots
+from dlora.quant.packed import is_packed
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FORMS = {"LORA": lora_files, "ADALORA": adalora_files}  # by PEFT's name
@@ -200,7 +201,7 @@ def _take_base_copies(
     found = {}
     for path, host, _ in named_adapters(model):
         key = f"{PREFIX}{path}.base_layer.weight"
-        if key in tensors:
+        if key in tensors and not is_packed(host):
             found[key] = (tensors.pop(key), host.get_parameter("weight").detach())
     return found
 

@@ -10,10 +10,11 @@ from torch.optim import Optimizer
 
 from dlora.errors import UsageError
 from dlora.lora.attach import attach as attach_adapters
-from dlora.lora.attach import attachment_of, trainable_parameters
+from dlora.lora.attach import attachment_of, named_adapters, trainable_parameters
 from dlora.lora.config import LoraConfig
 from dlora.lora.variants.adalora import AdaLoraConfig
 from dlora.optim.groups import parameter_groups
+from dlora.optim.lora_pro import Pair
 from dlora.rank_allocator import RankAllocator
 from dlora.sharding.counts import whole_number
 from dlora.sharding.engine import Engine, build_engine, is_divided, sharded_by
@@ -68,6 +69,27 @@ class TrainedReplica(Replica):
         """What a line of the metrics holds of the last step beside the loss."""
         return self.allocator.figures() if self.allocator else {}
 
+    @property
+    def pairs(self) -> list[Pair]:
+        """A and B of every adapter with its scale, for `dlora.optim.lora_pro.LoraPro`.
+
+        Raises:
+            UsageError: an adapter has a factor beside these.
+        """
+        found = []
+        for path, _, adapter in named_adapters(self._model):
+            pair = Pair(adapter.lora_A, adapter.lora_B, adapter.scaling)
+            for name, other in adapter.named_parameters():
+                # A magnitude, one number for each row of the host's weight, acts on their product.
+                if (
+                    other is not pair.A
+                    and other is not pair.B
+                    and other.numel() not in pair.sizes[:2]
+                ):
+                    raise UsageError(f"LoraPro: the adapter at {path} has {name} beside A and B")
+            found.append(pair)
+        return found
+
     def parameter_groups(
         self, lr: float, *, loraplus_lr_ratio: float = 1.0, weight_decay: float = 0.0
     ) -> list[dict[str, Any]]:
@@ -121,7 +143,8 @@ def shard(
         optimizer_state: `"replicated"` (as is `"auto"`), or `"divided"`: each rank's optimizer
             keeps the state of 1/ranks of the elements of A and B. Call `replica.drive(optimizer)`
             once; its steps are collective then, and end with whole values on every rank. It must
-            treat each element alone, as AdamW and SGD do. After `reduce_gradients` a rank has the
+            treat each element alone, as AdamW and SGD do (`LoraPro` does not; `drive` spreads its
+            pairs over the ranks of a replicated replica). After `reduce_gradients` a rank has the
             mean gradient of its part only, and `.grad` of the parameters themselves is None.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dlora.errors import UsageError
 from dlora.memory import trim
+from dlora.quantization import Quantized, quantize_as_set
 from dlora.sharding.engine import Engine
 from dlora.sharding.mesh import Placement
 from dlora.sharding.storage import dropping_mapped_pages, own_storage
@@ -34,6 +35,7 @@ class BaseModel:
     Args:
         path: as the user wrote it; adapters record it.
         source: the directory or hub id that transformers reads.
+        quantization: how `load` packs the linear layers of the blocks, `"none"` if it does not.
     """
 
     path: str
@@ -42,6 +44,7 @@ class BaseModel:
     revision: str | None = None
     trust_remote_code: bool = False
     attn_implementation: str = "sdpa"
+    quantization: str = "none"
 
     def config(self) -> Any:
         """The model's configuration."""
@@ -70,8 +73,16 @@ class BaseModel:
                 trust_remote_code=self.trust_remote_code,
             )
 
+    def pack(self, skeleton: nn.Module) -> Quantized | None:
+        """Pack the weights of a skeleton, in place, as `load` packs those of the model.
+
+        Raises:
+            UsageError: no layer can be packed.
+        """
+        return quantize_as_set(skeleton, self.quantization)
+
     def load(self, engine: Engine, device: torch.device) -> nn.Module:
-        """The model with this rank's share of the weights, in `dtype`, frozen, on `device`.
+        """The model with this rank's share of the weights, packed or in `dtype`, frozen.
 
         Raises:
             UsageError: on every rank, before a weight is read, if a rank would get none of a
@@ -88,18 +99,26 @@ class BaseModel:
     def check_stored(self, skeleton: Any) -> None:
         """See from the headers of the base's files that they are whole and fit the configuration.
 
-        Nothing is brought from a hub for this, and what is quantized is left to transformers.
+        Nothing is brought from a hub for this, and a base that is quantized in its files is left to
+        transformers.
 
         Args:
             skeleton: the model on the meta device, without adapters.
 
         Raises:
-            UsageError: there are no weights, they are damaged, or they are another model's.
+            UsageError: there are no weights, they are damaged, they are another model's, or they
+                are quantized and to be packed as well.
         """
         from dlora.stored_base import are_at_hand
         from dlora.stored_weights import StoredWeights
 
-        if getattr(skeleton.config, "quantization_config", None) is None and are_at_hand(self):
+        if getattr(skeleton.config, "quantization_config", None) is not None:
+            if self.quantization != "none":
+                raise UsageError(
+                    f"model.quantization: {self.quantization} packs plain floats, and {self.path} "
+                    "is quantized already; set model.quantization: none"
+                )
+        elif are_at_hand(self):
             StoredWeights(self, skeleton)
 
     def _reading(self, read: Callable[..., Any], **kwargs: Any) -> Any:
@@ -119,6 +138,7 @@ class BaseWeights:
     def __init__(self, base: BaseModel) -> None:
         self._base = base
         self.skeleton: Any = base.skeleton()
+        self.element_wise = base.quantization != "none"
 
     def from_pretrained(self, **sharding: Any) -> nn.Module:
         """transformers' own loading; its arguments may let it read a part only.
@@ -148,11 +168,16 @@ class BaseWeights:
         return model
 
     def empty(self) -> nn.Module:
-        """The model on the meta device, but for its buffers, which are computed or read.
+        """The model on the meta device, packed, but for its buffers, which are computed or read.
 
         What transformers' `from_pretrained` does once every parameter has been read.
         """
-        model = self.skeleton
+        from transformers import GenerationConfig
+
+        model, stored, base = self.skeleton, self._stored, self._base
+        read, revision = GenerationConfig.from_pretrained, base.revision or "main"
+        with suppress(OSError):  # not every base has one
+            model.generation_config = read(base.source, revision=revision)
         for tensor in model.state_dict(keep_vars=True).values():
             tensor._is_hf_initialized = True
         persistent = dict(model.named_buffers())
@@ -162,10 +187,11 @@ class BaseWeights:
         model._initialize_missing_keys(False)
         for name, buffer in persistent.items():
             value = torch.empty(buffer.shape, dtype=buffer.dtype)
-            self.read(name, 0, value.view(-1))
+            stored.read(name, 0, value.view(-1))
             owner, _, last = name.rpartition(".")
             model.get_submodule(owner).register_buffer(last, value)
-        return model.eval()
+        base.pack(model)
+        return model.eval().requires_grad_(False)
 
     def read(self, name: str, start: int, out: Tensor) -> None:
         """Fill `out` with the elements from `start` on of the flattened tensor `name`."""
@@ -173,9 +199,10 @@ class BaseWeights:
 
     @functools.cached_property
     def _stored(self) -> Any:
+        from dlora.stored_packed import StoredPackedWeights
         from dlora.stored_weights import StoredWeights
 
-        return StoredWeights(self._base, self.skeleton)
+        return StoredPackedWeights(StoredWeights(self._base, self.skeleton), self.skeleton)
 
 
 def check_experts_divide(skeleton: Any, placement: Placement) -> None:
@@ -221,6 +248,7 @@ def find_base(
     trust_remote_code: bool = False,
     cache_dir: str = "~/.cache/dlora",
     attn_implementation: str = "sdpa",
+    quantization: str = "none",
     announce: Callable[[str], None] = print,
 ) -> BaseModel:
     """A base from a hub id, a local directory or a `.gguf` file (converted once into `cache_dir`).
@@ -246,7 +274,8 @@ def find_base(
         raise UsageError(f"model.path: there is no directory {path}")
     else:
         source = path
-    return BaseModel(path, source, DTYPES[dtype], revision, trust_remote_code, attn_implementation)
+    settings = (revision, trust_remote_code, attn_implementation, quantization)
+    return BaseModel(path, source, DTYPES[dtype], *settings)
 
 
 def quiet_libraries() -> None:

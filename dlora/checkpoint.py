@@ -84,7 +84,7 @@ def capture(
         }
         for file, kept in states.items()
     }
-    if replica.divided and replica.topology.rank != 0:
+    if replica.share.collective_saves and replica.topology.rank != 0:
         return None
     tensors = {name: _host(p.detach()) for name, p in replica.named.items()}
     return Checkpoint(tensors, whole, state, allocation)
@@ -120,6 +120,10 @@ def restore(
         own = replica.share.part(name, value)
         if own is not None:
             parameter = replica.optimized[name]
+            kept = optimizer.state[parameter].get(slot)
+            if isinstance(kept, Tensor) and (kept.shape, kept.dtype) == (own.shape, own.dtype):
+                kept.copy_(own)  # it may lie where this optimizer alone can put it
+                continue
             # A step count stays where torch keeps it: on the CPU unless the optimizer says so.
             device = parameter.device if value.ndim else "cpu"
             optimizer.state[parameter][slot] = own.to(device, copy=True)

@@ -20,6 +20,7 @@ from dlora.errors import UsageError
 from dlora.lora.attach import attachment_of, named_adapters
 from dlora.lora.hosts import HostMixin
 from dlora.peft_format import PREFIX, peft_slots
+from dlora.sharding.mesh import Topology, resolve_placement
 from dlora.start import output_directory
 from dlora.tensor_files import stored_tensors
 
@@ -39,6 +40,13 @@ def check_ranks_per_node(config: Config, world: int) -> None:
     wanted = config.sharding.ranks_per_node
     if wanted is not None and wanted > world:
         raise UsageError(f"sharding.ranks_per_node: {wanted} is more than the {world} rank(s)")
+
+
+def check_placement(config: Config, topology: Topology) -> None:
+    """See that the placement that the user wants, if any, fits the ranks."""
+    section = config.sharding
+    if section.base != "auto":
+        resolve_placement(section.engine, section.base, topology, offload=section.cpu_offload)
 
 
 def check_dropout(model: nn.Module) -> None:

@@ -76,15 +76,16 @@ SWITCHES = {
 # What works so far. Any other choice of these keys is refused as "later": delete what gets built.
 BUILT: dict[str, tuple[object, ...]] = {
     "model.dtype": ("bfloat16", "float32"),
-    "model.quantization": ("none",),
     "adapter.method": ("lora", "adalora"),
     "adapter.use_dora": (False,),
     "adapter.init_lora_weights": (True,),
     "data.format": ("chat", "alpaca", "sharegpt", "text"),
     "data.packing": (False,),
-    "optimizer.name": ("adamw", "sgd"),
     "train.objective": ("sft",),
 }
+
+
+EIGHT_BIT = ("adamw8bit", "paged_adamw8bit")
 
 
 def _is_gguf(c: Config) -> bool:
@@ -128,6 +129,16 @@ INERT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
         "output.eval_every",
         lambda c: c.data.eval is None and c.output.eval_every != 0,  # 0 asks for nothing
         "data.eval is null",
+    ),
+    (
+        "optimizer.lora_pro_moments",
+        lambda c: c.optimizer.name != "lora_pro",
+        "optimizer.name is not lora_pro",
+    ),
+    (
+        "optimizer.loraplus_lr_ratio",
+        lambda c: c.optimizer.name == "lora_pro",
+        "lora_pro's updates of A and B are one update of W, at one rate",
     ),
     ("sharding.cpu_offload", lambda c: c.sharding.engine != "zero3", "only zero3 offloads W0"),
     ("output.resume_force", lambda c: c.output.resume == "none", "output.resume is none"),
@@ -181,6 +192,22 @@ def _bad_patterns(config: Config) -> Iterator[str]:
 
 
 def _contradictions(config: Config) -> Iterator[str]:
+    name, divided = config.optimizer.name, config.sharding.optimizer_state == "divided"
+    if divided and name in EIGHT_BIT:
+        yield (
+            f"sharding.optimizer_state: divided does not go with optimizer.name: {name}, whose "
+            "moments share scales block by block, and are a quarter of adamw's anyway"
+        )
+    if config.adapter.method == "adalora" and name in EIGHT_BIT:
+        yield (
+            f"optimizer.name: {name} keeps moments in blocks that share a scale, and these cannot "
+            "be cut where adapter.method: adalora prunes"
+        )
+    if name == "lora_pro" and config.adapter.method != "lora":
+        yield (
+            "optimizer.name: lora_pro steps pairs of A and B, and adapter.method: "
+            f"{config.adapter.method} has more than these"
+        )
     if config.adapter.method == "adalora" and is_set(config, "adapter.r"):
         yield "adapter.r: adalora starts from adapter.init_r, set that instead"
     if config.adapter.method != "lora" and config.adapter.path is not None:
@@ -208,6 +235,9 @@ def _not_built(config: Config) -> Iterator[str]:
 def _not_installed(config: Config) -> Iterator[str]:
     if config.sharding.engine == "zero3" and importlib.util.find_spec("deepspeed") is None:
         yield "sharding.engine: zero3 needs deepspeed: pip install 'dlora[zero3]'"
+    name = config.optimizer.name
+    if name in EIGHT_BIT and importlib.util.find_spec("bitsandbytes") is None:
+        yield f"optimizer.name: {name} needs bitsandbytes: pip install 'dlora[quant]'"
 
 
 # Reading and writing -----------------------------------------------------------------------------

@@ -110,6 +110,9 @@ class OptimizerConfig:
         "adamw", "the update rule"
     )
     lr: float = option(2e-4, "peak learning rate, of A where the two differ", ge=0)
+    lora_pro_moments: Literal["low", "full"] = option(
+        "low", "lora_pro: moments of the sizes of A and B, or of W as in the paper, at its lr"
+    )
     loraplus_lr_ratio: float = option(1.0, "LoRA+: lr of B over lr of A", gt=0)
     weight_decay: float = option(0.0, "decay of A and B towards zero", ge=0)
     schedule: Literal["cosine", "linear", "constant"] = option("cosine", "lr after warm-up")

@@ -52,12 +52,16 @@ def peft_slots(model: nn.Module) -> dict[str, Tensor]:
 
 
 def plain_forms(model: nn.Module) -> dict[str, PlainLora]:
-    """The plain LoRA of every adapted module by path, without those that have no rank left.
+    """The plain LoRA of every adapted module by path, without those that AdaLoRA left no rank.
+
+    Any other that seems to have none has been emptied (partitioned, say), and is not left out.
 
     Raises:
         UsageError: none has any.
     """
     forms = {path: adapter.as_lora() for path, _, adapter in named_adapters(model)}
+    if attachment_of(model).config.method == "lora":
+        return forms  # an empty one has lost its tensors, and is not pruned
     left = {path: form for path, form in forms.items() if form.r}
     if forms and not left:
         raise UsageError(
@@ -97,13 +101,16 @@ def adalora_files(model: nn.Module, base: str | None) -> tuple[dict[str, Any], d
     PEFT divides lora_alpha by init_r + 1e-5; E is stored times what makes the scale dlora's.
 
     Raises:
-        UsageError: the model has no AdaLoRA, or an adapted embedding, which PEFT has no form for.
+        UsageError: the model has no AdaLoRA, no `total_step`, without which PEFT refuses to load
+            it, or an adapted embedding, which PEFT has no form for.
     """
     config = attachment_of(model).config
     if not isinstance(config, AdaLoraConfig):
         raise UsageError(
             f"peft_type: ADALORA needs an adalora adapter, and this is {config.method}"
         )
+    if config.total_step is None:
+        raise UsageError("total_step: PEFT loads no ADALORA without it; set it in AdaLoraConfig")
     tensors: dict[str, Tensor] = {}
     pattern: dict[str, list[bool]] = {}
     adapted = []

@@ -14,6 +14,7 @@ from dlora.checks import (
     check_adapter,
     check_dropout,
     check_output,
+    check_placement,
     check_ranks_per_node,
     check_sequences,
     pad_token,
@@ -27,8 +28,9 @@ from dlora.plan.choose import Decision, capacity_of, decide
 from dlora.plan.earlier import earlier_placement, settle
 from dlora.plan.subject import Plan, Subject
 from dlora.plan.workload import workload_of
+from dlora.quantization import Quantized
 from dlora.rank_allocator import keep_triplets
-from dlora.sharding.mesh import Placement, Topology, resolve_placement
+from dlora.sharding.mesh import Placement, Topology
 from dlora.start import Start, check_start
 
 
@@ -105,10 +107,12 @@ def prepare(
     if rank == 0:
         check_output(config)
     topology = Topology(rank, world, config.sharding.ranks_per_node or local_world)
-    _check_placement(config, topology)
+    check_placement(config, topology)
     lora = lora_config(config, start)
     base = _base(config, announce)
-    skeleton = _adapted(config, base, lora, start)
+    skeleton, quantized = _adapted(config, base, lora, start)
+    if quantized is not None:
+        announce(f"model.quantization: {quantized}")
     tokenizer = base.tokenizer()
     train, held_out = _data(config, tokenizer, announce)
     check_sequences({"data.train": train, "data.eval": held_out}, tokenizer, skeleton)
@@ -138,13 +142,6 @@ def prepare(
     )
 
 
-def _check_placement(config: Config, topology: Topology) -> None:
-    """What is wrong with the placement that the user wants, before anything is read."""
-    section = config.sharding
-    if section.base != "auto":
-        resolve_placement(section.engine, section.base, topology, offload=section.cpu_offload)
-
-
 def _decision(
     config: Config,
     skeleton: Any,
@@ -157,11 +154,14 @@ def _decision(
     section, world = config.sharding, topology.world
     earlier = earlier_placement(start.settings, start.state) if start else None
     settings = settle(config, earlier, world)
+    workload = workload_of(config, world, longest)
+    if start is not None and start.allocation is not None and start.allocation["shrunk"]:
+        workload = replace(workload, averages=0)  # nothing is scored any more
     decision = decide(
         Subject(
             skeleton,
             trainable_parameters(skeleton),
-            workload_of(config, world, longest),
+            workload,
             device=around.device,
             check=lambda placement: check_experts_divide(skeleton, placement),
         ),
@@ -192,15 +192,19 @@ def _base(config: Config, announce: Callable[[str], None]) -> BaseModel:
         trust_remote_code=config.model.trust_remote_code,
         cache_dir=config.model.cache_dir,
         attn_implementation=config.model.attn_implementation,
+        quantization=config.model.quantization,
         announce=announce,
     )
 
 
-def _adapted(config: Config, base: BaseModel, lora: LoraConfig, start: Start | None) -> nn.Module:
+def _adapted(
+    config: Config, base: BaseModel, lora: LoraConfig, start: Start | None
+) -> tuple[nn.Module, Quantized | None]:
     """The base on the meta device with its adapters, once all that can be seen of it is right."""
     skeleton = base.skeleton()
     base.check_stored(skeleton)
     model_parts(skeleton)
+    quantized = base.pack(skeleton)
     with keyed_by("adapter"):
         attach(skeleton, lora)
     if start is not None and start.allocation is not None:
@@ -208,7 +212,7 @@ def _adapted(config: Config, base: BaseModel, lora: LoraConfig, start: Start | N
     check_dropout(skeleton)
     if config.adapter.path is not None and start is None:
         check_adapter(skeleton, config.adapter.path)
-    return skeleton
+    return skeleton, quantized
 
 
 def _data(

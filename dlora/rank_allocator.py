@@ -59,6 +59,8 @@ class RankAllocator:
         orth_loss: γ·R of the last reduction, a scalar.
     """
 
+    _singular: Tensor  # where the λ of all triplets lie in the replica's values
+
     def __init__(self, model: nn.Module, replica: Replica) -> None:
         config = attachment_of(model).config
         assert isinstance(config, AdaLoraConfig)
@@ -117,6 +119,7 @@ class RankAllocator:
         self.step += 1
         if self.is_shrunk:
             return
+        self._stay_beside(self._replica.share.values.device)
         if self.schedule.scores(self.step):
             self._score()
         if self.schedule.masks(self.step):
@@ -128,6 +131,12 @@ class RankAllocator:
         """Whether an optimizer holds the adapters."""
         own = {id(part) for part in self._replica.optimized.values()}
         return any(id(p) in own for group in optimizer.param_groups for p in group["params"])
+
+    def _stay_beside(self, device: torch.device) -> None:
+        """Follow adapters that `model.to(device)` has moved."""
+        if self._singular.device != device:
+            self._singular = self._singular.to(device)
+            self._averages = {kind: flat.to(device) for kind, flat in self._averages.items()}
 
     # -- scores and masks -----------------------------------------------------------------------
 

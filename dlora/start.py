@@ -16,7 +16,7 @@ import yaml
 from torch import nn
 
 from dlora import checkpoint as checkpoints
-from dlora.config import Config, to_dict
+from dlora.config import SCHEMA, Config, to_dict
 from dlora.data import Sampler
 from dlora.errors import UsageError
 from dlora.lora.config import LoraConfig
@@ -168,13 +168,16 @@ def _refuse_conflicts(start: Start, config: Config, lora: LoraConfig, fingerprin
         before, now = asdict(start.lora), asdict(lora)
         compared |= {f"adapter.{name}" for name in {*before, *now}}
         # As JSON, so that a tuple equals a list and the order of patterns counts.
-        for name in (name for name in now if name in before):
+        ignored = {"r"} if "init_r" in now else set()
+        for name in (name for name in now if name in before and name not in ignored):
             if json.dumps(before[name]) != json.dumps(now[name]):
                 key = SAID_AS.get(name, whose.format(name))
                 conflicts.append(f"{key} was {before[name]!r} and is {now[name]!r}")
     for section, options in to_dict(config).items():
         for name, value in options.items() if section not in FREE_SECTIONS else ():
-            key, saved = f"{section}.{name}", start.settings.get(section, {}).get(name)
+            key = f"{section}.{name}"
+            # What it does not say is an option that it was written without.
+            saved = start.settings.get(section, {}).get(name, SCHEMA[key].default)
             if key not in compared and saved != value:
                 conflicts.append(f"{key} was {saved!r} and is {value!r}")
     if start.state["data"]["fingerprint"] != fingerprint:

@@ -43,7 +43,8 @@ class StoredWeights:
     def __init__(self, base: BaseModel, skeleton: PreTrainedModel) -> None:
         if getattr(skeleton.config, "quantization_config", None) is not None:
             raise UsageError(
-                f"model.path: {base.path} is quantized; engine zero3 reads plain floats"
+                f"model.path: {base.path} is quantized; what reads parts of it (engine zero3, and "
+                "model.quantization) needs plain floats"
             )
         self._skeleton = skeleton
         self._tensors: dict[str, StoredTensor] = {}
@@ -78,6 +79,13 @@ class StoredWeights:
         for offset in range(0, out.numel(), BLOCK_NUMEL):
             piece = out[offset : offset + BLOCK_NUMEL]
             piece.copy_(stored.elements(start + offset, start + offset + piece.numel()))
+
+    def is_plain(self, name: str) -> bool:
+        """Whether the bytes of a parameter lie in the files; one that is made is made whole at
+        every read.
+        """
+        stored_name = self._stored_name(name)
+        return stored_name is not None and self._sources[stored_name][1].converter is None
 
     def _stored_name(self, name: str) -> str | None:
         """Under which of its names a (tied) parameter lies in the files."""

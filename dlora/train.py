@@ -31,6 +31,7 @@ from dlora.plan.measured import measure
 from dlora.plan.report import comparison, lines_of
 from dlora.prepare import Preparation
 from dlora.progress import StepDisplay
+from dlora.quant.kernel import bitsandbytes_kernel
 from dlora.ranks_file import heat_map, read_masks, write_masks, write_picture
 from dlora.resume import open_directory, resolved_yaml, resume
 from dlora.runtime import Runtime, exit_with
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> int:
     if options is None:
         return 0
     config = options.config
-    importlib.import_module("transformers.models.auto.modeling_auto")
+    import_late_ones(config)
     meter = MemoryMeter()  # counts from here: after imports, before data and weights
     preparation = prepared(config, runtime)
     runtime.say("\n".join(lines_of(preparation.decision, is_open=config.sharding.base == "auto")))
@@ -61,6 +62,13 @@ def main(argv: list[str]) -> int:
         raise runtime.told(error) from error
     runtime.leave()
     return status
+
+
+def import_late_ones(config: Config) -> None:
+    """What would be imported while a run's memory is counted."""
+    importlib.import_module("transformers.models.auto.modeling_auto")
+    if config.model.quantization.startswith("nf4"):
+        bitsandbytes_kernel()
 
 
 class Run:
@@ -78,7 +86,7 @@ class Run:
             without_holes()
         torch.manual_seed(config.train.seed)
         self.model, self.replica = build(config, runtime, preparation)
-        self.optimizer = build_optimizer(config, self.replica)
+        self.optimizer = build_optimizer(config, runtime, preparation, self.replica)
         self.total_steps = preparation.sampler.total_steps
         self.records: list[dict[str, Any]] = []  # of the steps of this start
         self.start = resume(runtime, preparation, self.replica, self.optimizer)
@@ -245,8 +253,8 @@ class Run:
         self.runtime.say(f"ranks: {write_picture(self.directory, figure)}")
 
     def save(self, step: int) -> None:
-        """Commit a checkpoint: rank 0 alone, unless the optimizer state is divided over ranks."""
-        if not (self.runtime.main or self.replica.divided):
+        """Commit a checkpoint: rank 0 alone, unless ranks keep different optimizer states."""
+        if not (self.runtime.main or self.replica.share.collective_saves):
             return
         found = self.prepared
         state = state_at(step, self.config, found.lora, found.sampler, found.train.fingerprint)

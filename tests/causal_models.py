@@ -40,9 +40,8 @@ def causal_model(
     if kind == "gpt2":
         no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
         sizes = {"vocab_size": VOCABULARY, "n_embd": 24, "n_layer": 2, "n_head": 4}
-        config = transformers.GPT2Config(
-            **sizes, **no_dropout, n_positions=64, **_NO_SPECIAL_TOKENS | overrides
-        )
+        settings = sizes | no_dropout | {"n_positions": 64} | _NO_SPECIAL_TOKENS | overrides
+        config = transformers.GPT2Config(**settings)
     else:
         family, extra = _KINDS[kind]
         settings = _SIZES | _NO_SPECIAL_TOKENS | extra | overrides

@@ -15,6 +15,7 @@ from dlora.config import AdapterConfig, Config, DataConfig, ModelConfig, OutputC
 from dlora.lora.attach import trainable_parameters
 from dlora.sharding.mesh import Topology
 from dlora.sharding.replica import Replica
+from dlora.sharding.share import states_of
 
 IDS = torch.arange(3, 200, 7)[None]
 SHAPES = MODELS | {
@@ -121,7 +122,8 @@ def write_checkpoint(base: Path, root: Path) -> tuple[Path, nn.Module]:
         output=OutputConfig(dir=str(root)),
     )
     optimizer = torch.optim.AdamW(replica.named.values())
-    content = checkpoint.capture(replica, optimizer, {"step": 7})
+    states = {"optimizer": states_of(optimizer, replica.optimized)}
+    content = checkpoint.capture(replica, states, {"step": 7})
     assert content is not None
     return checkpoint.write(content, root / "checkpoints", dump_yaml(config), 2), model
 

@@ -55,6 +55,9 @@ ADDED = {  # change nothing
     ("sharding", "ranks_per_node"): None,
     ("sharding", "optimizer_state"): "auto",
     ("sharding", "cpu_offload"): False,
+    ("adapter", "importance"): "uncertainty",
+    ("adapter", "budget_unit"): "triplets",
+    ("optimizer", "lora_pro_moments"): "low",
     ("output", "samples"): 0,
 }
 
@@ -405,8 +408,7 @@ def test_bad_pattern(base, name, pattern, says):
 
 LATER = [
     ("model.dtype", "float16"),
-    *(("model.quantization", value) for value in ("nf4", "nf4-dq", "int8")),
-    *(("adapter.method", value) for value in ("adalora", "flora")),
+    ("adapter.method", "flora"),
     ("adapter.use_dora", "true"),
     *(
         ("adapter.init_lora_weights", value)
@@ -414,7 +416,6 @@ LATER = [
     ),
     ("data.format", "preference"),
     ("data.packing", "true"),
-    *(("optimizer.name", value) for value in ("adamw8bit", "paged_adamw8bit", "lora_pro")),
     ("train.objective", "dpo"),
 ]
 
@@ -434,6 +435,21 @@ def test_zero3_names_the_install_command_where_deepspeed_is_missing(base, monkey
         assert load(base, words).sharding.engine == "zero3"
     else:
         assert "pip install 'dlora[zero3]'" in refusal(load, base, words)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+@pytest.mark.parametrize("name", ["adamw8bit", "paged_adamw8bit"])
+def test_8_bit_names_the_install_command_where_bitsandbytes_is_missing(
+    base, monkeypatch, name, installed
+):
+    spec = object() if installed else None
+    monkeypatch.setattr(config_module.importlib.util, "find_spec", lambda name: spec)
+    words = ["--optimizer.name", name]
+    if installed:
+        assert load(base, words).optimizer.name == name
+    else:
+        wanted = f"optimizer.name: {name} needs bitsandbytes: pip install 'dlora[quant]'"
+        assert refusal(load, base, words) == wanted
 
 
 CANNOT_ACT = [  # words, the key that cannot act, the key that is why
@@ -457,6 +473,22 @@ CANNOT_ACT = [  # words, the key that cannot act, the key that is why
     ("--model.path x.gguf --model.trust_remote_code true", "model.trust_remote_code", "gguf"),
     ("--model.cache_dir elsewhere", "model.cache_dir", "gguf"),
     ("--output.eval_every 10", "output.eval_every", "data.eval"),
+    ("--optimizer.lora_pro_moments full", "optimizer.lora_pro_moments", "optimizer.name"),
+    (
+        "--optimizer.name lora_pro --optimizer.loraplus_lr_ratio 4",
+        "optimizer.loraplus_lr_ratio",
+        "one rate",
+    ),
+    (
+        "--optimizer.name adamw8bit --sharding.optimizer_state divided",
+        "sharding.optimizer_state",
+        "optimizer.name: adamw8bit",
+    ),
+    (
+        "--optimizer.name lora_pro --adapter.method adalora",
+        "optimizer.name: lora_pro",
+        "adapter.method: adalora",
+    ),
     ("--output.resume none --output.resume_force true", "output.resume_force", "output.resume"),
     ("--adapter.method adalora --adapter.r 16", "adapter.r", "adapter.init_r"),
     ("--train.epochs 2 --train.max_steps 200", "train.max_steps", "train.epochs"),
@@ -487,6 +519,9 @@ CAN_ACT = [
     "--model.revision main --model.trust_remote_code true",
     "--optimizer.schedule constant --optimizer.warmup_ratio 0.1",
     "--optimizer.max_grad_norm 0",
+    "--optimizer.name lora_pro --optimizer.lora_pro_moments full --optimizer.weight_decay 0.1",
+    "--optimizer.name lora_pro --sharding.optimizer_state divided",
+    "--optimizer.name adamw8bit --optimizer.loraplus_lr_ratio 4",
     "--train.epochs null --train.max_steps 10",
     "--train.global_batch_size 1",
 ]

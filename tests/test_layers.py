@@ -1,7 +1,7 @@
 """The layering of dlora as a law: who may import whom, read from the syntax tree.
 
-Mathematics (lora/) knows torch alone; distribution (sharding/) knows no mathematics; what joins the
-two knows both; nothing in dlora knows Ray. Nothing is unpickled anywhere.
+Mathematics (quant/ below lora/) knows torch alone; distribution (sharding/) knows no mathematics;
+what joins the two knows both; nothing in dlora knows Ray. Nothing is unpickled anywhere.
 """
 
 import ast
@@ -89,11 +89,15 @@ def above_a_side(use: Use, file: str) -> bool:
     return outside("errors", "files", "lora", "sharding", *SIDES)(use, file)
 
 
+def is_the_kernel_of(use: Use, file: str) -> bool:
+    return file == "dlora/quant/kernel.py" and use.of("bitsandbytes")
+
+
 def side_of(file: str) -> str:
     return file.split("/")[1].removesuffix(".py")
 
 
-LORA, SHARDING = ("dlora/lora/",), ("dlora/sharding/",)
+LORA, QUANT, SHARDING = ("dlora/lora/",), ("dlora/quant/",), ("dlora/sharding/",)
 SIDE_FILES = tuple(f"dlora/{side}{end}" for side in SIDES for end in ("/", ".py"))
 TORCH_ALONE = ("dlora", "torch", *sys.stdlib_module_names)
 RULES = (
@@ -101,7 +105,14 @@ RULES = (
     Rule(("dlora/",), lambda u, f: u.is_import and u.of("ray"), "dlora does not know Ray"),
     Rule(LORA, lambda u, f: u.is_import and not u.of(*TORCH_ALONE), "lora/ imports torch alone"),
     Rule(LORA, lambda u, f: u.of("torch.distributed"), "lora/ is not distributed"),
-    Rule(LORA, outside("lora", "errors"), "lora/ stands below the rest of dlora"),
+    Rule(LORA, outside("lora", "quant", "errors"), "lora/ stands on quant/, below the rest"),
+    Rule(
+        QUANT,
+        lambda u, f: u.is_import and not u.of(*TORCH_ALONE) and not is_the_kernel_of(u, f),
+        "quant/ imports torch alone, and bitsandbytes in its own file",
+    ),
+    Rule(QUANT, lambda u, f: u.of("torch.distributed"), "quant/ is not distributed"),
+    Rule(QUANT, outside("quant"), "quant/ stands below the rest of dlora"),
     Rule(SHARDING, outside("sharding", "errors"), "sharding/ stands beside lora/, below the rest"),
     Rule(SHARDING, lambda u, f: u.is_import and u.of("transformers"), "sharding/ knows no models"),
     Rule(
@@ -148,6 +159,10 @@ PLANTED = {
     "mathematics above": ("dlora/lora/x.py", "from dlora.sharding.mesh import Topology"),
     "relative": ("dlora/lora/x.py", "from ..sharding import mesh"),
     "another library": ("dlora/lora/x.py", "import numpy"),
+    "adapters in packing": ("dlora/quant/x.py", "from dlora.lora.attach import attach"),
+    "distributed packing": ("dlora/quant/x.py", "import torch.distributed as dist"),
+    "another library's packing": ("dlora/quant/nf4.py", "import bitsandbytes"),
+    "packing in sharding": ("dlora/sharding/x.py", "from dlora.quant.packed import pack"),
     "adapters in sharding": ("dlora/sharding/x.py", "from dlora.lora.attach import attach"),
     "models in sharding": ("dlora/sharding/x.py", "import transformers"),
     "deepspeed elsewhere": ("dlora/sharding/fsdp2.py", "from deepspeed import zero"),
@@ -171,6 +186,8 @@ HARMLESS = {
     "errors": ("dlora/lora/x.py", "from dlora.errors import UsageError\nimport torch.nn as nn"),
     "a type": ("dlora/objectives/x.py", "from dlora.lora.hosts import CHILD"),
     "a public name": ("dlora/objectives/x.py", "from dlora.data import NO_TARGET"),
+    "packing": ("dlora/lora/x.py", "from dlora.quant.packed import whole"),
+    "the kernels' file": ("dlora/quant/kernel.py", "import bitsandbytes"),
     "its own file": ("dlora/sharding/zero3.py", "import deepspeed"),
     "words": ("dlora/lora/x.py", '"""transformers and ray are not used here"""\nray = 1'),
     "the command": ("launchers/x.py", "import ray\nfrom dlora.train import main"),
@@ -191,7 +208,12 @@ def test_what_is_allowed_is_not_reported(case: str) -> None:
 
 def test_the_files_were_found() -> None:
     """An empty list would pass every test above."""
-    assert {"dlora/lora/functional.py", "dlora/sharding/replica.py", "dlora/train.py"} <= set(FILES)
+    assert {
+        "dlora/lora/functional.py",
+        "dlora/quant/nf4.py",
+        "dlora/sharding/replica.py",
+        "dlora/train.py",
+    } <= set(FILES)
 
 
 def test_importing_dlora_loads_torch_and_nothing_larger() -> None:

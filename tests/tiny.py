@@ -33,21 +33,28 @@ _LLAMA = {
     "max_position_embeddings": 256,
     "pad_token_id": VOCABULARY - 1,
 }
+_BLOCKS = {"hidden_size": 128, "intermediate_size": 192}
+_GPT2 = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 40,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 256,
+    **dict.fromkeys(("bos_token_id", "eos_token_id"), VOCABULARY - 2),
+    **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
+}
 MODELS: dict[str, Any] = {
     "llama": lambda: LlamaConfig(**_LLAMA),
     "tied": lambda: LlamaConfig(**_LLAMA, tie_word_embeddings=True),
     "wide": lambda: LlamaConfig(
         **_LLAMA | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
     ),
-    "gpt2": lambda: GPT2Config(
-        vocab_size=VOCABULARY,
-        n_embd=40,
-        n_layer=2,
-        n_head=4,
-        n_positions=256,
-        **dict.fromkeys(("bos_token_id", "eos_token_id"), VOCABULARY - 2),
-        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
-    ),
+    # Rows that divide into blocks of 64, in numbers that do not divide by 3.
+    "blocks": lambda: LlamaConfig(**_LLAMA | _BLOCKS),
+    "tied_blocks": lambda: LlamaConfig(**_LLAMA | _BLOCKS, tie_word_embeddings=True),
+    "ragged": lambda: LlamaConfig(**_LLAMA | _BLOCKS | {"intermediate_size": 200}),
+    "gpt2": lambda: GPT2Config(**_GPT2),
+    "gpt2_blocks": lambda: GPT2Config(**_GPT2 | {"n_embd": 64}),
     "mixtral": lambda: MixtralConfig(
         **_LLAMA | {"intermediate_size": 72}, num_local_experts=4, num_experts_per_tok=2
     ),

@@ -15,6 +15,7 @@ from dlora.lora.dropout import DropoutStream
 from dlora.lora.hosts import CHILD, SavedHost, TrainedCopy, become_host, host_kind
 from dlora.lora.targets import saved_paths, target_paths
 from dlora.lora.variants import VARIANTS, LoraAdapter
+from dlora.quant.packed import is_packed
 
 WholeWeights = Callable[[nn.Module], AbstractContextManager[dict[str, Tensor]]]
 
@@ -50,6 +51,8 @@ def attach(
     adapted, saved = target_paths(model, config), saved_paths(model, config)
     for path in (*adapted, *saved):
         _check_free(model.get_submodule(path), path)
+    for path in saved:
+        _check_whole(model.get_submodule(path), path)
     attachment = Attachment(config, adapted, saved)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -134,11 +137,21 @@ def _check_free(module: nn.Module, path: str) -> None:
         )
 
 
+def _check_whole(module: nn.Module, path: str) -> None:
+    packed = [name for name, inner in module.named_modules() if is_packed(inner)]
+    if packed:
+        inner = f"{path}.{packed[0]}" if packed[0] else path
+        raise UsageError(
+            f"modules_to_save: the weight of {inner} is packed, and packed weights cannot be "
+            "trained; adapt the layer instead, or quantize nothing"
+        )
+
+
 def _attach_adapter(module: nn.Module, path: str, attachment: Attachment) -> None:
     kind, config = host_kind(module), attachment.config
     assert kind is not None  # target_paths has checked
     m, n = kind.shape(module)
-    weight: Tensor = module.weight  # type: ignore[assignment]
+    device = next(module.parameters(recurse=False)).device
     adapter = VARIANTS[config.method](
         m=m,
         n=n,
@@ -148,9 +161,9 @@ def _attach_adapter(module: nn.Module, path: str, attachment: Attachment) -> Non
         path=path,
         stream=attachment.stream,
         dtype=_master_dtype(module),
-        device=weight.device,
+        device=device,
     )
-    if weight.device.type != "meta":
+    if device.type != "meta":
         adapter.reset(is_embedding=kind.is_embedding)
     adapter.train(module.training)
     become_host(module, kind, adapter)

@@ -5,8 +5,10 @@
             └─ drop ── A [r, n] ── z [T, r] ── s·B·diag(E) [m, r]
 
 Shapes stand behind the names: T tokens, n = in_features, m = out_features, r = LoRA rank, V = rows
-of an embedding. Everything is computed in the dtype of W0; A and B are masters of a higher
-precision that are cast on the way in, and their gradients are cast back on the way out.
+of an embedding. Everything is computed in the dtype of x, which is that of W0 unless W0 is packed;
+A and B are masters of a higher precision that are cast on the way in, and their gradients are cast
+back on the way out. A packed W0 is de-quantised once in forward and once in backward, each time for
+one product.
 
     y   = x W0ᵀ + b + s·z Bᵀ            z  = drop(x) Aᵀ
     dB  = s·dyᵀ z                       dA = s·(dy B)ᵀ drop(x)
@@ -32,6 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dlora.quant.packed import Weight, save_with, saved_with, whole
+
 
 class LinearWithLowRank(torch.autograd.Function):
     """y = x W0ᵀ + b + s·(drop(x) Aᵀ) (B E)ᵀ for x [..., n], W0 [m, n], A [r, n], B [m, r].
@@ -43,7 +47,7 @@ class LinearWithLowRank(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None,
         A: Tensor,
         B: Tensor,
@@ -53,26 +57,26 @@ class LinearWithLowRank(torch.autograd.Function):
         keep_scale: float,
     ) -> Tensor:
         x_Tn = x.reshape(-1, x.shape[-1])
-        z_Tr = _dropped(x_Tn, keep, keep_scale) @ A.to(weight.dtype).t()
-        y_Tm = F.linear(x_Tn, weight, bias)
-        y_Tm.addmm_(z_Tr, _times(B, E).to(weight.dtype).t(), alpha=scaling)
-        ctx.save_for_backward(x_Tn, z_Tr, weight, A, B, E, keep)
+        z_Tr = _dropped(x_Tn, keep, keep_scale) @ A.to(x.dtype).t()
+        y_Tm = F.linear(x_Tn, whole(weight, x.dtype), bias)
+        y_Tm.addmm_(z_Tr, _times(B, E).to(x.dtype).t(), alpha=scaling)
+        save_with(ctx, weight, x_Tn, z_Tr, A, B, E, keep)
         ctx.scaling, ctx.keep_scale, ctx.x_shape = scaling, keep_scale, x.shape
-        return y_Tm.view(*x.shape[:-1], weight.shape[0])
+        return y_Tm.view(*x.shape[:-1], y_Tm.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_Tn, z_Tr, weight, A, B, E, keep = ctx.saved_tensors
-        dy_Tm = grads[0].reshape(-1, weight.shape[0])
-        dyB_Tr = dy_Tm @ _times(B, E).to(weight.dtype)
+        weight, x_Tn, z_Tr, A, B, E, keep = saved_with(ctx)
+        dy_Tm = grads[0].reshape(-1, grads[0].shape[-1])
+        dyB_Tr = dy_Tm @ _times(B, E).to(dy_Tm.dtype)
         dx = dA = dB = dE = None
         if ctx.needs_input_grad[0]:
-            dx_Tn = dy_Tm @ weight
+            dx_Tn = dy_Tm @ whole(weight, dy_Tm.dtype)
             if keep is None:
-                dx_Tn.addmm_(dyB_Tr, A.to(weight.dtype), alpha=ctx.scaling)
+                dx_Tn.addmm_(dyB_Tr, A.to(dy_Tm.dtype), alpha=ctx.scaling)
             else:
-                low_rank_Tn = dyB_Tr @ A.to(weight.dtype)
+                low_rank_Tn = dyB_Tr @ A.to(dy_Tm.dtype)
                 dx_Tn.addcmul_(low_rank_Tn, keep, value=ctx.scaling * ctx.keep_scale)
             dx = dx_Tn.view(ctx.x_shape)
         if ctx.needs_input_grad[3]:
@@ -125,7 +129,7 @@ class EmbeddingWithLowRank(torch.autograd.Function):
 
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     A: Tensor,
     B: Tensor,

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlora.quant.packed import PackedMixin, frozen_weight
+
 CHILD = "adapter"
 
 
@@ -36,11 +38,12 @@ class HostMixin:
 
 
 class LinearHost(HostMixin):
-    """`nn.Linear`: weight [out, in]."""
+    """`nn.Linear`: weight [out, in], packed or not."""
 
     @staticmethod
     def accepts(module: nn.Module) -> bool:
-        return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+        own = (nn.Linear.forward, PackedMixin.forward)
+        return isinstance(module, nn.Linear) and type(module).forward in own
 
     @staticmethod
     def shape(module: Any) -> tuple[int, int]:
@@ -49,7 +52,7 @@ class LinearHost(HostMixin):
     def forward(self: Any, x: Tensor) -> Tensor:
         if not self.adapter.enabled:
             return super().forward(x)  # type: ignore[misc]
-        return self.adapter.linear(x, self.weight, self.bias)
+        return self.adapter.linear(x, frozen_weight(self), self.bias)
 
 
 class Conv1DHost(HostMixin):
@@ -59,6 +62,8 @@ class Conv1DHost(HostMixin):
 
     @staticmethod
     def accepts(module: nn.Module) -> bool:
+        if isinstance(module, PackedMixin):
+            return module.transposed
         return (
             type(module).__name__.removeprefix("FSDP") == "Conv1D"
             and isinstance(getattr(module, "nf", None), int)
@@ -73,7 +78,7 @@ class Conv1DHost(HostMixin):
     def forward(self: Any, x: Tensor) -> Tensor:
         if not self.adapter.enabled:
             return super().forward(x)  # type: ignore[misc]
-        return self.adapter.linear(x, self.weight.t(), self.bias)
+        return self.adapter.linear(x, frozen_weight(self).t(), self.bias)
 
 
 class EmbeddingHost(HostMixin):

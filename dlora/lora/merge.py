@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dlora.errors import UsageError
 from dlora.lora.attach import attachment_of, host_children, named_adapters, named_copies
 from dlora.lora.hosts import HostMixin
+from dlora.quant.packed import WEIGHT_NAMES, replace_weight, restore_weight, unpacked
 
 LOSS_WORTH_A_WARNING = 0.01
 
@@ -44,7 +45,9 @@ def merge(model: nn.Module) -> nn.Module:
     """Replace every adapted W0 by W0 + ΔW and switch the adapters off, in place.
 
     The original parameters are kept aside whole (one copy of the adapted weights), so that
-    `unmerge` restores them bit for bit. A tied weight is untied: only the adapted side changes.
+    `unmerge` restores them bit for bit. A tied weight is untied: only the adapted side changes. A
+    packed W0 is what it stands for, in the dtype that it had before it was packed, and never packed
+    again: that would round most of ΔW away.
 
     Warns when rounding to the base's dtype loses more than 1 % of a ΔW.
 
@@ -55,12 +58,12 @@ def merge(model: nn.Module) -> nn.Module:
     losses: dict[str, float] = {}
     originals: dict[str, nn.Parameter] = {}
     for path, host, adapter in named_adapters(model):
-        original: nn.Parameter = host.weight  # type: ignore[assignment]
         delta = adapter.delta()
         oriented = delta.t() if isinstance(host, HostMixin) and host.transposed else delta
-        result = merged_weight(original.detach(), oriented)
-        originals[f"{path}.weight"], losses[path] = original, result.loss
-        host.weight = nn.Parameter(result.weight, requires_grad=False)
+        result = merged_weight(unpacked(host), oriented)
+        losses[path] = result.loss
+        taken = replace_weight(host, result.weight)
+        originals |= {f"{path}.{name}": parameter for name, parameter in taken.items()}
         adapter.enabled = False
     for path, host, copy in named_copies(model):
         for name, value in copy.cast().items():
@@ -79,6 +82,9 @@ def unmerge(model: nn.Module) -> nn.Module:
     originals = model.__dict__.pop("dlora_originals", None)
     if originals is None:
         raise UsageError("unmerge: this model is not merged")
+    for path, host, _ in named_adapters(model):
+        names = [name for name in WEIGHT_NAMES if f"{path}.{name}" in originals]
+        restore_weight(host, {name: originals.pop(f"{path}.{name}") for name in names})
     for path, original in originals.items():
         _set_parameter(model, path, original)
     for child in host_children(model):
@@ -110,9 +116,10 @@ def _check_mergeable(model: nn.Module) -> None:
     if "dlora_originals" in model.__dict__:
         raise UsageError("merge: this model is merged already")
     for path, host, _ in named_adapters(model):
-        if type(host.weight.data) is not Tensor:
+        name = next(name for name in WEIGHT_NAMES if name in host._parameters)
+        if type(host.get_parameter(name).data) is not Tensor:
             raise UsageError(
-                f"merge: {path}.weight is sharded; save the adapter and use dlora.export --merge"
+                f"merge: {path}.{name} is sharded; save the adapter and use dlora.export --merge"
             )
 
 

@@ -64,6 +64,11 @@ def saved_paths(model: nn.Module, config: LoraConfig) -> list[str]:
     return list(dict.fromkeys(paths))
 
 
+def linear_paths(model: nn.Module) -> list[str]:
+    """Paths of the linear layers but for the output head, in the model's order."""
+    return _all_linear(model, {path: module for path, module in model.named_modules() if path})
+
+
 def _all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
     """Every linear layer but the output head, which PEFT leaves out too."""
     head = _output_head(model)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from dlora.objectives import targets
+from dlora.quantization import FrozenMatrix, frozen_matrices
 from dlora.sharding.groups import block_lists
 
 _COPIES = 5  # of a chunk of float32 logits, while its gradient is computed
@@ -41,12 +41,14 @@ def estimate(skeleton: Any, tokens: int, checkpointing: bool, reason: str) -> Tr
     head = targets.model_parts(skeleton).head
     experts = getattr(skeleton.config, "num_experts_per_tok", None) or 1
     blocks = [b for p in block_lists(skeleton) for b in skeleton.get_submodule(p).children()]
-    each = [sum(_saved_by(p, experts) for p in _frozen_matrices(block)) for block in blocks]
+    matrices = [list(frozen_matrices(block)) for block in blocks]
+    each = [sum(_saved_by(matrix, experts) for matrix in block) for block in matrices]
     weights = sum(
-        p.shape[-2:].numel() * (experts if p.ndim > 2 else 1)
-        for block in blocks
-        for p in _frozen_matrices(block)
+        math.prod(matrix.shape[-2:]) * (experts if len(matrix.shape) > 2 else 1)
+        for block in matrices
+        for matrix in block
     )
+    transient = max((matrix.transient for block in matrices for matrix in block), default=0)
     trained = sum(p.numel() for p in skeleton.parameters() if p.requires_grad)
     head_size = sum(p.numel() for p in head.parameters())
     widest: Any = max(head.parameters(), key=lambda p: p.ndim)
@@ -54,18 +56,14 @@ def estimate(skeleton: Any, tokens: int, checkpointing: bool, reason: str) -> Tr
     saved = len(blocks) * hidden if checkpointing else tokens * sum(each)
     return Trace(
         saved=saved,
-        blocks=saved + tokens * max(each, default=0),
+        blocks=saved + tokens * max(each, default=0) + transient,
         loss=saved + 3 * hidden + _COPIES * targets.CHUNK_BYTES,
         flops=tokens * ((6 if checkpointing else 4) * weights + 4 * head_size + 6 * trained),
         estimated=reason,
     )
 
 
-def _frozen_matrices(block: nn.Module) -> list[nn.Parameter]:
-    return [p for p in block.parameters() if p.ndim > 1 and not p.requires_grad]
-
-
-def _saved_by(weight: nn.Parameter, experts: int) -> int:
+def _saved_by(weight: FrozenMatrix, experts: int) -> int:
     """Bytes per token of its input and its output."""
-    times = experts if weight.ndim > 2 else 1
-    return times * sum(weight.shape[-2:]) * weight.element_size()
+    times = experts if len(weight.shape) > 2 else 1
+    return times * sum(weight.shape[-2:]) * weight.dtype.itemsize

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dlora.errors import UsageError
+from dlora.plan.state import modes
 from dlora.plan.subject import Plan, Subject
 from dlora.sharding.mesh import Topology, resolve_placement
 
@@ -117,9 +118,8 @@ def decide(
     Raises:
         UsageError: no placement is possible, or none fits a budget, of which the least is told.
     """
-    modes = {"replicated": [False], "divided": [True]}.get(optimizer_state, [False, True])
     seen: list[Candidate] = []
-    for divided in modes if topology.world > 1 else modes[:1]:
+    for divided in modes(subject.workload.optimizer, optimizer_state, topology.world):
         found = candidates(
             subject,
             topology,

@@ -22,9 +22,11 @@ from dlora.plan.capacity import free_bytes
 from dlora.plan.choose import Capacity, bytes_first, capacity_of, decide
 from dlora.plan.choose import candidates as candidates_of
 from dlora.plan.speed import Speeds, step_time
+from dlora.plan.state import modes
 from dlora.plan.subject import Plan, Subject
 from dlora.plan.tables import Survey, as_json, as_text
 from dlora.plan.workload import workload_of
+from dlora.quantization import quantize_as_set
 from dlora.sharding.mesh import Topology
 
 ENGINES = {"fsdp2": "torch", "zero3": "deepspeed"}  # and what each stands on
@@ -75,6 +77,7 @@ def survey(config: Config, machines: Machines) -> Survey:
     skeleton = _skeleton(config)
     size = sum(p.numel() for p in skeleton.parameters())
     model_parts(skeleton)
+    quantized = quantize_as_set(skeleton, config.model.quantization)
     with keyed_by("adapter"):
         attach(skeleton, lora_config(config))
     subject = Subject(
@@ -105,14 +108,20 @@ def survey(config: Config, machines: Machines) -> Survey:
         for engine, needs in ENGINES.items()
         if engine != section.engine and importlib.util.find_spec(needs) is not None
         for candidate in candidates_of(
-            subject, topology, engine=engine, base=section.base, capacity=capacity
+            subject,
+            topology,
+            engine=engine,
+            base=section.base,
+            capacity=capacity,
+            divided=modes(config.optimizer, section.optimizer_state, topology.world)[0],
         )
         if candidate.base != "none"
     ]
     twin = _with_other_checkpointing(subject)
     rows = [*decision.candidates, *others]
     return Survey(
-        model=f"{type(skeleton).__name__}, {size:,} parameters in {config.model.dtype}",
+        model=f"{type(skeleton).__name__}, {size:,} parameters in {config.model.dtype}"
+        + (f"; {quantized}" if quantized else ""),
         capacity=capacity,
         speeds=speeds,
         decision=decision,

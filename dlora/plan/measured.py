@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dlora.sharding.replica import Replica
+from dlora.api import TrainedReplica
 from dlora.sharding.storage import held_bytes
 
 
@@ -19,36 +19,45 @@ class Measured:
     """Bytes of one rank.
 
     Attributes:
-        wire: sent per step once what stays gathered has come: the median from the third step on.
+        wire: sent per step once what stays gathered has come: the median from the third step on,
+            with AdaLoRA as long as nothing has been removed.
         base: of W0, held.
         replica: of A, B, gradients and optimizer state.
         peak: the most, of the rank that had most.
+        pruned: whether AdaLoRA removed a part of `replica`, which is planned for the beginning.
     """
 
     wire: float
     base: int
     replica: int
     peak: int
+    pruned: bool = False
 
 
 def measure(
-    model: nn.Module, replica: Replica, optimizer: Optimizer, records: Sequence[Mapping[str, Any]]
+    model: nn.Module,
+    replica: TrainedReplica,
+    optimizer: Optimizer,
+    records: Sequence[Mapping[str, Any]],
 ) -> Measured:
     """The figures of a run that is over.
 
     Args:
         records: lines of the metrics, one for each step.
     """
-    steady = records[2:] or records
+    steady, allocator = records[2:] or records, replica.allocator
+    if allocator is not None:
+        steady = [r for r in steady if r["step"] <= allocator.schedule.last] or steady
     return Measured(
         wire=statistics.median(record["wire_bytes"] for record in steady),
         base=held_bytes(model),
         replica=_storage_bytes(_kept(replica, optimizer)),
         peak=max(record["peak_memory_bytes"] for record in records),
+        pruned=allocator is not None and allocator.is_shrunk,
     )
 
 
-def _kept(replica: Replica, optimizer: Optimizer) -> Iterable[Tensor]:
+def _kept(replica: TrainedReplica, optimizer: Optimizer) -> Iterable[Tensor]:
     for parameter in (*replica.named.values(), *replica.optimized.values()):
         yield parameter.detach()
         if parameter.grad is not None:

@@ -4,7 +4,7 @@ all the time    share of W0 │ layers that are held │ A, B, gradients │ opt
 and the most of
   blocks        saved activations + the busiest moment of a block │ W0: kept + two layers
   loss          saved activations + a chunk of logits, its gradient │ W0: kept + one layer
-  a save        on a CPU: the copy that is written, and what clipping copies
+  a save        on a CPU: the copy that is written, and what clipping copies; an optimizer's step
 and an allowance for the process, and for the holes that an allocator leaves
 """
 
@@ -17,10 +17,11 @@ from torch import nn
 
 from dlora.memory import HOLES
 from dlora.plan.activations import Trace
+from dlora.plan.scores import is_triplet_factor
+from dlora.plan.state import share_of, state_of
 from dlora.plan.units import Unit
 from dlora.plan.workload import Workload
 from dlora.sharding.mesh import Placement, Topology
-from dlora.sharding.replica import share_class
 
 # What a process takes that no tensor here accounts for. CPU: the interpreter's growth, gloo's
 # buffers, scratch of matrix products. CUDA: context, NCCL's buffers, workspaces of cuBLAS.
@@ -38,9 +39,9 @@ class Memory:
         base_gathered: most of W0 that is gathered at one time beside these, in the blocks.
         loss_gathered: the same while the loss is computed.
         adapters: values and gradients of A, B and trained copies.
-        state: of the optimizer.
+        state: of the optimizer, and of AdaLoRA's scorer.
         activations: what a micro-batch takes.
-        saving: most that clipping or a save takes between two steps.
+        saving: most that clipping, a step or a save takes between two passes.
         process: what it takes beside tensors, stated and not computed.
     """
 
@@ -109,14 +110,19 @@ def memory_of(
         device: `"cuda"` or `"cpu"`: where the model is.
     """
     units = list(units)
-    share, size = share_class(divided), placement.shard_size
+    share, size = share_of(workload.optimizer, divided), placement.shard_size
     item = next(iter(trained.values())).element_size()
+    state = state_of(workload.optimizer, trained, topology, divided)
     stepped = share.elements(trained, topology)
     values, gradients = share.lengths(trained, topology)
     always = sum(unit.nbytes for unit in units if unit.always) if size > 1 else 0
     shard = sum(unit.gathered if size > 1 else unit.nbytes for unit in units) // size
     whole = item * sum(parameter.numel() for parameter in trained.values())
-    saving = max(8 * stepped, 2 * whole * (1 + workload.moments)) if device == "cpu" else 0
+    scored = {name: p for name, p in trained.items() if is_triplet_factor(name)}
+    averages = workload.averages * item if scored else 0
+    scorer = averages * share.elements(scored, topology) if averages else 0
+    kept = state.whole + averages * sum(p.numel() for p in scored.values())
+    saving = max(8 * stepped, 2 * (whole + kept)) if device == "cpu" else 0
     memory = Memory(
         base_total=sum(unit.nbytes for unit in units),
         base_held=always + (0 if placement.offload and device != "cpu" else shard),
@@ -124,9 +130,9 @@ def memory_of(
         base_gathered=0,
         loss_gathered=0,
         adapters=item * (values + gradients),
-        state=workload.moments * item * stepped,
+        state=state.held + scorer,
         activations=activations,
-        saving=saving,
+        saving=max(saving, state.stepping),
         process=PROCESS[device],
     )
     return memory if size == 1 else memory.holding(units, held)

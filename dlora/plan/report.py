@@ -30,7 +30,8 @@ def lines_of(decision: Decision, *, is_open: bool) -> list[str]:
         f"peak memory     {mb(m.peak)} per rank, with an allowance of {mb(m.allowance)} for "
         "process and allocator",
         f"wire, per step  {mb(plan.gathers)} gathering W0 + {mb(plan.reduction)} reducing "
-        f"gradients, sent by each rank; {plan.audit} bytes every {AUDIT_EVERY}th for the audit",
+        f"gradients, sent by each rank; {plan.audit} bytes every {AUDIT_EVERY}th for the audit"
+        + (f"; {t.mask.rank:,.0f} bytes for the scores of a mask" if t.mask.rank else ""),
     ]
     if is_open:
         lines.insert(1, f"chosen          base: {p.base}: {decision.reason}")
@@ -76,7 +77,11 @@ def comparison(plan: Plan, measured: Measured, device: str) -> str:
     rows: list[tuple[str, int, float]] = [
         ("wire per step, median", plan.gathers + plan.reduction, measured.wire),
         ("W0 held", plan.base_held, measured.base),
-        ("A, B, gradients, state", plan.memory.replica, measured.replica),
+        (
+            "A, B, gradients, state" + (" (pruned)" if measured.pruned else ""),
+            plan.memory.replica,
+            measured.replica,
+        ),
         ("peak memory", peak, measured.peak),
     ]
     table = [("per rank", "planned", "measured", "measured/planned")]

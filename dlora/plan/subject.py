@@ -113,18 +113,17 @@ class Subject:
         common: dict[str, Any] = {
             "placement": placement,
             "topology": topology,
+            "workload": self.workload,
             "divided": divided,
         }
         return Plan(
             resident=tuple(dict.fromkeys(u.path for u in units if u.path in held and not u.always)),
             trainable=sum(p.numel() for p in self.trained.values()),
             flops=self.activations.flops * self.workload.micro_batches,
-            workload=self.workload,
             memory=memory_of(
                 units,
                 held,
                 self.trained,
-                workload=self.workload,
                 activations=self.activations,
                 device=self.device,
                 **common,

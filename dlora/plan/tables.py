@@ -111,6 +111,8 @@ def _parts(plan: Plan) -> list[str]:
         ("  a node's link, each way: gradients", gb(t.reduction.between)),
         ("  a rank, every 10th step: audit", f"{plan.audit:,} B"),
     ]
+    if t.mask.rank:
+        rows.append(("  a rank, at a mask: scores of all triplets", gb(t.mask.rank)))
     lines = columns(rows) + [f"activations: {activations_of(plan)}"]
     return [*lines, f"resident: {resident_of(plan)}"] if plan.resident else lines
 

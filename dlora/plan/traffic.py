@@ -15,10 +15,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from dlora.plan.scores import score_bytes
+from dlora.plan.state import share_of, state_of
 from dlora.plan.units import Unit
+from dlora.plan.workload import Workload
 from dlora.sharding.mesh import Placement, Topology
 from dlora.sharding.reduction import is_hierarchical, reduction_bytes
-from dlora.sharding.replica import share_class
 from dlora.sharding.wire import ring_gather_bytes
 
 
@@ -39,11 +41,14 @@ class Sent:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Per optimizer step: gathers of W0 (in steady state) and the reduction; and of one audit."""
+    """Per optimizer step: gathers of W0 (in steady state) and the reduction, with what an optimizer
+    that is spread over ranks sends after it; of one audit; and of one of AdaLoRA's masks.
+    """
 
     gathers: Sent
     reduction: Sent
     audit: Sent
+    mask: Sent = Sent()
 
     @property
     def inside(self) -> float:
@@ -63,18 +68,22 @@ def traffic_of(
     *,
     placement: Placement,
     topology: Topology,
+    workload: Workload,
     divided: bool,
 ) -> Traffic:
     """The traffic of a rank; see `dlora.plan.memory.memory_of` for the arguments."""
     size = placement.shard_size
     coming = (unit for unit in units if not (unit.always or unit.path in held))
     gathers = sum(unit.times * ring_gather_bytes(unit.gathered, size) for unit in coming)
-    reduced = share_class(divided).wire_bytes(trained, topology)
+    optimizer = workload.optimizer
+    reduced = share_of(optimizer, divided).wire_bytes(trained, topology)
+    reduced += state_of(optimizer, trained, topology, divided).wire
     checksums = ring_gather_bytes(8 * topology.world, topology.world)
     return Traffic(
         gathers=_in_a_ring(gathers, size, topology),
         reduction=_in_two_levels(reduced, topology),
         audit=_in_a_ring(checksums, topology.world, topology),
+        mask=_in_two_levels(score_bytes(trained, topology), topology),
     )
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dlora.config import Config
+from dlora.config import Config, OptimizerConfig
 from dlora.data.collate import PAD_TO
-
-MOMENTS = {"adamw": 2, "sgd": 0}  # float32 values that an optimizer keeps per parameter
+from dlora.lora.importance import IMPORTANCES
 
 
 @dataclass(frozen=True)
@@ -17,15 +16,17 @@ class Workload:
     Attributes:
         rows, tokens: sequences of the largest micro-batch, and their padded length.
         micro_batches: forward passes.
-        moments: values that the optimizer keeps per element that it steps.
+        optimizer: what keeps a state of A and B.
         checkpointing: activations are recomputed in backward.
+        averages: that AdaLoRA's scorer keeps of each element of A, B and E.
     """
 
     rows: int
     tokens: int
     micro_batches: int
-    moments: int
+    optimizer: OptimizerConfig
     checkpointing: bool
+    averages: int = 0
 
 
 def workload_of(config: Config, world: int, longest: int | None = None) -> Workload:
@@ -34,12 +35,14 @@ def workload_of(config: Config, world: int, longest: int | None = None) -> Workl
     Args:
         longest: tokens of the data's longest sequence; without data, what `data.max_length` allows.
     """
+    adapter = config.adapter
     sequences, size = config.train.global_batch_size, config.train.micro_batch_size
     micro_batches = -(-sequences // (world * size))
     return Workload(
         rows=-(-sequences // (world * micro_batches)),
         tokens=-(-(longest or config.data.max_length) // PAD_TO) * PAD_TO,
         micro_batches=micro_batches,
-        moments=MOMENTS[config.optimizer.name],
+        optimizer=config.optimizer,
         checkpointing=config.sharding.activation_checkpointing,
+        averages=len(IMPORTANCES[adapter.importance]) if adapter.method == "adalora" else 0,
     )

@@ -25,12 +25,13 @@ class Weights(Protocol):
     """Where a base comes from: whole modules, or single elements."""
 
     skeleton: nn.Module  # the model on the meta device
+    element_wise: bool  # `empty` and `read` alone know how the model is stored
 
     def from_pretrained(self, **sharding: Any) -> nn.Module:
         """What transformers' `from_pretrained` makes of the base and these arguments."""
 
     def empty(self) -> nn.Module:
-        """The model with its buffers in place and its parameters on the meta device."""
+        """The model with its buffers in place and its parameters, frozen, on the meta device."""
 
     def read(self, name: str, start: int, out: Tensor) -> None:
         """Fill `out` [n] with the elements from `start` on of the flattened parameter `name`."""

@@ -6,6 +6,7 @@ engine counts through FSDP2's own communication hook.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,8 +18,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dlora.sharding.engine import Weights
+from dlora.sharding.fill import fill, slots_of
 from dlora.sharding.groups import FREE, KEEP, Group, block_lists, groups_of, sharding_plan
 from dlora.sharding.mesh import Placement, Topology
 from dlora.sharding.storage import own_storage
@@ -40,7 +43,11 @@ class Fsdp2:
         return groups_of(skeleton, rules or sharding_plan(skeleton))
 
     def load(self, weights: Weights, device: torch.device) -> nn.Module:
-        """transformers shards while it reads, by the plan that `sharding_plan` completes."""
+        """transformers shards while it reads, by the plan that `sharding_plan` completes; or the
+        same units are made here, and every rank reads its own rows.
+        """
+        if weights.element_wise:
+            return self._load_rows(weights, device)
         return weights.from_pretrained(
             distributed_config={
                 "fsdp_size": self.placement.shard_size,
@@ -102,11 +109,34 @@ class Fsdp2:
             for path, parameter in module.named_parameters()
         }
 
+    def _load_rows(self, weights: Weights, device: torch.device) -> nn.Module:
+        model, mesh = weights.empty(), self._mesh(device.type)
+        slots, units = slots_of(model), self.groups(model)
+        for unit in sorted(units, key=lambda group: -len(group.path.split("."))):
+            if unit.path:  # inner ones first, and the root last
+                inner = model.get_submodule(unit.path)
+                fully_shard(inner, mesh=mesh, reshard_after_forward=unit.freed)
+        fully_shard(model, mesh=mesh)
+        fill(slots, weights, lambda meta: _own_rows(meta, device))
+        return model.to(device)
+
     def _mesh(self, device: str) -> DeviceMesh:
         size, replicas = self.placement.shard_size, self.placement.replicas
         if replicas == 1:
             return init_device_mesh(device, (size,), mesh_dim_names=("shard",))
         return init_device_mesh(device, (replicas, size), mesh_dim_names=("replicate", "shard"))
+
+
+def _own_rows(meta: Any, device: torch.device) -> tuple[nn.Parameter, int, Tensor]:
+    """What `fill` wants for a sharded parameter on the meta device: this rank's rows."""
+    mesh, placements, shape = meta.device_mesh, meta.placements, meta.shape
+    local, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
+    rows = torch.empty(local, dtype=meta.dtype, device=device)
+    sharded = DTensor.from_local(
+        rows, mesh, placements, run_check=False, shape=shape, stride=meta.stride()
+    )
+    start = offset[0] * math.prod(shape[1:])
+    return nn.Parameter(sharded, requires_grad=False), start, rows.view(-1)
 
 
 def _stays_after_forward(unit: FSDPModule) -> bool:

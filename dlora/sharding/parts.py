@@ -109,17 +109,18 @@ def _on_rank_0(parts: Parts, name: str, mine: Tensor | None, like: Tensor) -> Te
     spans, rank = parts.spans(name), parts.topology.rank
     if rank != 0:
         if mine is not None:
-            _done([dist.P2POp(dist.isend, mine, 0)])
+            done([dist.P2POp(dist.isend, mine, 0)])
         return like
     whole = like.new_empty(spans[-1].stop if spans else 0)
     if mine is not None:
         here = parts.here(name)
         whole[here.start : here.stop] = mine
-    _done([dist.P2POp(dist.irecv, whole[s.start : s.stop], s.rank) for s in spans if s.rank])
+    done([dist.P2POp(dist.irecv, whole[s.start : s.stop], s.rank) for s in spans if s.rank])
     return whole
 
 
-def _done(operations: list[dist.P2POp]) -> None:
+def done(operations: list[dist.P2POp]) -> None:
+    """Start them together, and wait for all."""
     if operations:
         for work in dist.batch_isend_irecv(operations):
             work.wait()
@@ -136,7 +137,7 @@ def _agreed(parts: Parts, named: Named, states: States) -> Described:
     """What all ranks have, in the order of the tensors, once it is clear that they agree."""
     device = next(iter(named.values())).device
     mine = json.dumps(_described(parts, states))
-    by_rank: list[Described] = [json.loads(text) for text in _texts(mine, parts.topology, device)]
+    by_rank: list[Described] = [json.loads(text) for text in texts(mine, parts.topology, device)]
     agreed: Described = {}
     for name in named:
         ranks = [span.rank for span in parts.spans(name)]
@@ -169,7 +170,7 @@ def _described(parts: Parts, states: States) -> Described:
     return found
 
 
-def _texts(text: str, topology: Topology, device: torch.device) -> list[str]:
+def texts(text: str, topology: Topology, device: torch.device) -> list[str]:
     """Every rank's text, by rank."""
     if topology.world == 1:
         return [text]

@@ -28,6 +28,7 @@ from dlora.sharding.divided import DividedShare
 from dlora.sharding.mesh import Topology
 from dlora.sharding.reduction import Reduction
 from dlora.sharding.share import Named, ReplicaError, Share, WholeShare, count
+from dlora.sharding.spread import InUnits, SpreadShare
 from dlora.sharding.tail import SUMS, Reduced, read_tail, tail
 from dlora.sharding.wire import WireCounter
 
@@ -93,8 +94,13 @@ class Replica:
         """Connect the optimizer that works on `optimized`; returns it.
 
         Where its state is divided, a step is collective from now on: it ends with gathering the
-        values, so that every rank has them whole. Otherwise nothing changes.
+        values, so that every rank has them whole. So it is with an optimizer that steps its
+        parameters in units (`spread.py`), which are spread over the ranks. Otherwise nothing
+        changes.
         """
+        if isinstance(optimizer, InUnits) and not self.divided and self.topology.world > 1:
+            self.share = SpreadShare(self.named, self._reduction)
+            self.share.bind(self._values, self._buffer, self._gradient_views)
         self.share.drive(optimizer, self._check_bound)
         return optimizer
 
@@ -182,6 +188,7 @@ class Replica:
 
     def zero_grad(self) -> None:
         """Forget all gradients; `optimizer.zero_grad()` does as well."""
+        self._check_bound()  # `.to()` moves gradients too, out of the buffer
         self._buffer[: self.numel].zero_()
         for name, parameter in self.named.items():
             parameter.grad = self._gradient_views[name]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dlora.sharding.engine import Weights
+from dlora.sharding.fill import fill, slots_of
 from dlora.sharding.groups import Group
 from dlora.sharding.mesh import Placement, Topology
 from dlora.sharding.storage import own_storage
@@ -27,6 +28,15 @@ class Replicated:
         return [Group("", tuple(skeleton.parameters()), freed=False, held=True)]
 
     def load(self, weights: Weights, device: torch.device) -> nn.Module:
+        if weights.element_wise:
+
+            def place(meta: nn.Parameter) -> tuple[nn.Parameter, int, Tensor]:
+                values = torch.empty(meta.shape, dtype=meta.dtype, device=device)
+                return nn.Parameter(values, requires_grad=False), 0, values.view(-1)
+
+            model = weights.empty()
+            fill(slots_of(model), weights, place)
+            return model.to(device)
         return weights.from_pretrained(**({} if device.type == "cpu" else {"device_map": device}))
 
     def shard(self, model: nn.Module, ignored: Iterable[nn.Parameter]) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from dlora.errors import UsageError
 from dlora.sharding.engine import Weights
+from dlora.sharding.fill import fill, slots_of
 from dlora.sharding.groups import Group, block_lists, head_parameters, is_vector, module_groups
 from dlora.sharding.mesh import Placement, Topology
 from dlora.sharding.wire import WireCounter, ring_gather_bytes
@@ -58,17 +59,15 @@ class Zero3:
     def load(self, weights: Weights, device: torch.device) -> nn.Module:
         """Every rank reads its own elements of each parameter straight into its partition."""
         model, init = weights.empty(), self._init()
-        made: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters stay tied
-        for path, module in model.named_modules():
-            for name, meta in list(module.named_parameters(recurse=False)):
-                if meta not in made:
-                    made[meta] = parameter = nn.Parameter(
-                        torch.empty(meta.shape, dtype=meta.dtype, device=device),
-                        requires_grad=False,
-                    )  # its pages are never touched, and it is gone before the next one
-                    _partition(init, parameter)
-                    self._fill(parameter, weights, f"{path}.{name}" if path else name)
-                module.register_parameter(name, made[meta])
+
+        def place(meta: nn.Parameter) -> tuple[nn.Parameter, int, Tensor]:
+            values = torch.empty(meta.shape, dtype=meta.dtype, device=device)
+            parameter: Any = nn.Parameter(values, requires_grad=False)
+            del values  # its pages are never touched, and it is gone before the next one
+            _partition(init, parameter)
+            return parameter, *_own_part(parameter)
+
+        fill(slots_of(model), weights, place)
         return model.to(device)
 
     def shard(self, model: nn.Module, ignored: Iterable[nn.Parameter]) -> None:
@@ -150,14 +149,6 @@ class Zero3:
             pin_memory=self.placement.offload and torch.cuda.is_available(),
         )
 
-    def _fill(self, parameter: Any, weights: Weights, name: str) -> None:
-        """The partition of `parameter`: elements from rank·size on; the last one is padded."""
-        part = parameter.ds_tensor
-        start = part.ds_numel * dist.get_rank(parameter.ds_process_group)
-        stop = min(start + part.ds_numel, parameter.ds_numel)
-        if start < stop:
-            weights.read(name, start, part[: stop - start])
-
     def _counted(self, gather: Callable[..., Any], own: Any) -> Callable[..., Any]:
         """DeepSpeed's own gather of a list of parameters, by default of `own`, counted."""
 
@@ -178,6 +169,14 @@ def _shard_group(placement: Placement) -> dist.ProcessGroup | None:
     size = placement.shard_size
     groups = [[k * size + i for i in range(size)] for k in range(placement.replicas)]
     return dist.new_subgroups_by_enumeration(groups)[0]
+
+
+def _own_part(parameter: Any) -> tuple[int, Tensor]:
+    """Where this rank's part begins, and its elements; of the last ranks some may be padding."""
+    part = parameter.ds_tensor
+    start = part.ds_numel * dist.get_rank(parameter.ds_process_group)
+    stop = min(start + part.ds_numel, parameter.ds_numel)
+    return start, part[: max(stop - start, 0)]
 
 
 def _partition(init: Any, parameter: Any) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dlora.base_model import find_base
+from dlora.config import OptimizerConfig
 from dlora.lora.attach import attach, trainable_parameters
 from dlora.lora.config import LoraConfig
 from dlora.plan.subject import Plan, Subject
@@ -45,12 +46,16 @@ def saved_config(name: str, directory: Path) -> str:
 
 
 @functools.cache
-def subject(name: str, checkpointing: bool = False) -> Subject:
+def subject(name: str, checkpointing: bool = False, quantization: str = "none") -> Subject:
     """The shape with adapters, and a step of two micro-batches of one sequence."""
     with tempfile.TemporaryDirectory() as directory:
-        skeleton = find_base(saved_config(name, Path(directory))).skeleton()
+        base = find_base(saved_config(name, Path(directory)), quantization=quantization)
+        skeleton = base.skeleton()
+    base.pack(skeleton)
     attach(skeleton, LoraConfig(r=R))
-    workload = Workload(1, 256, micro_batches=2, moments=2, checkpointing=checkpointing)
+    workload = Workload(
+        1, 256, micro_batches=2, optimizer=OptimizerConfig(), checkpointing=checkpointing
+    )
     return Subject(skeleton, trainable_parameters(skeleton), workload, device="cuda")
 
 
@@ -110,6 +115,35 @@ def test_zero3_gathers_modules_and_holds_vectors() -> None:
     again = subject("7B", checkpointing=True).plan(plan.placement, plan.topology)
     more = 2 * BF16 * (matrices - layers * hidden * ffn) * 7 / 8
     assert again.gathers - plan.gathers == pytest.approx(more, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "bits"), [("nf4", 4.25), ("nf4-dq", 4.125), ("int8", 8.0)]
+)
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_packed_bytes_are_those_of_the_shapes(engine: str, quantization: str, bits: float) -> None:
+    """At rest, gathered, and on the wire; and one layer that is de-quantised."""
+    hidden, layers, ffn, _, _, vocabulary = SHAPES["7B"]
+    shapes, table, ranks = block_shapes("7B"), vocabulary * hidden, 8
+    rows = {"nf4": 0, "nf4-dq": 4, "int8": 4}[quantization]  # bytes of each, beside the bits
+    matrices = layers * sum(m * n * bits / 8 + m * rows for m, n in shapes)
+    vectors = BF16 * 2 * layers * hidden
+    placement = resolve_placement(engine, "world", topology := Topology(0, ranks, ranks))
+    packed = subject("7B", quantization=quantization)
+    plan, plain = packed.plan(placement, topology), subject("7B").plan(placement, topology)
+    assert plan.base_total == matrices + vectors + BF16 * (2 * table + hidden)
+    last_norm = BF16 * hidden
+    if engine == "zero3":  # which holds all vectors, beside its parts of them
+        assert plan.base_held == plan.base_total // ranks + vectors + last_norm
+        vectors = last_norm = 0
+    else:
+        assert plan.base_held == plan.base_total // ranks
+    gathered = 2 * (2 * (matrices + vectors) + BF16 * table) + BF16 * table + last_norm
+    assert plan.gathers == pytest.approx(gathered * (ranks - 1) / ranks, abs=1)
+    assert plan.trainable == plain.trainable and plan.flops == plain.flops
+    more = plan.memory.activations.blocks - plain.memory.activations.blocks
+    assert 0 < more <= BF16 * hidden * ffn
+    assert plan.memory.activations.saved == plain.memory.activations.saved
 
 
 def test_a_divided_state_is_one_part_and_no_more_bytes() -> None:

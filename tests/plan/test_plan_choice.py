@@ -52,6 +52,20 @@ def test_the_optimizer_state_is_divided_only_where_nothing_fits_otherwise(path: 
         assert found.decision.plan.memory.peak <= memory
 
 
+def test_a_packed_base_fits_where_a_plain_one_does_not(path: str) -> None:
+    """And the sizes that are told are those of the model, not of its packed bytes."""
+    wide = Machines(nodes=1, gpus_per_node=2, gpu_memory_gb=1000)
+    plain, packed = (surveyed(path, wide, model__quantization=q) for q in ("none", "nf4"))
+    assert packed.model.startswith(f"{plain.model}; nf4: 56 linear layers are packed, ")
+    need = packed.decision.plan.memory.peak
+    machines = Machines(nodes=1, gpus_per_node=2, gpu_memory_gb=need / GB)
+    bases = [
+        surveyed(path, machines, model__quantization=q).decision.plan.placement.base
+        for q in ("none", "nf4")
+    ]
+    assert bases == ["world", "none"]
+
+
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
 def test_residency_grows_with_the_budget_and_stays_inside(path: str, engine: str) -> None:
     machines = Machines(nodes=1, gpus_per_node=8, gpu_memory_gb=1000)
@@ -111,6 +125,7 @@ def test_the_command_prints_a_table_and_json(path: str, capsys: pytest.CaptureFi
         (["--check"], "--check belongs to dlora.train"),
         (["--adapter.target_modules", '["q_prof"]'], "q_prof"),
         (["--sharding.memory_budget_gb", "9", "--gpu-memory-gb", "8"], "is more than"),
+        (["--model.quantization", "nf3"], "model.quantization: expected one of none, nf4"),
     ],
 )
 def test_mistakes_are_one_line(path: str, words: list[str], told: str) -> None:

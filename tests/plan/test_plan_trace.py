@@ -11,7 +11,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralC
 from dlora.lora.attach import attach
 from dlora.lora.config import LoraConfig
 from dlora.objectives import targets
+from dlora.plan.activations import estimate
 from dlora.plan.trace import trace
+from dlora.quant import kernel
+from dlora.quantization import quantize
 
 R, ROWS, TOKENS, VOCABULARY = 8, 2, 128, 4000
 HIDDEN, FFN, LAYERS, HEADS, KV = 256, 688, 6, 4, 2
@@ -33,29 +36,35 @@ CONFIGS: dict[str, Any] = {
         **dict.fromkeys(("bos_token_id", "eos_token_id"), 0),
         **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
     ),
+    # Few activations, so that a whole weight stands out.
+    "heavy": LlamaConfig(**LLAMA | {"vocab_size": 200, "intermediate_size": 16384}),
     "mixtral": MixtralConfig(**LLAMA, num_local_experts=4, num_experts_per_tok=2),
 }
 
 
-def model_of(name: str, dtype: torch.dtype, device: str, **settings: Any) -> Any:
+def model_of(
+    name: str, dtype: torch.dtype, device: str, quantization: str = "none", **settings: Any
+) -> Any:
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=dtype)
+    if quantization != "none":
+        quantize(model, quantization)
     attach(model, LoraConfig(r=R, **settings))
     return model
 
 
-def allocated(model: nn.Module) -> tuple[int, int]:
+def allocated(model: nn.Module, rows: int = ROWS, tokens: int = TOKENS) -> tuple[int, int]:
     """(alive between forward and backward, most alive) as torch's profiler sees the allocator."""
     targets.install(model)
     model.train()
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
-    run(model)  # what is made once is there now
+    run(model, rows, tokens)  # what is made once is there now
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
-        run(model)
+        run(model, rows, tokens)
     events = list(profile.profiler.kineto_results.events())  # type: ignore[union-attr]
     [turn] = [event.start_ns() for event in events if event.name() == "backward begins"]
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
@@ -68,8 +77,8 @@ def allocated(model: nn.Module) -> tuple[int, int]:
     return saved, most
 
 
-def run(model: nn.Module) -> None:
-    ids = torch.randint(VOCABULARY, (ROWS, TOKENS))
+def run(model: nn.Module, rows: int, tokens: int) -> None:
+    ids = torch.randint(model.config.vocab_size, (rows, tokens))
     loss = model(input_ids=ids, targets=ids.clone())
     with torch.profiler.record_function("backward begins"):
         loss.backward()
@@ -87,6 +96,24 @@ def test_bytes_are_those_of_a_real_pass(name: str, dtype: torch.dtype, recompute
     assert planned.estimated == ""
     assert max(planned.blocks, planned.loss) == pytest.approx(most, rel=0.005)
     assert planned.saved == pytest.approx(saved, abs=6000 * LAYERS)  # random states, not traced
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_what_is_unpacked_is_in_it(quantization: str) -> None:
+    """One layer at a time; what unpacking a chunk of it takes beside is left to the allowance."""
+    arguments = ("heavy", torch.bfloat16)
+    planned = trace(model_of(*arguments, "meta", quantization), 1, 8, checkpointing=False)
+    plain = trace(model_of(*arguments, "meta"), 1, 8, checkpointing=False)
+    assert planned.estimated == ""
+    whole = 2 * HIDDEN * 16384
+    assert planned.blocks == pytest.approx(plain.blocks + whole, rel=0.1)
+    assert planned.saved == plain.saved
+    _, most = allocated(model_of(*arguments, "cpu", quantization), 1, 8)
+    chunk = 12 * kernel._CHUNK_BYTES["cpu"]
+    assert 0.99 * planned.blocks <= most <= 1.01 * planned.blocks + chunk
+    estimated = estimate(model_of(*arguments, "meta", quantization), 8, False, "asked for")
+    assert estimated.blocks == pytest.approx(planned.blocks, rel=0.25)
+    assert estimated.flops == pytest.approx(planned.flops, rel=0.25)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -17,7 +17,7 @@ from dlora.entry import prepared
 from dlora.memory import MemoryMeter
 from dlora.metrics import read_metrics
 from dlora.runtime import Runtime
-from dlora.train import Run
+from dlora.train import Run, import_late_ones
 
 BASE_SETTINGS = {
     "model.dtype": "float32",
@@ -56,6 +56,7 @@ def prepared_run(argv: list[str]) -> Run:
     config = parse(argv, prog="dlora.train").config
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     runtime = Runtime(rank, world, torch.device("cpu"), ranks.current_store)
+    import_late_ones(config)
     since_before = meter()
     return Run(config, runtime, prepared(config, runtime), since_before)
 

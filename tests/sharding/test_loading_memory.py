@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dlora.base_model import find_base
+from dlora.quantization import quantize
 from dlora.sharding.engine import build_engine
 from dlora.sharding.mesh import Topology, resolve_placement
 
@@ -17,8 +18,10 @@ SLACK = 200e6
 SAMPLE_SECONDS = 0.005
 
 
-def save_llama(directory: Path, dtype: torch.dtype) -> tuple[int, int]:
-    """A Llama of 187 M parameters; (bytes of all in bfloat16, bytes of its largest layer)."""
+def save_llama(directory: Path, dtype: torch.dtype, quantization: str) -> tuple[int, int]:
+    """A Llama of 187 M parameters; (bytes of all in bfloat16 or packed, bytes of its largest layer
+    before it is packed).
+    """
     config = LlamaConfig(
         vocab_size=16000,
         hidden_size=1024,
@@ -35,7 +38,10 @@ def save_llama(directory: Path, dtype: torch.dtype) -> tuple[int, int]:
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     layers = [*model.model.layers, model.model.embed_tokens, model.lm_head]
     sizes = [2 * sum(p.numel() for p in layer.parameters()) for layer in layers]
-    return 2 * sum(p.numel() for p in model.parameters()), max(sizes)
+    model.to(torch.bfloat16)
+    if quantization != "none":
+        quantize(model, quantization)
+    return sum(p.nbytes for p in model.parameters()), max(sizes)
 
 
 def private_bytes() -> int:
@@ -43,7 +49,7 @@ def private_bytes() -> int:
     return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
 
 
-def most_held_while_loading(path: str, name: str) -> tuple[int, int]:
+def most_held_while_loading(path: str, name: str, quantization: str) -> tuple[int, int]:
     """Private bytes above those after all imports: (at most while loading, when it is done)."""
     import transformers.models.llama.modeling_llama  # noqa: F401
 
@@ -60,7 +66,8 @@ def most_held_while_loading(path: str, name: str) -> tuple[int, int]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    model = find_base(path, dtype="bfloat16").load(engine, torch.device("cpu"))
+    base = find_base(path, dtype="bfloat16", quantization=quantization)
+    model = base.load(engine, torch.device("cpu"))
     done.set()
     watcher.join()
     after = private_bytes()
@@ -69,15 +76,25 @@ def most_held_while_loading(path: str, name: str) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    ("engine", "stored"), [("fsdp2", "bfloat16"), ("fsdp2", "float32"), ("zero3", "float32")]
+    ("engine", "stored", "quantization"),
+    [
+        ("fsdp2", "bfloat16", "none"),
+        ("fsdp2", "float32", "none"),
+        ("zero3", "float32", "none"),
+        ("fsdp2", "float32", "nf4"),
+        ("zero3", "bfloat16", "nf4-dq"),
+        ("fsdp2", "bfloat16", "int8"),
+    ],
 )
-def test_no_rank_ever_holds_the_whole_base(tmp_path: Path, engine: str, stored: str) -> None:
-    """promise 1.8: a rank reads its share only."""
-    total, largest_layer = save_llama(tmp_path, getattr(torch, stored))
+def test_no_rank_ever_holds_the_whole_base(
+    tmp_path: Path, engine: str, stored: str, quantization: str
+) -> None:
+    """promise 1.8: a rank reads its share only, and packs it while it reads."""
+    total, largest_layer = save_llama(tmp_path, getattr(torch, stored), quantization)
     pool = Pool(2, tmp_path / "ranks", fresh=True)
-    results = pool.run(most_held_while_loading, str(tmp_path), engine)
+    results = pool.run(most_held_while_loading, str(tmp_path), engine, quantization)
     pool.close()
-    print(engine, stored, total / 1e6, largest_layer / 1e6, results)
+    print(engine, stored, quantization, total / 1e6, largest_layer / 1e6, results)
     for most, after in results:
         assert most <= total / 2 + largest_layer + SLACK
         assert total / 2 <= after <= total / 2 + SLACK / 4

@@ -121,16 +121,25 @@ def told_by_new_processes(directory: Path, argv: list[str]) -> tuple[str, list[s
 
 
 @pytest.mark.parametrize(
-    ("engine", "base", "recomputed"),
-    [("fsdp2", "world", False), ("zero3", "world", True), ("fsdp2", "none", False)],
+    ("engine", "base", "recomputed", "quantization"),
+    [
+        ("fsdp2", "world", False, "none"),
+        ("zero3", "world", True, "none"),
+        ("fsdp2", "none", False, "none"),
+        ("fsdp2", "world", True, "nf4"),
+        ("zero3", "world", False, "int8"),
+    ],
 )
-def test_planned_is_measured(tmp_path: Path, engine: str, base: str, recomputed: bool) -> None:
+def test_planned_is_measured(
+    tmp_path: Path, engine: str, base: str, recomputed: bool, quantization: str
+) -> None:
     """Bytes within 2 %, W0 and adapter memory within 5 %, the peak within 15 %."""
     argv = wide_words(
         tmp_path,
         sharding__engine=engine,
         sharding__base=base,
         sharding__activation_checkpointing=recomputed,
+        model__quantization=quantization,
     )
     printed, _ = told_by_new_processes(tmp_path, argv)
     bounds = {"wire": 0.02, "W0": 0.05, "A, B": 0.05, "peak": 0.15}

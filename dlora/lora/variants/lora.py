@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dlora.lora import functional
 from dlora.lora.config import LoraConfig
 from dlora.lora.dropout import DropoutStream
+from dlora.quant.packed import Weight
 
 
 class PlainLora(NamedTuple):
@@ -83,8 +84,8 @@ class LoraAdapter(nn.Module):
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
             self.lora_B.zero_()
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x [..., n], weight [m, n] → y [..., m]."""
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+        """x [..., n], weight [m, n], packed or not → y [..., m]."""
         keep, keep_scale = None, 1.0
         if self.training and self.dropout > 0:
             keep = self.stream.keep_mask(x, self.dropout, self.path)
@@ -116,4 +117,6 @@ class LoraAdapter(nn.Module):
         return (B @ A) * scaling
 
     def extra_repr(self) -> str:
-        return f"r={self.r}, scaling={self.scaling:g}, dropout={self.dropout:g}"
+        factor = self._parameters.get("lora_A")  # ZeRO-3 takes it out of sight while it looks
+        shown = "" if factor is None else f"r={factor.shape[0]}, "
+        return f"{shown}scaling={self.scaling:g}, dropout={self.dropout:g}"

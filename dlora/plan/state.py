@@ -1,0 +1,101 @@
+"""What the optimizer keeps, and what it sends beside the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from dlora.config import EIGHT_BIT, OptimizerConfig
+from dlora.optim.eight_bit import MAP_BYTES, state_bytes
+from dlora.optim.lora_pro import Pair, pair_cost
+from dlora.sharding.mesh import Topology
+from dlora.sharding.replica import share_class
+from dlora.sharding.share import Share, count, item
+from dlora.sharding.spread import gather_bytes, gathered_elements, owners
+
+MOMENTS = {"adamw": 2, "sgd": 0}  # values of the parameter's type, for each element
+_SCRATCH = 4  # tensors of the size of one W at a time, where the moments have that
+
+
+@dataclass(frozen=True)
+class State:
+    """Bytes of an optimizer's state.
+
+    Attributes:
+        held: on the rank that has most.
+        whole: all of it, once.
+        stepping: most that a step takes beside it.
+        wire: ring-equivalent bytes that a rank sends per step, beside the reduction.
+    """
+
+    held: int
+    whole: int
+    stepping: int = 0
+    wire: float = 0.0
+
+
+def modes(optimizer: OptimizerConfig, setting: str, ranks: int) -> list[bool]:
+    """Whether the state may be divided, by `sharding.optimizer_state`; the first that fits is
+    taken.
+    """
+    if setting != "auto":
+        return [setting == "divided"]
+    if ranks == 1 or optimizer.name in EIGHT_BIT:
+        return [False]
+    return [True] if optimizer.name == "lora_pro" else [False, True]
+
+
+def share_of(optimizer: OptimizerConfig, divided: bool) -> type[Share]:
+    """How gradients are shared: LoRA-Pro divides its state by pairs, beside whole gradients."""
+    return share_class(divided and optimizer.name != "lora_pro")
+
+
+def state_of(
+    optimizer: OptimizerConfig,
+    trained: Mapping[str, nn.Parameter],
+    topology: Topology,
+    divided: bool,
+) -> State:
+    """The state for A, B and trained copies, by name."""
+    if optimizer.name in EIGHT_BIT:
+        held = sum(state_bytes(p.numel()) for p in trained.values())
+        return State(held + MAP_BYTES, held + MAP_BYTES * len(trained))
+    if optimizer.name == "lora_pro":
+        return _of_pairs(optimizer.lora_pro_moments, trained, topology, divided)
+    each = MOMENTS[optimizer.name] * item(trained)
+    elements = share_class(divided).elements(trained, topology)
+    return State(each * elements, each * count(trained))
+
+
+def _of_pairs(
+    moments: str, trained: Mapping[str, nn.Parameter], topology: Topology, divided: bool
+) -> State:
+    pairs, rest = _pairs(trained)
+    size = item(trained)
+    numels = [pair.A.numel() + pair.B.numel() for pair in pairs]
+    wholes = [pair.sizes[0] * pair.sizes[1] for pair in pairs]
+    kept = wholes if moments == "full" else numels
+    ranks = topology.world if divided else 1
+    chosen = owners([pair_cost(*pair.sizes, moments) for pair in pairs], ranks)
+    most = max(sum(k for k, r in zip(kept, chosen, strict=True) if r == n) for n in range(ranks))
+    staging = gathered_elements(numels, chosen, topology) if divided else 0
+    scratch = _SCRATCH * max(wholes, default=0) if moments == "full" else 0
+    return State(
+        held=2 * size * (most + rest),
+        whole=2 * size * (sum(kept) + rest),
+        stepping=size * (staging + scratch),
+        wire=gather_bytes(size * staging, topology),
+    )
+
+
+def _pairs(trained: Mapping[str, nn.Parameter]) -> tuple[Sequence[Pair], int]:
+    """A and B that belong together, by their names, and the number of elements of all others."""
+    pairs = []
+    for name, parameter in trained.items():
+        head, _, last = name.rpartition(".")
+        if last == "lora_A":
+            pairs.append(Pair(parameter, trained[f"{head}.lora_B"], 1.0))
+    rest = count(trained) - sum(pair.A.numel() + pair.B.numel() for pair in pairs)
+    return pairs, rest

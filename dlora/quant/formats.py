@@ -1,0 +1,59 @@
+"""The formats of packed weights by name, and unpacking as one operator of torch.
+
+A format is one file: a class with the members of `Format`, and a line in `FORMATS`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dlora.quant.int8 import Int8
+from dlora.quant.nf4 import Nf4
+
+
+class Format(Protocol):
+    """How rows of a weight are packed. Rows never depend on one another."""
+
+    @property
+    def name(self) -> str:
+        """The value of `model.quantization`."""
+
+    @property
+    def block(self) -> int:
+        """Weights of a row that share a scale; a row must divide by it."""
+
+    def code_bytes(self, n: int) -> int:
+        """Bytes of the codes of a row of n weights."""
+
+    def scale_bytes(self, n: int) -> int:
+        """Bytes of the scales of a row of n weights."""
+
+    def codes(self, rows: Tensor) -> Tensor:
+        """rows [k, n] of any float type → uint8 [k, code_bytes(n)]."""
+
+    def scales(self, rows: Tensor) -> Tensor:
+        """rows [k, n] of any float type → uint8 [k, scale_bytes(n)]."""
+
+    def unpack(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the rows stand for, [k, n]: computed in float32, then rounded to `dtype`."""
+
+
+FORMATS: dict[str, Format] = {
+    "nf4": Nf4("nf4"),
+    "nf4-dq": Nf4("nf4-dq", double=True),
+    "int8": Int8(),
+}
+
+
+@torch.library.custom_op("dlora::unpack", mutates_args=())
+def unpack(codes: Tensor, scales: Tensor, n: int, name: str, dtype: torch.dtype) -> Tensor:
+    """[k, n] of the format `name`; an operator, so that tracing sees its result and no inside."""
+    return FORMATS[name].unpack(codes, scales, dtype)
+
+
+@unpack.register_fake
+def _(codes: Tensor, scales: Tensor, n: int, name: str, dtype: torch.dtype) -> Tensor:
+    return codes.new_empty((codes.shape[0], n), dtype=dtype)

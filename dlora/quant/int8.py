@@ -1,0 +1,55 @@
+"""Int8: eight bits a weight, a multiple of its row's step.
+
+    scale   c = max |w| of a row, float32           code   round(127 · w / c), −127 … 127
+    value   code · c / 127                          in float32, then rounded to the type asked for
+
+8 + 32/n bits a weight. Rows are independent of one another. The codes are those of bitsandbytes'
+`int8_vectorwise_quant`.
+
+Source: Dettmers et al. 2022, https://arxiv.org/abs/2208.07339, section 2.1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dlora.quant.kernel import chunk_rows
+from dlora.quant.rows import as_bytes, from_bytes
+
+
+@dataclass(frozen=True)
+class Int8:
+    """The format `int8`."""
+
+    name: str = "int8"
+    block: ClassVar[int] = 1
+
+    def code_bytes(self, n: int) -> int:
+        """Of a row of n weights."""
+        return n
+
+    def scale_bytes(self, n: int) -> int:
+        """Of a row, whatever its length."""
+        return 4
+
+    def codes(self, rows: Tensor) -> Tensor:
+        """rows [k, n] of any float type → uint8 [k, n], the bytes of signed integers."""
+        largest = rows.float().abs().amax(1, keepdim=True)
+        steps = rows.float() * (127 / largest).nan_to_num_(posinf=0.0)
+        return as_bytes(steps.round_().to(torch.int8))
+
+    def scales(self, rows: Tensor) -> Tensor:
+        """rows [k, n] of any float type → uint8 [k, 4]."""
+        return as_bytes(rows.float().abs().amax(1, keepdim=True))
+
+    def unpack(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """codes [k, n], scales [k, 4] → [k, n] in `dtype`."""
+        step = from_bytes(scales, torch.float32) / 127
+        out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+        for rows in chunk_rows(codes):
+            out[rows] = codes[rows].view(torch.int8).float().mul_(step[rows])
+        return out

@@ -1,0 +1,216 @@
+"""Linear layers whose weight is packed, and what a packed weight is to those who compute with it.
+
+    module.weight [k, n]      ──>   module.weight_codes   uint8 [k, code_bytes(n)]
+                                    module.weight_scales  uint8 [k, scale_bytes(n)]
+
+Both are plain frozen parameters, so engines shard and gather them like any other. The layer keeps
+its identity: its class becomes a subclass whose forward de-quantises.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from dlora.quant.formats import FORMATS, unpack
+from dlora.quant.kernel import chunk_rows
+
+CODES, SCALES = "weight_codes", "weight_scales"
+WEIGHT_NAMES = ("weight", CODES, SCALES)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a weight is packed.
+
+    Attributes:
+        name: of the format.
+        n: weights in a row.
+        dtype: that the weight had.
+        transposed: what is meant is the transpose of what is packed.
+    """
+
+    name: str
+    n: int
+    dtype: torch.dtype
+    transposed: bool = False
+
+    def whole(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight in `dtype`."""
+        weight = unpack(codes, scales, self.n, self.name, dtype)
+        return weight.t() if self.transposed else weight
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """The packed weight of a layer, in place of a tensor [m, n]."""
+
+    codes: Tensor
+    scales: Tensor
+    packing: Packing
+
+    def t(self) -> PackedWeight:
+        """Its transpose."""
+        packing = replace(self.packing, transposed=not self.packing.transposed)
+        return replace(self, packing=packing)
+
+    def to(self, dtype: torch.dtype) -> PackedWeight:
+        """Itself: it has the type of whatever it is multiplied with."""
+        return self
+
+
+Weight = Tensor | PackedWeight
+
+
+def whole(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """The weight as a tensor: a packed one is de-quantised to `dtype`, a tensor is there already.
+
+    To be used and let go: nothing keeps it.
+    """
+    if isinstance(weight, PackedWeight):
+        return weight.packing.whole(weight.codes, weight.scales, dtype)
+    return weight
+
+
+def save_with(ctx: Any, weight: Weight, *tensors: Tensor | None) -> None:
+    """`ctx.save_for_backward`, with the parameters of a weight themselves and nothing made of them.
+
+    An engine that frees them and gathers them again fills the same tensors.
+    """
+    if isinstance(weight, PackedWeight):
+        ctx.packing = weight.packing
+        ctx.save_for_backward(weight.codes, weight.scales, *tensors)
+    else:
+        ctx.packing = None
+        ctx.save_for_backward(weight, *tensors)
+
+
+def saved_with(ctx: Any) -> tuple[Any, ...]:
+    """What `save_with` saved: the weight, and the tensors."""
+    if ctx.packing is None:
+        return ctx.saved_tensors
+    codes, scales, *tensors = ctx.saved_tensors
+    return PackedWeight(codes, scales, ctx.packing), *tensors
+
+
+class _Product(torch.autograd.Function):
+    """y = x Wᵀ + b for x [..., n], W [m, n] packed and frozen; the gradient goes to x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+        save_with(ctx, weight)
+        return F.linear(x, whole(weight, x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = saved_with(ctx)
+        return grads[0] @ whole(weight, grads[0].dtype), None, None
+
+
+def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """`F.linear`; under `torch.autocast` in autocast's dtype."""
+    if not isinstance(weight, PackedWeight):
+        return F.linear(x, weight, bias)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+        bias = None if bias is None else bias.to(x.dtype)
+    return _Product.apply(x, weight, bias)
+
+
+class PackedMixin:
+    """A linear layer whose weight is packed, or was and is whole again."""
+
+    packing: Packing
+    transposed: bool  # the weight is stored [in, out], as that of a Conv1D
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        weight = frozen_weight(self)
+        if not isinstance(weight, PackedWeight):
+            return super().forward(x)  # type: ignore[misc]
+        return product(x, weight.t() if self.transposed else weight, self.bias)
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether the weight is packed now."""
+    return isinstance(module, PackedMixin) and CODES in module._parameters
+
+
+def frozen_weight(module: Any) -> Weight:
+    """The weight of a linear layer, [k, n] as it is stored."""
+    if not is_packed(module):
+        return module.weight
+    return PackedWeight(module.weight_codes, module.weight_scales, module.packing)
+
+
+@torch.no_grad()
+def pack(module: nn.Module, name: str, *, transposed: bool = False) -> None:
+    """Pack the weight of a linear layer, in place. On the meta device shapes are all there is.
+
+    Args:
+        name: of the format.
+        transposed: the weight is stored [in, out], as that of a Conv1D.
+    """
+    weight: Tensor = module.get_parameter("weight")
+    k, n = weight.shape
+    fmt, where = FORMATS[name], {"dtype": torch.uint8, "device": weight.device}
+    codes = torch.empty(k, fmt.code_bytes(n), **where)  # type: ignore[call-overload]
+    scales = torch.empty(k, fmt.scale_bytes(n), **where)  # type: ignore[call-overload]
+    if not weight.is_meta:
+        for rows in chunk_rows(codes):
+            codes[rows], scales[rows] = fmt.codes(weight[rows]), fmt.scales(weight[rows])
+    _put(module, {"weight": None, CODES: codes, SCALES: scales})
+    module.packing = Packing(name, n, weight.dtype)  # type: ignore[assignment]
+    base: Any = type(module)
+    module.__class__ = _packed_class(base, transposed)
+
+
+@torch.no_grad()
+def unpacked(module: nn.Module) -> Tensor:
+    """The weight that a layer computes with, [k, n] as it is stored; a packed one in the dtype that
+    it had before.
+    """
+    weight = frozen_weight(module)
+    if isinstance(weight, PackedWeight):
+        return whole(weight, weight.packing.dtype)
+    return weight.detach()
+
+
+def replace_weight(module: nn.Module, weight: Tensor) -> dict[str, nn.Parameter]:
+    """Give a layer a whole frozen weight, [k, n] as it is stored, whether its own is packed or not.
+
+    Returns the parameters that it takes the place of; `restore_weight` puts them back.
+    """
+    originals = {n: module.get_parameter(n) for n in WEIGHT_NAMES if n in module._parameters}
+    _put(module, {CODES: None, SCALES: None, "weight": weight})
+    return originals
+
+
+def restore_weight(module: nn.Module, originals: dict[str, nn.Parameter]) -> None:
+    """Undo `replace_weight`."""
+    _put(module, {"weight": None, **originals})
+
+
+def _put(module: nn.Module, tensors: dict[str, Any]) -> None:
+    """Set parameters in front of the others, frozen; None takes one out."""
+    rest = {n: p for n, p in module._parameters.items() if n not in tensors}
+    given = {n: t for n, t in tensors.items() if t is not None}
+    module._parameters.clear()
+    for name, tensor in given.items():
+        is_parameter = isinstance(tensor, nn.Parameter)
+        frozen = tensor if is_parameter else nn.Parameter(tensor, requires_grad=False)
+        module.register_parameter(name, frozen)
+    module._parameters.update(rest)
+
+
+@functools.cache
+def _packed_class(base: Any, transposed: bool) -> type:
+    """The subclass of `base` whose weight is packed. Cached: equal layers share one class."""
+    members = {"__module__": base.__module__, "transposed": transposed}
+    return type(f"Packed{base.__name__}", (PackedMixin, base), members)

@@ -1,0 +1,159 @@
+"""Which weights of a model are packed: the linear layers of its blocks, but for what cannot be.
+
+Embeddings, output head, norms and biases stay as they are, as quantisation tools leave them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dlora.errors import UsageError
+from dlora.lora.hosts import HostMixin, host_kind
+from dlora.lora.targets import linear_paths
+from dlora.quant.formats import FORMATS
+from dlora.quant.packed import CODES, SCALES, Packing, is_packed, pack
+from dlora.sharding.engine import is_divided
+from dlora.sharding.groups import block_lists
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What `quantize` did.
+
+    Attributes:
+        name: of the format.
+        packed: paths of the layers whose weight is packed now.
+        weights, nbytes: how many weights that are, and what they take.
+        left: why others in the blocks are not packed, by path.
+    """
+
+    name: str
+    packed: tuple[str, ...]
+    weights: int
+    nbytes: int
+    left: dict[str, str]
+
+    def __str__(self) -> str:
+        """In a line."""
+        bits = 8 * self.nbytes / self.weights
+        line = (
+            f"{self.name}: {len(self.packed)} linear layers are packed, {self.weights / 1e6:,.1f} "
+            f"M weights in {self.nbytes / 1e6:,.1f} MB ({bits:.2f} bits each)"
+        )
+        for reason in dict.fromkeys(self.left.values()):
+            paths = [path for path, why in self.left.items() if why == reason]
+            more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+            line += f"; not packed: {paths[0]}{more} ({reason})"
+        return line
+
+
+def quantize(model: nn.Module, quantization: str) -> Quantized:
+    """Pack the weights of the linear layers of a model's blocks, in place, before `attach`.
+
+    `X.weight` becomes `X.weight_codes` and `X.weight_scales`; nothing else changes.
+
+    Args:
+        model: with whole weights, or on the meta device.
+        quantization: `"nf4"`, `"nf4-dq"` or `"int8"`.
+
+    Raises:
+        UsageError: there is no such format, no layer can be packed, or the model has adapters, is
+            sharded or is packed already.
+    """
+    fmt = FORMATS.get(quantization)
+    if fmt is None:
+        raise UsageError(f"quantization: {quantization!r} is none of {', '.join(FORMATS)}")
+    if hasattr(model, "dlora"):
+        raise UsageError("quantize: this model carries adapters already; quantize comes first")
+    if any(map(is_divided, model.parameters())):
+        raise UsageError("quantize: this model is sharded already; quantize comes first")
+    if any(map(is_packed, model.modules())):
+        raise UsageError("quantize: this model is packed already")
+    packed, weights, nbytes = [], 0, 0
+    left, uses = dict(_not_linear(model)), _uses(model)
+    for path in _linear_in_blocks(model):
+        module = model.get_submodule(path)
+        k, n = module.get_parameter("weight").shape
+        if n % fmt.block:
+            left[path] = f"its rows of {n} weights do not divide into blocks of {fmt.block}"
+        elif _is_kept_in_float32(model, path):
+            left[path] = "the model keeps it in float32"
+        elif uses[id(module.weight)] > 1:
+            left[path] = "it shares its weight"
+        else:
+            kind: Any = host_kind(module) or HostMixin
+            pack(module, quantization, transposed=kind.transposed)
+            packed.append(path)
+            weights, nbytes = weights + k * n, nbytes + k * (fmt.code_bytes(n) + fmt.scale_bytes(n))
+    if not packed:
+        why = next(iter(left.items()), None)
+        told = f": {why[0]}: {why[1]}" if why else " in the blocks of this model"
+        raise UsageError(f"quantization: {quantization} cannot act on any linear layer{told}")
+    return Quantized(quantization, tuple(packed), weights, nbytes, left)
+
+
+def quantize_as_set(model: nn.Module, setting: str) -> Quantized | None:
+    """`quantize` by the value of `model.quantization`, which may be `"none"`."""
+    if setting == "none":
+        return None
+    try:
+        return quantize(model, setting)
+    except UsageError as error:
+        raise UsageError(f"model.{error}") from error
+
+
+@dataclass(frozen=True)
+class FrozenMatrix:
+    """A frozen parameter of two dims or more, as its layer computes with it.
+
+    Attributes:
+        transient: bytes of what is de-quantised for each of its products.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    transient: int
+
+
+def frozen_matrices(model: nn.Module) -> Iterator[FrozenMatrix]:
+    """All of a model, a packed one with the shape and the dtype of what it stands for."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if is_packed(module) and name in (CODES, SCALES):
+                if name == CODES:
+                    packing: Packing = module.packing  # type: ignore[assignment]
+                    shape, dtype = (parameter.shape[0], packing.n), packing.dtype
+                    yield FrozenMatrix(shape, dtype, math.prod(shape) * dtype.itemsize)
+            elif parameter.ndim > 1 and not parameter.requires_grad:
+                yield FrozenMatrix(tuple(parameter.shape), parameter.dtype, 0)
+
+
+def _linear_in_blocks(model: nn.Module) -> list[str]:
+    inside = tuple(f"{path}." for path in block_lists(model))
+    return [path for path in linear_paths(model) if not inside or path.startswith(inside)]
+
+
+def _not_linear(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Matrices of the blocks that belong to no linear layer."""
+    for path in block_lists(model):
+        for name, parameter in model.get_submodule(path).named_parameters():
+            if parameter.ndim > 2:
+                yield f"{path}.{name}", "it belongs to no linear layer"
+
+
+def _uses(model: nn.Module) -> Counter[int]:
+    """Of each parameter, by its id: how many modules have it."""
+    return Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+
+
+def _is_kept_in_float32(model: Any, path: str) -> bool:
+    names = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    kept = {entry for name in names for entry in getattr(model, name, None) or ()}
+    return not kept.isdisjoint(path.split("."))
