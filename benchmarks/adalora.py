@@ -197,9 +197,9 @@ def main() -> None:
         rows = {name: FAMILIES[family](name, batch, meters[name]) for name in ROWS}
         for meter in meters.values():
             meter.forget()
-        seconds, sent = alternate(rows, args.rounds)
+        seconds, _ = alternate(rows, args.rounds)
         if rank == 0:
-            table = [line(name, meters, seconds, sent, world) for name in ROWS]
+            table = [line(name, meters, seconds) for name in ROWS]
             extras = wire_per_triplet(meters) if family == "dlora" else {}
             report(family, table, extras)
             known = json.loads(args.json.read_text()) if args.json.exists() else {}
@@ -214,8 +214,6 @@ def line(
     name: str,
     meters: dict[str, Meter],
     seconds: dict[str, list[float]],
-    sent: dict[str, list[int]],
-    world: int,
 ) -> dict[str, Any]:
     own = meters[name]
     return {
@@ -225,7 +223,6 @@ def line(
         "cpu_seconds": statistics.median(own.cpu),
         "cpu_over_lora": median_ratio(own.cpu, meters["lora"].cpu),
         "allocator_seconds": statistics.median(own.allocator),
-        "loopback_mb_per_rank": statistics.median(sent[name]) / world / 1e6,
         **({"wire_bytes": statistics.median(own.wire)} if own.wire else {}),
         **own.exact,
         "seconds": seconds[name],
