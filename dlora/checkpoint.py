@@ -18,6 +18,7 @@ before use.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -129,15 +130,19 @@ def restore(
             optimizer.state[parameter][slot] = own.to(device, copy=True)
 
 
-def write(checkpoint: Checkpoint, root: Path, config_yaml: str, keep_last: int) -> Path:
+def write(
+    checkpoint: Checkpoint, root: Path, config_yaml: str, keep_last: int, rank: int = 0
+) -> Path:
     """Commit a checkpoint under `root`, then remove all but the newest `keep_last` and this one.
+
+    Several ranks may commit the same step at one time: one of them gives it its name.
 
     Returns:
         Its directory, `root/step-NNNNNN`.
     """
     step = checkpoint.state["step"]
     final = root / f"step-{step:06d}"
-    beside = root / f".step-{step:06d}.{os.getpid()}.tmp"
+    beside = root / f".step-{step:06d}.{rank}-{os.getpid()}.tmp"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     files = {
@@ -158,16 +163,41 @@ def write(checkpoint: Checkpoint, root: Path, config_yaml: str, keep_last: int) 
         manifest["triplets"] = checkpoint.allocation
     for name, content in (files | {"manifest.json": _json(manifest)}).items():
         write_atomically(beside / name, content)
-    aside = beside.with_suffix(".old")
-    if final.exists():  # the same step again, after a resume: the newer one takes the name
-        os.rename(final, aside)
-    os.rename(beside, final)
+    _take_name(beside, final)
     sync(root)
-    shutil.rmtree(aside, ignore_errors=True)
     for _, old in _steps(root)[:-keep_last]:
         if old != final:
             shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _take_name(beside: Path, final: Path) -> None:
+    """`final` <- `beside`; another rank may be doing the same."""
+    aside = beside.with_suffix(".old")
+    while True:
+        try:
+            os.rename(beside, final)
+            break
+        except OSError:
+            if not final.is_dir():
+                raise
+        if _is_same(beside, final):  # another rank was faster
+            shutil.rmtree(beside)
+            break
+        # The same step of another start, or a damaged one: the newer one takes the name.
+        shutil.rmtree(aside, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(final, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """Whether `other` verifies and holds the same files, byte for byte, as `one`, just written."""
+    try:
+        verify(other)
+        return (one / "manifest.json").read_bytes() == (other / "manifest.json").read_bytes()
+    except (OSError, UsageError):
+        return False
 
 
 def read(directory: Path) -> Checkpoint:

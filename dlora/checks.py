@@ -21,12 +21,16 @@ from dlora.lora.attach import attachment_of, named_adapters
 from dlora.lora.hosts import HostMixin
 from dlora.peft_format import PREFIX, peft_slots
 from dlora.sharding.mesh import Topology, resolve_placement
-from dlora.start import output_directory
+from dlora.start import output_directory, stop_file
 from dlora.tensor_files import stored_tensors
 
 
 def check_output(config: Config) -> None:
-    """See that `output.dir` can be made or written to; for the rank that writes."""
+    """See that `output.dir` can be made or written to, and that nothing asks the run to stop at
+    once; for the rank that writes."""
+    stop = stop_file(config)
+    if stop is not None and stop.exists():
+        raise UsageError(f"output.stop_file: {stop} is there already; remove it to start the run")
     wanted = output_directory(config).absolute()
     existing = next(path for path in (wanted, *wanted.parents) if path.exists())
     if not existing.is_dir():

@@ -147,6 +147,9 @@ class OutputConfig:
     save_every: int = option(50, "steps between checkpoints; 0: never", ge=0)
     keep_last: int = option(2, "checkpoints to keep", ge=1)
     resume: str = option("auto", "auto, none, or the path of a checkpoint")
+    stop_file: str | None = option(
+        None, "a path: when it appears the run commits and exits, as on SIGTERM"
+    )
     resume_force: bool = option(False, "resume although base, data or settings differ")
     tensorboard: bool = option(True, "write the metrics as scalars too")
     samples: int = option(0, "answers to held-out prompts, printed before and after", ge=0)

@@ -107,6 +107,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def complete(path: Path, record: dict[str, Any]) -> None:
+    """Append a step's line where the rank that writes them had not come to it."""
+    if all(found["step"] != record["step"] for found in read_metrics(path)):
+        torn = path.exists() and not path.read_bytes().endswith(b"\n")
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("\n" * torn + _line(record))
+
+
 def held_out_line(directory: Path) -> str | None:
     """What training did to the held-out loss, also of a run that was resumed; None if unknown."""
     found = [r for r in read_metrics(directory / "metrics.jsonl") if r.get("eval_loss") is not None]

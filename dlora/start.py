@@ -160,6 +160,12 @@ def output_directory(config: Config) -> Path:
     return Path(config.output.dir).expanduser()
 
 
+def stop_file(config: Config) -> Path | None:
+    """`output.stop_file` as a path."""
+    wanted = config.output.stop_file
+    return Path(wanted).expanduser() if wanted is not None else None
+
+
 def _refuse_conflicts(start: Start, config: Config, lora: LoraConfig, fingerprint: str) -> None:
     """Settings or data that would make the continued run another one than was begun."""
     conflicts, compared = [], set(FREE_KEYS)

@@ -1,37 +1,139 @@
-"""SIGTERM and SIGINT: finish the step, commit, and exit with 143 or 130."""
+"""SIGTERM and SIGINT: finish the step, commit, and exit with 143 or 130.
+
+    signal ──Python's handler, between two bytecodes of the main thread──> flags of the next step
+       └────C's handler, at once──> a socket ──> watcher thread: 5 s later still no end?
+
+A main thread that is blocked in a collective runs no handler. So a thread of its own sees to a stop
+that does not come about: it commits what there is, and ends the process if a peer hangs.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import signal
+import socket
+import sys
+import threading
 import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 GRACE_SECONDS = (
     5.0  # signals this close together are one: launchers forward what the shell sent too
 )
+POLL_SECONDS = 0.2  # between two looks at a stop that does not come about
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+
+
+class Commit(Protocol):
+    """See `StopRequest.committing`."""
+
+    def __call__(self, *, ending: bool) -> str: ...
 
 
 class StopRequest:
-    """Remembers a stop signal until the loop looks; a second one, later, ends the process."""
+    """Remembers a stop signal until the loop looks; a second one, later, ends the process.
 
-    def __init__(self) -> None:
+    To be made in the main thread.
+
+    Args:
+        file: a path whose appearance is a stop as well; for the rank that looks at it.
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
         self.signal = 0
-        self._first = 0.0
-        for number in (signal.SIGTERM, signal.SIGINT):
+        self.file = file
+        self._first = 0.0  # when the first signal came
+        self._last_beat = 0.0  # 0: none yet
+        self._gaps: deque[float] = deque([0.0], maxlen=32)  # seconds between two beats
+        self._commit: Commit | None = None
+        self._ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        self._theirs = theirs
+        for number in STOPPING:
             signal.signal(number, self._handle)
+        self._before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._watch, name="dlora-stop", daemon=True)
+        self._thread.start()
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def beat(self) -> None:
+        """A sign of progress: passes of the model give one each."""
         now = time.monotonic()
-        if self.signal and now - self._first > GRACE_SECONDS:
-            os._exit(128 + number)
-        if not self.signal:
-            self.signal, self._first = number, now
+        if self._last_beat:
+            self._gaps.append(now - self._last_beat)
+        self._last_beat = now
+
+    @contextlib.contextmanager
+    def committing(self, commit: Commit) -> Iterator[None]:
+        """Inside, a stop that does not come about calls `commit`; the watch ends with the block.
+
+        Args:
+            commit: saves what there is without any other rank, and returns a line that says what;
+                told whether the process is about to end.
+        """
+        self._commit = commit
+        try:
+            yield
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """End the watch; from here on a signal is remembered, and no more."""
+        if self._thread.is_alive():
+            signal.set_wakeup_fd(self._before)
+            self._theirs.close()
+            self._thread.join()
+            self._ours.close()
+            self._commit = None
 
     @property
     def flags(self) -> list[float]:
-        """[SIGTERM seen, SIGINT seen], to be summed over ranks."""
-        return [float(self.signal == signal.SIGTERM), float(self.signal == signal.SIGINT)]
+        """[SIGTERM or the file seen, SIGINT seen], to be summed over ranks."""
+        terminated = self.signal == signal.SIGTERM or (self.file is not None and self.file.exists())
+        return [float(terminated), float(self.signal == signal.SIGINT)]
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.signal = self.signal or number
+        if not self._thread.is_alive():
+            self._count(number)
+
+    def _count(self, number: int) -> None:
+        """One signal came; a second one ends the process."""
+        now = time.monotonic()
+        if self._first and now - self._first > GRACE_SECONDS:
+            os._exit(128 + number)
+        if not self._first:
+            self._first, self.signal = now, self.signal or number
+
+    def _watch(self) -> None:
+        committed = False
+        while True:
+            ready, _, _ = select.select([self._ours], [], [], POLL_SECONDS if self._first else None)
+            if ready:
+                received = self._ours.recv(64)
+                if not received:
+                    return
+                for number in received:
+                    if number in STOPPING:
+                        self._count(number)
+            commit = self._commit
+            if commit and self._first and time.monotonic() - self._first > GRACE_SECONDS:
+                hangs = self._hangs()
+                if hangs or not committed:
+                    said, committed = commit(ending=hangs), True
+                if hangs:
+                    print(said, file=sys.stderr, flush=True)
+                    os._exit(128 + self.signal)
+
+    def _hangs(self) -> bool:
+        """Whether there was no sign of progress for longer than slow passes account for."""
+        silence = time.monotonic() - self._last_beat
+        return self._last_beat > 0 and silence > max(GRACE_SECONDS, 2 * max(self._gaps))
 
 
 def exit_status(flags: list[float]) -> int | None:

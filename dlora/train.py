@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from dlora import checkpoint as checkpoints
 from dlora.adapter_files import save_adapter
 from dlora.build import build, build_optimizer
 from dlora.config import Config
@@ -22,6 +21,7 @@ from dlora.data.collate import Batch, collate
 from dlora.entry import enter, prepared
 from dlora.errors import UsageError
 from dlora.evaluation import held_out_loss, sample_answers
+from dlora.keeping import RESUMES, Keeper
 from dlora.lora.attach import attachment_of
 from dlora.lora.dropout import SampleKeys, seed_of
 from dlora.memory import MemoryMeter, trim, without_holes
@@ -33,9 +33,9 @@ from dlora.prepare import Preparation
 from dlora.progress import StepDisplay
 from dlora.quant.kernel import bitsandbytes_kernel
 from dlora.ranks_file import heat_map, read_masks, write_masks, write_picture
-from dlora.resume import open_directory, resolved_yaml, resume
+from dlora.resume import open_directory, resume
 from dlora.runtime import Runtime, exit_with
-from dlora.start import output_directory, state_at
+from dlora.start import output_directory, stop_file
 from dlora.stopping import StopRequest, exit_status
 
 TRIM_EVERY = 10  # optimizer steps between two returns of freed host memory
@@ -57,11 +57,10 @@ def main(argv: list[str]) -> int:
         return 0
     runtime.join(config.sharding.timeout_seconds)
     try:
-        status = Run(config, runtime, preparation, meter).train()
+        run = Run(config, runtime, preparation, meter)
+        return run.keeper.survive(run.train)
     except UsageError as error:
         raise runtime.told(error) from error
-    runtime.leave()
-    return status
 
 
 def import_late_ones(config: Config) -> None:
@@ -80,7 +79,8 @@ class Run:
         self.config, self.runtime, self.prepared = config, runtime, preparation
         self.directory = output_directory(config)
         self.meter = meter
-        self.stop = StopRequest()  # from here on, so also while weights are read
+        # From here on, so also while weights are read.
+        self.stop = StopRequest(stop_file(config) if runtime.main else None)
         self.losses = FiniteWatch(runtime.say)
         if config.sharding.memory_budget_gb is not None and runtime.device.type == "cpu":
             without_holes()
@@ -90,6 +90,9 @@ class Run:
         self.total_steps = preparation.sampler.total_steps
         self.records: list[dict[str, Any]] = []  # of the steps of this start
         self.start = resume(runtime, preparation, self.replica, self.optimizer)
+        saved = config, runtime, preparation, self.replica, self.optimizer
+        self.keeper = Keeper(*saved, start=self.start)
+        self.model.register_forward_pre_hook(lambda *_: self.stop.beat())
 
     def train(self) -> int:
         """The loop; returns the exit status."""
@@ -99,7 +102,7 @@ class Run:
             runtime.say(f"the run was finished already: step {self.start} of {self.total_steps}")
             self.save_adapter()  # the run may have ended between its last two files
             return 0
-        stop, status = self.stop, None
+        stop, keeper, status = self.stop, self.keeper, None
         log = self.open_log()
         if self.start == 0:
             self.show_samples("before training")
@@ -109,9 +112,8 @@ class Run:
         replica.zero_grad()
         replica.reductions = self.start  # so that audits fall on the same steps as without a stop
         replica.wire.take()
-        with StepDisplay(
-            self.total_steps, self.start, runtime.main, replica.final_budget
-        ) as display:
+        display = StepDisplay(self.total_steps, self.start, runtime.main, replica.final_budget)
+        with display, stop.committing(keeper.alone):
             for step in range(self.start, self.total_steps):
                 began = time.perf_counter()
 
@@ -163,6 +165,7 @@ class Run:
                     "batch_hash": batch_hash(ids),
                     **replica.figures(),
                 }
+                keeper.keep(done, record)
                 self.losses.see(record)
                 self.records.append(record)
                 status = exit_status(reduced.sums[1:])
@@ -184,7 +187,8 @@ class Run:
         if status is None or last:
             self.finish()
             return 0
-        runtime.say(f"stopped by a signal after step {done}; the same command resumes from there")
+        cause = "a signal" if stop.signal or not stop.flags[0] else "output.stop_file"
+        runtime.say(f"stopped by {cause} after step {done}; {RESUMES}")
         return status
 
     # -- what the loop asks for -----------------------------------------------------------------
@@ -254,23 +258,7 @@ class Run:
 
     def save(self, step: int) -> None:
         """Commit a checkpoint: rank 0 alone, unless ranks keep different optimizer states."""
-        if not (self.runtime.main or self.replica.share.collective_saves):
-            return
-        found = self.prepared
-        state = state_at(step, self.config, found.lora, found.sampler, found.train.fingerprint)
-        state["ranks"] = self.runtime.world
-        replica = self.replica
-        states, allocation = replica.states(self.optimizer), replica.allocation()
-        captured = checkpoints.capture(replica, states, state, allocation)
-        if captured is not None:
-            if replica.allocator is not None:
-                write_masks(self.directory, replica.allocator.masks)
-            checkpoints.write(
-                captured,
-                self.directory / "checkpoints",
-                resolved_yaml(self.config, self.prepared),
-                self.config.output.keep_last,
-            )
+        self.keeper.save(step)
 
     def finish(self) -> None:
         """The closing lines and the adapter."""

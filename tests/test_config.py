@@ -48,7 +48,7 @@ optimizer: {name: adamw, lr: 2.0e-4, loraplus_lr_ratio: 1.0, weight_decay: 0.0, 
 train: {objective: sft, max_steps: 200, epochs: null, global_batch_size: 32, micro_batch_size: 4,
   seed: 0}
 output: {dir: runs/x, log_every: 1, eval_every: 50, save_every: 50, keep_last: 2, resume: auto,
-  resume_force: false, tensorboard: true}
+  stop_file: null, resume_force: false, tensorboard: true}
 """
 
 ADDED = {  # change nothing

@@ -1,6 +1,7 @@
 """Bytes per rank.
 
 all the time    share of W0 │ layers that are held │ A, B, gradients │ optimizer state
+                on a CPU: two snapshots of A, B and state
 and the most of
   blocks        saved activations + the busiest moment of a block │ W0: kept + two layers
   loss          saved activations + a chunk of logits, its gradient │ W0: kept + one layer
@@ -40,6 +41,7 @@ class Memory:
         loss_gathered: the same while the loss is computed.
         adapters: values and gradients of A, B and trained copies.
         state: of the optimizer, and of AdaLoRA's scorer.
+        snapshots: the two of A, B and state, where they are in the same memory.
         activations: what a micro-batch takes.
         saving: most that clipping, a step or a save takes between two passes.
         process: what it takes beside tensors, stated and not computed.
@@ -52,6 +54,7 @@ class Memory:
     loss_gathered: int
     adapters: int
     state: int
+    snapshots: int
     activations: Trace
     saving: int
     process: int
@@ -64,7 +67,7 @@ class Memory:
     @property
     def in_use(self) -> int:
         """Most bytes of tensors at one time."""
-        return (self.base_held + self.resident + self.replica) + max(
+        return (self.base_held + self.resident + self.replica + self.snapshots) + max(
             self.activations.blocks + self.base_gathered,
             self.activations.loss + self.loss_gathered,
             self.saving,
@@ -122,6 +125,8 @@ def memory_of(
     averages = workload.averages * item if scored else 0
     scorer = averages * share.elements(scored, topology) if averages else 0
     kept = state.whole + averages * sum(p.numel() for p in scored.values())
+    # Then no rank has all of it to take a snapshot of.
+    collective = divided or (workload.optimizer.name == "lora_pro" and topology.world > 1)
     saving = max(8 * stepped, 2 * (whole + kept)) if device == "cpu" else 0
     memory = Memory(
         base_total=sum(unit.nbytes for unit in units),
@@ -131,6 +136,7 @@ def memory_of(
         loss_gathered=0,
         adapters=item * (values + gradients),
         state=state.held + scorer,
+        snapshots=0 if device != "cpu" or collective else 2 * (whole + kept),
         activations=activations,
         saving=max(saving, state.stepping),
         process=PROCESS[device],

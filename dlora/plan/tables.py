@@ -99,6 +99,7 @@ def _parts(plan: Plan) -> list[str]:
         ("  W0, most gathered at one time", gb(m.base_gathered)),
         ("  A and B, values and gradients", gb(m.adapters)),
         ("  optimizer state", gb(m.state)),
+        ("  snapshots of A, B and state", gb(m.snapshots)),
         ("  activations kept for backward", gb(m.activations.saved)),
         ("  activations, busiest moment of the blocks", gb(m.activations.blocks)),
         ("  activations, logits and loss", gb(m.activations.loss)),

@@ -1,0 +1,156 @@
+"""What a rank saves of a run: at its due steps, and when it is left alone.
+
+save     the step that was just made; rank 0 alone, unless ranks keep different optimizer states
+keep     every step: a snapshot in this rank's host memory
+commit   the snapshot becomes a checkpoint: any rank, no collective, from any thread
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from torch.optim import Optimizer
+
+from dlora import checkpoint as checkpoints
+from dlora.api import TrainedReplica
+from dlora.checkpoint import Checkpoint
+from dlora.config import Config
+from dlora.errors import UsageError
+from dlora.metrics import complete
+from dlora.prepare import Preparation
+from dlora.ranks_file import read_masks, write_masks
+from dlora.resume import resolved_yaml
+from dlora.runtime import Runtime
+from dlora.sharding.share import ReplicaError
+from dlora.snapshot import Snapshots
+from dlora.start import output_directory, state_at
+
+# What gloo and torch say where a peer, or the way to it, is gone.
+_LOST = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+RESUMES = "the same command resumes from there"
+
+
+class Keeper:
+    """Saves one run.
+
+    Args:
+        start: the step that it goes on from.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        runtime: Runtime,
+        preparation: Preparation,
+        replica: TrainedReplica,
+        optimizer: Optimizer,
+        start: int,
+    ) -> None:
+        self._config, self._runtime, self._prepared = config, runtime, preparation
+        self._replica, self._optimizer, self._start = replica, optimizer, start
+        self._root = output_directory(config) / "checkpoints"
+        self._snapshots = Snapshots()
+        self._record: dict[str, Any] = {}  # of the snapshot's step
+        self._lock = threading.Lock()  # while a snapshot is written or read
+
+    def save(self, step: int) -> None:
+        """Commit a checkpoint: rank 0 alone, unless ranks keep different optimizer states."""
+        replica = self._replica
+        if not (self._runtime.main or replica.share.collective_saves):
+            return
+        states, allocation = replica.states(self._optimizer), replica.allocation()
+        captured = checkpoints.capture(replica, states, self._state(step), allocation)
+        if captured is not None:
+            if replica.allocator is not None:
+                write_masks(self._root.parent, replica.allocator.masks)
+            self._write(captured)
+
+    def keep(self, step: int, record: dict[str, Any]) -> None:
+        """Take a snapshot after a step, with its line of the metrics.
+
+        There is none where ranks keep different optimizer states: no rank has all of it.
+        """
+        if not self._replica.share.collective_saves:
+            with self._lock:
+                self._snapshots.take(step, self._replica, self._optimizer)
+                self._record = record
+
+    def commit(self, *, ending: bool) -> str:
+        """Commit the snapshot, unless its step is committed already; returns what to say about it.
+
+        Args:
+            ending: the process will write nothing more, so the step's metrics belong to it as well.
+        """
+        with self._lock:
+            snapshot = self._snapshots.newest()
+            if snapshot is None:
+                return self._nothing()
+            step = snapshot.step
+            directory = self._root / f"step-{step:06d}"
+            try:
+                checkpoints.verify(directory)
+            except UsageError:
+                # Rank 0 knows those of earlier starts, which stand in the file.
+                allocator = self._replica.allocator
+                if allocator is not None:
+                    masks = {s: m for s, m in list(allocator.masks.items()) if s <= step}
+                    write_masks(
+                        self._root.parent, read_masks(self._root.parent, until=step) | masks
+                    )
+                self._write(snapshot.checkpoint(self._state(step)))
+            every = self._config.output.log_every
+            if ending and every and step % every == 0 and self._record["step"] == step:
+                complete(self._root.parent / "metrics.jsonl", self._record)
+        return f"step {step} is committed in {directory}; {RESUMES}"
+
+    def alone(self, *, ending: bool) -> str:
+        """`commit`, for a rank whose peers are no help; whatever goes wrong becomes the line."""
+        try:
+            said = self.commit(ending=ending)
+        except Exception as error:
+            said = f"the last whole step could not be committed: {error}"
+        return f"dlora: rank {self._runtime.rank}: {said}"
+
+    def survive(self, work: Callable[[], int]) -> int:
+        """The exit status of `work`, which runs with other ranks; 1 where one of them was lost.
+
+        Whatever torch raises, the last whole step is committed.
+        """
+        try:
+            status = work()
+            self._runtime.leave()
+        except ReplicaError:
+            raise  # what this rank holds may be what is wrong
+        except RuntimeError as error:
+            lost = isinstance(error, dist.DistError) or any(sign in str(error) for sign in _LOST)
+            said, reason = self.alone(ending=True), str(error).strip().split("\n")[0]
+            print(said, f"(lost a peer: {reason})" if lost else "", file=sys.stderr, flush=True)
+            if not lost:
+                raise
+            return 1
+        return status
+
+    def _nothing(self) -> str:
+        if self._replica.share.collective_saves:
+            return "no rank holds all of the optimizer state, so the last save is what there is"
+        there = f"; step {self._start} is committed" if self._start else ""
+        return f"no step was made since the start{there}"
+
+    def _state(self, step: int) -> dict[str, Any]:
+        found = self._prepared
+        state = state_at(step, self._config, found.lora, found.sampler, found.train.fingerprint)
+        state["ranks"] = self._runtime.world
+        return state
+
+    def _write(self, checkpoint: Checkpoint) -> None:
+        checkpoints.write(
+            checkpoint,
+            self._root,
+            resolved_yaml(self._config, self._prepared),
+            self._config.output.keep_last,
+            rank=self._runtime.rank,
+        )

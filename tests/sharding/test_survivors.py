@@ -1,0 +1,338 @@
+"""Invariant 6: whoever survives commits the last whole step, and the run goes on from there.
+
+Where ranks die or hang they are processes of their own, started as by hand, without an agent.
+"""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import PRELOADED, Pools
+from run_training import command_line, figures, prepared_run
+from tiny import save_chats
+
+from dlora import checkpoint as checkpoints
+
+STEPS, SAVED, BROKEN = 8, 3, 6  # a checkpoint every 3 steps; something happens in the 6th
+LIMIT_SECONDS = 120
+ADALORA = {"adapter__method": "adalora", "adapter__init_r": 6, "adapter__target_r": 3}
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    # The last mask falls on step 4: by the 6th the adapters have shrunk.
+    "adalora": ADALORA | {"adapter__r": None, "adapter__tinit": 1, "adapter__tfinal": 4},
+}
+
+
+# -- in a rank -----------------------------------------------------------------------------------
+
+
+def ends_in_a_forward(number: int) -> None:
+    """This rank gets the signal in the 6th step, before its first forward."""
+    from dlora.train import Run
+
+    keys = Run.sample_keys
+
+    def struck(run: Any, step: int, batch: Any) -> Any:
+        if step == BROKEN - 1:
+            os.kill(os.getpid(), number)
+        return keys(run, step, batch)
+
+    Run.sample_keys = struck  # type: ignore[method-assign]
+
+
+def ends_after_a_step(number: int) -> None:
+    """This rank gets the signal after the 5th step, before the step's line is written."""
+    from dlora.metrics import FiniteWatch
+
+    see = FiniteWatch.see
+
+    def struck(watch: Any, record: dict[str, Any]) -> None:
+        if record["step"] == BROKEN - 1:
+            os.kill(os.getpid(), number)
+        see(watch, record)
+
+    FiniteWatch.see = struck  # type: ignore[method-assign]
+
+
+def ends_while_loading(number: int) -> None:
+    """This rank gets the signal before it reads weights."""
+    from dlora.base_model import BaseModel
+
+    BaseModel.load = lambda *_: os.kill(os.getpid(), number)  # type: ignore[method-assign]
+
+
+def one_rank(rank: int, port: int, argv: list[str], printed: str, meddle: Any) -> None:
+    """The life of a rank; `meddle` is a function from above and its argument, or None."""
+    descriptor = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    from dlora.runtime import exit_with
+    from dlora.train import main
+
+    if meddle is not None:
+        meddle[0](meddle[1])
+    sys.argv = ["dlora.train", *argv]
+    exit_with(main)
+
+
+# -- around them ---------------------------------------------------------------------------------
+
+
+class Ranks:
+    """Two ranks of one run.
+
+    Args:
+        meddling: by rank, what `one_rank` is to meddle with.
+    """
+
+    def __init__(self, argv: list[str], directory: Path, **meddling: Any) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        directory.mkdir(parents=True, exist_ok=True)
+        self._printed = [directory / f"rank-{rank}" for rank in range(2)]
+        self.workers: list[Any] = []
+        for rank, printed in enumerate(self._printed):
+            arguments = (rank, port, argv, str(printed), meddling.get(f"rank{rank}"))
+            self.workers.append(context.Process(target=one_rank, args=arguments, daemon=True))
+            self.workers[-1].start()
+
+    def send(self, rank: int, number: int) -> None:
+        os.kill(self.workers[rank].pid, number)
+
+    def wait_until_stopped(self, rank: int) -> None:
+        """Until SIGSTOP has taken hold."""
+        deadline = time.monotonic() + LIMIT_SECONDS
+        stat = Path(f"/proc/{self.workers[rank].pid}/stat")
+        while stat.read_text().rpartition(")")[2].split()[0] != "T":
+            assert time.monotonic() < deadline, self.printed(rank)
+            time.sleep(0.05)
+
+    def status(self, rank: int, limit: float = LIMIT_SECONDS) -> int | None:
+        """The exit status; None if it still runs after `limit` seconds."""
+        self.workers[rank].join(limit)
+        return self.workers[rank].exitcode
+
+    def printed(self, rank: int) -> str:
+        return self._printed[rank].read_text(errors="replace")
+
+    def finish(self) -> None:
+        """Both run to their end."""
+        for rank in range(2):
+            assert self.status(rank) == 0, self.printed(rank)
+
+    def end(self) -> None:
+        for worker in self.workers:
+            if worker.is_alive():
+                worker.kill()
+            worker.join()
+
+
+@pytest.fixture
+def ranks_of(tmp_path: Path) -> Any:
+    """ranks_of(argv, rank1=…): `Ranks`, ended with the test."""
+    started: list[Ranks] = []
+
+    def start(argv: list[str], **meddling: Any) -> Ranks:
+        started.append(Ranks(argv, tmp_path / f"printed-{len(started)}", **meddling))
+        return started[-1]
+
+    yield start
+    for ranks in started:
+        ranks.end()
+
+
+@pytest.fixture(scope="module")
+def command(saved_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """command(directory, method, **settings): the words of a run of 8 steps, with dropout."""
+    data = save_chats(tmp_path_factory.mktemp("data") / "chats.jsonl", 24)
+
+    def of(directory: Path, method: str = "lora", **settings: Any) -> list[str]:
+        common = {
+            "model__path": saved_models("llama"),
+            "data__train": str(data),
+            "output__dir": str(directory),
+            "output__save_every": SAVED,
+            "train__max_steps": STEPS,
+            "adapter__lora_dropout": 0.1,
+            "sharding__base": "world",
+        }
+        return command_line(**common | METHODS[method] | settings)
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def whole(command: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """whole(engine, method): the directory of an undisturbed run, made once."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def of(engine: str, method: str) -> Path:
+        if (engine, method) not in made:
+            directory = tmp_path_factory.mktemp("whole")
+            argv = command(directory / "run", method, sharding__engine=engine)
+            Ranks(argv, directory).finish()
+            made[engine, method] = directory / "run"
+        return made[engine, method]
+
+    return of
+
+
+def check_same_end(directory: Path, wanted: Path, engine: str = "fsdp2") -> None:
+    """The adapter, the last checkpoint, and each step once in the metrics: bit for bit."""
+    for file in (
+        "adapter/adapter_model.safetensors",
+        f"checkpoints/step-{STEPS:06d}/adapter.safetensors",
+        f"checkpoints/step-{STEPS:06d}/optimizer.safetensors",
+    ):
+        assert (directory / file).read_bytes() == (wanted / file).read_bytes(), file
+    lines = [figures(directory), figures(wanted)]
+    for line in (*lines[0], *lines[1]) if engine == "zero3" else ():
+        del line["wire_bytes"]  # more in a process's first steps, until DeepSpeed has its trace
+    assert lines[0] == lines[1]
+    ranks = [path / "ranks.json" for path in (directory, wanted)]
+    assert ranks[0].exists() == ranks[1].exists()
+    assert not ranks[0].exists() or ranks[0].read_text() == ranks[1].read_text()
+
+
+@pytest.mark.parametrize(
+    ("engine", "method", "victim", "how"),
+    [
+        ("fsdp2", "lora", 0, ends_after_a_step),
+        ("fsdp2", "lora", 1, ends_in_a_forward),
+        ("fsdp2", "adalora", 0, ends_in_a_forward),
+        ("zero3", "lora", 1, ends_in_a_forward),
+    ],
+)
+def test_a_killed_peer(
+    ranks_of: Any,
+    command: Any,
+    whole: Any,
+    tmp_path: Path,
+    engine: str,
+    method: str,
+    victim: int,
+    how: Any,
+) -> None:
+    """promises 2.7, 3.2: the survivor commits the step before; nothing else was ever there."""
+    argv = command(tmp_path / "run", method, sharding__engine=engine)
+    ranks = ranks_of(argv, **{f"rank{victim}": (how, signal.SIGKILL)})
+    survivor = 1 - victim
+    assert ranks.status(victim) == -signal.SIGKILL, ranks.printed(victim)
+    assert ranks.status(survivor) == 1, ranks.printed(survivor)
+    saved = tmp_path / "run" / "checkpoints" / f"step-{BROKEN - 1:06d}"
+    checkpoints.verify(saved)
+    said = [line for line in ranks.printed(survivor).splitlines() if "committed" in line]
+    assert len(said) == 1, ranks.printed(survivor)
+    for part in (f"rank {survivor}", f"step {BROKEN - 1}", str(saved), "lost a peer", "resumes"):
+        assert part in said[0]
+    assert "Traceback" not in ranks.printed(survivor)
+    resumed = ranks_of(argv)
+    resumed.finish()
+    assert f"resuming after step {BROKEN - 1}" in resumed.printed(0)
+    check_same_end(tmp_path / "run", whole(engine, method), engine)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_hung_peer(ranks_of: Any, command: Any, tmp_path: Path, number: int, status: int) -> None:
+    """Blocked in a collective, told to stop: committed and gone within 10 s."""
+    ranks = ranks_of(command(tmp_path / "run"), rank0=(ends_in_a_forward, signal.SIGSTOP))
+    ranks.wait_until_stopped(0)
+    ranks.send(1, number)
+    assert ranks.status(1, limit=10) == status, ranks.printed(1)
+    saved = tmp_path / "run" / "checkpoints" / f"step-{BROKEN - 1:06d}"
+    checkpoints.verify(saved)
+    assert f"step {BROKEN - 1} is committed in {saved}" in ranks.printed(1)
+
+
+def test_a_second_signal_ends_a_blocked_rank(ranks_of: Any, command: Any, tmp_path: Path) -> None:
+    """Weights are being read, so that there is nothing to commit, and a first one waits."""
+    ranks = ranks_of(command(tmp_path / "run"), rank1=(ends_while_loading, signal.SIGSTOP))
+    ranks.wait_until_stopped(1)
+    for _ in range(2):  # as one: launchers forward what the shell has sent
+        ranks.send(0, signal.SIGTERM)
+        assert ranks.status(0, limit=3) is None
+    time.sleep(3)
+    ranks.send(0, signal.SIGTERM)
+    assert ranks.status(0, limit=5) == 143
+
+
+def stopped_by_a_file(argv: list[str], file: str) -> int:
+    """A run in whose 4th step the file appears."""
+    run = prepared_run(argv)
+    made = iter(range(1, STEPS + 1))
+
+    def count(*_: Any) -> None:
+        if next(made) == 4 and dist.get_rank() == 0:
+            Path(file).touch()
+
+    run.optimizer.register_step_post_hook(count)
+    return run.train()
+
+
+def test_a_stop_file(pools: Pools, command: Any, tmp_path: Path) -> None:
+    file = tmp_path / "stop"
+    argv = command(tmp_path / "run", output__stop_file=str(file))
+    assert pools(2).run(stopped_by_a_file, argv, str(file)) == [143, 143]
+    assert checkpoints.newest(tmp_path / "run/checkpoints") == (
+        tmp_path / "run/checkpoints/step-000005"
+    )
+    with pytest.raises(AssertionError, match=r"output\.stop_file: .*stop is there already"):
+        pools(2).run(stopped_by_a_file, argv, str(file))
+    file.unlink()
+    assert pools(2).run(stopped_by_a_file, argv, str(tmp_path / "other")) == [0, 0]
+
+
+def committed_again(argv: list[str], rounds: int) -> list[dict[str, bool]]:
+    """A run whose last checkpoint all ranks commit again at one time, from their snapshots.
+
+    Returns:
+        For each round, whether each file holds the bytes of the regular save.
+    """
+    run = prepared_run(argv)
+    run.train()
+    last = run.directory / "checkpoints" / f"step-{STEPS:06d}"
+    kept, results = run.directory / "regular", []
+    for _ in range(rounds):
+        if dist.get_rank() == 0:
+            shutil.rmtree(kept, ignore_errors=True)
+            last.rename(kept)
+        dist.barrier()
+        run.keeper.commit(ending=True)
+        dist.barrier()
+        regular = {path.name: path.read_bytes() for path in kept.iterdir()}
+        again = {path.name: path.read_bytes() for path in last.iterdir()}
+        results.append({n: regular.get(n) == again.get(n) for n in regular.keys() | again.keys()})
+        assert sorted(path.name for path in last.parent.iterdir())[-1] == last.name
+        assert not list(last.parent.glob(".*"))
+        dist.barrier()
+    return results
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_snapshot_s_bytes_are_those_of_a_save(
+    pools: Pools, command: Any, tmp_path: Path, method: str
+) -> None:
+    """Also where all ranks commit the same step at the same moment."""
+    files = {*checkpoints.FILES, "manifest.json"} | (
+        {"scorer.safetensors"} if method == "adalora" else set()
+    )
+    for rounds in pools(2).run(committed_again, command(tmp_path, method), 5):
+        assert rounds == [dict.fromkeys(files, True)] * 5
