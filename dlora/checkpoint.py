@@ -1,5 +1,4 @@
-"""Checkpoints: everything that a run is, small, verified, and readable with safetensors and JSON
-alone.
+"""Checkpoints: all that a run is, small, verified, readable with safetensors and JSON alone.
 
     checkpoints/step-000050/
         adapter.safetensors      A, B and trained copies under their names in the model

@@ -1,9 +1,10 @@
 """The sections of a configuration: every option once, with type, default, meaning and range."""
 
+import operator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, get_type_hints
 
-from dlora.config_options import option, required
+from dlora.config_options import Option, option, required, schema_of
 
 Attention = Literal[
     "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"
@@ -167,3 +168,21 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     output: OutputConfig
     user_set: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+
+
+SECTIONS: dict[str, type] = {
+    name: hint for name, hint in get_type_hints(Config).items() if name != "user_set"
+}
+SCHEMA: dict[str, Option] = {}  # by dotted key, in the order of the contract
+for _name, _section in SECTIONS.items():
+    SCHEMA |= schema_of(_section, f"{_name}.{{}}".format)
+
+
+def value_of(config: Config, key: str) -> Any:
+    """The value at a dotted key."""
+    return operator.attrgetter(key)(config)
+
+
+def is_set(config: Config, key: str) -> bool:
+    """Whether the user chose `key`; a `Config` built in Python shows only what left its default."""
+    return key in config.user_set or value_of(config, key) != SCHEMA[key].default

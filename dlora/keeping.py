@@ -22,7 +22,7 @@ from dlora.config import Config
 from dlora.errors import UsageError
 from dlora.metrics import complete
 from dlora.prepare import Preparation
-from dlora.ranks_file import read_masks, write_masks
+from dlora.ranks_file import MaskLog
 from dlora.resume import resolved_yaml
 from dlora.runtime import Runtime
 from dlora.sharding.share import ReplicaError
@@ -39,6 +39,9 @@ class Keeper:
 
     Args:
         start: the step that it goes on from.
+
+    Attributes:
+        masks: what AdaLoRA's masks were.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Keeper:
         self._config, self._runtime, self._prepared = config, runtime, preparation
         self._replica, self._optimizer, self._start = replica, optimizer, start
         self._root = output_directory(config) / "checkpoints"
+        self.masks = MaskLog(self._root.parent, replica.allocator)
         self._snapshots = Snapshots()
         self._record: dict[str, Any] = {}  # of the snapshot's step
         self._lock = threading.Lock()  # while a snapshot is written or read
@@ -65,8 +69,7 @@ class Keeper:
         states, allocation = replica.states(self._optimizer), replica.allocation()
         captured = checkpoints.capture(replica, states, self._state(step), allocation)
         if captured is not None:
-            if replica.allocator is not None:
-                write_masks(self._root.parent, replica.allocator.masks)
+            self.masks.write(until=step)
             self._write(captured)
 
     def keep(self, step: int, record: dict[str, Any]) -> None:
@@ -94,13 +97,7 @@ class Keeper:
             try:
                 checkpoints.verify(directory)
             except UsageError:
-                # Rank 0 knows those of earlier starts, which stand in the file.
-                allocator = self._replica.allocator
-                if allocator is not None:
-                    masks = {s: m for s, m in list(allocator.masks.items()) if s <= step}
-                    write_masks(
-                        self._root.parent, read_masks(self._root.parent, until=step) | masks
-                    )
+                self.masks.write(until=step)
                 self._write(snapshot.checkpoint(self._state(step)))
             every = self._config.output.log_every
             if ending and every and step % every == 0 and self._record["step"] == step:

@@ -12,8 +12,8 @@ step of whatever optimizer holds the adapters.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,27 +21,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from dlora.lora import importance, orthogonality
+from dlora.lora import orthogonality
 from dlora.lora.attach import attachment_of, named_adapters
 from dlora.lora.budget import best
-from dlora.lora.hosts import CHILD
 from dlora.lora.variants.adalora import TRIPLET_DIM, AdaLoraAdapter, AdaLoraConfig
 from dlora.sharding.replica import Replica
-from dlora.sharding.share import Held, ReplicaError, States
-
-
-@dataclass(frozen=True)
-class Triplets:
-    """The triplets of one module among all: `place` in the flat vector of scores."""
-
-    path: str
-    adapter: AdaLoraAdapter
-    place: slice
-
-    @property
-    def prefix(self) -> str:
-        """Of the names of its parameters."""
-        return f"{self.path}.{CHILD}."
+from dlora.sharding.share import ReplicaError, States
+from dlora.triplet_scores import Triplets, TripletScores
 
 
 class RankAllocator:
@@ -59,8 +45,6 @@ class RankAllocator:
         orth_loss: γ·R of the last reduction, a scalar.
     """
 
-    _singular: Tensor  # where the λ of all triplets lie in the replica's values
-
     def __init__(self, model: nn.Module, replica: Replica) -> None:
         config = attachment_of(model).config
         assert isinstance(config, AdaLoraConfig)
@@ -71,18 +55,18 @@ class RankAllocator:
             assert isinstance(adapter, AdaLoraAdapter)
             self._modules.append(Triplets(path, adapter, slice(count, count + adapter.r)))
             count += adapter.r
-        self._unit_costs = [_cost(module, config.budget_unit) for module in self._modules]
+        in_triplets = config.budget_unit == "triplets"
+        self._unit_costs = [1 if in_triplets else module.size for module in self._modules]
         self.schedule = config.schedule(
             sum(config.init_r * cost for cost in self._unit_costs),
             sum(config.target_r * cost for cost in self._unit_costs),
         )
-        self.step, self.is_shrunk = 0, False
+        self.step = 0
+        self._scores: TripletScores | None = TripletScores(self._modules, replica, config)
         self._left = [torch.arange(config.init_r) for _ in self._modules]
         self.masks: dict[int, dict[str, int]] = {}
         self.orth_loss = torch.zeros(())
-        self._averages: dict[str, Tensor] = {}
         self._reductions = 0
-        self._lay_out()
         _follow(self)
 
     # -- the two moments of a step --------------------------------------------------------------
@@ -117,112 +101,56 @@ class RankAllocator:
     def after_step(self, optimizer: Optimizer) -> None:
         """Score, mask and shrink, as the schedule says of this step."""
         self.step += 1
-        if self.is_shrunk:
+        if self._scores is None:
             return
-        self._stay_beside(self._replica.share.values.device)
         if self.schedule.scores(self.step):
-            self._score()
+            self._scores.follow()
         if self.schedule.masks(self.step):
-            self._mask()
+            self._mask(self._scores.all())
         if self.step == self.schedule.last:
             self._shrink(optimizer)
 
     def is_stepped_by(self, optimizer: Optimizer) -> bool:
-        """Whether an optimizer holds the adapters."""
-        own = {id(part) for part in self._replica.optimized.values()}
-        return any(id(p) in own for group in optimizer.param_groups for p in group["params"])
+        """Whether an optimizer holds the adapters.
 
-    def _stay_beside(self, device: torch.device) -> None:
-        """Follow adapters that `model.to(device)` has moved."""
-        if self._singular.device != device:
-            self._singular = self._singular.to(device)
-            self._averages = {kind: flat.to(device) for kind, flat in self._averages.items()}
-
-    # -- scores and masks -----------------------------------------------------------------------
-
-    def _lay_out(self) -> None:
-        """Where this rank has what; the averages of all that it has start at 0."""
-        held = self._replica.share.held()
-        self._held = {
-            module.prefix + name: held[module.prefix + name]
-            for module in self._modules
-            for name in TRIPLET_DIM
-        }
-        numel = sum(here.stop - here.start for here in self._held.values())
-        offset, singular = 0, []
-        for name, parameter in self._replica.named.items():
-            if name.endswith(".lora_E") and name in self._held:
-                singular.append(torch.arange(offset, offset + parameter.numel()))
-            offset += parameter.numel()
-        values = self._replica.share.values
-        self._singular = torch.cat(singular or [torch.arange(0)]).to(values.device)
-        kinds = importance.IMPORTANCES[self.config.importance]
-        self._averages = {kind: values.new_zeros(numel) for kind in kinds}
-
-    def _score(self) -> None:
-        """Follow this step's weights and gradients; modules without a gradient keep theirs."""
-        if not self._averages:
-            return
-        share, config = self._replica.share, self.config
-        averages = [*self._averages.values(), None]
-        for here in self._runs():
-            importance.follow(
-                share.values[here],
-                share.gradients[here],
-                averages[0][here],  # type: ignore[index]
-                None if averages[1] is None else averages[1][here],
-                beta1=config.beta1,
-                beta2=config.beta2,
+        Raises:
+            ReplicaError: it holds some of them only: a step of all would be counted twice.
+        """
+        names = self._replica.optimized
+        own = {id(names[m.prefix + name]) for m in self._modules for name in TRIPLET_DIM}
+        held = own & {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if held and held != own:
+            raise ReplicaError(
+                f"an optimizer holds {len(held)} of adalora's {len(own)} tensors: one must hold all"
             )
+        return bool(held)
 
-    def _runs(self) -> Iterator[slice]:
-        """The elements of modules that had a gradient, in runs as long as can be."""
-        first = last = 0
-        for module in self._modules:
-            places = [self._held[module.prefix + name].place for name in TRIPLET_DIM]
-            begin, end = min(p.start for p in places), max(p.stop for p in places)
-            if not self._replica.present[f"{module.prefix}lora_E"]:
-                if last > first:
-                    yield slice(first, last)
-                first = last = end
-                continue
-            first, last = (first, end) if last == begin else (begin, end)
-        if last > first:
-            yield slice(first, last)
+    # -- masks ----------------------------------------------------------------------------------
 
-    def _scores(self) -> Tensor:
-        """S of all triplets, the same bits on every rank: [triplets]."""
-        values = self._replica.share.values
-        averages = [*self._averages.values(), None]
-        if self._averages:
-            elements = importance.element_scores(averages[0], averages[1])  # type: ignore[arg-type]
-        scores = values.new_zeros(sum(module.adapter.r for module in self._modules))
-        for module in self._modules:
-            for name, dim in TRIPLET_DIM.items():
-                here = self._held[module.prefix + name]
-                if self._averages:
-                    mine = elements[here.place]
-                elif name == "lora_E":
-                    mine = values[here.place].abs()
-                else:
-                    continue
-                shape = module.adapter.get_parameter(name).shape
-                scores[module.place] += importance.triplet_means(_whole(mine, here, shape), dim)
-        return self._replica.share.join(scores)
-
-    def _mask(self) -> None:
+    def _mask(self, scores: Tensor) -> None:
         """Keep the best triplets; the others' λ become 0."""
         costs = None
         if self.config.budget_unit == "params":
             each = zip(self._modules, self._unit_costs, strict=True)
             costs = [cost for module, cost in each for _ in range(module.adapter.r)]
-        keep = best(self._scores(), self.schedule.budget(self.step), costs)
-        self._replica.values.index_fill_(0, self._singular[~keep.to(self._singular.device)], 0.0)
+        keep = best(scores, self.schedule.budget(self.step), costs)
+        self._replica.values.index_fill_(0, self._places()[~keep.to(scores.device)], 0.0)
         self._set_kept(keep)
         self.masks[self.step] = self.ranks
 
+    def _places(self) -> Tensor:
+        """Where the λ of all triplets lie in the replica's values."""
+        numels = [p.numel() for p in self._replica.named.values()]
+        first = dict(zip(self._replica.named, [0, *accumulate(numels)], strict=False))
+        starts = [first[f"{module.prefix}lora_E"] for module in self._modules]
+        places = [
+            torch.arange(start, start + module.adapter.r)
+            for start, module in zip(starts, self._modules, strict=True)
+        ]
+        return torch.cat(places).to(self._replica.values.device)
+
     def _set_kept(self, keep: Tensor) -> None:
-        on_device = keep.to(self._singular.device)
+        on_device = keep.to(self._replica.values.device)
         for i, module in enumerate(self._modules):
             self._left[i] = keep[module.place].nonzero().view(-1)
             module.adapter.kept = on_device[module.place]
@@ -237,9 +165,14 @@ class RankAllocator:
         self._replica.resize(cuts, optimizer)
         for module in self._modules:
             module.adapter.shrunk()
-        self._averages, self.is_shrunk = {}, True
+        self._scores = None
 
     # -- what is seen and kept ------------------------------------------------------------------
+
+    @property
+    def is_shrunk(self) -> bool:
+        """Whether what was pruned is gone; nothing is scored any more then."""
+        return self._scores is None
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -258,15 +191,8 @@ class RankAllocator:
         return figures | ({"kept_params": spent} if self.config.budget_unit == "params" else {})
 
     def averages(self) -> States:
-        """This rank's share of the averages, by parameter and name."""
-        shapes = {name: p.shape for name, p in self._replica.optimized.items()}
-        return {
-            name: {
-                kind: flat[here.place].view(shapes[name]) for kind, flat in self._averages.items()
-            }
-            for name, here in self._held.items()
-            if self._averages
-        }
+        """This rank's share of the scorer's averages, by parameter and name."""
+        return self._scores.states() if self._scores else {}
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint keeps beside tensors: the triplets that are left, of the init_r."""
@@ -282,23 +208,17 @@ class RankAllocator:
         Before its tensors are loaded; an optimizer must not have any state yet.
         """
         self.step = step
-        keep = torch.zeros(len(self._singular), dtype=torch.bool)
+        keep = torch.zeros(sum(m.adapter.r for m in self._modules), dtype=torch.bool)
         for module in self._modules:
             keep[module.place][record["kept"][module.path]] = True
         self._set_kept(keep)
         if record["shrunk"]:
             self._shrink(None)
 
-    @torch.no_grad()
     def load_averages(self, averages: Iterable[tuple[str, Tensor]]) -> None:
-        """Take over averages, (`<parameter>.<name>`, whole tensor), of a checkpoint."""
-        for key, whole in averages:
-            name, _, kind = key.rpartition(".")
-            mine = self._replica.share.part(name, whole)
-            if mine is not None:
-                self._averages[kind][self._held[name].place] = mine.reshape(-1).to(
-                    self._averages[kind].device
-                )
+        """Take over the averages, (`<parameter>.<name>`, whole tensor), of a checkpoint."""
+        if self._scores:
+            self._scores.load(averages)
 
 
 def keep_triplets(model: nn.Module, record: Mapping[str, Any]) -> None:
@@ -312,22 +232,6 @@ def keep_triplets(model: nn.Module, record: Mapping[str, Any]) -> None:
         else:
             adapter.kept = torch.zeros(adapter.r, dtype=torch.bool)
             adapter.kept[left] = True
-
-
-def _cost(module: Triplets, unit: str) -> int:
-    """What a triplet of the module takes of the budget."""
-    if unit == "triplets":
-        return 1
-    return module.adapter.lora_A.shape[1] + module.adapter.lora_B.shape[0] + 1
-
-
-def _whole(part: Tensor, here: Held, shape: torch.Size) -> Tensor:
-    """A tensor of the shape with the part at its place, and zeros elsewhere."""
-    if here.stop - here.start == shape.numel():
-        return part.view(shape)
-    whole = part.new_zeros(shape.numel())
-    whole[here.start : here.stop] = part
-    return whole.view(shape)
 
 
 def _follow(allocator: RankAllocator) -> None:

@@ -32,7 +32,6 @@ from dlora.plan.report import comparison, lines_of
 from dlora.prepare import Preparation
 from dlora.progress import StepDisplay
 from dlora.quant.kernel import bitsandbytes_kernel
-from dlora.ranks_file import heat_map, read_masks, write_masks, write_picture
 from dlora.resume import open_directory, resume
 from dlora.runtime import Runtime, exit_with
 from dlora.start import output_directory, stop_file
@@ -176,13 +175,14 @@ class Run:
                     log.write(record)
                     display.update(record)
                 if status is not None or due(done, config.output.save_every, last=last):
-                    self.save(done)
+                    keeper.save(done)
 
                 # 6  a signal on any rank stops all of them here, after the commit
                 if status is not None and not last:
                     break
-        if last:
-            self.draw_ranks(log)
+        if last and runtime.main:
+            keeper.masks.write(until=done)
+            keeper.masks.draw(log, runtime.say)
         log.close()
         if status is None or last:
             self.finish()
@@ -242,23 +242,8 @@ class Run:
         if not self.runtime.main:
             return SilentLog()
         log = open_directory(self.config, self.prepared, self.start)
-        if self.replica.allocator is not None:
-            self.replica.allocator.masks = read_masks(self.directory, until=self.start)
+        self.keeper.masks.take_up(self.start)
         return log
-
-    def draw_ranks(self, log: Any) -> None:
-        """AdaLoRA: every mask in `ranks.json`, and a picture of where the ranks went."""
-        allocator = self.replica.allocator
-        if allocator is None or not self.runtime.main:
-            return
-        write_masks(self.directory, allocator.masks)
-        figure = heat_map(allocator.ranks, allocator.config.init_r)
-        log.figure("ranks", figure, allocator.step)
-        self.runtime.say(f"ranks: {write_picture(self.directory, figure)}")
-
-    def save(self, step: int) -> None:
-        """Commit a checkpoint: rank 0 alone, unless ranks keep different optimizer states."""
-        self.keeper.save(step)
 
     def finish(self) -> None:
         """The closing lines and the adapter."""

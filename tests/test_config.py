@@ -1,5 +1,6 @@
 """The contract's section 2: defaults, strictness, and one line for every mistake."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -11,8 +12,6 @@ import yaml
 
 from dlora import config as config_module
 from dlora.config import (
-    BUILT,
-    INERT,
     SCHEMA,
     SECTIONS,
     Config,
@@ -26,6 +25,7 @@ from dlora.config import (
     validate,
     value_of,
 )
+from dlora.config_checks import BUILT, INERT
 from dlora.config_options import Given, convert, option
 from dlora.errors import UsageError
 
@@ -429,7 +429,7 @@ def test_what_is_not_built_says_later(base, key, value):
 @pytest.mark.parametrize("installed", [True, False])
 def test_zero3_names_the_install_command_where_deepspeed_is_missing(base, monkeypatch, installed):
     spec = object() if installed else None
-    monkeypatch.setattr(config_module.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     words = ["--sharding.engine", "zero3"]
     if installed:
         assert load(base, words).sharding.engine == "zero3"
@@ -443,7 +443,7 @@ def test_8_bit_names_the_install_command_where_bitsandbytes_is_missing(
     base, monkeypatch, name, installed
 ):
     spec = object() if installed else None
-    monkeypatch.setattr(config_module.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     words = ["--optimizer.name", name]
     if installed:
         assert load(base, words).optimizer.name == name

@@ -38,7 +38,7 @@ def follow(
     w: Tensor,
     g: Tensor,
     sensitivity: Tensor,
-    uncertainty: Tensor | None,
+    uncertainty: Tensor | None = None,
     *,
     beta1: float,
     beta2: float,
@@ -58,7 +58,7 @@ def follow(
         uncertainty[here].lerp_(product.sub_(average).abs_(), 1 - beta2)
 
 
-def element_scores(sensitivity: Tensor, uncertainty: Tensor | None) -> Tensor:
+def element_scores(sensitivity: Tensor, uncertainty: Tensor | None = None) -> Tensor:
     """s(w) of flat averages."""
     return sensitivity if uncertainty is None else sensitivity * uncertainty
 

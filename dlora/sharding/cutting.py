@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from dlora.sharding.reduction import Reduction
 from dlora.sharding.share import Named, Share, states_of
+from dlora.sharding.wire import ring_gather_bytes
 
 Cuts = Mapping[str, tuple[int, Tensor]]  # by name: a dim, and the indices along it that stay
 
@@ -33,6 +34,8 @@ def cut_states(
     future = type(share)(after, reduction)
     states: list[tuple[str, str, Tensor | None]] = []
     for name, slot, whole in share.whole(states_of(optimizer, share.optimized), everywhere=True):
+        if share.collective_saves:
+            reduction.wire.add(ring_gather_bytes(whole.nbytes, reduction.topology.world))
         if whole.shape == named[name].shape:
             whole = _cut(whole, cuts.get(name))
         part = future.part(name, whole)
