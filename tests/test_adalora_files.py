@@ -26,6 +26,7 @@ from dlora.api import replicate
 from dlora.config import AdapterConfig, Config, DataConfig, ModelConfig, OutputConfig, dump_yaml
 from dlora.export import main
 from dlora.lora.attach import named_adapters, trainable_parameters
+from dlora.metrics import MetricsLog
 from dlora.sharding.engine import build_engine
 from dlora.sharding.mesh import Topology, resolve_placement
 
@@ -253,3 +254,13 @@ def test_the_picture_has_layers_in_columns_and_kinds_in_rows(tmp_path: Path) -> 
     assert "26 of 96" in figure.axes[0].get_title()
     written = ranks_file.write_picture(tmp_path, figure)
     assert written.read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_picture_is_on_tensorboard(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = MetricsLog(tmp_path, after=None, tensorboard=True)
+    log.figure("ranks", ranks_file.heat_map({"layers.0.q": 3, "layers.1.q": 1}, init_r=4), 7)
+    log.close()
+    seen = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [image.step for image in seen.Images("ranks")] == [7]
