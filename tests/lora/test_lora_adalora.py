@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from adalora_nets import LAYERS, adapted, data, net, randomize
 from causal_models import causal_model, relative_error, token_ids
+from test_lora_autograd import saved_for_backward
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -95,19 +96,11 @@ def test_backward_keeps_x_once_and_one_z_for_each_layer(dtype: torch.dtype) -> N
     attach(model, AdaLoraConfig(init_r=R, target_r=R))
     x = torch.randn(ROWS, TOKENS, N, dtype=dtype, requires_grad=True)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in parameters:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        sum(layer(x) for layer in model)
-    shapes = [tuple(t.shape) for t in kept.values()]
-    assert x.untyped_storage().data_ptr() in kept
+    kept = saved_for_backward(lambda: sum(layer(x) for layer in model), parameters)
+    shapes = [tuple(t.shape) for t in kept]
+    assert x.untyped_storage().data_ptr() in {t.untyped_storage().data_ptr() for t in kept}
     assert sorted(shapes) == sorted([(ROWS * TOKENS, N), *[(ROWS * TOKENS, R)] * 3])
-    assert {t.dtype for t in kept.values()} == {dtype}
+    assert {t.dtype for t in kept} == {dtype}
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
