@@ -125,9 +125,9 @@ def told_by_new_processes(directory: Path, argv: list[str]) -> tuple[str, list[s
     [
         ("fsdp2", "world", False, "none"),
         ("zero3", "world", True, "none"),
-        ("fsdp2", "none", False, "none"),
+        pytest.param("fsdp2", "none", False, "none", marks=pytest.mark.full),
         ("fsdp2", "world", True, "nf4"),
-        ("zero3", "world", False, "int8"),
+        pytest.param("zero3", "world", False, "int8", marks=pytest.mark.full),
     ],
 )
 def test_planned_is_measured(
