@@ -33,6 +33,7 @@ PORT = 29500  # of the rendezvous; the namespaces are new, and so every port is 
 BURST = "128kb"  # that tbf lets through at once: two of the kernel's largest segments
 GRACE_SECONDS = 3.0  # in which the other node may end too, or an agent end its workers
 SHOWN_CHARACTERS = 3000
+FRAME_BYTES = 1514
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,17 @@ def permitted(link: Link | None = None) -> str | None:
 def sent_bytes(interface: str = INTERFACE) -> int:
     """What an interface of this namespace has sent so far, link headers included."""
     return int(Path(f"/sys/class/net/{interface}/statistics/tx_bytes").read_text())
+
+
+def resent_bytes() -> int:
+    """What TCP has sent a second time from this namespace, at most: whole frames of Ethernet.
+
+    A kernel that waits for a processor repeats segments that had arrived, and an interface counts
+    both.
+    """
+    lines = Path("/proc/net/snmp").read_text().splitlines()
+    names, values = (line.split() for line in lines if line.startswith("Tcp:"))
+    return FRAME_BYTES * int(values[names.index("RetransSegs")])
 
 
 @contextmanager

@@ -8,13 +8,14 @@ counted to DIRECTORY/rank-K.json.
 
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import ranks
 import torch
 import torch.distributed as dist
-from network import sent_bytes
+from network import resent_bytes, sent_bytes
 from run_training import command_line, prepared_run
 
 from dlora.runtime import Runtime
@@ -28,16 +29,19 @@ def counted(argv: list[str]) -> dict[str, Any]:
     """Train; what this node had sent after each optimizer step, and what a step should take."""
     run = prepared_run(argv)
     sent: list[int] = []
+    resent: list[int] = []
 
     def mark(*_: Any) -> None:
         dist.barrier()  # every byte of the step has been received, and so it was sent
         sent.append(sent_bytes())
+        resent.append(resent_bytes())
         dist.barrier()  # and no byte of the next one was
 
     run.optimizer.register_step_post_hook(mark)
     assert run.train() == 0
     return {
-        "sent": sent,
+        "steps": [after - before for before, after in pairwise(sent)],
+        "resent": [after - before for before, after in pairwise(resent)],
         "adapter": 4 * run.replica.numel,
         "reduced": 4 * WholeShare.lengths(run.replica.named, run.prepared.topology)[1],
         "gathers": run.prepared.budget.gathers,

@@ -66,14 +66,12 @@ def test_between_nodes_only_gradients_travel(
             needed = 2 * (NODES - 1) / NODES * found["reduced"]
             if base == "world":
                 needed += found["gathers"]  # of a ring over all ranks, one link leaves each node
-            sent = found["sent"]
-            steps = [after - before for before, after in zip(sent, sent[1:], strict=False)]
-            assert len(steps) == STEPS - 1
-            assert all(needed < crossed < 1.05 * needed for crossed in steps)
+            assert len(found["steps"]) == STEPS - 1
+            for crossed, resent in zip(found["steps"], found["resent"], strict=True):
+                assert needed < crossed < 1.05 * needed + resent
+                if base == "node":  # W0's smallest group of weights would add 1.2 %
+                    assert crossed < 1.01 * needed + resent
             if base == "node":
-                # Headers vary from step to step; W0's smallest group of weights, the embedding,
-                # would add 1.2 % to each.
-                assert min(steps) < 1.01 * needed
                 assert found["gathers"] > 0 or ranks_per_node == 1  # inside the node it is gathered
             else:
                 assert found["gathers"] > found["adapter"]
