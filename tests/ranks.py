@@ -179,6 +179,7 @@ def _work(
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo"
     )
+    faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)
     import torch
     import torch.distributed as dist

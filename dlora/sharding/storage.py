@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,35 +40,39 @@ def own_storage(model: nn.Module) -> None:
 
 
 @contextmanager
-def dropping_mapped_pages(suffix: str = ".safetensors") -> Iterator[None]:
+def dropping_mapped_pages() -> Iterator[None]:
     """While open, hand pages of mapped checkpoint files back to the kernel soon after their use.
 
     The pages stay in the page cache and are mapped again when touched, so this only bounds what
-    counts as this process's memory. Where /proc is missing it does nothing.
+    counts as this process's memory. Mappings are known by what safetensors asks of torch, and are
+    kept until the end: an address that was unmapped could be other memory by the time it is given
+    back, and that would be lost. Where the kernel has no such call it does nothing.
     """
     if not sys.platform.startswith("linux"):
         yield
         return
     stop = threading.Event()
-    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    mapped: list[Any] = []
+    map_file = torch.UntypedStorage.from_file
+    madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
-    def drop() -> None:
-        with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
-            lines = [line for line in maps if line.rstrip().endswith(suffix)]
-        for line in lines:
-            start, _, end = line.split(maxsplit=1)[0].partition("-")
-            madvise(int(start, 16), int(end, 16) - int(start, 16), _MADV_DONTNEED)
+    def remembered(*args: Any, **kwargs: Any) -> Any:
+        mapped.append(map_file(*args, **kwargs))
+        return mapped[-1]
 
     def watch() -> None:
         while not stop.wait(_EVERY_SECONDS):
-            drop()
+            for storage in list(mapped):
+                madvise(storage.data_ptr(), storage.nbytes(), _MADV_DONTNEED)
 
     watcher = threading.Thread(target=watch, name="dlora-mapped-pages", daemon=True)
+    torch.UntypedStorage.from_file = remembered  # type: ignore[method-assign]
     watcher.start()
     try:
         yield
     finally:
+        torch.UntypedStorage.from_file = map_file  # type: ignore[method-assign]
         stop.set()
         watcher.join()
 
