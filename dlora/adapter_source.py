@@ -123,7 +123,7 @@ class AdapterSource:
             delta = host.adapter.delta()
         finally:
             host.adapter.to("meta")
-        return delta.t() if host.transposed else delta
+        return host.as_stored(host, delta)
 
     def check_base_copy(self, name: str, pairs: list[tuple[Tensor, Tensor]] | Iterator) -> None:
         """Refuse where PEFT's copy of W0 and the base's differ by more than one's rounding."""

@@ -25,7 +25,7 @@ from dlora.lora.attach import (
     named_copies,
     trainable_parameters,
 )
-from dlora.lora.hosts import CHILD, HostMixin
+from dlora.lora.hosts import CHILD, ConvolutionHost, HostMixin
 from dlora.lora.variants import PlainLora
 from dlora.lora.variants.adalora import AdaLoraAdapter, AdaLoraConfig
 
@@ -45,7 +45,11 @@ def peft_names(model: nn.Module) -> dict[str, str]:
 def peft_slots(model: nn.Module) -> dict[str, Tensor]:
     """The live tensors of a model with a plain LoRA under PEFT's keys."""
     parameters = trainable_parameters(model)
-    return {key: parameters[name].detach() for name, key in peft_names(model).items()}
+    slots = {key: parameters[name].detach() for name, key in peft_names(model).items()}
+    for path, host, _ in named_adapters(model):
+        for factor, key in _keys(path, host).items():
+            slots[key] = _shaped(host, factor, slots[key])
+    return slots
 
 
 # -- what is written ----------------------------------------------------------------------------
@@ -60,7 +64,7 @@ def plain_forms(model: nn.Module) -> dict[str, PlainLora]:
         UsageError: none has any.
     """
     forms = {path: adapter.as_lora() for path, _, adapter in named_adapters(model)}
-    if attachment_of(model).config.method == "lora":
+    if attachment_of(model).config.method != "adalora":
         return forms  # an empty one has lost its tensors, and is not pruned
     left = {path: form for path, form in forms.items() if form.r}
     if forms and not left:
@@ -81,7 +85,8 @@ def lora_files(model: nn.Module, base: str | None) -> tuple[dict[str, Any], dict
     for path, host, _ in named_adapters(model):
         if path in forms:
             keys = _keys(path, host)
-            tensors[keys["lora_A"]], tensors[keys["lora_B"]] = forms[path].A, forms[path].B
+            for factor, tensor in (("lora_A", forms[path].A), ("lora_B", forms[path].B)):
+                tensors[keys[factor]] = _shaped(host, factor, tensor)
     sizes: dict[str, Any] = {
         "r": config.r,
         "lora_alpha": config.lora_alpha,
@@ -89,7 +94,8 @@ def lora_files(model: nn.Module, base: str | None) -> tuple[dict[str, Any], dict
         "alpha_pattern": dict(config.alpha_pattern),
         "use_rslora": config.use_rslora,
     }
-    if config.method != "lora" and forms:
+    usual = {path: (config.r_for(path), config.scaling_for(path)) for path in forms}
+    if any((form.r, form.scaling) != usual[path] for path, form in forms.items()):
         sizes = _sizes(forms)
     settings = {"peft_type": "LORA", **_common(model, base, forms), **sizes, "use_dora": False}
     return settings, _written(tensors | _copies(model))
@@ -202,6 +208,15 @@ def _keys(path: str, host: nn.Module) -> dict[str, str]:
     embedding = isinstance(host, HostMixin) and host.is_embedding
     key = "lora_embedding_{}" if embedding else "lora_{}.weight"
     return {f"lora_{factor}": f"{PREFIX}{path}.{key.format(factor)}" for factor in "AB"}
+
+
+def _shaped(host: nn.Module, factor: str, tensor: Tensor) -> Tensor:
+    """A factor as PEFT stores it: those of a convolution are kernels, B of size 1."""
+    if not isinstance(host, ConvolutionHost):
+        return tensor
+    if factor == "lora_A":
+        return host.as_stored(host, tensor)
+    return tensor.view(*tensor.shape, *(1 for _ in host.kernel_size))  # type: ignore[union-attr]
 
 
 def _copy_names(model: nn.Module) -> dict[str, str]:

@@ -18,6 +18,7 @@ from dlora.base_model import find_base
 from dlora.errors import UsageError
 from dlora.generate import main
 from dlora.lora.attach import named_adapters
+from dlora.lora.init import INITS
 
 ROOT = Path(__file__).parent.parent
 REAL = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -163,7 +164,7 @@ def test_the_real_model_answers_word_by_word(tmp_path, monkeypatch):
     skeleton = find_base(str(gguf), cache_dir=str(cache)).skeleton()
     attach(skeleton, LoraConfig(r=1, target_modules=["q_proj"]))
     for _, _, adapter in named_adapters(skeleton):
-        adapter.to_empty(device="cpu").reset(is_embedding=False)
+        adapter.to_empty(device="cpu").reset(is_embedding=False, init=INITS[True])
     save_adapter(skeleton, tmp_path / "adapter", base_model_name_or_path=str(gguf))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     pieces: list[str] = []

@@ -13,6 +13,7 @@ from dlora.errors import UsageError
 from dlora.lora.config import LoraConfig
 from dlora.lora.dropout import DropoutStream
 from dlora.lora.hosts import CHILD, SavedHost, TrainedCopy, become_host, host_kind
+from dlora.lora.init import INITS
 from dlora.lora.targets import saved_paths, target_paths
 from dlora.lora.variants import VARIANTS, LoraAdapter
 from dlora.quant.packed import is_packed
@@ -151,8 +152,9 @@ def _attach_adapter(module: nn.Module, path: str, attachment: Attachment) -> Non
     kind, config = host_kind(module), attachment.config
     assert kind is not None  # target_paths has checked
     m, n = kind.shape(module)
+    init = INITS[config.init_lora_weights]
     device = next(module.parameters(recurse=False)).device
-    adapter = VARIANTS[config.method](
+    adapter = VARIANTS[config.variant](
         m=m,
         n=n,
         r=config.r_for(path),
@@ -162,9 +164,10 @@ def _attach_adapter(module: nn.Module, path: str, attachment: Attachment) -> Non
         stream=attachment.stream,
         dtype=_master_dtype(module),
         device=device,
+        offset=init.needs != "nothing",
     )
     if device.type != "meta":
-        adapter.reset(is_embedding=kind.is_embedding)
+        adapter.reset(is_embedding=kind.is_embedding, init=init)
     adapter.train(module.training)
     become_host(module, kind, adapter)
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from dlora.errors import LaterError, UsageError
+from dlora.errors import UsageError
+from dlora.lora.init import INITS
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,9 @@ class LoraConfig:
             names (a name matches a module whose path is it or ends with `.name`), or a regular
             expression that must match a module's whole path.
         use_rslora: rank-stabilised scale, https://arxiv.org/abs/2312.03732.
-        use_dora: not built yet.
-        init_lora_weights: `True` (A Kaiming-uniform, B zero); other values are not built yet.
+        use_dora: a trained magnitude for each row of W0 + ΔW, https://arxiv.org/abs/2402.09353.
+        init_lora_weights: how A and B start, by the name of a file in `dlora.lora.init`; `True` is
+            A Kaiming-uniform and B zero.
         rank_pattern, alpha_pattern: regular expression → r or α for the modules whose path matches
             `(.*\\.)?(expression)$`; the first match in the order given wins.
         modules_to_save: modules trained whole, in a float32 copy beside the frozen original: those
@@ -75,10 +77,26 @@ class LoraConfig:
                 raise UsageError(
                     f"{name}: {pattern!r} is not a regular expression: {error}"
                 ) from None
-        if self.use_dora:
-            raise LaterError("use_dora", self.use_dora)
-        if self.init_lora_weights is not True:
-            raise LaterError("init_lora_weights", self.init_lora_weights)
+        self._check_form()
+
+    @property
+    def variant(self) -> str:
+        """The adapter's form, by its name in `dlora.lora.variants`."""
+        return "dora" if self.use_dora else self.method
+
+    def _check_form(self) -> None:
+        if self.use_dora and self.method != "lora":
+            raise UsageError(
+                f"use_dora: a magnitude goes with a plain LoRA, not with {self.method}"
+            )
+        if self.init_lora_weights not in INITS:
+            known = ", ".join(str(name) for name in INITS)
+            raise UsageError(f"init_lora_weights: {self.init_lora_weights!r} is none of {known}")
+        if self.init_lora_weights is not True and self.method != "lora":
+            raise UsageError(f"init_lora_weights: {self.method} has a start of its own")
+        for r in {self.r, *self.rank_pattern.values()}:
+            if problem := INITS[self.init_lora_weights].check(r):
+                raise UsageError(f"init_lora_weights: {problem}")
 
     def r_for(self, path: str) -> int:
         """The LoRA rank of the module at `path`."""

@@ -27,6 +27,7 @@ https://arxiv.org/abs/2303.10512, section 3.1.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dlora.quant.packed import Weight, save_with, saved_with, whole
+
+Convolve = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class LinearWithLowRank(torch.autograd.Function):
@@ -57,9 +60,9 @@ class LinearWithLowRank(torch.autograd.Function):
         keep_scale: float,
     ) -> Tensor:
         x_Tn = x.reshape(-1, x.shape[-1])
-        z_Tr = _dropped(x_Tn, keep, keep_scale) @ A.to(x.dtype).t()
+        z_Tr = dropped(x_Tn, keep, keep_scale) @ A.to(x.dtype).t()
         y_Tm = F.linear(x_Tn, whole(weight, x.dtype), bias)
-        y_Tm.addmm_(z_Tr, _times(B, E).to(x.dtype).t(), alpha=scaling)
+        y_Tm.addmm_(z_Tr, times(B, E).to(x.dtype).t(), alpha=scaling)
         save_with(ctx, weight, x_Tn, z_Tr, A, B, E, keep)
         ctx.scaling, ctx.keep_scale, ctx.x_shape = scaling, keep_scale, x.shape
         return y_Tm.view(*x.shape[:-1], y_Tm.shape[1])
@@ -69,7 +72,7 @@ class LinearWithLowRank(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight, x_Tn, z_Tr, A, B, E, keep = saved_with(ctx)
         dy_Tm = grads[0].reshape(-1, grads[0].shape[-1])
-        dyB_Tr = dy_Tm @ _times(B, E).to(dy_Tm.dtype)
+        dyB_Tr = dy_Tm @ times(B, E).to(dy_Tm.dtype)
         dx = dA = dB = dE = None
         if ctx.needs_input_grad[0]:
             dx_Tn = dy_Tm @ whole(weight, dy_Tm.dtype)
@@ -80,7 +83,7 @@ class LinearWithLowRank(torch.autograd.Function):
                 dx_Tn.addcmul_(low_rank_Tn, keep, value=ctx.scaling * ctx.keep_scale)
             dx = dx_Tn.view(ctx.x_shape)
         if ctx.needs_input_grad[3]:
-            dA = _scaled(dyB_Tr.t() @ _dropped(x_Tn, keep, ctx.keep_scale), A, ctx.scaling)
+            dA = _scaled(dyB_Tr.t() @ dropped(x_Tn, keep, ctx.keep_scale), A, ctx.scaling)
         if ctx.needs_input_grad[4]:
             dB, dE = _split(_scaled(dy_Tm.t() @ z_Tr, B, ctx.scaling), B, E)
         return dx, None, None, dA, dB, dE, None, None, None
@@ -106,7 +109,7 @@ class EmbeddingWithLowRank(torch.autograd.Function):
         ids_T = ids.reshape(-1)
         z_Tr = A.t()[ids_T].to(weight.dtype)
         y_Tm = F.embedding(ids_T, weight)
-        y_Tm.addmm_(z_Tr, _times(B, E).to(weight.dtype).t(), alpha=scaling)
+        y_Tm.addmm_(z_Tr, times(B, E).to(weight.dtype).t(), alpha=scaling)
         ctx.save_for_backward(ids_T, z_Tr, A, B, E)
         ctx.scaling, ctx.padding_idx = scaling, padding_idx
         return y_Tm.view(*ids.shape, weight.shape[1])
@@ -118,7 +121,7 @@ class EmbeddingWithLowRank(torch.autograd.Function):
         dy_Tm = grads[0].reshape(-1, B.shape[0])
         dA = dB = dE = None
         if ctx.needs_input_grad[2]:
-            dz_Tr = (dy_Tm @ _times(B, E).to(dy_Tm.dtype)).to(A.dtype) * ctx.scaling
+            dz_Tr = (dy_Tm @ times(B, E).to(dy_Tm.dtype)).to(A.dtype) * ctx.scaling
             if ctx.padding_idx is not None:
                 dz_Tr = dz_Tr.masked_fill((ids_T == ctx.padding_idx)[:, None], 0)
             dA = torch.zeros_like(A).index_add_(1, ids_T, dz_Tr.t())
@@ -173,7 +176,38 @@ def embedding(
     return EmbeddingWithLowRank.apply(ids, weight, A, B, E, scaling, padding_idx)
 
 
-def _times(B: Tensor, E: Tensor | None) -> Tensor:
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    convolve: Convolve,
+    *,
+    E: Tensor | None = None,
+    keep: Tensor | None = None,
+    keep_scale: float = 1.0,
+) -> Tensor:
+    """W0 ∗ x + b + s·(B E)·(A ∗ drop(x)): A is a kernel of r channels, B mixes them at each place.
+
+    x [..., c, *space], weight [m, c, *kernel], A [r, n], B [m, r] with n = c·∏ kernel, so that
+    ΔW = s·B·E·A has the elements of W0 in their order. `convolve` is the host's own product, with
+    its stride and padding. This is PEFT's form of LoRA for a convolution.
+    """
+    single = x.ndim < weight.ndim
+    x_Nc = x.unsqueeze(0) if single else x
+    keep_Nc = None if keep is None else keep.view_as(x_Nc)
+    kernel = A.to(x.dtype).view(-1, *weight.shape[1:])
+    z_Nrp = convolve(dropped(x_Nc, keep_Nc, keep_scale), kernel, None).flatten(2)
+    y_Nm = convolve(x_Nc, weight, bias)
+    B_mr = times(B, E).to(z_Nrp.dtype)
+    y_Nmp = y_Nm.flatten(2).baddbmm(B_mr.expand(len(z_Nrp), *B_mr.shape), z_Nrp, alpha=scaling)
+    y = y_Nmp.view_as(y_Nm)
+    return y.squeeze(0) if single else y
+
+
+def times(B: Tensor, E: Tensor | None) -> Tensor:
     """B·diag(E) in the masters' dtype, so that the product is rounded once."""
     return B if E is None else B * E.t()
 
@@ -185,13 +219,11 @@ def _split(gradient: Tensor, B: Tensor, E: Tensor | None) -> tuple[Tensor, Tenso
     return gradient * E.t(), (gradient * B).sum(0).unsqueeze(1)
 
 
-def _dropped(x_Tn: Tensor, keep: Tensor | None, keep_scale: float) -> Tensor:
+def dropped(x_Tn: Tensor, keep: Tensor | None, keep_scale: float) -> Tensor:
+    """x with dropout's mask applied."""
     return x_Tn if keep is None else (x_Tn * keep).mul_(keep_scale)
 
 
 def _scaled(gradient: Tensor, master: Tensor, scaling: float) -> Tensor:
     """Cast to the master's dtype before scaling, so that s costs no precision."""
     return gradient.to(master.dtype).mul_(scaling)
-
-
-__all__ = ["EmbeddingWithLowRank", "LinearWithLowRank", "embedding", "linear"]

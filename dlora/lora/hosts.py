@@ -8,6 +8,7 @@ the same names and an extra child, `adapter`; nothing is wrapped, so `q_proj.wei
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,6 +36,16 @@ class HostMixin:
     def shape(module: Any) -> tuple[int, int]:
         """(m, n) from attributes: a partitioned weight tensor may not show its shape."""
         raise NotImplementedError
+
+    @classmethod
+    def as_stored(cls, module: Any, delta: Tensor) -> Tensor:
+        """ΔW [m, n] as the weight of a host is stored."""
+        return delta.t() if cls.transposed else delta
+
+    @classmethod
+    def as_product(cls, weight: Tensor) -> Tensor:
+        """A weight as it is stored → [m, n]."""
+        return weight.t() if cls.transposed else weight.flatten(1)
 
 
 class LinearHost(HostMixin):
@@ -105,7 +116,40 @@ class EmbeddingHost(HostMixin):
         return self.adapter.embedding(ids, self.weight, self.padding_idx)
 
 
-HOSTS: tuple[type[HostMixin], ...] = (LinearHost, Conv1DHost, EmbeddingHost)
+class ConvolutionHost(HostMixin):
+    """`nn.Conv1d`, `2d` or `3d`: weight [out, in, *kernel], of which n is all but the first.
+
+    Of a grouped or dilated convolution, or one that pads with other than zeros, PEFT's form is no
+    update of W0: such a layer cannot carry an adapter.
+    """
+
+    @staticmethod
+    def accepts(module: nn.Module) -> bool:
+        kind = next((k for k in CONVOLUTIONS if isinstance(module, k)), None)
+        return (
+            isinstance(module, CONVOLUTIONS)
+            and type(module).forward is kind.forward  # type: ignore[union-attr]
+            and module.groups == 1
+            and set(module.dilation) == {1}
+            and module.padding_mode == "zeros"
+        )
+
+    @staticmethod
+    def shape(module: Any) -> tuple[int, int]:
+        return module.out_channels, module.in_channels * math.prod(module.kernel_size)
+
+    @classmethod
+    def as_stored(cls, module: Any, delta: Tensor) -> Tensor:
+        return delta.view(-1, module.in_channels, *module.kernel_size)
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if not self.adapter.enabled:
+            return super().forward(x)  # type: ignore[misc]
+        return self.adapter.convolution(x, self.weight, self.bias, self._conv_forward)
+
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+HOSTS: tuple[type[HostMixin], ...] = (LinearHost, Conv1DHost, EmbeddingHost, ConvolutionHost)
 
 
 def host_kind(module: nn.Module) -> type[HostMixin] | None:

@@ -58,9 +58,8 @@ def merge(model: nn.Module) -> nn.Module:
     losses: dict[str, float] = {}
     originals: dict[str, nn.Parameter] = {}
     for path, host, adapter in named_adapters(model):
-        delta = adapter.delta()
-        oriented = delta.t() if isinstance(host, HostMixin) and host.transposed else delta
-        result = merged_weight(unpacked(host), oriented)
+        assert isinstance(host, HostMixin)
+        result = merged_weight(unpacked(host), host.as_stored(host, adapter.delta()))
         losses[path] = result.loss
         taken = replace_weight(host, result.weight)
         originals |= {f"{path}.{name}": parameter for name, parameter in taken.items()}

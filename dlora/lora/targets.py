@@ -109,7 +109,8 @@ def _check_can_host(path: str, modules: dict[str, nn.Module]) -> None:
     if host_kind(module) is None:
         raise UsageError(
             f"target_modules: {path} is a {type(module).__name__}, which cannot carry an adapter "
-            "(Linear, Conv1D and Embedding with their own forward can)"
+            "(Linear, Conv1D, Embedding and Conv1d, 2d, 3d with their own forward can, if a "
+            "convolution has no groups or dilation and pads with zeros)"
         )
     if _in_attention_kernel(path, modules):
         raise UsageError(

@@ -265,8 +265,11 @@ OUT_OF_RANGE: dict[str, tuple[dict[str, Any], str]] = {
     "no targets": ({"target_modules": []}, "target_modules: is empty"),
     "expression": ({"target_modules": "q_proj("}, "target_modules: 'q_proj(' is not a regular"),
     "rank expression": ({"rank_pattern": {"*": 2}}, "rank_pattern: '*' is not a regular"),
-    "later": ({"use_dora": True}, "use_dora: True is planned for later"),
-    "later init": ({"init_lora_weights": "pissa"}, "init_lora_weights: pissa is planned for later"),
+    "init": ({"init_lora_weights": "eva"}, "init_lora_weights: 'eva' is none of "),
+    "odd rank": (
+        {"init_lora_weights": "orthogonal", "rank_pattern": {"q": 3}},
+        "init_lora_weights: orthogonal needs an even LoRA rank, not 3",
+    ),
 }
 
 

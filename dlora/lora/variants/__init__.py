@@ -1,6 +1,7 @@
 """One method, one file: every module here that defines an adapter is found by itself.
 
-`VARIANTS` maps the value of `adapter.method` to the adapter's class, and that has its settings.
+`VARIANTS` maps a variant's name to the adapter's class, and that has its settings. The name is the
+value of `adapter.method`, or that of an option that changes the form (`LoraConfig.variant`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,6 @@ def _found() -> Iterator[type[LoraAdapter]]:
                 yield value
 
 
-VARIANTS: dict[str, type[LoraAdapter]] = {kind.settings.method: kind for kind in _found()}
+VARIANTS: dict[str, type[LoraAdapter]] = {kind.variant: kind for kind in _found()}
 
 __all__ = ["VARIANTS", "LoraAdapter", "PlainLora"]

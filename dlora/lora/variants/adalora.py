@@ -19,6 +19,7 @@ from dlora.errors import UsageError
 from dlora.lora.budget import BUDGET_UNITS, BudgetSchedule
 from dlora.lora.config import LoraConfig
 from dlora.lora.importance import IMPORTANCES
+from dlora.lora.init import Initialisation
 from dlora.lora.variants.lora import LoraAdapter, PlainLora
 
 TRIPLET_DIM = {"lora_A": 0, "lora_B": 1, "lora_E": 0}  # the dim that counts triplets
@@ -101,6 +102,7 @@ class AdaLoraAdapter(LoraAdapter):
     """
 
     settings = AdaLoraConfig
+    variant = "adalora"
 
     def __init__(self, *, r: int, dtype: torch.dtype, device: torch.device, **others: Any) -> None:
         super().__init__(r=r, dtype=dtype, device=device, **others)
@@ -108,7 +110,7 @@ class AdaLoraAdapter(LoraAdapter):
         self.kept: Tensor | None = None
 
     @torch.no_grad()
-    def reset(self, *, is_embedding: bool) -> None:
+    def reset(self, *, is_embedding: bool, init: type[Initialisation]) -> None:
         """Start at ΔW = 0: λ = 0, and P, Q ~ N(0, 0.02²)."""
         nn.init.normal_(self.lora_A, std=0.02)
         nn.init.normal_(self.lora_B, std=0.02)

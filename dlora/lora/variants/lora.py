@@ -5,7 +5,6 @@ Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685; rsLoRA, https://arxiv.
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from dlora.lora import functional
 from dlora.lora.config import LoraConfig
 from dlora.lora.dropout import DropoutStream
+from dlora.lora.init import Initialisation
 from dlora.quant.packed import Weight
 
 
@@ -40,10 +40,16 @@ class LoraAdapter(nn.Module):
         m, n: rows and columns of the host's weight seen as [out, in]; for an embedding, the width
             of a row and the number of rows.
         path: the host's path in the model; keys the dropout masks.
+        offset: training does not start at B·A = 0, and what it starts at is subtracted.
         dtype: of the masters A and B, float32 or float64.
+
+    Attributes:
+        offset_A, offset_B: A₀ [r, n] and B₀ [m, r], frozen, whose product is subtracted; None where
+            training starts at B·A = 0 anyway.
     """
 
     settings: ClassVar[type[LoraConfig]] = LoraConfig
+    variant: ClassVar[str] = "lora"
 
     def __init__(
         self,
@@ -57,6 +63,7 @@ class LoraAdapter(nn.Module):
         stream: DropoutStream,
         dtype: torch.dtype,
         device: torch.device,
+        offset: bool = False,
     ) -> None:
         super().__init__()
         self.lora_A = nn.Parameter(torch.empty(r, n, dtype=dtype, device=device))
@@ -64,6 +71,10 @@ class LoraAdapter(nn.Module):
         self.scaling, self.dropout, self.path = scaling, dropout, path
         self.stream = stream
         self.enabled = True
+        self.offset_A: Tensor | None
+        self.offset_B: Tensor | None
+        self.register_buffer("offset_A", torch.zeros_like(self.lora_A.data) if offset else None)
+        self.register_buffer("offset_B", torch.zeros_like(self.lora_B.data) if offset else None)
 
     @property
     def r(self) -> int:
@@ -74,28 +85,44 @@ class LoraAdapter(nn.Module):
         """E [r, 1] that B is scaled with column by column; None for ones."""
         return None
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(A [k, n], B [m, k]) whose product is what this adapter adds, but for scale and E.
+
+        They are the trained ones; beside an offset B₀·A₀ they are of rank 2r, in a form that is
+        exactly zero at the start and cancels nothing afterwards:
+
+            B·A − B₀·A₀ = [B − B₀ | B₀]·[A ; A − A₀]
+        """
+        A, B = self.lora_A, self.lora_B
+        A0, B0 = self.offset_A, self.offset_B
+        if A0 is None or B0 is None:
+            return A, B
+        return torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1)
+
     @torch.no_grad()
-    def reset(self, *, is_embedding: bool) -> None:
-        """Start at ΔW = 0. Linear: A ~ U(−1/√n, 1/√n), B = 0. Embedding: A = 0, B ~ N(0, 1)."""
-        if is_embedding:
-            self.lora_A.zero_()
-            self.lora_B.normal_()
-        else:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-            self.lora_B.zero_()
+    def reset(self, *, is_embedding: bool, init: type[Initialisation]) -> None:
+        """Start at ΔW = 0."""
+        init.draw(self.lora_A, self.lora_B, is_embedding=is_embedding)
+
+    @torch.no_grad()
+    def start_from(self, A: Tensor, B: Tensor) -> None:
+        """Start with these factors, [r, n] and [m, r], and subtract their product for good."""
+        assert self.offset_A is not None and self.offset_B is not None
+        for tensor in (self.lora_A, self.offset_A):
+            tensor.copy_(A)
+        for tensor in (self.lora_B, self.offset_B):
+            tensor.copy_(B)
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         """x [..., n], weight [m, n], packed or not → y [..., m]."""
-        keep, keep_scale = None, 1.0
-        if self.training and self.dropout > 0:
-            keep = self.stream.keep_mask(x, self.dropout, self.path)
-            keep_scale = 1 / (1 - self.dropout)
+        A, B = self.factors()
+        keep, keep_scale = self.kept_inputs(x)
         return functional.linear(
             x,
             weight,
             bias,
-            self.lora_A,
-            self.lora_B,
+            A,
+            B,
             self.scaling,
             E=self.singular_values(),
             keep=keep,
@@ -104,12 +131,43 @@ class LoraAdapter(nn.Module):
 
     def embedding(self, ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
         """ids [...], weight [V, m] → y [..., m]. Dropout does not apply to a look-up (as PEFT)."""
-        A, B, E = self.lora_A, self.lora_B, self.singular_values()
+        A, B = self.factors()
+        E = self.singular_values()
         return functional.embedding(ids, weight, A, B, self.scaling, padding_idx, E=E)
+
+    def convolution(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, convolve: functional.Convolve
+    ) -> Tensor:
+        """x [..., c, *space], weight [m, c, *kernel] → y [..., m, *space]; n is c times the kernel.
+
+        Args:
+            convolve: (x, weight, bias) → y, with the host's stride and padding.
+        """
+        A, B = self.factors()
+        keep, keep_scale = self.kept_inputs(x)
+        return functional.convolution(
+            x,
+            weight,
+            bias,
+            A,
+            B,
+            self.scaling,
+            convolve,
+            E=self.singular_values(),
+            keep=keep,
+            keep_scale=keep_scale,
+        )
+
+    def kept_inputs(self, x: Tensor) -> tuple[Tensor | None, float]:
+        """(mask shaped like x, False where dropout zeroes, and 1/(1 − p)); no mask means all."""
+        if not self.training or self.dropout == 0:
+            return None, 1.0
+        return self.stream.keep_mask(x, self.dropout, self.path), 1 / (1 - self.dropout)
 
     def as_lora(self) -> PlainLora:
         """The plain LoRA of the same ΔW; shares storage with this adapter where it can."""
-        return PlainLora(self.lora_A.detach(), self.lora_B.detach(), self.scaling)
+        A, B = self.factors()
+        return PlainLora(A.detach(), B.detach(), self.scaling)
 
     def delta(self) -> Tensor:
         """ΔW = s·B·A [m, n] in the masters' dtype."""

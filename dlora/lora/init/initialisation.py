@@ -1,0 +1,48 @@
+"""What an initialisation of A and B is."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+Needs = Literal["nothing", "weight", "gradient"]
+
+
+class Initialisation:
+    """How A [r, n] and B [m, r] start.
+
+    One that needs nothing draws them so that B·A = 0. One that needs a matrix [m, n], W0 or the
+    gradient of W0, makes them of it: their product at the start is a frozen offset that the adapter
+    subtracts again, so that W0 stays what it is and training starts at ΔW = 0.
+    """
+
+    name: ClassVar[str | bool]
+    needs: ClassVar[Needs] = "nothing"
+
+    @classmethod
+    def check(cls, r: int) -> str | None:
+        """Why a module cannot start so at this rank; None where it can."""
+        return None
+
+    @classmethod
+    @torch.no_grad()
+    def draw(cls, A: Tensor, B: Tensor, *, is_embedding: bool) -> None:
+        """Fill A and B at random; for those that need a matrix, until that is at hand.
+
+        Linear: A ~ U(−1/√n, 1/√n), B = 0. Embedding: A = 0, B ~ N(0, 1).
+        """
+        if is_embedding:
+            A.zero_()
+            B.normal_()
+        else:
+            nn.init.kaiming_uniform_(A, a=5**0.5)
+            B.zero_()
+
+    @classmethod
+    def factors(cls, matrix: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor] | None:
+        """(A [r, n], B [m, r]) for a matrix [m, n]; None where it has none to give, and the layer
+        stays as it was drawn.
+        """
+        raise NotImplementedError
