@@ -95,7 +95,8 @@ def lora_files(model: nn.Module, base: str | None) -> tuple[dict[str, Any], dict
         "use_rslora": config.use_rslora,
     }
     usual = {path: (config.r_for(path), config.scaling_for(path)) for path in forms}
-    if any((form.r, form.scaling) != usual[path] for path, form in forms.items()):
+    as_set = all((form.r, form.scaling) == usual[path] for path, form in forms.items())
+    if forms and not (as_set and config.method == "lora"):
         sizes = _sizes(forms)
     settings = {"peft_type": "LORA", **_common(model, base, forms), **sizes, "use_dora": False}
     return settings, _written(tensors | _copies(model))
