@@ -12,52 +12,33 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
+from runs import ROOT, held_out, options, rows_of, train
 
-ROOT = Path(__file__).parent.parent
 METHODS = ("adalora", "lora")
 
 
-def configuration(method: str, seed: int, directory: Path) -> dict[str, Any]:
-    """The options of a run."""
-    config = yaml.safe_load((ROOT / "configs/adalora.yaml").read_text())
+def run(method: str, seed: int, runs: Path, ranks: int) -> dict[str, Any]:
+    """Make or finish a run; its row of the table."""
+    changes = {"train": {"seed": seed}, "output": {"dir": str(runs / f"{method}_seed{seed}")}}
+    config = options("adalora.yaml", changes)
     adapter = config["adapter"]
     if method == "lora":
         common = {name: adapter[name] for name in ("lora_alpha", "target_modules")}
         config["adapter"] = {"r": adapter["target_r"], **common}
-    config["train"]["seed"] = seed
-    config["output"]["dir"] = str(directory)
-    return config
-
-
-def train(method: str, seed: int, runs: Path, ranks: int) -> dict[str, Any]:
-    """Make or finish a run; its row of the table."""
-    directory = runs / f"{method}_seed{seed}"
-    file = runs / f"{method}_seed{seed}.yaml"
-    runs.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(configuration(method, seed, directory), sort_keys=False))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, f"--nproc-per-node={ranks}", "-m", "dlora.train", "--config", str(file)]
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True)
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["eval_loss"] for line in lines if line.get("eval_loss") is not None]
-    last = lines[-1]
+    lines = train(config, ranks)
+    before, after = held_out(lines)
     return {
         "method": method,
         "seed": seed,
         "ranks": ranks,
-        "steps": last["step"],
-        "loss_before": losses[0],
-        "loss": losses[-1],
-        "train_loss": last["loss"],
+        "steps": lines[-1]["step"],
+        "loss_before": before,
+        "loss": after,
+        "train_loss": lines[-1]["loss"],
     }
 
 
@@ -77,12 +58,12 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/adalora_quality")
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
-    rows = json.loads(args.json.read_text()) if args.json.exists() else []
+    rows = rows_of(args.json)
     made = {(row["method"], row["seed"]) for row in rows}
     for seed in args.seeds:
         for method in METHODS:
             if (method, seed) not in made:
-                rows.append(train(method, seed, args.runs.resolve(), args.ranks))
+                rows.append(run(method, seed, args.runs.resolve(), args.ranks))
                 args.json.write_text(json.dumps(rows, indent=2) + "\n")
     report(rows)
 
