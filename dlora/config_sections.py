@@ -101,6 +101,9 @@ class DataConfig:
     max_length: int = option(1024, "longest sequence, in tokens", ge=2)
     shuffle: bool = option(True, "a new order each epoch, drawn from train.seed")
     packing: bool = option(False, "several sequences in one row")
+    on_error: Literal["stop", "skip"] = option(
+        "stop", "at a record that cannot be used: stop and name its line, or skip and count it"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

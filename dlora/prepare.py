@@ -184,7 +184,9 @@ def _base(config: Config, announce: Callable[[str], None]) -> BaseModel:
         # Its tokenizer comes with the conversion, and a typo in the data must not wait for that.
         for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
             if source is not None:
-                check_source(source, key=key, format=config.data.format)
+                check_source(
+                    source, key=key, format=config.data.format, on_error=config.data.on_error
+                )
     return find_base(
         config.model.path,
         dtype=config.model.dtype,
@@ -245,6 +247,7 @@ def _load(
         format=config.data.format,
         tokenizer=tokenizer,
         max_length=config.data.max_length,
+        on_error=config.data.on_error,
     )
     announce(f"data.{key}: {dataset.report}")
     return dataset

@@ -29,6 +29,7 @@ FREE_KEYS = {
     "adapter.path",  # what it said of the adapter is compared, not where it lay
     "data.train",  # what the files hold is compared, not what they are called
     "data.eval",
+    "data.on_error",
     "train.max_steps",
     "train.epochs",
     "train.micro_batch_size",

@@ -58,6 +58,7 @@ ADDED = {  # change nothing
     ("adapter", "importance"): "uncertainty",
     ("adapter", "budget_unit"): "triplets",
     ("optimizer", "lora_pro_moments"): "low",
+    ("data", "on_error"): "stop",
     ("output", "samples"): 0,
 }
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from dlora.data.builtin import PREFIX
 from dlora.data.chat import ChatRenderer, Rendered
 from dlora.data.encode import Encoder, Example, Int32Array, count_targets
-from dlora.data.files import Record, read_records
+from dlora.data.files import Faults, Record, read_records
 from dlora.data.formats import FORMATS, Conversation, RecordError
 from dlora.errors import UsageError
 
@@ -30,13 +30,20 @@ class Report:
     targets: int
     longest: int
     max_length: int
+    skipped: int = 0  # beside the records above: what data.on_error: skip left out
+    first_fault: str = ""
 
     def __str__(self) -> str:
         return (
             f"{self.records} records: {self.kept} kept with {self.targets} target tokens, the "
             f"longest of {self.longest} tokens; max_length {self.max_length} left {self.dropped} "
-            f"without an answer (dropped) and shortened {self.shortened}"
+            f"without an answer (dropped) and shortened {self.shortened}{self._said_of_faults()}"
         )
+
+    def _said_of_faults(self) -> str:
+        if not self.skipped:
+            return ""
+        return f"; {self.skipped} more skipped (data.on_error), the first: {self.first_fault}"
 
 
 class Dataset(Sequence[Example]):
@@ -95,7 +102,13 @@ class Dataset(Sequence[Example]):
 
 
 def load_examples(
-    source: str | Sequence[str], *, key: str, format: str, tokenizer: Any, max_length: int
+    source: str | Sequence[str],
+    *,
+    key: str,
+    format: str,
+    tokenizer: Any,
+    max_length: int,
+    on_error: str = "stop",
 ) -> Dataset:
     """Reads and encodes a data source.
 
@@ -104,11 +117,13 @@ def load_examples(
     format: a name in FORMATS; the builtin source takes "chat".
     tokenizer: a fast tokenizer of transformers, with a chat template unless format is "text".
     max_length: tokens; what is longer is cut on the right, and dropped if no target is left.
+    on_error: "stop" at a record that cannot be used, or "skip" and count it.
     Raises UsageError, one line with file and line, for whatever the user can put right.
     """
-    contents = _contents(source, key, format)
+    faults = Faults(skip=on_error == "skip")
+    contents = _contents(source, key, format, faults)
     encoder = Encoder(tokenizer, special_tokens=format == "text", key=key)
-    texts = _texts(contents, ChatRenderer(tokenizer, key) if format != "text" else None)
+    texts = _texts(contents, ChatRenderer(tokenizer, key) if format != "text" else None, faults)
 
     ids: list[Int32Array] = []
     labels: list[Int32Array] = []
@@ -131,7 +146,11 @@ def load_examples(
         targets=sum(map(count_targets, labels)),
         longest=max(map(len, ids), default=0),
         max_length=max_length,
+        skipped=faults.count,
+        first_fault=faults.first,
     )
+    if not ids and faults.count and not records:
+        raise UsageError(f"none of {faults.count} records can be used, the first: {faults.first}")
     if not ids:
         raise UsageError(
             f"{key}: none of {records} records keeps a target token within data.max_length "
@@ -141,36 +160,45 @@ def load_examples(
     return Dataset(np.concatenate(ids), np.concatenate(labels), starts, report)
 
 
-def check_source(source: str | Sequence[str], *, key: str, format: str) -> None:
+def check_source(
+    source: str | Sequence[str], *, key: str, format: str, on_error: str = "stop"
+) -> None:
     """Raises the UsageErrors of `load_examples` that need no tokenizer: files, lines and fields."""
-    for _ in _contents(source, key, format):
+    for _ in _contents(source, key, format, Faults(skip=on_error == "skip")):
         pass
 
 
 def _contents(
-    source: str | Sequence[str], key: str, format: str
+    source: str | Sequence[str], key: str, format: str, faults: Faults
 ) -> Iterator[tuple[Record, Conversation | str]]:
     """Every record of the source with what its format makes of it."""
     if format not in FORMATS:
         raise UsageError(f"data.format: {format!r} is unknown; expected one of {list(FORMATS)}")
     if isinstance(source, str) and source.startswith(PREFIX) and format != "chat":
         raise UsageError(f"data.format: {key} {source} holds chats; expected chat, not {format}")
-    for record in read_records(source, key):
+    for record in read_records(source, key, faults):
         try:
-            yield record, FORMATS[format](record.value)
+            content = FORMATS[format](record.value)
         except RecordError as error:
-            raise UsageError(f"{record.where}: {error}") from None
+            faults.add(UsageError(f"{record.where}: {error}"))
+        else:
+            yield record, content
 
 
 def _texts(
-    contents: Iterator[tuple[Record, Conversation | str]], renderer: ChatRenderer | None
+    contents: Iterator[tuple[Record, Conversation | str]],
+    renderer: ChatRenderer | None,
+    faults: Faults,
 ) -> Iterator[Rendered]:
     """Every record as a text with spans."""
     for record, content in contents:
+        if isinstance(content, str):
+            yield Rendered(content, spans=None, append_eos=True)
+            continue
+        assert renderer is not None
         try:
-            if isinstance(content, str):
-                yield Rendered(content, spans=None, append_eos=True)
-            elif renderer is not None:
-                yield renderer.render(content)
+            rendered = renderer.render(content)
         except RecordError as error:
-            raise UsageError(f"{record.where}: {error}") from None
+            faults.add(UsageError(f"{record.where}: {error}"))
+        else:
+            yield rendered

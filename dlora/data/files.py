@@ -1,6 +1,7 @@
 """Finding and reading what `data.train` and `data.eval` name: JSONL files.
 
-Every error is a UsageError of one line: `key: file:line: what is wrong, what is expected`.
+Every error is a UsageError of one line: `key: file:line: what is wrong, what is expected`. One that
+lies in a single record goes to `Faults`, which stops at it or counts it; any other is raised.
 """
 
 import glob
@@ -8,10 +9,13 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dlora.data.builtin import NAMES, PREFIX, builtin_records
 from dlora.errors import UsageError
+
+LONGEST_LINE = 16 << 20  # bytes; beyond any text that is trained on, and it would be held whole
+PIECE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +26,37 @@ class Record:
     where: str
 
 
-def read_records(source: str | Sequence[str], key: str) -> Iterator[Record]:
+@dataclass(slots=True)
+class Faults:
+    """What becomes of records that cannot be used: `data.on_error`.
+
+    skip: leave them out; otherwise the first one ends the run.
+    count, first: how many were left out, and what the first one's error says.
+    """
+
+    skip: bool = False
+    count: int = 0
+    first: str = ""
+
+    def add(self, error: UsageError) -> None:
+        """Raise the error, or count it."""
+        if not self.skip:
+            raise error from None
+        self.count += 1
+        self.first = self.first or str(error)
+
+
+def read_records(
+    source: str | Sequence[str], key: str, faults: Faults | None = None
+) -> Iterator[Record]:
     """The records of a data source, in the order of files and lines.
 
     source: a file, a glob, a list of either, or "builtin:docstrings[-heldout]".
     key: the configuration's name for it, put in front of every error.
+    faults: gets what is wrong with single lines; by default that is raised.
     Raises UsageError for a source that does not exist, is empty or is not JSONL in UTF-8.
     """
+    faults = faults or Faults()
     if isinstance(source, str) and source.startswith(PREFIX):
         name = source.removeprefix(PREFIX)
         if name not in NAMES:
@@ -38,7 +66,7 @@ def read_records(source: str | Sequence[str], key: str) -> Iterator[Record]:
             yield Record(value, f"{key}: {source}:{i + 1}")
         return
     for path in resolve(source, key):
-        yield from _read_file(path, key)
+        yield from _read_file(path, key, faults)
 
 
 def resolve(source: str | Sequence[str], key: str) -> list[Path]:
@@ -85,25 +113,45 @@ def _matches(pattern: str, key: str) -> list[Path]:
     return [path]
 
 
-def _read_file(path: Path, key: str) -> Iterator[Record]:
-    records = 0
+def _read_file(path: Path, key: str, faults: Faults) -> Iterator[Record]:
+    filled = False
     try:
-        # Lines end at "\n" and nowhere else: JSON strings may hold U+2028 and the like as they are.
         with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(_lines(file), start=1):
                 where = f"{key}: {path}:{number}"
-                text = _decode(line, where, first=number == 1)
-                if text.strip():
-                    records += 1
-                    yield Record(_parse(text, where), where)
+                try:
+                    text = _decode(line, where, first=number == 1)
+                    if text.strip():
+                        filled = True
+                        yield Record(_parse(text, where), where)
+                except UsageError as error:
+                    filled = True
+                    faults.add(error)
     except OSError as error:
         raise UsageError(f"{key}: {path}: {error.strerror or error}") from None
-    if not records:
+    if not filled:
         state = "is an empty file" if path.stat().st_size == 0 else "holds blank lines only"
         raise UsageError(f"{key}: {path} {state}; expected one JSON object per line")
 
 
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file; of one that is too long, as much as shows that it is.
+
+    Lines end at "\\n" and nowhere else: JSON strings may hold U+2028 and the like as they are.
+    """
+    while line := file.readline(LONGEST_LINE + 1):
+        yield line
+        too_long = len(line) > LONGEST_LINE
+        while too_long and line and not line.endswith(b"\n"):  # pass over the rest of it
+            line = file.readline(PIECE)
+
+
 def _decode(line: bytes, where: str, *, first: bool) -> str:
+    if len(line) > LONGEST_LINE:
+        raise UsageError(
+            f"{where}: a line of more than {LONGEST_LINE >> 20} MiB; expected one JSON object per "
+            "line, not a whole file of them"
+        )
     try:
         return line.decode("utf-8-sig" if first else "utf-8")  # editors on Windows write a BOM
     except UnicodeDecodeError as error:
