@@ -47,6 +47,11 @@ class TrainedReplica(Replica):
             self.allocator.regularise(1 if tokens is None else whole_number(tokens))
         return super().reduce_gradients(tokens, sums, each)
 
+    def leave_out(self, optimizer: Optimizer) -> None:
+        """In the place of an optimizer step that is not made: AdaLoRA's schedule goes on."""
+        if self.allocator is not None:
+            self.allocator.advance(optimizer)
+
     def release(self) -> None:
         """Free what passes without a reduction after them (evaluation) left gathered of W0."""
         self.engine.release(self._model)

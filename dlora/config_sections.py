@@ -133,6 +133,9 @@ class TrainConfig:
     epochs: int | None = option(None, "passes over the data, set instead of max_steps", ge=1)
     global_batch_size: int = option(32, "sequences per optimizer step, over all ranks", ge=1)
     micro_batch_size: int = option(4, "sequences per rank and forward", ge=1)
+    allow_unused: bool = option(
+        False, "go on although a trained tensor has had no gradient in the first 10 steps"
+    )
     seed: int = option(0, "of initialisation, data order and dropout", ge=0, lt=2**32)
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,34 +61,6 @@ class SilentLog:
 
     def close(self) -> None:
         """Nothing."""
-
-
-class FiniteWatch:
-    """Says so when the loss or its gradient is no number any more: at once, and at the end."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
-        self._steps: list[int] = []
-
-    def see(self, record: dict[str, Any]) -> None:
-        """Look at a step's record."""
-        loss, norm = record["loss"], record["grad_norm"]
-        if math.isfinite(loss) and math.isfinite(norm):
-            return
-        self._steps.append(record["step"])
-        if len(self._steps) == 1:
-            self._say(
-                f"warning: step {record['step']} has loss {loss} and gradient norm {norm}; "
-                "a smaller optimizer.lr may help"
-            )
-
-    def close(self) -> None:
-        """The run has ended."""
-        if self._steps:
-            self._say(
-                f"warning: loss or gradient was not finite in {len(self._steps)} steps, the first "
-                f"of them step {self._steps[0]}; the adapter is of no use"
-            )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

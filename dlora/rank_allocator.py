@@ -100,11 +100,16 @@ class RankAllocator:
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:
         """Score, mask and shrink, as the schedule says of this step."""
+        if self._scores is not None and self.schedule.scores(self.step + 1):
+            self._scores.follow()
+        self.advance(optimizer)
+
+    @torch.no_grad()
+    def advance(self, optimizer: Optimizer) -> None:
+        """Mask and shrink, as the schedule says of this step, by the scores that there are."""
         self.step += 1
         if self._scores is None:
             return
-        if self.schedule.scores(self.step):
-            self._scores.follow()
         if self.schedule.masks(self.step):
             self._mask(self._scores.all())
         if self.step == self.schedule.last:

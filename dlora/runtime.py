@@ -54,6 +54,11 @@ class Runtime:
         if self.main:
             print(line, flush=True)
 
+    def fail(self, line: str) -> None:
+        """Print what ends the run as an error, once for all ranks, which all know of it."""
+        if self.main:
+            _print_error(line)
+
     def agree(self, topic: str, work: Callable[[], tuple[Any, str]]) -> Any:
         """Do the same preparation on every rank, and go on only if all of them succeeded alike.
 

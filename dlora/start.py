@@ -33,6 +33,7 @@ FREE_KEYS = {
     "train.max_steps",
     "train.epochs",
     "train.micro_batch_size",
+    "train.allow_unused",
 }
 FREE_SECTIONS = {"sharding", "output"}
 # Settings of an adapter that come from elsewhere in the configuration.

@@ -25,7 +25,7 @@ from dlora.keeping import RESUMES, Keeper
 from dlora.lora.attach import attachment_of
 from dlora.lora.dropout import SampleKeys, seed_of
 from dlora.memory import MemoryMeter, trim, without_holes
-from dlora.metrics import FiniteWatch, SilentLog, held_out_line
+from dlora.metrics import SilentLog, held_out_line
 from dlora.optim.schedule import lr_factor, set_lr
 from dlora.plan.measured import measure
 from dlora.plan.report import comparison, lines_of
@@ -36,6 +36,7 @@ from dlora.resume import open_directory, resume
 from dlora.runtime import Runtime, exit_with
 from dlora.start import output_directory, stop_file
 from dlora.stopping import StopRequest, exit_status
+from dlora.watch import FiniteWatch, HangWatch, UnusedWatch, is_finite
 
 TRIM_EVERY = 10  # optimizer steps between two returns of freed host memory
 
@@ -80,7 +81,11 @@ class Run:
         self.meter = meter
         # From here on, so also while weights are read.
         self.stop = StopRequest(stop_file(config) if runtime.main else None)
-        self.losses = FiniteWatch(runtime.say)
+        self.losses = FiniteWatch(
+            runtime.say, self.directory / "nonfinite.json" if runtime.main else None
+        )
+        self.unused = UnusedWatch(allowed=config.train.allow_unused)
+        self.hang = HangWatch(config.sharding.timeout_seconds)
         if config.sharding.memory_budget_gb is not None and runtime.device.type == "cpu":
             without_holes()
         torch.manual_seed(config.train.seed)
@@ -91,7 +96,7 @@ class Run:
         self.start = resume(runtime, preparation, self.replica, self.optimizer)
         saved = config, runtime, preparation, self.replica, self.optimizer
         self.keeper = Keeper(*saved, start=self.start)
-        self.model.register_forward_pre_hook(lambda *_: self.stop.beat())
+        self.model.register_forward_pre_hook(lambda *_: self.beat())
 
     def train(self) -> int:
         """The loop; returns the exit status."""
@@ -101,7 +106,7 @@ class Run:
             runtime.say(f"the run was finished already: step {self.start} of {self.total_steps}")
             self.save_adapter()  # the run may have ended between its last two files
             return 0
-        stop, keeper, status = self.stop, self.keeper, None
+        stop, keeper, status, trouble = self.stop, self.keeper, None, None
         log = self.open_log()
         if self.start == 0:
             self.show_samples("before training")
@@ -112,7 +117,7 @@ class Run:
         replica.reductions = self.start  # so that audits fall on the same steps as without a stop
         replica.wire.take()
         display = StepDisplay(self.total_steps, self.start, runtime.main, replica.final_budget)
-        with display, stop.committing(keeper.alone):
+        with display, stop.committing(keeper.alone), self.hang.watching():
             for step in range(self.start, self.total_steps):
                 began = time.perf_counter()
 
@@ -128,9 +133,9 @@ class Run:
                         [prepared.train[i] for i in micro], prepared.pad_id, runtime.device
                     )
                     with self.sample_keys(step, batch):
-                        loss = model(input_ids=batch.input_ids, targets=batch.targets)
-                        loss.backward()
-                    loss_sum += loss.detach()
+                        summed = model(input_ids=batch.input_ids, targets=batch.targets)
+                        summed.backward()
+                    loss_sum += summed.detach()
                     tokens += batch.num_targets
 
                 # 3  one reduction: gradients become the mean over all target tokens of all ranks
@@ -138,9 +143,13 @@ class Run:
                 reduced = replica.reduce_gradients(tokens, sums=sums, each=self.meter.peak() >> 10)
 
                 # 4  clip, schedule, step (after which AdaLoRA scores and masks by itself)
-                norm = replica.clip(config.optimizer.max_grad_norm or math.inf)
+                loss = reduced.sums[0] / max(reduced.tokens, 1)
+                norm = float(replica.clip(config.optimizer.max_grad_norm or math.inf))
                 lr = self.set_lr(step)
-                optimizer.step()
+                if is_finite(loss, norm):
+                    optimizer.step()
+                else:
+                    replica.leave_out(optimizer)
                 replica.zero_grad()
 
                 # 5  look, log, save
@@ -153,8 +162,8 @@ class Run:
                 seconds = time.perf_counter() - began
                 record = {
                     "step": done,
-                    "loss": reduced.sums[0] / max(reduced.tokens, 1),
-                    "grad_norm": float(norm),
+                    "loss": loss,
+                    "grad_norm": norm,
                     "lr": lr,
                     "tokens": reduced.tokens,
                     "step_seconds": seconds,
@@ -165,9 +174,11 @@ class Run:
                     **replica.figures(),
                 }
                 keeper.keep(done, record)
-                self.losses.see(record)
+                trouble = self.losses.see(record, ids) or self.unused.see(
+                    replica.named, replica.present
+                )
                 self.records.append(record)
-                status = exit_status(reduced.sums[1:])
+                status = 1 if trouble else exit_status(reduced.sums[1:])
                 evaluated = self.evaluates and due(done, config.output.eval_every, last=last)
                 if evaluated:
                     record["eval_loss"] = self.evaluate()
@@ -177,13 +188,16 @@ class Run:
                 if status is not None or due(done, config.output.save_every, last=last):
                     keeper.save(done)
 
-                # 6  a signal on any rank stops all of them here, after the commit
-                if status is not None and not last:
+                # 6  a signal on any rank, or trouble, stops all of them here, after the commit
+                if trouble or (status is not None and not last):
                     break
         if last and runtime.main:
             keeper.masks.write(until=done)
             keeper.masks.draw(log, runtime.say)
         log.close()
+        if trouble:
+            runtime.fail(f"stopped after step {done}: {trouble}")
+            return 1
         if status is None or last:
             self.finish()
             return 0
@@ -192,6 +206,11 @@ class Run:
         return status
 
     # -- what the loop asks for -----------------------------------------------------------------
+
+    def beat(self) -> None:
+        """A pass begins: a sign of progress."""
+        self.stop.beat()
+        self.hang.beat()
 
     @property
     def evaluates(self) -> bool:

@@ -59,6 +59,7 @@ ADDED = {  # change nothing
     ("adapter", "budget_unit"): "triplets",
     ("optimizer", "lora_pro_moments"): "low",
     ("data", "on_error"): "stop",
+    ("train", "allow_unused"): False,
     ("output", "samples"): 0,
 }
 

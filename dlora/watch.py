@@ -1,0 +1,127 @@
+"""What a run watches for in itself: steps without a finite gradient, tensors without any, silence.
+
+loss or gradient not finite  ──> the step is left out; three in a row end the run
+no gradient on any rank      ──> in ten steps, for a trained tensor: the run ends and lists them
+no progress for a long time  ──> the stack of every thread, while the collective still waits
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dlora.files import write_atomically
+
+BAD_STEPS_IN_A_ROW = 3
+STEPS_TO_BE_USED_IN = 10
+SHARE_OF_TIMEOUT = 0.9  # of a collective's time, after which the stacks are shown
+SHOWN = 5
+
+
+class FiniteWatch:
+    """Steps whose loss or gradient is no number: they are left out, counted, and end the run.
+
+    Args:
+        file: where the sequences of the last ones are written when they end it.
+    """
+
+    def __init__(self, say: Callable[[str], None], file: Path | None = None) -> None:
+        self._say, self._file = say, file
+        self._steps: list[int] = []
+        self._row: dict[int, list[int]] = {}  # step: its sequences, without a good one between
+
+    def see(self, record: Mapping[str, Any], ids: Sequence[int] = ()) -> str | None:
+        """Look at a step's record; why the run has to end, or None."""
+        step, loss, norm = record["step"], record["loss"], record["grad_norm"]
+        if is_finite(loss, norm):
+            self._row.clear()
+            return None
+        self._steps.append(step)
+        self._row[step] = [int(i) for i in ids]
+        if len(self._steps) == 1:
+            self._say(
+                f"warning: step {step} has loss {loss} and gradient norm {norm} and is left out; "
+                "a smaller optimizer.lr may help"
+            )
+        if len(self._row) < BAD_STEPS_IN_A_ROW:
+            return None
+        where = ""
+        if self._file is not None:
+            write_atomically(self._file, (json.dumps(self._row) + "\n").encode())
+            where = f"; their sequences are listed in {self._file}"
+        return f"{len(self._row)} steps in a row had no finite loss or gradient{where}"
+
+    def close(self) -> None:
+        """The run has ended."""
+        if self._steps:
+            self._say(
+                f"warning: loss or gradient was not finite in {len(self._steps)} steps, the first "
+                f"of them step {self._steps[0]}; they were left out"
+            )
+
+
+def is_finite(*values: float) -> bool:
+    """Whether none of the values is NaN or infinite."""
+    return all(math.isfinite(value) for value in values)
+
+
+class UnusedWatch:
+    """Trained tensors that no pass has reached: nothing would ever train them.
+
+    Zero is a gradient; a tensor without any is not part of what is computed (or, in a mixture of
+    experts, belongs to one that no token has been sent to).
+    """
+
+    def __init__(self, allowed: bool) -> None:
+        self._left = 0 if allowed else STEPS_TO_BE_USED_IN
+        self._unused: set[str] | None = None
+
+    def see(self, named: Mapping[str, Tensor], present: Mapping[str, bool]) -> str | None:
+        """Look at which tensors had a gradient on some rank; why the run has to end, or None.
+
+        One without elements has none to have: AdaLoRA has left it no rank.
+        """
+        if self._left == 0:
+            return None
+        absent = {name for name, tensor in named.items() if tensor.numel() and not present[name]}
+        self._unused = absent if self._unused is None else self._unused & absent
+        self._left -= 1
+        if not self._unused:
+            self._left = 0
+        if self._left or not self._unused:
+            return None
+        names = sorted(self._unused)
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        return (
+            f"no gradient in {STEPS_TO_BE_USED_IN} steps on any rank for {', '.join(names[:SHOWN])}"
+            f"{more}; leave them out (adapter.target_modules, adapter.modules_to_save) or set "
+            "train.allow_unused: true"
+        )
+
+
+class HangWatch:
+    """Shows the stack of every thread when there is no progress, before the collective gives up."""
+
+    def __init__(self, timeout_seconds: float) -> None:
+        self._seconds = SHARE_OF_TIMEOUT * timeout_seconds
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, silence for longer than nine tenths of a collective's time shows the stacks."""
+        self.beat()
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    def beat(self) -> None:
+        """A sign of progress."""
+        faulthandler.dump_traceback_later(self._seconds, file=sys.__stderr__ or sys.stderr)
