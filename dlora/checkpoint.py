@@ -160,9 +160,13 @@ def write(
     }
     if checkpoint.allocation is not None:
         manifest["triplets"] = checkpoint.allocation
-    for name, content in (files | {"manifest.json": _json(manifest)}).items():
-        write_atomically(beside / name, content)
-    _take_name(beside, final)
+    try:
+        for name, content in (files | {"manifest.json": _json(manifest)}).items():
+            write_atomically(beside / name, content)
+        _take_name(beside, final)
+    except OSError:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
     sync(root)
     for _, old in _steps(root)[:-keep_last]:
         if old != final:

@@ -62,15 +62,22 @@ class Keeper:
         self._lock = threading.Lock()  # while a snapshot is written or read
 
     def save(self, step: int) -> None:
-        """Commit a checkpoint: rank 0 alone, unless ranks keep different optimizer states."""
+        """Commit a checkpoint: rank 0 alone, unless ranks keep different optimizer states.
+
+        What the disk refuses is said, and tried again at the next save: the run goes on.
+        """
         replica = self._replica
         if not (self._runtime.main or replica.share.collective_saves):
             return
         states, allocation = replica.states(self._optimizer), replica.allocation()
         captured = checkpoints.capture(replica, states, self._state(step), allocation)
-        if captured is not None:
+        if captured is None:
+            return
+        try:
             self.masks.write(until=step)
             self._write(captured)
+        except OSError as error:
+            self._runtime.warn(f"step {step} could not be saved: {error}; the run goes on")
 
     def keep(self, step: int, record: dict[str, Any]) -> None:
         """Take a snapshot after a step, with its line of the metrics.

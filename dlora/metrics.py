@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +20,21 @@ class MetricsLog:
         after: the step that the run starts from; lines of later steps are dropped first, and all of
             them where it is None (a fresh run).
         tensorboard: also write the figures as scalars under `<directory>/tensorboard`.
+        warn: gets a line where the disk refuses one, which is kept and written with the next.
     """
 
-    def __init__(self, directory: Path, *, after: int | None, tensorboard: bool) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        after: int | None,
+        tensorboard: bool,
+        warn: Callable[[str], None] = print,
+    ) -> None:
         self._path = directory / "metrics.jsonl"
         kept = [] if after is None else [r for r in read_metrics(self._path) if r["step"] <= after]
         write_atomically(self._path, "".join(_line(record) for record in kept).encode())
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+        self._warn, self._unwritten, self._refused = warn, "", False
         self._board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -34,8 +45,8 @@ class MetricsLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one line and put it where a reader sees it."""
-        self._file.write(_line(record))
-        self._file.flush()
+        self._unwritten += _line(record)
+        self._flush()
         if self._board is not None:
             for name, value in record.items():
                 if isinstance(value, (int, float)) and name != "step":
@@ -48,9 +59,24 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flush both."""
-        self._file.close()
+        self._flush()
         if self._board is not None:
             self._board.close()
+
+    def _flush(self) -> None:
+        """Append what is due; of what the disk refuses, nothing stays in the file."""
+        size = self._path.stat().st_size if self._path.exists() else 0
+        try:
+            with open(self._path, "ab") as file:
+                file.write(self._unwritten.encode())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self._path, size)
+            if not self._refused:
+                self._warn(f"{self._path} cannot be written: {error}; the run goes on")
+            self._refused = True
+            return
+        self._unwritten, self._refused = "", False
 
 
 class SilentLog:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,9 @@ def resume(
     return step
 
 
-def open_directory(config: Config, preparation: Preparation, start: int) -> MetricsLog:
+def open_directory(
+    config: Config, preparation: Preparation, start: int, warn: Callable[[str], None]
+) -> MetricsLog:
     """Write `config.yaml` and open the metrics; rank 0 only.
 
     What another run left in the directory is set aside, all of it before a fresh start or one from
@@ -87,7 +89,10 @@ def open_directory(config: Config, preparation: Preparation, start: int) -> Metr
         checkpoints.set_aside_after(start, directory / "checkpoints")
     write_atomically(directory / "config.yaml", resolved_yaml(config, preparation).encode())
     return MetricsLog(
-        directory, after=start if start else None, tensorboard=config.output.tensorboard
+        directory,
+        after=start if start else None,
+        tensorboard=config.output.tensorboard,
+        warn=warn,
     )
 
 

@@ -54,6 +54,10 @@ class Runtime:
         if self.main:
             print(line, flush=True)
 
+    def warn(self, line: str) -> None:
+        """Print a warning from this rank."""
+        print(f"dlora: warning: {line}", file=sys.stderr, flush=True)
+
     def fail(self, line: str) -> None:
         """Print what ends the run as an error, once for all ranks, which all know of it."""
         if self.main:

@@ -22,6 +22,7 @@ from dlora.entry import enter, prepared
 from dlora.errors import UsageError
 from dlora.evaluation import held_out_loss, sample_answers
 from dlora.keeping import RESUMES, Keeper
+from dlora.lock import locked
 from dlora.lora.attach import attachment_of
 from dlora.lora.dropout import SampleKeys, seed_of
 from dlora.memory import MemoryMeter, trim, without_holes
@@ -55,12 +56,15 @@ def main(argv: list[str]) -> int:
         runtime.say("configuration, data and plan are right; nothing was trained (--check)")
         runtime.leave()
         return 0
+    lock = locked(output_directory(config), runtime)
     runtime.join(config.sharding.timeout_seconds)
     try:
         run = Run(config, runtime, preparation, meter)
         return run.keeper.survive(run.train)
     except UsageError as error:
         raise runtime.told(error) from error
+    finally:
+        lock.release()
 
 
 def import_late_ones(config: Config) -> None:
@@ -104,8 +108,7 @@ class Run:
         model, replica, optimizer = self.model, self.replica, self.optimizer
         if self.start == self.total_steps:
             runtime.say(f"the run was finished already: step {self.start} of {self.total_steps}")
-            self.save_adapter()  # the run may have ended between its last two files
-            return 0
+            return self.save_adapter()  # the run may have ended between its last two files
         stop, keeper, status, trouble = self.stop, self.keeper, None, None
         log = self.open_log()
         if self.start == 0:
@@ -199,8 +202,7 @@ class Run:
             runtime.fail(f"stopped after step {done}: {trouble}")
             return 1
         if status is None or last:
-            self.finish()
-            return 0
+            return self.finish()
         cause = "a signal" if stop.signal or not stop.flags[0] else "output.stop_file"
         runtime.say(f"stopped by {cause} after step {done}; {RESUMES}")
         return status
@@ -260,26 +262,32 @@ class Run:
     def open_log(self) -> Any:
         if not self.runtime.main:
             return SilentLog()
-        log = open_directory(self.config, self.prepared, self.start)
+        log = open_directory(self.config, self.prepared, self.start, self.runtime.warn)
         self.keeper.masks.take_up(self.start)
         return log
 
-    def finish(self) -> None:
-        """The closing lines and the adapter."""
+    def finish(self) -> int:
+        """The closing lines and the adapter; the exit status."""
         self.show_samples("after training")
         if self.runtime.main and (line := held_out_line(self.directory)):
             self.runtime.say(line)
         self.losses.close()
-        self.save_adapter()
+        status = self.save_adapter()
         measured = measure(self.model, self.replica, self.optimizer, self.records)
         self.runtime.say(comparison(self.prepared.budget, measured, self.runtime.device.type))
+        return status
 
-    def save_adapter(self) -> None:
-        """The adapter that stock PEFT loads."""
+    def save_adapter(self) -> int:
+        """The adapter that stock PEFT loads; the exit status, of which rank 0's counts."""
         where = self.directory / "adapter"
-        if self.runtime.main:
-            save_adapter(self.model, where, base_model_name_or_path=self.config.model.path)
+        try:
+            if self.runtime.main:
+                save_adapter(self.model, where, base_model_name_or_path=self.config.model.path)
+        except OSError as error:
+            self.runtime.fail(f"{where} could not be written: {error}; free the disk and {RESUMES}")
+            return 1
         self.runtime.say(f"adapter: {where}")
+        return 0
 
 
 def due(step: int, every: int, last: bool = False) -> bool:

@@ -1,0 +1,114 @@
+"""A disk that refuses a save: the run goes on, says so at once, and saves when it can again."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import Pools
+from run_training import command_line, figures, prepared_run, train
+from tiny import save_chats
+
+from dlora import checkpoint
+
+STEPS = 6
+
+
+@pytest.fixture
+def command(saved_models: Any, tmp_path: Path) -> Any:
+    data = str(save_chats(tmp_path / "chats.jsonl", 24))
+
+    def words(out: Path) -> list[str]:
+        return command_line(
+            model__path=saved_models("blocks"),
+            data__train=data,
+            output__dir=str(out),
+            output__save_every=1,
+            train__max_steps=STEPS,
+        )
+
+    return words
+
+
+def hindered(argv: list[str], kind: str) -> dict[str, Any]:
+    """A run that cannot write in its directory from its 2nd to its 4th step."""
+    run = prepared_run(argv)
+    out = run.directory
+    see = run.losses.see
+
+    def seen(record: dict[str, Any], ids: Any) -> str | None:
+        if run.runtime.main and record["step"] == 2:
+            _hinder(out, kind)
+        if run.runtime.main and record["step"] == 5:
+            _help(out, kind)
+        return see(record, ids)
+
+    run.losses.see = seen  # type: ignore[method-assign]
+    status = run.train()
+    return {"status": status, "values": run.replica.values.clone()}
+
+
+def _hinder(out: Path, kind: str) -> None:
+    if kind == "full":
+        with contextlib.suppress(OSError), open(out / "filler", "wb") as file:
+            while True:
+                file.write(b"\0" * 4096)
+                file.flush()
+    else:  # the directory is gone, and a file has its name
+        os.rename(out, out.with_name("away"))
+        out.write_text("")
+
+
+def _help(out: Path, kind: str) -> None:
+    if kind == "full":
+        (out / "filler").unlink()
+    else:
+        out.unlink()
+        os.rename(out.with_name("away"), out)
+
+
+@contextlib.contextmanager
+def small_disk(path: Path) -> Iterator[Path]:
+    path.mkdir()
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(path)], check=True, timeout=10
+    )
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True, timeout=10)
+
+
+def may_mount() -> bool:
+    return os.geteuid() == 0 and shutil.which("mount") is not None
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "vanished",
+        pytest.param("full", marks=pytest.mark.skipif(not may_mount(), reason="needs mount")),
+    ],
+)
+def test_the_run_goes_on_and_saves_later(
+    pools: Pools, command: Any, tmp_path: Path, kind: str
+) -> None:
+    [undisturbed, _] = pools(2).run(train, command(tmp_path / "undisturbed"))
+    disk = small_disk(tmp_path / "disk") if kind == "full" else contextlib.nullcontext(tmp_path)
+    with disk as root:
+        out = root / "run"
+        results = pools(2).run(hindered, command(out), kind)
+        assert [result["status"] for result in results] == [0, 0]
+        flat = torch.cat([tensor.view(-1) for tensor in undisturbed["tensors"].values()])
+        assert torch.equal(results[0]["values"], flat)
+        lines = figures(out)
+        assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+        for step in (5, 6):
+            checkpoint.verify(out / f"checkpoints/step-{step:06d}")
+        assert (out / "adapter/adapter_model.safetensors").exists()
+        assert not list(out.glob("checkpoints/.step-*"))

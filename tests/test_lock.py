@@ -1,0 +1,105 @@
+"""Two runs do not share a directory, and a dead one does not keep it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import save_chats
+
+from dlora.errors import UsageError
+from dlora.lock import NAME, RunLock
+
+HOLDER = (
+    "import sys, time; from pathlib import Path; from dlora.lock import RunLock\n"
+    "RunLock(Path(sys.argv[1])).take(print); print('held', flush=True); time.sleep(60)\n"
+)
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Any:
+    """Another process that runs in the directory."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_second_run_is_refused_and_told_of_the_first(
+    tmp_path: Path, holder: Any, saved_models: Any
+) -> None:
+    data = str(save_chats(tmp_path / "chats.jsonl", 4))
+    words = ["--model.path", saved_models("blocks"), "--data.train", data, "--train.max_steps", "1"]
+    command = [sys.executable, "-m", "dlora.train", *words, "--output.dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    [line] = [text for text in done.stderr.splitlines() if text.startswith("dlora: error: ")]
+    assert f"output.dir: process {holder.pid} on {os.uname().nodename} is running in" in line
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_the_lock_of_a_killed_run_is_free_at_once(tmp_path: Path, holder: Any) -> None:
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    said: list[str] = []
+    lock = RunLock(tmp_path)
+    lock.take(said.append)
+    assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
+    assert not said
+    lock.release()
+    RunLock(tmp_path).take(said.append)
+
+
+def elsewhere(directory: Path) -> Path:
+    """The lock of a run on another host, which this one's kernel knows nothing of."""
+    path = directory / NAME
+    path.write_text(json.dumps({"pid": 7, "host": "other-host"}))
+    return path
+
+
+def test_another_host_s_lock_is_taken_over_when_it_gives_no_sign_of_life(tmp_path: Path) -> None:
+    elsewhere(tmp_path)
+    said: list[str] = []
+    RunLock(tmp_path, beat_seconds=0.2, stale_seconds=0.5).take(said.append)
+    assert "process 7 on other-host was running here" in said[0]
+    assert "taken over" in said[1]
+
+
+def test_another_host_s_lock_holds_while_it_beats(tmp_path: Path) -> None:
+    path = elsewhere(tmp_path)
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(0.1):
+            os.utime(path)
+
+    beating = threading.Thread(target=beat)
+    beating.start()
+    try:
+        with pytest.raises(UsageError, match="process 7 on other-host is running in"):
+            RunLock(tmp_path, beat_seconds=0.2, stale_seconds=20).take(lambda _: None)
+    finally:
+        over.set()
+        beating.join()
+
+
+def test_a_lock_beats(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path, beat_seconds=0.05)
+    lock.take(print)
+    before = (tmp_path / NAME).stat().st_mtime_ns
+    deadline = time.monotonic() + 10
+    while (tmp_path / NAME).stat().st_mtime_ns == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    lock.release()
+    lock.release()  # and once more does nothing
