@@ -146,7 +146,8 @@ class Keeper:
 
     def _state(self, step: int) -> dict[str, Any]:
         found = self._prepared
-        state = state_at(step, self._config, found.lora, found.sampler, found.train.fingerprint)
+        fingerprints = found.train.fingerprint, found.base_identity
+        state = state_at(step, self._config, found.lora, found.sampler, *fingerprints)
         state["ranks"] = self._runtime.world
         return state
 

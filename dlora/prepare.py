@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from dlora.adapter_settings import keyed_by, lora_config, scheduled
+from dlora.base_identity import identity
 from dlora.base_model import BaseModel, check_experts_divide, find_base
 from dlora.checks import (
     check_adapter,
@@ -48,6 +49,7 @@ class Preparation:
     pad_id: int
     start: Start | None
     decision: Decision
+    base_identity: str | None
 
     @property
     def budget(self) -> Plan:
@@ -68,6 +70,7 @@ class Preparation:
     def fingerprint(self) -> str:
         """Equal on ranks that are about to train the same, in the same way."""
         data = [self.train.fingerprint, self.eval.fingerprint if self.eval else ""]
+        data.append(self.base_identity or "")
         chosen = [self.placement, self.divided, self.budget.resident]
         return " ".join([*data, str(self.lora), *map(str, chosen)])
 
@@ -113,6 +116,7 @@ def prepare(
     skeleton, quantized = _adapted(config, base, lora, start)
     if quantized is not None:
         announce(f"model.quantization: {quantized}")
+    known = identity(base, skeleton)
     tokenizer = base.tokenizer()
     train, held_out = _data(config, tokenizer, announce)
     check_sequences({"data.train": train, "data.eval": held_out}, tokenizer, skeleton)
@@ -120,7 +124,7 @@ def prepare(
     lora = scheduled(lora, sampler.total_steps)
     trainable = trainable_parameters(skeleton)
     if start is not None:
-        check_start(start, config, lora, trainable, sampler, train.fingerprint)
+        check_start(start, config, lora, trainable, sampler, train.fingerprint, known)
     announce(_said_of_steps(sampler, config.train.global_batch_size))
     decision = _decision(config, skeleton, topology, train.report.longest, around, start)
     if decision.plan.divided:
@@ -139,6 +143,7 @@ def prepare(
         pad_token(tokenizer, skeleton),
         start,
         decision,
+        known,
     )
 
 

@@ -105,7 +105,12 @@ def find_start(config: Config, warn: Callable[[str], None]) -> Start | None:
 
 
 def state_at(
-    step: int, config: Config, lora: LoraConfig, sampler: Sampler, fingerprint: str
+    step: int,
+    config: Config,
+    lora: LoraConfig,
+    sampler: Sampler,
+    fingerprint: str,
+    base: str | None,
 ) -> dict[str, Any]:
     """`state.json` after `step` optimizer steps; the other arguments are those of `check_start`."""
     return {
@@ -113,6 +118,7 @@ def state_at(
         "total_steps": sampler.total_steps,
         "schedule": {"name": config.optimizer.schedule, "next_step": step},
         "adapter": {"method": lora.method, **asdict(lora)},
+        "base": base,
         "data": {
             "cursor": step,
             "sequences": sampler.sequences(step),
@@ -129,18 +135,20 @@ def check_start(
     trainable: Mapping[str, nn.Parameter],
     sampler: Sampler,
     fingerprint: str,
+    base: str | None,
 ) -> None:
     """See that going on from `start` continues the run that it was saved by.
 
     Args:
         lora: what this run attaches, and `trainable` the parameters that it then trains.
         fingerprint: of the training data.
+        base: identity of the base, where it is known.
 
     Raises:
         UsageError: settings or data differ, names or shapes do, or there is nothing left to do.
     """
     if not config.output.resume_force:
-        _refuse_conflicts(start, config, lora, fingerprint)
+        _refuse_conflicts(start, config, lora, fingerprint, base)
         if start.step < sampler.total_steps and sampler.sequences(start.step) != start.state[
             "data"
         ].get("sequences", sampler.sequences(start.step)):
@@ -168,9 +176,15 @@ def stop_file(config: Config) -> Path | None:
     return Path(wanted).expanduser() if wanted is not None else None
 
 
-def _refuse_conflicts(start: Start, config: Config, lora: LoraConfig, fingerprint: str) -> None:
-    """Settings or data that would make the continued run another one than was begun."""
+def _refuse_conflicts(
+    start: Start, config: Config, lora: LoraConfig, fingerprint: str, base: str | None
+) -> None:
+    """Settings, a base or data that would make the continued run another one than was begun."""
     conflicts, compared = [], set(FREE_KEYS)
+    if base and (before := start.state.get("base")):
+        compared |= {"model.path", "model.revision"}  # what they name is known
+        if before != base:
+            conflicts.append(f"model.path: {config.model.path} is another base")
     if start.lora is not None:
         whose = "{} of the adapter" if config.adapter.path else "adapter.{}"
         before, now = asdict(start.lora), asdict(lora)

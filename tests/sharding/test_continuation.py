@@ -9,6 +9,7 @@ import pytest
 import torch
 from ranks import Pools
 from run_training import command_line, figures, same_bits, train
+from safetensors.torch import load_file, save_file
 from test_resume import told
 from tiny import save_chats
 
@@ -100,7 +101,34 @@ def test_a_checkpoint_is_not_pruned_by_its_own_writing(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-000002", "step-000007", "step-000008"]
 
 
+def test_the_base_may_lie_elsewhere(
+    pools: Pools, command: Any, finished: Path, saved_models: Any, tmp_path: Path
+) -> None:
+    moved = Path(shutil.copytree(saved_models("llama"), tmp_path / "moved"))
+    config = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps(config | {"transformers_version": "0"}))
+    directory = Path(shutil.copytree(finished, tmp_path / "run"))
+    resume = str(directory / "checkpoints" / "step-000002")
+    argv = command(directory, output__resume=resume, model__path=str(moved))
+    pools(1).run(train, argv)
+    assert figures(directory) == figures(finished)
+
+
 # -- what is refused before a weight is read -------------------------------------------------------
+
+
+def test_another_base_of_the_same_shape(
+    command: Any, finished: Path, saved_models: Any, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(saved_models("llama"), tmp_path / "other"))
+    file = other / "model.safetensors"
+    tensors = load_file(file)
+    name = sorted(tensors)[3]
+    save_file(tensors | {name: tensors[name] * 1.001}, file, metadata={"format": "pt"})
+    said = refusal(command(finished, model__path=str(other)))
+    assert f"model.path: {other} is another base" in said
+    saved = saved_models("llama", "bfloat16")
+    assert f"model.path: {saved} is another base" in refusal(command(finished, model__path=saved))
 
 
 def test_other_settings(command: Any, finished: Path) -> None:

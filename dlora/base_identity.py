@@ -1,0 +1,46 @@
+"""What a base is, whatever it is called: its configuration and a sample of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from dlora.base_model import BaseModel
+from dlora.stored_base import are_at_hand, weight_files
+from dlora.tensor_files import StoredTensor, stored_tensors
+
+SAMPLED_TENSORS = 64
+SAMPLED_BYTES = 4096  # of each, in the middle
+# Of transformers' configuration: where the files lay and what wrote them.
+_ELSEWHERE = {"_name_or_path", "transformers_version", "_commit_hash", "dtype", "torch_dtype"}
+
+
+def identity(base: BaseModel, skeleton: Any) -> str | None:
+    """SHA-256 (hex) of a base whose files are on this machine; None where they are yet to come.
+
+    Covered are the configuration, names, types and shapes of all tensors, and bytes of up to 64 of
+    them, so that a fine-tuned model, or another one of the same shape, is told apart for a few
+    reads. The type that it is loaded in is an option of the run, and not covered.
+    """
+    if not are_at_hand(base):
+        return None
+    digest = hashlib.sha256()
+    config = {k: v for k, v in skeleton.config.to_dict().items() if k not in _ELSEWHERE}
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    tensors: dict[str, StoredTensor] = {}
+    for file in weight_files(base):
+        tensors |= stored_tensors(file)
+    ordered = [tensors[key] for key in sorted(tensors)]
+    digest.update(json.dumps([(t.key, t.dtype, t.shape) for t in ordered]).encode())
+    for tensor in ordered[:: -(-len(ordered) // SAMPLED_TENSORS)]:
+        at = tensor.start + max(0, tensor.nbytes - SAMPLED_BYTES) // 2
+        digest.update(_bytes_at(tensor.file, at, min(SAMPLED_BYTES, tensor.nbytes)))
+    return digest.hexdigest()
+
+
+def _bytes_at(file: Path, start: int, count: int) -> bytes:
+    with file.open("rb") as opened:
+        opened.seek(start)
+        return opened.read(count)
