@@ -1,15 +1,18 @@
 """What a rank saves of a run: at its due steps, and when it is left alone.
 
-save     the step that was just made; rank 0 alone, unless ranks keep different optimizer states
+save     the step that was just made, copied at once and written by a thread of its own; rank 0
+         alone, unless ranks keep different optimizer states
 keep     every step: a snapshot in this rank's host memory
 commit   the snapshot becomes a checkpoint: any rank, no collective, from any thread
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch.distributed as dist
@@ -60,6 +63,9 @@ class Keeper:
         self._snapshots = Snapshots()
         self._record: dict[str, Any] = {}  # of the snapshot's step
         self._lock = threading.Lock()  # while a snapshot is written or read
+        self._writing = threading.Lock()  # one checkpoint at a time
+        self._writer = ThreadPoolExecutor(1, "dlora-save")
+        self._pending: Future[None] | None = None
 
     def save(self, step: int) -> None:
         """Commit a checkpoint: rank 0 alone, unless ranks keep different optimizer states.
@@ -73,11 +79,16 @@ class Keeper:
         captured = checkpoints.capture(replica, states, self._state(step), allocation)
         if captured is None:
             return
-        try:
+        self.settle()
+        with self._said_of_disk(step):
             self.masks.write(until=step)
-            self._write(captured)
-        except OSError as error:
-            self._runtime.warn(f"step {step} could not be saved: {error}; the run goes on")
+        self._pending = self._writer.submit(self._write_behind, captured)
+
+    def settle(self) -> None:
+        """Wait for what is being written."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def keep(self, step: int, record: dict[str, Any]) -> None:
         """Take a snapshot after a step, with its line of the metrics.
@@ -126,6 +137,7 @@ class Keeper:
         """
         try:
             status = work()
+            self.settle()
             self._runtime.leave()
         except ReplicaError:
             raise  # what this rank holds may be what is wrong
@@ -151,11 +163,23 @@ class Keeper:
         state["ranks"] = self._runtime.world
         return state
 
+    @contextlib.contextmanager
+    def _said_of_disk(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._runtime.warn(f"step {step} could not be saved: {error}; the run goes on")
+
+    def _write_behind(self, checkpoint: Checkpoint) -> None:
+        with self._said_of_disk(checkpoint.state["step"]):
+            self._write(checkpoint)
+
     def _write(self, checkpoint: Checkpoint) -> None:
-        checkpoints.write(
-            checkpoint,
-            self._root,
-            resolved_yaml(self._config, self._prepared),
-            self._config.output.keep_last,
-            rank=self._runtime.rank,
-        )
+        with self._writing:
+            checkpoints.write(
+                checkpoint,
+                self._root,
+                resolved_yaml(self._config, self._prepared),
+                self._config.output.keep_last,
+                rank=self._runtime.rank,
+            )

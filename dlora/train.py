@@ -194,6 +194,7 @@ class Run:
                 # 6  a signal on any rank, or trouble, stops all of them here, after the commit
                 if trouble or (status is not None and not last):
                     break
+        keeper.settle()
         if last and runtime.main:
             keeper.masks.write(until=done)
             keeper.masks.draw(log, runtime.say)
