@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from dlora.errors import UsageError
 
 PARTING_SECONDS = 10.0  # that rank 0 waits for the others to read what it is about to take along
+JOINING_SECONDS = 120.0  # in which all ranks have to come, and then to reach each other
 
 
 class ToldError(UsageError):
@@ -42,7 +44,9 @@ class Runtime:
         timeout = timedelta(seconds=timeout_seconds)
         store, rank, world = next(iter(dist.rendezvous("env://", timeout=timeout)))
         store.set_timeout(timeout)
-        return cls(rank, world, device, dist.PrefixStore("dlora", store))
+        store = dist.PrefixStore("dlora", store)
+        store.set(f"host/{rank}", socket.gethostname())
+        return cls(rank, world, device, store)
 
     @property
     def main(self) -> bool:
@@ -134,18 +138,58 @@ class Runtime:
         return json.loads(self.store.get(topic))
 
     def join(self, timeout_seconds: float) -> None:
-        """Start the process group: NCCL beside gloo where there are GPUs, gloo elsewhere."""
+        """Start the process group: NCCL beside gloo where there are GPUs, gloo elsewhere.
+
+        Before anything is read, all ranks have come and one all-reduce has gone through.
+
+        Raises:
+            UsageError: on every rank that is there, naming those that are not and their hosts, or
+                saying why the ranks do not reach each other.
+        """
         if self.world == 1:
             return
+        seconds = min(JOINING_SECONDS, timeout_seconds)
+        if missing := self._missing(timedelta(seconds=seconds)):
+            raise UsageError(f"no sign within {seconds:g} s of {missing}; see what became of it")
         cuda = self.device.type == "cuda"
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            store=self.store,
-            rank=self.rank,
-            world_size=self.world,
-            timeout=timedelta(seconds=timeout_seconds),
-            device_id=self.device if cuda else None,
-        )
+        try:
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if cuda else "gloo",
+                store=self.store,
+                rank=self.rank,
+                world_size=self.world,
+                timeout=timedelta(seconds=timeout_seconds),
+                device_id=self.device if cuda else None,
+            )
+            reached = torch.ones(1, device=self.device)
+            dist.all_reduce(reached, async_op=True).wait(timedelta(seconds=seconds))
+        except RuntimeError as error:
+            raise UsageError(
+                f"rank {self.rank} on {socket.gethostname()} cannot reach the other ranks "
+                f"({self._hosts()}): {error}; see that the network between the hosts is open "
+                f"({'NCCL_SOCKET_IFNAME and ' if cuda else ''}GLOO_SOCKET_IFNAME choose it)"
+            ) from error
+
+    def _missing(self, timeout: timedelta) -> str:
+        """The ranks that do not come, with their hosts; nothing where all of them do."""
+        assert self.store is not None
+        keys = {rank: f"joining/{rank}" for rank in range(self.world)}
+        self.store.set(keys[self.rank], "")
+        try:
+            self.store.wait(list(keys.values()), timeout)
+            return ""
+        except RuntimeError:
+            absent = [rank for rank, key in keys.items() if not self.store.check([key])]
+            return ", ".join(f"rank {rank} on {self._host(rank)}" for rank in absent)
+
+    def _host(self, rank: int) -> str:
+        """Where a rank has said that it runs."""
+        assert self.store is not None
+        key = f"host/{rank}"
+        return self.store.get(key).decode() if self.store.check([key]) else "an unknown host"
+
+    def _hosts(self) -> str:
+        return ", ".join(dict.fromkeys(self._host(rank) for rank in range(self.world)))
 
     def leave(self) -> None:
         """End together, so that no rank pulls the store from under another."""

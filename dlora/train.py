@@ -57,8 +57,8 @@ def main(argv: list[str]) -> int:
         runtime.leave()
         return 0
     lock = locked(output_directory(config), runtime)
-    runtime.join(config.sharding.timeout_seconds)
     try:
+        runtime.join(config.sharding.timeout_seconds)
         run = Run(config, runtime, preparation, meter)
         return run.keeper.survive(run.train)
     except UsageError as error:

@@ -13,8 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from ranks import PRELOADED
 from tiny import command
+
+from dlora.errors import UsageError
+from dlora.runtime import Runtime
 
 ROOT = Path(__file__).parents[1]
 LIMIT_SECONDS = 90
@@ -141,3 +146,18 @@ def test_the_agent_does_not_silence_a_slow_rank_0(saved_models: Any, tmp_path: P
     )
     assert done.returncode == 2
     assert done.stderr.count("dlora: error: --train.max_step is not an option") == 1
+
+
+def test_a_rank_that_does_not_come_is_named_with_its_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It said where it runs, prepared the run, and was gone before the process group."""
+    monkeypatch.setattr("dlora.runtime.JOINING_SECONDS", 0.5)
+    store = dist.PrefixStore("dlora", dist.FileStore(str(tmp_path / "store"), 3))
+    store.set("host/1", "node-b")
+    runtime = Runtime(0, 3, torch.device("cpu"), store)
+    with pytest.raises(UsageError) as caught:
+        runtime.join(timeout_seconds=60)
+    said = str(caught.value)
+    assert said.startswith("no sign within 0.5 s of rank 1 on node-b, rank 2 on an unknown host;")
+    assert not dist.is_initialized()
