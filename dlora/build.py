@@ -26,6 +26,10 @@ def build(
     model = preparation.base.load(engine, runtime.device)
     by_element = preparation.divided and config.optimizer.name != "lora_pro"
     replica = replicate(model, engine, divided=by_element)
+    if config.sharding.audit == "heal":
+        replica.healed = lambda found: runtime.say(
+            f"warning: the adapters differed: {found}; healed"
+        )
     attach(model, preparation.lora)
     engine.hold(model, preparation.budget.resident)
     if config.adapter.path is not None and preparation.start is None:

@@ -86,6 +86,9 @@ class ShardingConfig:
     memory_budget_gb: float | None = option(
         None, "per rank; spare memory keeps frozen layers resident", gt=0
     )
+    audit: Literal["stop", "heal"] = option(
+        "stop", "where A or B differ between ranks: stop, or give all the bits that most ranks have"
+    )
     timeout_seconds: float = option(600.0, "a collective that takes longer ends the run", gt=0)
 
 

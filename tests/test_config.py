@@ -55,6 +55,7 @@ ADDED = {  # change nothing
     ("sharding", "ranks_per_node"): None,
     ("sharding", "optimizer_state"): "auto",
     ("sharding", "cpu_offload"): False,
+    ("sharding", "audit"): "stop",
     ("adapter", "importance"): "uncertainty",
     ("adapter", "budget_unit"): "triplets",
     ("optimizer", "lora_pro_moments"): "low",

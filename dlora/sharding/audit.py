@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -10,24 +11,68 @@ from torch import Tensor
 
 from dlora.sharding.wire import WireCounter, ring_gather_bytes
 
+SHOWN = 5
 
-def mismatch(named: Mapping[str, Tensor], world: int, wire: WireCounter) -> str:
-    """The tensors that differ and the ranks that have other bits, or nothing; equal on all ranks.
+
+@dataclass(frozen=True)
+class Difference:
+    """A tensor that is not the same everywhere.
+
+    Attributes:
+        usual: a rank with the bits that most ranks have (rank 0's break a tie).
+        others: the ranks that have other ones.
+    """
+
+    name: str
+    usual: int
+    others: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} on rank {', '.join(map(str, self.others))}"
+
+
+def differences(named: Mapping[str, Tensor], world: int, wire: WireCounter) -> list[Difference]:
+    """The tensors that differ between ranks; equal on all ranks.
 
     Collective: 8 bytes per rank unless something differs.
     """
     if world == 1:
-        return ""
+        return []
     sums = torch.stack([_checksum(tensor.detach()) for tensor in named.values()])
     total = _checksum(sums)[None]
     totals = total.new_empty(world)
     dist.all_gather_single(totals, total)
     wire.add(ring_gather_bytes(totals.nbytes, world))
     if bool((totals == totals[0]).all()):
-        return ""
+        return []
     every = sums.new_empty(world * len(sums))
     dist.all_gather_single(every, sums)
-    return _describe(list(named), every.view(-1, len(sums)))
+    return _found(list(named), every.view(-1, len(sums)))
+
+
+def unhealed(
+    named: Mapping[str, Tensor],
+    world: int,
+    wire: WireCounter,
+    healed: Callable[[str], None] | None,
+) -> str:
+    """The tensors that differ and the ranks that have other bits, in a line; nothing if none do.
+
+    Args:
+        healed: told of them once every rank has the usual bits; None leaves them as they are.
+    """
+    found = differences(named, world, wire)
+    more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    said = "; ".join(map(str, found[:SHOWN])) + more
+    if not found or healed is None:
+        return said
+    with torch.no_grad():
+        for difference in found:
+            whole = named[difference.name].detach().clone()
+            dist.broadcast(whole, src=difference.usual)
+            named[difference.name].copy_(whole)
+    healed(said)
+    return ""
 
 
 def _checksum(tensor: Tensor) -> Tensor:
@@ -37,13 +82,12 @@ def _checksum(tensor: Tensor) -> Tensor:
     return (words * odd).sum()
 
 
-def _describe(names: list[str], every: Tensor) -> str:
-    """Name, for each tensor, the ranks that differ from the majority (rank 0 breaks a tie)."""
+def _found(names: list[str], every: Tensor) -> list[Difference]:
     found = []
     for index, name in enumerate(names):
         column = every[:, index].tolist()
         if len(set(column)) > 1:
             usual = max(column, key=lambda value: (column.count(value), value == column[0]))
-            ranks = [str(rank) for rank, value in enumerate(column) if value != usual]
-            found.append(f"{name} on rank {', '.join(ranks)}")
-    return "; ".join(found[:5]) + (f"; and {len(found) - 5} more" if len(found) > 5 else "")
+            others = tuple(rank for rank, value in enumerate(column) if value != usual)
+            found.append(Difference(name, column.index(usual), others))
+    return found

@@ -13,14 +13,14 @@ summed, and whose optimizer steps what, is the share's (`share.py`).
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dlora.sharding.audit import mismatch
+from dlora.sharding.audit import unhealed
 from dlora.sharding.buffers import common_kind, views_of
 from dlora.sharding.counts import whole_number
 from dlora.sharding.cutting import Cuts, cut_states, cut_values, put_states, replace_data
@@ -50,6 +50,7 @@ class Replica:
     Attributes:
         share: what this rank keeps of the optimizer state, once there are parameters.
         present: the parameters that had a gradient on some rank, as of the last reduction.
+        healed: told of tensors that an audit has healed; None: it stops there.
         wire: counts the bytes that this rank's collectives send.
     """
 
@@ -62,6 +63,7 @@ class Replica:
         self.wire = wire or WireCounter()
         self._reduction = Reduction(topology, self.wire)
         self.named: dict[str, nn.Parameter] = {}
+        self.healed: Callable[[str], None] | None = None
         self.reductions = 0  # made so far; every `AUDIT_EVERY`th ends with an audit
 
     def own(self, named: Named) -> None:
@@ -219,10 +221,12 @@ class Replica:
     def audit(self) -> None:
         """Compare a checksum of every tensor over all ranks; 8 bytes per rank unless they differ.
 
+        With `healed` set, tensors that differ become what most ranks have, and it is told of them.
+
         Raises:
             ReplicaError: on every rank, naming the tensors and the ranks that differ.
         """
-        found = mismatch(self.named, self.topology.world, self.wire)
+        found = unhealed(self.named, self.topology.world, self.wire, self.healed)
         if found:
             raise ReplicaError(f"the adapters are no longer the same on every rank: {found}")
 

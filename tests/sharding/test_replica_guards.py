@@ -110,6 +110,36 @@ def test_the_audit_names_tensor_and_rank(
     assert pools(world).run(flipped, flips) == [expected] * world
 
 
+def healing(flips: dict[int, list[tuple[str, int]]]) -> tuple[list[str], dict[str, torch.Tensor]]:
+    """What is told of flipped bits, and the tensors afterwards."""
+    (model, replica), rank = replicated(torch.float32), own_rank()
+    told: list[str] = []
+    replica.healed = told.append
+    for name, index in flips.get(rank, []):
+        model.get_parameter(name).data.view(-1).view(torch.int32)[index] ^= 1
+    replica.audit()
+    replica.audit()
+    return told, {name: p.detach().clone() for name, p in replica.named.items()}
+
+
+@pytest.mark.parametrize(
+    ("world", "flips", "named"),
+    [
+        (2, {1: [("A", 14)]}, "A on rank 1"),
+        (3, {0: [("B", 3)]}, "B on rank 0"),
+        (3, {1: [("b", 4)], 2: [("B", 9)]}, "b on rank 1; B on rank 2"),
+    ],
+)
+def test_the_audit_heals_by_the_bits_of_most_ranks(
+    pools: Pools, world: int, flips: dict[int, list[tuple[str, int]]], named: str
+) -> None:
+    [(_, untouched), *_] = pools(world).run(healing, {})
+    for told, tensors in pools(world).run(healing, flips):
+        assert told == [named]
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, untouched[name]), name
+
+
 def audited_by_itself() -> dict[str, Any]:
     """A loop that never calls `audit`: bytes of each reduction, and what was said of a flip."""
     (model, replica), rank = replicated(torch.float32), own_rank()
