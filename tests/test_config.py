@@ -57,6 +57,8 @@ ADDED = {  # change nothing
     ("sharding", "cpu_offload"): False,
     ("adapter", "importance"): "uncertainty",
     ("adapter", "budget_unit"): "triplets",
+    ("adapter", "flora_r_out"): None,
+    ("adapter", "flora_kernel_r"): None,
     ("optimizer", "lora_pro_moments"): "low",
     ("output", "samples"): 0,
 }
@@ -408,7 +410,6 @@ def test_bad_pattern(base, name, pattern, says):
 
 LATER = [
     ("model.dtype", "float16"),
-    ("adapter.method", "flora"),
     ("adapter.use_dora", "true"),
     *(
         ("adapter.init_lora_weights", value)
