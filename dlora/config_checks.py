@@ -66,9 +66,9 @@ INERT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
         "adapter.method is not flora",
     ),
     (
-        "adapter.use_dora adapter.init_lora_weights",
+        "adapter.init_lora_weights",
         lambda c: c.adapter.method == "flora",
-        "flora has no magnitudes, and starts with its core at 0",
+        "flora starts with its core at 0",
     ),
     (
         "adapter.beta1 adapter.beta2",

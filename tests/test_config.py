@@ -470,6 +470,14 @@ CANNOT_ACT = [  # words, the key that cannot act, the key that is why
             "alpha_pattern": '{"q":8}', "modules_to_save": "[head]",
         }.items()
     ),
+    ("--adapter.flora_r_out 4", "adapter.flora_r_out", "adapter.method is not flora"),
+    ("--adapter.flora_kernel_r 2", "adapter.flora_kernel_r", "adapter.method is not flora"),
+    (
+        "--adapter.method flora --optimizer.name lora_pro",
+        "optimizer.name: lora_pro",
+        "adapter.method: flora",
+    ),
+    ("--adapter.method flora --adapter.path old", "adapter.path", "flora starts afresh"),
     ("--model.path x.gguf --model.revision main", "model.revision", "model.path"),
     ("--model.path x.gguf --model.trust_remote_code true", "model.trust_remote_code", "gguf"),
     ("--model.cache_dir elsewhere", "model.cache_dir", "gguf"),
