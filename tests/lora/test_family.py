@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
-WIDTH, R, STEPS = 8, 4, 3
+INPUT, WIDTH, R, STEPS = 10, 12, 4, 3
 FILLED_IN = {"total_step"}  # settings that a run knows by itself
 
 
@@ -49,8 +49,8 @@ class Net(nn.Module):
 
 
 HOSTS: dict[str, Callable[[], nn.Module]] = {
-    "Linear": lambda: nn.Linear(6, WIDTH),
-    "Conv1D": lambda: Conv1D(WIDTH, 6),
+    "Linear": lambda: nn.Linear(INPUT, WIDTH),
+    "Conv1D": lambda: Conv1D(WIDTH, INPUT),
     "Embedding": lambda: nn.Embedding(11, WIDTH),
     "Conv2d": lambda: nn.Conv2d(5, WIDTH, 3, stride=2, padding=1),
 }
@@ -67,7 +67,7 @@ def inputs(host: str, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     if host == "Embedding":
         return torch.randint(11, (9,), generator=generator)
-    shape = (4, 5, 6, 6) if host == "Conv2d" else (9, 6)
+    shape = (4, 5, 6, 6) if host == "Conv2d" else (9, INPUT)
     return torch.randn(shape, generator=generator)
 
 
@@ -90,13 +90,14 @@ def attached(case: str, model: nn.Module) -> nn.Module:
     torch.manual_seed(2)
     attach(model, config)
     init = INITS[config.init_lora_weights]
+    settings = {name: getattr(config, name) for name in getattr(init, "settings", ())}
     for _, host, adapter in named_adapters(model):
         if init.needs == "nothing":
             continue
         matrix = host.as_product(host.weight.detach()).float()
         if init.needs == "gradient":
             matrix = torch.randn(matrix.shape)
-        factors = init.factors(matrix, adapter.r, adapter.scaling)
+        factors = init.factors(matrix, adapter.r, adapter.scaling, **settings)
         if factors is not None:
             adapter.start_from(*factors)
     return model
