@@ -5,8 +5,7 @@ from test_plan_trace import CONFIGS, LAYERS, ROWS, TOKENS, allocated
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from dlora import attach
-from dlora.lora.variants.flora import FloraConfig
+from dlora import FloraConfig, attach
 from dlora.plan.trace import trace
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import peft
 import pytest
+import test_quantized_methods
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -16,9 +17,8 @@ from tiny import save_chats
 from transformers import AutoModelForCausalLM
 from unet import TARGETS, noisy, unet
 
-from dlora import LoraConfig, attach, save_adapter, shard
+from dlora import FloraConfig, LoraConfig, attach, save_adapter, shard
 from dlora.export import main as export
-from dlora.lora.variants.flora import FloraConfig
 from dlora.sharding.engine import is_divided
 
 STEPS, ROWS = 4, 6
@@ -139,3 +139,21 @@ def test_a_run_of_flora_is_one_process_and_resumed_exactly(
             logits.append(model(ids).logits)
     assert torch.equal(logits[0], logits[1])
     assert relative_error(logits[2], logits[0]) < 1e-5
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("engine", "name", "world"), [("fsdp2", "nf4", 3), ("zero3", "int8", 2)])
+def test_beside_a_packed_base(
+    pools: Pools,
+    saved_models: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    engine: str,
+    name: str,
+    world: int,
+) -> None:
+    settings = {"adapter__method": "flora", "adapter__flora_r_out": 3}
+    monkeypatch.setitem(test_quantized_methods.METHODS, "flora", settings)
+    test_quantized_methods.test_a_method_beside_a_packed_base(
+        pools, saved_models, tmp_path, "flora", engine, name, world
+    )

@@ -18,6 +18,7 @@ https://github.com/SJTU-DeepVisionLab/FLoRA.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -127,20 +128,18 @@ class FloraAdapter(LoraAdapter):
         """
         r_in, r_out = self.lora_core.shape[:2]
         n, m = self.lora_A.shape[1], self.lora_B.shape[0]
-        with torch.autocast(self.lora_core.device.type, enabled=False):
+        with _of_masters(self.lora_core):
             if self.kernel:
                 return self._unfolded(), self.lora_B
             if (r_in, m) <= (r_out, n):
-                return self._core_beside_b()
+                return self.lora_A, self.lora_B @ self.lora_core.t()
             return self.lora_core.t() @ self.lora_A, self.lora_B
 
     def embedding(self, ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
         """As for LoRA; the core goes into B whatever the ranks, since A has a column per row."""
-        A, B = self._core_beside_b()
-        return functional.embedding(ids, weight, A, B, self.scaling, padding_idx)
-
-    def _core_beside_b(self) -> tuple[Tensor, Tensor]:
-        return self.lora_A, self.lora_B @ self.lora_core.t()
+        with _of_masters(self.lora_core):
+            B = self.lora_B @ self.lora_core.t()
+        return functional.embedding(ids, weight, self.lora_A, B, self.scaling, padding_idx)
 
     def _unfolded(self) -> Tensor:
         """Σ 𝒢[a, b, p, …] P_in[i, a] K_x[x, p] … as [r_out, c·∏k]."""
@@ -152,3 +151,8 @@ class FloraAdapter(LoraAdapter):
 
     def _kernel_factors(self) -> list[Tensor]:
         return [self.get_parameter(f"lora_K{index}") for index in range(len(self.kernel))]
+
+
+def _of_masters(core: Tensor) -> AbstractContextManager:
+    """Autocast off, so that products of masters keep their dtype; the meta device has none."""
+    return nullcontext() if core.is_meta else torch.autocast(core.device.type, enabled=False)
