@@ -15,11 +15,13 @@ from dlora.lora.attach import disabled
 from dlora.lora.config import LoraConfig
 from dlora.lora.merge import merge, unmerge
 from dlora.lora.variants.adalora import AdaLoraConfig
+from dlora.lora.variants.flora import FloraConfig
 from dlora.quantization import quantize
 
 __version__ = "0.1.0"
 __all__ = [
     "AdaLoraConfig",
+    "FloraConfig",
     "LoraConfig",
     "UsageError",
     "attach",

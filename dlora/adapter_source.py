@@ -28,7 +28,7 @@ from dlora.errors import UsageError
 from dlora.lora.attach import named_adapters, named_copies, trainable_parameters
 from dlora.lora.config import LoraConfig
 from dlora.lora.hosts import CHILD
-from dlora.peft_format import PREFIX, peft_names
+from dlora.peft_format import PREFIX, peft_names, peft_slots
 from dlora.rank_allocator import keep_triplets
 from dlora.start import saved_lora
 from dlora.tensor_files import FLOATS, StoredTensor, stored_tensors
@@ -55,6 +55,7 @@ class AdapterSource:
     is_checkpoint: bool
     allocation: dict[str, Any] | None = None  # the triplets that AdaLoRA has left
     _tensors: dict[str, StoredTensor] = field(default_factory=dict)  # by name in the model
+    _shapes: dict[str, torch.Size] = field(default_factory=dict)  # that the model has them in
     # PEFT stores W0 of adapted embeddings too: where, by the parameter's name
     base_copies: dict[str, StoredTensor] = field(default_factory=dict)
 
@@ -73,6 +74,8 @@ class AdapterSource:
         stored = stored_tensors(self.file)
         parameters = trainable_parameters(model)
         keys = {name: name for name in parameters} if self.is_checkpoint else peft_names(model)
+        slots = parameters if self.is_checkpoint else peft_slots(model)
+        self._shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self._tensors = {name: stored.pop(key) for name, key in keys.items() if key in stored}
         if not self.is_checkpoint:
             for path, _, _ in named_adapters(model):
@@ -84,7 +87,7 @@ class AdapterSource:
             more = f" and {len(some) - 1} more" if len(some) > 1 else ""
             raise UsageError(f"{self.file} does not fit the base: it {what} {some[0]}{more}")
         for name, tensor in self._tensors.items():
-            expected = tuple(parameters[name].shape)
+            expected = tuple(slots[keys[name]].shape)
             if tensor.shape != expected or tensor.dtype not in FLOATS:
                 raise UsageError(
                     f"{self.file} does not fit the base: {tensor.key} is {tensor.dtype} "
@@ -93,7 +96,7 @@ class AdapterSource:
 
     def read(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """A trained tensor by its name in the model."""
-        return self._tensors[name].rows().to(dtype)
+        return self._tensors[name].rows().to(dtype).view(self._shapes[name])
 
     @torch.no_grad()
     def load_into(self, model: nn.Module) -> None:

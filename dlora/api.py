@@ -86,11 +86,8 @@ class TrainedReplica(Replica):
             pair = Pair(adapter.lora_A, adapter.lora_B, adapter.scaling)
             for name, other in adapter.named_parameters():
                 # A magnitude, one number for each row of the host's weight, acts on their product.
-                if (
-                    other is not pair.A
-                    and other is not pair.B
-                    and other.numel() not in pair.sizes[:2]
-                ):
+                is_magnitude = other.ndim == 1 and other.numel() in pair.sizes[:2]
+                if other is not pair.A and other is not pair.B and not is_magnitude:
                     raise UsageError(f"LoraPro: the adapter at {path} has {name} beside A and B")
             found.append(pair)
         return found

@@ -16,7 +16,7 @@ from dlora.errors import LaterError, UsageError
 # What works so far. Any other choice of these keys is refused as "later": delete what gets built.
 BUILT: dict[str, tuple[object, ...]] = {
     "model.dtype": ("bfloat16", "float32"),
-    "adapter.method": ("lora", "adalora"),
+    "adapter.method": ("lora", "adalora", "flora"),
     "adapter.use_dora": (False,),
     "adapter.init_lora_weights": (True,),
     "data.format": ("chat", "alpaca", "sharegpt", "text"),
@@ -59,6 +59,16 @@ INERT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
         "adapter.rank_pattern adapter.init_lora_weights",
         lambda c: c.adapter.method == "adalora",
         "adalora starts every module alike, at adapter.init_r and with lambda = 0",
+    ),
+    (
+        "adapter.flora_r_out adapter.flora_kernel_r",
+        lambda c: c.adapter.method != "flora",
+        "adapter.method is not flora",
+    ),
+    (
+        "adapter.init_lora_weights",
+        lambda c: c.adapter.method == "flora",
+        "flora starts with its core at 0",
     ),
     (
         "adapter.beta1 adapter.beta2",

@@ -47,6 +47,10 @@ class AdapterConfig:
         {}, "lora_alpha by module name or regular expression", gt=0
     )
     modules_to_save: list[str] = option([], "modules trained and saved in full")
+    flora_r_out: int | None = option(None, "flora: the core is r x this; null: r x r", ge=1)
+    flora_kernel_r: int | None = option(
+        None, "flora: rank of each dim of a convolution's kernel; null: its size", ge=1
+    )
     init_r: int = option(12, "adalora: rank at the start", ge=1)
     target_r: int = option(8, "adalora: mean rank at the end", ge=1)
     tinit: int = option(0, "adalora: steps before the first pruning", ge=0)

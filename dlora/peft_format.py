@@ -123,8 +123,9 @@ def adalora_files(model: nn.Module, base: str | None) -> tuple[dict[str, Any], d
     adapted = []
     for path, host, adapter in named_adapters(model):
         assert isinstance(adapter, AdaLoraAdapter)
-        if isinstance(host, HostMixin) and host.is_embedding:
-            raise UsageError(f"peft_type: PEFT's ADALORA has no form for the embedding {path}")
+        if isinstance(host, HostMixin) and (host.is_embedding or host.kernel(host)):
+            what = "embedding" if host.is_embedding else "convolution"
+            raise UsageError(f"peft_type: PEFT's ADALORA has no form for the {what} {path}")
         left = adapter.triplets()
         correction = adapter.scaling * (config.init_r + _RANK_EPSILON) / config.lora_alpha
         for name, (dim, indices) in adapter.cuts(left).items():
@@ -217,7 +218,7 @@ def _shaped(host: nn.Module, factor: str, tensor: Tensor) -> Tensor:
         return tensor
     if factor == "lora_A":
         return host.as_stored(host, tensor)
-    return tensor.view(*tensor.shape, *(1 for _ in host.kernel_size))  # type: ignore[union-attr]
+    return tensor.reshape(*tensor.shape, *(1 for _ in host.kernel(host)))
 
 
 def _copy_names(model: nn.Module) -> dict[str, str]:

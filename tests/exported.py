@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Model, MistralConfig, MixtralConfig
 
 from dlora import LoraConfig, attach, checkpoint, load_adapter, save_adapter
+from dlora.adapter_settings import lora_config
 from dlora.config import AdapterConfig, Config, DataConfig, ModelConfig, OutputConfig, dump_yaml
 from dlora.lora.attach import trainable_parameters
 from dlora.sharding.mesh import Topology
@@ -109,18 +111,18 @@ def load_live(base: Path, adapter: Path) -> nn.Module:
     return load_adapter(loaded(base), clean).eval()
 
 
-def write_checkpoint(base: Path, root: Path) -> tuple[Path, nn.Module]:
+def write_checkpoint(base: Path, root: Path, **adapter: Any) -> tuple[Path, nn.Module]:
     """A checkpoint of a run on `base`, and the live model as it was then."""
-    adapter = {"r": 3, "target_modules": ["v_proj", "up_proj"], "modules_to_save": ["norm"]}
-    model = attach_random(loaded(base), LoraConfig(**adapter))
-    replica = Replica(Topology.current())
-    replica.own(trainable_parameters(model))
+    usual = {"r": 3, "target_modules": ["v_proj", "up_proj"], "modules_to_save": ["norm"]}
     config = Config(
         model=ModelConfig(path=str(base), dtype="float32"),
-        adapter=AdapterConfig(**adapter),
+        adapter=AdapterConfig(**(adapter or usual)),
         data=DataConfig(train="gone.jsonl"),
         output=OutputConfig(dir=str(root)),
     )
+    model = attach_random(loaded(base), lora_config(config))
+    replica = Replica(Topology.current())
+    replica.own(trainable_parameters(model))
     optimizer = torch.optim.AdamW(replica.named.values())
     states = {"optimizer": states_of(optimizer, replica.optimized)}
     content = checkpoint.capture(replica, states, {"step": 7})

@@ -58,6 +58,8 @@ ADDED = {  # change nothing
     ("sharding", "audit"): "stop",
     ("adapter", "importance"): "uncertainty",
     ("adapter", "budget_unit"): "triplets",
+    ("adapter", "flora_r_out"): None,
+    ("adapter", "flora_kernel_r"): None,
     ("optimizer", "lora_pro_moments"): "low",
     ("data", "on_error"): "stop",
     ("train", "allow_unused"): False,
@@ -411,7 +413,6 @@ def test_bad_pattern(base, name, pattern, says):
 
 LATER = [
     ("model.dtype", "float16"),
-    ("adapter.method", "flora"),
     ("adapter.use_dora", "true"),
     *(
         ("adapter.init_lora_weights", value)
@@ -472,6 +473,14 @@ CANNOT_ACT = [  # words, the key that cannot act, the key that is why
             "alpha_pattern": '{"q":8}', "modules_to_save": "[head]",
         }.items()
     ),
+    ("--adapter.flora_r_out 4", "adapter.flora_r_out", "adapter.method is not flora"),
+    ("--adapter.flora_kernel_r 2", "adapter.flora_kernel_r", "adapter.method is not flora"),
+    (
+        "--adapter.method flora --optimizer.name lora_pro",
+        "optimizer.name: lora_pro",
+        "adapter.method: flora",
+    ),
+    ("--adapter.method flora --adapter.path old", "adapter.path", "flora starts afresh"),
     ("--model.path x.gguf --model.revision main", "model.revision", "model.path"),
     ("--model.path x.gguf --model.trust_remote_code true", "model.trust_remote_code", "gguf"),
     ("--model.cache_dir elsewhere", "model.cache_dir", "gguf"),

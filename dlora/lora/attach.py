@@ -54,6 +54,7 @@ def attach(
         _check_free(model.get_submodule(path), path)
     for path in saved:
         _check_whole(model.get_submodule(path), path)
+    config.check_kernels([_kernel(model.get_submodule(path)) for path in adapted])
     attachment = Attachment(config, adapted, saved)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -165,11 +166,17 @@ def _attach_adapter(module: nn.Module, path: str, attachment: Attachment) -> Non
         dtype=_master_dtype(module),
         device=device,
         offset=init.needs != "nothing",
+        **config.shapes_for(path, _kernel(module)),
     )
     if device.type != "meta":
         adapter.reset(is_embedding=kind.is_embedding, init=init)
     adapter.train(module.training)
     become_host(module, kind, adapter)
+
+
+def _kernel(module: nn.Module) -> tuple[int, ...]:
+    kind = host_kind(module)
+    return kind.kernel(module) if kind else ()
 
 
 def _master_dtype(module: nn.Module) -> torch.dtype:

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from dlora.errors import UsageError
 from dlora.lora.init import INITS
@@ -105,6 +105,17 @@ class LoraConfig:
     def alpha_for(self, path: str) -> float:
         """α of the module at `path`."""
         return _first_match(self.alpha_pattern, path, self.lora_alpha)
+
+    def shapes_for(self, path: str, kernel: tuple[int, ...]) -> dict[str, Any]:
+        """What the adapter of the module at `path` takes beside m, n and r.
+
+        Args:
+            kernel: sizes of a convolution's kernel; empty for a product.
+        """
+        return {}
+
+    def check_kernels(self, kernels: list[tuple[int, ...]]) -> None:
+        """See that what is set of kernels can act on those of the adapted modules."""
 
     def scaling_for(self, path: str) -> float:
         """s = α/r, or α/√r with `use_rslora`, of the module at `path`."""

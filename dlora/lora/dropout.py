@@ -59,7 +59,8 @@ class DropoutStream:
         """A bool mask shaped like x, True with probability 1 − p.
 
         Args:
-            x: [rows, tokens, n] or [rows·tokens, n], rows in the order of the keys.
+            x: [rows, tokens, n] or [rows·tokens, n], rows in the order of the keys; or anything
+                else (an image, say), of which no element belongs to a token.
         """
         if self._keys is None:
             return torch.rand(x.shape, device=x.device) >= p
@@ -70,7 +71,7 @@ class DropoutStream:
             return _picked_mask(x, p, layer, keys, self._positions)
         rows, features = len(keys.ids), x.shape[-1]
         tokens, rest = divmod(x.numel() // features, rows)
-        if rest or tokens < max(keys.lengths):
+        if rest or tokens < max(keys.lengths) or x.ndim > 3:
             # An input that is no [rows, tokens] grid any more (a mixture-of-experts branch, say)
             # cannot be split by sequence: one stream for all of it, still exact on recomputation.
             generator = _generator(x.device, keys.seed, keys.step, tuple(keys.ids), layer)

@@ -193,17 +193,22 @@ def convolution(
 
     x [..., c, *space], weight [m, c, *kernel], A [r, n], B [m, r] with n = c·∏ kernel, so that
     ΔW = s·B·E·A has the elements of W0 in their order. `convolve` is the host's own product, with
-    its stride and padding. This is PEFT's form of LoRA for a convolution.
+    its stride and padding. This is PEFT's form of LoRA for a convolution. y lies in memory as the
+    base's product does: channels last where that is.
     """
     single = x.ndim < weight.ndim
     x_Nc = x.unsqueeze(0) if single else x
-    keep_Nc = None if keep is None else keep.view_as(x_Nc)
-    kernel = A.to(x.dtype).view(-1, *weight.shape[1:])
+    keep_Nc = keep.unsqueeze(0) if keep is not None and single else keep
+    kernel = A.to(x.dtype).reshape(-1, *weight.shape[1:])
     z_Nrp = convolve(dropped(x_Nc, keep_Nc, keep_scale), kernel, None).flatten(2)
     y_Nm = convolve(x_Nc, weight, bias)
-    B_mr = times(B, E).to(z_Nrp.dtype)
-    y_Nmp = y_Nm.flatten(2).baddbmm(B_mr.expand(len(z_Nrp), *B_mr.shape), z_Nrp, alpha=scaling)
-    y = y_Nmp.view_as(y_Nm)
+    y_Nmp, B_mr = y_Nm.flatten(2), times(B, E).to(z_Nrp.dtype)
+    if y_Nm.is_contiguous():
+        y_Nmp = y_Nmp.baddbmm(B_mr.expand(len(z_Nrp), -1, -1), z_Nrp, alpha=scaling)
+    else:
+        B_rm = B_mr.t().expand(len(z_Nrp), -1, -1)
+        y_Nmp = y_Nmp.mT.baddbmm(z_Nrp.mT, B_rm, alpha=scaling).mT
+    y = y_Nmp.unflatten(2, y_Nm.shape[2:])
     return y.squeeze(0) if single else y
 
 

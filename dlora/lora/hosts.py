@@ -37,6 +37,11 @@ class HostMixin:
         """(m, n) from attributes: a partitioned weight tensor may not show its shape."""
         raise NotImplementedError
 
+    @staticmethod
+    def kernel(module: Any) -> tuple[int, ...]:
+        """Sizes of the weight's dims behind [out, in]; a product has none."""
+        return ()
+
     @classmethod
     def as_stored(cls, module: Any, delta: Tensor) -> Tensor:
         """ΔW [m, n] as the weight of a host is stored."""
@@ -125,22 +130,19 @@ class ConvolutionHost(HostMixin):
 
     @staticmethod
     def accepts(module: nn.Module) -> bool:
-        kind = next((k for k in CONVOLUTIONS if isinstance(module, k)), None)
-        return (
-            isinstance(module, CONVOLUTIONS)
-            and type(module).forward is kind.forward  # type: ignore[union-attr]
-            and module.groups == 1
-            and set(module.dilation) == {1}
-            and module.padding_mode == "zeros"
-        )
+        return isinstance(module, CONVOLUTIONS) and obstacle(module) is None
 
     @staticmethod
     def shape(module: Any) -> tuple[int, int]:
         return module.out_channels, module.in_channels * math.prod(module.kernel_size)
 
+    @staticmethod
+    def kernel(module: Any) -> tuple[int, ...]:
+        return module.kernel_size
+
     @classmethod
     def as_stored(cls, module: Any, delta: Tensor) -> Tensor:
-        return delta.view(-1, module.in_channels, *module.kernel_size)
+        return delta.reshape(-1, module.in_channels, *module.kernel_size)
 
     def forward(self: Any, x: Tensor) -> Tensor:
         if not self.adapter.enabled:
@@ -150,6 +152,22 @@ class ConvolutionHost(HostMixin):
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 HOSTS: tuple[type[HostMixin], ...] = (LinearHost, Conv1DHost, EmbeddingHost, ConvolutionHost)
+
+
+def obstacle(module: nn.Module) -> str | None:
+    """Why a convolution cannot carry an adapter; None where it can, and of other modules."""
+    kind = next((k for k in CONVOLUTIONS if isinstance(module, k)), None)
+    if not isinstance(module, CONVOLUTIONS) or kind is None:
+        return None
+    if type(module).forward is not kind.forward:
+        return "it has a forward of its own"
+    if module.groups != 1:
+        return f"groups={module.groups}: W0 joins channels of one group only, and B·A all of them"
+    if set(module.dilation) != {1}:
+        return f"dilation={module.dilation}: in PEFT's form A is not dilated as W0 is"
+    if module.padding_mode != "zeros":
+        return f"padding_mode={module.padding_mode!r}: in PEFT's form A sees zeros there"
+    return None
 
 
 def host_kind(module: nn.Module) -> type[HostMixin] | None:

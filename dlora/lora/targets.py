@@ -10,7 +10,7 @@ from torch import nn
 
 from dlora.errors import UsageError
 from dlora.lora.config import LoraConfig
-from dlora.lora.hosts import Conv1DHost, LinearHost, host_kind
+from dlora.lora.hosts import Conv1DHost, LinearHost, host_kind, obstacle
 
 
 def target_paths(model: nn.Module, config: LoraConfig) -> list[str]:
@@ -107,10 +107,13 @@ def _matching(
 def _check_can_host(path: str, modules: dict[str, nn.Module]) -> None:
     module = modules[path]
     if host_kind(module) is None:
+        why = (
+            obstacle(module)
+            or "Linear, Conv1D, Embedding and Conv1d, 2d, 3d can, with their own forward"
+        )
         raise UsageError(
             f"target_modules: {path} is a {type(module).__name__}, which cannot carry an adapter "
-            "(Linear, Conv1D, Embedding and Conv1d, 2d, 3d with their own forward can, if a "
-            "convolution has no groups or dilation and pads with zeros)"
+            f"({why})"
         )
     if _in_attention_kernel(path, modules):
         raise UsageError(

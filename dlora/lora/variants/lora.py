@@ -144,7 +144,8 @@ class LoraAdapter(nn.Module):
             convolve: (x, weight, bias) → y, with the host's stride and padding.
         """
         A, B = self.factors()
-        keep, keep_scale = self.kept_inputs(x)
+        channels = 1 - weight.ndim
+        keep, keep_scale = self.kept_inputs(x.movedim(channels, -1))  # places are the tokens
         return functional.convolution(
             x,
             weight,
@@ -154,7 +155,7 @@ class LoraAdapter(nn.Module):
             self.scaling,
             convolve,
             E=self.singular_values(),
-            keep=keep,
+            keep=None if keep is None else keep.movedim(-1, channels),
             keep_scale=keep_scale,
         )
 

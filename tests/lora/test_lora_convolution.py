@@ -1,0 +1,292 @@
+"""LoRA of convolutions: PEFT's numbers and files, and W0 + ΔW written out in float64."""
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from causal_models import randomize_trainable, relative_error
+from test_lora_peft_training import names_in_peft
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from unet import CONVOLUTIONS, TARGETS, noisy, unet
+
+from dlora import (
+    AdaLoraConfig,
+    LoraConfig,
+    UsageError,
+    attach,
+    disabled,
+    load_adapter,
+    merge,
+    save_adapter,
+    unmerge,
+)
+from dlora.lora.attach import attachment_of, trainable_parameters
+from dlora.lora.dropout import SampleKeys
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+STEPS, TOLERANCE = 4, 1e-9
+SETTINGS = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS, "rank_pattern": {"down": 3}}
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_a_unet_trains_as_in_peft_and_goes_both_ways_through_files(
+    dims: int, tmp_path: Path
+) -> None:
+    torch.manual_seed(5)
+    theirs = peft.get_peft_model(unet(dims), peft.LoraConfig(**SETTINGS))
+    randomize_trainable(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    theirs = theirs.double()
+    ours = load_adapter(unet(dims).double(), tmp_path / "theirs")
+    names, reference = names_in_peft(ours), dict(theirs.named_parameters())
+    trained = trainable_parameters(ours)
+    assert {n for n, p in reference.items() if p.requires_grad} == set(names.values())
+    options = {"lr": 1e-2, "weight_decay": 0.01, "fused": True}
+    optimizers = [
+        torch.optim.AdamW(trained.values(), **options),
+        torch.optim.AdamW([reference[name] for name in names.values()], **options),
+    ]
+    for step in range(STEPS):
+        x, times, target = (t.double() for t in noisy(dims, seed=step))
+        outputs = [model(x, times) for model in (ours, theirs)]
+        assert relative_error(*outputs) < TOLERANCE, step
+        for output in outputs:
+            F.mse_loss(output, target).backward()
+        for name, parameter in trained.items():
+            gradient = reference[names[name]].grad.view_as(parameter)
+            assert relative_error(parameter.grad, gradient) < TOLERANCE, (step, name)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, parameter in trained.items():
+        assert relative_error(parameter, reference[names[name]].view_as(parameter)) < TOLERANCE, (
+            name
+        )
+    save_adapter(ours, tmp_path / "ours")
+    with torch.no_grad():
+        loaded = peft.PeftModel.from_pretrained(unet(dims), tmp_path / "ours").double()
+        assert relative_error(loaded(x, times), ours(x, times)) < 1e-6
+        merge(ours)
+        assert relative_error(ours(x, times), loaded(x, times)) < 1e-6
+        if dims < 3:  # where PEFT takes a kernel of 1×1×1 for one of 1×1
+            for name, weight in loaded.merge_and_unload().named_parameters():
+                assert relative_error(ours.get_parameter(name), weight) < 1e-6
+
+
+# dims, arguments of the convolution, spatial sizes of x; `single` is an input without a batch.
+CASES: dict[str, tuple[int, dict[str, Any], tuple[int, ...]]] = {
+    "1d": (1, {"kernel_size": 3}, (7,)),
+    "1d, same, even kernel": (1, {"kernel_size": 4, "padding": "same"}, (7,)),
+    "1d, strided, no bias": (1, {"kernel_size": 3, "stride": 2, "bias": False}, (8,)),
+    "2d": (2, {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 0)}, (6, 5)),
+    "2d, one place": (2, {"kernel_size": 1}, (4, 3)),
+    "2d, same": (2, {"kernel_size": 3, "padding": "same", "bias": False}, (5, 4)),
+    "2d, valid": (2, {"kernel_size": 2, "padding": "valid"}, (5, 4)),
+    "3d": (3, {"kernel_size": (2, 3, 1), "stride": (1, 2, 1), "padding": (0, 1, 1)}, (4, 5, 3)),
+}
+MEMORY = {2: torch.channels_last, 3: torch.channels_last_3d}
+
+
+def base(case: str, dtype: torch.dtype) -> nn.Sequential:
+    """One convolution of 4 → 6 channels, the same at every call."""
+    dims, arguments, _ = CASES[case]
+    torch.manual_seed(3)
+    return nn.Sequential(CONVOLUTIONS[dims](4, 6, **arguments)).to(dtype).eval()
+
+
+def layer(case: str, dtype: torch.dtype, config: LoraConfig | None = None) -> nn.Sequential:
+    """The same, adapted."""
+    model = base(case, dtype)
+    attach(model, config or LoraConfig(r=3, lora_alpha=6, target_modules=["0"]))
+    randomize_trainable(model)
+    return model
+
+
+def images(case: str, dtype: torch.dtype, single: bool = False) -> Tensor:
+    torch.manual_seed(4)
+    x = torch.randn(*(() if single else (3,)), 4, *CASES[case][2], dtype=torch.float64)
+    return x.to(dtype)
+
+
+def written_out(model: nn.Sequential, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """y of W0 + s·B·A in float64, and the gradients of Σ sin(y)."""
+    host, adapter = model[0], model[0].adapter
+    parts = {name: p.detach().double().requires_grad_() for name, p in adapter.named_parameters()}
+    B = parts["lora_B"] * parts["lora_E"].mT if "lora_E" in parts else parts["lora_B"]
+    update = adapter.scaling * (B @ parts["lora_A"]).view(host.weight.shape)
+    x = x.detach().double().requires_grad_()
+    bias = None if host.bias is None else host.bias.double()
+    y = host._conv_forward(x, host.weight.double() + update, bias)
+    y.sin().sum().backward()
+    return y.detach(), {"x": x.grad} | {name: part.grad for name, part in parts.items()}
+
+
+def computed(model: nn.Sequential, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    x = x.detach().requires_grad_()
+    y = model(x)
+    y.double().sin().sum().backward()
+    gradients = {name: p.grad for name, p in model[0].adapter.named_parameters()}
+    return y.detach(), {"x": x.grad, **gradients}
+
+
+def assert_close(model: nn.Sequential, x: Tensor, tolerance: float) -> Tensor:
+    """The layer's output, once that and its gradients are those of the formed weight."""
+    y, gradients = computed(model, x)
+    wanted, wanted_gradients = written_out(model, x)
+    assert relative_error(y, wanted) < tolerance
+    for name, gradient in wanted_gradients.items():
+        assert relative_error(gradients[name], gradient) < tolerance, name
+    return y
+
+
+@pytest.mark.parametrize("single", [False, True], ids=["batch", "single"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_product_is_that_of_the_formed_weight(case: str, single: bool) -> None:
+    assert_close(layer(case, torch.float64), images(case, torch.float64, single), 1e-13)
+
+
+@pytest.mark.parametrize("case", ["2d", "2d, one place", "3d"])
+def test_channels_last_in_channels_last_out(case: str) -> None:
+    memory = MEMORY[CASES[case][0]]
+    model = layer(case, torch.float32)
+    x = images(case, torch.float32).to(memory_format=memory)
+    y = assert_close(model, x, 1e-5)
+    with disabled(model):
+        assert y.stride() == model(x).stride()
+    assert y.is_contiguous(memory_format=memory)
+
+
+@pytest.mark.parametrize("case", ["1d", "2d", "3d"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_keeps_the_masters_whole(case: str, autocast: bool) -> None:
+    model = layer(case, torch.float32 if autocast else torch.bfloat16)
+    x = images(case, torch.float32 if autocast else torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y, gradients = computed(model, x)
+    wanted, wanted_gradients = written_out(model, x)
+    assert y.dtype == torch.bfloat16 and relative_error(y, wanted) < 1e-2
+    for name in ("lora_A", "lora_B"):
+        assert gradients[name].dtype == torch.float32
+        assert relative_error(gradients[name], wanted_gradients[name]) < 3e-2, name
+
+
+@pytest.mark.parametrize("single", [False, True], ids=["batch", "single"])
+@pytest.mark.parametrize("case", ["1d", "2d", "3d"])
+def test_dropout_acts_on_the_input_of_the_update_alone(case: str, single: bool) -> None:
+    config = LoraConfig(r=3, lora_alpha=6, lora_dropout=0.4, target_modules=["0"])
+    model, x = layer(case, torch.float64, config).train(), images(case, torch.float64, single)
+    torch.manual_seed(11)
+    y = model(x)
+    channels = -1 - CASES[case][0]
+    torch.manual_seed(11)
+    keep = (torch.rand(x.movedim(channels, -1).shape) >= 0.4).movedim(-1, channels)
+    assert 0 < keep.double().mean() < 1
+    with disabled(model):
+        plain = model(x)
+    effect = written_out(model, x * keep / 0.6)[0] - model[0]._conv_forward(
+        x * keep / 0.6, model[0].weight, model[0].bias
+    )
+    torch.testing.assert_close(y, plain + effect, rtol=1e-12, atol=1e-12)
+
+
+def test_keyed_masks_reach_every_place_and_do_not_depend_on_the_batch() -> None:
+    """A 1-d convolution's places are the tokens of a sequence; an image has none."""
+    config = LoraConfig(r=3, lora_dropout=0.5, target_modules=["0"])
+    model, x = layer("1d", torch.float64, config).train(), images("1d", torch.float64)
+    stream = attachment_of(model).stream
+    with stream.keyed(SampleKeys(0, 1, (8, 9, 7), (7, 5, 7))):
+        together = model(x)
+    with stream.keyed(SampleKeys(0, 1, (7,), (7,))):
+        alone = model(x[2:])
+    torch.testing.assert_close(alone, together[2:], rtol=1e-12, atol=1e-12)
+    with stream.keyed(SampleKeys(0, 1, (8, 9), (2, 3))):
+        keep = stream.keep_mask(torch.zeros(2, 9, 9, 4), 0.5, "0")
+    assert not keep[:, -1, -1].all() or not keep[:, -2].all()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recomputed_forward_has_the_same_gradients(reentrant: bool) -> None:
+    config = LoraConfig(r=3, lora_dropout=0.3, target_modules=["0"])
+    gradients = []
+    for recompute in (False, True):
+        model, x = layer("2d", torch.float32, config).train(), images("2d", torch.float32)
+        x.requires_grad_()
+        torch.manual_seed(6)
+        y = checkpoint(model, x, use_reentrant=reentrant) if recompute else model(x)
+        y.sin().sum().backward()
+        gradients.append([x.grad, *(p.grad for p in trainable_parameters(model).values())])
+    assert all(map(torch.equal, *gradients))
+
+
+@pytest.mark.parametrize("case", ["1d", "2d", "3d"])
+def test_merged_is_the_same_product_and_unmerged_the_same_bits(case: str) -> None:
+    model, x = layer(case, torch.float32), images(case, torch.float32)
+    before, y = model[0].weight.detach().clone(), model(x)
+    merge(model)
+    assert relative_error(model(x), y) < 1e-5
+    assert model[0].weight.shape == before.shape
+    unmerge(model)
+    assert torch.equal(model[0].weight, before) and torch.equal(model(x), y)
+
+
+def test_it_starts_as_peft_s_at_no_change() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(40, 8, 3))
+    x = torch.randn(2, 40, 5, 5)
+    before = model(x)
+    attach(model, LoraConfig(r=32, target_modules=["0"]))
+    assert torch.equal(model(x), before)
+    A = model[0].adapter.lora_A.detach()
+    assert A.abs().max() <= 360**-0.5
+    assert A.std() == pytest.approx((3 * 360) ** -0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("case", ["1d", "2d", "3d"])
+def test_adalora_prunes_and_exports_a_convolution(case: str, tmp_path: Path) -> None:
+    config = AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["0"])
+    model, x = layer(case, torch.float32, config), images(case, torch.float32)
+    assert_close(model, x, 1e-5)
+    model[0].adapter.kept = torch.tensor([True, False, True, True])
+    save_adapter(model, tmp_path)
+    with pytest.raises(UsageError, match="^peft_type: PEFT's ADALORA has no form for the convo"):
+        save_adapter(model, tmp_path / "own form", peft_type="ADALORA")
+    with torch.no_grad():
+        theirs = peft.PeftModel.from_pretrained(base(case, torch.float32), tmp_path)
+        assert theirs.base_model.model[0].r["default"] == 3
+        assert relative_error(theirs(x), model(x)) < 1e-5
+
+
+class OwnForward(nn.Conv2d):
+    """Computes something else than its class says."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+REFUSED = {
+    "groups": (nn.Conv2d(4, 6, 3, groups=2), "groups=2: W0 joins channels of one group only"),
+    "dilation": (nn.Conv1d(4, 6, 3, dilation=2), "dilation=(2,): in PEFT's form A is not dilated"),
+    "padding": (
+        nn.Conv3d(4, 6, 3, padding=1, padding_mode="circular"),
+        "padding_mode='circular': in PEFT's form A sees zeros there",
+    ),
+    "forward": (OwnForward(4, 6, 3), "it has a forward of its own"),
+    "transposed": (nn.ConvTranspose2d(4, 6, 3), "Linear, Conv1D, Embedding and Conv1d, 2d, 3d can"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_has_no_such_form_is_refused_with_the_reason(case: str) -> None:
+    module, reason = REFUSED[case]
+    with pytest.raises(UsageError) as caught:
+        attach(nn.Sequential(module), LoraConfig(target_modules=["0"]))
+    kind = type(module).__name__
+    wanted = f"target_modules: 0 is a {kind}, which cannot carry an adapter ({reason}"
+    assert str(caught.value).startswith(wanted) and "\n" not in str(caught.value)
