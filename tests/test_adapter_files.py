@@ -294,7 +294,6 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "not an object": (lambda d: (d / CONFIG).write_text("[]"), "peft_type is None"),
     "cut off": (lambda d: (d / WEIGHTS).write_bytes(b"\x00" * 9), f"{WEIGHTS}: is damaged"),
     "another method": (edit_config(peft_type="ADALORA"), "peft_type is 'ADALORA'"),
-    "dora": (edit_config(use_dora=True), f"{CONFIG}: use_dora: True is not supported"),
     "bias": (edit_config(bias="all"), "bias: 'all' is not supported"),
     "some layers": (edit_config(layers_to_transform=[1]), "layers_to_transform: [1] is not"),
     "excluded": (edit_config(exclude_modules=["x"]), "exclude_modules: ['x'] is not"),

@@ -409,7 +409,6 @@ def test_bad_pattern(base, name, pattern, says):
 LATER = [
     ("model.dtype", "float16"),
     ("adapter.method", "flora"),
-    ("adapter.use_dora", "true"),
     *(
         ("adapter.init_lora_weights", value)
         for value in ("gaussian", "orthogonal", "pissa", "milora", "lora_ga")
