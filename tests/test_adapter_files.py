@@ -57,6 +57,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {"target_modules": ["k_proj", "up_proj"], "use_rslora": True, "rank_pattern": {"k.*": 9}},
     ),
+    "dora": ("llama", {"use_dora": True, "target_modules": ["k_proj", "lm_head", "embed_tokens"]}),
+    "gpt2 dora": ("gpt2", {"use_dora": True}),
     "saved head": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "saved tied head": ("tied", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "saved embedding": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["_tokens"]}),
