@@ -14,9 +14,13 @@ rounding of d itself would be of the size of what training changes. With G = ∂
 so that nothing of the size of W0 is made but W0 itself, which is at hand in forward (gathered, or
 de-quantised once). ‖W0_j‖² never changes. The norm is taken in the masters' dtype, of the masters.
 
-Beside what LoRA saves (x, z) there is v, one tensor of the size of the output: dμ needs it. It
-could be had from y where there is no bias, but not where μ is 0, nor in bfloat16 beside a bias that
-outweighs it, and a second product W0 x would cost half a step more.
+dμ needs v, of the size of the output: computing W0 x again would cost half a step more. Without
+bias and dropout v is y/d, so y itself is saved, as the next operation often does anyway, and
+
+    dμ_j = Σ_T G·y / μ_j
+
+of which nothing is left where a magnitude is exactly 0: it gets no gradient. With a bias, which in
+bfloat16 may outweigh what is added to it, or with dropout v is saved, beside LoRA's x and z.
 
 Source: Liu et al. 2024, https://arxiv.org/abs/2402.09353, section 4.3 for the constant norm.
 """
@@ -103,21 +107,23 @@ class LinearWithDora(torch.autograd.Function):
         norms = row_norms(dense, A, B, scaling, squares)
         e = excess(magnitude, norms, x.dtype)
         v_Tm = F.linear(dropped_Tn, dense).addmm_(z_Tr, B_rm, alpha=scaling)
-        if keep is None:
-            y_Tm = torch.addcmul(v_Tm, v_Tm, e)
-            if bias is not None:
-                y_Tm.add_(bias)
-        else:
+        if keep is not None:
             y_Tm = F.linear(x_Tn, dense, bias).addmm_(z_Tr, B_rm, alpha=scaling)
             y_Tm.addcmul_(v_Tm, e)
-        save_with(ctx, weight, x_Tn, z_Tr, v_Tm, A, B, norms, e, keep)
+        elif bias is not None:
+            y_Tm = torch.addcmul(v_Tm, v_Tm, e).add_(bias)
+        else:
+            y_Tm = v_Tm.addcmul_(v_Tm, e)
+        y = y_Tm.view(*x.shape[:-1], y_Tm.shape[1])
+        along, lengths = (y, magnitude) if y_Tm is v_Tm else (v_Tm, norms)
+        save_with(ctx, weight, x_Tn, z_Tr, along, A, B, lengths, e, keep)
         ctx.scaling, ctx.keep_scale, ctx.x_shape = scaling, keep_scale, x.shape
-        return y_Tm.view(*x.shape[:-1], y_Tm.shape[1])
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weight, x_Tn, z_Tr, v_Tm, A, B, norms, e, keep = saved_with(ctx)
+        weight, x_Tn, z_Tr, along, A, B, lengths, e, keep = saved_with(ctx)
         dy_Tm = grads[0].reshape(-1, grads[0].shape[-1])
         dv_Tm = torch.addcmul(dy_Tm, dy_Tm, e)  # through the low-rank part
         dvB_Tr = dv_Tm @ B.to(dy_Tm.dtype)
@@ -136,7 +142,8 @@ class LinearWithDora(torch.autograd.Function):
                 dx_Tn = (dy_Tm @ dense).addcmul_(inner_Tn, keep, value=ctx.keep_scale)
             dx = dx_Tn.view(ctx.x_shape)
         if ctx.needs_input_grad[5]:
-            dmagnitude = torch.mul(dy_Tm, v_Tm, out=dv_Tm).sum(0).to(norms.dtype) / norms
+            sums = torch.mul(dy_Tm, along.view_as(dy_Tm), out=dv_Tm).sum(0).to(lengths.dtype)
+            dmagnitude = torch.where(lengths == 0, 0, sums / lengths)
         return dx, None, None, dA, dB, dmagnitude, None, None, None, None
 
 
@@ -199,12 +206,12 @@ def convolution(
 
     A row of W0 is all that makes one channel of the output: its flattened kernel.
     """
-    e = _excess_at(weight.flatten(1), A, B, scaling, rows, x.dtype)
-    e = e.view(-1, *(1 for _ in weight.shape[2:]))
     v = functional.convolution(dropped(x, keep, keep_scale), weight, None, A, B, scaling, convolve)
+    e = _excess_at(weight.flatten(1), A, B, scaling, rows, v.dtype)
+    e = e.view(-1, *(1 for _ in weight.shape[2:]))
     if keep is None:
         y = torch.addcmul(v, v, e)
-        return y if bias is None else y + bias.view_as(e)
+        return y if bias is None else y + bias.to(y.dtype).view_as(e)
     y = functional.convolution(
         x, weight, bias, A, B, scaling, convolve, keep=keep, keep_scale=keep_scale
     )
@@ -219,6 +226,6 @@ def excess(magnitude: Tensor, norms: Tensor, dtype: torch.dtype) -> Tensor:
 def _excess_at(
     weight: Tensor, A: Tensor, B: Tensor, scaling: float, rows: Rows, dtype: torch.dtype
 ) -> Tensor:
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         norms = row_norms(weight, A, B, scaling, rows.squares)
     return excess(rows.magnitude, norms, dtype)

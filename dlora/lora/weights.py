@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ def show_weights(
         if not adapter.needs_weight or adapter.lora_A.is_meta:
             continue
         assert isinstance(host, HostMixin)
-        with (whole_weights or plain_weights(f"adapter at {path}"))(host) as weights:
+        with (whole_weights or plain_weights(f"attach: {path}"))(host) as weights:
             adapter.see_weight(host.as_product(_dense(host, weights)))
 
 
@@ -57,9 +58,8 @@ def plain_weights(what: str) -> WholeWeights:
     return plain
 
 
-def _dense(host: nn.Module, weights: dict[str, Tensor]) -> Tensor:
+def _dense(host: Any, weights: dict[str, Tensor]) -> Tensor:
     """The weight as its host stores it; a packed one in the dtype that it had."""
     if not is_packed(host):
         return weights["weight"]
-    packing = host.packing
-    return packing.whole(weights[CODES], weights[SCALES], packing.dtype)  # type: ignore
+    return host.packing.whole(weights[CODES], weights[SCALES], host.packing.dtype)

@@ -28,6 +28,7 @@ class DoraAdapter(LoraAdapter):
 
     variant = "dora"
     needs_weight = True
+    keeps_output = True
     rescales_rows = True
 
     base_squares: Tensor

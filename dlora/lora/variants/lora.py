@@ -45,6 +45,7 @@ class LoraAdapter(nn.Module):
 
     Attributes:
         needs_weight: `see_weight` is to be called before the first use.
+        keeps_output: forward keeps a tensor of the size of the output for backward.
         rescales_rows: it amounts to diag(d)·(W0 + ΔW), with d from `row_scale`.
         offset_A, offset_B: A₀ [r, n] and B₀ [m, r], frozen, whose product is subtracted; None where
             training starts at B·A = 0 anyway.
@@ -53,6 +54,7 @@ class LoraAdapter(nn.Module):
     settings: ClassVar[type[LoraConfig]] = LoraConfig
     variant: ClassVar[str] = "lora"
     needs_weight: ClassVar[bool] = False
+    keeps_output: ClassVar[bool] = False
     rescales_rows: ClassVar[bool] = False
 
     def __init__(
