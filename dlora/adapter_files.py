@@ -30,7 +30,6 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FORMS = {"LORA": lora_files, "ADALORA": adalora_files}  # by PEFT's name
 _READ = {  # PEFT's keys that have a meaning here, with the value that means "not used"
     "bias": "none",
-    "use_dora": False,
     "lora_bias": False,
     "layers_to_transform": None,
     "layer_replication": None,
@@ -165,6 +164,7 @@ def read_config(directory: str | Path) -> LoraConfig:
             lora_dropout=raw.get("lora_dropout") or 0.0,
             target_modules=_targets(raw.get("target_modules"), modules_to_save),
             use_rslora=bool(raw.get("use_rslora")),
+            use_dora=bool(raw.get("use_dora")),
             rank_pattern=raw.get("rank_pattern") or {},
             alpha_pattern=raw.get("alpha_pattern") or {},
             modules_to_save=modules_to_save,

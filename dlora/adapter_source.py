@@ -10,7 +10,7 @@ tensor is read.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from dlora.errors import UsageError
 from dlora.lora.attach import named_adapters, named_copies, trainable_parameters
 from dlora.lora.config import LoraConfig
 from dlora.lora.hosts import CHILD
+from dlora.lora.merge import scale_of_rows
 from dlora.peft_format import PREFIX, peft_names, peft_slots
 from dlora.rank_allocator import keep_triplets
 from dlora.start import saved_lora
@@ -115,18 +116,25 @@ class AdapterSource:
         for path, _, child in (*named_adapters(model), *named_copies(model)):
             self._fill(child, path, torch.float32)
 
-    def delta(self, model: nn.Module, path: str, dtype: torch.dtype) -> Tensor:
-        """ΔW of one module of a model on the meta device, oriented as its weight is stored.
+    def update(
+        self,
+        model: nn.Module,
+        path: str,
+        dtype: torch.dtype,
+        slices: Iterable[tuple[int, int, Tensor]],
+    ) -> tuple[Tensor, Tensor | None]:
+        """ΔW of one module of a model on the meta device, oriented as its weight is stored, and the
+        scale of its rows; see `dlora.lora.merge.scale_of_rows`, which reads `slices` if need be.
 
-        The adapter is filled for as long as its formula takes, so that one is in memory at a time.
+        The adapter is filled for as long as its formulas take, so that one is in memory at a time.
         """
         host: Any = model.get_submodule(path)
         self._fill(host.adapter, path, dtype)
         try:
-            delta = host.adapter.delta()
+            delta = host.as_stored(host, host.adapter.delta())
+            return delta, scale_of_rows(host, host.adapter, delta, slices)
         finally:
             host.adapter.to("meta")
-        return host.as_stored(host, delta)
 
     def check_base_copy(self, name: str, pairs: list[tuple[Tensor, Tensor]] | Iterator) -> None:
         """Refuse where PEFT's copy of W0 and the base's differ by more than one's rounding."""

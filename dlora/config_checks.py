@@ -16,8 +16,6 @@ from dlora.errors import LaterError, UsageError
 # What works so far. Any other choice of these keys is refused as "later": delete what gets built.
 BUILT: dict[str, tuple[object, ...]] = {
     "model.dtype": ("bfloat16", "float32"),
-    "adapter.method": ("lora", "adalora", "flora"),
-    "adapter.use_dora": (False,),
     "adapter.init_lora_weights": (True,),
     "data.format": ("chat", "alpaca", "sharegpt", "text"),
     "data.packing": (False,),
@@ -144,6 +142,11 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield (
             "optimizer.name: lora_pro steps pairs of A and B, and adapter.method: "
             f"{config.adapter.method} has more than these"
+        )
+    if config.adapter.use_dora and config.adapter.method != "lora":
+        yield (
+            "adapter.use_dora: a magnitude goes with a plain LoRA, not with adapter.method: "
+            f"{config.adapter.method}"
         )
     if config.adapter.method == "adalora" and is_set(config, "adapter.r"):
         yield "adapter.r: adalora starts from adapter.init_r, set that instead"

@@ -2,6 +2,7 @@
 
     base's files ──tensor by tensor──> no adapter: its bytes, under its key
                                        adapter:    cast(float32(W0) + ΔW), rows by rows
+                                       (DoRA's magnitudes take a second look at W0)
                                        trained:    the trained copy in place of W0
                  ──> model-0000i-of-N.safetensors, index, config.json, tokenizer
 
@@ -26,7 +27,7 @@ from dlora.adapter_source import AdapterSource
 from dlora.errors import UsageError
 from dlora.lora.attach import named_adapters, named_copies
 from dlora.lora.hosts import CHILD
-from dlora.lora.merge import merged_weight
+from dlora.lora.merge import change_of, merged_weight
 from dlora.progress import CopyDisplay
 from dlora.stored_base import INDEX, StoredBase
 from dlora.tensor_files import (
@@ -129,11 +130,15 @@ class MergedModel:
     def _add_delta(self, path: str) -> Edit:
         def edit(tensor: StoredTensor, dtype: torch.dtype) -> Iterator[Tensor]:
             wide = torch.promote_types(FLOATS[tensor.dtype], torch.float32)
-            delta = self.source.delta(self.skeleton, path, wide)
+            blocks = ((*b, tensor.rows(*b)) for b in _row_blocks(tensor))
+            delta, scale = self.source.update(self.skeleton, path, wide, blocks)
             lost = total = 0.0
             for first, last in _row_blocks(tensor):
-                part = delta[first:last]
-                merged = merged_weight(tensor.rows(first, last), part, dtype)
+                rows = tensor.rows(first, last)
+                part = change_of(
+                    rows, delta[first:last], scale if scale is None else scale[first:last]
+                )
+                merged = merged_weight(rows, part, dtype)
                 square = float(part.norm()) ** 2
                 lost, total = lost + merged.loss**2 * square, total + square
                 yield merged.weight

@@ -1,6 +1,7 @@
 """PEFT's files of an attached model: names of tensors, and `adapter_config.json`.
 
     LORA      base_model.model.<path>.lora_{A,B}.weight     what any adapter comes down to
+              base_model.model.<path>.lora_magnitude_vector beside them in a DoRA
     ADALORA   base_model.model.<path>.lora_{A,B,E}          AdaLoRA's own form
 
 Embeddings have `lora_embedding_A` without `.weight`, and modules trained whole stand under their
@@ -26,28 +27,30 @@ from dlora.lora.attach import (
     trainable_parameters,
 )
 from dlora.lora.hosts import CHILD, ConvolutionHost, HostMixin
-from dlora.lora.variants import PlainLora
+from dlora.lora.variants import LoraAdapter, PlainLora
 from dlora.lora.variants.adalora import AdaLoraAdapter, AdaLoraConfig
+from dlora.lora.variants.dora import DoraAdapter
 
 PREFIX = "base_model.model."
+MAGNITUDE = "lora_magnitude_vector"
 _RANK_EPSILON = 1e-5  # PEFT scales AdaLoRA by lora_alpha / (init_r + this)
 
 
 def peft_names(model: nn.Module) -> dict[str, str]:
-    """PEFT's key of each trainable parameter of a plain LoRA, by its name in the model."""
+    """PEFT's key of each trainable parameter of a LoRA or DoRA, by its name in the model."""
     names: dict[str, str] = {}
-    for path, host, _ in named_adapters(model):
-        for factor, key in _keys(path, host).items():
+    for path, host, adapter in named_adapters(model):
+        for factor, key in _keys(path, host, adapter).items():
             names[f"{path}.{CHILD}.{factor}"] = key
     return names | _copy_names(model)
 
 
 def peft_slots(model: nn.Module) -> dict[str, Tensor]:
-    """The live tensors of a model with a plain LoRA under PEFT's keys."""
+    """The live tensors of a model with a LoRA or DoRA under PEFT's keys."""
     parameters = trainable_parameters(model)
     slots = {key: parameters[name].detach() for name, key in peft_names(model).items()}
-    for path, host, _ in named_adapters(model):
-        for factor, key in _keys(path, host).items():
+    for path, host, adapter in named_adapters(model):
+        for factor, key in _keys(path, host, adapter).items():
             slots[key] = _shaped(host, factor, slots[key])
     return slots
 
@@ -75,18 +78,21 @@ def plain_forms(model: nn.Module) -> dict[str, PlainLora]:
 
 
 def lora_files(model: nn.Module, base: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """`adapter_config.json` and tensors of the plain LoRA that the model's adapters come down to.
+    """`adapter_config.json` and tensors of the LoRA that the model's adapters come down to: a plain
+    one, or a DoRA, which no plain one equals.
 
     Args:
         base: name or path of the base, recorded.
     """
     forms, config = plain_forms(model), attachment_of(model).config
     tensors: dict[str, Tensor] = {}
-    for path, host, _ in named_adapters(model):
+    for path, host, adapter in named_adapters(model):
         if path in forms:
-            keys = _keys(path, host)
-            for factor, tensor in (("lora_A", forms[path].A), ("lora_B", forms[path].B)):
-                tensors[keys[factor]] = _shaped(host, factor, tensor)
+            parts = {"lora_A": forms[path].A, "lora_B": forms[path].B}
+            if isinstance(adapter, DoraAdapter):
+                parts[MAGNITUDE] = adapter.lora_magnitude_vector.detach()
+            for name, key in _keys(path, host, adapter).items():
+                tensors[key] = _shaped(host, name, parts[name])
     sizes: dict[str, Any] = {
         "r": config.r,
         "lora_alpha": config.lora_alpha,
@@ -98,7 +104,8 @@ def lora_files(model: nn.Module, base: str | None) -> tuple[dict[str, Any], dict
     as_set = all((form.r, form.scaling) == usual[path] for path, form in forms.items())
     if forms and not (as_set and config.method == "lora"):
         sizes = _sizes(forms)
-    settings = {"peft_type": "LORA", **_common(model, base, forms), **sizes, "use_dora": False}
+    settings = {"peft_type": "LORA", **_common(model, base, forms), **sizes}
+    settings["use_dora"] = config.use_dora
     return settings, _written(tensors | _copies(model))
 
 
@@ -205,20 +212,28 @@ def _in_saved(path: str, attachment: Attachment) -> bool:
     return any(f"{path}.".startswith(f"{saved}.") for saved in attachment.saved)
 
 
-def _keys(path: str, host: nn.Module) -> dict[str, str]:
-    """PEFT's keys of the factors of a plain LoRA."""
+def _keys(path: str, host: nn.Module, adapter: LoraAdapter) -> dict[str, str]:
+    """PEFT's keys of the factors of a LoRA and of DoRA's magnitudes, by their names here."""
     embedding = isinstance(host, HostMixin) and host.is_embedding
     key = "lora_embedding_{}" if embedding else "lora_{}.weight"
-    return {f"lora_{factor}": f"{PREFIX}{path}.{key.format(factor)}" for factor in "AB"}
+    keys = {f"lora_{factor}": f"{PREFIX}{path}.{key.format(factor)}" for factor in "AB"}
+    if isinstance(adapter, DoraAdapter):
+        keys[MAGNITUDE] = f"{PREFIX}{path}.{MAGNITUDE}"
+    return keys
 
 
 def _shaped(host: nn.Module, factor: str, tensor: Tensor) -> Tensor:
-    """A factor as PEFT stores it: those of a convolution are kernels, B of size 1."""
+    """A tensor as PEFT stores it: of a convolution A is a kernel, B one of size 1, and a magnitude
+    broadcasts against the output.
+    """
     if not isinstance(host, ConvolutionHost):
         return tensor
     if factor == "lora_A":
         return host.as_stored(host, tensor)
-    return tensor.reshape(*tensor.shape, *(1 for _ in host.kernel(host)))
+    places = [1 for _ in host.kernel(host)]
+    if factor == MAGNITUDE:
+        return tensor.reshape(1, -1, *places)
+    return tensor.reshape(*tensor.shape, *places)
 
 
 def _copy_names(model: nn.Module) -> dict[str, str]:

@@ -36,10 +36,12 @@ class Case:
     base: str
     targets: str | list[str]
     saved: tuple[str, ...] = ()
+    dora: bool = False
     untied: bool = False  # PEFT would change both sides of a tied weight when it merges
 
     def __str__(self) -> str:
-        return "-".join([self.base, *([self.targets] if "all" in self.targets else self.targets)])
+        targets = [self.targets] if "all" in self.targets else self.targets
+        return "-".join([self.base, *targets, *(["dora"] if self.dora else [])])
 
 
 class Bases:
@@ -84,6 +86,7 @@ def made_by_peft(base: Path, case: Case, directory: Path) -> Path:
         modules_to_save=list(case.saved) or None,
         task_type="CAUSAL_LM",
         rank_pattern={"q_proj": 3} if "q_proj" in case.targets else {},
+        use_dora=case.dora,
         use_rslora=case.base == "mistral",
         fan_in_fan_out=case.base.startswith("gpt2"),
     )

@@ -413,7 +413,6 @@ def test_bad_pattern(base, name, pattern, says):
 
 LATER = [
     ("model.dtype", "float16"),
-    ("adapter.use_dora", "true"),
     *(
         ("adapter.init_lora_weights", value)
         for value in ("gaussian", "orthogonal", "pissa", "milora", "lora_ga")
@@ -503,6 +502,7 @@ CANNOT_ACT = [  # words, the key that cannot act, the key that is why
     ),
     ("--output.resume none --output.resume_force true", "output.resume_force", "output.resume"),
     ("--adapter.method adalora --adapter.r 16", "adapter.r", "adapter.init_r"),
+    ("--adapter.method adalora --adapter.use_dora true", "adapter.use_dora", "adapter.method"),
     ("--train.epochs 2 --train.max_steps 200", "train.max_steps", "train.epochs"),
 ]  # fmt: skip
 
@@ -525,6 +525,8 @@ CAN_ACT = [
     "--adapter.path old --adapter.lora_dropout 0.1",
     "--adapter.path old --adapter.r 16",  # the default, said aloud
     "--adapter.init_r 12",
+    "--adapter.use_dora true --model.quantization nf4 --optimizer.loraplus_lr_ratio 4",
+    "--adapter.use_dora true --optimizer.name lora_pro",
     "--data.eval held.jsonl --output.eval_every 10",
     "--output.eval_every 0",
     "--output.resume_force true",

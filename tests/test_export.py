@@ -32,6 +32,8 @@ CASES = [
     Case("gpt2", "all-linear"),
     Case("gpt2-bare", ["c_attn", "wte"], ("ln_f",), untied=True),
     Case("mistral", ["gate_proj", "v_proj"]),
+    Case("llama", "all-linear", dora=True),
+    Case("gpt2-bare", ["c_attn", "wte"], ("ln_f",), dora=True, untied=True),
     Case("mixtral", ["q_proj", "v_proj"], ("lm_head",)),
 ]
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dlora.errors import UsageError
 from dlora.lora.config import LoraConfig
@@ -16,9 +16,8 @@ from dlora.lora.hosts import CHILD, SavedHost, TrainedCopy, become_host, host_ki
 from dlora.lora.init import INITS
 from dlora.lora.targets import saved_paths, target_paths
 from dlora.lora.variants import VARIANTS, LoraAdapter
+from dlora.lora.weights import WholeWeights, plain_weights, show_weights
 from dlora.quant.packed import is_packed
-
-WholeWeights = Callable[[nn.Module], AbstractContextManager[dict[str, Tensor]]]
 
 
 @dataclass
@@ -41,8 +40,8 @@ def attach(
 
     Args:
         model: any `nn.Module`, sharded or not.
-        whole_weights: context that yields the whole parameters of a module by path; needed only for
-            `modules_to_save` on a sharded base.
+        whole_weights: context that yields the whole parameters of a module by path; needed on a
+            sharded base, for `modules_to_save` and for adapters that are made of W0.
 
     Raises:
         UsageError: nothing matches, a match cannot carry an adapter, or adapters are there already.
@@ -55,6 +54,9 @@ def attach(
     for path in saved:
         _check_whole(model.get_submodule(path), path)
     config.check_kernels([_kernel(model.get_submodule(path)) for path in adapted])
+    if VARIANTS[config.variant].needs_weight and whole_weights is None:
+        for path in adapted:
+            plain_weights(f"attach: {config.variant} starts from W0")(model.get_submodule(path))
     attachment = Attachment(config, adapted, saved)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -62,11 +64,12 @@ def attach(
         _attach_adapter(model.get_submodule(path), path, attachment)
     for path in saved:
         module = model.get_submodule(path)
-        with (whole_weights or _plain_weights)(module) as weights:
+        with (whole_weights or plain_weights("modules_to_save"))(module) as weights:
             child = TrainedCopy(weights, _master_dtype(module))
         become_host(module, SavedHost, child)
     _forbid_fused_inference(model)
     model.dlora = attachment  # type: ignore[assignment]
+    show_weights(named_adapters(model), whole_weights)
     return attachment
 
 
@@ -182,17 +185,6 @@ def _kernel(module: nn.Module) -> tuple[int, ...]:
 def _master_dtype(module: nn.Module) -> torch.dtype:
     is_double = any(p.dtype == torch.float64 for p in module.parameters(recurse=True))
     return torch.float64 if is_double else torch.float32
-
-
-def _plain_weights(module: nn.Module) -> AbstractContextManager[dict[str, Tensor]]:
-    weights = {path: parameter.detach() for path, parameter in module.named_parameters()}
-    for path, weight in weights.items():
-        if type(weight) is not Tensor:
-            raise UsageError(
-                f"modules_to_save: {path} is sharded ({type(weight).__name__}); "
-                "call dlora.shard first"
-            )
-    return nullcontext(weights)
 
 
 def _forbid_fused_inference(model: nn.Module) -> None:

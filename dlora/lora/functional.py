@@ -83,9 +83,9 @@ class LinearWithLowRank(torch.autograd.Function):
                 dx_Tn.addcmul_(low_rank_Tn, keep, value=ctx.scaling * ctx.keep_scale)
             dx = dx_Tn.view(ctx.x_shape)
         if ctx.needs_input_grad[3]:
-            dA = _scaled(dyB_Tr.t() @ dropped(x_Tn, keep, ctx.keep_scale), A, ctx.scaling)
+            dA = scaled(dyB_Tr.t() @ dropped(x_Tn, keep, ctx.keep_scale), A, ctx.scaling)
         if ctx.needs_input_grad[4]:
-            dB, dE = _split(_scaled(dy_Tm.t() @ z_Tr, B, ctx.scaling), B, E)
+            dB, dE = _split(scaled(dy_Tm.t() @ z_Tr, B, ctx.scaling), B, E)
         return dx, None, None, dA, dB, dE, None, None, None
 
 
@@ -126,7 +126,7 @@ class EmbeddingWithLowRank(torch.autograd.Function):
                 dz_Tr = dz_Tr.masked_fill((ids_T == ctx.padding_idx)[:, None], 0)
             dA = torch.zeros_like(A).index_add_(1, ids_T, dz_Tr.t())
         if ctx.needs_input_grad[3]:
-            dB, dE = _split(_scaled(dy_Tm.t() @ z_Tr, B, ctx.scaling), B, E)
+            dB, dE = _split(scaled(dy_Tm.t() @ z_Tr, B, ctx.scaling), B, E)
         return None, None, dA, dB, dE, None, None
 
 
@@ -229,6 +229,6 @@ def dropped(x_Tn: Tensor, keep: Tensor | None, keep_scale: float) -> Tensor:
     return x_Tn if keep is None else (x_Tn * keep).mul_(keep_scale)
 
 
-def _scaled(gradient: Tensor, master: Tensor, scaling: float) -> Tensor:
+def scaled(gradient: Tensor, master: Tensor, scaling: float) -> Tensor:
     """Cast to the master's dtype before scaling, so that s costs no precision."""
     return gradient.to(master.dtype).mul_(scaling)

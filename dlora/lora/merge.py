@@ -1,8 +1,13 @@
-"""`merge` and `unmerge`: write W0 + ΔW where W0 was, and get W0 back bit for bit."""
+"""`merge` and `unmerge`: write W0 + ΔW where W0 was, and get W0 back bit for bit.
+
+An adapter that rescales rows (DoRA) amounts to diag(d)·(W0 + ΔW). What merging adds to W0 is then
+diag(d)·(W0 + ΔW) − W0, in the place of ΔW.
+"""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +16,7 @@ from torch import Tensor, nn
 from dlora.errors import UsageError
 from dlora.lora.attach import attachment_of, host_children, named_adapters, named_copies
 from dlora.lora.hosts import HostMixin
+from dlora.lora.variants import LoraAdapter
 from dlora.quant.packed import WEIGHT_NAMES, replace_weight, restore_weight, unpacked
 
 LOSS_WORTH_A_WARNING = 0.01
@@ -40,6 +46,33 @@ def merged_weight(weight: Tensor, delta: Tensor, dtype: torch.dtype | None = Non
     return Merged(merged, float(loss))
 
 
+def scale_of_rows(
+    host: HostMixin, adapter: LoraAdapter, delta: Tensor, slices: Iterable[tuple[int, int, Tensor]]
+) -> Tensor | None:
+    """d of each element's row, seen in the shape of ΔW; None for ones.
+
+    Args:
+        delta: ΔW as the host stores its weight.
+        slices: (first, last, W0[first:last]) along the first dim, all of W0 in their order.
+    """
+    if not adapter.rescales_rows:
+        return None
+    sums = (
+        (weight.to(delta.dtype) + delta[first:last]).square_().flatten(1)
+        for first, last, weight in slices
+    )
+    if host.transposed:  # a row of W0 is a column of what is stored
+        squares = sum((part.sum(0) for part in sums), torch.zeros(()).to(delta))
+        return adapter.row_scale(squares.sqrt()).expand_as(delta)
+    scale = adapter.row_scale(torch.cat([part.sum(1) for part in sums]).sqrt())
+    return scale.view(-1, *(1 for _ in delta.shape[1:])).expand_as(delta)
+
+
+def change_of(weight: Tensor, delta: Tensor, scale: Tensor | None) -> Tensor:
+    """What merging adds to W0: d⊙(W0 + ΔW) − W0, computed as d⊙ΔW + (d − 1)⊙W0; ΔW without a d."""
+    return delta if scale is None else scale * delta + (scale - 1) * weight.to(delta.dtype)
+
+
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
     """Replace every adapted W0 by W0 + ΔW and switch the adapters off, in place.
@@ -59,7 +92,9 @@ def merge(model: nn.Module) -> nn.Module:
     originals: dict[str, nn.Parameter] = {}
     for path, host, adapter in named_adapters(model):
         assert isinstance(host, HostMixin)
-        result = merged_weight(unpacked(host), host.as_stored(host, adapter.delta()))
+        weight, delta = unpacked(host), host.as_stored(host, adapter.delta())
+        scale = scale_of_rows(host, adapter, delta, [(0, len(weight), weight)])
+        result = merged_weight(weight, change_of(weight, delta, scale))
         losses[path] = result.loss
         taken = replace_weight(host, result.weight)
         originals |= {f"{path}.{name}": parameter for name, parameter in taken.items()}

@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
+from dlora.lora.variants import LoraAdapter
 from dlora.objectives import targets
 from dlora.quantization import FrozenMatrix, frozen_matrices
 from dlora.sharding.groups import block_lists
@@ -53,6 +56,8 @@ def estimate(skeleton: Any, tokens: int, checkpointing: bool, reason: str) -> Tr
     head_size = sum(p.numel() for p in head.parameters())
     widest: Any = max(head.parameters(), key=lambda p: p.ndim)
     hidden = tokens * min(widest.shape) * widest.element_size()
+    beside = [_kept_by_adapters(block) * widest.element_size() for block in blocks]
+    each = [matrices + kept for matrices, kept in zip(each, beside, strict=True)]
     saved = len(blocks) * hidden if checkpointing else tokens * sum(each)
     return Trace(
         saved=saved,
@@ -61,6 +66,12 @@ def estimate(skeleton: Any, tokens: int, checkpointing: bool, reason: str) -> Tr
         flops=tokens * ((6 if checkpointing else 4) * weights + 4 * head_size + 6 * trained),
         estimated=reason,
     )
+
+
+def _kept_by_adapters(block: nn.Module) -> int:
+    """Elements per token of the outputs that adapters keep."""
+    adapters = [module for module in block.modules() if isinstance(module, LoraAdapter)]
+    return sum(adapter.lora_B.shape[0] for adapter in adapters if adapter.keeps_output)
 
 
 def _saved_by(weight: FrozenMatrix, experts: int) -> int:

@@ -19,6 +19,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {}),
     "tied, embedding and head": ("tied", {"target_modules": ["v_proj", "embed_tokens", "lm_head"]}),
     "rslora and ranks": ("llama", {"use_rslora": True, "rank_pattern": {"down_proj": 3}}),
+    "dora": ("llama", {"use_dora": True}),
+    "dora, gpt2": ("gpt2", {"use_dora": True, "use_rslora": True}),
+    "dora, embedding": ("llama", {"use_dora": True, "target_modules": ["v_proj", "embed_tokens"]}),
     "copies": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["norm", "lm_head"]}),
 }
 pytestmark = [
@@ -32,7 +35,9 @@ def names_in_peft(model: nn.Module) -> dict[str, str]:
     renamed = {}
     for name in trainable_parameters(model):
         path, _, factor = name.partition(".adapter.")
-        if factor not in ("lora_A", "lora_B"):  # a trained copy
+        if factor == "lora_magnitude_vector":
+            renamed[name] = f"base_model.model.{path}.{factor}.default.weight"
+        elif factor not in ("lora_A", "lora_B"):  # a trained copy
             renamed[name] = f"base_model.model.{path}.modules_to_save.default.{factor}"
         elif isinstance(model.get_submodule(path), nn.Embedding):
             renamed[name] = f"base_model.model.{path}.{factor.replace('_', '_embedding_')}.default"

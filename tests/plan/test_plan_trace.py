@@ -98,6 +98,23 @@ def test_bytes_are_those_of_a_real_pass(name: str, dtype: torch.dtype, recompute
     assert planned.saved == pytest.approx(saved, abs=6000 * LAYERS)  # random states, not traced
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_what_dora_keeps_is_in_it(name: str) -> None:
+    """Outputs, of which most models keep some anyway; with a bias something of their size."""
+    arguments = (name, torch.bfloat16)
+    planned = trace(model_of(*arguments, "meta", use_dora=True), ROWS, TOKENS, checkpointing=False)
+    plain = trace(model_of(*arguments, "meta"), ROWS, TOKENS, checkpointing=False)
+    saved, most = allocated(model_of(*arguments, "cpu", use_dora=True))
+    assert planned.estimated == ""
+    assert planned.saved > 1.1 * plain.saved
+    assert max(planned.blocks, planned.loss) == pytest.approx(most, rel=0.005)
+    assert planned.saved == pytest.approx(saved, abs=6000 * LAYERS)
+    if name == "llama":
+        skeleton = model_of(*arguments, "meta", use_dora=True)
+        estimated = estimate(skeleton, ROWS * TOKENS, False, "asked for")
+        assert estimated.saved == pytest.approx(planned.saved, rel=0.25)
+
+
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_what_is_unpacked_is_in_it(quantization: str) -> None:
     """One layer at a time; what unpacking a chunk of it takes beside is left to the allowance."""

@@ -28,9 +28,9 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def held_out(path: str, adapter: str, name: str) -> torch.Tensor:
-    """Logits of stock PEFT on a base that holds what the packed weights stand for."""
+    """Logits of stock PEFT on a base that holds what the packed weights, if any, stand for."""
     model, packed = whole(path, "float32"), whole(path, "float32")
-    for layer in quantize(packed, name).packed:
+    for layer in () if name == "none" else quantize(packed, name).packed:
         weight, fmt = model.get_submodule(layer).weight.data, FORMATS[name]
         codes, scales = fmt.codes(weight), fmt.scales(weight)
         weight.copy_(unpack(codes, scales, weight.shape[1], name, torch.float32))

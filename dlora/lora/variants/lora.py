@@ -44,12 +44,18 @@ class LoraAdapter(nn.Module):
         dtype: of the masters A and B, float32 or float64.
 
     Attributes:
+        needs_weight: `see_weight` is to be called before the first use.
+        keeps_output: forward keeps a tensor of the size of the output for backward.
+        rescales_rows: it amounts to diag(d)·(W0 + ΔW), with d from `row_scale`.
         offset_A, offset_B: A₀ [r, n] and B₀ [m, r], frozen, whose product is subtracted; None where
             training starts at B·A = 0 anyway.
     """
 
     settings: ClassVar[type[LoraConfig]] = LoraConfig
     variant: ClassVar[str] = "lora"
+    needs_weight: ClassVar[bool] = False
+    keeps_output: ClassVar[bool] = False
+    rescales_rows: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -113,6 +119,9 @@ class LoraAdapter(nn.Module):
         for tensor in (self.lora_B, self.offset_B):
             tensor.copy_(B)
 
+    def see_weight(self, weight: Tensor) -> None:
+        """Told W0 [m, n], whole and not packed, once; it is not to be kept."""
+
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         """x [..., n], weight [m, n], packed or not → y [..., m]."""
         A, B = self.factors()
@@ -174,6 +183,10 @@ class LoraAdapter(nn.Module):
         """ΔW = s·B·A [m, n] in the masters' dtype."""
         A, B, scaling = self.as_lora()
         return (B @ A) * scaling
+
+    def row_scale(self, norms: Tensor) -> Tensor:
+        """d [m], where `rescales_rows`, from the norms [m] of the rows of W0 + ΔW."""
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         factor = self._parameters.get("lora_A")  # ZeRO-3 takes it out of sight while it looks

@@ -1,0 +1,231 @@
+"""DoRA's arithmetic: rows of W0 + s·B·A rescaled to a trained length, in one autograd function.
+
+    V = W0 + s·B·A  [m, n]     n_j = ‖V_j‖  [m], a constant in backward     d = μ/n,  e = d − 1
+
+    y = W0 x + b + e⊙v + s·z Bᵀ        v = (W0 + s·B·A) drop(x),   z = A drop(x)
+
+Without dropout that is y = v + e⊙v + b. It is e that is cast to the dtype of x: in bfloat16 the
+rounding of d itself would be of the size of what training changes. With G = ∂L/∂y and Ĝ = d⊙G,
+
+    dμ_j = Σ_T G·v / n_j        dB = s·Ĝᵀ z        dA = s·(Ĝ B)ᵀ drop(x)
+
+    n_j² = ‖W0_j‖² + 2s⟨B_j, C_j⟩ + s²·B_j (A Aᵀ) B_jᵀ        C = W0 Aᵀ  [m, r]
+
+so that nothing of the size of W0 is made but W0 itself, which is at hand in forward (gathered, or
+de-quantised once). ‖W0_j‖² never changes. The norm is taken in the masters' dtype, of the masters.
+
+dμ needs v, of the size of the output: computing W0 x again would cost half a step more. Without
+bias and dropout v is y/d, so y itself is saved, as the next operation often does anyway, and
+
+    dμ_j = Σ_T G·y / μ_j
+
+of which nothing is left where a magnitude is exactly 0: it gets no gradient. With a bias, which in
+bfloat16 may outweigh what is added to it, or with dropout v is saved, beside LoRA's x and z.
+
+Source: Liu et al. 2024, https://arxiv.org/abs/2402.09353, section 4.3 for the constant norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dlora.lora import functional
+from dlora.lora.functional import dropped, scaled
+from dlora.quant.packed import Weight, save_with, saved_with, whole
+
+_CHUNK_BYTES = {"cpu": 1 << 20}  # of W0 that are cast at once, elsewhere _CHUNK_ELSEWHERE
+_CHUNK_ELSEWHERE = 1 << 24
+
+
+class Rows(NamedTuple):
+    """What rescales the rows of W0 + s·B·A: μ [m], trained, and ‖W0_j‖² [m]."""
+
+    magnitude: Tensor
+    squares: Tensor
+
+
+def row_squares(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """‖W0_j‖² [m] of a weight [m, n], computed in `dtype`."""
+    return torch.cat([part.square().sum(1) for part in _in_dtype(weight, dtype)])
+
+
+def row_norms(weight: Tensor, A: Tensor, B: Tensor, scaling: float, squares: Tensor) -> Tensor:
+    """‖W0_j + s·B_j A‖ [m] in the dtype of the masters A [r, n] and B [m, r].
+
+    Never below what rounding leaves of a row that the update cancels, nor 0 for a row of zeros.
+
+    Args:
+        weight: W0 [m, n].
+        squares: ‖W0_j‖².
+    """
+    C_mr = torch.cat([part @ A.t() for part in _in_dtype(weight, A.dtype)])
+    # ⟨B_j, 2s·C_j + s²·A Aᵀ B_j⟩
+    inner_mr = torch.addmm(C_mr, B, A @ A.t(), beta=2 * scaling, alpha=scaling**2)
+    found = squares + (B * inner_mr).sum(1)
+    least = squares * torch.finfo(A.dtype).eps + torch.finfo(A.dtype).tiny
+    return found.maximum(least).sqrt_()
+
+
+def _in_dtype(weight: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """All rows of a weight in `dtype`, some at a time where they have to be cast."""
+    if weight.dtype == dtype:
+        yield weight
+        return
+    limit = _CHUNK_BYTES.get(weight.device.type, _CHUNK_ELSEWHERE)
+    step = max(1, limit // (weight.shape[1] * dtype.itemsize))
+    for first in range(0, len(weight), step):
+        yield weight[first : first + step].to(dtype)
+
+
+class LinearWithDora(torch.autograd.Function):
+    """y of the formulas above for x [..., n], W0 [m, n], A [r, n], B [m, r]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Weight,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        magnitude: Tensor,
+        squares: Tensor,
+        scaling: float,
+        keep: Tensor | None,
+        keep_scale: float,
+    ) -> Tensor:
+        x_Tn = x.reshape(-1, x.shape[-1])
+        dropped_Tn = dropped(x_Tn, keep, keep_scale)
+        z_Tr, B_rm = dropped_Tn @ A.to(x.dtype).t(), B.to(x.dtype).t()
+        dense = whole(weight, x.dtype)
+        norms = row_norms(dense, A, B, scaling, squares)
+        e = excess(magnitude, norms, x.dtype)
+        v_Tm = F.linear(dropped_Tn, dense).addmm_(z_Tr, B_rm, alpha=scaling)
+        if keep is not None:
+            y_Tm = F.linear(x_Tn, dense, bias).addmm_(z_Tr, B_rm, alpha=scaling)
+            y_Tm.addcmul_(v_Tm, e)
+        elif bias is not None:
+            y_Tm = torch.addcmul(v_Tm, v_Tm, e).add_(bias)
+        else:
+            y_Tm = v_Tm.addcmul_(v_Tm, e)
+        y = y_Tm.view(*x.shape[:-1], y_Tm.shape[1])
+        along, lengths = (y, magnitude) if y_Tm is v_Tm else (v_Tm, norms)
+        save_with(ctx, weight, x_Tn, z_Tr, along, A, B, lengths, e, keep)
+        ctx.scaling, ctx.keep_scale, ctx.x_shape = scaling, keep_scale, x.shape
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weight, x_Tn, z_Tr, along, A, B, lengths, e, keep = saved_with(ctx)
+        dy_Tm = grads[0].reshape(-1, grads[0].shape[-1])
+        dv_Tm = torch.addcmul(dy_Tm, dy_Tm, e)  # through the low-rank part
+        dvB_Tr = dv_Tm @ B.to(dy_Tm.dtype)
+        dx = dA = dB = dmagnitude = None
+        if ctx.needs_input_grad[3]:
+            dA = scaled(dvB_Tr.t() @ dropped(x_Tn, keep, ctx.keep_scale), A, ctx.scaling)
+        if ctx.needs_input_grad[4]:
+            dB = scaled(dv_Tm.t() @ z_Tr, B, ctx.scaling)
+        if ctx.needs_input_grad[0]:
+            dense = whole(weight, dy_Tm.dtype)
+            if keep is None:
+                dx_Tn = (dv_Tm @ dense).addmm_(dvB_Tr, A.to(dy_Tm.dtype), alpha=ctx.scaling)
+            else:
+                inner_Tn = torch.mul(dy_Tm, e, out=dv_Tm) @ dense
+                inner_Tn.addmm_(dvB_Tr, A.to(dy_Tm.dtype), alpha=ctx.scaling)
+                dx_Tn = (dy_Tm @ dense).addcmul_(inner_Tn, keep, value=ctx.keep_scale)
+            dx = dx_Tn.view(ctx.x_shape)
+        if ctx.needs_input_grad[5]:
+            sums = torch.mul(dy_Tm, along.view_as(dy_Tm), out=dv_Tm).sum(0).to(lengths.dtype)
+            dmagnitude = torch.where(lengths == 0, 0, sums / lengths)
+        return dx, None, None, dA, dB, dmagnitude, None, None, None, None
+
+
+def linear(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    rows: Rows,
+    *,
+    keep: Tensor | None = None,
+    keep_scale: float = 1.0,
+) -> Tensor:
+    """See `LinearWithDora`; arguments as of `dlora.lora.functional.linear`."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        if keep is not None:
+            keep = keep.reshape(-1, x.shape[-1])
+        return LinearWithDora.apply(x, weight, bias, A, B, *rows, scaling, keep, keep_scale)
+    dtype = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        bias = None if bias is None else bias.to(dtype)
+        x, weight = x.to(dtype), weight.to(dtype)
+        return linear(x, weight, bias, A, B, scaling, rows, keep=keep, keep_scale=keep_scale)
+
+
+def embedding(
+    ids: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    rows: Rows,
+    padding_idx: int | None,
+) -> Tensor:
+    """y = d⊙(W0[ids] + s·Aᵀ[ids] Bᵀ) for ids [...], W0 [V, m]: a row of V is a column of the table.
+
+    W0ᵀ [m, V] stands for W0 in the norm.
+    """
+    v = functional.embedding(ids, weight, A, B, scaling, padding_idx)
+    return torch.addcmul(v, v, _excess_at(weight.t(), A, B, scaling, rows, v.dtype))
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    rows: Rows,
+    convolve: functional.Convolve,
+    *,
+    keep: Tensor | None = None,
+    keep_scale: float = 1.0,
+) -> Tensor:
+    """The formulas above with a convolution in place of each product, by `functional.convolution`.
+
+    A row of W0 is all that makes one channel of the output: its flattened kernel.
+    """
+    v = functional.convolution(dropped(x, keep, keep_scale), weight, None, A, B, scaling, convolve)
+    e = _excess_at(weight.flatten(1), A, B, scaling, rows, v.dtype)
+    e = e.view(-1, *(1 for _ in weight.shape[2:]))
+    if keep is None:
+        y = torch.addcmul(v, v, e)
+        return y if bias is None else y + bias.to(y.dtype).view_as(e)
+    y = functional.convolution(
+        x, weight, bias, A, B, scaling, convolve, keep=keep, keep_scale=keep_scale
+    )
+    return torch.addcmul(y, v, e)
+
+
+def excess(magnitude: Tensor, norms: Tensor, dtype: torch.dtype) -> Tensor:
+    """e = μ/n − 1 [m], cast to `dtype`."""
+    return (magnitude / norms - 1).to(dtype)
+
+
+def _excess_at(
+    weight: Tensor, A: Tensor, B: Tensor, scaling: float, rows: Rows, dtype: torch.dtype
+) -> Tensor:
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        norms = row_norms(weight, A, B, scaling, rows.squares)
+    return excess(rows.magnitude, norms, dtype)

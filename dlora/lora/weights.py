@@ -1,0 +1,65 @@
+"""W0 as a whole, one module at a time, for what is made of it when adapters are attached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dlora.errors import UsageError
+from dlora.lora.hosts import HostMixin
+from dlora.lora.variants import LoraAdapter
+from dlora.quant.packed import CODES, SCALES, is_packed
+
+WholeWeights = Callable[[nn.Module], AbstractContextManager[dict[str, Tensor]]]
+
+
+@torch.no_grad()
+def show_weights(
+    named: Iterable[tuple[str, nn.Module, LoraAdapter]], whole_weights: WholeWeights | None
+) -> None:
+    """Show every adapter that needs it the weight of its host; nothing on the meta device.
+
+    One weight is whole at a time. Collective where the base is sharded: every rank goes through the
+    modules in the same order.
+
+    Args:
+        named: (path, host, adapter), as `named_adapters` yields them.
+        whole_weights: as of `attach`.
+
+    Raises:
+        UsageError: the base is sharded, and there is no `whole_weights`.
+    """
+    for path, host, adapter in named:
+        if not adapter.needs_weight or adapter.lora_A.is_meta:
+            continue
+        assert isinstance(host, HostMixin)
+        with (whole_weights or plain_weights(f"attach: {path}"))(host) as weights:
+            adapter.see_weight(host.as_product(_dense(host, weights)))
+
+
+def plain_weights(what: str) -> WholeWeights:
+    """The parameters of a module by path, as they are, where nothing has sharded them.
+
+    Args:
+        what: needs them, for the error.
+    """
+
+    def plain(module: nn.Module) -> AbstractContextManager[dict[str, Tensor]]:
+        weights = {path: parameter.detach() for path, parameter in module.named_parameters()}
+        for path, weight in weights.items():
+            if type(weight) is not Tensor or hasattr(module.get_parameter(path), "ds_id"):
+                raise UsageError(f"{what}: {path} is sharded; call dlora.shard first")
+        return nullcontext(weights)
+
+    return plain
+
+
+def _dense(host: Any, weights: dict[str, Tensor]) -> Tensor:
+    """The weight as its host stores it; a packed one in the dtype that it had."""
+    if not is_packed(host):
+        return weights["weight"]
+    return host.packing.whole(weights[CODES], weights[SCALES], host.packing.dtype)

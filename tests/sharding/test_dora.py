@@ -1,0 +1,170 @@
+"""DoRA on a sharded base: what one process computes, without a byte more than its own gradients."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import Pools
+from run_training import command_line, figures, relative_error, same_bits, train
+from safetensors.torch import load_file
+from test_own_loop import BASES
+from test_quantized_methods import held_out, logits_after
+from test_resume import crashed
+from tiny import VOCABULARY, save_chats
+
+from dlora import LoraConfig, UsageError, attach, shard
+from dlora.adapter_files import WEIGHTS
+from dlora.export import main
+from dlora.lora.attach import named_adapters
+from dlora.sharding.share import WholeShare
+
+STEPS = 5
+RUN = {"adapter__use_dora": True, "adapter__lora_dropout": 0.1, "optimizer__loraplus_lr_ratio": 2}
+
+
+@pytest.mark.parametrize(
+    ("engine", "name", "world"),
+    [
+        ("fsdp2", "none", 3),
+        ("zero3", "nf4", 2),
+        pytest.param("fsdp2", "int8", 3, marks=pytest.mark.full),
+        pytest.param("zero3", "none", 3, marks=pytest.mark.full),
+        pytest.param("fsdp2", "nf4-dq", 2, marks=pytest.mark.full),
+    ],
+)
+def test_a_run_is_that_of_one_process_and_what_peft_computes(
+    pools: Pools, saved_models: Any, tmp_path: Path, engine: str, name: str, world: int
+) -> None:
+    model = saved_models("blocks")
+    chats = save_chats(tmp_path / "chats.jsonl", 24)
+
+    def words(directory: str, **settings: Any) -> list[str]:
+        return command_line(
+            model__path=model,
+            model__quantization=name,
+            data__train=str(chats),
+            output__dir=str(tmp_path / directory),
+            output__save_every=STEPS,
+            train__max_steps=STEPS,
+            **RUN | settings,
+        )
+
+    pools(1).run(train, words("one"))
+    where = {"sharding__engine": engine, "sharding__base": "world"}
+    results = pools(world).run(logits_after, words("run", **where))
+    for got, expected in zip(figures(tmp_path / "run"), figures(tmp_path / "one"), strict=True):
+        assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+    wanted = held_out(model, str(tmp_path / "run" / "adapter"), name)
+    for logits in results:
+        torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
+    [saved] = (tmp_path / "run" / "checkpoints").glob("step-*")
+    assert main(["--adapter", str(saved), "--to", str(tmp_path / "again")]) == 0
+    files = [tmp_path / name / WEIGHTS for name in ("again", "run/adapter")]
+    assert same_bits(*map(load_file, files))
+
+
+def test_a_run_goes_on_from_its_checkpoint(pools: Pools, saved_models: Any, tmp_path: Path) -> None:
+    """Norms come from W0 again, magnitudes from the checkpoint; on the other engine as well."""
+    chats = save_chats(tmp_path / "chats.jsonl", 24)
+
+    def words(directory: str, **settings: Any) -> list[str]:
+        return command_line(
+            model__path=saved_models("llama"),
+            data__train=str(chats),
+            output__dir=str(tmp_path / directory),
+            output__save_every=2,
+            train__max_steps=4,
+            sharding__base="world",
+            **RUN | settings,
+        )
+
+    expected = pools(1).run(train, words("whole"))[0]["tensors"]
+    assert pools(2).run(crashed, words("run"), 3) == ["crashed"] * 2
+    again = words("run", output__resume="auto", sharding__engine="zero3")
+    for result in pools(2).run(train, again):
+        for name, tensor in expected.items():
+            assert relative_error(result["tensors"][name], tensor) < 1e-4, name
+
+
+def own_loop(path: str, base: str, attach_first: bool, dora: bool) -> dict[str, Any]:
+    """A few steps of a loop of one's own; what they send, and what they come to."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    model = BASES[base](path)
+    config = LoraConfig(r=4, lora_alpha=8, use_dora=dora)
+    engine = "zero3" if base.startswith("partitioned") else "fsdp2"
+    if attach_first:
+        torch.manual_seed(rank)
+        attach(model, config)
+    replica = shard(model, engine=engine, base="world")
+    if not attach_first:
+        torch.manual_seed(rank)
+        attach(model, config)
+    start = {path: adapter for path, _, adapter in named_adapters(model)}
+    magnitudes = {p: a.lora_magnitude_vector.detach().clone() for p, a in start.items() if dora}
+    optimizer = torch.optim.AdamW(replica.parameter_groups(lr=2e-3), fused=True)
+    draw = torch.Generator().manual_seed(0)
+    sent = []
+    for _ in range(STEPS):
+        ids = torch.randint(VOCABULARY, (6, 12), generator=draw).chunk(world)[rank]
+        replica.wire.take()
+        model(input_ids=ids, labels=ids).loss.backward()
+        replica.reduce_gradients()
+        sent.append(replica.wire.take())
+        optimizer.step()
+        optimizer.zero_grad()
+    replica.audit()
+    reduced = 4 * WholeShare.lengths(replica.named, replica.topology)[1]
+    return {
+        "magnitudes": magnitudes,
+        "trained": {name: p.detach().clone() for name, p in replica.named.items()},
+        "sent": sent[1:-1],
+        "reduced": reduced,
+    }
+
+
+@pytest.mark.parametrize(
+    ("base", "attach_first"),
+    [
+        ("sharded by dlora", True),
+        ("sharded by dlora", False),
+        ("partitioned by dlora", True),
+        ("partitioned by dlora", False),
+        ("sharded by transformers", False),
+        ("partitioned by the user", False),
+        pytest.param("sharded by the user", False, marks=pytest.mark.full),
+    ],
+)
+def test_an_own_loop_is_that_of_one_process_for_the_bytes_of_a_lora(
+    pools: Pools, saved_models: Any, base: str, attach_first: bool
+) -> None:
+    path = saved_models("llama")
+    [alone] = pools(1).run(own_loop, path, "sharded by dlora", True, True)
+    results = pools(2).run(own_loop, path, base, attach_first, True)
+    plain = pools(2).run(own_loop, path, base, attach_first, False)
+    for result, lora in zip(results, plain, strict=True):
+        for name, magnitude in alone["magnitudes"].items():
+            assert torch.equal(result["magnitudes"][name], magnitude), name
+        for name, tensor in alone["trained"].items():
+            assert relative_error(result["trained"][name], tensor) < 1e-5, name
+        more = result["reduced"] - lora["reduced"]  # of 2 ranks each sends as much as there is
+        assert more > 0
+        assert result["sent"] == [sent + more for sent in lora["sent"]]
+
+
+def attach_to_what_the_user_sharded(path: str, base: str) -> str:
+    try:
+        attach(BASES[base](path), LoraConfig(use_dora=True))
+    except UsageError as error:
+        return str(error)
+    return "attached"
+
+
+@pytest.mark.parametrize("base", ["sharded by the user", "partitioned by the user"])
+def test_a_base_that_dlora_does_not_know_is_sharded_is_refused(
+    pools: Pools, saved_models: Any, base: str
+) -> None:
+    for said in pools(2).run(attach_to_what_the_user_sharded, saved_models("llama"), base):
+        assert said == ("attach: dora starts from W0: weight is sharded; call dlora.shard first")
