@@ -47,6 +47,12 @@ class HostMixin:
         """A weight as it is stored → [m, n]."""
         return weight.t() if cls.transposed else weight.flatten(1)
 
+    @classmethod
+    def weight_gradient(cls, module: Any, x: Tensor, dy: Tensor, dtype: torch.dtype) -> Tensor:
+        """dW [m, n] for an input and the gradient of the output: dyᵀx."""
+        x_Tn, dy_Tm = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        return dy_Tm.to(dtype).t() @ x_Tn.to(dtype)
+
 
 class LinearHost(HostMixin):
     """`nn.Linear`: weight [out, in], packed or not."""
@@ -115,6 +121,14 @@ class EmbeddingHost(HostMixin):
             return super().forward(ids)  # type: ignore[misc]
         return self.adapter.embedding(ids, self.weight, self.padding_idx)
 
+    @classmethod
+    def weight_gradient(cls, module: Any, x: Tensor, dy: Tensor, dtype: torch.dtype) -> Tensor:
+        ids_T, dy_mT = x.reshape(-1), dy.reshape(-1, dy.shape[-1]).to(dtype).t()
+        if module.padding_idx is not None:
+            dy_mT = dy_mT.masked_fill(ids_T == module.padding_idx, 0)
+        gradient = dy_mT.new_zeros(len(dy_mT), module.num_embeddings)
+        return gradient.index_add_(1, ids_T, dy_mT)
+
 
 class ConvolutionHost(HostMixin):
     """`nn.Conv1d`, `2d` or `3d`: weight [out, in, *kernel], of which n is all but the first.
@@ -146,6 +160,15 @@ class ConvolutionHost(HostMixin):
         if not self.adapter.enabled:
             return super().forward(x)  # type: ignore[misc]
         return self.adapter.convolution(x, self.weight, self.bias, self._conv_forward)
+
+    @classmethod
+    def weight_gradient(cls, module: Any, x: Tensor, dy: Tensor, dtype: torch.dtype) -> Tensor:
+        shape = module.out_channels, module.in_channels, *module.kernel_size
+        with torch.enable_grad():  # the product is linear in the weight, so its value is no matter
+            weight = torch.zeros(shape, dtype=dtype, device=x.device, requires_grad=True)
+            y = module._conv_forward(x.detach().to(dtype), weight, None)
+            (gradient,) = torch.autograd.grad(y, weight, dy.to(dtype))
+        return cls.as_product(gradient)
 
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
