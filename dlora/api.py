@@ -52,7 +52,7 @@ class TrainedReplica(Replica):
     ) -> Reduced:
         """See `Replica.reduce_gradients`; the step's passes are over, so W0 is freed as well."""
         self.release()
-        if attachment_of(self._model).unstarted:
+        if self.named and attachment_of(self._model).unstarted:
             raise UsageError(
                 "init_lora_weights: lora_ga starts from gradients; call "
                 "dlora.start_from_gradients(model, batches, loss_of) before the first step"
@@ -182,7 +182,7 @@ def start_from_gradients(model: nn.Module, batches: Iterable[Any], loss_of: Loss
     """
     replica: TrainedReplica | None = model.__dict__.get(_RECORD)
     topology = replica.topology if replica else Topology.current()
-    estimate = GradientEstimate(model, topology, replica and replica.wire)
+    estimate = GradientEstimate(model, topology, replica.wire if replica else None)
     estimate.add(batches, loss_of)
     if replica is not None:
         replica.release()

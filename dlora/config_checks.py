@@ -143,8 +143,7 @@ def _contradictions(config: Config) -> Iterator[str]:
     if quantization != "none" and init == "lora_ga":
         yield (
             f"adapter.init_lora_weights: lora_ga needs gradients of W0, and model.quantization: "
-            f"{quantization} packs it; estimate on a 16-bit base first, then train on the packed "
-            "one with adapter.path"
+            f"{quantization} packs it; estimate and train on a 16-bit base"
         )
     elif quantization != "none" and init in ("pissa", "milora"):
         yield (

@@ -33,7 +33,11 @@ from dlora.sharding.wire import WireCounter, ring_gather_bytes
 
 Fold = Callable[[Tensor, Tensor], None]
 LossOf = Callable[[nn.Module, Any], Tensor]
-RANKS_KEPT = 4  # for each of the LoRA rank, as the paper's code has it
+
+
+def kept_rank(r: int) -> int:
+    """q for a LoRA rank: the paper's code takes 4r, of which 2r are used."""
+    return 4 * r + 8
 
 
 class _Watched(torch.autograd.Function):
@@ -78,7 +82,7 @@ class GradientEstimate:
         chosen = owners([layer.cost for layer in self.layers], topology.world)
         self.owners = {layer.path: r for layer, r in zip(self.layers, chosen, strict=True)}
         self.sums = {
-            layer.path: LowRankSum(min(RANKS_KEPT * layer.adapter.r, *layer.sizes))
+            layer.path: LowRankSum(min(kept_rank(layer.adapter.r), *layer.sizes))
             for layer in self.layers
             if self.owners[layer.path] == topology.rank
         }

@@ -1,10 +1,10 @@
 """A sum of matrices that is kept in factors: L·R with L [m, q], R [q, n].
 
-    S = L·R + G;   L ← an orthonormal basis of the range of S, found from S·Ω by two rounds of
+    S = L·R + G;   L ← an orthonormal basis of the range of S, found from S·Ω by four rounds of
     subspace iteration;   R ← Lᵀ·S
 
-It is exact as long as the sum's rank is at most q; otherwise what is cut off is within a few per
-cent of the least possible, the singular values past q. Ω is the same for everyone.
+It is exact as long as the sum's rank is at most q; otherwise what is cut off is close to the least
+possible, the singular values past q. Ω is the same for everyone.
 
 Source: Halko, Martinsson, Tropp 2011, https://arxiv.org/abs/0909.4061, algorithm 4.4.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_ROUNDS = 2
+_ROUNDS = 4
 
 
 class LowRankSum:

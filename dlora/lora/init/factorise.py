@@ -51,7 +51,8 @@ def triplets(matrix: Tensor, k: int, *, smallest: bool = False) -> Triplets | No
     U = (vectors[:, :k] if smallest else vectors[:, -k:]).flip(1).contiguous()
     Y = torch.cat([block.t() @ U for block in _blocks(wide)])
     S = torch.linalg.vector_norm(Y, dim=0)
-    if not bool((S > DEAD * values[-1].clamp(min=0).sqrt()).all()):
+    largest = values[-1].clamp(min=0).sqrt()
+    if not bool((S / largest > DEAD).all()):  # nor where all are zero
         return None
     V = Y / S
     return Triplets(U, S, V) if wide is matrix else Triplets(V, S, U)
