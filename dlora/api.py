@@ -172,18 +172,18 @@ def start_from_gradients(model: nn.Module, batches: Iterable[Any], loss_of: Loss
     Collective, once the model is sharded, if it is to be. No gradient is left on any parameter.
 
     Args:
-        batches: of this rank; some hundred sequences in all are enough.
+        batches: of this rank; some hundred sequences in all are enough. Four passes are made.
         loss_of: `loss_of(model, batch)`, the loss summed over the batch's target tokens. Means are
             added up as they are, whatever they are the mean of.
 
     Raises:
-        UsageError: the adapters do not start from gradients, a layer took no part in the loss, or
-            a rank has no batches.
+        UsageError: the adapters do not start from gradients, there are none, or a rank has no
+            batches.
     """
     replica: TrainedReplica | None = model.__dict__.get(_RECORD)
     topology = replica.topology if replica else Topology.current()
     estimate = GradientEstimate(model, topology, replica.wire if replica else None)
-    estimate.add(batches, loss_of)
+    estimate.run(list(batches), loss_of)
     if replica is not None:
         replica.release()
     started = estimate.start()

@@ -60,7 +60,7 @@ def start(
         runtime.say(str(start_adapters(model)))
     if needs == "gradient":
         estimate = GradientEstimate(model, replica.topology, replica.wire)
-        estimate.add(_first_batches(config, runtime, preparation), _summed_loss)
+        estimate.run(list(_first_batches(config, runtime, preparation)), _summed_loss)
         replica.release()
         runtime.say(str(estimate.start()))
 

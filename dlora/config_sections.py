@@ -47,7 +47,7 @@ class AdapterConfig:
     )
     lora_ga_gamma: float = option(16.0, "lora_ga: a larger one makes a smaller start", gt=0)
     lora_ga_batches: int = option(
-        4, "lora_ga: the gradient is estimated on the sequences of so many first steps", ge=1
+        2, "lora_ga: the gradient is estimated on the sequences of so many first steps", ge=1
     )
     rank_pattern: dict[str, int] = option({}, "r by module name or regular expression", ge=1)
     alpha_pattern: dict[str, int | float] = option(

@@ -1,4 +1,4 @@
-"""How adapters start from whole matrices: W0, or a sum of gradients that its owner holds.
+"""How adapters start from whole matrices: W0, or what is known of its gradient.
 
     layers, the dearest first, in rounds of one for each rank
     a round    gather W0 of each layer in turn; its owner keeps a copy, the others let go
@@ -12,7 +12,7 @@ rank holds one whole W0 beside the one that is being gathered.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from dlora.lora.attach import WholeWeights, attachment_of, named_adapters
 from dlora.lora.hosts import HostMixin
-from dlora.lora.low_rank_sum import LowRankSum
 from dlora.lora.variants import LoraAdapter
 from dlora.sharding.mesh import Topology
+from dlora.sharding.spread import owners
 from dlora.sharding.wire import WireCounter, ring_gather_bytes
 
 Factors = tuple[Tensor, Tensor]
@@ -116,28 +116,27 @@ def start_from_weights(
 
 
 @torch.no_grad()
-def start_from_sums(
+def start_from_matrices(
     model: nn.Module,
     topology: Topology,
-    owners: Mapping[str, int],
-    sums: Mapping[str, LowRankSum],
+    matrix_of: Callable[[Layer], Tensor],
     wire: WireCounter | None = None,
 ) -> Started:
-    """Start every adapter from a matrix that one rank holds. Collective.
+    """Start every adapter from a matrix that any rank can make. Collective.
 
     Args:
-        owners: the rank that holds it, by path.
-        sums: this rank's, by path.
+        matrix_of: [m, n] for a layer; called on the rank that factorises it.
     """
     began, left = time.perf_counter(), []
     layers = layers_of(model)
+    chosen = owners([layer.cost for layer in layers], topology.world)
     found = {
-        layer.path: _factors(model, layer, sums[layer.path].whole())
-        for layer in layers
-        if owners[layer.path] == topology.rank
+        layer.path: _factors(model, layer, matrix_of(layer))
+        for layer, owner in zip(layers, chosen, strict=True)
+        if owner == topology.rank
     }
-    for layer in layers:
-        left += _start(layer, found.get(layer.path), owners[layer.path], topology, wire)
+    for layer, owner in zip(layers, chosen, strict=True):
+        left += _start(layer, found.get(layer.path), owner, topology, wire)
     attachment_of(model).unstarted = False
     return _done(model, layers, left, began)
 

@@ -48,10 +48,18 @@ class HostMixin:
         return weight.t() if cls.transposed else weight.flatten(1)
 
     @classmethod
-    def weight_gradient(cls, module: Any, x: Tensor, dy: Tensor, dtype: torch.dtype) -> Tensor:
-        """dW [m, n] for an input and the gradient of the output: dyᵀx."""
-        x_Tn, dy_Tm = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        return dy_Tm.to(dtype).t() @ x_Tn.to(dtype)
+    def gradient_times(
+        cls, module: Any, x: Tensor, dy: Tensor, basis: Tensor, *, transposed: bool
+    ) -> Tensor:
+        """G·P [m, q], or Gᵀ·Q [n, q] if `transposed`, for the gradient G = dyᵀx of the weight.
+
+        Args:
+            x, dy: an input, and the gradient of what became of it.
+            basis: P [n, q], or Q [m, q]; the product has its dtype.
+        """
+        left, right = (x, dy) if transposed else (dy, x)
+        left, right = (t.reshape(-1, t.shape[-1]).to(basis.dtype) for t in (left, right))
+        return left.t() @ (right @ basis)
 
 
 class LinearHost(HostMixin):
@@ -122,12 +130,16 @@ class EmbeddingHost(HostMixin):
         return self.adapter.embedding(ids, self.weight, self.padding_idx)
 
     @classmethod
-    def weight_gradient(cls, module: Any, x: Tensor, dy: Tensor, dtype: torch.dtype) -> Tensor:
-        ids_T, dy_mT = x.reshape(-1), dy.reshape(-1, dy.shape[-1]).to(dtype).t()
+    def gradient_times(
+        cls, module: Any, x: Tensor, dy: Tensor, basis: Tensor, *, transposed: bool
+    ) -> Tensor:
+        ids_T, dy_Tm = x.reshape(-1), dy.reshape(-1, dy.shape[-1]).to(basis.dtype)
         if module.padding_idx is not None:
-            dy_mT = dy_mT.masked_fill(ids_T == module.padding_idx, 0)
-        gradient = dy_mT.new_zeros(len(dy_mT), module.num_embeddings)
-        return gradient.index_add_(1, ids_T, dy_mT)
+            dy_Tm = dy_Tm.masked_fill((ids_T == module.padding_idx)[:, None], 0)
+        if not transposed:
+            return dy_Tm.t() @ basis[ids_T]
+        rows = basis.new_zeros(module.num_embeddings, basis.shape[1])
+        return rows.index_add_(0, ids_T, dy_Tm @ basis)
 
 
 class ConvolutionHost(HostMixin):
@@ -162,13 +174,16 @@ class ConvolutionHost(HostMixin):
         return self.adapter.convolution(x, self.weight, self.bias, self._conv_forward)
 
     @classmethod
-    def weight_gradient(cls, module: Any, x: Tensor, dy: Tensor, dtype: torch.dtype) -> Tensor:
+    def gradient_times(
+        cls, module: Any, x: Tensor, dy: Tensor, basis: Tensor, *, transposed: bool
+    ) -> Tensor:
         shape = module.out_channels, module.in_channels, *module.kernel_size
-        with torch.enable_grad():  # the product is linear in the weight, so its value is no matter
-            weight = torch.zeros(shape, dtype=dtype, device=x.device, requires_grad=True)
-            y = module._conv_forward(x.detach().to(dtype), weight, None)
-            (gradient,) = torch.autograd.grad(y, weight, dy.to(dtype))
-        return cls.as_product(gradient)
+        with torch.enable_grad():  # the product is linear in the weight: its value is no matter
+            weight = basis.new_zeros(shape, requires_grad=True)
+            y = module._conv_forward(x.to(basis.dtype), weight, None)
+            (stored,) = torch.autograd.grad(y, weight, dy.to(basis.dtype))
+        gradient = cls.as_product(stored)
+        return (gradient.t() if transposed else gradient) @ basis
 
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -26,7 +26,6 @@ from dlora import (
 )
 from dlora.lora.attach import named_adapters, trainable_parameters
 from dlora.lora.init import INITS
-from dlora.lora.low_rank_sum import LowRankSum
 
 IDS = torch.arange(3, 60)[None]
 GOLDEN = [[1, 0, -1, 2, 0.5], [0, 1, 0, -1, 1], [0.5, -0.5, 1, 0, 0], [1.5, 0, 0, 1, -0.5]]
@@ -160,27 +159,6 @@ def test_peft_s_lora_ga_is_another_method() -> None:
     step = B @ B.t() @ G + G @ A.t() @ A
     best = float((step * nearest).sum() / nearest.square().sum())  # whatever the scale
     assert float((step - best * nearest).norm() / (best * nearest).norm()) > 0.1
-
-
-@pytest.mark.parametrize("rank", [3, 8])
-def test_a_sum_in_factors_is_exact_up_to_its_rank(rank: int) -> None:
-    kept, whole = LowRankSum(8), torch.zeros(40, 24, dtype=torch.float64)
-    for seed in range(4):  # all of the same rank: their rows lie in one space
-        G = drawn(40, rank, seed) @ drawn(rank, 24, seed=9)
-        whole += G
-        kept.add(G)
-    assert float((kept.whole() - whole).norm() / whole.norm()) < 1e-12
-
-
-def test_past_its_rank_a_sum_loses_little_more_than_it_must() -> None:
-    decay = torch.diag(torch.logspace(0, -3, 24).double())
-    kept, whole = LowRankSum(8), torch.zeros(40, 24, dtype=torch.float64)
-    for seed in range(4):
-        G = drawn(40, 24, seed) @ decay
-        whole += G
-        kept.add(G)
-    least = spectrum(whole)[8:].norm()
-    assert float((kept.whole() - whole).norm()) < 1.5 * float(least)
 
 
 # -- in a model ---------------------------------------------------------------------------------
@@ -409,8 +387,8 @@ def test_gradients_are_for_those_that_start_from_them() -> None:
         start_from_gradients(model, [IDS], summed_loss)
     idle = model_of("llama")
     attach(idle, LoraConfig(r=4, init_lora_weights="lora_ga"))
-    with pytest.raises(UsageError, match="some rank has no batches|took no part"):
+    with pytest.raises(UsageError, match="start_from_gradients: some rank has no batches"):
         start_from_gradients(idle, [], summed_loss)
-    embedding = idle.get_input_embeddings()
-    with pytest.raises(UsageError, match="lora_ga: .* took no part in any loss"):
-        start_from_gradients(idle, [IDS], lambda m, ids: embedding(ids).sum().requires_grad_())
+    table = idle.get_input_embeddings()  # of which no adapted layer is a part
+    with pytest.raises(UsageError, match="lora_ga: no gradient has rank enough"):
+        start_from_gradients(idle, [IDS], lambda m, ids: table(ids).sum().requires_grad_())
