@@ -48,7 +48,9 @@ def triplets(matrix: Tensor, k: int, *, smallest: bool = False) -> Triplets | No
     if not bool(gram.isfinite().all()):
         return None
     values, vectors = torch.linalg.eigh(gram)  # ascending
-    U = (vectors[:, :k] if smallest else vectors[:, -k:]).flip(1).contiguous()
+    U = (vectors[:, :k] if smallest else vectors[:, -k:]).flip(1)
+    # Signs are free, and LoRA-GA pairs vectors of several triplets: rounding must not choose them.
+    U = U * U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
     Y = torch.cat([block.t() @ U for block in _blocks(wide)])
     S = torch.linalg.vector_norm(Y, dim=0)
     largest = values[-1].clamp(min=0).sqrt()
