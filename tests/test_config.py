@@ -57,6 +57,8 @@ ADDED = {  # change nothing
     ("sharding", "cpu_offload"): False,
     ("adapter", "importance"): "uncertainty",
     ("adapter", "budget_unit"): "triplets",
+    ("adapter", "lora_ga_gamma"): 16.0,
+    ("adapter", "lora_ga_batches"): 2,
     ("optimizer", "lora_pro_moments"): "low",
     ("output", "samples"): 0,
 }
@@ -410,10 +412,6 @@ LATER = [
     ("model.dtype", "float16"),
     ("adapter.method", "flora"),
     ("adapter.use_dora", "true"),
-    *(
-        ("adapter.init_lora_weights", value)
-        for value in ("gaussian", "orthogonal", "pissa", "milora", "lora_ga")
-    ),
     ("data.format", "preference"),
     ("data.packing", "true"),
     ("train.objective", "dpo"),
@@ -468,6 +466,23 @@ CANNOT_ACT = [  # words, the key that cannot act, the key that is why
             "use_dora": "true", "init_lora_weights": "gaussian", "rank_pattern": '{"q":8}',
             "alpha_pattern": '{"q":8}', "modules_to_save": "[head]",
         }.items()
+    ),
+    *(
+        (f"--adapter.{key} 8", f"adapter.{key}", "adapter.init_lora_weights is not lora_ga")
+        for key in ("lora_ga_gamma", "lora_ga_batches")
+    ),
+    *(
+        (
+            f"--model.quantization nf4 --adapter.init_lora_weights {value}",
+            f"adapter.init_lora_weights: {value}",
+            "model.quantization: nf4",
+        )
+        for value in ("pissa", "milora", "lora_ga")
+    ),
+    (
+        "--adapter.method adalora --adapter.init_lora_weights pissa",
+        "adapter.init_lora_weights",
+        "adalora starts every module alike",
     ),
     ("--model.path x.gguf --model.revision main", "model.revision", "model.path"),
     ("--model.path x.gguf --model.trust_remote_code true", "model.trust_remote_code", "gguf"),
