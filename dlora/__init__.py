@@ -9,7 +9,7 @@ Importing dlora loads torch, and nothing larger.
 """
 
 from dlora.adapter_files import load_adapter, save_adapter
-from dlora.api import attach, shard
+from dlora.api import attach, shard, start_from_gradients
 from dlora.errors import UsageError
 from dlora.lora.attach import disabled
 from dlora.lora.config import LoraConfig
@@ -31,5 +31,6 @@ __all__ = [
     "quantize",
     "save_adapter",
     "shard",
+    "start_from_gradients",
     "unmerge",
 ]

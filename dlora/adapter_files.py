@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dlora.api import attach
 from dlora.errors import UsageError
 from dlora.files import write_atomically
-from dlora.lora.attach import attachment_of, named_adapters
+from dlora.lora.attach import attachment_of, frozen_tensors, named_adapters
 from dlora.lora.config import LoraConfig
 from dlora.peft_format import PREFIX, adalora_files, lora_files, peft_slots
 from dlora.quant.packed import is_packed
@@ -97,6 +97,12 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
         raise UsageError(
             f"load_adapter: {directory} is a plain LoRA, and the model carries {method}; load it "
             "into a model without adapters"
+        )
+    if frozen_tensors(model):
+        init = attachment_of(model).config.init_lora_weights
+        raise UsageError(
+            f"load_adapter: the model's adapters start with {init}, from which the plain LoRA in "
+            f"{directory} does not go on; load it into a model without adapters"
         )
     expected = peft_slots(model)
     tensors = _read_tensors(directory / WEIGHTS)

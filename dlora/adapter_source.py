@@ -22,13 +22,18 @@ from torch import Tensor, nn
 from dlora import checkpoint
 from dlora.adapter_files import CONFIG, WEIGHTS, read_config
 from dlora.adapter_settings import lora_config
-from dlora.api import attach
 from dlora.config import load
 from dlora.errors import UsageError
-from dlora.lora.attach import named_adapters, named_copies, trainable_parameters
+from dlora.lora.attach import (
+    adapter_tensors,
+    attach,
+    named_adapters,
+    named_copies,
+)
 from dlora.lora.config import LoraConfig
 from dlora.lora.hosts import CHILD
 from dlora.lora.merge import scale_of_rows
+from dlora.lora.variants import LoraAdapter
 from dlora.peft_format import PREFIX, peft_names, peft_slots
 from dlora.rank_allocator import keep_triplets
 from dlora.start import saved_lora
@@ -73,7 +78,7 @@ class AdapterSource:
         if self.allocation is not None:
             keep_triplets(model, self.allocation)
         stored = stored_tensors(self.file)
-        parameters = trainable_parameters(model)
+        parameters = adapter_tensors(model)
         keys = {name: name for name in parameters} if self.is_checkpoint else peft_names(model)
         slots = parameters if self.is_checkpoint else peft_slots(model)
         self._shapes = {name: parameter.shape for name, parameter in parameters.items()}
@@ -96,7 +101,7 @@ class AdapterSource:
                 )
 
     def read(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A trained tensor by its name in the model."""
+        """A tensor of the adapters by its name in the model."""
         return self._tensors[name].rows().to(dtype).view(self._shapes[name])
 
     @torch.no_grad()
@@ -106,8 +111,8 @@ class AdapterSource:
         Raises:
             UsageError: the adapter was trained on other embeddings than the model's.
         """
-        for name, parameter in trainable_parameters(model).items():
-            parameter.copy_(self.read(name, parameter.dtype))
+        for name, tensor in adapter_tensors(model).items():
+            tensor.copy_(self.read(name, tensor.dtype))
         for name, copy in self.base_copies.items():
             self.check_base_copy(name, [(copy.rows(), model.get_parameter(name).detach().cpu())])
 
@@ -149,7 +154,8 @@ class AdapterSource:
                 )
 
     def _fill(self, child: nn.Module, path: str, dtype: torch.dtype) -> None:
-        names = [name for name, _ in child.named_parameters()]
+        offsets = child.offsets() if isinstance(child, LoraAdapter) else {}
+        names = [*offsets, *(name for name, _ in child.named_parameters())]
         tensors = {name: self.read(f"{path}.{CHILD}.{name}", dtype) for name in names}
         child.load_state_dict(tensors, assign=True)
 

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dlora.errors import UsageError
+from dlora.gradient_estimate import GradientEstimate, LossOf
+from dlora.initialise import Started, plain_weights, start_from_weights
 from dlora.lora.attach import attach as attach_adapters
-from dlora.lora.attach import attachment_of, named_adapters, trainable_parameters
+from dlora.lora.attach import (
+    attachment_of,
+    frozen_tensors,
+    named_adapters,
+    trainable_parameters,
+)
 from dlora.lora.config import LoraConfig
+from dlora.lora.init import INITS
 from dlora.lora.variants.adalora import AdaLoraConfig
 from dlora.optim.groups import parameter_groups
 from dlora.optim.lora_pro import Pair
@@ -43,6 +52,11 @@ class TrainedReplica(Replica):
     ) -> Reduced:
         """See `Replica.reduce_gradients`; the step's passes are over, so W0 is freed as well."""
         self.release()
+        if self.named and attachment_of(self._model).unstarted:
+            raise UsageError(
+                "init_lora_weights: lora_ga starts from gradients; call "
+                "dlora.start_from_gradients(model, batches, loss_of) before the first step"
+            )
         if self.allocator is not None:
             self.allocator.regularise(1 if tokens is None else whole_number(tokens))
         return super().reduce_gradients(tokens, sums, each)
@@ -55,6 +69,11 @@ class TrainedReplica(Replica):
     def release(self) -> None:
         """Free what passes without a reduction after them (evaluation) left gathered of W0."""
         self.engine.release(self._model)
+
+    @property
+    def frozen(self) -> dict[str, Tensor]:
+        """What the adapters have beside what is trained: the factors of their offsets, by name."""
+        return frozen_tensors(self._model)
 
     def states(self, optimizer: Optimizer) -> dict[str, States]:
         """What this rank keeps beside the adapters, by the name of its file in a checkpoint."""
@@ -112,13 +131,66 @@ class TrainedReplica(Replica):
 def attach(model: nn.Module, config: LoraConfig) -> nn.Module:
     """Put adapters on `model` in place, before or after `shard`, and return the model.
 
-    After `shard` it is collective: rank 0's A and B are broadcast. See `dlora.lora.attach.attach`.
+    After `shard` it is collective: rank 0's A and B are broadcast. So it is wherever there is a
+    process group with an initialisation that starts from W0, whose layers are spread over ranks.
+    One that starts from gradients waits for `start_from_gradients`. See `dlora.lora.attach.attach`.
+
+    Raises:
+        UsageError: as there, or A and B start from a W0 that `shard` has not seen the parts of.
     """
+    attach_unstarted(model, config)
+    init = attachment_of(model).init
+    attachment_of(model).unstarted = init.needs == "gradient"
+    if init.needs == "weight" and next(model.parameters()).device.type != "meta":
+        _warn_of_left(start_adapters(model))
+    return model
+
+
+def attach_unstarted(model: nn.Module, config: LoraConfig) -> None:
+    """`attach`, but that A and B are as drawn also where they are to start from a matrix."""
     replica: TrainedReplica | None = model.__dict__.get(_RECORD)
+    needs = INITS[config.init_lora_weights].needs
+    if replica is None and needs == "weight" and any(map(is_divided, model.parameters())):
+        raise UsageError(
+            f"init_lora_weights: {config.init_lora_weights} starts from whole weights, and this "
+            "base is sharded; call dlora.shard first"
+        )
     attach_adapters(model, config, whole_weights=replica.engine.whole_weights if replica else None)
     if replica is not None:
         _take_over(replica, model)
-    return model
+
+
+def start_adapters(model: nn.Module) -> Started:
+    """Start the adapters of a model from its W0, divided or whole. Collective."""
+    replica: TrainedReplica | None = model.__dict__.get(_RECORD)
+    if replica is None:
+        return start_from_weights(model, Topology.current(), plain_weights)
+    return start_from_weights(model, replica.topology, replica.engine.whole_weights, replica.wire)
+
+
+def start_from_gradients(model: nn.Module, batches: Iterable[Any], loss_of: LossOf) -> Started:
+    """Start adapters with `init_lora_weights="lora_ga"` from the gradient over some batches.
+
+    Collective, once the model is sharded, if it is to be. No gradient is left on any parameter.
+
+    Args:
+        batches: of this rank; some hundred sequences in all are enough. Four passes are made.
+        loss_of: `loss_of(model, batch)`, the loss summed over the batch's target tokens. Means are
+            added up as they are, whatever they are the mean of.
+
+    Raises:
+        UsageError: the adapters do not start from gradients, there are none, or a rank has no
+            batches.
+    """
+    replica: TrainedReplica | None = model.__dict__.get(_RECORD)
+    topology = replica.topology if replica else Topology.current()
+    estimate = GradientEstimate(model, topology, replica.wire if replica else None)
+    estimate.run(list(batches), loss_of)
+    if replica is not None:
+        replica.release()
+    started = estimate.start()
+    _warn_of_left(started)
+    return started
 
 
 def shard(
@@ -196,6 +268,11 @@ def replicate(model: nn.Module, engine: Engine, *, divided: bool = False) -> Tra
     if named:
         _take_over(replica, model)
     return replica
+
+
+def _warn_of_left(started: Started) -> None:
+    if started.left:
+        warnings.warn(str(started), stacklevel=3)
 
 
 def _take_over(replica: TrainedReplica, model: nn.Module) -> None:

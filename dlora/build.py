@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dlora.adapter_files import load_adapter
-from dlora.api import TrainedReplica, attach, replicate
+from dlora.api import TrainedReplica, attach_unstarted, replicate, start_adapters
 from dlora.config import EIGHT_BIT, Config
+from dlora.data import deal
+from dlora.data.collate import Batch, collate
+from dlora.gradient_estimate import GradientEstimate
+from dlora.lora.attach import attachment_of
 from dlora.memory import trim_before
 from dlora.objectives import targets
 from dlora.optim.eight_bit import adamw8bit
@@ -30,7 +36,7 @@ def build(
         replica.healed = lambda found: runtime.say(
             f"warning: the adapters differed: {found}; healed"
         )
-    attach(model, preparation.lora)
+    attach_unstarted(model, preparation.lora)
     engine.hold(model, preparation.budget.resident)
     if config.adapter.path is not None and preparation.start is None:
         load_adapter(model, config.adapter.path)
@@ -39,8 +45,45 @@ def build(
     targets.install(model)
     if runtime.device.type == "cpu":
         trim_before(targets.model_parts(model).head)
+    if preparation.start is None:
+        start(config, runtime, preparation, model, replica)
     model.train()
     return model, replica
+
+
+def start(
+    config: Config,
+    runtime: Runtime,
+    preparation: Preparation,
+    model: nn.Module,
+    replica: TrainedReplica,
+) -> None:
+    """Start A and B where W0 or its gradient decides how; of a checkpoint they come from there."""
+    needs = attachment_of(model).init.needs
+    if needs == "weight":
+        runtime.say(str(start_adapters(model)))
+    if needs == "gradient":
+        estimate = GradientEstimate(model, replica.topology, replica.wire)
+        estimate.run(list(_first_batches(config, runtime, preparation)), _summed_loss)
+        replica.release()
+        runtime.say(str(estimate.start()))
+
+
+def _first_batches(config: Config, runtime: Runtime, preparation: Preparation) -> Iterator[Batch]:
+    """This rank's micro-batches of the run's first `adapter.lora_ga_batches` steps.
+
+    One sequence at a time where activations are recomputed: in eval mode models do not.
+    """
+    train, sampler = preparation.train, preparation.sampler
+    rows = 1 if config.sharding.activation_checkpointing else config.train.micro_batch_size
+    for step in range(min(config.adapter.lora_ga_batches, sampler.total_steps)):
+        for micro in deal(sampler.step(step), train.lengths, runtime.world, rows)[runtime.rank]:
+            yield collate([train[i] for i in micro], preparation.pad_id, runtime.device)
+
+
+def _summed_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Over the target tokens, as in training."""
+    return model(input_ids=batch.input_ids, targets=batch.targets)
 
 
 def build_optimizer(

@@ -1,7 +1,8 @@
 """Checkpoints: all that a run is, small, verified, readable with safetensors and JSON alone.
 
     checkpoints/step-000050/
-        adapter.safetensors      A, B and trained copies under their names in the model
+        adapter.safetensors      A, B and trained copies under their names in the model, and the
+                                 frozen A0, B0 of adapters that start from a matrix
         optimizer.safetensors    `<parameter>.<state>`, as the optimizer keeps it
         scorer.safetensors       of AdaLoRA: `<parameter>.<average>`
         state.json               step, schedule, random state, data cursor
@@ -30,7 +31,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from dlora.errors import UsageError
@@ -49,7 +50,7 @@ class Checkpoint:
     """The content of a checkpoint in host memory.
 
     Attributes:
-        tensors: what is trained.
+        tensors: what is trained, and what is frozen beside it.
         states: what is kept of each element beside, by the name of the file: `optimizer`, `scorer`.
         state: `state.json`.
         allocation: the triplets that AdaLoRA has left.
@@ -66,6 +67,7 @@ def capture(
     states: Mapping[str, States],
     state: dict[str, Any],
     allocation: dict[str, Any] | None = None,
+    frozen: Mapping[str, Tensor] | None = None,
 ) -> Checkpoint | None:
     """Copy the trained tensors and what is kept beside them to host memory.
 
@@ -75,6 +77,7 @@ def capture(
 
     Args:
         states: of this rank, by the names of their files.
+        frozen: what the adapters have beside what is trained.
     """
     whole = {
         file: {
@@ -86,12 +89,13 @@ def capture(
     }
     if replica.share.collective_saves and replica.topology.rank != 0:
         return None
-    tensors = {name: _host(p.detach()) for name, p in replica.named.items()}
+    kept = {**replica.named, **(frozen or {})}
+    tensors = {name: _host(tensor.detach()) for name, tensor in kept.items()}
     return Checkpoint(tensors, whole, state, allocation)
 
 
-def check_fits(saved: Mapping[str, list[int]], named: Mapping[str, nn.Parameter]) -> None:
-    """Raise a `UsageError` if names or shapes differ from what is being trained.
+def check_fits(saved: Mapping[str, list[int]], named: Mapping[str, Tensor]) -> None:
+    """Raise a `UsageError` if names or shapes differ from the adapters that this run has.
 
     Args:
         saved: {name: shape} of a checkpoint's tensors.
@@ -110,11 +114,17 @@ def restore(
     states: Iterable[tuple[str, Tensor]],
     replica: Replica,
     optimizer: Optimizer,
+    frozen: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Put the tensors of a checkpoint that fits, one by one, into parameters and the optimizer."""
+    """Put the tensors of a checkpoint that fits, one by one, into the adapters and the optimizer.
+
+    Args:
+        frozen: as for `capture`.
+    """
+    places = {**replica.named, **(frozen or {})}
     with torch.no_grad():
         for name, value in tensors:
-            replica.named[name].copy_(value)
+            places[name].copy_(value)
     for key, value in states:
         name, _, slot = key.rpartition(".")
         own = replica.share.part(name, value)

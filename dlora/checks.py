@@ -19,6 +19,7 @@ from dlora.data import Dataset
 from dlora.errors import UsageError
 from dlora.lora.attach import attachment_of, named_adapters
 from dlora.lora.hosts import HostMixin
+from dlora.objectives.targets import model_parts
 from dlora.peft_format import PREFIX, peft_slots
 from dlora.sharding.mesh import Topology, resolve_placement
 from dlora.start import output_directory, stop_file
@@ -62,6 +63,19 @@ def check_dropout(model: nn.Module) -> None:
             f"adapter.lora_dropout: {dropout} cannot act: it drops inputs of linear layers, and "
             "none of them is adapted"
         )
+
+
+def check_gradients(model: nn.Module) -> None:
+    """See that there are gradients of all adapted weights where adapters start from them."""
+    attachment, head = attachment_of(model), model_parts(model).head
+    if attachment.init.needs != "gradient":
+        return
+    for path, host, _ in named_adapters(model):
+        if host is head:
+            raise UsageError(
+                f"adapter.target_modules: {path} is the output head, of whose logits only some "
+                "exist at a time, so there is no gradient for lora_ga to start it from"
+            )
 
 
 def check_adapter(model: nn.Module, directory: str) -> None:

@@ -16,7 +16,6 @@ from dlora.errors import LaterError, UsageError
 # What works so far. Any other choice of these keys is refused as "later": delete what gets built.
 BUILT: dict[str, tuple[object, ...]] = {
     "model.dtype": ("bfloat16", "float32"),
-    "adapter.init_lora_weights": (True,),
     "data.format": ("chat", "alpaca", "sharegpt", "text"),
     "data.packing": (False,),
     "train.objective": ("sft",),
@@ -45,6 +44,11 @@ INERT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
         "adapter.modules_to_save",
         lambda c: c.adapter.path is not None,
         "the adapter at adapter.path decides it",
+    ),
+    (
+        "adapter.lora_ga_gamma adapter.lora_ga_batches",
+        lambda c: c.adapter.init_lora_weights != "lora_ga",
+        "adapter.init_lora_weights is not lora_ga",
     ),
     (
         "adapter.init_r adapter.target_r adapter.tinit adapter.tfinal adapter.deltaT "
@@ -147,6 +151,17 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield (
             "adapter.use_dora: a magnitude goes with a plain LoRA, not with adapter.method: "
             f"{config.adapter.method}"
+        )
+    quantization, init = config.model.quantization, config.adapter.init_lora_weights
+    if quantization != "none" and init == "lora_ga":
+        yield (
+            f"adapter.init_lora_weights: lora_ga needs gradients of W0, and model.quantization: "
+            f"{quantization} packs it; estimate and train on a 16-bit base"
+        )
+    elif quantization != "none" and init in ("pissa", "milora"):
+        yield (
+            f"adapter.init_lora_weights: {init} factorises W0, and model.quantization: "
+            f"{quantization} packs it before; train it on a 16-bit base"
         )
     if config.adapter.method == "adalora" and is_set(config, "adapter.r"):
         yield "adapter.r: adalora starts from adapter.init_r, set that instead"

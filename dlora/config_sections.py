@@ -41,7 +41,14 @@ class AdapterConfig:
     )
     use_rslora: bool = option(False, "scale by lora_alpha / sqrt(r) instead")
     use_dora: bool = option(False, "weight-decomposed LoRA: a trained magnitude per output")
-    init_lora_weights: InitLoraWeights = option(True, "true: A is Kaiming-uniform and B zero")
+    init_lora_weights: InitLoraWeights = option(
+        True,
+        "true: A is Kaiming-uniform and B zero; pissa, milora: of W0; lora_ga: of its gradient",
+    )
+    lora_ga_gamma: float = option(16.0, "lora_ga: a larger one makes a smaller start", gt=0)
+    lora_ga_batches: int = option(
+        2, "lora_ga: the gradient is estimated on the sequences of so many first steps", ge=1
+    )
     rank_pattern: dict[str, int] = option({}, "r by module name or regular expression", ge=1)
     alpha_pattern: dict[str, int | float] = option(
         {}, "lora_alpha by module name or regular expression", gt=0

@@ -76,7 +76,9 @@ class Keeper:
         if not (self._runtime.main or replica.share.collective_saves):
             return
         states, allocation = replica.states(self._optimizer), replica.allocation()
-        captured = checkpoints.capture(replica, states, self._state(step), allocation)
+        captured = checkpoints.capture(
+            replica, states, self._state(step), allocation, replica.frozen
+        )
         if captured is None:
             return
         self.settle()

@@ -14,6 +14,7 @@ from dlora.base_model import BaseModel, check_experts_divide, find_base
 from dlora.checks import (
     check_adapter,
     check_dropout,
+    check_gradients,
     check_output,
     check_placement,
     check_ranks_per_node,
@@ -22,7 +23,7 @@ from dlora.checks import (
 )
 from dlora.config import Config
 from dlora.data import Dataset, Sampler, check_source, load_examples
-from dlora.lora.attach import attach, trainable_parameters
+from dlora.lora.attach import adapter_tensors, attach, trainable_parameters
 from dlora.lora.config import LoraConfig
 from dlora.objectives.targets import model_parts
 from dlora.plan.choose import Decision, capacity_of, decide
@@ -122,9 +123,9 @@ def prepare(
     check_sequences({"data.train": train, "data.eval": held_out}, tokenizer, skeleton)
     sampler = _sampler(config, len(train))
     lora = scheduled(lora, sampler.total_steps)
-    trainable = trainable_parameters(skeleton)
     if start is not None:
-        check_start(start, config, lora, trainable, sampler, train.fingerprint, known)
+        tensors = adapter_tensors(skeleton)
+        check_start(start, config, lora, tensors, sampler, train.fingerprint, known)
     announce(_said_of_steps(sampler, config.train.global_batch_size))
     decision = _decision(config, skeleton, topology, train.report.longest, around, start)
     if decision.plan.divided:
@@ -217,6 +218,7 @@ def _adapted(
     if start is not None and start.allocation is not None:
         keep_triplets(skeleton, start.allocation)
     check_dropout(skeleton)
+    check_gradients(skeleton)
     if config.adapter.path is not None and start is None:
         check_adapter(skeleton, config.adapter.path)
     return skeleton, quantized

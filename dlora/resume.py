@@ -62,6 +62,7 @@ def resume(
         shared("optimizer"),
         replica,
         optimizer,
+        replica.frozen,
     )
     if replica.allocator is not None:
         replica.allocator.load_averages(shared("scorer"))

@@ -31,6 +31,7 @@ class Snapshots:
 
     def __init__(self) -> None:
         self._older, self._newer = _Buffer(), _Buffer()
+        self._frozen: dict[str, Tensor] | None = None  # the same at every step: copied once
 
     def take(self, step: int, replica: TrainedReplica, optimizer: Optimizer) -> None:
         """Copy what a checkpoint after `step` steps holds, over the older of the two snapshots.
@@ -43,7 +44,9 @@ class Snapshots:
                 tensors[file, f"{name}.{slot}"] = state
         files = [ADAPTER, *replica.states(optimizer)]
         self._newer.wait()  # the only whole one from here on
-        self._older.fill(step, tensors, files, replica.allocation())
+        if self._frozen is None:
+            self._frozen = {n: t.to("cpu", copy=True) for n, t in replica.frozen.items()}
+        self._older.fill(step, tensors, files, replica.allocation(), self._frozen)
         self._older, self._newer = self._newer, self._older
 
     def newest(self) -> Snapshot | None:
@@ -82,6 +85,7 @@ class _Buffer:
         tensors: dict[Key, Tensor],
         files: list[str],
         allocation: dict[str, Any] | None,
+        frozen: dict[str, Tensor],
     ) -> None:
         self.snapshot, self.arrived = None, None
         layout = [(key, t.shape, (t.device, t.dtype)) for key, t in tensors.items()]
@@ -101,6 +105,7 @@ class _Buffer:
         held: dict[str, dict[str, Tensor]] = {file: {} for file in files}
         for (file, name), view in self.views.items():
             held[file][name] = view
+        held[ADAPTER] |= frozen
         self.snapshot = Snapshot(step, held, allocation)
 
     def content(self) -> Snapshot | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import nn
+from torch import Tensor
 
 from dlora import checkpoint as checkpoints
 from dlora.config import SCHEMA, Config, to_dict
@@ -47,7 +47,7 @@ class Start:
     Attributes:
         state: its `state.json`.
         settings: its `config.yaml`.
-        shapes: of A, B and trained copies, by name.
+        shapes: of the adapters' tensors, by name.
         allocation: the triplets that AdaLoRA had left.
     """
 
@@ -132,7 +132,7 @@ def check_start(
     start: Start,
     config: Config,
     lora: LoraConfig,
-    trainable: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, Tensor],
     sampler: Sampler,
     fingerprint: str,
     base: str | None,
@@ -140,7 +140,7 @@ def check_start(
     """See that going on from `start` continues the run that it was saved by.
 
     Args:
-        lora: what this run attaches, and `trainable` the parameters that it then trains.
+        lora: what this run attaches, and `tensors` what its adapters then have.
         fingerprint: of the training data.
         base: identity of the base, where it is known.
 
@@ -157,7 +157,7 @@ def check_start(
                 "of its run; steps after it would skip sequences (output.resume: none starts "
                 "afresh, output.resume_force: true goes on regardless)"
             )
-    checkpoints.check_fits(start.shapes, trainable)
+    checkpoints.check_fits(start.shapes, tensors)
     if start.step > sampler.total_steps:
         raise UsageError(
             f"train.{config.train.governed_by}: {start.directory} is at step {start.step} already, "

@@ -60,6 +60,8 @@ ADDED = {  # change nothing
     ("adapter", "budget_unit"): "triplets",
     ("adapter", "flora_r_out"): None,
     ("adapter", "flora_kernel_r"): None,
+    ("adapter", "lora_ga_gamma"): 16.0,
+    ("adapter", "lora_ga_batches"): 2,
     ("optimizer", "lora_pro_moments"): "low",
     ("data", "on_error"): "stop",
     ("train", "allow_unused"): False,
@@ -413,10 +415,6 @@ def test_bad_pattern(base, name, pattern, says):
 
 LATER = [
     ("model.dtype", "float16"),
-    *(
-        ("adapter.init_lora_weights", value)
-        for value in ("gaussian", "orthogonal", "pissa", "milora", "lora_ga")
-    ),
     ("data.format", "preference"),
     ("data.packing", "true"),
     ("train.objective", "dpo"),
@@ -480,6 +478,23 @@ CANNOT_ACT = [  # words, the key that cannot act, the key that is why
         "adapter.method: flora",
     ),
     ("--adapter.method flora --adapter.path old", "adapter.path", "flora starts afresh"),
+    *(
+        (f"--adapter.{key} 8", f"adapter.{key}", "adapter.init_lora_weights is not lora_ga")
+        for key in ("lora_ga_gamma", "lora_ga_batches")
+    ),
+    *(
+        (
+            f"--model.quantization nf4 --adapter.init_lora_weights {value}",
+            f"adapter.init_lora_weights: {value}",
+            "model.quantization: nf4",
+        )
+        for value in ("pissa", "milora", "lora_ga")
+    ),
+    (
+        "--adapter.method adalora --adapter.init_lora_weights pissa",
+        "adapter.init_lora_weights",
+        "adalora starts every module alike",
+    ),
     ("--model.path x.gguf --model.revision main", "model.revision", "model.path"),
     ("--model.path x.gguf --model.trust_remote_code true", "model.trust_remote_code", "gguf"),
     ("--model.cache_dir elsewhere", "model.cache_dir", "gguf"),

@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dlora.errors import UsageError
 from dlora.lora.config import LoraConfig
 from dlora.lora.dropout import DropoutStream
 from dlora.lora.hosts import CHILD, SavedHost, TrainedCopy, become_host, host_kind
-from dlora.lora.init import INITS
+from dlora.lora.init import INITS, Initialisation
 from dlora.lora.targets import saved_paths, target_paths
 from dlora.lora.variants import VARIANTS, LoraAdapter
 from dlora.lora.weights import WholeWeights, plain_weights, show_weights
@@ -22,12 +22,22 @@ from dlora.quant.packed import is_packed
 
 @dataclass
 class Attachment:
-    """What `attach` did to a model; kept on the model as `model.dlora`."""
+    """What `attach` did to a model; kept on the model as `model.dlora`.
+
+    Attributes:
+        unstarted: it still waits for the gradients that its adapters are to start from.
+    """
 
     config: LoraConfig
     adapted: list[str] = field(default_factory=list)
     saved: list[str] = field(default_factory=list)
     stream: DropoutStream = field(default_factory=DropoutStream)
+    unstarted: bool = False
+
+    @property
+    def init(self) -> type[Initialisation]:
+        """How A and B start."""
+        return INITS[self.config.init_lora_weights]
 
 
 def attach(
@@ -51,6 +61,8 @@ def attach(
     adapted, saved = target_paths(model, config), saved_paths(model, config)
     for path in (*adapted, *saved):
         _check_free(model.get_submodule(path), path)
+    for path in adapted:
+        _check_start(model.get_submodule(path), path, config)
     for path in saved:
         _check_whole(model.get_submodule(path), path)
     config.check_kernels([_kernel(model.get_submodule(path)) for path in adapted])
@@ -105,6 +117,20 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What adapters have beside what is trained, by full names: the factors of their offsets."""
+    return {
+        f"{path}.{CHILD}.{name}": tensor
+        for path, _, adapter in named_adapters(model)
+        for name, tensor in adapter.offsets().items()
+    }
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All that makes up the adapters, by full names: what is trained, then what is frozen."""
+    return {**trainable_parameters(model), **frozen_tensors(model)}
+
+
 def host_children(model: nn.Module) -> list[LoraAdapter | TrainedCopy]:
     """All adapters and trained copies."""
     return [child for _, _, child in named_adapters(model)] + [
@@ -142,6 +168,20 @@ def _check_free(module: nn.Module, path: str) -> None:
         )
 
 
+def _check_start(module: nn.Module, path: str, config: LoraConfig) -> None:
+    """See that the module has what its adapter is to start from."""
+    kind, init, r = host_kind(module), INITS[config.init_lora_weights], config.r_for(path)
+    assert kind is not None  # target_paths has checked
+    if init.needs != "nothing" and is_packed(module):
+        raise UsageError(
+            f"init_lora_weights: {init.name} starts from a weight, and that of {path} is packed; "
+            "train on a 16-bit base, or start as usual"
+        )
+    if problem := init.check_shape(*kind.shape(module), r):
+        key = "r" if r == config.r else "rank_pattern"
+        raise UsageError(f"{key}: {path}: {problem}")
+
+
 def _check_whole(module: nn.Module, path: str) -> None:
     packed = [name for name, inner in module.named_modules() if is_packed(inner)]
     if packed:
@@ -156,7 +196,7 @@ def _attach_adapter(module: nn.Module, path: str, attachment: Attachment) -> Non
     kind, config = host_kind(module), attachment.config
     assert kind is not None  # target_paths has checked
     m, n = kind.shape(module)
-    init = INITS[config.init_lora_weights]
+    init = attachment.init
     device = next(module.parameters(recurse=False)).device
     adapter = VARIANTS[config.variant](
         m=m,

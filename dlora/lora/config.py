@@ -27,6 +27,7 @@ class LoraConfig:
         use_dora: a trained magnitude for each row of W0 + ΔW, https://arxiv.org/abs/2402.09353.
         init_lora_weights: how A and B start, by the name of a file in `dlora.lora.init`; `True` is
             A Kaiming-uniform and B zero.
+        lora_ga_gamma: γ of LoRA-GA: its start is of the size 1/γ.
         rank_pattern, alpha_pattern: regular expression → r or α for the modules whose path matches
             `(.*\\.)?(expression)$`; the first match in the order given wins.
         modules_to_save: modules trained whole, in a float32 copy beside the frozen original: those
@@ -48,6 +49,7 @@ class LoraConfig:
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: bool | str = True
+    lora_ga_gamma: float = 16.0
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] | list[str] = ()
@@ -62,6 +64,10 @@ class LoraConfig:
         ]:
             if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not alpha > 0:
                 raise UsageError(f"{name}: must be a positive number, not {alpha!r}")
+        if not 0 < self.lora_ga_gamma < math.inf:
+            raise UsageError(
+                f"lora_ga_gamma: must be a positive number, not {self.lora_ga_gamma!r}"
+            )
         if not 0 <= self.lora_dropout < 1:
             raise UsageError(f"lora_dropout: must lie in [0, 1), not {self.lora_dropout!r}")
         if not self.target_modules and not self.modules_to_save:

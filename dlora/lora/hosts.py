@@ -52,6 +52,20 @@ class HostMixin:
         """A weight as it is stored → [m, n]."""
         return weight.t() if cls.transposed else weight.flatten(1)
 
+    @classmethod
+    def gradient_times(
+        cls, module: Any, x: Tensor, dy: Tensor, basis: Tensor, *, transposed: bool
+    ) -> Tensor:
+        """G·P [m, q], or Gᵀ·Q [n, q] if `transposed`, for the gradient G = dyᵀx of the weight.
+
+        Args:
+            x, dy: an input, and the gradient of what became of it.
+            basis: P [n, q], or Q [m, q]; the product has its dtype.
+        """
+        left, right = (x, dy) if transposed else (dy, x)
+        left, right = (t.reshape(-1, t.shape[-1]).to(basis.dtype) for t in (left, right))
+        return left.t() @ (right @ basis)
+
 
 class LinearHost(HostMixin):
     """`nn.Linear`: weight [out, in], packed or not."""
@@ -120,6 +134,18 @@ class EmbeddingHost(HostMixin):
             return super().forward(ids)  # type: ignore[misc]
         return self.adapter.embedding(ids, self.weight, self.padding_idx)
 
+    @classmethod
+    def gradient_times(
+        cls, module: Any, x: Tensor, dy: Tensor, basis: Tensor, *, transposed: bool
+    ) -> Tensor:
+        ids_T, dy_Tm = x.reshape(-1), dy.reshape(-1, dy.shape[-1]).to(basis.dtype)
+        if module.padding_idx is not None:
+            dy_Tm = dy_Tm.masked_fill((ids_T == module.padding_idx)[:, None], 0)
+        if not transposed:
+            return dy_Tm.t() @ basis[ids_T]
+        rows = basis.new_zeros(module.num_embeddings, basis.shape[1])
+        return rows.index_add_(0, ids_T, dy_Tm @ basis)
+
 
 class ConvolutionHost(HostMixin):
     """`nn.Conv1d`, `2d` or `3d`: weight [out, in, *kernel], of which n is all but the first.
@@ -148,6 +174,18 @@ class ConvolutionHost(HostMixin):
         if not self.adapter.enabled:
             return super().forward(x)  # type: ignore[misc]
         return self.adapter.convolution(x, self.weight, self.bias, self._conv_forward)
+
+    @classmethod
+    def gradient_times(
+        cls, module: Any, x: Tensor, dy: Tensor, basis: Tensor, *, transposed: bool
+    ) -> Tensor:
+        shape = module.out_channels, module.in_channels, *module.kernel_size
+        with torch.enable_grad():  # the product is linear in the weight: its value is no matter
+            weight = basis.new_zeros(shape, requires_grad=True)
+            y = module._conv_forward(x.to(basis.dtype), weight, None)
+            (stored,) = torch.autograd.grad(y, weight, dy.to(basis.dtype))
+        gradient = cls.as_product(stored)
+        return (gradient.t() if transposed else gradient) @ basis
 
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

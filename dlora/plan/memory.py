@@ -1,7 +1,8 @@
 """Bytes per rank.
 
 all the time    share of W0 │ layers that are held │ A, B, gradients │ optimizer state
-                on a CPU: two snapshots of A, B and state
+                the factors of frozen offsets, of adapters that start from a matrix
+                on a CPU: two snapshots of A, B and state, and one of the offsets
 and the most of
   blocks        saved activations + the busiest moment of a block │ W0: kept + two layers
   loss          saved activations + a chunk of logits, its gradient │ W0: kept + one layer
@@ -40,8 +41,10 @@ class Memory:
         base_gathered: most of W0 that is gathered at one time beside these, in the blocks.
         loss_gathered: the same while the loss is computed.
         adapters: values and gradients of A, B and trained copies.
+        offsets: A0 and B0 of adapters that start from a matrix.
         state: of the optimizer, and of AdaLoRA's scorer.
-        snapshots: the two of A, B and state, where they are in the same memory.
+        snapshots: the two of A, B and state and the one of the offsets, where they are in the same
+            memory.
         activations: what a micro-batch takes.
         saving: most that clipping, a step or a save takes between two passes.
         process: what it takes beside tensors, stated and not computed.
@@ -53,6 +56,7 @@ class Memory:
     base_gathered: int
     loss_gathered: int
     adapters: int
+    offsets: int
     state: int
     snapshots: int
     activations: Trace
@@ -67,7 +71,8 @@ class Memory:
     @property
     def in_use(self) -> int:
         """Most bytes of tensors at one time."""
-        return (self.base_held + self.resident + self.replica + self.snapshots) + max(
+        always = self.base_held + self.resident + self.replica + self.offsets + self.snapshots
+        return always + max(
             self.activations.blocks + self.base_gathered,
             self.activations.loss + self.loss_gathered,
             self.saving,
@@ -102,6 +107,7 @@ def memory_of(
     activations: Trace,
     divided: bool,
     device: str,
+    offsets: int = 0,
 ) -> Memory:
     """The memory of a rank.
 
@@ -111,6 +117,7 @@ def memory_of(
         trained: A, B and trained copies by name.
         divided: whether the optimizer state is divided over ranks.
         device: `"cuda"` or `"cpu"`: where the model is.
+        offsets: bytes of what adapters have beside `trained`.
     """
     units = list(units)
     share, size = share_of(workload.optimizer, divided), placement.shard_size
@@ -127,7 +134,7 @@ def memory_of(
     kept = state.whole + averages * sum(p.numel() for p in scored.values())
     # Then no rank has all of it to take a snapshot of.
     collective = divided or (workload.optimizer.name == "lora_pro" and topology.world > 1)
-    saving = max(8 * stepped, 2 * (whole + kept)) if device == "cpu" else 0
+    saving = max(8 * stepped, 2 * (whole + kept + offsets)) if device == "cpu" else 0
     memory = Memory(
         base_total=sum(unit.nbytes for unit in units),
         base_held=always + (0 if placement.offload and device != "cpu" else shard),
@@ -135,8 +142,9 @@ def memory_of(
         base_gathered=0,
         loss_gathered=0,
         adapters=item * (values + gradients),
+        offsets=offsets,
         state=state.held + scorer,
-        snapshots=0 if device != "cpu" or collective else 2 * (whole + kept),
+        snapshots=0 if device != "cpu" or collective else 2 * (whole + kept) + offsets,
         activations=activations,
         saving=max(saving, state.stepping),
         process=PROCESS[device],

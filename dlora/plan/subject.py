@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from dlora.lora.attach import frozen_tensors
 from dlora.plan.memory import Memory, memory_of
 from dlora.plan.trace import trace
 from dlora.plan.traffic import Traffic, traffic_of
@@ -125,6 +126,7 @@ class Subject:
                 held,
                 self.trained,
                 activations=self.activations,
+                offsets=sum(t.nbytes for t in frozen_tensors(self.skeleton).values()),
                 device=self.device,
                 **common,
             ),

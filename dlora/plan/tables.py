@@ -98,6 +98,7 @@ def _parts(plan: Plan) -> list[str]:
         ("  W0, resident", gb(m.resident)),
         ("  W0, most gathered at one time", gb(m.base_gathered)),
         ("  A and B, values and gradients", gb(m.adapters)),
+        *([("  A0 and B0, frozen", gb(m.offsets))] if m.offsets else []),
         ("  optimizer state", gb(m.state)),
         ("  snapshots of A, B and state", gb(m.snapshots)),
         ("  activations kept for backward", gb(m.activations.saved)),

@@ -20,11 +20,24 @@ class Initialisation:
 
     name: ClassVar[str | bool]
     needs: ClassVar[Needs] = "nothing"
+    directions: ClassVar[int] = 0  # singular ones of the matrix, for each of the LoRA rank
+    settings: ClassVar[tuple[str, ...]] = ()  # fields of `LoraConfig` that `factors` wants as well
 
     @classmethod
     def check(cls, r: int) -> str | None:
         """Why a module cannot start so at this rank; None where it can."""
         return None
+
+    @classmethod
+    def check_shape(cls, m: int, n: int, r: int) -> str | None:
+        """Why a matrix [m, n] has no start of this LoRA rank to give; None where it has one."""
+        wanted, there = cls.directions * r, min(m, n)
+        if wanted <= there:
+            return None
+        return (
+            f"a LoRA rank of {r} takes {wanted} singular directions with {cls.name}, and a matrix "
+            f"of {m} x {n} has {there}"
+        )
 
     @classmethod
     @torch.no_grad()
@@ -41,8 +54,14 @@ class Initialisation:
             B.zero_()
 
     @classmethod
-    def factors(cls, matrix: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor] | None:
-        """(A [r, n], B [m, r]) for a matrix [m, n]; None where it has none to give, and the layer
-        stays as it was drawn.
+    def factors(
+        cls, matrix: Tensor, r: int, scaling: float, **settings: float
+    ) -> tuple[Tensor, Tensor] | None:
+        """(A [r, n], B [m, r]) in float64 for a matrix [m, n]; None where it has none to give, and
+        the layer stays as it was drawn.
+
+        Args:
+            scaling: s of ΔW = s·B·A.
+            settings: those that the class lists.
         """
         raise NotImplementedError

@@ -91,6 +91,11 @@ class LoraAdapter(nn.Module):
         """E [r, 1] that B is scaled with column by column; None for ones."""
         return None
 
+    def offsets(self) -> dict[str, Tensor]:
+        """A₀ and B₀ by their names; nothing where there are none."""
+        found = {"offset_A": self.offset_A, "offset_B": self.offset_B}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """(A [k, n], B [m, k]) whose product is what this adapter adds, but for scale and E.
 

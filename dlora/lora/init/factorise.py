@@ -1,0 +1,66 @@
+"""A few singular triplets of a matrix, exact, without a decomposition of all of it.
+
+    M [p, q] = U S Vᵀ,  p ≤ q        the matrix, or its transpose where that is the wide one
+    M·Mᵀ     = U S² Uᵀ  [p, p]       eigenvectors in float64, summed over blocks of columns
+    Y        = Mᵀ·U_k   [q, k]       S_k = the norms of its columns, V_k = Y/S_k
+
+Squaring costs half of the digits of small singular values: in float64 there are enough left down to
+1e-8·‖M‖, and below `DEAD`·‖M‖ a triplet is taken for zero. A block of columns is the only copy of
+the matrix that is ever made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DEAD = 1e-6  # of the largest singular value: factors made of less would never get a gradient
+_BLOCK = 1 << 20  # elements
+
+
+class Triplets(NamedTuple):
+    """M ≈ U·diag(S)·Vᵀ with U [m, k], S [k], V [n, k], the largest first, in float64."""
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+
+    def balanced(self, scaling: float) -> tuple[Tensor, Tensor]:
+        """(A [k, n], B [m, k]) with s·B·A = U·diag(S)·Vᵀ: B = U·(S/s)^½, A = (S/s)^½·Vᵀ."""
+        root = (self.S / scaling).sqrt()
+        return root[:, None] * self.V.t(), self.U * root
+
+
+@torch.no_grad()
+def triplets(matrix: Tensor, k: int, *, smallest: bool = False) -> Triplets | None:
+    """The k largest, or the k smallest of all min(m, n), singular triplets of a matrix [m, n].
+
+    Returns:
+        None where one of them is zero, or the matrix is not finite.
+    """
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t()
+    gram = torch.zeros(wide.shape[0], wide.shape[0], dtype=torch.float64, device=matrix.device)
+    for block in _blocks(wide):
+        gram.addmm_(block, block.t())
+    if not bool(gram.isfinite().all()):
+        return None
+    values, vectors = torch.linalg.eigh(gram)  # ascending
+    U = (vectors[:, :k] if smallest else vectors[:, -k:]).flip(1)
+    # Signs are free, and LoRA-GA pairs vectors of several triplets: rounding must not choose them.
+    U = U * U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
+    Y = torch.cat([block.t() @ U for block in _blocks(wide)])
+    S = torch.linalg.vector_norm(Y, dim=0)
+    largest = values[-1].clamp(min=0).sqrt()
+    if not bool((S / largest > DEAD).all()):  # nor where all are zero
+        return None
+    V = Y / S
+    return Triplets(U, S, V) if wide is matrix else Triplets(V, S, U)
+
+
+def _blocks(wide: Tensor) -> Iterator[Tensor]:
+    """The columns of a matrix, some at a time, in float64."""
+    for block in wide.split(max(1, _BLOCK // wide.shape[0]), dim=1):
+        yield block.to(torch.float64)

@@ -1,0 +1,292 @@
+"""Whole-matrix initialisations over ranks: the same bits everywhere, and one process's numbers."""
+
+import copy
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import Pools
+from run_training import command_line, figures, relative_error, same_bits, train
+from tiny import VOCABULARY, save_chats
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+
+import dlora.build
+from dlora import LoraConfig, UsageError, attach, load_adapter, shard, start_from_gradients
+from dlora.adapter_source import open_adapter
+from dlora.gradient_estimate import GradientEstimate
+from dlora.lora.attach import adapter_tensors, frozen_tensors, named_adapters
+from dlora.lora.init.pissa import Pissa
+from dlora.sharding.mesh import Topology
+
+STEPS, SAVED = 6, 3
+LENGTHS = [24, 9, 17, 30, 12]  # of the sequences that the gradient is estimated on
+
+
+def place() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sequences() -> list[Tensor]:
+    draw = torch.Generator().manual_seed(4)
+    return [torch.randint(VOCABULARY, (1, length), generator=draw) for length in LENGTHS]
+
+
+def summed_loss(model: Any, ids: Tensor) -> Tensor:
+    return model(input_ids=ids, labels=ids).loss * (ids.numel() - 1)
+
+
+def loaded(path: str, dtype: str = "float32") -> Any:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+
+
+def products(adapter: Any) -> list[Tensor]:
+    """Of A and of B alone what does not depend on the signs of singular vectors, and of both."""
+    A, B = adapter.offset_A, adapter.offset_B
+    return [A.t() @ A, B @ B.t(), B @ A]
+
+
+def own_loop(
+    path: str, name: str, engine: str, base: str, attach_first: bool, dtype: str
+) -> dict[str, Any]:
+    """Adapters started in a loop of one's own; their tensors, and what they compute."""
+    rank, world = place()
+    model = loaded(path, dtype)
+    ids = sequences()[0]
+    with torch.no_grad():
+        before = model(ids).logits
+    config = LoraConfig(r=3, init_lora_weights=name, use_rslora=True)
+    torch.manual_seed(rank)
+    calls = []
+    factorise = Pissa.factors.__func__  # type: ignore[attr-defined]
+    Pissa.factors = classmethod(lambda *args: calls.append(1) or factorise(*args))  # type: ignore
+    try:
+        if attach_first:
+            attach(model, config)
+        replica = shard(model, engine=engine, base=base)
+        if not attach_first:
+            attach(model, config)
+    finally:
+        Pissa.factors = classmethod(factorise)  # type: ignore[method-assign]
+    if name == "lora_ga":
+        with pytest.raises(UsageError, match="start_from_gradients"):
+            replica.reduce_gradients()
+        start_from_gradients(model, sequences()[rank::world], summed_loss)
+        replica.reduce_gradients()
+    with torch.no_grad():
+        after = model(ids).logits
+    return {
+        "tensors": {name: t.detach().clone() for name, t in adapter_tensors(model).items()},
+        "products": {path: products(adapter) for path, _, adapter in named_adapters(model)},
+        "unchanged": float((after - before).abs().max()),
+        "factorised": len(calls),
+    }
+
+
+CASES = [
+    (2, "pissa", "fsdp2", "world", False, "float32"),
+    (2, "milora", "zero3", "world", True, "float32"),
+    (2, "pissa", "zero3", "world", False, "bfloat16"),
+    (2, "lora_ga", "fsdp2", "world", True, "float64"),
+    (2, "lora_ga", "zero3", "world", False, "float32"),
+    (3, "lora_ga", "fsdp2", "none", False, "float64"),
+    (3, "pissa", "fsdp2", "world", True, "float32"),
+]
+
+
+@pytest.mark.parametrize(("world", "name", "engine", "base", "attach_first", "dtype"), CASES)
+def test_ranks_start_from_the_same_bits_and_as_one_process_does(
+    pools: Pools,
+    saved_models: Any,
+    world: int,
+    name: str,
+    engine: str,
+    base: str,
+    attach_first: bool,
+    dtype: str,
+) -> None:
+    """§6, T5 and §8, T4: the gradient's estimate is that of the union of the ranks' batches."""
+    where = (engine, base, attach_first, dtype)
+    results = pools(world).run(own_loop, saved_models("llama"), name, *where)
+    (one,) = pools(1).run(own_loop, saved_models("llama"), name, *where)
+    assert len(results[0]["tensors"]) == 4 * 14
+    for result in results:
+        assert same_bits(result["tensors"], results[0]["tensors"])
+        assert result["unchanged"] < (1e-5 if dtype != "bfloat16" else 1e-6)
+        for path, found in result["products"].items():
+            wanted = one["products"][path]
+            if name != "lora_ga":
+                assert all(map(torch.equal, found, wanted)), path
+                continue
+            # Directions: rounding counts by the gaps between singular values.
+            tolerance = 1e-5 if dtype == "float64" else 1e-2
+            for got, expected in zip(found, wanted, strict=True):
+                assert relative_error(got, expected) < tolerance, path
+    if name == "pissa":
+        assert sum(result["factorised"] for result in results) == 14
+        assert max(result["factorised"] for result in results) <= -(-14 // world)
+
+
+# -- the estimate ---------------------------------------------------------------------------------
+
+
+class Shapes(TorchDispatchMode):
+    """Notes the shapes of all tensors that are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        outputs = result if isinstance(result, (tuple, list)) else [result]
+        if not func.is_view:
+            self.seen |= {tuple(t.shape) for t in outputs if isinstance(t, Tensor)}
+        return result
+
+
+def test_no_gradient_of_a_weight_is_ever_formed(saved_models: Any) -> None:
+    """What is made of a layer has a side of q, while autograd would make all gradients whole."""
+    model = loaded(saved_models("llama"))
+    attach(model, LoraConfig(r=2, init_lora_weights="lora_ga"))
+    estimate = GradientEstimate(model, Topology.current())
+    weights = {layer.sizes for layer in estimate.layers}
+    with Shapes() as made:
+        estimate.run(sequences(), summed_loss)
+    assert not made.seen & (weights | {(n, m) for m, n in weights})
+    assert made.seen >= {(layer.sizes[0], 16) for layer in estimate.layers}
+    whole = loaded(saved_models("llama"))
+    with Shapes() as made:
+        summed_loss(whole, sequences()[0]).backward()
+    assert made.seen >= weights
+
+
+def ragged(path: str, sizes: list[int]) -> dict[str, Tensor]:
+    """Offsets where each rank has another number of batches."""
+    rank, _ = place()
+    model = loaded(path, "float64")
+    attach(model, LoraConfig(r=3, init_lora_weights="lora_ga"))
+    shard(model, base="world")
+    start = sum(sizes[:rank])
+    start_from_gradients(model, sequences()[start : start + sizes[rank]], summed_loss)
+    return {path: torch.stack(products(adapter)[:1]) for path, _, adapter in named_adapters(model)}
+
+
+def test_ranks_that_run_short_pass_with_weight_zero(pools: Pools, saved_models: Any) -> None:
+    (one,) = pools(1).run(ragged, saved_models("llama"), [5])
+    for found in pools(2).run(ragged, saved_models("llama"), [4, 1]):
+        assert all(relative_error(found[path], one[path]) < 1e-5 for path in one)
+
+
+def refused(path: str) -> list[str]:
+    """What is said of a base that others have sharded, and of ranks without batches."""
+    said = []
+    model = loaded(path)
+    fully_shard(model)
+    with pytest.raises(UsageError) as caught:
+        attach(model, LoraConfig(r=3, init_lora_weights="pissa"))
+    said.append(str(caught.value))
+    assert not hasattr(model, "dlora")
+    attach(model, LoraConfig(r=3, init_lora_weights="lora_ga"))
+    shard(model, base="world")
+    with pytest.raises(UsageError) as caught:
+        start_from_gradients(model, sequences() if place()[0] else [], summed_loss)
+    return [*said, str(caught.value)]
+
+
+def test_what_cannot_start_is_refused_on_every_rank(pools: Pools, saved_models: Any) -> None:
+    for sharded, idle in pools(2).run(refused, saved_models("llama")):
+        assert "call dlora.shard first" in sharded
+        assert idle == "start_from_gradients: some rank has no batches"
+
+
+# -- the training command -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(saved_models: Any, tmp_path: Path) -> Callable[..., list[str]]:
+    """command(directory, **settings): the words of a run."""
+    data = save_chats(tmp_path / "chats.jsonl", 24)
+
+    def of(directory: Path, **settings: Any) -> list[str]:
+        common = {
+            "model__path": saved_models("llama"),
+            "data__train": str(data),
+            "output__dir": str(directory),
+            "output__save_every": SAVED,
+            "train__max_steps": STEPS,
+            "adapter__lora_dropout": 0.1,
+        }
+        return command_line(**common | settings)
+
+    return of
+
+
+def trained(argv: list[str]) -> dict[str, Any]:
+    """A run, the offsets that it has, how often W0 was factorised, and what it computes."""
+    run: list[Any] = []
+    starts, start = [], dlora.build.start
+    dlora.build.start = lambda *args: starts.append(1) or start(*args)
+    try:
+        result = train(argv, run.append)
+    finally:
+        dlora.build.start = start
+    model = run[0].model.eval()
+    with torch.no_grad():
+        logits = model(input_ids=torch.arange(12)[None], use_cache=False).logits
+    frozen = {name: tensor.clone() for name, tensor in frozen_tensors(model).items()}
+    planned = run[0].prepared.budget.memory.offsets
+    assert planned == sum(tensor.nbytes for tensor in frozen.values())
+    return {**result, "frozen": frozen, "starts": len(starts), "logits": logits}
+
+
+RUNS = [
+    ("pissa", {"sharding__engine": "fsdp2", "sharding__base": "world"}),
+    ("lora_ga", {"sharding__engine": "zero3", "sharding__base": "world"}),
+    ("milora", {"sharding__base": "none", "sharding__optimizer_state": "divided"}),
+]
+
+
+@pytest.mark.parametrize(("name", "where"), RUNS)
+def test_a_run_is_that_of_one_process_and_resumes_bit_for_bit(
+    pools: Pools, tmp_path: Path, command: Any, name: str, where: dict[str, Any]
+) -> None:
+    settings = {"adapter__init_lora_weights": name}
+    if name == "lora_ga":
+        settings["adapter__lora_ga_batches"] = 3
+    through, again = tmp_path / "through", tmp_path / "again"
+    pools(1).run(train, command(tmp_path / "one", **settings))
+    results = pools(2).run(trained, command(through, **settings, **where))
+    for got, wanted in zip(figures(through), figures(tmp_path / "one"), strict=True):
+        tolerance = 1e-5 if name != "lora_ga" else 1e-4
+        assert got["loss"] == pytest.approx(wanted["loss"], rel=tolerance)
+    assert same_bits(results[0]["frozen"], results[1]["frozen"])
+    assert len(results[0]["frozen"]) == 28 and results[0]["starts"] == 1
+    shutil.copytree(through, again)
+    shutil.rmtree(again / "checkpoints" / f"step-{STEPS:06d}")
+    resumed = pools(2).run(trained, command(again, **settings, **where))
+    for got, wanted in zip(resumed, results, strict=True):
+        assert got["starts"] == 0
+        assert same_bits(got["tensors"], wanted["tensors"])
+        assert same_bits(got["frozen"], wanted["frozen"])
+    # From the same checkpoint on one process, and as a file.
+    shutil.rmtree(again / "checkpoints" / f"step-{STEPS:06d}")
+    (alone,) = pools(1).run(trained, command(again, **settings))
+    assert same_bits(alone["frozen"], results[0]["frozen"])
+    for parameter, value in alone["tensors"].items():
+        assert relative_error(value, results[0]["tensors"][parameter]) < 1e-4
+    source = open_adapter(through / "checkpoints" / f"step-{STEPS:06d}")
+    base = loaded(command(through)[command(through).index("--model.path") + 1])
+    model = load_adapter(copy.deepcopy(base), through / "adapter").eval()
+    source.attach_to(base)
+    source.load_into(base)
+    for found in (base, model):
+        with torch.no_grad():
+            logits = found.eval()(input_ids=torch.arange(12)[None], use_cache=False).logits
+        torch.testing.assert_close(logits, results[0]["logits"], rtol=1e-4, atol=1e-4)
