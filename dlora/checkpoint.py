@@ -94,21 +94,6 @@ def capture(
     return Checkpoint(tensors, whole, state, allocation)
 
 
-def check_fits(saved: Mapping[str, list[int]], named: Mapping[str, Tensor]) -> None:
-    """Raise a `UsageError` if names or shapes differ from the adapters that this run has.
-
-    Args:
-        saved: {name: shape} of a checkpoint's tensors.
-    """
-    live = {name: list(p.shape) for name, p in named.items()}
-    for name in sorted(saved.keys() | live.keys()):
-        if saved.get(name) != live.get(name):
-            raise UsageError(
-                f"output.resume: the checkpoint has {name} {saved.get(name, 'nowhere')}, "
-                f"this run {live.get(name, 'nowhere')}; the adapter's settings differ"
-            )
-
-
 def restore(
     tensors: Iterable[tuple[str, Tensor]],
     states: Iterable[tuple[str, Tensor]],

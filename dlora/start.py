@@ -157,12 +157,27 @@ def check_start(
                 "of its run; steps after it would skip sequences (output.resume: none starts "
                 "afresh, output.resume_force: true goes on regardless)"
             )
-    checkpoints.check_fits(start.shapes, tensors)
+    _check_fits(start.shapes, tensors)
     if start.step > sampler.total_steps:
         raise UsageError(
             f"train.{config.train.governed_by}: {start.directory} is at step {start.step} already, "
             f"past the run's {sampler.total_steps}"
         )
+
+
+def _check_fits(saved: Mapping[str, list[int]], named: Mapping[str, Tensor]) -> None:
+    """Raise a `UsageError` if names or shapes differ from the adapters that this run has.
+
+    Args:
+        saved: {name: shape} of a checkpoint's tensors.
+    """
+    live = {name: list(p.shape) for name, p in named.items()}
+    for name in sorted(saved.keys() | live.keys()):
+        if saved.get(name) != live.get(name):
+            raise UsageError(
+                f"output.resume: the checkpoint has {name} {saved.get(name, 'nowhere')}, "
+                f"this run {live.get(name, 'nowhere')}; the adapter's settings differ"
+            )
 
 
 def output_directory(config: Config) -> Path:

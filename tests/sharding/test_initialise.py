@@ -10,7 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import Pools
-from run_training import command_line, figures, relative_error, same_bits, train
+from run_training import (
+    command_line,
+    figures,
+    relative_error,
+    same_bits,
+    train,
+)
 from tiny import VOCABULARY, save_chats
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
@@ -20,9 +26,11 @@ from transformers import AutoModelForCausalLM
 import dlora.build
 from dlora import LoraConfig, UsageError, attach, load_adapter, shard, start_from_gradients
 from dlora.adapter_source import open_adapter
+from dlora.config import parse
 from dlora.gradient_estimate import GradientEstimate
 from dlora.lora.attach import adapter_tensors, frozen_tensors, named_adapters
 from dlora.lora.init.pissa import Pissa
+from dlora.prepare import prepare
 from dlora.sharding.mesh import Topology
 
 STEPS, SAVED = 6, 3
@@ -178,6 +186,24 @@ def ragged(path: str, sizes: list[int]) -> dict[str, Tensor]:
     return {path: torch.stack(products(adapter)[:1]) for path, _, adapter in named_adapters(model)}
 
 
+def test_the_estimate_serves_as_the_gradient_does(saved_models: Any) -> None:
+    """§8, T1 with autograd's own gradient of weights twice as wide as what is kept."""
+    model, whole = (
+        loaded(saved_models("llama"), "float64"),
+        loaded(saved_models("llama"), "float64"),
+    )
+    attach(model, LoraConfig(r=3, init_lora_weights="lora_ga"))
+    start_from_gradients(model, sequences(), summed_loss)
+    for ids in sequences():
+        summed_loss(whole, ids).backward()
+    for path, _, adapter in named_adapters(model):
+        G = whole.get_parameter(f"{path}.weight").grad
+        A, B = adapter.lora_A.detach(), adapter.lora_B.detach()
+        U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+        wanted = len(G) ** 0.5 / 16 * (U[:, :6] * S[:6] @ Vh[:6])
+        assert relative_error(B @ B.t() @ G + G @ A.t() @ A, wanted) < 0.05, path
+
+
 def test_ranks_that_run_short_pass_with_weight_zero(pools: Pools, saved_models: Any) -> None:
     (one,) = pools(1).run(ragged, saved_models("llama"), [5])
     for found in pools(2).run(ragged, saved_models("llama"), [4, 1]):
@@ -228,6 +254,21 @@ def command(saved_models: Any, tmp_path: Path) -> Callable[..., list[str]]:
     return of
 
 
+def test_the_output_head_has_no_gradient_to_start_from(command: Any, tmp_path: Path) -> None:
+    settings = {"adapter__init_lora_weights": "lora_ga", "adapter__target_modules": ["lm_head"]}
+    with pytest.raises(UsageError, match="^adapter.target_modules: lm_head is the output head"):
+        prepare(parse(command(tmp_path / "run", **settings), "").config, 0, 1, 1, print)
+
+
+def test_recomputed_activations_change_nothing(pools: Pools, command: Any, tmp_path: Path) -> None:
+    settings = {"adapter__init_lora_weights": "lora_ga", "train__max_steps": 1}
+    (plain,) = pools(1).run(trained, command(tmp_path / "plain", **settings))
+    settings["sharding__activation_checkpointing"] = True
+    (recomputed,) = pools(1).run(trained, command(tmp_path / "recomputed", **settings))
+    for name, value in plain["frozen"].items():
+        assert relative_error(recomputed["frozen"][name], value) < 1e-2
+
+
 def trained(argv: list[str]) -> dict[str, Any]:
     """A run, the offsets that it has, how often W0 was factorised, and what it computes."""
     run: list[Any] = []
@@ -241,6 +282,9 @@ def trained(argv: list[str]) -> dict[str, Any]:
     with torch.no_grad():
         logits = model(input_ids=torch.arange(12)[None], use_cache=False).logits
     frozen = {name: tensor.clone() for name, tensor in frozen_tensors(model).items()}
+    if snapshot := run[0].keeper._snapshots.newest():  # what any rank can commit alone
+        kept = snapshot.files["adapter"]
+        assert same_bits(kept, {**result["tensors"], **frozen})
     planned = run[0].prepared.budget.memory.offsets
     assert planned == sum(tensor.nbytes for tensor in frozen.values())
     return {**result, "frozen": frozen, "starts": len(starts), "logits": logits}
