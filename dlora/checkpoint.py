@@ -24,7 +24,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
-from torch.optim import Optimizer
 
 from dlora.errors import UsageError
 from dlora.files import sync, unused_name, write_atomically
-from dlora.sharding.replica import Replica
-from dlora.sharding.share import States
 
 FORMAT = 1
 FILES = {"adapter.safetensors", "optimizer.safetensors", "state.json", "config.yaml"}
@@ -60,68 +57,6 @@ class Checkpoint:
     states: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
     allocation: dict[str, Any] | None = None
-
-
-def capture(
-    replica: Replica,
-    states: Mapping[str, States],
-    state: dict[str, Any],
-    allocation: dict[str, Any] | None = None,
-    frozen: Mapping[str, Tensor] | None = None,
-) -> Checkpoint | None:
-    """Copy the trained tensors and what is kept beside them to host memory.
-
-    Any rank may do so alone. Where the optimizer state is divided it is collective, and only rank 0
-    gets a checkpoint: the tensors of the state arrive one by one, and no other rank holds any.
-    Beside a tensor without elements nothing is kept: divided, no rank would have it.
-
-    Args:
-        states: of this rank, by the names of their files.
-        frozen: what the adapters have beside what is trained.
-    """
-    whole = {
-        file: {
-            f"{name}.{slot}": _host(value)
-            for name, slot, value in replica.share.whole(kept)
-            if replica.named[name].numel()
-        }
-        for file, kept in states.items()
-    }
-    if replica.share.collective_saves and replica.topology.rank != 0:
-        return None
-    kept = {**replica.named, **(frozen or {})}
-    tensors = {name: _host(tensor.detach()) for name, tensor in kept.items()}
-    return Checkpoint(tensors, whole, state, allocation)
-
-
-def restore(
-    tensors: Iterable[tuple[str, Tensor]],
-    states: Iterable[tuple[str, Tensor]],
-    replica: Replica,
-    optimizer: Optimizer,
-    frozen: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Put the tensors of a checkpoint that fits, one by one, into the adapters and the optimizer.
-
-    Args:
-        frozen: as for `capture`.
-    """
-    places = {**replica.named, **(frozen or {})}
-    with torch.no_grad():
-        for name, value in tensors:
-            places[name].copy_(value)
-    for key, value in states:
-        name, _, slot = key.rpartition(".")
-        own = replica.share.part(name, value)
-        if own is not None:
-            parameter = replica.optimized[name]
-            kept = optimizer.state[parameter].get(slot)
-            if isinstance(kept, Tensor) and (kept.shape, kept.dtype) == (own.shape, own.dtype):
-                kept.copy_(own)  # it may lie where this optimizer alone can put it
-                continue
-            # A step count stays where torch keeps it: on the CPU unless the optimizer says so.
-            device = parameter.device if value.ndim else "cpu"
-            optimizer.state[parameter][slot] = own.to(device, copy=True)
 
 
 def write(
@@ -279,10 +214,6 @@ def _steps(root: Path) -> list[tuple[int, Path]]:
         return []
     found = [(_NAME.fullmatch(path.name), path) for path in root.iterdir() if path.is_dir()]
     return sorted((int(match[1]), path) for match, path in found if match)
-
-
-def _host(tensor: Tensor) -> Tensor:
-    return tensor.to("cpu", copy=True).contiguous()
 
 
 def _json(value: Any) -> bytes:

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from dlora import checkpoint as checkpoints
 from dlora.api import TrainedReplica
+from dlora.capture import capture
 from dlora.checkpoint import Checkpoint
 from dlora.config import Config
 from dlora.errors import UsageError
@@ -76,9 +77,7 @@ class Keeper:
         if not (self._runtime.main or replica.share.collective_saves):
             return
         states, allocation = replica.states(self._optimizer), replica.allocation()
-        captured = checkpoints.capture(
-            replica, states, self._state(step), allocation, replica.frozen
-        )
+        captured = capture(replica, states, self._state(step), allocation, replica.frozen)
         if captured is None:
             return
         self.settle()

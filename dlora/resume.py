@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from dlora import checkpoint as checkpoints
 from dlora.api import TrainedReplica
+from dlora.capture import restore
 from dlora.checkpoint import Checkpoint
 from dlora.config import Config, dump_yaml
 from dlora.files import unused_name, write_atomically
@@ -57,7 +58,7 @@ def resume(
 
     if replica.allocator is not None:
         replica.allocator.take_up(step, described["allocation"])
-    checkpoints.restore(
+    restore(
         _shared(runtime, described["tensors"], checkpoint and checkpoint.tensors),
         shared("optimizer"),
         replica,

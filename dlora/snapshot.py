@@ -63,7 +63,7 @@ class Snapshot:
     allocation: dict[str, Any] | None
 
     def checkpoint(self, state: dict[str, Any]) -> Checkpoint:
-        """The same as `dlora.checkpoint.capture` gives right after the step."""
+        """The same as `dlora.capture.capture` gives right after the step."""
         states = {file: tensors for file, tensors in self.files.items() if file != ADAPTER}
         return Checkpoint(self.files[ADAPTER], states, state, self.allocation)
 

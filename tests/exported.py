@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Model, MistralConfig, Mixtral
 
 from dlora import LoraConfig, attach, checkpoint, load_adapter, save_adapter
 from dlora.adapter_settings import lora_config
+from dlora.capture import capture
 from dlora.config import AdapterConfig, Config, DataConfig, ModelConfig, OutputConfig, dump_yaml
 from dlora.lora.attach import trainable_parameters
 from dlora.sharding.mesh import Topology
@@ -128,7 +129,7 @@ def write_checkpoint(base: Path, root: Path, **adapter: Any) -> tuple[Path, nn.M
     replica.own(trainable_parameters(model))
     optimizer = torch.optim.AdamW(replica.named.values())
     states = {"optimizer": states_of(optimizer, replica.optimized)}
-    content = checkpoint.capture(replica, states, {"step": 7})
+    content = capture(replica, states, {"step": 7})
     assert content is not None
     return checkpoint.write(content, root / "checkpoints", dump_yaml(config), 2), model
 

@@ -23,6 +23,7 @@ from dlora import (
 )
 from dlora import save_adapter as save
 from dlora.api import replicate
+from dlora.capture import capture
 from dlora.config import AdapterConfig, Config, DataConfig, ModelConfig, OutputConfig, dump_yaml
 from dlora.export import main
 from dlora.lora.attach import named_adapters, trainable_parameters
@@ -195,7 +196,7 @@ def checkpoint_of(base: Path, root: Path, steps: int) -> tuple[Path, nn.Module]:
     )
     lora = {"method": "adalora", **asdict(model.dlora.config)}
     state = {"step": steps, "total_steps": 6, "adapter": lora}
-    content = checkpoint.capture(replica, replica.states(optimizer), state, replica.allocation())
+    content = capture(replica, replica.states(optimizer), state, replica.allocation())
     assert content is not None
     directory = checkpoint.write(content, root / "checkpoints", dump_yaml(config), 2)
     return directory, model.eval()

@@ -11,7 +11,7 @@ import ranks
 import torch
 from torch import Tensor
 
-from dlora.checkpoint import capture
+from dlora.capture import capture
 from dlora.config import parse
 from dlora.entry import prepared
 from dlora.memory import MemoryMeter

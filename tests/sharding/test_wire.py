@@ -12,7 +12,8 @@ from run_training import command_line, figures, prepared_run
 from tiny import save_chats
 
 from dlora.adapter_files import save_adapter
-from dlora.checkpoint import capture, write
+from dlora.capture import capture
+from dlora.checkpoint import write
 from dlora.sharding.storage import held_bytes
 
 STEPS = 3
