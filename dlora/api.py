@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from dlora.errors import UsageError
 from dlora.gradient_estimate import GradientEstimate, LossOf
-from dlora.initialise import Started, plain_weights, start_from_weights
+from dlora.initialise import Started, start_from_weights
 from dlora.lora.attach import attach as attach_adapters
 from dlora.lora.attach import (
     attachment_of,
@@ -22,6 +22,7 @@ from dlora.lora.attach import (
 from dlora.lora.config import LoraConfig
 from dlora.lora.init import INITS
 from dlora.lora.variants.adalora import AdaLoraConfig
+from dlora.lora.weights import plain_weights
 from dlora.optim.groups import parameter_groups
 from dlora.optim.lora_pro import Pair
 from dlora.rank_allocator import RankAllocator
@@ -164,7 +165,7 @@ def start_adapters(model: nn.Module) -> Started:
     """Start the adapters of a model from its W0, divided or whole. Collective."""
     replica: TrainedReplica | None = model.__dict__.get(_RECORD)
     if replica is None:
-        return start_from_weights(model, Topology.current(), plain_weights)
+        return start_from_weights(model, Topology.current(), plain_weights("init_lora_weights"))
     return start_from_weights(model, replica.topology, replica.engine.whole_weights, replica.wire)
 
 

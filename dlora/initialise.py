@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dlora.lora.attach import WholeWeights, attachment_of, named_adapters
+from dlora.lora.attach import attachment_of, named_adapters
 from dlora.lora.hosts import HostMixin
 from dlora.lora.variants import LoraAdapter
+from dlora.lora.weights import WholeWeights
 from dlora.sharding.mesh import Topology
 from dlora.sharding.spread import owners
 from dlora.sharding.wire import WireCounter, ring_gather_bytes
@@ -75,11 +75,6 @@ def layers_of(model: nn.Module) -> list[Layer]:
     """The adapted modules, the dearest first; the same on every rank."""
     layers = [Layer(*found) for found in named_adapters(model)]
     return sorted(layers, key=lambda layer: -layer.cost)
-
-
-def plain_weights(module: nn.Module) -> AbstractContextManager[dict[str, Tensor]]:
-    """The parameters of a module that is whole on every rank."""
-    return nullcontext({name: parameter.detach() for name, parameter in module.named_parameters()})
 
 
 @torch.no_grad()
