@@ -88,7 +88,9 @@ def assert_same_tokenizer(gguf: Path, out: Path):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.full)]
+)
 def test_real_file(real_file, cache, dtype):
     out, lines = convert(real_file, cache, dtype)
     (line,) = lines

@@ -79,11 +79,11 @@ def most_held_while_loading(path: str, name: str, quantization: str) -> tuple[in
     ("engine", "stored", "quantization"),
     [
         ("fsdp2", "bfloat16", "none"),
-        ("fsdp2", "float32", "none"),
+        pytest.param("fsdp2", "float32", "none", marks=pytest.mark.full),
         ("zero3", "float32", "none"),
         ("fsdp2", "float32", "nf4"),
         ("zero3", "bfloat16", "nf4-dq"),
-        ("fsdp2", "bfloat16", "int8"),
+        pytest.param("fsdp2", "bfloat16", "int8", marks=pytest.mark.full),
     ],
 )
 def test_no_rank_ever_holds_the_whole_base(

@@ -126,7 +126,7 @@ def told_by_new_processes(directory: Path, argv: list[str]) -> tuple[str, list[s
         ("fsdp2", "world", False, "none"),
         ("zero3", "world", True, "none"),
         pytest.param("fsdp2", "none", False, "none", marks=pytest.mark.full),
-        ("fsdp2", "world", True, "nf4"),
+        pytest.param("fsdp2", "world", True, "nf4", marks=pytest.mark.full),
         pytest.param("zero3", "world", False, "int8", marks=pytest.mark.full),
     ],
 )
