@@ -3,22 +3,19 @@
 Where ranks die or hang they are processes of their own, started as by hand, without an agent.
 """
 
-import multiprocessing
 import os
 import shutil
 import signal
-import socket
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
-from ranks import PRELOADED, Pools
-from run_training import command_line, figures, prepared_run
+from ranks import Pools
+from run_training import command_line, prepared_run
 from tiny import save_chats
+from two_ranks import Ranks, check_same_end
 
 from dlora import checkpoint as checkpoints
 
@@ -70,79 +67,7 @@ def ends_while_loading(number: int) -> None:
     BaseModel.load = lambda *_: os.kill(os.getpid(), number)  # type: ignore[method-assign]
 
 
-def one_rank(rank: int, port: int, argv: list[str], printed: str, meddle: Any) -> None:
-    """The life of a rank; `meddle` is a function from above and its argument, or None."""
-    descriptor = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
-    )  # fmt: skip
-    torch.set_num_threads(1)
-    from dlora.runtime import exit_with
-    from dlora.train import main
-
-    if meddle is not None:
-        meddle[0](meddle[1])
-    sys.argv = ["dlora.train", *argv]
-    exit_with(main)
-
-
 # -- around them ---------------------------------------------------------------------------------
-
-
-class Ranks:
-    """Two ranks of one run.
-
-    Args:
-        meddling: by rank, what `one_rank` is to meddle with.
-    """
-
-    def __init__(self, argv: list[str], directory: Path, **meddling: Any) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
-        directory.mkdir(parents=True, exist_ok=True)
-        self._printed = [directory / f"rank-{rank}" for rank in range(2)]
-        self.workers: list[Any] = []
-        for rank, printed in enumerate(self._printed):
-            arguments = (rank, port, argv, str(printed), meddling.get(f"rank{rank}"))
-            self.workers.append(context.Process(target=one_rank, args=arguments, daemon=True))
-            self.workers[-1].start()
-
-    def send(self, rank: int, number: int) -> None:
-        os.kill(self.workers[rank].pid, number)
-
-    def wait_until_stopped(self, rank: int) -> None:
-        """Until SIGSTOP has taken hold."""
-        deadline = time.monotonic() + LIMIT_SECONDS
-        stat = Path(f"/proc/{self.workers[rank].pid}/stat")
-        while stat.read_text().rpartition(")")[2].split()[0] != "T":
-            assert time.monotonic() < deadline, self.printed(rank)
-            time.sleep(0.05)
-
-    def status(self, rank: int, limit: float = LIMIT_SECONDS) -> int | None:
-        """The exit status; None if it still runs after `limit` seconds."""
-        self.workers[rank].join(limit)
-        return self.workers[rank].exitcode
-
-    def printed(self, rank: int) -> str:
-        return self._printed[rank].read_text(errors="replace")
-
-    def finish(self) -> None:
-        """Both run to their end."""
-        for rank in range(2):
-            assert self.status(rank) == 0, self.printed(rank)
-
-    def end(self) -> None:
-        for worker in self.workers:
-            if worker.is_alive():
-                worker.kill()
-            worker.join()
 
 
 @pytest.fixture
@@ -193,23 +118,6 @@ def whole(command: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
         return made[engine, method]
 
     return of
-
-
-def check_same_end(directory: Path, wanted: Path, engine: str = "fsdp2") -> None:
-    """The adapter, the last checkpoint, and each step once in the metrics: bit for bit."""
-    for file in (
-        "adapter/adapter_model.safetensors",
-        f"checkpoints/step-{STEPS:06d}/adapter.safetensors",
-        f"checkpoints/step-{STEPS:06d}/optimizer.safetensors",
-    ):
-        assert (directory / file).read_bytes() == (wanted / file).read_bytes(), file
-    lines = [figures(directory), figures(wanted)]
-    for line in (*lines[0], *lines[1]) if engine == "zero3" else ():
-        del line["wire_bytes"]  # more in a process's first steps, until DeepSpeed has its trace
-    assert lines[0] == lines[1]
-    ranks = [path / "ranks.json" for path in (directory, wanted)]
-    assert ranks[0].exists() == ranks[1].exists()
-    assert not ranks[0].exists() or ranks[0].read_text() == ranks[1].read_text()
 
 
 @pytest.mark.parametrize(
