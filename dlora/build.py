@@ -13,7 +13,7 @@ from dlora.api import TrainedReplica, attach_unstarted, replicate, start_adapter
 from dlora.config import EIGHT_BIT, Config
 from dlora.data import deal
 from dlora.data.collate import Batch, collate
-from dlora.gradient_estimate import GradientEstimate
+from dlora.gradient_estimate import PASSES, GradientEstimate
 from dlora.lora.attach import attachment_of
 from dlora.memory import trim_before
 from dlora.objectives import targets
@@ -64,6 +64,12 @@ def start(
         runtime.say(str(start_adapters(model)))
     if needs == "gradient":
         estimate = GradientEstimate(model, replica.topology, replica.wire)
+        steps = min(config.adapter.lora_ga_batches, preparation.sampler.total_steps)
+        sequences = preparation.sampler.sequences(steps)
+        runtime.say(
+            f"init_lora_weights: lora_ga: estimating gradients on {sequences} sequences, in "
+            f"{PASSES} passes"
+        )
         estimate.run(list(_first_batches(config, runtime, preparation)), _summed_loss)
         replica.release()
         runtime.say(str(estimate.start()))

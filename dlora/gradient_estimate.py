@@ -69,6 +69,8 @@ class GradientEstimate:
             )
         self.model, self.topology, self.wire = model, topology, wire
         self.layers = layers_of(model)
+        if not self.layers:
+            raise UsageError("init_lora_weights: lora_ga: no layer is adapted")
         self._bases: dict[str, Tensor] = {layer.path: _omega(layer) for layer in self.layers}
         self._left: dict[str, Tensor] = {}  # Q of G ≈ Q·Zᵀ
         self._sums: dict[str, Tensor] = {}
