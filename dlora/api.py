@@ -147,8 +147,12 @@ def attach(model: nn.Module, config: LoraConfig) -> nn.Module:
     return model
 
 
-def attach_unstarted(model: nn.Module, config: LoraConfig) -> None:
-    """`attach`, but that A and B are as drawn also where they are to start from a matrix."""
+def attach_unstarted(model: nn.Module, config: LoraConfig, *, residual: bool = False) -> None:
+    """`attach`, but that A and B are as drawn also where they are to start from a matrix.
+
+    Args:
+        residual: the base was packed without what they start from.
+    """
     replica: TrainedReplica | None = model.__dict__.get(_RECORD)
     needs = INITS[config.init_lora_weights].needs
     if replica is None and needs == "weight" and any(map(is_divided, model.parameters())):
@@ -156,7 +160,8 @@ def attach_unstarted(model: nn.Module, config: LoraConfig) -> None:
             f"init_lora_weights: {config.init_lora_weights} starts from whole weights, and this "
             "base is sharded; call dlora.shard first"
         )
-    attach_adapters(model, config, whole_weights=replica.engine.whole_weights if replica else None)
+    whole_weights = replica.engine.whole_weights if replica else None
+    attach_adapters(model, config, whole_weights=whole_weights, residual=residual)
     if replica is not None:
         _take_over(replica, model)
 

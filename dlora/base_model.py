@@ -81,14 +81,17 @@ class BaseModel:
         """
         return quantize_as_set(skeleton, self.quantization)
 
-    def load(self, engine: Engine, device: torch.device) -> nn.Module:
+    def load(self, engine: Engine, device: torch.device, left: Any = None) -> nn.Module:
         """The model with this rank's share of the weights, packed or in `dtype`, frozen.
+
+        Args:
+            left: what is packed of a weight, where that is not all; see `StoredPackedWeights`.
 
         Raises:
             UsageError: on every rank, before a weight is read, if a rank would get none of a
                 layer's experts.
         """
-        weights = BaseWeights(self)
+        weights = BaseWeights(self, left)
         check_experts_divide(weights.skeleton, engine.placement)
         with dropping_mapped_pages():
             model = engine.load(weights, device)
@@ -135,8 +138,8 @@ class BaseModel:
 class BaseWeights:
     """The weights of a base in the two ways in which engines ask for them."""
 
-    def __init__(self, base: BaseModel) -> None:
-        self._base = base
+    def __init__(self, base: BaseModel, left: Any = None) -> None:
+        self._base, self._left = base, left
         self.skeleton: Any = base.skeleton()
         self.element_wise = base.quantization != "none"
 
@@ -202,7 +205,8 @@ class BaseWeights:
         from dlora.stored_packed import StoredPackedWeights
         from dlora.stored_weights import StoredWeights
 
-        return StoredPackedWeights(StoredWeights(self._base, self.skeleton), self.skeleton)
+        stored = StoredWeights(self._base, self.skeleton)
+        return StoredPackedWeights(stored, self.skeleton, self._left)
 
 
 def check_experts_divide(skeleton: Any, placement: Placement) -> None:

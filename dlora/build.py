@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,13 @@ from dlora.data import deal
 from dlora.data.collate import Batch, collate
 from dlora.gradient_estimate import PASSES, GradientEstimate
 from dlora.lora.attach import attachment_of
+from dlora.lora.init import INITS
 from dlora.memory import trim_before
 from dlora.objectives import targets
 from dlora.optim.eight_bit import adamw8bit
 from dlora.optim.lora_pro import LoraPro
 from dlora.prepare import Preparation
+from dlora.residual import Residuals
 from dlora.runtime import Runtime
 from dlora.sharding.engine import build_engine
 
@@ -29,14 +32,17 @@ def build(
 ) -> tuple[nn.Module, TrainedReplica]:
     """The sharded base with its adapters attached, and their replica."""
     engine = build_engine(preparation.placement, preparation.topology)
-    model = preparation.base.load(engine, runtime.device)
+    residuals = residuals_of(config, runtime, preparation)
+    model = preparation.base.load(engine, runtime.device, residuals and residuals.left)
     by_element = preparation.divided and config.optimizer.name != "lora_pro"
     replica = replicate(model, engine, divided=by_element)
     if config.sharding.audit == "heal":
         replica.healed = lambda found: runtime.say(
             f"warning: the adapters differed: {found}; healed"
         )
-    attach_unstarted(model, preparation.lora)
+    attach_unstarted(model, preparation.lora, residual=residuals is not None)
+    if residuals is not None:
+        residuals.start(model)
     engine.hold(model, preparation.budget.resident)
     if config.adapter.path is not None and preparation.start is None:
         load_adapter(model, config.adapter.path)
@@ -45,10 +51,25 @@ def build(
     targets.install(model)
     if runtime.device.type == "cpu":
         trim_before(targets.model_parts(model).head)
-    if preparation.start is None:
+    if preparation.start is None and residuals is None:
         start(config, runtime, preparation, model, replica)
     model.train()
     return model, replica
+
+
+def residuals_of(config: Config, runtime: Runtime, preparation: Preparation) -> Residuals | None:
+    """What adapters start from, where the base is packed without it; of a run that goes on, from
+    its checkpoint.
+    """
+    lora, resumed = preparation.lora, preparation.start
+    if INITS[lora.init_lora_weights].needs != "weight" or config.model.quantization == "none":
+        return None
+    residuals = Residuals(preparation.base, lora)
+    if resumed is not None:
+        residuals.read(Path(resumed.directory), preparation.topology)
+    else:
+        runtime.say(str(residuals.factorise(preparation.topology)))
+    return residuals
 
 
 def start(

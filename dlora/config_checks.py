@@ -158,10 +158,10 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"adapter.init_lora_weights: lora_ga needs gradients of W0, and model.quantization: "
             f"{quantization} packs it; estimate and train on a 16-bit base"
         )
-    elif quantization != "none" and init in ("pissa", "milora"):
+    elif quantization != "none" and init in ("pissa", "milora") and config.adapter.use_dora:
         yield (
-            f"adapter.init_lora_weights: {init} factorises W0, and model.quantization: "
-            f"{quantization} packs it before; train it on a 16-bit base"
+            f"adapter.use_dora: of a base that {quantization} packs without what {init} starts "
+            "from there are no rows to take magnitudes of; leave one of the three out"
         )
     if config.adapter.method == "adalora" and is_set(config, "adapter.r"):
         yield "adapter.r: adalora starts from adapter.init_r, set that instead"

@@ -214,7 +214,7 @@ def _adapted(
     model_parts(skeleton)
     quantized = base.pack(skeleton)
     with keyed_by("adapter"):
-        attach(skeleton, lora)
+        attach(skeleton, lora, residual=True)
     if start is not None and start.allocation is not None:
         keep_triplets(skeleton, start.allocation)
     check_dropout(skeleton)

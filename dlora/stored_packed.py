@@ -8,6 +8,7 @@ together hold what packing the whole weight gives.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from dlora.quant.packed import CODES, SCALES, is_packed
 from dlora.stored_weights import StoredWeights
 
 ROWS_NUMEL = 1 << 20  # weights packed at a time
+Left = Callable[[str, int, Tensor], Tensor]
 
 
 class StoredPackedWeights:
@@ -26,10 +28,12 @@ class StoredPackedWeights:
     Args:
         stored: the files, opened for the model before anything was packed.
         model: with packed layers, on the meta device.
+        left: what is packed of rows of a weight, where that is not all: (path of the layer, first
+            row, rows) → rows.
     """
 
-    def __init__(self, stored: StoredWeights, model: nn.Module) -> None:
-        self._stored, self._model = stored, model
+    def __init__(self, stored: StoredWeights, model: nn.Module, left: Left | None = None) -> None:
+        self._stored, self._model, self._left = stored, model, left
 
     def read(self, name: str, start: int, out: Tensor) -> None:
         """Fill `out` [n] with the elements from `start` on of the parameter `name`."""
@@ -50,7 +54,7 @@ class StoredPackedWeights:
         for row in range(first, last, step):
             weights = torch.empty(min(step, last - row), n, dtype=packing.dtype)
             self._stored.read(source, row * n, weights.view(-1))
-            made = make(weights).view(-1)
+            made = make(self._left(path, row, weights) if self._left else weights).view(-1)
             place = row * size - start  # of the first of these bytes in `out`
             stop = min(place + len(made), out.numel())
             out[max(place, 0) : stop].copy_(made[max(-place, 0) : stop - place])

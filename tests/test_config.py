@@ -484,11 +484,16 @@ CANNOT_ACT = [  # words, the key that cannot act, the key that is why
     ),
     *(
         (
-            f"--model.quantization nf4 --adapter.init_lora_weights {value}",
-            f"adapter.init_lora_weights: {value}",
-            "model.quantization: nf4",
+            f"--model.quantization nf4 --adapter.init_lora_weights {value} --adapter.use_dora true",
+            "adapter.use_dora",
+            f"packs without what {value} starts from",
         )
-        for value in ("pissa", "milora", "lora_ga")
+        for value in ("pissa", "milora")
+    ),
+    (
+        "--model.quantization nf4 --adapter.init_lora_weights lora_ga",
+        "adapter.init_lora_weights: lora_ga",
+        "model.quantization: nf4",
     ),
     (
         "--adapter.method adalora --adapter.init_lora_weights pissa",

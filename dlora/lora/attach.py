@@ -41,7 +41,11 @@ class Attachment:
 
 
 def attach(
-    model: nn.Module, config: LoraConfig, *, whole_weights: WholeWeights | None = None
+    model: nn.Module,
+    config: LoraConfig,
+    *,
+    whole_weights: WholeWeights | None = None,
+    residual: bool = False,
 ) -> Attachment:
     """Give every target module of `model` an adapter, in place, and freeze all that was there.
 
@@ -52,6 +56,7 @@ def attach(
         model: any `nn.Module`, sharded or not.
         whole_weights: context that yields the whole parameters of a module by path; needed on a
             sharded base, for `modules_to_save` and for adapters that are made of W0.
+        residual: packed weights are (or will be) less what adapters start from.
 
     Raises:
         UsageError: nothing matches, a match cannot carry an adapter, or adapters are there already.
@@ -62,7 +67,7 @@ def attach(
     for path in (*adapted, *saved):
         _check_free(model.get_submodule(path), path)
     for path in adapted:
-        _check_start(model.get_submodule(path), path, config)
+        _check_start(model.get_submodule(path), path, config, residual)
     for path in saved:
         _check_whole(model.get_submodule(path), path)
     config.check_kernels([_kernel(model.get_submodule(path)) for path in adapted])
@@ -73,7 +78,7 @@ def attach(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for path in adapted:
-        _attach_adapter(model.get_submodule(path), path, attachment)
+        _attach_adapter(model.get_submodule(path), path, attachment, residual)
     for path in saved:
         module = model.get_submodule(path)
         with (whole_weights or plain_weights("modules_to_save"))(module) as weights:
@@ -168,11 +173,11 @@ def _check_free(module: nn.Module, path: str) -> None:
         )
 
 
-def _check_start(module: nn.Module, path: str, config: LoraConfig) -> None:
+def _check_start(module: nn.Module, path: str, config: LoraConfig, residual: bool) -> None:
     """See that the module has what its adapter is to start from."""
     kind, init, r = host_kind(module), INITS[config.init_lora_weights], config.r_for(path)
     assert kind is not None  # target_paths has checked
-    if init.needs != "nothing" and is_packed(module):
+    if init.needs != "nothing" and is_packed(module) and not residual:
         raise UsageError(
             f"init_lora_weights: {init.name} starts from a weight, and that of {path} is packed; "
             "train on a 16-bit base, or start as usual"
@@ -192,7 +197,7 @@ def _check_whole(module: nn.Module, path: str) -> None:
         )
 
 
-def _attach_adapter(module: nn.Module, path: str, attachment: Attachment) -> None:
+def _attach_adapter(module: nn.Module, path: str, attachment: Attachment, residual: bool) -> None:
     kind, config = host_kind(module), attachment.config
     assert kind is not None  # target_paths has checked
     m, n = kind.shape(module)
@@ -213,6 +218,7 @@ def _attach_adapter(module: nn.Module, path: str, attachment: Attachment) -> Non
     )
     if device.type != "meta":
         adapter.reset(is_embedding=kind.is_embedding, init=init)
+    adapter.residual = residual and init.needs == "weight" and is_packed(module)
     adapter.train(module.training)
     become_host(module, kind, adapter)
 

@@ -80,7 +80,7 @@ class LinearHost(HostMixin):
         return module.out_features, module.in_features
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        if not self.adapter.enabled:
+        if not self.adapter.active:
             return super().forward(x)  # type: ignore[misc]
         return self.adapter.linear(x, frozen_weight(self), self.bias)
 
@@ -106,7 +106,7 @@ class Conv1DHost(HostMixin):
         return module.nf, module.nx
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        if not self.adapter.enabled:
+        if not self.adapter.active:
             return super().forward(x)  # type: ignore[misc]
         return self.adapter.linear(x, frozen_weight(self).t(), self.bias)
 
@@ -130,7 +130,7 @@ class EmbeddingHost(HostMixin):
         return module.embedding_dim, module.num_embeddings
 
     def forward(self: Any, ids: Tensor) -> Tensor:
-        if not self.adapter.enabled:
+        if not self.adapter.active:
             return super().forward(ids)  # type: ignore[misc]
         return self.adapter.embedding(ids, self.weight, self.padding_idx)
 
@@ -171,7 +171,7 @@ class ConvolutionHost(HostMixin):
         return delta.reshape(-1, module.in_channels, *module.kernel_size)
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        if not self.adapter.enabled:
+        if not self.adapter.active:
             return super().forward(x)  # type: ignore[misc]
         return self.adapter.convolution(x, self.weight, self.bias, self._conv_forward)
 

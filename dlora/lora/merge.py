@@ -92,13 +92,13 @@ def merge(model: nn.Module) -> nn.Module:
     originals: dict[str, nn.Parameter] = {}
     for path, host, adapter in named_adapters(model):
         assert isinstance(host, HostMixin)
-        weight, delta = unpacked(host), host.as_stored(host, adapter.delta())
+        weight, delta = unpacked(host), host.as_stored(host, adapter.addend())
         scale = scale_of_rows(host, adapter, delta, [(0, len(weight), weight)])
         result = merged_weight(weight, change_of(weight, delta, scale))
         losses[path] = result.loss
         taken = replace_weight(host, result.weight)
         originals |= {f"{path}.{name}": parameter for name, parameter in taken.items()}
-        adapter.enabled = False
+        adapter.enabled, adapter.merged = False, True
     for path, host, copy in named_copies(model):
         for name, value in copy.cast().items():
             originals[f"{path}.{name}"] = host.get_parameter(name)
@@ -116,7 +116,8 @@ def unmerge(model: nn.Module) -> nn.Module:
     originals = model.__dict__.pop("dlora_originals", None)
     if originals is None:
         raise UsageError("unmerge: this model is not merged")
-    for path, host, _ in named_adapters(model):
+    for path, host, adapter in named_adapters(model):
+        adapter.merged = False
         names = [name for name in WEIGHT_NAMES if f"{path}.{name}" in originals]
         restore_weight(host, {name: originals.pop(f"{path}.{name}") for name in names})
     for path, original in originals.items():

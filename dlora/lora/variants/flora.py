@@ -120,7 +120,7 @@ class FloraAdapter(LoraAdapter):
             nn.init.kaiming_normal_(factor, a=math.sqrt(3))
         self.lora_core.zero_()
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def update_factors(self) -> tuple[Tensor, Tensor]:
         """(A, B) with 𝒢, and for a convolution the K, multiplied into one of them.
 
         For a product that is the one that leaves the smaller rank, and of equal ranks the smaller

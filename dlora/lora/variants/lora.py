@@ -49,6 +49,8 @@ class LoraAdapter(nn.Module):
         rescales_rows: it amounts to diag(d)·(W0 + ΔW), with d from `row_scale`.
         offset_A, offset_B: A₀ [r, n] and B₀ [m, r], frozen, whose product is subtracted; None where
             training starts at B·A = 0 anyway.
+        residual: the host's weight is W0 less s·B₀·A₀ already, as that of a packed base may be.
+        merged: the host's weight is W0 + ΔW for now.
     """
 
     settings: ClassVar[type[LoraConfig]] = LoraConfig
@@ -76,7 +78,7 @@ class LoraAdapter(nn.Module):
         self.lora_B = nn.Parameter(torch.empty(m, r, dtype=dtype, device=device))
         self.scaling, self.dropout, self.path = scaling, dropout, path
         self.stream = stream
-        self.enabled = True
+        self.enabled, self.merged, self.residual = True, False, False
         self.offset_A: Tensor | None
         self.offset_B: Tensor | None
         self.register_buffer("offset_A", torch.zeros_like(self.lora_A.data) if offset else None)
@@ -103,7 +105,24 @@ class LoraAdapter(nn.Module):
         exactly zero at the start and cancels nothing afterwards:
 
             B·A − B₀·A₀ = [B − B₀ | B₀]·[A ; A − A₀]
+
+        Where the host holds the residual they are what it lacks: A and B, or A₀ and B₀ of an
+        adapter that is switched off.
         """
+        if not self.residual:
+            return self.update_factors()
+        if self.enabled:
+            return self.lora_A, self.lora_B
+        assert self.offset_A is not None and self.offset_B is not None
+        return self.offset_A, self.offset_B
+
+    @property
+    def active(self) -> bool:
+        """Whether the host's weight alone does not do."""
+        return (self.enabled or self.residual) and not self.merged
+
+    def update_factors(self) -> tuple[Tensor, Tensor]:
+        """The factors of ΔW, of what is added to W0."""
         A, B = self.lora_A, self.lora_B
         A0, B0 = self.offset_A, self.offset_B
         if A0 is None or B0 is None:
@@ -175,19 +194,25 @@ class LoraAdapter(nn.Module):
 
     def kept_inputs(self, x: Tensor) -> tuple[Tensor | None, float]:
         """(mask shaped like x, False where dropout zeroes, and 1/(1 − p)); no mask means all."""
-        if not self.training or self.dropout == 0:
+        if not self.training or not self.enabled or self.dropout == 0:
             return None, 1.0
         return self.stream.keep_mask(x, self.dropout, self.path), 1 / (1 - self.dropout)
 
     def as_lora(self) -> PlainLora:
         """The plain LoRA of the same ΔW; shares storage with this adapter where it can."""
-        A, B = self.factors()
+        A, B = self.update_factors()
         return PlainLora(A.detach(), B.detach(), self.scaling)
 
     def delta(self) -> Tensor:
         """ΔW = s·B·A [m, n] in the masters' dtype."""
         A, B, scaling = self.as_lora()
         return (B @ A) * scaling
+
+    def addend(self) -> Tensor:
+        """What merging adds to the host's weight, [m, n]: ΔW, or s·B·A beside a residual."""
+        if not self.residual:
+            return self.delta()
+        return (self.lora_B.detach() @ self.lora_A.detach()) * self.scaling
 
     def row_scale(self, norms: Tensor) -> Tensor:
         """d [m], where `rescales_rows`, from the norms [m] of the rows of W0 + ΔW."""

@@ -1,0 +1,88 @@
+"""A base that is packed after what its adapters start from has been taken out of it.
+
+    W0 from the files ── factorised, on one rank ── A₀, B₀, broadcast
+    rows of W0 from the files ── less those of s·B₀·A₀ ── packed, on the rank that holds them
+
+Packing W0 itself would round away in its largest directions what PiSSA then trains. The base of
+such a run is what the packed residual stands for, plus s·B₀·A₀: that is what the model computes
+with its adapters off, and what the adapter's files are an update of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dlora.base_model import BaseModel
+from dlora.initialise import Layer, Started, start_from_matrices
+from dlora.lora.attach import attach, frozen_tensors, named_adapters
+from dlora.lora.config import LoraConfig
+from dlora.lora.hosts import HostMixin
+from dlora.sharding.mesh import Topology
+from dlora.stored_weights import StoredWeights
+from dlora.tensor_files import StoredTensor, stored_tensors
+
+
+class Residuals:
+    """A₀ and B₀ of every adapted module, before there is a model that has them."""
+
+    def __init__(self, base: BaseModel, lora: LoraConfig) -> None:
+        skeleton: Any = base.skeleton()
+        self._base, self._model = base, skeleton
+        self._stored = StoredWeights(base, skeleton)
+        attach(self._model, lora)
+        self._layers = {}
+        for path, host, adapter in named_adapters(self._model):
+            adapter.to_empty(device="cpu")
+            for tensor in adapter.state_dict().values():
+                tensor.zero_()
+            self._layers[path] = Layer(path, host, adapter)
+
+    def factorise(self, topology: Topology) -> Started:
+        """Make them of the weights in the base's files, each on one rank. Collective."""
+        return start_from_matrices(self._model, topology, self._matrix)
+
+    def read(self, checkpoint: Path, topology: Topology) -> None:
+        """Take them from a checkpoint that rank 0 alone may have. Collective."""
+        file = checkpoint / "adapter.safetensors"
+        stored: Mapping[str, StoredTensor] = stored_tensors(file) if topology.rank == 0 else {}
+        for name, tensor in frozen_tensors(self._model).items():
+            if topology.rank == 0:
+                tensor.copy_(stored[name].rows())
+            if topology.world > 1:
+                dist.broadcast(tensor, src=0)
+
+    def left(self, path: str, first: int, weights: Tensor) -> Tensor:
+        """What is left of the rows of a weight from `first` on, [k, n] as stored, in float32.
+
+        In float64 until then, so that a row is the same whichever rows are taken with it.
+        """
+        if path not in self._layers:
+            return weights
+        host, adapter = self._layers[path].host, self._layers[path].adapter
+        assert isinstance(host, HostMixin)
+        A0, B0 = (factor.double() for factor in adapter.offsets().values())
+        one, other = (A0.t(), B0.t()) if host.transposed else (B0, A0)
+        product = one[first : first + len(weights)] @ other
+        return (weights.double() - adapter.scaling * product).float()
+
+    @torch.no_grad()
+    def start(self, model: nn.Module) -> None:
+        """Start the adapters of a model that was loaded less these; the others stay as drawn."""
+        for path, _, adapter in named_adapters(model):
+            A0, B0 = self._layers[path].adapter.offsets().values()
+            if bool(B0.any()):
+                adapter.start_from(A0, B0)
+
+    def _matrix(self, layer: Layer) -> Tensor:
+        """W0 [m, n] of a layer, from the files."""
+        assert isinstance(layer.host, HostMixin)
+        shape = layer.host.get_parameter("weight").shape
+        weight = torch.empty(shape, dtype=self._base.dtype)
+        self._stored.read(f"{layer.path}.weight", 0, weight.view(-1))
+        return layer.host.as_product(weight)
