@@ -9,6 +9,8 @@ import os
 import re
 from collections.abc import Callable, Iterator
 
+import fsspec
+
 from dlora.config_options import plain, show
 from dlora.config_sections import SCHEMA, Config, is_set, value_of
 from dlora.errors import LaterError, UsageError
@@ -188,6 +190,11 @@ def _not_built(config: Config) -> Iterator[str]:
 
 
 def _not_installed(config: Config) -> Iterator[str]:
+    if (url := config.output.remote) is not None:
+        try:
+            fsspec.get_filesystem_class(fsspec.core.split_protocol(url)[0] or "file")
+        except (ImportError, ValueError) as error:
+            yield f"output.remote: {url}: {error}"
     if config.sharding.engine == "zero3" and importlib.util.find_spec("deepspeed") is None:
         yield "sharding.engine: zero3 needs deepspeed: pip install 'dlora[zero3]'"
     name = config.optimizer.name

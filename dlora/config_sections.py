@@ -167,6 +167,9 @@ class OutputConfig:
     eval_every: int = option(50, "steps between evaluations; 0: never", ge=0)
     save_every: int = option(50, "steps between checkpoints; 0: never", ge=0)
     keep_last: int = option(2, "checkpoints to keep", ge=1)
+    remote: str | None = option(
+        None, "an fsspec URL (s3://..., gs://...): checkpoints are copied there and fetched from it"
+    )
     resume: str = option("auto", "auto, none, or the path of a checkpoint")
     stop_file: str | None = option(
         None, "a path: when it appears the run commits and exits, as on SIGTERM"

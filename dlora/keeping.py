@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -27,6 +28,7 @@ from dlora.errors import UsageError
 from dlora.metrics import complete
 from dlora.prepare import Preparation
 from dlora.ranks_file import MaskLog
+from dlora.remote import remote_of
 from dlora.resume import resolved_yaml
 from dlora.runtime import Runtime
 from dlora.sharding.share import ReplicaError
@@ -60,6 +62,7 @@ class Keeper:
         self._config, self._runtime, self._prepared = config, runtime, preparation
         self._replica, self._optimizer, self._start = replica, optimizer, start
         self._root = output_directory(config) / "checkpoints"
+        self._remote = remote_of(config)
         self.masks = MaskLog(self._root.parent, replica.allocator)
         self._snapshots = Snapshots()
         self._record: dict[str, Any] = {}  # of the snapshot's step
@@ -117,7 +120,7 @@ class Keeper:
                 checkpoints.verify(directory)
             except UsageError:
                 self.masks.write(until=step)
-                self._write(snapshot.checkpoint(self._state(step)))
+                self._push(self._write(snapshot.checkpoint(self._state(step))))
             every = self._config.output.log_every
             if ending and every and step % every == 0 and self._record["step"] == step:
                 complete(self._root.parent / "metrics.jsonl", self._record)
@@ -172,12 +175,25 @@ class Keeper:
             self._runtime.warn(f"step {step} could not be saved: {error}; the run goes on")
 
     def _write_behind(self, checkpoint: Checkpoint) -> None:
-        with self._said_of_disk(checkpoint.state["step"]):
-            self._write(checkpoint)
+        step = checkpoint.state["step"]
+        with self._said_of_disk(step):
+            self._push(self._write(checkpoint))
 
-    def _write(self, checkpoint: Checkpoint) -> None:
+    def _push(self, directory: Path) -> None:
+        """Copy a checkpoint to `output.remote`; a store that refuses it does not end the run."""
+        if self._remote is None:
+            return
+        try:
+            self._remote.push(directory, self._config.output.keep_last)
+        except Exception as error:  # every store has exceptions of its own
+            self._runtime.warn(
+                f"{directory.name} could not be copied to {self._remote.url}: {error}; the run "
+                "goes on"
+            )
+
+    def _write(self, checkpoint: Checkpoint) -> Path:
         with self._writing:
-            checkpoints.write(
+            return checkpoints.write(
                 checkpoint,
                 self._root,
                 resolved_yaml(self._config, self._prepared),

@@ -22,6 +22,7 @@ from dlora.files import unused_name, write_atomically
 from dlora.metrics import MetricsLog
 from dlora.prepare import Preparation
 from dlora.ranks_file import PICTURE, RANKS
+from dlora.remote import remote_of
 from dlora.runtime import Runtime
 from dlora.start import output_directory
 
@@ -89,6 +90,8 @@ def open_directory(
             _set_aside(directory / name)
     else:
         checkpoints.set_aside_after(start, directory / "checkpoints")
+    if (remote := remote_of(config)) is not None:
+        remote.set_aside(start)
     write_atomically(directory / "config.yaml", resolved_yaml(config, preparation).encode())
     return MetricsLog(
         directory,

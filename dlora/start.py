@@ -21,6 +21,7 @@ from dlora.data import Sampler
 from dlora.errors import UsageError
 from dlora.lora.config import LoraConfig
 from dlora.lora.variants import VARIANTS
+from dlora.remote import remote_of
 from dlora.tensor_files import stored_tensors
 
 # Keys that may change between a run and its continuation: they do not alter the result.
@@ -87,7 +88,11 @@ def find_start(config: Config, warn: Callable[[str], None]) -> Start | None:
     if wanted == "none":
         return None
     if wanted == "auto":
-        directory = checkpoints.newest(output_directory(config) / "checkpoints", warn)
+        root = output_directory(config) / "checkpoints"
+        directory = checkpoints.newest(root, warn)
+        if (remote := remote_of(config)) is not None:
+            remote.fetch(root, step_of(directory), warn)
+            directory = checkpoints.newest(root, warn)
         if directory is None:
             return None
     else:
@@ -102,6 +107,11 @@ def find_start(config: Config, warn: Callable[[str], None]) -> Start | None:
     stored = stored_tensors(directory / "adapter.safetensors")
     shapes = {name: list(tensor.shape) for name, tensor in stored.items()}
     return Start(str(directory), state, settings, shapes, checkpoints.allocation(directory))
+
+
+def step_of(directory: Path | None) -> int:
+    """The step in a checkpoint's name; 0 where there is none."""
+    return int(directory.name.rpartition("-")[2]) if directory else 0
 
 
 def state_at(

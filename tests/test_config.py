@@ -65,6 +65,7 @@ ADDED = {  # change nothing
     ("optimizer", "lora_pro_moments"): "low",
     ("data", "on_error"): "stop",
     ("train", "allow_unused"): False,
+    ("output", "remote"): None,
     ("output", "samples"): 0,
 }
 

@@ -1,0 +1,123 @@
+"""Checkpoints at an fsspec URL (`s3://…`, `gs://…`, `memory://…`), beside those on the disk.
+
+    push     every file, the manifest last: a directory with a manifest is complete
+    fetch    the newest that verifies, into the run's own directory, where all else goes on as usual
+
+Object stores have no rename and no lock, so nothing is replaced there, and what is pruned loses its
+manifest first. `latest` names the newest, for whoever looks; nothing here reads it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from dlora.checkpoint import verify
+from dlora.errors import UsageError
+
+MANIFEST, LATEST = "manifest.json", "latest"
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+class RemoteCheckpoints:
+    """Those of one run.
+
+    Raises:
+        UsageError: the URL's protocol is unknown, or what speaks it is not installed.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        try:
+            self._files, self._root = fsspec.core.url_to_fs(self.url)
+        except (ImportError, ValueError) as error:
+            raise UsageError(f"output.remote: {url}: {error}") from None
+
+    def push(self, directory: Path, keep_last: int) -> None:
+        """Copy a checkpoint there, then remove all but the newest `keep_last` and this one."""
+        target = f"{self._root}/{directory.name}"
+        names = sorted(path.name for path in directory.iterdir() if path.name != MANIFEST)
+        self._files.makedirs(target, exist_ok=True)
+        for name in (*names, MANIFEST):
+            self._files.put_file(str(directory / name), f"{target}/{name}")
+        self._files.pipe_file(f"{self._root}/{LATEST}", f"{directory.name}\n".encode())
+        for _, old in self.steps()[:-keep_last]:
+            if old != target:
+                self._remove(old)
+
+    def fetch(self, root: Path, after: int, warn: Callable[[str], None]) -> None:
+        """Bring the newest checkpoint past the step `after` that verifies to the disk, if any.
+
+        Raises:
+            UsageError: the store cannot be read.
+        """
+        try:
+            found = [path for step, path in self.steps() if step > after]
+            for path in reversed(found):
+                if self._download(path, root, warn):
+                    return
+        except Exception as error:  # every store has exceptions of its own
+            raise UsageError(f"output.remote: {self.url} cannot be read: {error}") from error
+
+    def set_aside(self, after: int) -> None:
+        """Move checkpoints past a step out of the way: they belong to another course of the run."""
+        newer = [path for step, path in self.steps() if step > after]
+        number = 1
+        while newer and self._files.exists(f"{self._root}/old-{number}"):
+            number += 1
+        for path in newer:
+            self._files.mv(path, f"{self._root}/old-{number}/{_last(path)}", recursive=True)
+
+    def steps(self) -> list[tuple[int, str]]:
+        """(step, path) of the complete ones, in order."""
+        if not self._files.exists(self._root):
+            return []
+        self._files.invalidate_cache()
+        listed = [str(path) for path in self._files.ls(self._root, detail=False)]
+        named = [(_NAME.fullmatch(_last(path)), path) for path in listed]
+        complete = [
+            (int(match[1]), path)
+            for match, path in named
+            if match and self._files.exists(f"{path}/{MANIFEST}")
+        ]
+        return sorted(complete)
+
+    def _download(self, path: str, root: Path, warn: Callable[[str], None]) -> bool:
+        """Whether it verifies, and has its place on the disk now."""
+        root.mkdir(parents=True, exist_ok=True)
+        beside = root / f".{_last(path)}.{os.getpid()}.tmp"
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        try:
+            for entry in self._files.ls(path, detail=False):
+                self._files.get_file(str(entry), str(beside / _last(str(entry))))
+            verify(beside)
+            shutil.rmtree(root / _last(path), ignore_errors=True)  # it did not verify, if there
+            os.rename(beside, root / _last(path))
+            return True
+        except UsageError as error:
+            warn(f"skipping a checkpoint of {self.url}: {error}")
+            return False
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+    def _remove(self, path: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._files.rm(f"{path}/{MANIFEST}")
+            self._files.rm(path, recursive=True)
+
+
+def remote_of(config: Any) -> RemoteCheckpoints | None:
+    """What `output.remote` names."""
+    return RemoteCheckpoints(config.output.remote) if config.output.remote else None
+
+
+def _last(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2]

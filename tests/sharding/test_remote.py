@@ -1,0 +1,137 @@
+"""Checkpoints in a store: complete or not there, fetched where the disk has none, never mixed up.
+
+The store is fsspec's `memory://`, which lives as long as the worker process does.
+"""
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from ranks import Pools
+from run_training import command_line, figures, same_bits, train
+from test_resume import told
+from tiny import save_chats
+
+from dlora.checkpoint import verify
+from dlora.config import parse
+from dlora.errors import UsageError
+
+STEPS = 4
+
+
+@pytest.fixture
+def command(saved_models: Any, tmp_path: Path) -> Any:
+    data = str(save_chats(tmp_path / "chats.jsonl", 24))
+
+    def words(directory: Path, remote: str | None, **settings: Any) -> list[str]:
+        common = {
+            "model__path": saved_models("blocks"),
+            "data__train": data,
+            "output__dir": str(directory),
+            "output__remote": remote,
+            "output__save_every": 1,
+            "optimizer__schedule": "constant",
+            "train__max_steps": STEPS,
+        }
+        return command_line(**common | settings)
+
+    return words
+
+
+def stored(url: str) -> dict[str, bytes]:
+    """What a store holds, by path below the URL."""
+    files, root = fsspec.core.url_to_fs(url)
+    return {path.removeprefix(f"{root}/"): files.cat_file(path) for path in files.find(root)}
+
+
+def damage(url: str, path: str) -> None:
+    files, root = fsspec.core.url_to_fs(url)
+    content = files.cat_file(f"{root}/{path}")
+    files.pipe_file(f"{root}/{path}", content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def forget(url: str, path: str) -> None:
+    files, root = fsspec.core.url_to_fs(url)
+    files.rm(f"{root}/{path}")
+
+
+def test_a_run_goes_on_from_the_store(pools: Pools, command: Any, tmp_path: Path) -> None:
+    url = "memory://bucket/moved"
+    [whole] = pools(1).run(train, command(tmp_path / "whole", None, train__max_steps=6))
+    pools(1).run(train, command(tmp_path / "first", url))
+    [held] = pools(1).run(stored, url)
+    assert held["latest"] == b"step-000004\n"
+    for step in (3, 4):
+        local = tmp_path / "first" / "checkpoints" / f"step-{step:06d}"
+        for path in local.iterdir():
+            assert held[f"{local.name}/{path.name}"] == path.read_bytes()
+    assert {name.partition("/")[0] for name in held} == {"latest", "step-000003", "step-000004"}
+
+    [again] = pools(1).run(train, command(tmp_path / "second", url, train__max_steps=6))
+    assert same_bits(again["tensors"], whole["tensors"])
+    assert figures(tmp_path / "second") == figures(tmp_path / "whole")[4:]
+
+
+def test_what_is_damaged_or_torn_there_is_passed_over(
+    pools: Pools, command: Any, tmp_path: Path
+) -> None:
+    url = "memory://bucket/damaged"
+    pools(1).run(train, command(tmp_path / "first", url, output__keep_last=3))
+    pools(1).run(damage, url, "step-000004/optimizer.safetensors")
+    pools(1).run(forget, url, "step-000003/manifest.json")
+    [(_, printed)] = pools(1).run(told, command(tmp_path / "second", url))
+    assert f"skipping a checkpoint of {url}: " in printed
+    assert "does not match its SHA-256" in printed
+    assert "resuming after step 2" in printed
+    assert figures(tmp_path / "second") == figures(tmp_path / "first")[2:]
+    verify(tmp_path / "second" / "checkpoints" / "step-000004")
+
+
+def test_the_disk_goes_before_the_store_where_it_is_newer(
+    pools: Pools, command: Any, tmp_path: Path
+) -> None:
+    url = "memory://bucket/older"
+    pools(1).run(train, command(tmp_path / "run", url, train__max_steps=2))
+    pools(1).run(train, command(tmp_path / "run", None, train__max_steps=3))
+    [(_, printed)] = pools(1).run(told, command(tmp_path / "run", url))
+    assert "resuming after step 3" in printed
+
+
+def test_another_run_s_checkpoints_are_set_aside_there_too(
+    pools: Pools, command: Any, tmp_path: Path
+) -> None:
+    url = "memory://bucket/aside"
+    pools(1).run(train, command(tmp_path / "first", url))
+    argv = command(tmp_path / "second", url, output__resume="none", train__max_steps=1)
+    pools(1).run(train, argv)
+    [held] = pools(1).run(stored, url)
+    found = {name.rpartition("/")[0] for name in held} - {""}
+    assert found == {"step-000001", "old-1/step-000003", "old-1/step-000004"}
+
+
+def warned(argv: list[str]) -> tuple[int, str]:
+    """The status of a run, and its warnings."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        status = train(argv)["status"]
+    return status, said.getvalue()
+
+
+def test_a_store_that_cannot_be_written_does_not_end_the_run(
+    pools: Pools, command: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    argv = command(tmp_path / "run", f"file://{tmp_path}/file/run", train__max_steps=2)
+    [(status, said)] = pools(1).run(warned, argv)
+    assert status == 0
+    assert "step-000002 could not be copied to file://" in said
+    verify(tmp_path / "run" / "checkpoints" / "step-000002")
+    assert (tmp_path / "run" / "adapter").is_dir()
+
+
+def test_an_unknown_store_is_refused(command: Any, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"output\.remote: carrier-pigeon://loft: "):
+        parse(command(tmp_path / "run", "carrier-pigeon://loft"), "dlora.train")
