@@ -10,10 +10,12 @@ same command goes on until the run ends, and what it leaves has to be what the u
 
 import argparse
 import random
+import shutil
 import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from run_training import command_line
 from tiny import save_chats, save_model
 from two_ranks import Ranks, check_same_end
 
-STEPS, GRACE_SECONDS = 8, 6.0
+GRACE_SECONDS = 6.0
 ADALORA = {
     "adapter__method": "adalora",
     "adapter__r": None,
@@ -52,10 +54,27 @@ class Whole:
 
 
 class Trials:
-    """Trials in one directory, beside the undisturbed runs that they are compared with."""
+    """Trials in one directory, beside the undisturbed runs that they are compared with.
 
-    def __init__(self, root: Path) -> None:
+    Args:
+        steps, save_every: of a run.
+        most: times that a run is hit, at most.
+        signals: what it is hit with, one drawn each time.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        steps: int = 8,
+        save_every: int = 1,
+        most: int = 3,
+        signals: Sequence[signal.Signals] = (signal.SIGKILL,),
+    ) -> None:
         self._root = root
+        self._steps, self._save_every = steps, save_every
+        self._most, self._signals = most, signals
+        self.hits = 0
         self._wholes: dict[str, Whole] = {}
         import torch
 
@@ -73,19 +92,27 @@ class Trials:
         whole, directory = self._whole(kind), self._root / f"trial-{seed}"
         argv = self._command(kind, directory / "run")
         hits = []
-        for number in range(draw.randint(1, 3)):
+        for number in range(draw.randint(1, self._most)):
             victim, moment = draw.randrange(2), draw.uniform(0, whole.seconds)
+            hit = draw.choice(self._signals)
             ranks = Ranks(argv, directory / f"printed-{number}")
             if ranks.status(victim, moment) is None:
-                ranks.send(victim, signal.SIGKILL)
-                hits.append(f"rank {victim} at {moment:.2f} s")
+                ranks.send(victim, hit)
+                hits.append(f"{hit.name} to rank {victim} at {moment:.2f} s")
             for rank in range(2):
                 ranks.status(rank, GRACE_SECONDS)
             ranks.end()
+        self.hits += len(hits)
         last = Ranks(argv, directory / "printed-last")
         last.finish()
         check_same_end(directory / "run", whole.directory, kind.split()[1])
+        shutil.rmtree(directory)
         return f"{kind}: {', '.join(hits) or 'had ended before'}"
+
+    @property
+    def undisturbed(self) -> list[Path]:
+        """The directories of the undisturbed runs."""
+        return [whole.directory for whole in self._wholes.values()]
 
     def _whole(self, kind: str) -> Whole:
         if kind not in self._wholes:
@@ -100,8 +127,8 @@ class Trials:
             "model__path": str(self._root / "model"),
             "data__train": str(self._data),
             "output__dir": str(directory),
-            "output__save_every": 1,
-            "train__max_steps": STEPS,
+            "output__save_every": self._save_every,
+            "train__max_steps": self._steps,
             "adapter__lora_dropout": 0.1,
             "sharding__timeout_seconds": 30,
         }
