@@ -109,7 +109,7 @@ class BaseModel:
             UsageError: there are no weights, they are damaged, they are another model's, or they
                 are quantized and to be packed as well.
         """
-        from dlora.stored_base import are_at_hand
+        from dlora.stored_base import are_at_hand, check_files
         from dlora.stored_weights import StoredWeights
 
         if getattr(skeleton.config, "quantization_config", None) is not None:
@@ -120,6 +120,8 @@ class BaseModel:
                 )
         elif are_at_hand(self):
             StoredWeights(self, skeleton)
+        if are_at_hand(self):
+            check_files(self)
 
     def _reading(self, read: Callable[..., Any], **kwargs: Any) -> Any:
         """Call a `from_pretrained` on the source."""
@@ -149,6 +151,9 @@ class BaseWeights:
         """
         from transformers import AutoModelForCausalLM
 
+        from dlora.stored_base import check_files
+
+        check_files(self._base)
         model, found = self._base._reading(
             AutoModelForCausalLM.from_pretrained,
             dtype=self._base.dtype,

@@ -7,19 +7,21 @@ Start         ──check_start, on all────> a line that names whatever 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-import yaml
 from torch import Tensor
 
 from dlora import checkpoint as checkpoints
 from dlora.config import SCHEMA, Config, to_dict
+from dlora.config_yaml import parse_yaml
 from dlora.data import Sampler
 from dlora.errors import UsageError
+from dlora.files import read_object
 from dlora.lora.config import LoraConfig
+from dlora.lora.hosts import CHILD
 from dlora.lora.variants import VARIANTS
 from dlora.tensor_files import stored_tensors
 
@@ -69,12 +71,18 @@ class Start:
 
 
 def saved_lora(state: Mapping[str, Any]) -> LoraConfig | None:
-    """The resolved adapter settings in a `state.json`; None in one that was written without."""
+    """The resolved adapter settings in a `state.json`; None in one that was written without.
+
+    Raises:
+        UsageError: they are not what a run writes.
+    """
     if "adapter" not in state:
         return None
-    settings = dict(state["adapter"])
-    kind = VARIANTS[settings.pop("method", "lora")].settings
-    return kind(**settings)
+    try:
+        settings = dict(state["adapter"])
+        return VARIANTS[settings.pop("method", "lora")].settings(**settings)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise UsageError(f"state.json: adapter is not what it was: {error}") from None
 
 
 def find_start(config: Config, warn: Callable[[str], None]) -> Start | None:
@@ -87,21 +95,70 @@ def find_start(config: Config, warn: Callable[[str], None]) -> Start | None:
     if wanted == "none":
         return None
     if wanted == "auto":
-        directory = checkpoints.newest(output_directory(config) / "checkpoints", warn)
-        if directory is None:
-            return None
-    else:
-        directory = Path(wanted).expanduser()
-        if not directory.is_dir():
-            raise UsageError(
-                f"output.resume: there is no checkpoint {wanted} (auto, none, or the path of one)"
-            )
-        checkpoints.verify(directory)
-    state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
-    settings = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
-    stored = stored_tensors(directory / "adapter.safetensors")
+        found: list[Start] = []
+        root = output_directory(config) / "checkpoints"
+        checkpoints.newest(root, warn, lambda directory: found.append(_opened(directory)))
+        return found[0] if found else None
+    directory = Path(wanted).expanduser()
+    if not directory.is_dir():
+        raise UsageError(
+            f"output.resume: there is no checkpoint {wanted} (auto, none, or the path of one)"
+        )
+    return _opened(directory)
+
+
+def _opened(directory: Path) -> Start:
+    """A checkpoint that verifies and holds what a run writes.
+
+    Raises:
+        UsageError: it does not; the file is named.
+    """
+    files = checkpoints.verify(directory)
+    tensors = {n: stored_tensors(directory / n) for n in files if n.endswith(".safetensors")}
+    stored = tensors["adapter.safetensors"]
     shapes = {name: list(tensor.shape) for name, tensor in stored.items()}
-    return Start(str(directory), state, settings, shapes, checkpoints.allocation(directory))
+    path = directory / "config.yaml"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read: {error}") from None
+    settings, _ = parse_yaml(text, str(path))
+    state = read_object(directory / "state.json")
+    start = Start(str(directory), state, settings, shapes, checkpoints.allocation(directory))
+    for file, problem in _strange(start):
+        raise UsageError(f"{directory / file}: {problem}, which no run writes")
+    return start
+
+
+def _strange(start: Start) -> Iterator[tuple[str, str]]:
+    """(file, what is wrong in it) of a checkpoint whose files are whole; the first one counts."""
+    state, settings = start.state, start.settings
+    data = state["data"] if isinstance(state.get("data"), dict) else {}
+    for key, value, types in (
+        ("data.fingerprint", data.get("fingerprint"), str),
+        ("data.sequences", data.get("sequences", 0), int),
+        ("base", state.get("base"), str | None),
+        ("ranks", state.get("ranks"), int | None),
+    ):
+        if not isinstance(value, types):
+            yield "state.json", f"{key} is {value!r}"
+    try:
+        saved_lora(state)
+    except UsageError as error:
+        yield "state.json", str(error).removeprefix("state.json: ")
+    sections = settings if isinstance(settings, dict) else {"": settings}
+    for name, options in sections.items():
+        if not isinstance(options, dict):
+            yield "config.yaml", f"{name or 'all of it'} is {options!r}"
+    for name in ("engine", "base", "optimizer_state"):  # a resume takes them over
+        option = SCHEMA[f"sharding.{name}"]
+        value = sections.get("sharding", {}).get(name, option.default)
+        if value not in get_args(option.type):
+            yield "config.yaml", f"{option.key} is {value!r}"
+    kept = start.allocation["kept"] if start.allocation else ()
+    counted = {name for name in start.shapes if name.endswith(f".{CHILD}.lora_E")}
+    if counted != {f"{path}.{CHILD}.lora_E" for path in kept}:
+        yield "manifest.json", "triplets are not those of adapter.safetensors"
 
 
 def state_at(
