@@ -179,7 +179,7 @@ def check_files(base: BaseModel) -> None:
     if _cached(base, "adapter_config.json"):
         raise UsageError(
             f"model.path: {base.path} holds an adapter_config.json, so transformers would load "
-            "that adapter into the base where PEFT is installed; move it out, and set adapter.path to it"
+            "that adapter into the base where PEFT is installed; move it out, to adapter.path"
         )
 
 
