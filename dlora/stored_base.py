@@ -169,11 +169,13 @@ def check_files(base: BaseModel) -> None:
     """See that `from_pretrained` would read the base's weights, and nothing else.
 
     Raises:
-        UsageError: there are no safetensors, their index names files elsewhere or of another kind,
-            or an adapter lies beside them, which transformers would load where PEFT is installed.
+        UsageError: there are no safetensors, they are damaged, their index names files elsewhere or
+            of another kind, or an adapter lies beside them, which transformers would load where
+            PEFT is installed.
     """
     try:
-        weight_files(base)
+        for file in weight_files(base):
+            stored_tensors(file)
     except UsageError as error:
         raise UsageError(f"model.path: {error}") from error
     if _cached(base, "adapter_config.json"):
