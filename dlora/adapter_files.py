@@ -14,17 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from dlora.api import attach
 from dlora.errors import UsageError
-from dlora.files import write_atomically
+from dlora.files import inside, read_object, write_atomically
 from dlora.lora.attach import attachment_of, frozen_tensors, named_adapters
 from dlora.lora.config import LoraConfig
+from dlora.lora.hosts import host_kind
+from dlora.lora.targets import target_paths
 from dlora.peft_format import PREFIX, adalora_files, lora_files, peft_slots
 from dlora.quant.packed import is_packed
+from dlora.tensor_files import FLOATS, StoredTensor, stored_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FORMS = {"LORA": lora_files, "ADALORA": adalora_files}  # by PEFT's name
@@ -48,6 +50,15 @@ _READ = {  # PEFT's keys that have a meaning here, with the value that means "no
 }
 # PEFT's initialisations that leave W0 as it is; the others' files are relative to another base.
 _INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+_KINDS: dict[str, tuple[type, ...]] = {  # what JSON may hold where `LoraConfig` does not look
+    "lora_dropout": (float, int),
+    "target_modules": (str, list),
+    "modules_to_save": (list,),
+    "rank_pattern": (dict,),
+    "alpha_pattern": (dict,),
+    "base_model_name_or_path": (str,),
+    "revision": (str,),
+}
 
 
 def save_adapter(
@@ -87,11 +98,15 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
 
     Raises:
         UsageError: a file is missing or damaged, is no LoRA, uses something that dlora does not
-            have, or does not fit the model; the message names the file and the key.
+            have, holds what is no finite number, or does not fit the model; the message names the
+            file and the key.
     """
     directory = Path(directory).expanduser()
-    config = read_config(directory)
+    config, file = read_config(directory), inside(directory, WEIGHTS)
+    tensors = stored_tensors(file)
+    check_numbers(tensors)
     if not hasattr(model, "dlora"):
+        _check_ranks(model, config, file, tensors)
         attach(model, config)
     if (method := attachment_of(model).config.method) != "lora":
         raise UsageError(
@@ -105,13 +120,12 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
             f"{directory} does not go on; load it into a model without adapters"
         )
     expected = peft_slots(model)
-    tensors = _read_tensors(directory / WEIGHTS)
     base_copies = _take_base_copies(model, tensors)
-    check_shapes(directory / WEIGHTS, {key: t.shape for key, t in tensors.items()}, expected)
+    check_shapes(file, {key: t.shape for key, t in tensors.items()}, expected)
     for key, (stored, base) in base_copies.items():
         if not _same_base(stored, base):
             raise UsageError(
-                f"{directory / WEIGHTS}: {key} differs from this model's weight; the adapter was "
+                f"{file}: {key} differs from this model's weight; the adapter was "
                 "trained on another base"
             )
     for path, _, adapter in named_adapters(model):
@@ -123,7 +137,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
             )
     with torch.no_grad():
         for key, slot in expected.items():
-            slot.copy_(tensors[key])
+            slot.copy_(tensors[key].rows().view(slot.shape))
     return model
 
 
@@ -144,16 +158,18 @@ def check_shapes(
 
 def read_config(directory: str | Path) -> LoraConfig:
     """The `LoraConfig` of an adapter directory; see `load_adapter` for the errors."""
-    path = Path(directory).expanduser() / CONFIG
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{path}: there is no such file, so {directory} is no adapter") from None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
-        kind = raw.get("peft_type") if isinstance(raw, dict) else None
+    path = inside(Path(directory).expanduser(), CONFIG)
+    if not path.exists():
+        raise UsageError(f"{path}: there is no such file, so {directory} is no adapter")
+    raw = read_object(path)
+    if raw.get("peft_type") != "LORA":
+        kind = raw.get("peft_type")
         raise UsageError(f"{path}: peft_type is {kind!r}; only LORA can be loaded")
+    for key, kinds in _KINDS.items():
+        value = raw.get(key)
+        items = value if isinstance(value, list) else ()
+        if not isinstance(value, (*kinds, type(None))) or any(type(i) is not str for i in items):
+            raise UsageError(f"{path}: {key}: {value!r} is of no type that PEFT writes there")
     for key, unused in _READ.items():
         if raw.get(key, unused) not in (unused, None, [], {}):
             raise UsageError(f"{path}: {key}: {raw[key]!r} is not supported")
@@ -179,14 +195,30 @@ def read_config(directory: str | Path) -> LoraConfig:
         raise UsageError(f"{path}: {error}") from None
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise UsageError(f"{path}: there is no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise UsageError(f"{path}: is damaged or no safetensors file: {error}") from None
+def check_numbers(tensors: Mapping[str, StoredTensor]) -> None:
+    """Raise a `UsageError` unless an adapter's tensors are floats, and finite.
+
+    Copies of W0 are left out: they are compared with the base.
+    """
+    for key, tensor in tensors.items():
+        if not key.endswith(".base_layer.weight"):
+            tensor.check_numbers()
+
+
+def _check_ranks(
+    model: nn.Module, config: LoraConfig, file: Path, tensors: Mapping[str, StoredTensor]
+) -> None:
+    """See that every r is that of a tensor, before anything of its size is made."""
+    for path in target_paths(model, config):
+        kind = host_kind(model.get_submodule(path))
+        name = "lora_embedding_A" if kind and kind.is_embedding else "lora_A.weight"
+        stored, r = tensors.get(key := f"{PREFIX}{path}.{name}"), config.r_for(path)
+        if stored is not None and stored.shape[:1] != (r,):
+            raise UsageError(
+                f"{file}: {key} has shape {list(stored.shape)}, and r is {r} in {CONFIG}"
+            )
+        if stored is None:
+            raise UsageError(f"{file}: lacks {key}")
 
 
 def _targets(raw: Any, modules_to_save: tuple[str, ...]) -> str | list[str]:
@@ -198,8 +230,8 @@ def _targets(raw: Any, modules_to_save: tuple[str, ...]) -> str | list[str]:
 
 
 def _take_base_copies(
-    model: nn.Module, tensors: dict[str, Tensor]
-) -> dict[str, tuple[Tensor, Tensor]]:
+    model: nn.Module, tensors: dict[str, StoredTensor]
+) -> dict[str, tuple[StoredTensor, Tensor]]:
     """Take out of `tensors` the frozen weights that PEFT adds for adapted embeddings and heads.
 
     Returns (stored, the model's) by key.
@@ -212,12 +244,14 @@ def _take_base_copies(
     return found
 
 
-def _same_base(stored: Tensor, base: Tensor) -> bool:
+def _same_base(stored: StoredTensor, base: Tensor) -> bool:
     """Equal but for a cast; of a sharded weight only the shape can be seen without a collective."""
-    if stored.shape != base.shape or type(base) is not Tensor or base.device.type == "meta":
-        return stored.shape == base.shape
-    stored = stored.to(base.device)
-    return torch.equal(stored.to(base.dtype), base) or torch.equal(base.to(stored.dtype), stored)
+    if stored.shape != base.shape or stored.dtype not in FLOATS:
+        return False
+    if type(base) is not Tensor or base.device.type == "meta":
+        return True
+    copy = stored.rows().to(base.device)
+    return torch.equal(copy.to(base.dtype), base) or torch.equal(base.to(copy.dtype), copy)
 
 
 def _some(keys: set[str]) -> str:

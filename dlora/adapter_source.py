@@ -3,13 +3,12 @@
     PEFT's directory    adapter_config.json, adapter_model.safetensors   keys are PEFT's
     a checkpoint        config.yaml, adapter.safetensors, manifest.json  keys are names in the model
 
-Names, shapes and settings are checked against a model, which may be on the meta device, before a
-tensor is read.
+Names, shapes and settings are checked against a model, which may be on the meta device, and values
+for being finite, before anything is done with a tensor.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +19,11 @@ import yaml
 from torch import Tensor, nn
 
 from dlora import checkpoint
-from dlora.adapter_files import CONFIG, WEIGHTS, read_config
+from dlora.adapter_files import CONFIG, WEIGHTS, check_numbers, read_config
 from dlora.adapter_settings import lora_config
 from dlora.config import load
 from dlora.errors import UsageError
+from dlora.files import inside, read_object
 from dlora.lora.attach import (
     adapter_tensors,
     attach,
@@ -69,7 +69,7 @@ class AdapterSource:
         """Attach adapters of the right form to `model`, and see that each has its tensors here.
 
         Raises:
-            UsageError: the adapter does not fit the model; nothing has been read then.
+            UsageError: the adapter does not fit the model, or holds what is no finite number.
         """
         try:
             attach(model, self.config)
@@ -99,6 +99,7 @@ class AdapterSource:
                     f"{self.file} does not fit the base: {tensor.key} is {tensor.dtype} "
                     f"{list(tensor.shape)}, and the base needs floats {list(expected)}"
                 )
+        check_numbers({tensor.key: tensor for tensor in self._tensors.values()})
 
     def read(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """A tensor of the adapters by its name in the model."""
@@ -181,7 +182,7 @@ def open_adapter(directory: str | Path) -> AdapterSource:
 
 def _from_peft(directory: Path) -> AdapterSource:
     config = read_config(directory)
-    raw = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    raw = read_object(directory / CONFIG)
     path = raw.get("base_model_name_or_path")
     run = _model_section(directory.parent / "config.yaml")
     if not path or run.get("path") != path:
@@ -189,7 +190,8 @@ def _from_peft(directory: Path) -> AdapterSource:
     base = BaseReference(
         path, raw.get("revision") or run.get("revision"), None, run.get("cache_dir")
     )
-    return AdapterSource(directory, directory / WEIGHTS, config, base, is_checkpoint=False)
+    file = inside(directory, WEIGHTS)
+    return AdapterSource(directory, file, config, base, is_checkpoint=False)
 
 
 def _from_checkpoint(directory: Path) -> AdapterSource:
@@ -197,7 +199,7 @@ def _from_checkpoint(directory: Path) -> AdapterSource:
     # Where W0 was divided does not matter here, and its engine need not be installed.
     elsewhere = ["--sharding.engine", "fsdp2", "--sharding.cpu_offload", "false"]
     config = load(directory / "config.yaml", elsewhere)
-    lora = saved_lora(json.loads((directory / "state.json").read_text(encoding="utf-8")))
+    lora = saved_lora(read_object(directory / "state.json"))
     model = config.model
     base = BaseReference(model.path, model.revision, model.dtype, model.cache_dir)
     file = directory / "adapter.safetensors"
@@ -211,11 +213,12 @@ def _from_checkpoint(directory: Path) -> AdapterSource:
     )
 
 
-def _model_section(path: Path) -> dict[str, Any]:
+def _model_section(path: Path) -> dict[str, str]:
     """`model` of a run's configuration, which knows where its base was converted, or {}."""
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     section = found.get("model") if isinstance(found, dict) else None
-    return section if isinstance(section, dict) else {}
+    texts = section.items() if isinstance(section, dict) else ()
+    return {name: value for name, value in texts if isinstance(value, str)}

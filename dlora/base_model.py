@@ -84,8 +84,7 @@ class BaseModel:
     def load(self, engine: Engine, device: torch.device, left: Any = None) -> nn.Module:
         """The model with this rank's share of the weights, packed or in `dtype`, frozen.
 
-        Args:
-            left: what is packed of a weight, where that is not all; see `StoredPackedWeights`.
+        `left` is what is packed of a weight, where that is not all: see `StoredPackedWeights`.
 
         Raises:
             UsageError: on every rank, before a weight is read, if a rank would get none of a
@@ -103,16 +102,13 @@ class BaseModel:
         """See from the headers of the base's files that they are whole and fit the configuration.
 
         Nothing is brought from a hub for this, and a base that is quantized in its files is left to
-        transformers.
-
-        Args:
-            skeleton: the model on the meta device, without adapters.
+        transformers. The skeleton is on the meta device, without adapters.
 
         Raises:
             UsageError: there are no weights, they are damaged, they are another model's, or they
                 are quantized and to be packed as well.
         """
-        from dlora.stored_base import are_at_hand
+        from dlora.stored_base import are_at_hand, check_files
         from dlora.stored_weights import StoredWeights
 
         if getattr(skeleton.config, "quantization_config", None) is not None:
@@ -123,6 +119,8 @@ class BaseModel:
                 )
         elif are_at_hand(self):
             StoredWeights(self, skeleton)
+        if are_at_hand(self):
+            check_files(self)
 
     def _reading(self, read: Callable[..., Any], **kwargs: Any) -> Any:
         """Call a `from_pretrained` on the source."""
@@ -152,6 +150,9 @@ class BaseWeights:
         """
         from transformers import AutoModelForCausalLM
 
+        from dlora.stored_base import check_files
+
+        check_files(self._base)
         model, found = self._base._reading(
             AutoModelForCausalLM.from_pretrained,
             dtype=self._base.dtype,

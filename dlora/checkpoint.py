@@ -7,8 +7,8 @@
         scorer.safetensors       of AdaLoRA: `<parameter>.<average>`
         state.json               step, schedule, random state, data cursor
         config.yaml              the resolved configuration
-        manifest.json            sizes and SHA-256 of the files above, versions; of AdaLoRA the
-                                 triplets that are left, which say the shapes of its tensors
+        manifest.json            sizes and SHA-256 of the files above and of itself, versions; of
+                                 AdaLoRA the triplets that are left, which say its tensors' shapes
 
 Written by one rank, without a collective: every rank holds all of it, but for an optimizer state
 that is divided over ranks, which all of them send to rank 0; the files are the same. The directory
@@ -24,19 +24,20 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dlora.errors import UsageError
-from dlora.files import sync, unused_name, write_atomically
+from dlora.files import inside, read_object, sync, unused_name, write_atomically
 
-FORMAT = 1
+FORMAT = 2  # 1 had no hash of the manifest
 FILES = {"adapter.safetensors", "optimizer.safetensors", "state.json", "config.yaml"}
 STATES = ("optimizer", "scorer")
 _NAME = re.compile(r"step-(\d{6,})")
@@ -90,6 +91,7 @@ def write(
     }
     if checkpoint.allocation is not None:
         manifest["triplets"] = checkpoint.allocation
+    manifest["sha256"] = _digest_of(manifest)
     try:
         for name, content in (files | {"manifest.json": _json(manifest)}).items():
             write_atomically(beside / name, content)
@@ -137,60 +139,111 @@ def read(directory: Path) -> Checkpoint:
     """A verified checkpoint.
 
     Raises:
-        UsageError: a file is missing, has another size or another hash than the manifest says.
+        UsageError: as for `verify`; or a file is no safetensors file, or keeps a state of a tensor
+            that is not there.
     """
     files = verify(directory)
-    return Checkpoint(
-        load_file(directory / "adapter.safetensors"),
-        {
-            n: load_file(directory / f"{n}.safetensors")
-            for n in STATES
-            if f"{n}.safetensors" in files
-        },
-        _read_json(directory / "state.json"),
-        allocation(directory),
-    )
+    tensors = _tensors(directory / "adapter.safetensors")
+    states = {}
+    for name in (n for n in STATES if f"{n}.safetensors" in files):
+        states[name] = _tensors(directory / f"{name}.safetensors")
+        for key in states[name]:
+            if key.rpartition(".")[0] not in tensors:
+                raise UsageError(f"{directory / name}.safetensors: {key} belongs to no tensor")
+    state = read_object(directory / "state.json")
+    return Checkpoint(tensors, states, state, allocation(directory))
 
 
 def allocation(directory: Path) -> dict[str, Any] | None:
-    """The triplets that AdaLoRA had left, of a checkpoint's manifest; None of other adapters."""
-    found = _read_json(directory / "manifest.json").get("triplets")
-    return found if isinstance(found, dict) else None
+    """The triplets that AdaLoRA had left, of a checkpoint's manifest; None of other adapters.
+
+    Raises:
+        UsageError: they are not ascending numbers by module, or the manifest is damaged.
+    """
+    found = _manifest(directory).get("triplets")
+    if found is None:
+        return None
+    lists = found.get("kept") if isinstance(found, dict) else None
+    if (
+        not isinstance(lists, dict)
+        or not isinstance(found.get("shrunk"), bool)
+        or not all(isinstance(left, list) and _ascends(left) for left in lists.values())
+    ):
+        raise UsageError(f"{directory / 'manifest.json'}: triplets: not what a run writes")
+    return found
 
 
 def verify(directory: Path, names: Collection[str] | None = None) -> Collection[str]:
     """Check files against the manifest: those called `names`, by default all; returns their names.
 
     Raises:
-        UsageError: a file is missing, has another size or another hash than the manifest says.
+        UsageError: a file is missing, leads out of the directory, has another size or another hash
+            than the manifest says, or cannot be read; or the directory has another step's name.
     """
-    manifest = _read_json(directory / "manifest.json")
-    if manifest.get("format") != FORMAT:
-        raise UsageError(f"{directory}: checkpoint format {manifest.get('format')} is unknown")
-    files = manifest.get("files")
-    if not isinstance(files, dict) or not files.keys() >= FILES:
-        raise UsageError(f"{directory / 'manifest.json'}: does not list the checkpoint's files")
+    files = _manifest(directory)["files"]
     names = files.keys() if names is None else names
     for name in names:
-        path, expected = directory / name, files.get(name)
-        if (
-            not isinstance(expected, dict)
-            or not path.is_file()
-            or path.stat().st_size != expected.get("bytes")
-        ):
-            raise UsageError(f"{path}: is missing or has the wrong size; the checkpoint is damaged")
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        path, expected = inside(directory, name), files.get(name)
+        try:
+            if (
+                not isinstance(expected, dict)
+                or not path.is_file()
+                or path.stat().st_size != expected.get("bytes")
+            ):
+                raise UsageError(
+                    f"{path}: is missing or has the wrong size; the checkpoint is damaged"
+                )
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
         if digest != expected.get("sha256"):
             raise UsageError(f"{path}: does not match its SHA-256; the checkpoint is damaged")
+    if "state.json" in names:
+        _check_step(directory)
     return names
 
 
-def newest(root: Path, warn: Any = print) -> Path | None:
-    """The newest checkpoint under `root` that verifies; damaged ones are skipped with a warning."""
+def _manifest(directory: Path) -> dict[str, Any]:
+    """A manifest that is whole and lists files."""
+    path = inside(directory, "manifest.json")
+    manifest = read_object(path)
+    if manifest.get("format") not in (1, FORMAT):
+        raise UsageError(f"{directory}: checkpoint format {manifest.get('format')} is unknown")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not files.keys() >= FILES:
+        raise UsageError(f"{path}: does not list the checkpoint's files")
+    digest = manifest.get("sha256")
+    if digest != _digest_of(manifest) and (digest is not None or manifest["format"] != 1):
+        raise UsageError(f"{path}: does not match its SHA-256; the checkpoint is damaged")
+    return manifest
+
+
+def _digest_of(manifest: dict[str, Any]) -> str:
+    """SHA-256 (hex) of the rest of a manifest."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _check_step(directory: Path) -> None:
+    """See that a checkpoint says its step, and that its directory has no other's name."""
+    path = directory / "state.json"
+    step, named = read_object(path).get("step"), _NAME.fullmatch(directory.name)
+    if type(step) is not int or step < 0:
+        raise UsageError(f"{path}: step: a number of steps was expected, not {step!r}")
+    if named and int(named[1]) != step:
+        raise UsageError(f"{path}: is of step {step}, and the directory has another step's name")
+
+
+def newest(root: Path, warn: Any = print, check: Callable[[Path], object] = verify) -> Path | None:
+    """The newest checkpoint under `root` that verifies; damaged ones are skipped with a warning.
+
+    Args:
+        check: raises a `UsageError` where a checkpoint is not to be taken.
+    """
     for _, directory in reversed(_steps(root)):
         try:
-            verify(directory)
+            check(directory)
         except UsageError as error:
             warn(f"skipping a checkpoint: {error}")
         else:
@@ -212,7 +265,7 @@ def set_aside_after(step: int, root: Path) -> None:
 def _steps(root: Path) -> list[tuple[int, Path]]:
     if not root.is_dir():
         return []
-    found = [(_NAME.fullmatch(path.name), path) for path in root.iterdir() if path.is_dir()]
+    found = [(_NAME.fullmatch(path.name), path) for path in root.iterdir()]
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
@@ -220,11 +273,13 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _tensors(path: Path) -> dict[str, Tensor]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise UsageError(f"{path}: holds a JSON {type(value).__name__}, not an object")
-    return value
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{path}: is damaged or no safetensors file: {error}") from None
+
+
+def _ascends(numbers: list[Any]) -> bool:
+    """Whether they are whole numbers from 0 on, each once and in order."""
+    return all(type(n) is int and n >= 0 for n in numbers) and numbers == sorted({*numbers})

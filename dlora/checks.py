@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from dlora.adapter_files import WEIGHTS, check_shapes
+from dlora.adapter_files import WEIGHTS, check_numbers, check_shapes
 from dlora.config import Config
 from dlora.data import Dataset
 from dlora.errors import UsageError
+from dlora.files import inside
 from dlora.lora.attach import attachment_of, named_adapters
 from dlora.lora.hosts import HostMixin
 from dlora.objectives.targets import model_parts
@@ -79,12 +80,14 @@ def check_gradients(model: nn.Module) -> None:
 
 
 def check_adapter(model: nn.Module, directory: str) -> None:
-    """See from its header that an adapter's file fits an attached model; as `load_adapter` does."""
-    path = Path(directory).expanduser() / WEIGHTS
-    shapes = {key: stored.shape for key, stored in stored_tensors(path).items()}
+    """See that an adapter's file fits an attached model and is finite; as `load_adapter` does."""
+    path = inside(Path(directory).expanduser(), WEIGHTS)
+    tensors = stored_tensors(path)
+    shapes = {key: stored.shape for key, stored in tensors.items()}
     for host, _, _ in named_adapters(model):
         shapes.pop(f"{PREFIX}{host}.base_layer.weight", None)
     check_shapes(path, shapes, peft_slots(model))
+    check_numbers(tensors)
 
 
 def check_sequences(data: Mapping[str, Dataset | None], tokenizer: Any, model: Any) -> None:

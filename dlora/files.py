@@ -1,12 +1,17 @@
-"""Nothing is ever lost: write beside, fsync, rename."""
+"""Nothing is ever lost: write beside, fsync, rename. And nothing that others wrote is trusted:
+names stay inside their directory, and what is no JSON object is said in one line."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any
+
+from dlora.errors import UsageError
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -60,3 +65,54 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# -- what others wrote --------------------------------------------------------------------------
+
+
+def inside(directory: Path, name: object) -> Path:
+    """The file `name` of a directory that a stranger may have filled; it need not be there.
+
+    A link may lead to another place in the directory or, in the hub's cache, from
+    `snapshots/<revision>/` to a blob of the same repository.
+
+    Raises:
+        UsageError: the name is none, or it or a link leads out of the directory.
+    """
+    path = directory / plain_name(directory, name)
+    try:
+        real, root = path.resolve(), directory.resolve()
+    except (OSError, RuntimeError) as error:  # a ring of links
+        raise UsageError(f"{path}: is no file: {error}") from None
+    snapshots = next((p for p in (root, *root.parents) if p.name == "snapshots"), None)
+    is_blob = snapshots is not None and real.parent == snapshots.parent / "blobs"
+    if not (is_blob or real.is_relative_to(root)):
+        raise UsageError(f"{path}: is a link out of its directory, to {real}; put a copy there")
+    return path
+
+
+def plain_name(directory: Path, name: object) -> str:
+    """`name`, as a file in `directory` tells it, if it is a path that leads nowhere else.
+
+    Raises:
+        UsageError: it is none.
+    """
+    parts = PurePath(name).parts if isinstance(name, str) else ()
+    if not parts or ".." in parts or PurePath(*parts).is_absolute() or "\0" in str(name):
+        raise UsageError(f"{directory}: {name!r} is not the name of a file in it")
+    return str(name)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Raises:
+        UsageError: it cannot be read, or holds anything else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{path}: holds a JSON {type(value).__name__}, not an object")
+    return value

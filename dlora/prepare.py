@@ -22,6 +22,7 @@ from dlora.checks import (
     pad_token,
 )
 from dlora.config import Config
+from dlora.continuation import check_start
 from dlora.data import Dataset, Sampler, check_source, load_examples
 from dlora.lora.attach import adapter_tensors, attach, trainable_parameters
 from dlora.lora.config import LoraConfig
@@ -33,7 +34,7 @@ from dlora.plan.workload import workload_of
 from dlora.quantization import Quantized
 from dlora.rank_allocator import keep_triplets
 from dlora.sharding.mesh import Placement, Topology
-from dlora.start import Start, check_start
+from dlora.start import Start
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from dlora.errors import UsageError
 from dlora.lora import orthogonality
 from dlora.lora.attach import attachment_of, named_adapters
 from dlora.lora.budget import best
@@ -227,11 +228,19 @@ class RankAllocator:
 
 
 def keep_triplets(model: nn.Module, record: Mapping[str, Any]) -> None:
-    """Give adapters that no replica owns the masks or shapes that a checkpoint records."""
+    """Give adapters that no replica owns the masks or shapes that a checkpoint records.
+
+    Raises:
+        UsageError: it records a triplet that its module never had.
+    """
     for path, _, adapter in named_adapters(model):
         left = record["kept"].get(path)
         if left is None or not isinstance(adapter, AdaLoraAdapter):
             continue  # another run's: whoever compares the two says so
+        if left and left[-1] >= adapter.r:
+            raise UsageError(
+                f"the checkpoint keeps triplet {left[-1]} of {path}, which has {adapter.r}"
+            )
         if record["shrunk"]:
             adapter.shrink(torch.tensor(left, dtype=torch.int64))
         else:

@@ -6,39 +6,22 @@ Start         ──check_start, on all────> a line that names whatever 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import yaml
-from torch import Tensor
+from typing import Any, get_args
 
 from dlora import checkpoint as checkpoints
-from dlora.config import SCHEMA, Config, to_dict
+from dlora.config import SCHEMA, Config
+from dlora.config_yaml import parse_yaml
 from dlora.data import Sampler
 from dlora.errors import UsageError
+from dlora.files import read_object
 from dlora.lora.config import LoraConfig
+from dlora.lora.hosts import CHILD
 from dlora.lora.variants import VARIANTS
 from dlora.remote import remote_of
 from dlora.tensor_files import stored_tensors
-
-# Keys that may change between a run and its continuation: they do not alter the result.
-FREE_KEYS = {
-    "model.cache_dir",
-    "adapter.path",  # what it said of the adapter is compared, not where it lay
-    "data.train",  # what the files hold is compared, not what they are called
-    "data.eval",
-    "data.on_error",
-    "train.max_steps",
-    "train.epochs",
-    "train.micro_batch_size",
-    "train.allow_unused",
-}
-FREE_SECTIONS = {"sharding", "output"}
-# Settings of an adapter that come from elsewhere in the configuration.
-SAID_AS = {"total_step": "train.max_steps or train.epochs (adalora's schedule spans all steps)"}
 
 
 @dataclass(frozen=True)
@@ -70,12 +53,18 @@ class Start:
 
 
 def saved_lora(state: Mapping[str, Any]) -> LoraConfig | None:
-    """The resolved adapter settings in a `state.json`; None in one that was written without."""
+    """The resolved adapter settings in a `state.json`; None in one that was written without.
+
+    Raises:
+        UsageError: they are not what a run writes.
+    """
     if "adapter" not in state:
         return None
-    settings = dict(state["adapter"])
-    kind = VARIANTS[settings.pop("method", "lora")].settings
-    return kind(**settings)
+    try:
+        settings = dict(state["adapter"])
+        return VARIANTS[settings.pop("method", "lora")].settings(**settings)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise UsageError(f"state.json: adapter is not what it was: {error}") from None
 
 
 def find_start(config: Config, warn: Callable[[str], None]) -> Start | None:
@@ -89,29 +78,78 @@ def find_start(config: Config, warn: Callable[[str], None]) -> Start | None:
         return None
     if wanted == "auto":
         root = output_directory(config) / "checkpoints"
-        directory = checkpoints.newest(root, warn)
+        found = _newest(root, warn)
         if (remote := remote_of(config)) is not None:
-            remote.fetch(root, step_of(directory), warn)
-            directory = checkpoints.newest(root, warn)
-        if directory is None:
-            return None
-    else:
-        directory = Path(wanted).expanduser()
-        if not directory.is_dir():
-            raise UsageError(
-                f"output.resume: there is no checkpoint {wanted} (auto, none, or the path of one)"
-            )
-        checkpoints.verify(directory)
-    state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
-    settings = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
-    stored = stored_tensors(directory / "adapter.safetensors")
+            remote.fetch(root, found.step if found else 0, warn)
+            found = _newest(root, warn)
+        return found
+    directory = Path(wanted).expanduser()
+    if not directory.is_dir():
+        raise UsageError(
+            f"output.resume: there is no checkpoint {wanted} (auto, none, or the path of one)"
+        )
+    return _opened(directory)
+
+
+def _newest(root: Path, warn: Callable[[str], None]) -> Start | None:
+    """The newest checkpoint on the disk that can be gone on from."""
+    found: list[Start] = []
+    checkpoints.newest(root, warn, lambda directory: found.append(_opened(directory)))
+    return found[0] if found else None
+
+
+def _opened(directory: Path) -> Start:
+    """A checkpoint that verifies and holds what a run writes.
+
+    Raises:
+        UsageError: it does not; the file is named.
+    """
+    files = checkpoints.verify(directory)
+    tensors = {n: stored_tensors(directory / n) for n in files if n.endswith(".safetensors")}
+    stored = tensors["adapter.safetensors"]
     shapes = {name: list(tensor.shape) for name, tensor in stored.items()}
-    return Start(str(directory), state, settings, shapes, checkpoints.allocation(directory))
+    path = directory / "config.yaml"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read: {error}") from None
+    settings, _ = parse_yaml(text, str(path))
+    state = read_object(directory / "state.json")
+    start = Start(str(directory), state, settings, shapes, checkpoints.allocation(directory))
+    for file, problem in _strange(start):
+        raise UsageError(f"{directory / file}: {problem}, which no run writes")
+    return start
 
 
-def step_of(directory: Path | None) -> int:
-    """The step in a checkpoint's name; 0 where there is none."""
-    return int(directory.name.rpartition("-")[2]) if directory else 0
+def _strange(start: Start) -> Iterator[tuple[str, str]]:
+    """(file, what is wrong in it) of a checkpoint whose files are whole; the first one counts."""
+    state, settings = start.state, start.settings
+    data = state["data"] if isinstance(state.get("data"), dict) else {}
+    for key, value, types in (
+        ("data.fingerprint", data.get("fingerprint"), str),
+        ("data.sequences", data.get("sequences", 0), int),
+        ("base", state.get("base"), str | None),
+        ("ranks", state.get("ranks"), int | None),
+    ):
+        if not isinstance(value, types):
+            yield "state.json", f"{key} is {value!r}"
+    try:
+        saved_lora(state)
+    except UsageError as error:
+        yield "state.json", str(error).removeprefix("state.json: ")
+    sections = settings if isinstance(settings, dict) else {"": settings}
+    for name, options in sections.items():
+        if not isinstance(options, dict):
+            yield "config.yaml", f"{name or 'all of it'} is {options!r}"
+    for name in ("engine", "base", "optimizer_state"):  # a resume takes them over
+        option = SCHEMA[f"sharding.{name}"]
+        value = sections.get("sharding", {}).get(name, option.default)
+        if value not in get_args(option.type):
+            yield "config.yaml", f"{option.key} is {value!r}"
+    kept = start.allocation["kept"] if start.allocation else ()
+    counted = {name for name in start.shapes if name.endswith(f".{CHILD}.lora_E")}
+    if counted != {f"{path}.{CHILD}.lora_E" for path in kept}:
+        yield "manifest.json", "triplets are not those of adapter.safetensors"
 
 
 def state_at(
@@ -138,58 +176,6 @@ def state_at(
     }
 
 
-def check_start(
-    start: Start,
-    config: Config,
-    lora: LoraConfig,
-    tensors: Mapping[str, Tensor],
-    sampler: Sampler,
-    fingerprint: str,
-    base: str | None,
-) -> None:
-    """See that going on from `start` continues the run that it was saved by.
-
-    Args:
-        lora: what this run attaches, and `tensors` what its adapters then have.
-        fingerprint: of the training data.
-        base: identity of the base, where it is known.
-
-    Raises:
-        UsageError: settings or data differ, names or shapes do, or there is nothing left to do.
-    """
-    if not config.output.resume_force:
-        _refuse_conflicts(start, config, lora, fingerprint, base)
-        if start.step < sampler.total_steps and sampler.sequences(start.step) != start.state[
-            "data"
-        ].get("sequences", sampler.sequences(start.step)):
-            raise UsageError(
-                f"train.epochs: step {start.step} of {start.directory} was the smaller last step "
-                "of its run; steps after it would skip sequences (output.resume: none starts "
-                "afresh, output.resume_force: true goes on regardless)"
-            )
-    _check_fits(start.shapes, tensors)
-    if start.step > sampler.total_steps:
-        raise UsageError(
-            f"train.{config.train.governed_by}: {start.directory} is at step {start.step} already, "
-            f"past the run's {sampler.total_steps}"
-        )
-
-
-def _check_fits(saved: Mapping[str, list[int]], named: Mapping[str, Tensor]) -> None:
-    """Raise a `UsageError` if names or shapes differ from the adapters that this run has.
-
-    Args:
-        saved: {name: shape} of a checkpoint's tensors.
-    """
-    live = {name: list(p.shape) for name, p in named.items()}
-    for name in sorted(saved.keys() | live.keys()):
-        if saved.get(name) != live.get(name):
-            raise UsageError(
-                f"output.resume: the checkpoint has {name} {saved.get(name, 'nowhere')}, "
-                f"this run {live.get(name, 'nowhere')}; the adapter's settings differ"
-            )
-
-
 def output_directory(config: Config) -> Path:
     """`output.dir` as a path."""
     return Path(config.output.dir).expanduser()
@@ -199,38 +185,3 @@ def stop_file(config: Config) -> Path | None:
     """`output.stop_file` as a path."""
     wanted = config.output.stop_file
     return Path(wanted).expanduser() if wanted is not None else None
-
-
-def _refuse_conflicts(
-    start: Start, config: Config, lora: LoraConfig, fingerprint: str, base: str | None
-) -> None:
-    """Settings, a base or data that would make the continued run another one than was begun."""
-    conflicts, compared = [], set(FREE_KEYS)
-    if base and (before := start.state.get("base")):
-        compared |= {"model.path", "model.revision"}  # what they name is known
-        if before != base:
-            conflicts.append(f"model.path: {config.model.path} is another base")
-    if start.lora is not None:
-        whose = "{} of the adapter" if config.adapter.path else "adapter.{}"
-        before, now = asdict(start.lora), asdict(lora)
-        compared |= {f"adapter.{name}" for name in {*before, *now}}
-        # As JSON, so that a tuple equals a list and the order of patterns counts.
-        ignored = {"r"} if "init_r" in now else set()
-        for name in (name for name in now if name in before and name not in ignored):
-            if json.dumps(before[name]) != json.dumps(now[name]):
-                key = SAID_AS.get(name, whose.format(name))
-                conflicts.append(f"{key} was {before[name]!r} and is {now[name]!r}")
-    for section, options in to_dict(config).items():
-        for name, value in options.items() if section not in FREE_SECTIONS else ():
-            key = f"{section}.{name}"
-            # What it does not say is an option that it was written without.
-            saved = start.settings.get(section, {}).get(name, SCHEMA[key].default)
-            if key not in compared and saved != value:
-                conflicts.append(f"{key} was {saved!r} and is {value!r}")
-    if start.state["data"]["fingerprint"] != fingerprint:
-        conflicts.append("data.train holds other sequences")
-    if conflicts:
-        raise UsageError(
-            f"output.resume: {start.directory} belongs to another run: {'; '.join(conflicts)} "
-            "(output.resume: none starts afresh, output.resume_force: true goes on regardless)"
-        )

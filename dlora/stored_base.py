@@ -28,6 +28,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from dlora.base_model import BaseModel
 from dlora.errors import UsageError
+from dlora.files import plain_name, read_object
 from dlora.tensor_files import FLOATS, StoredTensor, stored_tensors
 
 INDEX = "model.safetensors.index.json"
@@ -161,8 +162,27 @@ def are_at_hand(base: BaseModel) -> bool:
     index = cached(INDEX)
     if not isinstance(index, str):
         return False
-    shards = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
-    return all(isinstance(cached(shard), str) for shard in shards)
+    return all(isinstance(cached(shard), str) for shard in _shards(Path(index)))
+
+
+def check_files(base: BaseModel) -> None:
+    """See that `from_pretrained` would read the base's weights, and nothing else.
+
+    Raises:
+        UsageError: there are no safetensors, they are damaged, their index names files elsewhere or
+            of another kind, or an adapter lies beside them, which transformers would load where
+            PEFT is installed.
+    """
+    try:
+        for file in weight_files(base):
+            stored_tensors(file)
+    except UsageError as error:
+        raise UsageError(f"model.path: {error}") from error
+    if _cached(base, "adapter_config.json"):
+        raise UsageError(
+            f"model.path: {base.path} holds an adapter_config.json, so transformers would load "
+            "that adapter into the base where PEFT is installed; move it out, to adapter.path"
+        )
 
 
 def weight_files(base: BaseModel) -> list[Path]:
@@ -171,11 +191,29 @@ def weight_files(base: BaseModel) -> list[Path]:
         if single := _cached(base, "model.safetensors"):
             return [single]
         if index := _cached(base, INDEX):
+            _shards(index)
             files, _ = get_checkpoint_shard_files(base.source, str(index), revision=base.revision)
             return [Path(file) for file in files]
+    except UsageError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"cannot read the weights of {base.path}: {error}") from error
     raise UsageError(f"{base.path} holds no model.safetensors and no {INDEX}")
+
+
+def _shards(index: Path) -> set[str]:
+    """The files that an index names.
+
+    Raises:
+        UsageError: it is no index, or names what is no safetensors file beside it.
+    """
+    named = read_object(index).get("weight_map")
+    if not isinstance(named, dict) or not named:
+        raise UsageError(f"{index}: weight_map: names no files")
+    for name in named.values():
+        if not plain_name(index, name).endswith(".safetensors"):
+            raise UsageError(f"{index}: weight_map: {name!r} is no safetensors file")
+    return set(named.values())
 
 
 def _beside_weights(base: BaseModel) -> Iterator[tuple[Path, Path]]:

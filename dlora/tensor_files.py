@@ -75,6 +75,16 @@ class StoredTensor:
                 raise UsageError(f"{self.file}: ends inside {self.key}")
         return torch.frombuffer(block, dtype=dtype) if block else torch.empty(0, dtype=dtype)
 
+    def check_numbers(self) -> None:
+        """Raise a `UsageError` unless all of it is floating-point, and finite in float32."""
+        if self.dtype not in FLOATS:
+            raise UsageError(f"{self.file}: {self.key} holds {self.dtype}, not floats")
+        count, numel = BLOCK_BYTES // FLOATS[self.dtype].itemsize, math.prod(self.shape)
+        for start in range(0, numel, count):
+            block = self.elements(start, min(start + count, numel))
+            if not block.float().isfinite().all():
+                raise UsageError(f"{self.file}: {self.key} holds NaN or infinite values")
+
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a file by key, in the order of their bytes. Nothing but the header is read.

@@ -293,7 +293,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no configuration": (lambda d: (d / CONFIG).unlink(), f"{CONFIG}: there is no such file"),
     "no tensors": (lambda d: (d / WEIGHTS).unlink(), f"{WEIGHTS}: there is no such file"),
     "not JSON": (lambda d: (d / CONFIG).write_text("{"), f"{CONFIG}: cannot be read"),
-    "not an object": (lambda d: (d / CONFIG).write_text("[]"), "peft_type is None"),
+    "not an object": (lambda d: (d / CONFIG).write_text("[]"), "holds a JSON list, not an object"),
     "cut off": (lambda d: (d / WEIGHTS).write_bytes(b"\x00" * 9), f"{WEIGHTS}: is damaged"),
     "another method": (edit_config(peft_type="ADALORA"), "peft_type is 'ADALORA'"),
     "bias": (edit_config(bias="all"), "bias: 'all' is not supported"),

@@ -24,13 +24,20 @@ CONCRETE = ("sharding.fsdp2", "sharding.zero3", "sharding.replicated", "lora.var
 UNPICKLING = {
     "pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal",
     "broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list",
-    "send_object_list", "recv_object_list",
+    "send_object_list", "recv_object_list", "read_pickle", "Unpickler", "allow_pickle",
 }  # fmt: skip
+# What runs or builds whatever a file says; `torch.load` even with weights_only.
+EXECUTING = (
+    "torch.load", "torch.jit.load", "torch.hub", "torch.package", "numpy.load", "np.load",
+    "yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "yaml.Loader",
+    "yaml.UnsafeLoader", "yaml.FullLoader", "eval()", "exec()", "compile()", "runpy",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Use:
-    """A dotted name that a file imports, reaches as `a.b.c`, or names in a string."""
+    """A dotted name that a file imports, reaches as `a.b.c`, calls as `a()`, names in a string, or
+    gives an argument by."""
 
     line: int
     name: str
@@ -51,7 +58,11 @@ def uses(source: str, file: str) -> Iterator[Use]:
             yield from (Use(node.lineno, f"{module}.{alias.name}", True) for alias in node.names)
         elif isinstance(node, (ast.Attribute, ast.Name)):
             yield Use(node.lineno, ast.unparse(node), False)
+        elif isinstance(node, ast.keyword) and node.arg:
+            yield Use(node.value.lineno, node.arg, False)
         elif isinstance(node, ast.Call) and node.args:
+            if isinstance(node.func, ast.Name):
+                yield Use(node.lineno, f"{node.func.id}()", False)
             name, argument = ast.unparse(node.func).rpartition(".")[2], node.args[0]
             if name in ("import_module", "__import__") and isinstance(argument, ast.Constant):
                 yield Use(node.lineno, str(argument.value), True)
@@ -68,7 +79,7 @@ class Rule:
 
 def unpickles(use: Use, file: str) -> bool:
     parts = use.name.split(".")
-    return bool(UNPICKLING.intersection(parts)) or use.of("torch.load")
+    return bool(UNPICKLING.intersection(parts)) or use.of(*EXECUTING)
 
 
 def outside(*allowed: str) -> Callable[[Use, str], bool]:
@@ -180,6 +191,13 @@ PLANTED = {
     "from torch": ("dlora/files.py", "from torch import load"),
     "renamed": ("dlora/files.py", "import pickle as json"),
     "objects": ("dlora/runtime.py", "dist.broadcast_object_list([])"),
+    "numpy": ("benchmarks/rows.py", "import numpy as np\nx = np.load('f')"),
+    "from numpy": ("benchmarks/rows.py", "from numpy import load"),
+    "an argument": ("benchmarks/rows.py", "x = other.load('f', allow_pickle=True)"),
+    "unsafe YAML": ("dlora/config.py", "import yaml\nx = yaml.load(text, Loader=yaml.Loader)"),
+    "a loader": ("dlora/config_yaml.py", "class L(yaml.FullLoader): pass"),
+    "eval": ("dlora/config.py", "x = eval('1')"),
+    "exec": ("launchers/x.py", "exec(open('f').read())"),
     "more objects": ("launchers/x.py", "from torch.distributed import all_gather_object"),
 }
 HARMLESS = {
@@ -189,6 +207,11 @@ HARMLESS = {
     "packing": ("dlora/lora/x.py", "from dlora.quant.packed import whole"),
     "the kernels' file": ("dlora/quant/kernel.py", "import bitsandbytes"),
     "its own file": ("dlora/sharding/zero3.py", "import deepspeed"),
+    "the mode of a model": (
+        "dlora/generate.py",
+        "eval = None\nmodel.eval()\nf(eval)\ng(data.eval)",
+    ),
+    "safe YAML": ("dlora/config.py", "import re, yaml\nyaml.safe_load(t)\nre.compile('a')"),
     "words": ("dlora/lora/x.py", '"""transformers and ray are not used here"""\nray = 1'),
     "the command": ("launchers/x.py", "import ray\nfrom dlora.train import main"),
 }

@@ -11,6 +11,9 @@ from typing import Any, ClassVar
 from dlora.errors import UsageError
 from dlora.lora.init import INITS
 
+# Beyond any use, and within what arithmetic bears: an adapter may come from a stranger.
+MOST_R, MOST_ALPHA = 2**16, 2.0**40
+
 
 @dataclass(frozen=True)
 class LoraConfig:
@@ -58,12 +61,16 @@ class LoraConfig:
         for name, r in [("r", self.r), *_entries("rank_pattern", self.rank_pattern)]:
             if isinstance(r, bool) or not isinstance(r, int) or r < 1:
                 raise UsageError(f"{name}: a LoRA rank must be a positive integer, not {r!r}")
+            if r > MOST_R:
+                raise UsageError(f"{name}: a LoRA rank is at most {MOST_R}, not {r}")
         for name, alpha in [
             ("lora_alpha", self.lora_alpha),
             *_entries("alpha_pattern", self.alpha_pattern),
         ]:
             if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not alpha > 0:
                 raise UsageError(f"{name}: must be a positive number, not {alpha!r}")
+            if alpha > MOST_ALPHA:
+                raise UsageError(f"{name}: is at most {MOST_ALPHA:g}, not {alpha}")
         if not 0 < self.lora_ga_gamma < math.inf:
             raise UsageError(
                 f"lora_ga_gamma: must be a positive number, not {self.lora_ga_gamma!r}"

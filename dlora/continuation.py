@@ -1,0 +1,118 @@
+"""Whether a run that goes on from a checkpoint is the run that wrote it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from torch import Tensor
+
+from dlora.config import SCHEMA, Config, to_dict
+from dlora.data import Sampler
+from dlora.errors import UsageError
+from dlora.lora.config import LoraConfig
+from dlora.start import Start
+
+# Keys that may change between a run and its continuation: they do not alter the result.
+FREE_KEYS = {
+    "model.cache_dir",
+    "adapter.path",  # what it said of the adapter is compared, not where it lay
+    "data.train",  # what the files hold is compared, not what they are called
+    "data.eval",
+    "data.on_error",
+    "train.max_steps",
+    "train.epochs",
+    "train.micro_batch_size",
+    "train.allow_unused",
+}
+FREE_SECTIONS = {"sharding", "output"}
+# Settings of an adapter that come from elsewhere in the configuration.
+SAID_AS = {"total_step": "train.max_steps or train.epochs (adalora's schedule spans all steps)"}
+
+
+def check_start(
+    start: Start,
+    config: Config,
+    lora: LoraConfig,
+    tensors: Mapping[str, Tensor],
+    sampler: Sampler,
+    fingerprint: str,
+    base: str | None,
+) -> None:
+    """See that going on from `start` continues the run that it was saved by.
+
+    Args:
+        lora: what this run attaches, and `tensors` what its adapters then have.
+        fingerprint: of the training data.
+        base: identity of the base, where it is known.
+
+    Raises:
+        UsageError: settings or data differ, names or shapes do, or there is nothing left to do.
+    """
+    if not config.output.resume_force:
+        _refuse_conflicts(start, config, lora, fingerprint, base)
+        if start.step < sampler.total_steps and sampler.sequences(start.step) != start.state[
+            "data"
+        ].get("sequences", sampler.sequences(start.step)):
+            raise UsageError(
+                f"train.epochs: step {start.step} of {start.directory} was the smaller last step "
+                "of its run; steps after it would skip sequences (output.resume: none starts "
+                "afresh, output.resume_force: true goes on regardless)"
+            )
+    _check_fits(start.shapes, tensors)
+    if start.step > sampler.total_steps:
+        raise UsageError(
+            f"train.{config.train.governed_by}: {start.directory} is at step {start.step} already, "
+            f"past the run's {sampler.total_steps}"
+        )
+
+
+def _check_fits(saved: Mapping[str, list[int]], named: Mapping[str, Tensor]) -> None:
+    """Raise a `UsageError` if names or shapes differ from the adapters that this run has.
+
+    Args:
+        saved: {name: shape} of a checkpoint's tensors.
+    """
+    live = {name: list(p.shape) for name, p in named.items()}
+    for name in sorted(saved.keys() | live.keys()):
+        if saved.get(name) != live.get(name):
+            raise UsageError(
+                f"output.resume: the checkpoint has {name} {saved.get(name, 'nowhere')}, "
+                f"this run {live.get(name, 'nowhere')}; the adapter's settings differ"
+            )
+
+
+def _refuse_conflicts(
+    start: Start, config: Config, lora: LoraConfig, fingerprint: str, base: str | None
+) -> None:
+    """Settings, a base or data that would make the continued run another one than was begun."""
+    conflicts, compared = [], set(FREE_KEYS)
+    if base and (before := start.state.get("base")):
+        compared |= {"model.path", "model.revision"}  # what they name is known
+        if before != base:
+            conflicts.append(f"model.path: {config.model.path} is another base")
+    if start.lora is not None:
+        whose = "{} of the adapter" if config.adapter.path else "adapter.{}"
+        before, now = asdict(start.lora), asdict(lora)
+        compared |= {f"adapter.{name}" for name in {*before, *now}}
+        # As JSON, so that a tuple equals a list and the order of patterns counts.
+        ignored = {"r"} if "init_r" in now else set()
+        for name in (name for name in now if name in before and name not in ignored):
+            if json.dumps(before[name]) != json.dumps(now[name]):
+                key = SAID_AS.get(name, whose.format(name))
+                conflicts.append(f"{key} was {before[name]!r} and is {now[name]!r}")
+    for section, options in to_dict(config).items():
+        for name, value in options.items() if section not in FREE_SECTIONS else ():
+            key = f"{section}.{name}"
+            # What it does not say is an option that it was written without.
+            saved = start.settings.get(section, {}).get(name, SCHEMA[key].default)
+            if key not in compared and saved != value:
+                conflicts.append(f"{key} was {saved!r} and is {value!r}")
+    if start.state["data"]["fingerprint"] != fingerprint:
+        conflicts.append("data.train holds other sequences")
+    if conflicts:
+        raise UsageError(
+            f"output.resume: {start.directory} belongs to another run: {'; '.join(conflicts)} "
+            "(output.resume: none starts afresh, output.resume_force: true goes on regardless)"
+        )

@@ -1,0 +1,384 @@
+"""A checkpoint that something happened to is refused in one line, or its content is what it was."""
+
+import functools
+import hashlib
+import json
+import random
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save
+from tiny import command
+
+from dlora import checkpoint as checkpoints
+from dlora.adapter_source import open_adapter
+from dlora.checkpoint import Checkpoint
+from dlora.config import Config, dump_yaml, parse
+from dlora.data import Sampler
+from dlora.errors import UsageError
+from dlora.lora.variants.adalora import AdaLoraConfig
+from dlora.start import Start, find_start, state_at
+
+TRIALS = 200
+PATHS = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj")
+STEPS = ("step-000003", "step-000004")
+
+
+def content(step: int, config: Config) -> Checkpoint:
+    """What a run with AdaLoRA holds: all files, and triplets in the manifest."""
+    draw = torch.Generator().manual_seed(step)
+    shapes = {"lora_A": (4, 6), "lora_B": (5, 4), "lora_E": (4, 1)}
+    tensors = {
+        f"{path}.adapter.{name}": torch.randn(shape, generator=draw)
+        for path in PATHS
+        for name, shape in shapes.items()
+    }
+    states = {
+        file: {f"{n}.{slot}": torch.rand(t.shape, generator=draw) for n, t in tensors.items()}
+        for file, slot in (("optimizer", "exp_avg"), ("scorer", "sensitivity"))
+    }
+    sampler = Sampler(20, 4, 0, True, max_steps=8)
+    lora = AdaLoraConfig(init_r=4, target_r=2, total_step=8)
+    state = state_at(step, config, lora, sampler, "f" * 64, "b" * 64) | {"ranks": 2}
+    kept = {PATHS[0]: [0, 1, 2], PATHS[1]: [0, 3]}
+    return Checkpoint(tensors, states, state, {"shrunk": False, "kept": kept})
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run with two checkpoints."""
+    root = tmp_path_factory.mktemp("run")
+    config = config_of(root)
+    for step in (3, 4):
+        checkpoints.write(content(step, config), root / "checkpoints", dump_yaml(config), 9)
+    return root
+
+
+@functools.cache
+def any_config() -> Config:
+    with tempfile.TemporaryDirectory() as place:
+        words = command("base", Path(place), adapter__method="adalora", adapter__r=None)
+        return parse(words, "dlora.train").config
+
+
+def config_of(root: Path, resume: str = "auto") -> Config:
+    config = any_config()
+    return replace(config, output=replace(config.output, dir=str(root), resume=resume))
+
+
+def same(one: Checkpoint, other: Checkpoint) -> bool:
+    def raw(c: Checkpoint) -> list[Any]:
+        return [save(c.tensors), {n: save(s) for n, s in c.states.items()}, c.state, c.allocation]
+
+    return raw(one) == raw(other)
+
+
+# -- what may happen to a checkpoint ---------------------------------------------------------------
+
+
+def files_of(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.iterdir() if path.is_file())
+
+
+def truncated(directory: Path, draw: random.Random) -> None:
+    path = draw.choice(files_of(directory))
+    path.write_bytes(path.read_bytes()[: draw.randrange(path.stat().st_size)])
+
+
+def flipped(directory: Path, draw: random.Random, path: Path | None = None) -> None:
+    path = path or draw.choice(files_of(directory))
+    data = bytearray(path.read_bytes())
+    data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    path.write_bytes(data)
+
+
+def flipped_in_the_manifest(directory: Path, draw: random.Random) -> None:
+    flipped(directory, draw, directory / "manifest.json")
+
+
+def deleted(directory: Path, draw: random.Random) -> None:
+    draw.choice(files_of(directory)).unlink()
+
+
+def emptied(directory: Path, draw: random.Random) -> None:
+    draw.choice(files_of(directory)).write_bytes(b"")
+
+
+def zeroed(directory: Path, draw: random.Random) -> None:
+    """What a file system leaves of a block that it never wrote."""
+    path = draw.choice(files_of(directory))
+    data = bytearray(path.read_bytes())
+    start = draw.randrange(len(data))
+    stop = min(len(data), start + draw.randint(1, 512))
+    data[start:stop] = bytes(stop - start)
+    path.write_bytes(data)
+
+
+def swapped(directory: Path, draw: random.Random) -> None:
+    one, other = draw.sample(files_of(directory), 2)
+    before = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(before)
+
+
+def of_another_step(directory: Path, draw: random.Random) -> None:
+    path = draw.choice(files_of(directory))
+    path.write_bytes((directory.with_name(STEPS[0]) / path.name).read_bytes())
+
+
+def all_of_another_step(directory: Path, draw: random.Random) -> None:
+    shutil.rmtree(directory)
+    shutil.copytree(directory.with_name(STEPS[0]), directory)
+
+
+def grown(directory: Path, draw: random.Random) -> None:
+    path = draw.choice(files_of(directory))
+    path.write_bytes(path.read_bytes() + draw.randbytes(draw.randint(1, 99)))
+
+
+def a_directory_in_its_place(directory: Path, draw: random.Random) -> None:
+    path = draw.choice(files_of(directory))
+    path.unlink()
+    path.mkdir()
+
+
+def a_file_in_its_place(directory: Path, draw: random.Random) -> None:
+    shutil.rmtree(directory)
+    directory.write_bytes(draw.randbytes(50))
+
+
+def a_link_out(directory: Path, draw: random.Random) -> None:
+    """Of the same content, which whoever can write there may change later."""
+    path = draw.choice(files_of(directory))
+    elsewhere = directory.parents[1] / path.name
+    path.rename(elsewhere)
+    path.symlink_to(draw.choice([elsewhere, Path("..", "..", path.name)]))
+
+
+def garbage(directory: Path, draw: random.Random) -> None:
+    """With a manifest that agrees, as of a writer with a bug."""
+    words = [b"", b"[]", b"null", b"{}", b"[" * 9999, b'{"step": 4}', draw.randbytes(99), b"{: 1"]
+    name = draw.choice(["state.json", "config.yaml", "adapter.safetensors", "scorer.safetensors"])
+    (directory / name).write_bytes(draw.choice(words))
+    agree(directory)
+
+
+def retyped(directory: Path, draw: random.Random) -> None:
+    """A value of `state.json` or the manifest becomes another; the hashes agree with it."""
+    path = directory / draw.choice(["state.json", "manifest.json"])
+    value = json.loads(path.read_text())
+    at: Any = value
+    while True:
+        keys = [k for k in at if k not in ("sha256", "versions", "random", "schedule")]
+        key = draw.choice(keys)
+        if not (isinstance(at[key], dict) and at[key]) or draw.random() < 0.2:
+            break
+        at = at[key]
+    at[key] = draw.choice([None, -1, 1.5, "x", [], {}, ["x"], {"x": 1}, True, 10**30])
+    path.write_text(json.dumps(value))
+    agree(directory, hashes=path.name != "manifest.json")
+
+
+def agree(directory: Path, hashes: bool = True) -> None:
+    """Let the manifest say of the files what they are, and of itself."""
+    path = directory / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for name, said in manifest["files"].items() if hashes else ():
+        data = (directory / name).read_bytes()
+        said |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    own = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(rest | {"sha256": own}))
+
+
+DAMAGES: tuple[Callable[[Path, random.Random], None], ...] = (
+    truncated,
+    flipped,
+    flipped_in_the_manifest,
+    deleted,
+    emptied,
+    zeroed,
+    swapped,
+    of_another_step,
+    all_of_another_step,
+    grown,
+    a_directory_in_its_place,
+    a_file_in_its_place,
+    a_link_out,
+)
+FORGED = (garbage, retyped)  # damage that no hash shows
+
+
+# -- what becomes of it ----------------------------------------------------------------------------
+
+
+def taken(root: Path, resume: str) -> tuple[Start | None, list[str]]:
+    warnings: list[str] = []
+    return find_start(config_of(root, resume), warnings.append), warnings
+
+
+def refusal(root: Path, directory: Path) -> str:
+    """What is said of a damaged checkpoint, the same to whoever asks for it by name."""
+    with pytest.raises(UsageError) as refused:
+        taken(root, str(directory))
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_random_damage_is_detected_or_harmless(whole: Path, tmp_path: Path) -> None:
+    """promise 1.2: never a wrong resume, and never a traceback."""
+    wanted = {step: checkpoints.read(whole / "checkpoints" / step) for step in STEPS}
+    draw, seen = random.Random(6), Counter[str]()
+    for trial in range(TRIALS):
+        damage = (DAMAGES + FORGED)[trial % len(DAMAGES + FORGED)]
+        root = Path(shutil.copytree(whole, tmp_path / str(trial)))
+        older, newer = (root / "checkpoints" / step for step in STEPS)
+        damage(newer, draw)
+        start, warnings = taken(root, "auto")
+        assert start is not None, damage
+        told = (trial, damage.__name__, warnings)
+        if start.directory == str(older):
+            assert len(warnings) == 1 and warnings[0].startswith("skipping a checkpoint: "), told
+            assert str(newer) in warnings[0], told
+            if newer.is_dir():
+                assert warnings[0].endswith(refusal(root, newer)), told
+            assert same(checkpoints.read(older), wanted[STEPS[0]])
+            seen["detected"] += 1
+        else:
+            assert warnings == [] and start.directory == str(newer), told
+            held = checkpoints.read(newer)
+            if damage in FORGED:  # it is another checkpoint, of the right types
+                assert (held.state["step"], start.step) == (4, 4), told
+                assert start.lora is not None, told
+            else:
+                assert same(held, wanted[STEPS[1]]), told
+            seen["harmless" if damage not in FORGED else "forged"] += 1
+        shutil.rmtree(root)
+    assert seen["detected"] > 0.85 * TRIALS, seen
+    assert sum(seen.values()) == TRIALS
+
+
+def test_nothing_is_left(whole: Path, tmp_path: Path) -> None:
+    """Where all are damaged a run starts afresh, and says of each why."""
+    root = Path(shutil.copytree(whole, tmp_path / "run"))
+    for step in STEPS:
+        truncated(root / "checkpoints" / step, random.Random(1))
+    start, warnings = taken(root, "auto")
+    assert start is None and len(warnings) == 2
+
+
+# -- forgeries, one by one -------------------------------------------------------------------------
+
+
+def edited(name: str, *keys: str, to: Any) -> Callable[[Path], None]:
+    """`keys` lead to what becomes `to`; the hashes agree."""
+
+    def edit(directory: Path) -> None:
+        value = json.loads((directory / name).read_text())
+        at = functools.reduce(lambda inner, key: inner[key], keys[:-1], value)
+        at[keys[-1]] = to
+        (directory / name).write_text(json.dumps(value))
+        agree(directory, hashes=name != "manifest.json")
+
+    return edit
+
+
+def rewritten(name: str, text: str) -> Callable[[Path], None]:
+    def rewrite(directory: Path) -> None:
+        (directory / name).write_text(text)
+        agree(directory)
+
+    return rewrite
+
+
+STATE, MANIFEST, SETTINGS = "state.json", "manifest.json", "config.yaml"
+OF_STATE = {"bytes": 1, "sha256": "0"}
+TRIPLETS = "triplets: not what a run writes"
+FORGERIES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no step": (edited(STATE, "step", to="four"), "state.json: step: a number of steps"),
+    "negative step": (edited(STATE, "step", to=-1), "state.json: step: a number of steps"),
+    "another step": (edited(STATE, "step", to=5), "state.json: is of step 5"),
+    "data": (edited(STATE, "data", to=[]), "state.json: data.fingerprint is None"),
+    "fingerprint": (edited(STATE, "data", "fingerprint", to=7), "data.fingerprint is 7, which no"),
+    "sequences": (edited(STATE, "data", "sequences", to="x"), "state.json: data.sequences is 'x'"),
+    "base": (edited(STATE, "base", to={}), "state.json: base is {}"),
+    "ranks": (edited(STATE, "ranks", to="2"), "state.json: ranks is '2'"),
+    "adapter": (edited(STATE, "adapter", to=3), "state.json: adapter is not what it was"),
+    "method": (edited(STATE, "adapter", "method", to="x"), "adapter is not what it was: 'x'"),
+    "option": (edited(STATE, "adapter", "rrr", to=1), "state.json: adapter is not what it was"),
+    "pattern": (edited(STATE, "adapter", "alpha_pattern", to=[1]), "adapter is not what it was"),
+    "list": (rewritten(STATE, "[]"), "state.json: holds a JSON list"),
+    "deep": (rewritten(STATE, "[" * 100_000), "state.json: cannot be read"),
+    "settings": (rewritten(SETTINGS, "- 1"), "config.yaml: all of it is [1]"),
+    "section": (rewritten(SETTINGS, "sharding: 3"), "config.yaml: sharding is 3"),
+    "engine": (rewritten(SETTINGS, "sharding: {engine: x}"), "sharding.engine is 'x'"),
+    "yaml": (rewritten(SETTINGS, "a: [\n"), "config.yaml:2: not valid YAML"),
+    "python": (rewritten(SETTINGS, "!!python/object/apply:os.getcwd []"), "not valid YAML"),
+    "tensors": (rewritten("optimizer.safetensors", "x" * 64), "optimizer.safetensors: is damaged"),
+    "files": (edited(MANIFEST, "files", to=[]), "manifest.json: does not list"),
+    "sizes": (edited(MANIFEST, "files", STATE, to=[1]), "state.json: is missing or has the wrong"),
+    "negative": (edited(MANIFEST, "files", STATE, "bytes", to=-1), "has the wrong size"),
+    "parent": (edited(MANIFEST, "files", "../x", to=OF_STATE), "'../x' is not the name of a file"),
+    "inner": (edited(MANIFEST, "files", "a/../../x", to=OF_STATE), "is not the name of a file in"),
+    "root": (edited(MANIFEST, "files", "/etc/hostname", to=OF_STATE), "is not the name of a file"),
+    "itself": (edited(MANIFEST, "files", "", to=OF_STATE), "'' is not the name of a file in it"),
+    "format": (edited(MANIFEST, "format", to=[2]), "checkpoint format [2] is unknown"),
+    "triplets": (edited(MANIFEST, "triplets", to=3), TRIPLETS),
+    "kept": (edited(MANIFEST, "triplets", "kept", PATHS[0], to=["0"]), TRIPLETS),
+    "twice": (edited(MANIFEST, "triplets", "kept", PATHS[0], to=[1, 1]), TRIPLETS),
+    "disorder": (edited(MANIFEST, "triplets", "kept", PATHS[0], to=[2, 1]), TRIPLETS),
+    "below 0": (edited(MANIFEST, "triplets", "kept", PATHS[0], to=[-1]), TRIPLETS),
+    "other modules": (edited(MANIFEST, "triplets", "kept", to={}), "are not those of adapter."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FORGERIES)
+def test_a_forged_checkpoint_is_one_line(case: str, whole: Path, tmp_path: Path) -> None:
+    """Hashes and all agree; what is in it is not what a run writes."""
+    forge, message = FORGERIES[case]
+    root = Path(shutil.copytree(whole, tmp_path / "run"))
+    older, newer = (root / "checkpoints" / step for step in STEPS)
+    forge(newer)
+    said = refusal(root, newer)
+    assert message in said and str(newer) in said
+    start, warnings = taken(root, "auto")
+    assert start is not None and start.directory == str(older)
+    assert warnings == [f"skipping a checkpoint: {said}"]
+
+
+def test_a_manifest_of_other_triplets_is_not_believed(whole: Path, tmp_path: Path) -> None:
+    """Only the manifest holds them, so it hashes itself; one of format 1 did not."""
+    root = Path(shutil.copytree(whole, tmp_path / "run"))
+    newer = root / "checkpoints" / STEPS[1]
+    manifest = json.loads((newer / MANIFEST).read_text())
+    manifest["triplets"]["kept"][PATHS[1]] = [0, 2]
+    (newer / MANIFEST).write_text(json.dumps(manifest))
+    assert "manifest.json: does not match its SHA-256" in refusal(root, newer)
+    del manifest["sha256"]
+    (newer / MANIFEST).write_text(json.dumps(manifest))
+    assert "manifest.json: does not match its SHA-256" in refusal(root, newer)
+    (newer / MANIFEST).write_text(json.dumps(manifest | {"format": 1}))
+    start, _ = taken(root, "auto")
+    assert start is not None and start.directory == str(newer)
+
+
+def test_a_state_of_no_tensor_is_refused(whole: Path, tmp_path: Path) -> None:
+    newer = Path(shutil.copytree(whole / "checkpoints" / STEPS[1], tmp_path / STEPS[1]))
+    (newer / "optimizer.safetensors").write_bytes(save({"x.exp_avg": torch.zeros(2)}))
+    agree(newer)
+    with pytest.raises(UsageError, match=r"optimizer.safetensors: x.exp_avg belongs to no tensor"):
+        checkpoints.read(newer)
+
+
+def test_export_reads_no_forged_checkpoint(whole: Path, tmp_path: Path) -> None:
+    newer = Path(shutil.copytree(whole / "checkpoints" / STEPS[1], tmp_path / STEPS[1]))
+    edited(STATE, "adapter", to=3)(newer)
+    with pytest.raises(UsageError, match="state.json: adapter is not what it was"):
+        open_adapter(newer)
