@@ -88,6 +88,14 @@ class Keeper:
             self.masks.write(until=step)
         self._pending = self._writer.submit(self._write_behind, captured)
 
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Inside, saves are written behind; with its end, however it comes, they are written."""
+        try:
+            yield
+        finally:
+            self.settle()
+
     def settle(self) -> None:
         """Wait for what is being written."""
         pending, self._pending = self._pending, None
@@ -141,7 +149,6 @@ class Keeper:
         """
         try:
             status = work()
-            self.settle()
             self._runtime.leave()
         except ReplicaError:
             raise  # what this rank holds may be what is wrong

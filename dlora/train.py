@@ -120,7 +120,7 @@ class Run:
         replica.reductions = self.start  # so that audits fall on the same steps as without a stop
         replica.wire.take()
         display = StepDisplay(self.total_steps, self.start, runtime.main, replica.final_budget)
-        with display, stop.committing(keeper.alone), self.hang.watching():
+        with keeper.writing(), display, stop.committing(keeper.alone), self.hang.watching():
             for step in range(self.start, self.total_steps):
                 began = time.perf_counter()
 
@@ -194,7 +194,6 @@ class Run:
                 # 6  a signal on any rank, or trouble, stops all of them here, after the commit
                 if trouble or (status is not None and not last):
                     break
-        keeper.settle()
         if last and runtime.main:
             keeper.masks.write(until=done)
             keeper.masks.draw(log, runtime.say)

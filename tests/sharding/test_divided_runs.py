@@ -165,6 +165,7 @@ def saved_again(argv: list[str]) -> dict[str, Any]:
     run = prepared_run(argv)
     with CollectiveLog() as log:
         run.keeper.save(run.start)
+        run.keeper.settle()
     states = run.optimizer.state.items()
     moments = [value for _, state in states for value in state.values() if value.ndim]
     return {
