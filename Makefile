@@ -10,13 +10,20 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 TORCH_INDEX ?=
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: train test lint model install install-test clean
+.PHONY: train test test-readme test-others lint model install install-test clean
 
 train: install model
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --nproc-per-node 2 -m dlora.train --config configs/quickstart.yaml
 
+# The README's commands beside all other tests: most of those leave one of two cores idle.
 test: install-test model
-	$(BIN)/python -m pytest
+	@$(MAKE) --no-print-directory --jobs 2 test-readme test-others
+
+test-readme:
+	$(BIN)/python -m pytest tests/test_readme.py
+
+test-others:
+	$(BIN)/python -m pytest --ignore tests/test_readme.py
 
 lint: install-test
 	$(BIN)/ruff format --check .
