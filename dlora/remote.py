@@ -15,11 +15,11 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import fsspec
 
 from dlora.checkpoint import verify
+from dlora.config import Config
 from dlora.errors import UsageError
 
 MANIFEST, LATEST = "manifest.json", "latest"
@@ -114,7 +114,7 @@ class RemoteCheckpoints:
             self._files.rm(path, recursive=True)
 
 
-def remote_of(config: Any) -> RemoteCheckpoints | None:
+def remote_of(config: Config) -> RemoteCheckpoints | None:
     """What `output.remote` names."""
     return RemoteCheckpoints(config.output.remote) if config.output.remote else None
 

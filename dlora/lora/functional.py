@@ -27,7 +27,8 @@ https://arxiv.org/abs/2303.10512, section 3.1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -150,16 +151,23 @@ def linear(
 
     Under `torch.autocast` the product is computed in autocast's dtype, as `F.linear` is.
     """
+    keep = None if keep is None else keep.reshape(-1, x.shape[-1])
+    with cast_for_autocast(x, weight, bias) as inputs:
+        return LinearWithLowRank.apply(*inputs, A, B, E, scaling, keep, keep_scale)
+
+
+@contextmanager
+def cast_for_autocast(
+    x: Tensor, weight: Weight, bias: Tensor | None
+) -> Iterator[tuple[Tensor, Weight, Tensor | None]]:
+    """(x, weight, bias) as `F.linear` takes them under `torch.autocast`, which is off inside."""
     device = x.device.type
     if not torch.is_autocast_enabled(device):
-        if keep is not None:
-            keep = keep.reshape(-1, x.shape[-1])
-        return LinearWithLowRank.apply(x, weight, bias, A, B, E, scaling, keep, keep_scale)
+        yield x, weight, bias
+        return
     dtype = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
-        bias = None if bias is None else bias.to(dtype)
-        x, weight = x.to(dtype), weight.to(dtype)
-        return linear(x, weight, bias, A, B, scaling, E=E, keep=keep, keep_scale=keep_scale)
+        yield x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def embedding(

@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dlora.lora import functional
-from dlora.lora.functional import dropped, scaled
+from dlora.lora.functional import cast_for_autocast, dropped, scaled
 from dlora.quant.packed import Weight, save_with, saved_with, whole
 
 _CHUNK_BYTES = {"cpu": 1 << 20}  # of W0 that are cast at once, elsewhere _CHUNK_ELSEWHERE
@@ -160,16 +160,9 @@ def linear(
     keep_scale: float = 1.0,
 ) -> Tensor:
     """See `LinearWithDora`; arguments as of `dlora.lora.functional.linear`."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
-        if keep is not None:
-            keep = keep.reshape(-1, x.shape[-1])
-        return LinearWithDora.apply(x, weight, bias, A, B, *rows, scaling, keep, keep_scale)
-    dtype = torch.get_autocast_dtype(device)
-    with torch.autocast(device, enabled=False):
-        bias = None if bias is None else bias.to(dtype)
-        x, weight = x.to(dtype), weight.to(dtype)
-        return linear(x, weight, bias, A, B, scaling, rows, keep=keep, keep_scale=keep_scale)
+    keep = None if keep is None else keep.reshape(-1, x.shape[-1])
+    with cast_for_autocast(x, weight, bias) as inputs:
+        return LinearWithDora.apply(*inputs, A, B, *rows, scaling, keep, keep_scale)
 
 
 def embedding(

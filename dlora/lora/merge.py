@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dlora.errors import UsageError
-from dlora.lora.attach import attachment_of, host_children, named_adapters, named_copies
+from dlora.lora.attach import attachment_of, named_adapters, named_copies
 from dlora.lora.hosts import HostMixin
 from dlora.lora.variants import LoraAdapter
 from dlora.quant.packed import WEIGHT_NAMES, replace_weight, restore_weight, unpacked
@@ -98,7 +98,7 @@ def merge(model: nn.Module) -> nn.Module:
         losses[path] = result.loss
         taken = replace_weight(host, result.weight)
         originals |= {f"{path}.{name}": parameter for name, parameter in taken.items()}
-        adapter.enabled, adapter.merged = False, True
+        adapter.merged = True
     for path, host, copy in named_copies(model):
         for name, value in copy.cast().items():
             originals[f"{path}.{name}"] = host.get_parameter(name)
@@ -122,8 +122,8 @@ def unmerge(model: nn.Module) -> nn.Module:
         restore_weight(host, {name: originals.pop(f"{path}.{name}") for name in names})
     for path, original in originals.items():
         _set_parameter(model, path, original)
-    for child in host_children(model):
-        child.enabled = True
+    for _, _, copy in named_copies(model):
+        copy.enabled = True
     return model
 
 

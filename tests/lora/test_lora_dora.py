@@ -378,7 +378,7 @@ def test_a_whole_model_merges() -> None:
     with torch.no_grad():
         wanted = model(token_ids()).logits
         assert relative_error(merge(model)(token_ids()).logits, wanted) < 1e-5
-    assert all(not adapter.enabled for _, _, adapter in named_adapters(model))
+    assert not any(adapter.active for _, _, adapter in named_adapters(model))
 
 
 def test_a_base_that_something_else_sharded_is_refused_before_it_is_touched() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dlora import LoraConfig, UsageError, attach, disabled, merge, unmerge
 from dlora.lora.attach import named_adapters
 from dlora.lora.merge import merged_weight
+from dlora.lora.variants.adalora import AdaLoraAdapter, AdaLoraConfig
 
 EVERYTHING = {
     "llama": ["q_proj", "down_proj", "embed_tokens", "lm_head"],
@@ -210,3 +211,17 @@ def test_disabled_ends_with_an_exception() -> None:
     with pytest.raises(RuntimeError, match="inside"), disabled(model):
         raise RuntimeError("inside")
     assert torch.equal(logits(model), on)
+
+
+def test_unmerging_leaves_off_what_adalora_left_no_rank() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3)).eval()
+    x = torch.randn(5, 6)
+    expected = model(x).detach().clone()
+    attach(model, AdaLoraConfig(init_r=2, target_r=1, target_modules=["0", "1"]))
+    for _, _, adapter in named_adapters(model):
+        assert isinstance(adapter, AdaLoraAdapter)
+        adapter.shrink(torch.tensor([], dtype=torch.long))
+    unmerge(merge(model))
+    assert not any(adapter.enabled for _, _, adapter in named_adapters(model))
+    assert torch.equal(model(x), expected)
