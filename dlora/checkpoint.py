@@ -12,8 +12,9 @@
 
 Written by one rank, without a collective: every rank holds all of it, but for an optimizer state
 that is divided over ranks, which all of them send to rank 0; the files are the same. The directory
-gets its name last, so that a directory with the right name is complete; its manifest is checked
-before use.
+gets its name last, so that a directory with the right name is complete, and is read back before any
+older one goes; its manifest is checked again before use. `checkpoints/latest` holds the name of the
+newest that was written, a hint for whoever looks: nothing here reads it.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from dlora.files import inside, read_object, sync, unused_name, write_atomically
 FORMAT = 2  # 1 had no hash of the manifest
 FILES = {"adapter.safetensors", "optimizer.safetensors", "state.json", "config.yaml"}
 STATES = ("optimizer", "scorer")
+LATEST = "latest"
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -63,12 +65,16 @@ class Checkpoint:
 def write(
     checkpoint: Checkpoint, root: Path, config_yaml: str, keep_last: int, rank: int = 0
 ) -> Path:
-    """Commit a checkpoint under `root`, then remove all but the newest `keep_last` and this one.
+    """Commit a checkpoint under `root`; once it verifies, remove all but the newest `keep_last` and
+    this one.
 
     Several ranks may commit the same step at one time: one of them gives it its name.
 
     Returns:
         Its directory, `root/step-NNNNNN`.
+
+    Raises:
+        OSError: the disk refuses it, or gives back what was not written; nothing older is gone.
     """
     step = checkpoint.state["step"]
     final = root / f"step-{step:06d}"
@@ -100,6 +106,12 @@ def write(
         shutil.rmtree(beside, ignore_errors=True)
         raise
     sync(root)
+    try:
+        verify(final)
+    except UsageError as error:
+        raise OSError(f"read back, {error}") from None
+    with contextlib.suppress(OSError):  # a hint is no reason to call the save a failure
+        write_atomically(root / LATEST, f"{final.name}\n".encode())
     for _, old in _steps(root)[:-keep_last]:
         if old != final:
             shutil.rmtree(old, ignore_errors=True)
@@ -259,6 +271,7 @@ def set_aside_after(step: int, root: Path) -> None:
         aside.mkdir()
         for directory in newer:
             os.rename(directory, aside / directory.name)
+        (root / LATEST).unlink(missing_ok=True)
         sync(root)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from dlora.config import SCHEMA, Config, Options, parse
 from dlora.errors import UsageError
 from dlora.plan.capacity import free_bytes
 from dlora.prepare import Preparation, Surroundings, prepare
+from dlora.quant.kernel import bitsandbytes_kernel
 from dlora.runtime import Runtime
 from dlora.start import Start, find_start
 
@@ -75,3 +77,10 @@ def prepared(config: Config, runtime: Runtime) -> Preparation:
         return found, found.fingerprint
 
     return runtime.agree("preparation", work)
+
+
+def import_late_ones(config: Config) -> None:
+    """What would be imported while a run's memory is counted."""
+    importlib.import_module("transformers.models.auto.modeling_auto")
+    if config.model.quantization.startswith("nf4"):
+        bitsandbytes_kernel()

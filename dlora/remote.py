@@ -18,11 +18,11 @@ from pathlib import Path
 
 import fsspec
 
-from dlora.checkpoint import verify
+from dlora.checkpoint import LATEST, verify
 from dlora.config import Config
 from dlora.errors import UsageError
 
-MANIFEST, LATEST = "manifest.json", "latest"
+MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -41,12 +41,18 @@ class RemoteCheckpoints:
             raise UsageError(f"output.remote: {url}: {error}") from None
 
     def push(self, directory: Path, keep_last: int) -> None:
-        """Copy a checkpoint there, then remove all but the newest `keep_last` and this one."""
+        """Copy a checkpoint there; once all of it has arrived, remove all but the newest
+        `keep_last` and this one.
+
+        Raises:
+            OSError: a file has another size there; stores raise what they like besides.
+        """
         target = f"{self._root}/{directory.name}"
         names = sorted(path.name for path in directory.iterdir() if path.name != MANIFEST)
         self._files.makedirs(target, exist_ok=True)
         for name in (*names, MANIFEST):
             self._files.put_file(str(directory / name), f"{target}/{name}")
+            self._see_arrived(directory / name, f"{target}/{name}")
         self._files.pipe_file(f"{self._root}/{LATEST}", f"{directory.name}\n".encode())
         for _, old in self.steps()[:-keep_last]:
             if old != target:
@@ -107,6 +113,11 @@ class RemoteCheckpoints:
             return False
         finally:
             shutil.rmtree(beside, ignore_errors=True)
+
+    def _see_arrived(self, file: Path, path: str) -> None:
+        found, wanted = self._files.size(path), file.stat().st_size
+        if found != wanted:
+            raise OSError(f"{path} has {found} bytes there, not {wanted}")
 
     def _remove(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError):

@@ -18,6 +18,7 @@ from dlora.api import TrainedReplica
 from dlora.capture import restore
 from dlora.checkpoint import Checkpoint
 from dlora.config import Config, dump_yaml
+from dlora.errors import UsageError
 from dlora.files import unused_name, write_atomically
 from dlora.metrics import MetricsLog
 from dlora.prepare import Preparation
@@ -39,7 +40,8 @@ def resume(
     or holds more of the optimizer's state than its own.
 
     Raises:
-        UsageError: on every rank, if the checkpoint is damaged by now.
+        UsageError: on every rank, if the checkpoint is damaged by now or holds another form of
+            state than the optimizer keeps.
     """
 
     def find() -> tuple[Checkpoint | None, str]:
@@ -59,6 +61,7 @@ def resume(
 
     if replica.allocator is not None:
         replica.allocator.take_up(step, described["allocation"])
+    _check_states(states, replica, optimizer)
     restore(
         _shared(runtime, described["tensors"], checkpoint and checkpoint.tensors),
         shared("optimizer"),
@@ -70,6 +73,36 @@ def resume(
         replica.allocator.load_averages(shared("scorer"))
     runtime.say(f"resuming after step {step}")
     return step
+
+
+def _check_states(
+    states: Mapping[str, Mapping[str, Any]], replica: TrainedReplica, optimizer: Optimizer
+) -> None:
+    """See that what is kept beside each tensor has the form in which a run keeps it.
+
+    Torch takes over a state of any shape, and fails or broadcasts steps later.
+
+    Raises:
+        UsageError: a shape or dtype is another, on every rank alike.
+    """
+    moments = getattr(optimizer, "moment_shapes", {})
+    for file, described in states.items():
+        for key, (shape, dtype) in described.items():
+            name, _, slot = key.rpartition(".")
+            parameter = replica.named[name]
+            kept = optimizer.state.get(parameter, {}).get(slot)
+            wanted = [list(parameter.shape), _name(parameter.dtype)]
+            if isinstance(kept, Tensor):  # of an optimizer that makes its state at once
+                wanted = [list(kept.shape), _name(kept.dtype)]
+            elif slot == "step":
+                wanted = [[], "float32"]
+            elif file == "optimizer":
+                wanted[0] = list(moments.get(parameter, parameter.shape))
+            if [shape, dtype] != wanted:
+                raise UsageError(
+                    f"output.resume: {file}.safetensors of the checkpoint has {key} as {dtype} "
+                    f"{shape}, where a run keeps {wanted[1]} {wanted[0]}"
+                )
 
 
 def open_directory(
@@ -116,7 +149,7 @@ def _described(checkpoint: Checkpoint) -> dict[str, Any]:
     """Its step, and names, shapes and dtypes of its tensors."""
 
     def of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        return {n: [list(t.shape), str(t.dtype).removeprefix("torch.")] for n, t in tensors.items()}
+        return {name: [list(t.shape), _name(t.dtype)] for name, t in tensors.items()}
 
     return {
         "step": checkpoint.state["step"],
@@ -124,6 +157,10 @@ def _described(checkpoint: Checkpoint) -> dict[str, Any]:
         "states": {file: of(tensors) for file, tensors in checkpoint.states.items()},
         "allocation": checkpoint.allocation,
     }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _shared(

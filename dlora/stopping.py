@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: finish the step, commit, and exit with 143 or 130.
+"""SIGTERM and SIGINT, a file or a callable: finish the step, commit, and exit with 143 or 130.
 
     signal ──Python's handler, between two bytecodes of the main thread──> flags of the next step
        └────C's handler, at once──> a socket ──> watcher thread: 5 s later still no end?
@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
@@ -43,11 +43,15 @@ class StopRequest:
 
     Args:
         file: a path whose appearance is a stop as well; for the rank that looks at it.
+        asked: called after every step; true is a stop as well.
+
+    Attributes:
+        cause: what this rank was stopped by, as a user calls it; empty where it was not.
     """
 
-    def __init__(self, file: Path | None = None) -> None:
-        self.signal = 0
-        self.file = file
+    def __init__(self, file: Path | None = None, asked: Callable[[], bool] | None = None) -> None:
+        self.signal, self.cause = 0, ""
+        self._file, self._asked = file, asked
         self._first = 0.0  # when the first signal came
         self._last_beat = 0.0  # 0: none yet
         self._gaps: deque[float] = deque([0.0], maxlen=32)  # seconds between two beats
@@ -91,11 +95,17 @@ class StopRequest:
             self._ours.close()
             self._commit = None
 
-    @property
-    def flags(self) -> list[float]:
-        """[SIGTERM or the file seen, SIGINT seen], to be summed over ranks."""
-        terminated = self.signal == signal.SIGTERM or (self.file is not None and self.file.exists())
-        return [float(terminated), float(self.signal == signal.SIGINT)]
+    def poll(self) -> list[float]:
+        """[whether to stop as for SIGTERM, as for SIGINT], to be summed over ranks."""
+        if not self.cause:
+            if self.signal:
+                self.cause = "a signal"
+            elif self._file is not None and self._file.exists():
+                self.cause = "output.stop_file"
+            elif self._asked is not None and self._asked():
+                self.cause = "should_stop"
+        interrupted = self.signal == signal.SIGINT
+        return [float(bool(self.cause) and not interrupted), float(interrupted)]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal = self.signal or number

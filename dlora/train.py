@@ -6,9 +6,9 @@ The loop reads top to bottom:  1 a step's sequences, dealt out over ranks   2 fo
 
 from __future__ import annotations
 
-import importlib
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from dlora.build import build, build_optimizer
 from dlora.config import Config
 from dlora.data import batch_hash, deal
 from dlora.data.collate import Batch, collate
-from dlora.entry import enter, prepared
+from dlora.entry import enter, import_late_ones, prepared
 from dlora.errors import UsageError
 from dlora.evaluation import held_out_loss, sample_answers
 from dlora.keeping import RESUMES, Keeper
@@ -32,7 +32,6 @@ from dlora.plan.measured import measure
 from dlora.plan.report import comparison, lines_of
 from dlora.prepare import Preparation
 from dlora.progress import StepDisplay
-from dlora.quant.kernel import bitsandbytes_kernel
 from dlora.resume import open_directory, resume
 from dlora.runtime import Runtime, exit_with
 from dlora.start import output_directory, stop_file
@@ -42,8 +41,13 @@ from dlora.watch import FiniteWatch, HangWatch, UnusedWatch, is_finite
 TRIM_EVERY = 10  # optimizer steps between two returns of freed host memory
 
 
-def main(argv: list[str]) -> int:
-    """The command; returns the exit status."""
+def main(argv: list[str], should_stop: Callable[[], bool] | None = None) -> int:
+    """The command; returns the exit status.
+
+    Args:
+        should_stop: asked after every step, on any rank or on several; true ends the run as SIGTERM
+            does.
+    """
     runtime, options = enter(argv, prog="dlora.train")
     if options is None:
         return 0
@@ -59,7 +63,7 @@ def main(argv: list[str]) -> int:
     lock = locked(output_directory(config), runtime)
     try:
         runtime.join(config.sharding.timeout_seconds)
-        run = Run(config, runtime, preparation, meter)
+        run = Run(config, runtime, preparation, meter, should_stop)
         return run.keeper.survive(run.train)
     except UsageError as error:
         raise runtime.told(error) from error
@@ -67,24 +71,22 @@ def main(argv: list[str]) -> int:
         lock.release()
 
 
-def import_late_ones(config: Config) -> None:
-    """What would be imported while a run's memory is counted."""
-    importlib.import_module("transformers.models.auto.modeling_auto")
-    if config.model.quantization.startswith("nf4"):
-        bitsandbytes_kernel()
-
-
 class Run:
     """One run: what the loop works on, set up once, and the loop."""
 
     def __init__(
-        self, config: Config, runtime: Runtime, preparation: Preparation, meter: MemoryMeter
+        self,
+        config: Config,
+        runtime: Runtime,
+        preparation: Preparation,
+        meter: MemoryMeter,
+        should_stop: Callable[[], bool] | None = None,
     ) -> None:
         self.config, self.runtime, self.prepared = config, runtime, preparation
         self.directory = output_directory(config)
         self.meter = meter
         # From here on, so also while weights are read.
-        self.stop = StopRequest(stop_file(config) if runtime.main else None)
+        self.stop = StopRequest(stop_file(config) if runtime.main else None, should_stop)
         self.losses = FiniteWatch(
             runtime.say, self.directory / "nonfinite.json" if runtime.main else None
         )
@@ -142,7 +144,7 @@ class Run:
                     tokens += batch.num_targets
 
                 # 3  one reduction: gradients become the mean over all target tokens of all ranks
-                sums = [float(loss_sum), *stop.flags]
+                sums = [float(loss_sum), *stop.poll()]
                 reduced = replica.reduce_gradients(tokens, sums=sums, each=self.meter.peak() >> 10)
 
                 # 4  clip, schedule, step (after which AdaLoRA scores and masks by itself)
@@ -203,8 +205,7 @@ class Run:
             return 1
         if status is None or last:
             return self.finish()
-        cause = "a signal" if stop.signal or not stop.flags[0] else "output.stop_file"
-        runtime.say(f"stopped by {cause} after step {done}; {RESUMES}")
+        runtime.say(f"stopped by {stop.cause or 'another rank'} after step {done}; {RESUMES}")
         return status
 
     # -- what the loop asks for -----------------------------------------------------------------

@@ -106,6 +106,16 @@ class LoraPro(Optimizer):
             for factor in self.pairs[index][:2]:
                 self.state.pop(factor, None)
 
+    @property
+    def moment_shapes(self) -> dict[nn.Parameter, torch.Size]:
+        """Of the moments that are kept under a parameter of a pair."""
+        shapes = {}
+        for pair in self.pairs:
+            m, n, r = pair.sizes
+            shapes[pair.A] = torch.Size((m if self.moments == "full" else r, n))
+            shapes[pair.B] = torch.Size((m, r))
+        return shapes
+
     # -- a step ---------------------------------------------------------------------------------
 
     @torch.no_grad()

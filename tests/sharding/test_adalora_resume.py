@@ -74,7 +74,7 @@ def as_of(step: int, origin: Path, directory: Path) -> Path:
     """A copy of a run's directory as it was when the run died in the step after `step`: files that
     are written with a checkpoint are of that step, the metrics may be further."""
     shutil.copytree(origin, directory)
-    for checkpoint in (directory / "checkpoints").iterdir():
+    for checkpoint in (directory / "checkpoints").glob("step-*"):
         if int(checkpoint.name.removeprefix("step-")) > step:
             shutil.rmtree(checkpoint)
     masks = json.loads((directory / "ranks.json").read_text())

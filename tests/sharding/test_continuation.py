@@ -51,7 +51,7 @@ def finished(pools: Pools, command: Any, tmp_path_factory: pytest.TempPathFactor
 
 
 def names(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir())
+    return sorted(path.name for path in directory.glob("step-*"))
 
 
 def refusal(argv: list[str]) -> str:
@@ -93,12 +93,38 @@ def test_what_another_run_left_is_set_aside(
     assert [json.loads(line)["loss"] for line in kept] == [line["loss"] for line in before]
 
 
+def written(root: Path, step: int) -> Path:
+    """A checkpoint of little, the newest two of which are kept."""
+    content = Checkpoint({"x": torch.ones(1)}, {"optimizer": {}}, {"step": step})
+    return write(content, root, "", keep_last=2)
+
+
 def test_a_checkpoint_is_not_pruned_by_its_own_writing(tmp_path: Path) -> None:
-    tensors = {"x": torch.zeros(1)}
     for step in (7, 8, 2):
-        written = write(Checkpoint(tensors, {}, {"step": step}), tmp_path, "", keep_last=2)
-        assert written.is_dir()
+        assert written(tmp_path, step).is_dir()
+        assert (tmp_path / "latest").read_text() == f"step-{step:06d}\n"
     assert names(tmp_path) == ["step-000002", "step-000007", "step-000008"]
+
+
+def test_older_ones_stay_until_the_newer_verifies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that says yes to every write and keeps zeros; the next save is as any other."""
+    for step in (1, 2):
+        written(tmp_path, step)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "dlora.checkpoint.write_atomically",
+            lambda path, content: path.write_bytes(bytes(len(content))),
+        )
+        with pytest.raises(OSError, match=r"read back, .*step-000003/manifest.json"):
+            written(tmp_path, 3)
+    assert names(tmp_path) == ["step-000001", "step-000002", "step-000003"]
+    assert (tmp_path / "latest").read_text() == "step-000002\n"
+    skipped: list[str] = []
+    assert newest(tmp_path, skipped.append) == tmp_path / "step-000002" and len(skipped) == 1
+    written(tmp_path, 3)
+    assert names(tmp_path) == ["step-000002", "step-000003"]
 
 
 def test_the_base_may_lie_elsewhere(
@@ -219,6 +245,28 @@ def test_another_adapter_to_start_from_is_another_run(
     path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 64}))
     said = refusal(started(command, tmp_path / "run", adapter))
     assert "lora_alpha of the adapter was 8 and is 64" in said
+
+
+FORMS: dict[str, Any] = {
+    "exp_avg": lambda t: t.t().contiguous(),
+    "exp_avg_sq": lambda t: t.to(torch.int64),
+    "step": lambda t: t.expand(3).contiguous(),
+}
+
+
+@pytest.mark.parametrize("slot", FORMS)
+def test_a_state_of_another_form_is_refused(
+    pools: Pools, command: Any, finished: Path, tmp_path: Path, slot: str
+) -> None:
+    """Of a checkpoint whose hashes agree; torch would take it, and fail or broadcast later."""
+    saved = read(finished / "checkpoints" / "step-000003")
+    states = saved.states["optimizer"]
+    key = next(k for k in states if k.endswith(f"lora_A.{slot}"))
+    states[key] = FORMS[slot](states[key])
+    forged = write(saved, tmp_path / "forged", (finished / "config.yaml").read_text(), keep_last=1)
+    argv = command(tmp_path / "run", output__resume=str(forged))
+    with pytest.raises(AssertionError, match=rf"optimizer\.safetensors .* has {key} as "):
+        pools(1).run(train, argv)
 
 
 # -- what a run says at its end --------------------------------------------------------------------

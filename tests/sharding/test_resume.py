@@ -129,7 +129,7 @@ def interrupted(pools: Pools, command: Any, tmp_path_factory: pytest.TempPathFac
 
 
 def steps_saved(directory: Path) -> list[str]:
-    return sorted(path.name for path in (directory / "checkpoints").iterdir())
+    return sorted(path.name for path in (directory / "checkpoints").glob("step-*"))
 
 
 def check_equal(result: dict[str, Any], metrics: list[Any], whole: Any) -> None:

@@ -3,6 +3,8 @@
 Where ranks die or hang they are processes of their own, started as by hand, without an agent.
 """
 
+import contextlib
+import io
 import os
 import shutil
 import signal
@@ -209,6 +211,28 @@ def test_a_stop_file(pools: Pools, command: Any, tmp_path: Path) -> None:
         pools(2).run(stopped_by_a_file, argv, str(file))
     file.unlink()
     assert pools(2).run(stopped_by_a_file, argv, str(tmp_path / "other")) == [0, 0]
+
+
+def stopped_by_a_callable(argv: list[str], rank: int) -> tuple[int, str]:
+    """A run whose `should_stop` says so on one rank after the 5th step; what it printed."""
+    asked = iter(range(1, STEPS + 1))
+    run = prepared_run(argv, lambda: next(asked) == 5 and dist.get_rank() == rank)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        status = run.train()
+    return status, printed.getvalue()
+
+
+@pytest.mark.parametrize(("rank", "cause"), [(0, "should_stop"), (1, "another rank")])
+def test_a_callable_asks_for_a_stop(
+    pools: Pools, command: Any, tmp_path: Path, rank: int, cause: str
+) -> None:
+    argv = command(tmp_path / "run")
+    (status, printed), (other, _) = pools(2).run(stopped_by_a_callable, argv, rank)
+    assert (status, other) == (143, 143)
+    assert f"stopped by {cause} after step 5" in printed
+    assert checkpoints.newest(tmp_path / "run/checkpoints") == (
+        tmp_path / "run/checkpoints/step-000005"
+    )
 
 
 def committed_again(argv: list[str], rounds: int) -> list[dict[str, bool]]:

@@ -89,7 +89,7 @@ class Ranks:
 
 def check_same_end(directory: Path, wanted: Path, engine: str = "fsdp2") -> None:
     """The adapter, the last checkpoint, and each step once in the metrics: bit for bit."""
-    last = max(path.name for path in (wanted / "checkpoints").iterdir())
+    last = max(path.name for path in (wanted / "checkpoints").glob("step-*"))
     for file in (
         "adapter/adapter_model.safetensors",
         f"checkpoints/{last}/adapter.safetensors",
