@@ -23,6 +23,8 @@ from dlora.config import Config
 from dlora.errors import UsageError
 
 MANIFEST = "manifest.json"
+# These have no directories: what makes one makes a bucket, for whoever mistyped the name of theirs.
+BUCKETS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "r2"}
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -39,6 +41,9 @@ class RemoteCheckpoints:
             self._files, self._root = fsspec.core.url_to_fs(self.url)
         except (ImportError, ValueError) as error:
             raise UsageError(f"output.remote: {url}: {error}") from None
+        protocol = self._files.protocol
+        protocols = {protocol} if isinstance(protocol, str) else set(protocol)
+        self._has_directories = not protocols & BUCKETS
 
     def push(self, directory: Path, keep_last: int) -> None:
         """Copy a checkpoint there; once all of it has arrived, remove all but the newest
@@ -49,7 +54,7 @@ class RemoteCheckpoints:
         """
         target = f"{self._root}/{directory.name}"
         names = sorted(path.name for path in directory.iterdir() if path.name != MANIFEST)
-        self._files.makedirs(target, exist_ok=True)
+        self._make_directory(target)
         for name in (*names, MANIFEST):
             self._files.put_file(str(directory / name), f"{target}/{name}")
             self._see_arrived(directory / name, f"{target}/{name}")
@@ -73,13 +78,20 @@ class RemoteCheckpoints:
             raise UsageError(f"output.remote: {self.url} cannot be read: {error}") from error
 
     def set_aside(self, after: int) -> None:
-        """Move checkpoints past a step out of the way: they belong to another course of the run."""
-        newer = [path for step, path in self.steps() if step > after]
-        number = 1
-        while newer and self._files.exists(f"{self._root}/old-{number}"):
-            number += 1
-        for path in newer:
-            self._files.mv(path, f"{self._root}/old-{number}/{_last(path)}", recursive=True)
+        """Move checkpoints past a step out of the way: they belong to another course of the run.
+
+        Raises:
+            UsageError: the store cannot be written.
+        """
+        try:
+            newer = [path for step, path in self.steps() if step > after]
+            number = 1
+            while newer and self._files.exists(f"{self._root}/old-{number}"):
+                number += 1
+            for path in newer:
+                self._move(path, f"{self._root}/old-{number}/{_last(path)}")
+        except Exception as error:  # every store has exceptions of its own
+            raise UsageError(f"output.remote: {self.url} cannot be written: {error}") from error
 
     def steps(self) -> list[tuple[int, str]]:
         """(step, path) of the complete ones, in order."""
@@ -113,6 +125,17 @@ class RemoteCheckpoints:
             return False
         finally:
             shutil.rmtree(beside, ignore_errors=True)
+
+    def _make_directory(self, path: str) -> None:
+        if self._has_directories:
+            self._files.makedirs(path, exist_ok=True)
+
+    def _move(self, path: str, to: str) -> None:
+        """File by file: stores differ in what else they call a move."""
+        self._make_directory(to)
+        for name in sorted(map(_last, self._files.find(path)), key=lambda name: name == MANIFEST):
+            self._files.cp_file(f"{path}/{name}", f"{to}/{name}")
+        self._remove(path)
 
     def _see_arrived(self, file: Path, path: str) -> None:
         found, wanted = self._files.size(path), file.stat().st_size

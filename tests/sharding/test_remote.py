@@ -1,15 +1,19 @@
 """Checkpoints in a store: complete or not there, fetched where the disk has none, never mixed up.
 
-The store is fsspec's `memory://`, which lives as long as the worker process does.
+The stores are fsspec's `memory://`, which lives as long as the worker process does, and moto's S3
+server in this process, which s3fs speaks to over HTTP as it does to Amazon's.
 """
 
 import contextlib
 import io
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
+from moto.server import ThreadedMotoServer
 from ranks import Pools
 from run_training import command_line, figures, same_bits, train
 from test_resume import told
@@ -20,6 +24,35 @@ from dlora.config import parse
 from dlora.errors import UsageError
 
 STEPS = 4
+SECRET = "kept-by-nobody"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def s3() -> Iterator[ThreadedMotoServer]:
+    """An S3 server, as the environment of every worker says."""
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "anyone")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        yield server
+    server.stop()
+
+
+@pytest.fixture(params=["memory", "s3"])
+def store(request: pytest.FixtureRequest, pools: Pools) -> str:
+    """URL of a place in a store that nothing is in."""
+    bucket = re.sub(r"[^a-z0-9]+", "-", request.node.originalname)
+    pools(1).run(make_bucket, url := f"{request.param}://{bucket}")
+    return f"{url}/run"
+
+
+def make_bucket(url: str) -> None:
+    files, root = fsspec.core.url_to_fs(url)
+    files.mkdir(root)
 
 
 @pytest.fixture
@@ -58,11 +91,12 @@ def forget(url: str, path: str) -> None:
     files.rm(f"{root}/{path}")
 
 
-def test_a_run_goes_on_from_the_store(pools: Pools, command: Any, tmp_path: Path) -> None:
-    url = "memory://bucket/moved"
+def test_a_run_goes_on_from_the_store(
+    pools: Pools, command: Any, tmp_path: Path, store: str
+) -> None:
     [whole] = pools(1).run(train, command(tmp_path / "whole", None, train__max_steps=6))
-    pools(1).run(train, command(tmp_path / "first", url))
-    [held] = pools(1).run(stored, url)
+    pools(1).run(train, command(tmp_path / "first", store))
+    [held] = pools(1).run(stored, store)
     assert held["latest"] == b"step-000004\n"
     for step in (3, 4):
         local = tmp_path / "first" / "checkpoints" / f"step-{step:06d}"
@@ -70,20 +104,19 @@ def test_a_run_goes_on_from_the_store(pools: Pools, command: Any, tmp_path: Path
             assert held[f"{local.name}/{path.name}"] == path.read_bytes()
     assert {name.partition("/")[0] for name in held} == {"latest", "step-000003", "step-000004"}
 
-    [again] = pools(1).run(train, command(tmp_path / "second", url, train__max_steps=6))
+    [again] = pools(1).run(train, command(tmp_path / "second", store, train__max_steps=6))
     assert same_bits(again["tensors"], whole["tensors"])
     assert figures(tmp_path / "second") == figures(tmp_path / "whole")[4:]
 
 
 def test_what_is_damaged_or_torn_there_is_passed_over(
-    pools: Pools, command: Any, tmp_path: Path
+    pools: Pools, command: Any, tmp_path: Path, store: str
 ) -> None:
-    url = "memory://bucket/damaged"
-    pools(1).run(train, command(tmp_path / "first", url, output__keep_last=3))
-    pools(1).run(damage, url, "step-000004/optimizer.safetensors")
-    pools(1).run(forget, url, "step-000003/manifest.json")
-    [(_, printed)] = pools(1).run(told, command(tmp_path / "second", url))
-    assert f"skipping a checkpoint of {url}: " in printed
+    pools(1).run(train, command(tmp_path / "first", store, output__keep_last=3))
+    pools(1).run(damage, store, "step-000004/optimizer.safetensors")
+    pools(1).run(forget, store, "step-000003/manifest.json")
+    [(_, printed)] = pools(1).run(told, command(tmp_path / "second", store))
+    assert f"skipping a checkpoint of {store}: " in printed
     assert "does not match its SHA-256" in printed
     assert "resuming after step 2" in printed
     assert figures(tmp_path / "second") == figures(tmp_path / "first")[2:]
@@ -91,23 +124,21 @@ def test_what_is_damaged_or_torn_there_is_passed_over(
 
 
 def test_the_disk_goes_before_the_store_where_it_is_newer(
-    pools: Pools, command: Any, tmp_path: Path
+    pools: Pools, command: Any, tmp_path: Path, store: str
 ) -> None:
-    url = "memory://bucket/older"
-    pools(1).run(train, command(tmp_path / "run", url, train__max_steps=2))
+    pools(1).run(train, command(tmp_path / "run", store, train__max_steps=2))
     pools(1).run(train, command(tmp_path / "run", None, train__max_steps=3))
-    [(_, printed)] = pools(1).run(told, command(tmp_path / "run", url))
+    [(_, printed)] = pools(1).run(told, command(tmp_path / "run", store))
     assert "resuming after step 3" in printed
 
 
 def test_another_run_s_checkpoints_are_set_aside_there_too(
-    pools: Pools, command: Any, tmp_path: Path
+    pools: Pools, command: Any, tmp_path: Path, store: str
 ) -> None:
-    url = "memory://bucket/aside"
-    pools(1).run(train, command(tmp_path / "first", url))
-    argv = command(tmp_path / "second", url, output__resume="none", train__max_steps=1)
+    pools(1).run(train, command(tmp_path / "first", store))
+    argv = command(tmp_path / "second", store, output__resume="none", train__max_steps=1)
     pools(1).run(train, argv)
-    [held] = pools(1).run(stored, url)
+    [held] = pools(1).run(stored, store)
     found = {name.rpartition("/")[0] for name in held} - {""}
     assert found == {"step-000001", "old-1/step-000003", "old-1/step-000004"}
 
@@ -135,3 +166,14 @@ def test_a_store_that_cannot_be_written_does_not_end_the_run(
 def test_an_unknown_store_is_refused(command: Any, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"output\.remote: carrier-pigeon://loft: "):
         parse(command(tmp_path / "run", "carrier-pigeon://loft"), "dlora.train")
+
+
+def test_no_secret_is_written(pools: Pools, command: Any, tmp_path: Path) -> None:
+    """Also where the store says no, which a message of its own tells."""
+    argv = command(tmp_path / "run", "s3://there-is-no-such-bucket/run", train__max_steps=2)
+    [(status, said)] = pools(1).run(warned, argv)
+    assert status == 0
+    assert "step-000002 could not be copied to s3://there-is-no-such-bucket/run" in said
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert SECRET not in said and len(files) > 5
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
