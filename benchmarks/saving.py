@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 from runs import ROOT, options
 from safetensors import safe_open
@@ -48,7 +48,7 @@ def configured(directory: Path, steps: int, save_every: int) -> Path:
 
 
 def launched(script: list[str]) -> subprocess.Popen[bytes]:
-    """Two ranks, in a session of their own."""
+    """Two ranks."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -56,7 +56,6 @@ def launched(script: list[str]) -> subprocess.Popen[bytes]:
         cwd=ROOT,
         env=environment,
         stdout=subprocess.DEVNULL,
-        start_new_session=True,
     )
 
 
@@ -146,7 +145,9 @@ def wait_for(directory: Path, step: int, process: subprocess.Popen[bytes]) -> No
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    os.killpg(process.pid, signal.SIGKILL)
+    """SIGKILL to the launcher and its ranks, which have sessions of their own."""
+    for each in (agent := psutil.Process(process.pid), *agent.children(recursive=True)):
+        each.kill()
     process.wait()
 
 
@@ -165,7 +166,7 @@ def restarts(root: Path, rounds: int) -> dict[str, list[float]]:
         kill(process)
         process = launched(command)
         # Lines past the checkpoint go when the run takes the directory up; then they come again.
-        while newest_step(directory) > 4:
+        while newest_step(directory) > 4 and process.poll() is None:
             time.sleep(POLL_SECONDS)
         wait_for(directory, 5, process)
         seconds["restart"].append(time.perf_counter() - began)
