@@ -31,8 +31,8 @@ def is_alive(directory: str, seconds: float, *, host: str, since: float, now: fl
     """Whether nothing speaks against it; `since` is when this container started."""
     path = os.path.join(directory, ".lock")
     try:
-        renewed = os.stat(path).st_mtime
         with open(path, encoding="utf-8") as file:
+            renewed = os.fstat(file.fileno()).st_mtime
             owner = json.load(file)["host"]
     except (OSError, ValueError, KeyError, TypeError):
         return True
