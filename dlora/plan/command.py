@@ -21,6 +21,7 @@ from dlora.objectives.targets import model_parts
 from dlora.plan.capacity import free_bytes
 from dlora.plan.choose import Capacity, bytes_first, capacity_of, decide
 from dlora.plan.choose import candidates as candidates_of
+from dlora.plan.emit import patch, write
 from dlora.plan.speed import Speeds, step_time
 from dlora.plan.state import modes
 from dlora.plan.subject import Plan, Subject
@@ -54,6 +55,10 @@ class Machines:
         None, "10^12 floating-point operations per second of a rank; null: no limit", gt=0
     )
     format: Literal["table", "json"] = option("table", "how the plan is printed")
+    emit: Literal["rayjob", "trainjob", "jobset"] | None = option(
+        None, "print the plan as a patch of that overlay in k8s/ instead"
+    )
+    emit_to: str | None = option(None, "with --emit: write the patch there, and print the plan")
 
 
 def main(argv: list[str]) -> int:
@@ -61,9 +66,41 @@ def main(argv: list[str]) -> int:
     options = parse(argv, prog="dlora.plan", extra=Machines)
     if options.check:
         raise UsageError("--check belongs to dlora.train: dlora.plan trains nothing anyway")
-    found = survey(options.config, options.extra)
-    print(as_json(found) if options.extra.format == "json" else "\n".join(as_text(found)))
+    machines = options.extra
+    file = _file_to_emit(argv, machines)
+    found = survey(options.config, machines)
+    if machines.emit is not None:
+        if found.decision.warning:
+            raise UsageError(f"--emit: {found.decision.warning}")
+        text = patch(
+            machines.emit, found.decision.plan, options.config, file, found.decision.reason
+        )
+        if machines.emit_to is None:
+            print(text, end="")
+            return 0
+        write(text, machines.emit_to)
+    print(as_json(found) if machines.format == "json" else "\n".join(as_text(found)))
     return 0
+
+
+def _file_to_emit(argv: list[str], machines: Machines) -> str:
+    """The file of `--config`, which the pods of an overlay read too; empty without `--emit`.
+
+    Raises:
+        UsageError: an option is missing that `--emit` needs, or one could not act.
+    """
+    if machines.emit is None:
+        if machines.emit_to is not None:
+            raise UsageError("--emit-to needs --emit: rayjob, trainjob or jobset")
+        return ""
+    if machines.emit_to is None and machines.format != "table":
+        raise UsageError("--format: --emit prints a patch; --emit-to FILE has the plan printed too")
+    if machines.gpu_memory_gb is None:
+        raise UsageError("--emit needs --gpu-memory-gb: the overlays ask for GPUs")
+    named = [word.partition("=") for word in argv if word.partition("=")[0] == "--config"]
+    if not named:
+        raise UsageError("--emit needs --config FILE: the pods read that file too")
+    return named[0][2] or argv[argv.index("--config") + 1]
 
 
 def survey(config: Config, machines: Machines) -> Survey:

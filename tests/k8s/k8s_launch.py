@@ -36,7 +36,7 @@ def check(docs: list[Document]) -> list[str]:
                     if "launch" in line:
                         agent = agent_of(line, environment(pod, container, docs))
                         found += [
-                            *_ranks(pod, container, agent, config),
+                            *_ranks(pod, container, docs, agent, config),
                             *_probe(container, config),
                         ]
                     else:
@@ -105,11 +105,17 @@ def agent_of(line: list[str], variables: dict[str, str]) -> Any:
         return agent_options(*split(line[line.index("launch") + 1 :]))
 
 
-def _ranks(pod: Pod, container: Document, agent: Any, config: Config) -> Iterator[str]:
+def _ranks(
+    pod: Pod, container: Document, docs: list[Document], agent: Any, config: Config
+) -> Iterator[str]:
     nodes, ranks = int(str(agent.nnodes).split(":")[-1]), int(agent.nproc_per_node)
     if agent.max_restarts != 0:
         yield "torch's agent would start ranks again, whatever their exit status"
-    devices = container["resources"]["limits"].get(GPU)
+    resources = container["resources"]
+    if pod.owner["kind"] == "TrainingRuntime":  # the TrainJob has the last word
+        trainer = next(doc["spec"]["trainer"] for doc in docs if doc["kind"] == "TrainJob")
+        resources = trainer.get("resourcesPerNode", resources)
+    devices = resources["limits"].get(GPU)
     if devices is not None and int(devices) != ranks:
         yield f"{ranks} ranks on {devices} GPUs"
     if nodes == 1:
@@ -121,7 +127,7 @@ def _ranks(pod: Pod, container: Document, agent: Any, config: Config) -> Iterato
     made = {
         "JobSet": lambda: spec["replicatedJobs"][0]["template"]["spec"]["completions"],
         "PyTorchJob": lambda: spec["pytorchReplicaSpecs"]["Worker"]["replicas"],
-        "TrainingRuntime": lambda: spec["mlPolicy"]["numNodes"],
+        "TrainingRuntime": lambda: nodes,  # which are the TrainJob's
     }[pod.owner["kind"]]()
     if made != nodes:
         yield f"{made} pods for {nodes} nodes"
@@ -129,8 +135,8 @@ def _ranks(pod: Pod, container: Document, agent: Any, config: Config) -> Iterato
 
 def _shard_group(pod: Pod, config: Config) -> Iterator[str]:
     """One pod is one shard group, and pods go to nodes of their own."""
-    if config.sharding.base not in ("node", "auto"):
-        yield f"sharding.base: {config.sharding.base} shards over nodes"
+    if config.sharding.base == "world":
+        yield "sharding.base: world shards over nodes"
     spreads = [
         constraint
         for constraint in pod.spec.get("topologySpreadConstraints", [])
