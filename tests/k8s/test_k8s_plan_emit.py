@@ -1,4 +1,4 @@
-"""`dlora plan --emit`: the patch applies to its overlay, and what comes out is sound and planned."""
+"""`dlora plan --emit`: the patch applies to its overlay, and what comes out is sound."""
 
 import os
 import shlex
@@ -59,9 +59,8 @@ def command_of(job: Document) -> list[str]:
         return shlex.split(spec["entrypoint"])
     if job["kind"] == "TrainJob":
         return spec["trainer"]["args"]
-    return spec["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0][
-        "args"
-    ]
+    (pod,) = pods([job])
+    return pod.containers[0]["args"]
 
 
 def config_of(docs: list[Document], kind: str) -> Config:
