@@ -1,0 +1,128 @@
+"""What k8s/README.md says: its commands, the names in them, and its tables."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from k8s_dockerfile import build
+from k8s_launch import agent_of, configuration, environment
+from k8s_manifests import BUILT, K8S, OVERLAYS, ROOT, documents, jobs, kustomize, pods
+from k8s_restarts import BROKEN, LOST, STOPPED, WRONG, outcome
+
+from dlora.config import parse
+from dlora.launch import GRACE_SECONDS
+from dlora.plan.command import Machines
+
+TEXT = (K8S / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```bash\n(.*?)\n```", TEXT, flags=re.DOTALL)
+COMMANDS = "\n".join(BLOCKS).splitlines()
+NAMES = {  # of what the overlays make, by namespace
+    ("dlora-demo" if name in ("cpu-demo", "files-demo") else "dlora", doc["metadata"]["name"])
+    for name in BUILT
+    for doc in documents(name)
+}
+
+
+def row(first: str) -> list[str]:
+    """The cells of a table's row, by its first cell."""
+    (line,) = [line for line in TEXT.splitlines() if line.startswith(f"| {first}")]
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_names_what_is_there(command: str, tmp_path: Path) -> None:
+    words = shlex.split(command)
+    options = dict(zip(words, words[1:], strict=False))
+    if words[0] == "docker":
+        assert words[-1] == "."
+        assert (ROOT / options["-f"]).is_file()
+        name, _, flavor = options["--build-arg"].partition("=")
+        assert name == "FLAVOR"
+        assert build(tmp_path / "stages", flavor).entrypoint
+        image = options["-t"]
+        images = {c["image"] for n in BUILT for p in pods(documents(n)) for c in p.containers}
+        assert image in images
+    elif words[:2] == ["kubectl", "apply"]:
+        if "-k" in words:
+            assert kustomize(ROOT / options["-k"])
+        else:
+            assert (ROOT / options["-f"]).is_file()
+    elif words[:2] == ["dlora", "plan"]:
+        config = str(ROOT / options["--config"])
+        found = parse([config if w.startswith("configs/") else w for w in words[2:]], "p", Machines)
+        assert (found.extra.emit, found.extra.emit_to) == ("jobset", "plan.yaml")
+    else:
+        assert words[:2] == ["kubectl", "-n"]
+        assert any(namespace == words[2] for namespace, _ in NAMES)
+        for name in re.findall(r"(?<=[ /])dlora-[a-z-]+(?=[: ]|$)", command):
+            secret = f"name: {name}\n" in sources() or f"secretName: {name}\n" in sources()
+            assert (words[2], name) in NAMES or secret, name
+        if "-l" in options:
+            key, _, value = options["-l"].partition("=")
+            assert any(p.labels.get(key) == value for p in pods(documents("jobset")))
+
+
+def sources() -> str:
+    return "".join(path.read_text(encoding="utf-8") for path in K8S.rglob("*.yaml"))
+
+
+def test_the_overlays_are_listed() -> None:
+    assert re.findall(r"^\| `([a-z-]+)` \|", TEXT, flags=re.MULTILINE) == [
+        *("cpu-demo", "jobset", "trainjob", "pytorchjob", "rayjob")
+    ]
+    assert len(OVERLAYS) == 5
+
+
+def test_the_table_of_exit_statuses_is_what_the_manifests_do() -> None:
+    words = {"fails": "ends", "again": "again, not counted", "counted": "again, "}
+    for first, statuses in (("2:", [WRONG]), ("143:", [STOPPED, LOST]), ("1:", [BROKEN])):
+        cells = dict(zip(("jobset", "cpu-demo", "pytorchjob", "rayjob"), row(first), strict=True))
+        cells["trainjob"] = cells["jobset"]
+        for overlay in ("jobset", "trainjob", "cpu-demo"):
+            for _, doc, spec in jobs(documents(overlay)):
+                for status in statuses:
+                    assert cells[overlay].startswith(words[outcome(doc, spec, status)])
+    assert (row("1:")[0], row("1:")[1]) == ("again, 10 times", "again, 3 times")
+    policies = sources()
+    assert policies.count("maxRestarts: 10\n") == 2
+    assert policies.count("backoffLimit: 3\n") == 1
+    assert "--max-failures 3\n" in policies
+
+
+def test_the_times_to_stop_are_those_of_the_manifests() -> None:
+    assert f"they have {GRACE_SECONDS} s for it, the pod 180" in TEXT
+    for overlay in OVERLAYS:
+        for pod in pods(documents(overlay)):
+            given = pod.spec["terminationGracePeriodSeconds"]
+            assert given == (30 if "ray-job-submitter" in str(pod.spec) else 180)
+
+
+def test_output_lies_where_it_is_said() -> None:
+    for overlay in OVERLAYS:
+        docs = documents(overlay)
+        for pod in pods(docs):
+            for container in pod.containers:
+                words = [*container.get("command", []), *container.get("args", [])]
+                if "--config" in words:
+                    assert configuration(words, docs).output.dir == f"/runs/{overlay}"
+    (job,) = [doc for doc in documents("rayjob") if doc["kind"] == "RayJob"]
+    words = shlex.split(job["spec"]["entrypoint"])
+    options = dict(zip(words, words[1:], strict=False))
+    run = Path(options["--storage"]) / Path(options["--output.dir"]).name
+    assert f"`{run}/`" in TEXT
+
+
+def test_the_sizes_are_those_of_the_manifests() -> None:
+    """Two pods of eight GPUs, the demo's two ranks, and its volume."""
+    for overlay, nodes, ranks in (("jobset", 2, 8), ("pytorchjob", 2, 8), ("cpu-demo", 1, 2)):
+        docs = documents(overlay)
+        (pod,) = pods(docs)
+        (container,) = pod.containers
+        line = [*container["command"], *container["args"]]
+        agent = agent_of(line, environment(pod, container, docs))
+        assert str(agent.nnodes).split(":")[-1] == str(nodes)
+        assert agent.nproc_per_node == str(ranks)
+    claims = [doc for doc in documents("cpu-demo") if doc["kind"] == "PersistentVolumeClaim"]
+    assert [claim["spec"]["resources"]["requests"]["storage"] for claim in claims] == ["5Gi"]
+    assert claims[0]["spec"]["accessModes"] == ["ReadWriteOnce"]
