@@ -1,14 +1,18 @@
 """What k8s/README.md says: its commands, the names in them, and its tables."""
 
+import importlib.util
 import re
 import shlex
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
 from k8s_dockerfile import build
-from k8s_launch import agent_of, configuration, environment
+from k8s_launch import GPU, agent_of, configuration, environment
 from k8s_manifests import BUILT, K8S, OVERLAYS, ROOT, documents, jobs, kustomize, pods
+from k8s_operators import QUEUE
 from k8s_restarts import BROKEN, LOST, STOPPED, WRONG, outcome
+from k8s_values import amount
 
 from dlora.config import parse
 from dlora.launch import GRACE_SECONDS
@@ -126,3 +130,57 @@ def test_the_sizes_are_those_of_the_manifests() -> None:
     claims = [doc for doc in documents("cpu-demo") if doc["kind"] == "PersistentVolumeClaim"]
     assert [claim["spec"]["resources"]["requests"]["storage"] for claim in claims] == ["5Gi"]
     assert claims[0]["spec"]["accessModes"] == ["ReadWriteOnce"]
+
+
+def test_every_rank_gets_the_entries_of_the_secret() -> None:
+    wanted = {"secretRef": {"name": "dlora-credentials", "optional": True}}
+    for overlay in set(OVERLAYS) - {"cpu-demo"}:
+        for pod in pods(documents(overlay)):
+            for container in pod.containers:
+                if container["name"] != "ray-job-submitter":
+                    assert wanted in container["envFrom"], pod.where
+
+
+def test_ray_s_probes_need_no_token() -> None:
+    """Its own lists of paths that are open say so."""
+    found = importlib.util.find_spec("ray")
+    assert found is not None and found.submodule_search_locations
+    dashboard = Path(found.submodule_search_locations[0]) / "dashboard"
+    agent, head = (
+        (dashboard / f"http_server_{name}.py").read_text(encoding="utf-8")
+        for name in ("agent", "head")
+    )
+    of_agent = re.search(r"PUBLIC_EXACT_PATHS = \[(.*?)\]", agent, flags=re.DOTALL)
+    of_head = re.search(r"public_exact_paths = \{(.*?)\}", head, flags=re.DOTALL)
+    assert of_agent and of_head
+    asked = [
+        (container[probe]["httpGet"]["port"], container[probe]["httpGet"]["path"])
+        for pod in pods(documents("rayjob"))
+        for container in pod.containers
+        for probe in ("startupProbe", "livenessProbe", "readinessProbe")
+        if probe in container
+    ]
+    assert len(asked) == 6
+    for port, path in asked:
+        assert f'"{path}"' in {52365: of_agent[1], 8265: of_head[1]}[port]
+
+
+@pytest.mark.parametrize("overlay", sorted(set(OVERLAYS) - {"cpu-demo"}))
+def test_the_queue_to_begin_with_has_room_for_it(overlay: str) -> None:
+    """Kueue never starts what asks for more, or for a resource that the queue does not cover."""
+    (queue,) = [doc for doc in documents("kueue") if doc["kind"] == "ClusterQueue"]
+    (group,) = queue["spec"]["resourceGroups"]
+    quota = {r["name"]: amount(r["nominalQuota"]) for r in group["flavors"][0]["resources"]}
+    assert set(quota) == set(group["coveredResources"])
+    asked = dict.fromkeys(quota, Decimal(0))
+    for pod in pods(documents(overlay)):
+        times = 2 if GPU in str(pod.spec["containers"]) else 1
+        for container in pod.containers:
+            for name, value in container["resources"]["requests"].items():
+                asked[name] += times * amount(value)
+    assert asked[GPU] == 16
+    assert all(asked[name] <= quota[name] for name in asked), asked
+    names = {doc["metadata"]["name"] for doc in documents("kueue") if doc["kind"] == "LocalQueue"}
+    assert {doc["metadata"].get("labels", {}).get(QUEUE) for doc in documents(overlay)} - {
+        None
+    } == names
