@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,10 +67,8 @@ def main(argv: list[str]) -> int:
     options = parse(argv, prog="launchers.ray_train", extra=Workers)
     if options.check:
         raise UsageError("--check belongs to dlora.train, which understands the same configuration")
-    config, workers = options.config, options.extra
-    place = place_of(config, workers)
-    if config.output.remote is None:
-        config = replace(config, output=replace(config.output, remote=place.url))
+    workers = options.extra
+    config, place = placed(options.config, workers)
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     try:
@@ -81,6 +80,18 @@ def main(argv: list[str]) -> int:
     if verdict.status == 2:
         raise UsageError(verdict.error)
     return int(verdict.status)
+
+
+def placed(config: Config, workers: Workers) -> tuple[Config, Place]:
+    """The configuration with the place where the run's checkpoints and adapter go, and that place.
+
+    Raises:
+        UsageError: as for `place_of`.
+    """
+    place = place_of(config, workers)
+    if config.output.remote is None:
+        config = replace(config, output=replace(config.output, remote=place.url))
+    return config, place
 
 
 def place_of(config: Config, workers: Workers) -> Place:
@@ -108,14 +119,19 @@ def is_submitted() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
-def trainer(config: Config, workers: Workers, place: Place) -> Any:
-    """Ray's trainer."""
+def trainer(config: Config, workers: Workers, place: Place, callbacks: Sequence[Any] = ()) -> Any:
+    """Ray's trainer.
+
+    Args:
+        callbacks: Ray Train's, which are told of reports.
+    """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from launchers.ray_worker import work
 
     forwarded = {name: os.environ[name] for name in FORWARDED if name in os.environ}
+    forwarded["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"  # it prints every line twice
     return TorchTrainer(
         work,
         train_loop_config={"config": dump_yaml(config), "directory": str(Path.cwd())},
@@ -130,6 +146,7 @@ def trainer(config: Config, workers: Workers, place: Place) -> Any:
             storage_path=place.storage,
             failure_config=FailureConfig(max_failures=workers.max_failures),
             worker_runtime_env={"env_vars": forwarded},
+            callbacks=list(callbacks),
         ),
     )
 
