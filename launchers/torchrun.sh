@@ -7,7 +7,7 @@
 #
 #   HEAD            host that the nodes meet on: the one with NODE_RANK=0 (default: this one)
 #   PORT            free there and open between the nodes (29500)
-#   NNODES          nodes (1), or MIN:MAX
+#   NNODES          nodes (1)
 #   NODE_RANK       of this node, from 0 (under Slurm: SLURM_NODEID)
 #   NPROC_PER_NODE  ranks on each node (its GPUs; without any, 1)
 #   RUN_ID          the same on all nodes of a run, and no other's (dlora; under Slurm: the job)
