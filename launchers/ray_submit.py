@@ -123,19 +123,27 @@ def connect(wanted: Submission) -> Any:
     Raises:
         UsageError: there is no token, it is the wrong one, or nobody answers.
     """
+    if not wanted.no_auth and not has_token():
+        raise UsageError(
+            "address: there is no token for the cluster: set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, "
+            "or give --no-auth where it wants none"
+        )
     os.environ["RAY_AUTH_MODE"] = "disabled" if wanted.no_auth else "token"
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     try:
         return JobSubmissionClient(wanted.address)
-    except AuthenticationError as error:
-        raise UsageError(
-            "address: no token for the cluster: set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, or use "
-            f"--no-auth where it wants none ({first_line(error)})"
-        ) from None
-    except (ConnectionError, RuntimeError) as error:
+    except (AuthenticationError, ConnectionError, RuntimeError) as error:
         raise UsageError(f"address: {wanted.address}: {first_line(error)}") from None
+
+
+def has_token() -> bool:
+    """Whether there is one where Ray looks; without, Ray ends the process."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return True
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    return path.is_file() and bool(path.read_text().strip())
 
 
 def first_line(error: Exception) -> str:

@@ -69,6 +69,7 @@ def main(argv: list[str]) -> int:
         raise UsageError("--check belongs to dlora.train, which understands the same configuration")
     workers = options.extra
     config, place = placed(options.config, workers)
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # steps look alike to it
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     try:
@@ -132,6 +133,7 @@ def trainer(config: Config, workers: Workers, place: Place, callbacks: Sequence[
 
     forwarded = {name: os.environ[name] for name in FORWARDED if name in os.environ}
     forwarded["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"  # it prints every line twice
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths start where the job does
     return TorchTrainer(
         work,
         train_loop_config={"config": dump_yaml(config), "directory": str(Path.cwd())},

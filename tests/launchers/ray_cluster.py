@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -58,6 +59,7 @@ class Cluster:
             "RAY_DISABLE_IMPORT_WARNING": "1",
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         }
         self.nodes: list[subprocess.Popen[bytes]] = []
 
@@ -181,3 +183,8 @@ def cluster() -> Iterator[Cluster]:
         yield found
     finally:
         found.stop()
+
+
+def starts_in(log: str) -> int:
+    """How often Ray Train has started workers; both raylets tell of the same logs here."""
+    return len(set(re.findall(r"pid=(\d+)\) world_rank=0", log)))
