@@ -125,8 +125,8 @@ def connect(wanted: Submission) -> Any:
     """
     if not wanted.no_auth and not has_token():
         raise UsageError(
-            "address: there is no token for the cluster: set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, "
-            "or give --no-auth where it wants none"
+            "address: there is no token: RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH gives the "
+            "cluster's, and --no-auth says that it wants none"
         )
     os.environ["RAY_AUTH_MODE"] = "disabled" if wanted.no_auth else "token"
     from ray.exceptions import AuthenticationError

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -119,11 +119,13 @@ def check(config: Config, sweep: Sweep, words: Mapping[str, str | None], space: 
 def configuration(
     words: Mapping[str, str | None], values: Mapping[str, Any], directory: Path
 ) -> Config:
-    """That of a trial: it saves, and so reports, whenever it evaluates."""
+    """That of a trial: it saves, and so tells Ray of its figures, whenever it evaluates."""
     given = [word(name, value) for name, value in words.items() if name != "output.dir"]
     tried = [word(key, v if isinstance(v, str) else json.dumps(v)) for key, v in values.items()]
     options = parse([*given, *tried, f"--output.dir={directory}"], "launchers.ray_sweep", Workers)
-    return options.config
+    output = options.config.output
+    every = output.eval_every or output.save_every or options.config.train.max_steps
+    return replace(options.config, output=replace(output, save_every=every))
 
 
 def run(
@@ -150,7 +152,7 @@ def run(
     if sweep.scheduler == "asha":
         scheduler = tune.schedulers.ASHAScheduler(time_attr="step", max_t=max_steps)
     tuner = tune.Tuner(
-        tune.with_resources(trial, {"CPU": 0}),
+        tune.with_resources(trial, {"memory": 1 << 20}),  # the CPUs are for its workers
         param_space={key: _drawn(tune, values) for key, values in space.items()},
         tune_config=tune.TuneConfig(
             metric=sweep.metric,
