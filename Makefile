@@ -10,20 +10,23 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 TORCH_INDEX ?=
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: train test test-readme test-others lint model install install-test clean
+# Tests that start programs of their own and wait for them.
+STARTING := tests/test_readme.py tests/launchers
+
+.PHONY: train test test-starting test-others lint model install install-test clean
 
 train: install model
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --nproc-per-node 2 -m dlora.train --config configs/quickstart.yaml
 
-# The README's commands beside all other tests: most of those leave one of two cores idle.
+# Side by side: most of the other tests leave one of two cores idle.
 test: install-test model
-	@$(MAKE) --no-print-directory --jobs 2 test-readme test-others
+	@$(MAKE) --no-print-directory --jobs 2 test-starting test-others
 
-test-readme:
-	$(BIN)/python -m pytest tests/test_readme.py
+test-starting:
+	$(BIN)/python -m pytest $(STARTING)
 
 test-others:
-	$(BIN)/python -m pytest --ignore tests/test_readme.py
+	$(BIN)/python -m pytest $(STARTING:%=--ignore=%)
 
 lint: install-test
 	$(BIN)/ruff format --check .

@@ -15,7 +15,7 @@ import yaml
 
 from dlora.config_checks import EIGHT_BIT, validate
 from dlora.config_cli import print_help, read_file, scan_argv
-from dlora.config_options import Given, Option, convert, schema_of
+from dlora.config_options import Given, Option, convert, option, schema_of
 from dlora.config_sections import (
     SCHEMA,
     SECTIONS,
@@ -45,9 +45,11 @@ __all__ = [
     "OutputConfig",
     "ShardingConfig",
     "TrainConfig",
+    "UsageError",
     "dump_yaml",
     "is_set",
     "load",
+    "option",
     "parse",
     "to_dict",
     "validate",
@@ -77,13 +79,17 @@ def parse(argv: Sequence[str], prog: str, extra: type | None = None) -> Options:
 
     `extra` is a dataclass of further options of one command, all with defaults, declared by
     `option`: its field `gpus_per_node` is `--gpus-per-node`, and its instance is `Options.extra`.
+    One of type bool is a switch, which takes no value.
     """
     extras = schema_of(extra, lambda name: name.replace("_", "-")) if extra else {}
+    flags = {key: opt.doc for key, opt in extras.items() if opt.type is bool}
+    valued = {key: opt for key, opt in {**extras, **SCHEMA}.items() if key not in flags}
     if {"-h", "--help"} & set(argv):
         docs = {name: cls.__doc__ or "" for name, cls in SECTIONS.items()}
-        print_help(prog, {**extras, **SCHEMA}, docs, SWITCHES)
+        print_help(prog, valued, docs, {**SWITCHES, **flags})
         raise SystemExit(0)
-    words = scan_argv(list(argv), ["config", *extras, *SCHEMA], SWITCHES)
+    words = scan_argv(list(argv), ["config", *valued], {**SWITCHES, **flags})
+    words |= dict.fromkeys(flags.keys() & words.keys(), "true")
     given = read_file(words["config"], SCHEMA) if "config" in words else {}
     given |= {key: Given(word, is_word=True) for key, word in words.items() if key in SCHEMA}
     config = _build({key: convert(SCHEMA[key], value) for key, value in given.items()})

@@ -25,10 +25,11 @@ from dlora.capture import capture
 from dlora.checkpoint import Checkpoint
 from dlora.config import Config
 from dlora.errors import UsageError
+from dlora.hooks import nobody
 from dlora.metrics import complete
 from dlora.prepare import Preparation
 from dlora.ranks_file import MaskLog
-from dlora.remote import remote_of
+from dlora.remote import RemoteCheckpoints, remote_of
 from dlora.resume import resolved_yaml
 from dlora.runtime import Runtime
 from dlora.sharding.share import ReplicaError
@@ -45,6 +46,7 @@ class Keeper:
 
     Args:
         start: the step that it goes on from.
+        told: `Hooks.saved`.
 
     Attributes:
         masks: what AdaLoRA's masks were.
@@ -58,35 +60,41 @@ class Keeper:
         replica: TrainedReplica,
         optimizer: Optimizer,
         start: int,
+        told: Callable[[dict[str, Any], Path | None], None] = nobody,
     ) -> None:
         self._config, self._runtime, self._prepared = config, runtime, preparation
         self._replica, self._optimizer, self._start = replica, optimizer, start
         self._root = output_directory(config) / "checkpoints"
-        self._remote = remote_of(config)
+        self._remote, self._told = remote_of(config), told
         self.masks = MaskLog(self._root.parent, replica.allocator)
         self._snapshots = Snapshots()
         self._record: dict[str, Any] = {}  # of the snapshot's step
         self._lock = threading.Lock()  # while a snapshot is written or read
         self._writing = threading.Lock()  # one checkpoint at a time
         self._writer = ThreadPoolExecutor(1, "dlora-save")
-        self._pending: Future[None] | None = None
+        self._pending: Future[Path | None] | None = None
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, record: dict[str, Any]) -> None:
         """Commit a checkpoint: rank 0 alone, unless ranks keep different optimizer states.
 
-        What the disk refuses is said, and tried again at the next save: the run goes on.
+        What the disk refuses is said, and tried again at the next save: the run goes on. Whoever
+        wants to be told waits for what is written; nobody else does.
+
+        Args:
+            record: the step's line of the metrics.
         """
-        replica = self._replica
-        if not (self._runtime.main or replica.share.collective_saves):
-            return
-        states, allocation = replica.states(self._optimizer), replica.allocation()
-        captured = capture(replica, states, self._state(step), allocation, replica.frozen)
-        if captured is None:
-            return
-        self.settle()
-        with self._said_of_disk(step):
-            self.masks.write(until=step)
-        self._pending = self._writer.submit(self._write_behind, captured)
+        replica, written = self._replica, None
+        if self._runtime.main or replica.share.collective_saves:
+            states, allocation = replica.states(self._optimizer), replica.allocation()
+            captured = capture(replica, states, self._state(step), allocation, replica.frozen)
+            if captured is not None:
+                self.settle()
+                with self._said_of_disk(step):
+                    self.masks.write(until=step)
+                self._pending = self._writer.submit(self._write_behind, captured)
+        if self._told is not nobody:
+            written = self.settle()
+            self._told(record, written)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -96,11 +104,10 @@ class Keeper:
         finally:
             self.settle()
 
-    def settle(self) -> None:
-        """Wait for what is being written."""
+    def settle(self) -> Path | None:
+        """Wait for what is being written; its directory, or None where there is none."""
         pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        return pending.result() if pending is not None else None
 
     def keep(self, step: int, record: dict[str, Any]) -> None:
         """Take a snapshot after a step, with its line of the metrics.
@@ -181,21 +188,31 @@ class Keeper:
         except OSError as error:
             self._runtime.warn(f"step {step} could not be saved: {error}; the run goes on")
 
-    def _write_behind(self, checkpoint: Checkpoint) -> None:
-        step = checkpoint.state["step"]
-        with self._said_of_disk(step):
-            self._push(self._write(checkpoint))
+    def publish(self, adapter: Path) -> None:
+        """Copy the adapter, which was just written, to `output.remote`; said where it refuses."""
+        self._offer(adapter.name, lambda remote: remote.put(adapter))
+
+    def _write_behind(self, checkpoint: Checkpoint) -> Path | None:
+        with self._said_of_disk(checkpoint.state["step"]):
+            directory = self._write(checkpoint)
+            self._push(directory)
+            return directory
+        return None
 
     def _push(self, directory: Path) -> None:
-        """Copy a checkpoint to `output.remote`; a store that refuses it does not end the run."""
+        """Copy a checkpoint to `output.remote`."""
+        keep_last = self._config.output.keep_last
+        self._offer(directory.name, lambda remote: remote.push(directory, keep_last))
+
+    def _offer(self, name: str, copy: Callable[[RemoteCheckpoints], object]) -> None:
+        """Copy something to `output.remote`; a store that refuses it does not end the run."""
         if self._remote is None:
             return
         try:
-            self._remote.push(directory, self._config.output.keep_last)
+            copy(self._remote)
         except Exception as error:  # every store has exceptions of its own
             self._runtime.warn(
-                f"{directory.name} could not be copied to {self._remote.url}: {error}; the run "
-                "goes on"
+                f"{name} could not be copied to {self._remote.url}: {error}; the run goes on"
             )
 
     def _write(self, checkpoint: Checkpoint) -> Path:

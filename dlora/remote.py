@@ -46,22 +46,26 @@ class RemoteCheckpoints:
         self._has_directories = not protocols & BUCKETS
 
     def push(self, directory: Path, keep_last: int) -> None:
-        """Copy a checkpoint there; once all of it has arrived, remove all but the newest
-        `keep_last` and this one.
+        """`put` a checkpoint; once all of it has arrived, remove all but the newest `keep_last` and
+        this one."""
+        target = self.put(directory)
+        self._files.pipe_file(f"{self._root}/{LATEST}", f"{directory.name}\n".encode())
+        for _, old in self.steps()[:-keep_last]:
+            if old != target:
+                self._remove(old)
+
+    def put(self, directory: Path) -> str:
+        """Copy a directory's files there, a manifest last; its path there.
 
         Raises:
             OSError: a file has another size there; stores raise what they like besides.
         """
         target = f"{self._root}/{directory.name}"
-        names = sorted(path.name for path in directory.iterdir() if path.name != MANIFEST)
         self._make_directory(target)
-        for name in (*names, MANIFEST):
+        for name in sorted((path.name for path in directory.iterdir()), key=_manifest_last):
             self._files.put_file(str(directory / name), f"{target}/{name}")
             self._see_arrived(directory / name, f"{target}/{name}")
-        self._files.pipe_file(f"{self._root}/{LATEST}", f"{directory.name}\n".encode())
-        for _, old in self.steps()[:-keep_last]:
-            if old != target:
-                self._remove(old)
+        return target
 
     def fetch(self, root: Path, after: int, warn: Callable[[str], None]) -> None:
         """Bring the newest checkpoint past the step `after` that verifies to the disk, if any.
@@ -133,7 +137,7 @@ class RemoteCheckpoints:
     def _move(self, path: str, to: str) -> None:
         """File by file: stores differ in what else they call a move."""
         self._make_directory(to)
-        for name in sorted(map(_last, self._files.find(path)), key=lambda name: name == MANIFEST):
+        for name in sorted(map(_last, self._files.find(path)), key=_manifest_last):
             self._files.cp_file(f"{path}/{name}", f"{to}/{name}")
         self._remove(path)
 
@@ -151,6 +155,10 @@ class RemoteCheckpoints:
 def remote_of(config: Config) -> RemoteCheckpoints | None:
     """What `output.remote` names."""
     return RemoteCheckpoints(config.output.remote) if config.output.remote else None
+
+
+def _manifest_last(name: str) -> bool:
+    return name == MANIFEST
 
 
 def _last(path: str) -> str:

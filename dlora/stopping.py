@@ -23,6 +23,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
+from dlora.hooks import never
+
 GRACE_SECONDS = (
     5.0  # signals this close together are one: launchers forward what the shell sent too
 )
@@ -39,7 +41,7 @@ class Commit(Protocol):
 class StopRequest:
     """Remembers a stop signal until the loop looks; a second one, later, ends the process.
 
-    To be made in the main thread.
+    Signals reach the main thread alone: made in another one, it knows the file and the callable.
 
     Args:
         file: a path whose appearance is a stop as well; for the rank that looks at it.
@@ -49,21 +51,22 @@ class StopRequest:
         cause: what this rank was stopped by, as a user calls it; empty where it was not.
     """
 
-    def __init__(self, file: Path | None = None, asked: Callable[[], bool] | None = None) -> None:
+    def __init__(self, file: Path | None = None, asked: Callable[[], bool] = never) -> None:
         self.signal, self.cause = 0, ""
         self._file, self._asked = file, asked
         self._first = 0.0  # when the first signal came
         self._last_beat = 0.0  # 0: none yet
         self._gaps: deque[float] = deque([0.0], maxlen=32)  # seconds between two beats
         self._commit: Commit | None = None
-        self._ours, theirs = socket.socketpair()
-        theirs.setblocking(False)
-        self._theirs = theirs
-        for number in STOPPING:
-            signal.signal(number, self._handle)
-        self._before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._watch, name="dlora-stop", daemon=True)
-        self._thread.start()
+        if threading.current_thread() is threading.main_thread():
+            self._ours, self._theirs = socket.socketpair()
+            self._theirs.setblocking(False)
+            for number in STOPPING:
+                signal.signal(number, self._handle)
+            wakes = self._theirs.fileno()
+            self._before = signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
+            self._thread.start()
 
     def beat(self) -> None:
         """A sign of progress: passes of the model give one each."""
@@ -102,7 +105,7 @@ class StopRequest:
                 self.cause = "a signal"
             elif self._file is not None and self._file.exists():
                 self.cause = "output.stop_file"
-            elif self._asked is not None and self._asked():
+            elif self._asked():
                 self.cause = "should_stop"
         interrupted = self.signal == signal.SIGINT
         return [float(bool(self.cause) and not interrupted), float(interrupted)]

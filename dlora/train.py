@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from dlora.data.collate import Batch, collate
 from dlora.entry import enter, import_late_ones, prepared
 from dlora.errors import UsageError
 from dlora.evaluation import held_out_loss, sample_answers
+from dlora.hooks import NO_HOOKS, Hooks
 from dlora.keeping import RESUMES, Keeper
 from dlora.lock import locked
 from dlora.lora.attach import attachment_of
@@ -41,13 +41,8 @@ from dlora.watch import FiniteWatch, HangWatch, UnusedWatch, is_finite
 TRIM_EVERY = 10  # optimizer steps between two returns of freed host memory
 
 
-def main(argv: list[str], should_stop: Callable[[], bool] | None = None) -> int:
-    """The command; returns the exit status.
-
-    Args:
-        should_stop: asked after every step, on any rank or on several; true ends the run as SIGTERM
-            does.
-    """
+def main(argv: list[str], hooks: Hooks = NO_HOOKS) -> int:
+    """The command; returns the exit status."""
     runtime, options = enter(argv, prog="dlora.train")
     if options is None:
         return 0
@@ -63,7 +58,7 @@ def main(argv: list[str], should_stop: Callable[[], bool] | None = None) -> int:
     lock = locked(output_directory(config), runtime)
     try:
         runtime.join(config.sharding.timeout_seconds)
-        run = Run(config, runtime, preparation, meter, should_stop)
+        run = Run(config, runtime, preparation, meter, hooks)
         return run.keeper.survive(run.train)
     except UsageError as error:
         raise runtime.told(error) from error
@@ -80,13 +75,14 @@ class Run:
         runtime: Runtime,
         preparation: Preparation,
         meter: MemoryMeter,
-        should_stop: Callable[[], bool] | None = None,
+        hooks: Hooks = NO_HOOKS,
     ) -> None:
+        self.hooks = hooks
         self.config, self.runtime, self.prepared = config, runtime, preparation
         self.directory = output_directory(config)
         self.meter = meter
         # From here on, so also while weights are read.
-        self.stop = StopRequest(stop_file(config) if runtime.main else None, should_stop)
+        self.stop = StopRequest(stop_file(config) if runtime.main else None, hooks.should_stop)
         self.losses = FiniteWatch(
             runtime.say, self.directory / "nonfinite.json" if runtime.main else None
         )
@@ -101,7 +97,7 @@ class Run:
         self.records: list[dict[str, Any]] = []  # of the steps of this start
         self.start = resume(runtime, preparation, self.replica, self.optimizer)
         saved = config, runtime, preparation, self.replica, self.optimizer
-        self.keeper = Keeper(*saved, start=self.start)
+        self.keeper = Keeper(*saved, start=self.start, told=hooks.saved)
         self.model.register_forward_pre_hook(lambda *_: self.beat())
 
     def train(self) -> int:
@@ -190,8 +186,9 @@ class Run:
                 if evaluated or due(done, config.output.log_every):
                     log.write(record)
                     display.update(record)
-                if status is not None or due(done, config.output.save_every, last=last):
-                    keeper.save(done)
+                asked = status is not None or self.hooks.should_save()
+                if asked or due(done, config.output.save_every, last=last):
+                    keeper.save(done, record)
 
                 # 6  a signal on any rank, or trouble, stops all of them here, after the commit
                 if trouble or (status is not None and not last):
@@ -284,6 +281,7 @@ class Run:
         try:
             if self.runtime.main:
                 save_adapter(self.model, where, base_model_name_or_path=self.config.model.path)
+                self.keeper.publish(where)
         except OSError as error:
             self.runtime.fail(f"{where} could not be written: {error}; free the disk and {RESUMES}")
             return 1

@@ -14,6 +14,7 @@ from torch import Tensor
 from dlora.capture import capture
 from dlora.config import parse
 from dlora.entry import import_late_ones, prepared
+from dlora.hooks import NO_HOOKS, Hooks
 from dlora.memory import MemoryMeter
 from dlora.metrics import read_metrics
 from dlora.runtime import Runtime
@@ -51,14 +52,14 @@ def meter() -> MemoryMeter:
     return MemoryMeter()
 
 
-def prepared_run(argv: list[str], should_stop: Callable[[], bool] | None = None) -> Run:
+def prepared_run(argv: list[str], hooks: Hooks = NO_HOOKS) -> Run:
     """This rank's `Run`, as `dlora.train.main` sets it up."""
     config = parse(argv, prog="dlora.train").config
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     runtime = Runtime(rank, world, torch.device("cpu"), ranks.current_store)
     import_late_ones(config)
     since_before = meter()
-    return Run(config, runtime, prepared(config, runtime), since_before, should_stop)
+    return Run(config, runtime, prepared(config, runtime), since_before, hooks)
 
 
 def train(argv: list[str], meddle: Callable[[Run], None] | None = None) -> dict[str, Any]:

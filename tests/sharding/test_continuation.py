@@ -15,6 +15,7 @@ from tiny import save_chats
 
 from dlora.checkpoint import Checkpoint, newest, read, write
 from dlora.config import parse
+from dlora.continuation import FREE_KEYS, FREE_SECTIONS
 from dlora.entry import prepared
 from dlora.errors import UsageError
 from dlora.runtime import Runtime
@@ -59,6 +60,12 @@ def refusal(argv: list[str]) -> str:
     with pytest.raises(UsageError) as refused:
         prepared(parse(argv, "dlora.train").config, Runtime(0, 1, torch.device("cpu"), None))
     return str(refused.value)
+
+
+def test_what_may_change_is_documented() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert not {key for key in FREE_KEYS if f"`{key}`" not in readme}
+    assert " and ".join(f"`{name}`" for name in sorted(FREE_SECTIONS, reverse=True)) in readme
 
 
 # -- from a checkpoint that is named ---------------------------------------------------------------

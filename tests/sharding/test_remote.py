@@ -98,11 +98,16 @@ def test_a_run_goes_on_from_the_store(
     pools(1).run(train, command(tmp_path / "first", store))
     [held] = pools(1).run(stored, store)
     assert held["latest"] == b"step-000004\n"
-    for step in (3, 4):
-        local = tmp_path / "first" / "checkpoints" / f"step-{step:06d}"
+    run = tmp_path / "first"
+    for local in (
+        run / "checkpoints/step-000003",
+        run / "checkpoints/step-000004",
+        run / "adapter",
+    ):
         for path in local.iterdir():
             assert held[f"{local.name}/{path.name}"] == path.read_bytes()
-    assert {name.partition("/")[0] for name in held} == {"latest", "step-000003", "step-000004"}
+    there = {"adapter", "latest", "step-000003", "step-000004"}
+    assert {name.partition("/")[0] for name in held} == there
 
     [again] = pools(1).run(train, command(tmp_path / "second", store, train__max_steps=6))
     assert same_bits(again["tensors"], whole["tensors"])
@@ -140,7 +145,7 @@ def test_another_run_s_checkpoints_are_set_aside_there_too(
     pools(1).run(train, argv)
     [held] = pools(1).run(stored, store)
     found = {name.rpartition("/")[0] for name in held} - {""}
-    assert found == {"step-000001", "old-1/step-000003", "old-1/step-000004"}
+    assert found == {"adapter", "step-000001", "old-1/step-000003", "old-1/step-000004"}
 
 
 def warned(argv: list[str]) -> tuple[int, str]:

@@ -20,6 +20,7 @@ from tiny import save_chats
 from two_ranks import Ranks, check_same_end
 
 from dlora import checkpoint as checkpoints
+from dlora.hooks import Hooks
 
 STEPS, SAVED, BROKEN = 8, 3, 6  # a checkpoint every 3 steps; something happens in the 6th
 LIMIT_SECONDS = 120
@@ -216,7 +217,8 @@ def test_a_stop_file(pools: Pools, command: Any, tmp_path: Path) -> None:
 def stopped_by_a_callable(argv: list[str], rank: int) -> tuple[int, str]:
     """A run whose `should_stop` says so on one rank after the 5th step; what it printed."""
     asked = iter(range(1, STEPS + 1))
-    run = prepared_run(argv, lambda: next(asked) == 5 and dist.get_rank() == rank)
+    hooks = Hooks(should_stop=lambda: next(asked) == 5 and dist.get_rank() == rank)
+    run = prepared_run(argv, hooks)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         status = run.train()
     return status, printed.getvalue()
@@ -233,6 +235,28 @@ def test_a_callable_asks_for_a_stop(
     assert checkpoints.newest(tmp_path / "run/checkpoints") == (
         tmp_path / "run/checkpoints/step-000005"
     )
+
+
+def told_of_saves(argv: list[str], asked_at: int) -> list[tuple[int, float, str | None]]:
+    """(step, loss, checkpoint that verifies) of each save; one is asked for, the others are due."""
+    asked, seen = iter(range(1, STEPS + 1)), []
+
+    def saved(record: Any, checkpoint: Path | None) -> None:
+        if checkpoint is not None:
+            checkpoints.verify(checkpoint)
+        seen.append((record["step"], record["loss"], checkpoint and checkpoint.name))
+
+    hooks = Hooks(should_save=lambda: next(asked) == asked_at, saved=saved)
+    assert prepared_run(argv, hooks).train() == 0
+    return seen
+
+
+def test_saves_are_told_on_every_rank(pools: Pools, command: Any, tmp_path: Path) -> None:
+    main, other = pools(2).run(told_of_saves, command(tmp_path / "run"), 4)
+    assert [(step, name) for step, _, name in main] == [
+        (step, f"step-{step:06d}") for step in (3, 4, 6, 8)
+    ]
+    assert other == [(step, loss, None) for step, loss, _ in main]
 
 
 def committed_again(argv: list[str], rounds: int) -> list[dict[str, bool]]:

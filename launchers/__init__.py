@@ -1,0 +1,1 @@
+"""Thin programs that start `dlora.train` where others own the processes."""

@@ -1,0 +1,208 @@
+"""`python -m launchers.ray_submit --address URL --config FILE …`: hand a run to a Ray cluster.
+
+    python -m launchers.ray_submit --address http://HEAD:8265 --working-dir . \\
+        --config configs/lora.yaml --num-workers 4 --use-gpu --storage s3://bucket/runs
+
+Packs the working directory, submits `python -m launchers.ray_train` with what remains of the
+command line, prints the job's log and ends with its exit status. Ctrl-C asks whether to stop the
+job or leave it running. The configuration is read here first, so that a mistake costs no
+submission.
+
+The cluster's token is taken from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token, as Ray
+itself does; `--no-auth` is for a cluster that wants none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dlora.config import Config, UsageError, option, parse
+from dlora.train import exit_with
+from launchers.ray_train import Workers, number
+from launchers.words import names_of, word, words_of
+
+# Left out of the package: what is large, what is made anew there, and what is nobody's business.
+EXCLUDED = (
+    *(".git", ".venv", "venv", "node_modules", "__pycache__", "*.egg-info", ".env", ".ray"),
+    *(".cache", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis", "wandb"),
+    *("/runs", "/models", "checkpoints", "*.safetensors", "*.gguf", "*.bin", "*.pt", "*.pth"),
+)
+POLL_SECONDS = 0.5
+CONNECTION = "dashboard of the head node, as http://HEAD:8265"
+
+
+@dataclass(frozen=True)
+class Submission(Workers):
+    """How the job is submitted; the others are launchers.ray_train's."""
+
+    address: str = option("http://127.0.0.1:8265", CONNECTION)
+    working_dir: str = option(".", "what the job's processes get a copy of, and start in")
+    exclude: list[str] = option([], f"patterns left out, as in .gitignore, beside {EXCLUDED}")
+    env: dict[str, str] = option(
+        {}, 'of the job\'s processes, as {"NCCL_DEBUG": "INFO"}; no secrets'
+    )
+    submission_id: str | None = option(None, "the job's name; null: Ray makes one")
+    no_auth: bool = option(False, "the cluster wants no token")
+    no_wait: bool = option(False, "submit and return: nothing is printed of the job")
+
+
+def main(argv: list[str]) -> int:
+    """Submit and follow; returns the job's exit status."""
+    options = parse(argv, prog="launchers.ray_submit", extra=Submission)
+    if options.check:
+        raise UsageError("--check belongs to dlora.train, which understands the same configuration")
+    wanted: Submission = options.extra
+    number(wanted.num_workers)
+    root = Path(wanted.working_dir).expanduser()
+    if not root.is_dir():
+        raise UsageError(f"working-dir: {root} is no directory")
+    excluded = [*EXCLUDED, *wanted.exclude]
+    check_packed(options.config, root, excluded)
+    client = connect(wanted)
+    job = client.submit_job(
+        entrypoint=shlex.join(["python", "-m", "launchers.ray_train", *forwarded(argv, root)]),
+        submission_id=wanted.submission_id,
+        runtime_env={"working_dir": str(root), "excludes": excluded, "env_vars": wanted.env},
+    )
+    print(f"submitted {job} to {wanted.address}", flush=True)
+    return 0 if wanted.no_wait else Following(client, job, wanted.address).status()
+
+
+def forwarded(argv: list[str], root: Path) -> list[str]:
+    """The words of launchers.ray_train, and the configuration's path as seen from `root`.
+
+    Raises:
+        UsageError: the configuration does not lie in `root`.
+    """
+    kept, own = [], names_of(Submission)
+    for name, value in words_of(argv, Submission):
+        if name == "config" and value is not None:
+            file, packed = Path(value).resolve(), root.resolve()
+            if not file.is_relative_to(packed):
+                raise UsageError(f"config: {value} does not lie in the working directory {root}")
+            value = str(file.relative_to(packed))
+        if name not in own:
+            kept.append(word(name, value))
+    return kept
+
+
+def check_packed(config: Config, root: Path, excluded: Iterable[str]) -> None:
+    """See that what the configuration names by a relative path gets into the package.
+
+    Raises:
+        UsageError: it is left out.
+    """
+    import pathspec
+
+    left_out = pathspec.GitIgnoreSpec.from_lines(excluded)
+    train = config.data.train if isinstance(config.data.train, list) else [config.data.train]
+    evaluated = config.data.eval if isinstance(config.data.eval, list) else [config.data.eval]
+    named = [("model.path", config.model.path), ("adapter.path", config.adapter.path)]
+    named += [("data.train", path) for path in train] + [("data.eval", path) for path in evaluated]
+    for key, path in named:
+        if path and not Path(path).is_absolute() and (root / path).exists():
+            files = [path, f"{path}/"] if (root / path).is_dir() else [path]
+            if any(left_out.match_file(file) for file in files):
+                raise UsageError(
+                    f"{key}: {path} is left out of what is sent to the cluster; name a path that "
+                    "its nodes see, or a hub id"
+                )
+
+
+def connect(wanted: Submission) -> Any:
+    """A client of the cluster.
+
+    Raises:
+        UsageError: there is no token, it is the wrong one, or nobody answers.
+    """
+    if not wanted.no_auth and not has_token():
+        raise UsageError(
+            "address: there is no token: RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH gives the "
+            "cluster's, and --no-auth says that it wants none"
+        )
+    os.environ["RAY_AUTH_MODE"] = "disabled" if wanted.no_auth else "token"
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return JobSubmissionClient(wanted.address)
+    except (AuthenticationError, ConnectionError, RuntimeError) as error:
+        raise UsageError(f"address: {wanted.address}: {first_line(error)}") from None
+
+
+def has_token() -> bool:
+    """Whether there is one where Ray looks; without, Ray ends the process."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return True
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    return path.is_file() and bool(path.read_text().strip())
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+class Following:
+    """A job whose log is printed until it ends."""
+
+    def __init__(self, client: Any, job: str, address: str) -> None:
+        self._client, self._job, self._address = client, job, address
+        self._printed = 0  # characters of the log
+
+    def status(self) -> int:
+        """Its exit status once it has ended; 130 where it was stopped or left alone."""
+        while True:
+            try:
+                asyncio.run(self._follow())
+                return self._ended()
+            except KeyboardInterrupt:
+                if not self._stays():
+                    return 130
+
+    async def _follow(self) -> None:
+        """Print what comes, without what was printed before."""
+        passed = 0
+        async for text in self._client.tail_job_logs(self._job):
+            new = text[max(0, self._printed - passed) :]
+            passed += len(text)
+            self._printed = max(self._printed, passed)
+            print(new, end="", flush=True)
+
+    def _ended(self) -> int:
+        while not (info := self._client.get_job_info(self._job)).status.is_terminal():
+            time.sleep(POLL_SECONDS)
+        print(f"{self._job}: {info.status.value.lower()}", flush=True)
+        if info.status.value == "STOPPED":
+            return 130
+        return 0 if info.status.value == "SUCCEEDED" else info.driver_exit_code or 1
+
+    def _stays(self) -> bool:
+        """Ask what Ctrl-C meant; whether to go on following."""
+        how = f"ray job logs --address {self._address} --follow {self._job}"
+        if not sys.stdin.isatty():
+            print(f"\n{self._job} goes on without this program; {how}", flush=True)
+            return False
+        try:
+            answer = input(f"\nstop {self._job}? [y] stop, [l] leave it running, [N] go on: ")
+        except (EOFError, KeyboardInterrupt):
+            answer = "l"
+        if answer.strip().lower().startswith("y"):
+            self._client.stop_job(self._job)
+            print("stopping; submitted again it goes on from its last checkpoint", flush=True)
+            return True
+        if answer.strip().lower().startswith("l"):
+            print(f"{self._job} goes on; {how}", flush=True)
+            return False
+        return True
+
+
+if __name__ == "__main__":
+    exit_with(main)

@@ -1,0 +1,198 @@
+"""`python -m launchers.ray_sweep --config FILE --space SPACE`: many runs of one configuration.
+
+    python -m launchers.ray_sweep --config configs/lora.yaml --samples 8 --scheduler asha \\
+        --space '{"adapter.r": [8, 16], "optimizer.lr": {"loguniform": [1.0e-5, 1.0e-3]}}'
+
+SPACE is YAML or JSON, or a file of it: keys of the configuration, each with a list (all of its
+values, a grid) or a distribution to draw from: `uniform`, `loguniform` or `randint` with [low,
+high], `choice` with a list. The grid is run once for each sample. `asha` ends trials that are
+behind at an evaluation. Each trial is a run of launchers.ray_train's in `output.dir/TRIAL`; the
+table at the end is in `output.dir/sweep.json` as well, its plot in `sweep.png`.
+
+Exit status: 0 all trials ended well, 2 a wrong configuration or space, 1 a trial failed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from dlora.config import SCHEMA, Config, UsageError, option, parse
+from dlora.train import exit_with
+from launchers.ray_train import Workers, number, placed, trainer
+from launchers.sweep_report import Trial, draw, table
+from launchers.words import names_of, word, words_of
+
+RANGES = ("uniform", "loguniform", "randint")
+Space = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sweep(Workers):
+    """What is tried; the others are launchers.ray_train's, for each trial."""
+
+    space: str = option("{}", "keys and what they may be: YAML or JSON, or a file of it")
+    samples: int = option(1, "times that the grid is run, each with other draws", ge=1)
+    scheduler: Literal["none", "asha"] = option("none", "asha: trials that are behind end early")
+    metric: Literal["eval_loss", "loss"] = option("eval_loss", "the figure to make small")
+    max_concurrent: int = option(0, "trials at one time; 0: as many as there is room for", ge=0)
+    sweep_seed: int = option(0, "of the draws")
+
+
+def main(argv: list[str]) -> int:
+    """Run the sweep; returns the exit status."""
+    options = parse(argv, prog="launchers.ray_sweep", extra=Sweep)
+    if options.check:
+        raise UsageError("--check belongs to dlora.train, which understands the same configuration")
+    config, sweep = options.config, options.extra
+    space = read_space(sweep.space)
+    own = names_of(Sweep)
+    words = {name: value for name, value in words_of(argv, Sweep) if name not in own}
+    check(config, sweep, words, space)
+    root = Path(config.output.dir).expanduser().absolute()
+    trials = run(words, sweep, space, root, config.train.max_steps)
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "sweep.json").write_text(json.dumps([vars(t) for t in trials], indent=2) + "\n")
+    draw(trials, sweep.metric, root / "sweep.png")
+    table(trials, sweep.metric)
+    print(f"{root / 'sweep.json'}\n{root / 'sweep.png'}", flush=True)
+    return 1 if any(trial.error for trial in trials) else 0
+
+
+def read_space(given: str) -> Space:
+    """The space that `--space` names or holds.
+
+    Raises:
+        UsageError: it is no mapping of keys of the configuration to lists or distributions.
+    """
+    try:
+        text = Path(given).read_text() if Path(given).suffix in (".yaml", ".json") else given
+        space = yaml.safe_load(text)
+    except (OSError, yaml.YAMLError) as error:
+        raise UsageError(f"space: {str(error).partition(chr(10))[0]}") from None
+    if not isinstance(space, dict) or not space:
+        raise UsageError('space: expected {"section.key": [values] or {"loguniform": [low, high]}}')
+    for key, values in space.items():
+        if key not in SCHEMA:
+            raise UsageError(f"space: {key} is no key of the configuration")
+        if isinstance(values, dict) and len(values) == 1:
+            [(kind, values)] = values.items()
+            if kind not in (*RANGES, "choice"):
+                raise UsageError(f"space: {key}: {kind} is none of {', '.join(RANGES)}, choice")
+            if kind in RANGES and not is_range(values, above_zero=kind == "loguniform"):
+                raise UsageError(f"space: {key}: {kind} needs [low, high], low below high")
+        if not isinstance(values, list) or not values:
+            raise UsageError(f"space: {key}: expected a list or one distribution")
+    return space
+
+
+def is_range(values: Any, *, above_zero: bool) -> bool:
+    """Whether these are two numbers in order."""
+    if not isinstance(values, list) or [type(v) in (int, float) for v in values] != [True] * 2:
+        return False
+    return values[0] < values[1] and (values[0] > 0 or not above_zero)
+
+
+def check(config: Config, sweep: Sweep, words: Mapping[str, str | None], space: Space) -> None:
+    """See that every value that may come up is one that a run takes, before any run is started.
+
+    Raises:
+        UsageError: one is not; a key stands twice; or nobody would compute the metric.
+    """
+    number(sweep.num_workers)
+    if twice := sorted(words.keys() & space.keys()):
+        raise UsageError(f"space: {twice[0]} is on the command line as well")
+    if sweep.metric == "eval_loss" and not (config.data.eval and config.output.eval_every):
+        raise UsageError("metric: eval_loss needs data.eval and output.eval_every above 0")
+    for key, values in space.items():
+        [listed] = values.values() if isinstance(values, dict) else [values]
+        for value in listed:
+            configuration(words, {key: value}, Path("runs"))
+
+
+def configuration(
+    words: Mapping[str, str | None], values: Mapping[str, Any], directory: Path
+) -> Config:
+    """That of a trial: it saves, and so tells Ray of its figures, whenever it evaluates."""
+    given = [word(name, value) for name, value in words.items() if name != "output.dir"]
+    tried = [word(key, v if isinstance(v, str) else json.dumps(v)) for key, v in values.items()]
+    options = parse([*given, *tried, f"--output.dir={directory}"], "launchers.ray_sweep", Workers)
+    output = options.config.output
+    every = output.eval_every or output.save_every or options.config.train.max_steps
+    return replace(options.config, output=replace(output, save_every=every))
+
+
+def run(
+    words: dict[str, str | None], sweep: Sweep, space: Space, root: Path, max_steps: int
+) -> list[Trial]:
+    """Let Ray Tune run all trials; the best first."""
+    from ray import tune
+    from ray.tune.search import BasicVariantGenerator
+
+    directory = str(Path.cwd())
+
+    def trial(values: dict[str, Any]) -> None:
+        os.chdir(directory)
+        from ray.tune.integration.ray_train import TuneReportCallback
+
+        name = tune.get_context().get_trial_name()
+        config = configuration(words, values, root / name)
+        config, place = placed(config, sweep)
+        verdict = trainer(config, sweep, place, [TuneReportCallback()]).fit().return_value
+        if verdict.status:
+            raise UsageError(verdict.error)
+
+    scheduler = None
+    if sweep.scheduler == "asha":
+        scheduler = tune.schedulers.ASHAScheduler(time_attr="step", max_t=max_steps)
+    tuner = tune.Tuner(
+        tune.with_resources(trial, {"memory": 1 << 20}),  # the CPUs are for its workers
+        param_space={key: _drawn(tune, values) for key, values in space.items()},
+        tune_config=tune.TuneConfig(
+            metric=sweep.metric,
+            mode="min",
+            num_samples=sweep.samples,
+            scheduler=scheduler,
+            search_alg=BasicVariantGenerator(
+                max_concurrent=sweep.max_concurrent or room(sweep), random_state=sweep.sweep_seed
+            ),
+        ),
+        run_config=tune.RunConfig(name="tune", storage_path=str(root)),
+    )
+    found = [
+        Trial.of(result.config or {}, result.metrics or {}, result.error, sweep.metric)
+        for result in tuner.fit()
+    ]
+    return sorted(found, key=lambda trial: trial.order)
+
+
+def room(sweep: Sweep) -> int:
+    """Trials that the cluster has room for at one time."""
+    import ray
+
+    if not ray.is_initialized():
+        ray.init()
+    workers = number(sweep.num_workers)
+    least = workers[0] if isinstance(workers, tuple) else workers
+    per_worker = {"GPU": 1.0} if sweep.use_gpu else {"CPU": 1.0}
+    per_worker |= sweep.resources
+    there = ray.cluster_resources()
+    return max(1, min(int(there.get(n, 0) / (least * a)) for n, a in per_worker.items()))
+
+
+def _drawn(tune: Any, values: Any) -> Any:
+    """What Ray Tune calls it."""
+    if isinstance(values, list):
+        return tune.grid_search(values)
+    [(kind, given)] = values.items()
+    return tune.choice(given) if kind == "choice" else getattr(tune, kind)(*given)
+
+
+if __name__ == "__main__":
+    exit_with(main)

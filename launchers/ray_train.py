@@ -1,0 +1,172 @@
+"""`python -m launchers.ray_train --config FILE --num-workers N`: dlora.train under Ray Train.
+
+    python -m launchers.ray_train --config configs/lora.yaml --num-workers 4 --use-gpu \\
+        --storage s3://bucket/runs
+
+Ray places the workers, starts them again when one is lost, and changes their number between MIN and
+MAX; the global batch, the order of the data and the result stay what they are. Rank 0 fetches the
+newest checkpoint that verifies from the storage, wherever it comes up. The same command, with the
+same storage and name, goes on from there.
+
+Exit status: 0 done, 2 a wrong configuration (one line, no restarts), 1 anything else.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dlora.config import Config, UsageError, dump_yaml, option, parse
+from dlora.train import exit_with
+
+# Of the environment, what every worker gets; Ray shows it to whoever may look, so no secrets.
+FORWARDED = (
+    *("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG", "NCCL_IB_HCA", "OMP_NUM_THREADS"),
+    *("DS_ACCELERATOR", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "HF_HOME", "HF_HUB_OFFLINE"),
+)
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How Ray runs it."""
+
+    num_workers: str = option(
+        "1", "ranks; as MIN:MAX the run goes on with what there is, and grows when nodes come"
+    )
+    use_gpu: bool = option(False, "one GPU for each worker")
+    resources: dict[str, float] = option({}, 'of each worker, as {"CPU": 4}; null: Ray\'s', gt=0)
+    storage: str | None = option(
+        None, "a path or URL that all nodes see, for checkpoints and the adapter; null: output.dir"
+    )
+    name: str | None = option(None, "of the run in the storage; null: the last part of output.dir")
+    max_failures: int = option(
+        3, "restarts after lost workers, -1: any number; preempted nodes do not count", ge=-1
+    )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run's checkpoints and adapter go: `name` in `storage`, a directory or URL."""
+
+    storage: str
+    name: str
+
+    @property
+    def url(self) -> str:
+        """Of both, as `output.remote` has it."""
+        storage = self.storage.rstrip("/")
+        return f"{storage if '://' in storage else f'file://{storage}'}/{self.name}"
+
+
+def main(argv: list[str]) -> int:
+    """Run the job; returns the exit status."""
+    options = parse(argv, prog="launchers.ray_train", extra=Workers)
+    if options.check:
+        raise UsageError("--check belongs to dlora.train, which understands the same configuration")
+    workers = options.extra
+    config, place = placed(options.config, workers)
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # steps look alike to it
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    try:
+        verdict = trainer(config, workers, place).fit().return_value
+    except TrainingFailedError as error:
+        reason = str(error).strip().splitlines()[-1]
+        print(f"dlora: error: Ray has given the run up: {reason}", file=sys.stderr, flush=True)
+        return 1
+    if verdict.status == 2:
+        raise UsageError(verdict.error)
+    return int(verdict.status)
+
+
+def placed(config: Config, workers: Workers) -> tuple[Config, Place]:
+    """The configuration with the place where the run's checkpoints and adapter go, and that place.
+
+    Raises:
+        UsageError: as for `place_of`.
+    """
+    place = place_of(config, workers)
+    if config.output.remote is None:
+        config = replace(config, output=replace(config.output, remote=place.url))
+    return config, place
+
+
+def place_of(config: Config, workers: Workers) -> Place:
+    """Where the run's checkpoints and adapter go.
+
+    Raises:
+        UsageError: they would go with the job's working directory.
+    """
+    directory = Path(config.output.dir).expanduser()
+    if workers.storage is not None:
+        name = workers.name or directory.name
+        if "://" in workers.storage:
+            return Place(workers.storage, name)
+        return Place(str(Path(workers.storage).expanduser().absolute()), name)
+    if is_submitted() and not directory.is_absolute():
+        raise UsageError(
+            f"output.dir: {directory} lies in the job's working directory, which goes with the "
+            "job: name an absolute path, or --storage"
+        )
+    return Place(str(directory.absolute()), workers.name or "ray")
+
+
+def is_submitted() -> bool:
+    """Whether this is the entry point of a Ray job."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def trainer(config: Config, workers: Workers, place: Place, callbacks: Sequence[Any] = ()) -> Any:
+    """Ray's trainer.
+
+    Args:
+        callbacks: Ray Train's, which are told of reports.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from launchers.ray_worker import work
+
+    forwarded = {name: os.environ[name] for name in FORWARDED if name in os.environ}
+    forwarded["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"  # it prints every line twice
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths start where the job does
+    return TorchTrainer(
+        work,
+        train_loop_config={"config": dump_yaml(config), "directory": str(Path.cwd())},
+        torch_config=TorchConfig(backend="gloo"),  # each rank ends it and makes its own
+        scaling_config=ScalingConfig(
+            num_workers=number(workers.num_workers),
+            use_gpu=workers.use_gpu,
+            resources_per_worker=workers.resources or None,
+        ),
+        run_config=RunConfig(
+            name=place.name,
+            storage_path=place.storage,
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+            worker_runtime_env={"env_vars": forwarded},
+            callbacks=list(callbacks),
+        ),
+    )
+
+
+def number(text: str) -> int | tuple[int, int]:
+    """N, or (MIN, MAX).
+
+    Raises:
+        UsageError: it is neither.
+    """
+    parts = text.split(":")
+    if len(parts) > 2 or not all(part.isdecimal() and int(part) for part in parts):
+        raise UsageError(f"num-workers: expected N or MIN:MAX, got {text!r}")
+    least, most = int(parts[0]), int(parts[-1])
+    if least > most:
+        raise UsageError(f"num-workers: {least} is more than {most}")
+    return (least, most) if len(parts) == 2 else least
+
+
+if __name__ == "__main__":
+    exit_with(main)

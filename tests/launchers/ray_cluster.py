@@ -1,0 +1,190 @@
+"""A Ray of two raylets on the loopback, with a token, that tests start, cut and stop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).parents[2]
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+START_SECONDS, STOP_SECONDS, POLL_SECONDS = 120.0, 20.0, 0.1
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listened on a moment ago, all of them different."""
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+class Cluster:
+    """A head and one more node, one CPU each, so that two workers are on different raylets.
+
+    Args:
+        root: for logs, the token and Ray's session; a short path, as sockets lie in it.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.gcs, self.dashboard, self._client = free_ports(3)
+        self.token = secrets.token_hex(16)
+        token_file = root / "token"
+        token_file.write_text(self.token)
+        self.environment = os.environ | {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token_file),
+            "RAY_ADDRESS": f"127.0.0.1:{self.gcs}",
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_DISABLE_IMPORT_WARNING": "1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        }
+        self.nodes: list[subprocess.Popen[bytes]] = []
+
+    @property
+    def url(self) -> str:
+        """Of the dashboard, where jobs are submitted."""
+        return f"http://127.0.0.1:{self.dashboard}"
+
+    def start(self) -> None:
+        head = ["--head", f"--port={self.gcs}", f"--dashboard-port={self.dashboard}"]
+        self._node([*head, "--include-dashboard=true", f"--ray-client-server-port={self._client}"])
+        self._wait_for(1)
+        self._node([f"--address=127.0.0.1:{self.gcs}", "--node-ip-address=127.0.0.2"])
+        self._wait_for(2)
+
+    def kill_second(self) -> None:
+        """As if its machine had lost its power: SIGKILL to all that it runs."""
+        node = self.nodes.pop()
+        for process in (found := psutil.Process(node.pid), *found.children(recursive=True)):
+            process.kill()
+        node.wait()
+
+    def stop(self) -> None:
+        for node in reversed(self.nodes):
+            left = psutil.Process(node.pid).children(recursive=True)
+            node.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                node.wait(STOP_SECONDS)
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            node.kill()
+            node.wait()
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def run(self, module: str, *words: str, **changes: Any) -> subprocess.CompletedProcess[str]:
+        """A program of dlora's as a user of this cluster starts it."""
+        environment = {k: str(v) for k, v in (self.environment | changes).items() if v is not None}
+        return subprocess.run(
+            [sys.executable, "-m", module, *words],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            capture_output=True,
+            timeout=240,
+        )
+
+    def open(self, module: str, *words: str, log: Path) -> subprocess.Popen[bytes]:
+        """The same, in the background; what it prints goes to a file."""
+        with log.open("wb") as file:
+            return subprocess.Popen(
+                [sys.executable, "-m", module, *words],
+                cwd=ROOT,
+                env=self.environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+
+    def workers(self, node: int | None = None) -> list[psutil.Process]:
+        """The processes of Ray Train's workers, of one node or of all."""
+        nodes = self.nodes if node is None else [self.nodes[node]]
+        below = [p for n in nodes for p in psutil.Process(n.pid).children(recursive=True)]
+        return [process for process in below if "RayTrainWorker" in title(process)]
+
+    def _node(self, options: Sequence[str]) -> None:
+        ports = free_ports(4)
+        own = [
+            f"--dashboard-agent-listen-port={ports[0]}",
+            f"--dashboard-agent-grpc-port={ports[1]}",
+            f"--metrics-export-port={ports[2]}",
+            f"--runtime-env-agent-port={ports[3]}",
+            f"--min-worker-port={20000 + 2000 * len(self.nodes)}",
+            f"--max-worker-port={21999 + 2000 * len(self.nodes)}",
+        ]
+        temporary = [f"--temp-dir={self.root}"] if "--head" in options else []
+        log = self.root / f"node-{len(self.nodes)}-{time.monotonic_ns()}.log"
+        with log.open("wb") as file:
+            command = [*RAY, "start", "--block", "--num-cpus=1", "--num-gpus=0"]
+            self.nodes.append(
+                subprocess.Popen(
+                    [*command, "--object-store-memory=100000000", *options, *own, *temporary],
+                    env={k: v for k, v in self.environment.items() if k != "RAY_ADDRESS"},
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            )
+
+    def _wait_for(self, count: int) -> None:
+        until = time.monotonic() + START_SECONDS
+        while self._alive() < count:
+            if self.nodes[-1].poll() is not None or time.monotonic() > until:
+                logs = [path.read_text() for path in sorted(self.root.glob("node-*.log"))]
+                raise AssertionError("no node:\n" + "\n".join(logs))
+            time.sleep(POLL_SECONDS)
+
+    def _alive(self) -> int:
+        code = (
+            "from ray.util.state import list_nodes\n"
+            f"print(len(list_nodes(address={self.url!r}, filters=[('state', '=', 'ALIVE')])))"
+        )
+        found = subprocess.run(
+            [sys.executable, "-c", code], env=self.environment, capture_output=True, text=True
+        )
+        return int(found.stdout.split()[-1]) if found.returncode == 0 else 0
+
+
+def title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+@contextlib.contextmanager
+def cluster() -> Iterator[Cluster]:
+    """One that is gone with the block."""
+    found = Cluster(Path(tempfile.mkdtemp(prefix="ray-")))
+    try:
+        found.start()
+        yield found
+    finally:
+        found.stop()
+
+
+def starts_in(log: str) -> int:
+    """How often Ray Train has started workers; both raylets tell of the same logs here."""
+    return len(set(re.findall(r"pid=(\d+)\) world_rank=0", log)))

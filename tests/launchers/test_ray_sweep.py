@@ -1,0 +1,86 @@
+"""Four trials of one configuration under Ray Tune; and spaces that no trial is started for."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from ray_cluster import cluster
+from run_files import write_run
+from tiny import save_chats, save_model
+
+from dlora.config import UsageError
+from launchers.ray_sweep import main
+
+SPACE = {"adapter.r": [2, 4], "optimizer.lr": [1e-3, 3e-3]}
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("sweep")
+    save_model(root / "model", "llama", torch.float32)
+    return write_run(
+        root / "run.json",
+        model__path=str(root / "model"),
+        data__train=str(save_chats(root / "chats.jsonl", 24)),
+        data__eval=str(save_chats(root / "held.jsonl", 4)),
+        train__max_steps=6,
+        output__eval_every=3,
+        output__dir=str(root / "swept"),
+    )
+
+
+def test_a_grid_of_four(run_file: Path) -> None:
+    root = run_file.parent
+    with cluster() as ray:
+        made = ray.run(
+            "launchers.ray_sweep", "--config", str(run_file), "--space", json.dumps(SPACE)
+        )
+    assert made.returncode == 0, made.stdout + made.stderr
+    trials = json.loads((root / "swept/sweep.json").read_text())
+    values = [(t["values"]["adapter.r"], t["values"]["optimizer.lr"]) for t in trials]
+    assert sorted(values) == [(r, lr) for r in SPACE["adapter.r"] for lr in SPACE["optimizer.lr"]]
+    assert [t["figure"] for t in trials] == sorted(t["figure"] for t in trials)
+    assert {t["step"] for t in trials} == {6} and not any(t["error"] for t in trials)
+    for trial in trials:  # each is the run that its directory says
+        [directory] = [
+            path.parent
+            for path in root.glob("swept/*/config.yaml")
+            if f"r: {trial['values']['adapter.r']}\n" in path.read_text()
+            and f"lr: {trial['values']['optimizer.lr']}\n" in path.read_text()
+        ]
+        lines = [json.loads(t) for t in (directory / "metrics.jsonl").read_text().splitlines()]
+        assert lines[-1]["eval_loss"] == pytest.approx(trial["figure"], rel=1e-9)
+        assert (directory / "adapter/adapter_model.safetensors").is_file()
+    assert (root / "swept/sweep.png").read_bytes().startswith(b"\x89PNG")
+    for trial in trials:
+        assert f"{trial['figure']:.4f}" in made.stdout
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ("{}", "space: expected {"),
+        ("{adapter.r: [", "space: while parsing"),
+        ("{adapter.rank: [1]}", "space: adapter.rank is no key of the configuration"),
+        ("{adapter.r: 4}", "space: adapter.r: expected a list or one distribution"),
+        ("{adapter.r: []}", "space: adapter.r: expected a list or one distribution"),
+        ("{adapter.r: [0]}", "adapter.r: must be >= 1"),
+        ("{optimizer.lr: {normal: [0, 1]}}", "space: optimizer.lr: normal is none of uniform"),
+        ("{optimizer.lr: {loguniform: [0, 1]}}", "space: optimizer.lr: loguniform needs"),
+        ("{optimizer.lr: {uniform: [2, 1]}}", "space: optimizer.lr: uniform needs"),
+        ("{train.seed: [1]}", "space: train.seed is on the command line as well"),
+        ("nowhere.yaml", "space: "),
+    ],
+)
+def test_a_wrong_space_is_one_line(run_file: Path, space: str, message: str) -> None:
+    argv = ["--config", str(run_file), "--space", space, "--train.seed", "3"]
+    with pytest.raises(UsageError) as refused:
+        main(argv)
+    assert str(refused.value).startswith(message) and "\n" not in str(refused.value)
+
+
+def test_nobody_computes_the_figure(run_file: Path) -> None:
+    argv = ["--config", str(run_file), "--space", "{adapter.r: [2]}", "--output.eval_every", "0"]
+    with pytest.raises(UsageError, match="metric: eval_loss needs data.eval"):
+        main(argv)

@@ -1,0 +1,145 @@
+"""dlora under Ray Train on two raylets: the run that torchrun makes, whatever is lost meanwhile."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ray_cluster import Cluster, cluster, starts_in
+from run_files import write_run
+from safetensors.torch import load_file
+from tiny import save_chats, save_model
+
+STEPS, LIMIT_SECONDS = 24, 120
+Configured = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Cluster]:
+    with cluster() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a model and data, for the runs of this file."""
+    root = tmp_path_factory.mktemp("place")
+    save_model(root / "model", "llama", torch.float32)
+    save_chats(root / "chats.jsonl", 24)
+    return root
+
+
+@pytest.fixture(scope="module")
+def configured(place: Path) -> Configured:
+    """configured(name, **settings): the file of a run whose `output.dir` is `place/name`."""
+
+    def write(name: str, **settings: Any) -> Path:
+        common = {
+            "model__path": str(place / "model"),
+            "data__train": str(place / "chats.jsonl"),
+            "sharding__base": "world",
+            "train__max_steps": STEPS,
+            "output__save_every": 4,
+            "output__dir": str(place / name),
+        }
+        return write_run(place / f"{name}.json", **common | settings)
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def by_torchrun(ray: Cluster, configured: Configured, place: Path) -> Path:
+    """The directory of the run that torch's agent makes."""
+    config = configured("torchrun")
+    made = ray.run("dlora", "launch", "--nproc-per-node", "2", "--config", str(config))
+    assert made.returncode == 0, made.stderr
+    return place / "torchrun"
+
+
+def lines(directory: Path) -> list[dict[str, Any]]:
+    path = directory / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def check_same(directory: Path, other: Path) -> None:
+    """Each step once, of the same sequences; and A and B to 1e-5."""
+    ours, theirs = lines(directory), lines(other)
+    assert [line["step"] for line in ours] == list(range(1, STEPS + 1))
+    assert [line["batch_hash"] for line in ours] == [line["batch_hash"] for line in theirs]
+    adapters = [load_file(d / "adapter/adapter_model.safetensors") for d in (directory, other)]
+    assert adapters[0].keys() == adapters[1].keys()
+    for name, tensor in adapters[0].items():
+        wanted = adapters[1][name]
+        assert (tensor - wanted).norm() <= 1e-5 * wanted.norm(), name
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + LIMIT_SECONDS
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def last_step(directory: Path) -> int:
+    return max((line["step"] for line in lines(directory)), default=0)
+
+
+def test_it_is_the_run_of_torchrun(
+    ray: Cluster, configured: Configured, place: Path, by_torchrun: Path
+) -> None:
+    made = ray.run(
+        "launchers.ray_train", "--config", str(configured("whole")), "--num-workers", "2"
+    )
+    assert made.returncode == 0, made.stdout + made.stderr
+    check_same(place / "whole", by_torchrun)
+    stored = place / "whole" / "ray"
+    assert sorted(p.name for p in stored.glob("step-*")) == ["step-000020", "step-000024"]
+    for file in (place / "whole/adapter").iterdir():
+        assert (stored / "adapter" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_killed_worker_is_started_again(
+    ray: Cluster, configured: Configured, place: Path, by_torchrun: Path
+) -> None:
+    config, log = configured("killed"), place / "killed.log"
+    job = ray.open("launchers.ray_train", "--config", str(config), "--num-workers", "2", log=log)
+    try:
+        wait_for(lambda: last_step(place / "killed") >= 9)
+        ray.workers(node=1)[0].kill()
+        assert job.wait(LIMIT_SECONDS) == 0, log.read_text()
+    finally:
+        job.kill()
+    assert "resuming after step" in log.read_text() and starts_in(log.read_text()) == 2
+    check_same(place / "killed", by_torchrun)
+
+
+def test_a_wrong_configuration_fails_once(
+    ray: Cluster, configured: Configured, place: Path
+) -> None:
+    (place / "bad.jsonl").write_text('{"messages": 3}\n')
+    config = configured("wrong", data__train=str(place / "bad.jsonl"))
+    made = ray.run("launchers.ray_train", "--config", str(config), "--num-workers", "2")
+    assert made.returncode == 2, made.stdout + made.stderr
+    told = [line for line in made.stderr.splitlines() if line.startswith("dlora: error: ")]
+    assert len(told) == 1 and f"{place / 'bad.jsonl'}:1" in told[0]
+    assert starts_in(made.stdout + made.stderr) == 1
+
+
+def test_a_lost_node_leaves_a_smaller_run(
+    ray: Cluster, configured: Configured, place: Path, by_torchrun: Path
+) -> None:
+    """The last test of this file: the node does not come back."""
+    config, log = configured("elastic"), place / "elastic.log"
+    job = ray.open("launchers.ray_train", "--config", str(config), "--num-workers", "1:2", log=log)
+    try:
+        wait_for(lambda: last_step(place / "elastic") >= 9)
+        ray.kill_second()
+        assert job.wait(LIMIT_SECONDS) == 0, log.read_text()
+    finally:
+        job.kill()
+    assert "1 rank" in log.read_text()
+    check_same(place / "elastic", by_torchrun)

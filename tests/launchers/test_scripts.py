@@ -1,0 +1,106 @@
+"""The shell scripts, run: two nodes that meet, and a batch script whose Slurm is two programs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ray_cluster import free_ports
+from run_files import write_run
+from tiny import save_chats, save_model
+
+ROOT = Path(__file__).parents[2]
+SCRIPT, BATCH = ROOT / "launchers/torchrun.sh", ROOT / "launchers/slurm.sbatch"
+SRUN = """#!/usr/bin/env bash
+# srun on two nodes, both here
+set -u
+echo "srun $*" >> "$ASKED"
+shift
+SLURM_NODEID=1 "$@" & other=$!
+SLURM_NODEID=0 "$@"; status=$?
+wait $other
+exit ${ENDS:-$status}
+"""
+SCONTROL = """#!/usr/bin/env bash
+echo "scontrol $*" >> "$ASKED"
+if [[ $1 == show ]]; then printf 'localhost\\nother\\n'; fi
+"""
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("scripts")
+    save_model(root / "model", "llama", torch.float32)
+    return write_run(
+        root / "run.json",
+        model__path=str(root / "model"),
+        data__train=str(save_chats(root / "chats.jsonl", 24)),
+        train__max_steps=3,
+        output__dir=str(root / "run"),
+    )
+
+
+def environment(**more: Any) -> dict[str, str]:
+    named = {key: str(value) for key, value in more.items()}
+    return os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"} | named
+
+
+def test_two_nodes_meet(run_file: Path) -> None:
+    [port] = free_ports(1)
+    nodes = [
+        subprocess.Popen(
+            [SCRIPT, "--config", str(run_file)],
+            cwd=ROOT,
+            env=environment(HEAD="localhost", PORT=port, NNODES=2, NODE_RANK=rank),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    printed = [node.communicate(timeout=120)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], printed
+    assert "2 rank(s)" in "".join(printed)
+
+
+def test_the_status_is_the_worker_s(run_file: Path) -> None:
+    [port] = free_ports(1)
+    command = [SCRIPT, "--config", str(run_file), "--adapter.r", "0"]
+    made = subprocess.run(
+        command, cwd=ROOT, env=environment(PORT=port), capture_output=True, text=True, timeout=60
+    )
+    assert made.returncode == 2 and "adapter.r: must be >= 1" in made.stderr
+
+
+@pytest.mark.parametrize("ends", [None, 143])
+def test_the_batch_script(run_file: Path, tmp_path: Path, ends: int | None) -> None:
+    """Its nodes meet; and it asks to be queued again after a commit, and only then."""
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    asked = tmp_path / "asked"
+    more = {"ENDS": ends} if ends is not None else {}
+    made = subprocess.run(
+        [BATCH, "--config", str(run_file), "--output.dir", str(tmp_path / "run")],
+        cwd=tmp_path,
+        env=environment(
+            PATH=f"{tmp_path}:{os.environ['PATH']}",
+            ASKED=asked,
+            SLURM_SUBMIT_DIR=ROOT,
+            SLURM_JOB_NODELIST="localhost,other",
+            SLURM_NNODES=2,
+            SLURM_JOB_ID=os.getpid(),
+            **more,
+        ),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert made.returncode == (ends or 0), made.stdout + made.stderr
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
+    requeued = f"scontrol requeue {os.getpid()}" in asked.read_text()
+    assert requeued == (ends == 143)
+    assert "srun --kill-on-bad-exit=1 launchers/torchrun.sh --config" in asked.read_text()
