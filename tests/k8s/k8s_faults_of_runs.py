@@ -72,6 +72,7 @@ RESTARTS = [
     Fault("restarts", "RayJob", "spec.backoffLimit", 2, "tries exit status 2"),
 ]
 ARGS = ["--config", "/etc/dlora/cluster.yaml", "--output.dir", "/runs/jobset"]
+RAY = "python -m launchers.ray_train --config /etc/dlora/cluster.yaml --output.dir /runs/rayjob"
 LAUNCH = [
     Fault("launch", "JobSet", "C.env.1.value", "4", "4 ranks on 8 GPUs"),
     Fault("launch", "JobSet", "C.env.0.value", "3", "2 pods for 3 nodes"),
@@ -90,6 +91,9 @@ LAUNCH = [
     Fault("launch", "PyTorchJob", "spec.nprocPerNode", "2", "2 ranks on 8 GPUs"),
     Fault("launch", "PyTorchJob", "C.volumeMounts.2.readOnly", True, "goes with the pod"),
     Fault("launch", "RayJob", "spec.rayClusterSpec.workerGroupSpecs.0.replicas", 3, "24 GPUs"),
+    Fault("launch", "RayJob", "spec.entrypoint", f"{RAY} --num-worker 16", "num-worker"),
+    Fault("launch", "RayJob", "spec.entrypoint", f"{RAY} --num-workers 16", "no rank uses"),
+    Fault("launch", "RayJob", "spec.entrypoint", f"{RAY} --num-workers 16 --use-gpu", "--storage"),
     Fault("launch", "RayJob", "POD.metadata.labels.dlora-role", "head", "on two nodes"),
 ]
 

@@ -11,9 +11,10 @@ from unittest import mock
 from k8s_image import words_of
 from k8s_manifests import Document, Pod, pods
 
-from dlora.config import Config, load
+from dlora.config import Config, Options, parse
 from dlora.errors import UsageError
 from dlora.launch import agent_options, split
+from launchers.ray_train import Workers
 
 GPU = "nvidia.com/gpu"
 
@@ -40,7 +41,7 @@ def check(docs: list[Document]) -> list[str]:
                             *_probe(container, config),
                         ]
                     else:
-                        found += [*_ray_ranks(pod.owner["spec"], line, config)]
+                        found += [*_ray_ranks(pod.owner["spec"], understood(line, docs))]
                 except UsageError as error:
                     found = [str(error)]
                 problems += [f"{pod.where}: {problem}" for problem in found]
@@ -53,22 +54,23 @@ def configuration(line: list[str], docs: list[Document]) -> Config:
     Raises:
         UsageError: dlora refuses it.
     """
+    return understood(line, docs).config
+
+
+def understood(line: list[str], docs: list[Document]) -> Options:
+    """The same, with the options of the launcher where that is Ray's.
+
+    Raises:
+        UsageError: dlora or the launcher refuses it.
+    """
     data = next(doc["data"] for doc in docs if doc["kind"] == "ConfigMap")
     start = line.index("--config")
-    path = Path(line[start + 1])
-    words = line[start + 2 :]
-    own = {"--num-workers", "--storage", "--max-failures", "--name", "--resources"}
-    rest: list[str] = []
-    while words:  # without the launcher's own options
-        word = words.pop(0)
-        if word in own:
-            words.pop(0)
-        elif word != "--use-gpu":
-            rest.append(word)
+    name = Path(line[start + 1]).name
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / path.name
-        file.write_text(data.get(path.name, ""), encoding="utf-8")
-        return load(file, rest)
+        file = Path(folder) / name
+        file.write_text(data.get(name, ""), encoding="utf-8")
+        words = ["--config", str(file), *line[start + 2 :]]
+        return parse(words, "check", Workers if "launchers.ray_train" in line else None)
 
 
 def environment(pod: Pod, container: Document, docs: list[Document]) -> dict[str, str]:
@@ -148,20 +150,22 @@ def _shard_group(pod: Pod, config: Config) -> Iterator[str]:
         yield "nothing keeps two of its pods on two nodes"
 
 
-def _ray_ranks(spec: Document, line: list[str], config: Config) -> Iterator[str]:
-    workers = int(line[line.index("--num-workers") + 1])
+def _ray_ranks(spec: Document, options: Options) -> Iterator[str]:
+    workers, config = options.extra, options.config
     groups = spec["rayClusterSpec"]["workerGroupSpecs"]
     devices = sum(
         group["replicas"] * int(container["resources"]["limits"].get(GPU, 0))
         for group in groups
         for container in group["template"]["spec"]["containers"]
     )
-    if "--use-gpu" in line and devices != workers:
-        yield f"{workers} ranks on {devices} GPUs"
+    if devices != int(workers.num_workers):
+        yield f"{workers.num_workers} ranks on {devices} GPUs"
+    if devices and not workers.use_gpu:
+        yield f"{devices} GPUs that no rank uses"
     for group in groups:
         template = group["template"]
         yield from _shard_group(Pod("", {}, template["metadata"], template["spec"]), config)
-    if "/runs/" not in line[line.index("--storage") + 1]:
+    if not (workers.storage or "").startswith("/runs/"):
         yield "--storage: not on a volume that all pods see"
 
 
