@@ -11,7 +11,7 @@ TORCH_INDEX ?=
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 
 # Tests that start programs of their own and wait for them.
-STARTING := tests/test_readme.py tests/launchers
+STARTING := tests/test_readme.py tests/launchers tests/k8s
 
 .PHONY: train test test-starting test-others lint model install install-test clean
 

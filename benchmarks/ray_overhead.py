@@ -1,0 +1,162 @@
+"""What Ray costs a run: a step beside torchrun's, the way to the first step, and after a kill.
+
+    python benchmarks/ray_overhead.py [--rounds 3] [--steps 12]
+
+`configs/quickstart.yaml` over two ranks on one machine, under `dlora launch` and under a Ray of one
+raylet by turns. The step is the median of a run without its first two; the ratio is that of each
+round. A job's first step is timed from `launchers.ray_submit` on, and the next step from SIGKILL to
+one of its workers on, with a save every second step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+from runs import ROOT
+from saving import configured, newest_step, wait_for
+
+POLL_SECONDS = 0.02
+
+
+@contextmanager
+def raylet(root: Path) -> Iterator[tuple[dict[str, str], str]]:
+    """(environment of programs that use it, the dashboard's URL)."""
+    gcs, dashboard = free_port(), free_port()
+    environment = os.environ | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(16),
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    head = subprocess.Popen(
+        [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
+        + [f"--port={gcs}", f"--dashboard-port={dashboard}", "--num-cpus=2", "--num-gpus=0"]
+        + [f"--temp-dir={root}"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        while not listens(dashboard):
+            time.sleep(0.2)
+        yield environment | {"RAY_ADDRESS": f"127.0.0.1:{gcs}"}, f"http://127.0.0.1:{dashboard}"
+    finally:
+        left = psutil.Process(head.pid).children(recursive=True)
+        head.send_signal(signal.SIGTERM)
+        head.wait()
+        for process in (process for process in left if process.is_running()):
+            process.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def step_seconds(directory: Path) -> float:
+    lines = [json.loads(text) for text in (directory / "metrics.jsonl").read_text().splitlines()]
+    return statistics.median(line["step_seconds"] for line in lines if line["step"] > 2)
+
+
+def steps(root: Path, rounds: int, count: int, environment: dict[str, str]) -> dict[str, list]:
+    """Seconds of a step, by who started the ranks."""
+    seconds: dict[str, list[float]] = {"torchrun": [], "ray": []}
+    programs = {
+        "torchrun": ["dlora", "launch", "--nproc-per-node", "2"],
+        "ray": ["launchers.ray_train", "--num-workers", "2"],
+    }
+    for number in range(rounds):
+        for name, program in programs.items():
+            directory = root / f"{name}-{number}"
+            config = configured(directory, count, save_every=count)
+            command = [sys.executable, "-m", *program, "--config", str(config)]
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            subprocess.run(command, cwd=ROOT, env=environment, check=True, **quiet)  # type: ignore[call-overload]
+            seconds[name].append(step_seconds(directory))
+    return seconds
+
+
+def ways(root: Path, rounds: int, environment: dict[str, str], url: str) -> dict[str, list[float]]:
+    """Seconds to the first step of a job, and from a worker's death to the next step."""
+    seconds: dict[str, list[float]] = {"submit": [], "kill": []}
+    for number in range(rounds):
+        directory = root / f"job-{number}"
+        packed = root / f"packed-{number}"
+        packed.mkdir()
+        config = configured(directory, 8, save_every=2).rename(packed / "run.yaml")
+        text = config.read_text().replace("models/", f"{ROOT}/models/")
+        config.write_text(text)
+        command = [sys.executable, "-m", "launchers.ray_submit", "--address", url]
+        command += ["--working-dir", str(packed), "--config", str(config), "--num-workers", "2"]
+        began = time.perf_counter()
+        job = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        wait_for(directory, 1, job)
+        seconds["submit"].append(time.perf_counter() - began)
+        wait_for(directory, 3, job)
+        began = time.perf_counter()
+        before = newest_step(directory)
+        worker().kill()
+        wait_for(directory, before + 1, job)
+        seconds["kill"].append(time.perf_counter() - began)
+        if job.wait():
+            raise SystemExit(f"the job in {directory} ended with {job.returncode}")
+    return seconds
+
+
+def worker() -> psutil.Process:
+    """The rank of Ray Train's that is not the one which writes, or either."""
+    found = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in title(p)]
+    return found[-1]
+
+
+def title(process: psutil.Process) -> str:
+    return " ".join(process.info["cmdline"] or ())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="r") as place:
+        root = Path(place)
+        with raylet(root / "ray") as (environment, url):
+            seconds = steps(root, args.rounds, args.steps, environment)
+            seconds |= ways(root, args.rounds, environment, url)
+    pairs = zip(seconds["ray"], seconds["torchrun"], strict=True)
+    ratio = statistics.median(ray / other for ray, other in pairs)
+    medians = {name: statistics.median(found) for name, found in seconds.items()}
+    print(f"a step: {medians['torchrun']:.3f} s under torchrun, {medians['ray']:.3f} s under Ray")
+    print(f"Ray over torchrun, median of rounds: {ratio:.3f}")
+    print(f"from submission to the first step {medians['submit']:.1f} s")
+    print(f"from a worker's death to the next step {medians['kill']:.1f} s")
+    args.json.write_text(json.dumps({"ratio": ratio, "seconds": seconds}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
