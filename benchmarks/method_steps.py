@@ -26,12 +26,15 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
-from rows import R, Row, adapted, base_model, random_batch, trainer
+from rows import R, Row, adamw, adapted, base_model, random_batch, trainer
 from timing import alternate, peak_memory
 from transformers import AutoModelForCausalLM
 
-from dlora import FloraConfig, LoraConfig, attach, quantize, shard
+from dlora import AdaLoraConfig, FloraConfig, LoraConfig, attach, quantize, shard
+from dlora.api import TrainedReplica
 from dlora.base_model import find_base
+from dlora.optim.eight_bit import adamw8bit
+from dlora.optim.lora_pro import LoraPro
 from dlora.sharding.storage import held_bytes
 
 ROOT = Path(__file__).parent.parent
@@ -42,8 +45,19 @@ METHODS: dict[str, LoraConfig] = {
     "dora": LoraConfig(r=R, use_dora=True),
     "pissa": LoraConfig(r=R, init_lora_weights="pissa"),
     "flora": FloraConfig(r=R),
+    "adalora": AdaLoraConfig(init_r=R * 3 // 2, target_r=R, tinit=0, tfinal=900, total_step=1000),
     "lora nf4": LoraConfig(r=R),
     "dora nf4": LoraConfig(r=R, use_dora=True),
+    "lora_pro": LoraConfig(r=R),
+    "adamw8bit": LoraConfig(r=R),
+}
+OPTIMIZERS: dict[str, Callable[[TrainedReplica], torch.optim.Optimizer]] = {
+    "lora_pro": lambda replica: replica.drive(
+        LoraPro(replica.parameter_groups(lr=1e-4), replica.pairs)
+    ),
+    "adamw8bit": lambda replica: replica.drive(
+        adamw8bit(replica.parameter_groups(lr=1e-4), paged=False)
+    ),
 }
 
 
@@ -53,7 +67,14 @@ def dlora(name: str, batch: torch.Tensor) -> Row:
         quantize(model, PACKED)
     replica = shard(model, base="none")
     attach(model, METHODS[name])
-    return adapted(model, replica, batch)
+    return adapted(model, replica, batch, OPTIMIZERS.get(name, adamw))
+
+
+def full(batch: torch.Tensor) -> Row:
+    """Every weight of the blocks, in bf16; nothing is reduced."""
+    model = base_model().requires_grad_(False)
+    trained = list(model.model.layers.requires_grad_().parameters())
+    return Row(trainer(model, batch, trained), held_bytes(model))
 
 
 def peft(batch: torch.Tensor, **settings: Any) -> Row:
@@ -65,6 +86,7 @@ def peft(batch: torch.Tensor, **settings: Any) -> Row:
 
 ROWS: dict[str, Callable[[torch.Tensor], Row]] = {
     **{name: functools.partial(dlora, name) for name in METHODS},
+    "full": full,
     "peft lora": peft,
     "peft dora": functools.partial(peft, use_dora=True),
 }

@@ -83,9 +83,18 @@ def dlora(
     return adapted(model, replica, batch)
 
 
-def adapted(model: LlamaForCausalLM, replica: TrainedReplica, batch: torch.Tensor) -> Row:
+def adamw(replica: TrainedReplica) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(replica.parameter_groups(lr=1e-4), fused=True)
+
+
+def adapted(
+    model: LlamaForCausalLM,
+    replica: TrainedReplica,
+    batch: torch.Tensor,
+    optimizer_of: Callable[[TrainedReplica], torch.optim.Optimizer] = adamw,
+) -> Row:
     """The step of dlora's own loop."""
-    optimizer = torch.optim.AdamW(replica.parameter_groups(lr=1e-4), fused=True)
+    optimizer = optimizer_of(replica)
 
     def step() -> None:
         model(input_ids=batch, labels=batch, use_cache=False).loss.backward()

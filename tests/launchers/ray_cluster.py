@@ -75,6 +75,18 @@ class Cluster:
         self._node([f"--address=127.0.0.1:{self.gcs}", "--node-ip-address=127.0.0.2"])
         self._wait_for(2)
 
+    def give_notice_to_second(self) -> None:
+        """Tell Ray that the node goes in two minutes, as a cloud's spot notice does."""
+        listed = "from ray.util.state import list_nodes\n"
+        listed += f"nodes = list_nodes(address={self.url!r})\n"
+        listed += "print(*[n.node_id for n in nodes if not n.is_head_node])"
+        found = self._python("-c", listed)
+        reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test"]
+        address = ["--address", f"127.0.0.1:{self.gcs}", "--node-id", found.split()[-1]]
+        self._python(
+            *RAY[1:], "drain-node", *address, *reason, "--deadline-remaining-seconds", "120"
+        )
+
     def kill_second(self) -> None:
         """As if its machine had lost its power: SIGKILL to all that it runs."""
         node = self.nodes.pop()
@@ -161,10 +173,20 @@ class Cluster:
             "from ray.util.state import list_nodes\n"
             f"print(len(list_nodes(address={self.url!r}, filters=[('state', '=', 'ALIVE')])))"
         )
-        found = subprocess.run(
-            [sys.executable, "-c", code], env=self.environment, capture_output=True, text=True
-        )
-        return int(found.stdout.split()[-1]) if found.returncode == 0 else 0
+        with contextlib.suppress(subprocess.CalledProcessError):  # nobody listens yet
+            return int(self._python("-c", code).split()[-1])
+        return 0
+
+    def _python(self, *words: str) -> str:
+        """What a program that ended well printed."""
+        return subprocess.run(
+            [sys.executable, *words],
+            env=self.environment,
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=START_SECONDS,
+        ).stdout
 
 
 def title(process: psutil.Process) -> str:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from ray_cluster import ROOT, Cluster, cluster, starts_in
 from run_files import write_run
+from safetensors.torch import load_file
 from tiny import save_chats, save_model
 
 from dlora.config import UsageError
@@ -60,7 +61,17 @@ def test_a_job_is_followed_to_its_end(ray: Cluster, place: Path) -> None:
     assert made.stdout.startswith(f"submitted first to {ray.url}\n")
     assert f"step {STEPS}/{STEPS}" in made.stdout
     assert made.stdout.rstrip().endswith("first: succeeded")
-    assert (place / "stored/tiny/adapter/adapter_model.safetensors").is_file()
+    alone = ray.run("dlora", "launch", "--config", str(place / "packed/run.json"),
+                    "--data.train", str(place / "packed/chats.jsonl"),
+                    "--output.dir", str(place / "alone"))  # fmt: skip
+    assert alone.returncode == 0, alone.stderr
+    ours, wanted = (
+        load_file(place / path / "adapter/adapter_model.safetensors")
+        for path in ("stored/tiny", "alone")
+    )
+    assert ours.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert (ours[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
     assert not list((place / "packed/runs").iterdir())  # it ran on a copy
     copies = [file.parent for file in ray.root.rglob("chats.jsonl")]
     assert copies and not any((copy / ".env").exists() for copy in copies)

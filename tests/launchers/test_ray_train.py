@@ -1,6 +1,7 @@
 """dlora under Ray Train on two raylets: the run that torchrun makes, whatever is lost meanwhile."""
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -95,6 +96,7 @@ def test_it_is_the_run_of_torchrun(
         "launchers.ray_train", "--config", str(configured("whole")), "--num-workers", "2"
     )
     assert made.returncode == 0, made.stdout + made.stderr
+    assert len(set(re.findall(r"ip=(\S+), pid=\d+\) world_rank", made.stdout + made.stderr))) == 2
     check_same(place / "whole", by_torchrun)
     stored = place / "whole" / "ray"
     assert sorted(p.name for p in stored.glob("step-*")) == ["step-000020", "step-000024"]
@@ -143,3 +145,26 @@ def test_a_lost_node_leaves_a_smaller_run(
         job.kill()
     assert "1 rank" in log.read_text()
     check_same(place / "elastic", by_torchrun)
+
+
+def test_a_node_with_notice_is_saved_for(configured: Configured, place: Path) -> None:
+    """No save is due: the one that comes answers the notice, and the run goes on from there."""
+    config = configured("noticed", train__max_steps=2000, output__save_every=2000)
+    log, directory = place / "noticed.log", place / "noticed"
+    with cluster() as ray:
+        job = ray.open(
+            "launchers.ray_train", "--config", str(config), "--num-workers", "1:2", log=log
+        )
+        try:
+            wait_for(lambda: last_step(directory) >= 3)
+            ray.give_notice_to_second()
+            wait_for(lambda: bool(list(directory.glob("ray/step-*/manifest.json"))))
+            [saved] = (int(p.name.removeprefix("step-")) for p in directory.glob("ray/step-*"))
+            ray.kill_second()
+            wait_for(lambda: "resuming after step" in log.read_text())
+            resumed = re.findall(r"resuming after step (\d+)", log.read_text())
+            assert int(resumed[0]) >= saved  # a survivor may have committed a later one
+            wait_for(lambda: last_step(directory) > int(resumed[0]))
+            assert job.poll() is None
+        finally:
+            job.kill()
