@@ -33,8 +33,8 @@ POLL_SECONDS = 0.02
 
 
 @contextmanager
-def raylet(root: Path) -> Iterator[tuple[dict[str, str], str]]:
-    """(environment of programs that use it, the dashboard's URL)."""
+def raylet(root: Path) -> Iterator[tuple[dict[str, str], str, psutil.Process]]:
+    """(environment of programs that use it, the dashboard's URL, its process)."""
     gcs, dashboard = free_port(), free_port()
     environment = os.environ | {
         "RAY_AUTH_MODE": "token",
@@ -54,8 +54,11 @@ def raylet(root: Path) -> Iterator[tuple[dict[str, str], str]]:
     )
     try:
         while not listens(dashboard):
+            if head.poll() is not None:
+                raise SystemExit(f"ray start ended with {head.returncode}")
             time.sleep(0.2)
-        yield environment | {"RAY_ADDRESS": f"127.0.0.1:{gcs}"}, f"http://127.0.0.1:{dashboard}"
+        url = f"http://127.0.0.1:{dashboard}"
+        yield environment | {"RAY_ADDRESS": f"127.0.0.1:{gcs}"}, url, psutil.Process(head.pid)
     finally:
         left = psutil.Process(head.pid).children(recursive=True)
         head.send_signal(signal.SIGTERM)
@@ -98,7 +101,9 @@ def steps(root: Path, rounds: int, count: int, environment: dict[str, str]) -> d
     return seconds
 
 
-def ways(root: Path, rounds: int, environment: dict[str, str], url: str) -> dict[str, list[float]]:
+def ways(
+    root: Path, rounds: int, environment: dict[str, str], url: str, head: psutil.Process
+) -> dict[str, list[float]]:
     """Seconds to the first step of a job, and from a worker's death to the next step."""
     seconds: dict[str, list[float]] = {"submit": [], "kill": []}
     for number in range(rounds):
@@ -119,7 +124,7 @@ def ways(root: Path, rounds: int, environment: dict[str, str], url: str) -> dict
         wait_for(directory, 3, job)
         began = time.perf_counter()
         before = newest_step(directory)
-        worker().kill()
+        worker_of(head).kill()
         wait_for(directory, before + 1, job)
         seconds["kill"].append(time.perf_counter() - began)
         if job.wait():
@@ -127,14 +132,10 @@ def ways(root: Path, rounds: int, environment: dict[str, str], url: str) -> dict
     return seconds
 
 
-def worker() -> psutil.Process:
-    """The rank of Ray Train's that is not the one which writes, or either."""
-    found = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in title(p)]
-    return found[-1]
-
-
-def title(process: psutil.Process) -> str:
-    return " ".join(process.info["cmdline"] or ())
+def worker_of(head: psutil.Process) -> psutil.Process:
+    """One of Ray Train's workers below a raylet."""
+    below = head.children(recursive=True)
+    return [process for process in below if "RayTrainWorker" in " ".join(process.cmdline())][-1]
 
 
 def main() -> None:
@@ -145,9 +146,9 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="r") as place:
         root = Path(place)
-        with raylet(root / "ray") as (environment, url):
+        with raylet(root / "ray") as (environment, url, head):
             seconds = steps(root, args.rounds, args.steps, environment)
-            seconds |= ways(root, args.rounds, environment, url)
+            seconds |= ways(root, args.rounds, environment, url, head)
     pairs = zip(seconds["ray"], seconds["torchrun"], strict=True)
     ratio = statistics.median(ray / other for ray, other in pairs)
     medians = {name: statistics.median(found) for name, found in seconds.items()}

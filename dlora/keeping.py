@@ -25,7 +25,7 @@ from dlora.capture import capture
 from dlora.checkpoint import Checkpoint
 from dlora.config import Config
 from dlora.errors import UsageError
-from dlora.hooks import nobody
+from dlora.hooks import NO_HOOKS, Hooks, nobody
 from dlora.metrics import complete
 from dlora.prepare import Preparation
 from dlora.ranks_file import MaskLog
@@ -46,7 +46,7 @@ class Keeper:
 
     Args:
         start: the step that it goes on from.
-        told: `Hooks.saved`.
+        hooks: told of saves, and of peers that are lost.
 
     Attributes:
         masks: what AdaLoRA's masks were.
@@ -60,12 +60,12 @@ class Keeper:
         replica: TrainedReplica,
         optimizer: Optimizer,
         start: int,
-        told: Callable[[dict[str, Any], Path | None], None] = nobody,
+        hooks: Hooks = NO_HOOKS,
     ) -> None:
         self._config, self._runtime, self._prepared = config, runtime, preparation
         self._replica, self._optimizer, self._start = replica, optimizer, start
         self._root = output_directory(config) / "checkpoints"
-        self._remote, self._told = remote_of(config), told
+        self._remote, self._hooks = remote_of(config), hooks
         self.masks = MaskLog(self._root.parent, replica.allocator)
         self._snapshots = Snapshots()
         self._record: dict[str, Any] = {}  # of the snapshot's step
@@ -92,9 +92,9 @@ class Keeper:
                 with self._said_of_disk(step):
                     self.masks.write(until=step)
                 self._pending = self._writer.submit(self._write_behind, captured)
-        if self._told is not nobody:
+        if self._hooks.saved is not nobody:
             written = self.settle()
-            self._told(record, written)
+            self._hooks.saved(record, written)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -165,6 +165,7 @@ class Keeper:
             print(said, f"(lost a peer: {reason})" if lost else "", file=sys.stderr, flush=True)
             if not lost:
                 raise
+            self._hooks.lost()
             return 1
         return status
 

@@ -3,8 +3,8 @@
     push     every file, the manifest last: a directory with a manifest is complete
     fetch    the newest that verifies, into the run's own directory, where all else goes on as usual
 
-Object stores have no rename and no lock, so nothing is replaced there, and what is pruned loses its
-manifest first. `latest` names the newest, for whoever looks; nothing here reads it.
+Object stores have no rename and no lock, so what is replaced or pruned there loses its manifest
+first. `latest` names the newest, for whoever looks; nothing here reads it.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ class RemoteCheckpoints:
         """
         target = f"{self._root}/{directory.name}"
         self._make_directory(target)
+        with contextlib.suppress(FileNotFoundError):
+            self._files.rm_file(f"{target}/{MANIFEST}")
         for name in sorted((path.name for path in directory.iterdir()), key=_manifest_last):
             self._files.put_file(str(directory / name), f"{target}/{name}")
             self._see_arrived(directory / name, f"{target}/{name}")
@@ -94,6 +96,9 @@ class RemoteCheckpoints:
                 number += 1
             for path in newer:
                 self._move(path, f"{self._root}/old-{number}/{_last(path)}")
+            if newer:
+                with contextlib.suppress(FileNotFoundError):
+                    self._files.rm_file(f"{self._root}/{LATEST}")
         except Exception as error:  # every store has exceptions of its own
             raise UsageError(f"output.remote: {self.url} cannot be written: {error}") from error
 

@@ -89,7 +89,9 @@ def _check_states(
     for file, described in states.items():
         for key, (shape, dtype) in described.items():
             name, _, slot = key.rpartition(".")
-            parameter = replica.named[name]
+            parameter = replica.named.get(name)
+            if parameter is None:
+                raise UsageError(f"output.resume: {file}.safetensors: {name} is not trained")
             kept = optimizer.state.get(parameter, {}).get(slot)
             wanted = [list(parameter.shape), _name(parameter.dtype)]
             if isinstance(kept, Tensor):  # of an optimizer that makes its state at once

@@ -97,7 +97,7 @@ class Run:
         self.records: list[dict[str, Any]] = []  # of the steps of this start
         self.start = resume(runtime, preparation, self.replica, self.optimizer)
         saved = config, runtime, preparation, self.replica, self.optimizer
-        self.keeper = Keeper(*saved, start=self.start, told=hooks.saved)
+        self.keeper = Keeper(*saved, start=self.start, hooks=hooks)
         self.model.register_forward_pre_hook(lambda *_: self.beat())
 
     def train(self) -> int:

@@ -19,23 +19,27 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aiohttp import ClientError
+
 from dlora.config import Config, UsageError, option, parse
 from dlora.train import exit_with
-from launchers.ray_train import Workers, number
+from launchers.ray_train import Workers, check_options, number
 from launchers.words import names_of, word, words_of
 
 # Left out of the package: what is large, what is made anew there, and what is nobody's business.
 EXCLUDED = (
-    *(".git", ".venv", "venv", "node_modules", "__pycache__", "*.egg-info", ".env", ".ray"),
+    *(".env*", ".netrc", ".pypirc", ".git-credentials", "*.pem", "*.key", "id_*", "kubeconfig"),
+    *(".aws", ".ssh", ".kube", ".ray", ".config"),
+    *(".git", ".venv", "venv", "node_modules", "__pycache__", "*.egg-info"),
     *(".cache", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis", "wandb"),
     *("/runs", "/models", "checkpoints", "*.safetensors", "*.gguf", "*.bin", "*.pt", "*.pth"),
 )
-POLL_SECONDS = 0.5
+POLL_SECONDS, RECONNECTS = 0.5, 20
 CONNECTION = "dashboard of the head node, as http://HEAD:8265"
 
 
@@ -61,17 +65,22 @@ def main(argv: list[str]) -> int:
         raise UsageError("--check belongs to dlora.train, which understands the same configuration")
     wanted: Submission = options.extra
     number(wanted.num_workers)
+    check_options(options.config, wanted)
     root = Path(wanted.working_dir).expanduser()
     if not root.is_dir():
         raise UsageError(f"working-dir: {root} is no directory")
     excluded = [*EXCLUDED, *wanted.exclude]
-    check_packed(options.config, root, excluded)
+    words = forwarded(argv, root)
+    check_packed(options.config, words, root, excluded)
     client = connect(wanted)
-    job = client.submit_job(
-        entrypoint=shlex.join(["python", "-m", "launchers.ray_train", *forwarded(argv, root)]),
-        submission_id=wanted.submission_id,
-        runtime_env={"working_dir": str(root), "excludes": excluded, "env_vars": wanted.env},
-    )
+    try:
+        job = client.submit_job(
+            entrypoint=shlex.join(["python", "-m", "launchers.ray_train", *words]),
+            submission_id=wanted.submission_id,
+            runtime_env={"working_dir": str(root), "excludes": excluded, "env_vars": wanted.env},
+        )
+    except (RuntimeError, ValueError, ConnectionError) as error:
+        raise UsageError(f"the job was not taken: {first_line(error)}") from None
     print(f"submitted {job} to {wanted.address}", flush=True)
     return 0 if wanted.no_wait else Following(client, job, wanted.address).status()
 
@@ -94,27 +103,37 @@ def forwarded(argv: list[str], root: Path) -> list[str]:
     return kept
 
 
-def check_packed(config: Config, root: Path, excluded: Iterable[str]) -> None:
-    """See that what the configuration names by a relative path gets into the package.
+def check_packed(config: Config, words: list[str], root: Path, excluded: Iterable[str]) -> None:
+    """See that what is named by a relative path gets into the package.
 
     Raises:
-        UsageError: it is left out.
+        UsageError: it is left out, by `excluded` or by an ignore file, which Ray heeds as well.
     """
     import pathspec
 
-    left_out = pathspec.GitIgnoreSpec.from_lines(excluded)
-    train = config.data.train if isinstance(config.data.train, list) else [config.data.train]
-    evaluated = config.data.eval if isinstance(config.data.eval, list) else [config.data.eval]
-    named = [("model.path", config.model.path), ("adapter.path", config.adapter.path)]
-    named += [("data.train", path) for path in train] + [("data.eval", path) for path in evaluated]
+    ignored = [root / name for name in (".gitignore", ".rayignore")]
+    lines = [line for file in ignored if file.is_file() for line in file.read_text().splitlines()]
+    left_out = pathspec.GitIgnoreSpec.from_lines([*lines, *excluded])
+    named = [("config", w.partition("=")[2]) for w in words if w.startswith("--config=")]
+    named += [("model.path", config.model.path), ("adapter.path", config.adapter.path or "")]
+    for key, value in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        named += [(key, path) for path in (value if isinstance(value, list) else [value or ""])]
     for key, path in named:
-        if path and not Path(path).is_absolute() and (root / path).exists():
-            files = [path, f"{path}/"] if (root / path).is_dir() else [path]
-            if any(left_out.match_file(file) for file in files):
+        for file in files_of(root, path):
+            if left_out.match_file(file):
                 raise UsageError(
-                    f"{key}: {path} is left out of what is sent to the cluster; name a path that "
+                    f"{key}: {file} is left out of what is sent to the cluster; name a path that "
                     "its nodes see, or a hub id"
                 )
+
+
+def files_of(root: Path, path: str) -> Iterator[str]:
+    """What a relative path or pattern names below a directory, seen from there."""
+    if not path or Path(path).is_absolute() or "://" in path:
+        return
+    for found in sorted(root.glob(path)):
+        inside = [p for p in found.rglob("*") if p.is_file()] if found.is_dir() else [found]
+        yield from (file.relative_to(root).as_posix() for file in inside)
 
 
 def connect(wanted: Submission) -> Any:
@@ -156,6 +175,7 @@ class Following:
     def __init__(self, client: Any, job: str, address: str) -> None:
         self._client, self._job, self._address = client, job, address
         self._printed = 0  # characters of the log
+        self._broken = 0  # connections
 
     def status(self) -> int:
         """Its exit status once it has ended; 130 where it was stopped or left alone."""
@@ -163,6 +183,14 @@ class Following:
             try:
                 asyncio.run(self._follow())
                 return self._ended()
+            except (OSError, RuntimeError, ClientError) as error:
+                self._broken += 1
+                if self._broken > RECONNECTS:
+                    raise UsageError(
+                        f"{self._address} no longer answers ({first_line(error)}); {self._job} "
+                        "goes on without this program"
+                    ) from None
+                time.sleep(POLL_SECONDS)
             except KeyboardInterrupt:
                 if not self._stays():
                     return 130

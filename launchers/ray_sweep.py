@@ -87,6 +87,10 @@ def read_space(given: str) -> Space:
                 raise UsageError(f"space: {key}: {kind} is none of {', '.join(RANGES)}, choice")
             if kind in RANGES and not is_range(values, above_zero=kind == "loguniform"):
                 raise UsageError(f"space: {key}: {kind} needs [low, high], low below high")
+            if kind != "choice" and SCHEMA[key].type is int and kind != "randint":
+                raise UsageError(f"space: {key}: {kind} draws fractions; randint draws integers")
+            if kind == "randint" and not all(type(value) is int for value in values):
+                raise UsageError(f"space: {key}: randint needs integers")
         if not isinstance(values, list) or not values:
             raise UsageError(f"space: {key}: expected a list or one distribution")
     return space
@@ -106,6 +110,15 @@ def check(config: Config, sweep: Sweep, words: Mapping[str, str | None], space: 
         UsageError: one is not; a key stands twice; or nobody would compute the metric.
     """
     number(sweep.num_workers)
+    if sweep.name or config.output.remote:
+        raise UsageError(
+            f"{'name' if sweep.name else 'output.remote'}: trials would share it; each has its own "
+            "in output.dir, or in --storage"
+        )
+    if sweep.scheduler == "asha" and (
+        config.train.epochs or {"train.epochs", "train.max_steps"} & space.keys()
+    ):
+        raise UsageError("scheduler: asha compares trials by their steps: train.max_steps, unswept")
     if twice := sorted(words.keys() & space.keys()):
         raise UsageError(f"space: {twice[0]} is on the command line as well")
     if sweep.metric == "eval_loss" and not (config.data.eval and config.output.eval_every):
@@ -132,6 +145,8 @@ def run(
     words: dict[str, str | None], sweep: Sweep, space: Space, root: Path, max_steps: int
 ) -> list[Trial]:
     """Let Ray Tune run all trials; the best first."""
+    # A save that answers a notice comes without an evaluation.
+    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
     from ray import tune
     from ray.tune.search import BasicVariantGenerator
 

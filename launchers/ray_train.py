@@ -44,7 +44,7 @@ class Workers:
     )
     name: str | None = option(None, "of the run in the storage; null: the last part of output.dir")
     max_failures: int = option(
-        3, "restarts after lost workers, -1: any number; preempted nodes do not count", ge=-1
+        3, "restarts after a lost worker, -1: any number; preempted nodes do not count", ge=-1
     )
 
 
@@ -87,12 +87,25 @@ def placed(config: Config, workers: Workers) -> tuple[Config, Place]:
     """The configuration with the place where the run's checkpoints and adapter go, and that place.
 
     Raises:
-        UsageError: as for `place_of`.
+        UsageError: as for `place_of`; or two options contradict each other.
     """
+    check_options(config, workers)
     place = place_of(config, workers)
     if config.output.remote is None:
         config = replace(config, output=replace(config.output, remote=place.url))
     return config, place
+
+
+def check_options(config: Config, workers: Workers) -> None:
+    """See that options do not contradict each other.
+
+    Raises:
+        UsageError: they do.
+    """
+    if workers.storage is not None and config.output.remote is not None:
+        raise UsageError("storage: output.remote is set as well, and both say where checkpoints go")
+    if "GPU" in workers.resources and not workers.use_gpu:
+        raise UsageError("resources: GPU needs --use-gpu")
 
 
 def place_of(config: Config, workers: Workers) -> Place:

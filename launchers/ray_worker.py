@@ -1,10 +1,10 @@
 """One rank of a Ray Train job: between Ray's ranks and storage and `dlora.train.main`.
 
     Ray Train ──rank, nodes, address──> environment, as torchrun would set it ──> dlora.train.main
-    dlora.train.main ──each save──> ray.train.report: a line of the metrics, and where it lies
+    dlora.train.main ──each save──> ray.train.report: a line of the metrics, the checkpoint's name
 
-dlora itself copies checkpoints to the storage and takes the newest that verifies from there; Ray is
-told of each and copies nothing.
+dlora itself copies checkpoints to the storage, prunes them, and takes the newest that verifies from
+there. Ray is told of each as a figure: it would refuse to go on once one that it knows is pruned.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 import torch.distributed as dist
-from pyarrow.fs import FileType
-from ray.train import Checkpoint, CheckpointUploadMode, get_context, get_preemption_info, report
+from ray.train import get_context, get_preemption_info, report
 from ray.train.collective import broadcast_from_rank_zero
 
 from dlora.config import UsageError
@@ -36,45 +36,53 @@ class Verdict:
 
 
 def work(given: dict[str, str]) -> Verdict:
-    """Train, as one rank of Ray's.
+    """Train, as one rank of Ray's; how that ended, which Ray does not try again.
 
     Args:
         given: `config`, the resolved configuration as YAML, and `directory`, where relative paths
             start unless the job has a working directory of its own.
 
     Raises:
-        RuntimeError: the run ended otherwise than well; Ray starts it again.
+        RuntimeError: a peer was lost; Ray starts the run again.
     """
+    if error := enter(given["directory"]):
+        return Verdict(2, error)
     try:
-        enter(given["directory"])
         join()
         with tempfile.TemporaryDirectory() as place:
             file = Path(place, "config.yaml")
             file.write_text(given["config"], encoding="utf-8")
             reports = Reports()
-            hooks = Hooks(should_save=reports.is_preempted, saved=reports.saved)
+            hooks = Hooks(
+                should_save=reports.is_preempted, saved=reports.saved, lost=reports.lose_peer
+            )
             status = main(["--config", str(file)], hooks)
     except UsageError as error:
-        return Verdict(2, str(error))  # a return, so that Ray does not try again
-    if status:
-        raise RuntimeError(f"dlora.train ended with {status}; its lines above say why")
-    return Verdict(0)
+        return Verdict(2, str(error))
+    if reports.has_lost_peer:
+        raise RuntimeError("a peer was lost; the lines above say which step is committed")
+    return Verdict(status)
 
 
-def enter(directory: str) -> None:
+def enter(directory: str) -> str:
     """Make relative paths mean here what they mean where the job was started.
 
-    Raises:
-        UsageError: the directory is not on this node.
+    Returns:
+        The same on every rank: nothing, or what is wrong if a node does not have the directory.
     """
-    if ray.get_runtime_context().runtime_env.get("working_dir"):
-        return  # Ray has unpacked it, and this process is in it
-    if not Path(directory).is_dir():
-        raise UsageError(
-            f"{directory} is not on {socket.gethostname()}: submit the job with a working "
-            "directory (launchers.ray_submit), or start it where all nodes see the same files"
+    # Without a working directory of the job's, which Ray has unpacked and started this process in.
+    needed = not ray.get_runtime_context().runtime_env.get("working_dir")
+    absent = torch.tensor(float(needed and not Path(directory).is_dir()))
+    dist.all_reduce(absent)  # over Ray's group
+    if absent.item():
+        return (
+            f"{directory} is not seen by {absent.item():g} of the workers: submit the job with a "
+            "working directory (launchers.ray_submit), or start it where all nodes see the same "
+            "files"
         )
-    os.chdir(directory)
+    if needed:
+        os.chdir(directory)
+    return ""
 
 
 def join() -> None:
@@ -106,29 +114,25 @@ def free_port() -> int:
 class Reports:
     """What Ray is told and asked; every rank does so equally often, for each is a barrier."""
 
-    lost: set[str] = field(default_factory=set)  # nodes that are going, whose notice is answered
+    answered: set[str] = field(default_factory=set)  # nodes that are going, and were saved for
+    has_lost_peer: bool = False
 
     def is_preempted(self) -> bool:
         """Whether a node of this job was given notice since the last time."""
         info = get_preemption_info()
         going = set(info.preempted_node_ids) if info is not None else set()
-        new = going - self.lost
-        self.lost |= going
+        new = going - self.answered
+        self.answered |= going
         return bool(new)
+
+    def lose_peer(self) -> None:
+        """A peer is gone."""
+        self.has_lost_peer = True
 
     def saved(self, record: Mapping[str, Any], checkpoint: Path | None) -> None:
         """Tell Ray of a save."""
         figures = {name: value for name, value in record.items() if is_figure(value)}
-        held = stored(checkpoint.name) if checkpoint is not None else None
-        report(figures, checkpoint=held, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
-
-
-def stored(name: str) -> Checkpoint | None:
-    """A checkpoint where dlora has copied it; None where the storage refused it."""
-    storage = get_context().get_storage()
-    path, files = f"{storage.experiment_fs_path}/{name}", storage.storage_filesystem
-    [manifest] = files.get_file_info([f"{path}/manifest.json"])
-    return Checkpoint(path, files) if manifest.type == FileType.File else None
+        report(figures | ({"checkpoint": checkpoint.name} if checkpoint else {}))
 
 
 def is_figure(value: Any) -> bool:

@@ -16,7 +16,7 @@ class Trial:
         values: of the keys that were swept.
         figure: the last value of the metric; None where there is none.
         step: the last step that was told of.
-        error: the first line of what ended it; empty where it ended well or early.
+        error: the last line of what ended it; empty where it ended well or early.
     """
 
     values: dict[str, Any]

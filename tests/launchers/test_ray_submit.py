@@ -143,8 +143,11 @@ def test_what_is_forwarded(place: Path, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--model.path", "models"], "model.path: models is left out of what is sent"),
-        (["--data.train", "a.pt"], "data.train: a.pt is left out of what is sent"),
+        (["--model.path", "tuned"], "model.path: tuned/model.safetensors is left out of what"),
+        (["--data.train", "*.pt"], "data.train: a.pt is left out of what is sent"),
+        (["--data.train", "mine/a.jsonl"], "data.train: mine/a.jsonl is left out of what"),
+        (["--resources", '{"GPU": 1}'], "resources: GPU needs --use-gpu"),
+        (["--storage", "x", "--output.remote", "file:///x"], "storage: output.remote is set"),
         (["--num-workers", "2:1"], "num-workers: 2 is more than 1"),
         (["--num-workers", "many"], "num-workers: expected N or MIN:MAX, got 'many'"),
         (["--working-dir", "nowhere"], "working-dir: nowhere is no directory"),
@@ -157,8 +160,10 @@ def test_mistakes_cost_no_submission(
     place: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], message: str
 ) -> None:
     monkeypatch.chdir(place / "packed")
-    Path("models").mkdir(exist_ok=True)
-    Path("a.pt").touch()
+    for path in ("tuned/model.safetensors", "a.pt", "mine/a.jsonl"):
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).touch()
+    Path(".gitignore").write_text("mine/\n")
     with pytest.raises(UsageError) as refused:
         main(["--address", "http://127.0.0.1:9", "--config", "run.json", *more])
     assert message in str(refused.value) and "\n" not in str(refused.value)

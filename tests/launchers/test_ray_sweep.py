@@ -71,6 +71,8 @@ def test_a_grid_of_four(run_file: Path) -> None:
         ("{optimizer.lr: {uniform: [2, 1]}}", "space: optimizer.lr: uniform needs"),
         ("{train.seed: [1]}", "space: train.seed is on the command line as well"),
         ("nowhere.yaml", "space: "),
+        ("{adapter.r: {uniform: [2, 8]}}", "space: adapter.r: uniform draws fractions"),
+        ("{adapter.r: {randint: [2, 8.5]}}", "space: adapter.r: randint needs integers"),
     ],
 )
 def test_a_wrong_space_is_one_line(run_file: Path, space: str, message: str) -> None:
@@ -84,3 +86,20 @@ def test_nobody_computes_the_figure(run_file: Path) -> None:
     argv = ["--config", str(run_file), "--space", "{adapter.r: [2]}", "--output.eval_every", "0"]
     with pytest.raises(UsageError, match="metric: eval_loss needs data.eval"):
         main(argv)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--output.remote", "file:///x"], "output.remote: trials would share it"),
+        (["--name", "x"], "name: trials would share it"),
+        (
+            ["--scheduler", "asha", "--space", "{train.max_steps: [1, 2]}"],
+            "scheduler: asha compares",
+        ),
+    ],
+)
+def test_what_trials_cannot_have(run_file: Path, more: list[str], message: str) -> None:
+    space = [] if "--space" in more else ["--space", "{adapter.r: [2]}"]
+    with pytest.raises(UsageError, match=message):
+        main(["--config", str(run_file), *space, *more])

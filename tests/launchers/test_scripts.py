@@ -1,8 +1,10 @@
 """The shell scripts, run: two nodes that meet, and a batch script whose Slurm is two programs."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,12 @@ set -u
 echo "srun $*" >> "$ASKED"
 shift
 SLURM_NODEID=1 "$@" & other=$!
-SLURM_NODEID=0 "$@"; status=$?
+SLURM_NODEID=0 "$@" & one=$!
+trap 'kill -TERM $one $other' TERM
+wait $one; status=$?
+while kill -0 $one 2>/dev/null; do wait $one; status=$?; done
 wait $other
-exit ${ENDS:-$status}
+exit $status
 """
 SCONTROL = """#!/usr/bin/env bash
 echo "scontrol $*" >> "$ASKED"
@@ -75,32 +80,47 @@ def test_the_status_is_the_worker_s(run_file: Path) -> None:
     assert made.returncode == 2 and "adapter.r: must be >= 1" in made.stderr
 
 
-@pytest.mark.parametrize("ends", [None, 143])
-def test_the_batch_script(run_file: Path, tmp_path: Path, ends: int | None) -> None:
-    """Its nodes meet; and it asks to be queued again after a commit, and only then."""
+@pytest.mark.parametrize("number", [None, signal.SIGUSR1, signal.SIGTERM])
+def test_the_batch_script(run_file: Path, tmp_path: Path, number: signal.Signals | None) -> None:
+    """Its nodes meet; short of time they commit and the job is queued again, and only then."""
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    asked = tmp_path / "asked"
-    more = {"ENDS": ends} if ends is not None else {}
-    made = subprocess.run(
-        [BATCH, "--config", str(run_file), "--output.dir", str(tmp_path / "run")],
-        cwd=tmp_path,
-        env=environment(
-            PATH=f"{tmp_path}:{os.environ['PATH']}",
-            ASKED=asked,
-            SLURM_SUBMIT_DIR=ROOT,
-            SLURM_JOB_NODELIST="localhost,other",
-            SLURM_NNODES=2,
-            SLURM_JOB_ID=os.getpid(),
-            **more,
-        ),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert made.returncode == (ends or 0), made.stdout + made.stderr
-    assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
+    asked, run, log = tmp_path / "asked", tmp_path / "run", tmp_path / "log"
+    steps = "3" if number is None else "100000"
+    with log.open("wb") as file:
+        batch = subprocess.Popen(
+            [
+                BATCH,
+                "--config",
+                str(run_file),
+                "--output.dir",
+                str(run),
+                "--train.max_steps",
+                steps,
+            ],
+            cwd=tmp_path,
+            env=environment(
+                PATH=f"{tmp_path}:{os.environ['PATH']}",
+                ASKED=asked,
+                SLURM_SUBMIT_DIR=ROOT,
+                SLURM_JOB_NODELIST="localhost,other",
+                SLURM_NNODES=2,
+                SLURM_JOB_ID=os.getpid(),
+            ),
+            stdout=file,
+            stderr=file,
+        )
+    if number is not None:
+        until = time.monotonic() + 120
+        while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
+            assert time.monotonic() < until and batch.poll() is None, log.read_text()
+            time.sleep(0.05)
+        batch.send_signal(number)
+    status = batch.wait(timeout=120)
+    assert status == (0 if number is None else 143), log.read_text()
+    made = [run / "adapter" if number is None else run / "checkpoints/latest"]
+    assert all(path.exists() for path in made)
     requeued = f"scontrol requeue {os.getpid()}" in asked.read_text()
-    assert requeued == (ends == 143)
+    assert requeued == (number == signal.SIGUSR1)
     assert "srun --kill-on-bad-exit=1 launchers/torchrun.sh --config" in asked.read_text()
