@@ -119,16 +119,22 @@ class Cluster:
             timeout=240,
         )
 
-    def open(self, module: str, *words: str, log: Path) -> subprocess.Popen[bytes]:
-        """The same, in the background; what it prints goes to a file."""
+    @contextlib.contextmanager
+    def running(self, module: str, *words: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+        """The same, in the background and for the block; what it prints goes to a file."""
         with log.open("wb") as file:
-            return subprocess.Popen(
+            started = subprocess.Popen(
                 [sys.executable, "-m", module, *words],
                 cwd=ROOT,
                 env=self.environment,
                 stdout=file,
                 stderr=subprocess.STDOUT,
             )
+        try:
+            yield started
+        finally:
+            started.kill()
+            started.wait()
 
     def workers(self, node: int | None = None) -> list[psutil.Process]:
         """The processes of Ray Train's workers, of one node or of all."""

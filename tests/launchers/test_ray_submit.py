@@ -108,13 +108,14 @@ def test_ctrl_c_leaves_the_job_running(ray: Cluster, place: Path) -> None:
     """Where nobody can be asked."""
     log = place / "followed.log"
     more = words(ray, place, "--submission-id", "left", "--train.max_steps", "60")
-    followed = ray.open("launchers.ray_submit", *more, "--output.dir", "runs/left", log=log)
-    until = time.monotonic() + 120
-    while "step 1/60" not in log.read_text():
-        assert time.monotonic() < until and followed.poll() is None, log.read_text()
-        time.sleep(0.05)
-    followed.send_signal(signal.SIGINT)
-    assert followed.wait(30) == 130, log.read_text()
+    words_of_it = ["launchers.ray_submit", *more, "--output.dir", "runs/left"]
+    with ray.running(*words_of_it, log=log) as followed:
+        until = time.monotonic() + 120
+        while "step 1/60" not in log.read_text():
+            assert time.monotonic() < until and followed.poll() is None, log.read_text()
+            time.sleep(0.05)
+        followed.send_signal(signal.SIGINT)
+        assert followed.wait(30) == 130, log.read_text()
     assert "left goes on without this program; ray job logs" in log.read_text()
     ended = subprocess.run(
         [sys.executable, "-c", "import sys\nfrom ray.job_submission import JobSubmissionClient\n"

@@ -114,13 +114,10 @@ def test_the_same_command_goes_on_after_pruning(
     assert first.returncode == 0, first.stdout + first.stderr
     stop, log = place / "stop", place / "again.log"
     more = {"train__max_steps": 100_000, "output__stop_file": str(stop), "output__save_every": 0}
-    job = ray.open(*command, str(configured("again", **settings | more)), log=log)
-    try:
+    with ray.running(*command, str(configured("again", **settings | more)), log=log) as job:
         wait_for(lambda: last_step(place / "again") >= 6)
         stop.touch()
         assert job.wait(LIMIT_SECONDS) == 143, log.read_text()
-    finally:
-        job.kill()
     assert "resuming after step 4" in log.read_text() and starts_in(log.read_text()) == 1
 
 
@@ -128,15 +125,13 @@ def test_a_killed_worker_is_started_again(
     ray: Cluster, configured: Configured, place: Path, by_torchrun: Path
 ) -> None:
     config, log = configured("killed"), place / "killed.log"
-    job = ray.open("launchers.ray_train", "--config", str(config), "--num-workers", "2", log=log)
-    try:
+    command = ["launchers.ray_train", "--config", str(config), "--num-workers", "2"]
+    with ray.running(*command, log=log) as job:
         wait_for(lambda: last_step(place / "killed") >= 1)
         [victim] = ray.workers(node=1)
         wait_for(lambda: last_step(place / "killed") >= 5)
         victim.kill()
         assert job.wait(LIMIT_SECONDS) == 0, log.read_text()
-    finally:
-        job.kill()
     assert "resuming after step" in log.read_text() and starts_in(log.read_text()) == 2
     check_same(place / "killed", by_torchrun)
 
@@ -158,13 +153,11 @@ def test_a_lost_node_leaves_a_smaller_run(
 ) -> None:
     """The last test of this file: the node does not come back."""
     config, log = configured("elastic"), place / "elastic.log"
-    job = ray.open("launchers.ray_train", "--config", str(config), "--num-workers", "1:2", log=log)
-    try:
+    command = ["launchers.ray_train", "--config", str(config), "--num-workers", "1:2"]
+    with ray.running(*command, log=log) as job:
         wait_for(lambda: last_step(place / "elastic") >= 5)
         ray.kill_second()
         assert job.wait(LIMIT_SECONDS) == 0, log.read_text()
-    finally:
-        job.kill()
     assert "1 rank" in log.read_text()
     check_same(place / "elastic", by_torchrun)
 
@@ -173,20 +166,15 @@ def test_a_node_with_notice_is_saved_for(configured: Configured, place: Path) ->
     """No save is due: the one that comes answers the notice, and the run goes on from there."""
     config = configured("noticed", train__max_steps=2000, output__save_every=2000)
     log, directory = place / "noticed.log", place / "noticed"
-    with cluster() as ray:
-        job = ray.open(
-            "launchers.ray_train", "--config", str(config), "--num-workers", "1:2", log=log
-        )
-        try:
-            wait_for(lambda: last_step(directory) >= 3)
-            ray.give_notice_to_second()
-            wait_for(lambda: bool(list(directory.glob("ray/step-*/manifest.json"))))
-            [saved] = (int(p.name.removeprefix("step-")) for p in directory.glob("ray/step-*"))
-            ray.kill_second()
-            wait_for(lambda: "resuming after step" in log.read_text())
-            resumed = re.findall(r"resuming after step (\d+)", log.read_text())
-            assert int(resumed[0]) >= saved  # a survivor may have committed a later one
-            wait_for(lambda: last_step(directory) > int(resumed[0]))
-            assert job.poll() is None
-        finally:
-            job.kill()
+    command = ["launchers.ray_train", "--config", str(config), "--num-workers", "1:2"]
+    with cluster() as ray, ray.running(*command, log=log) as job:
+        wait_for(lambda: last_step(directory) >= 3)
+        ray.give_notice_to_second()
+        wait_for(lambda: bool(list(directory.glob("ray/step-*/manifest.json"))))
+        [saved] = (int(p.name.removeprefix("step-")) for p in directory.glob("ray/step-*"))
+        ray.kill_second()
+        wait_for(lambda: "resuming after step" in log.read_text())
+        resumed = re.findall(r"resuming after step (\d+)", log.read_text())
+        assert int(resumed[0]) >= saved  # a survivor may have committed a later one
+        wait_for(lambda: last_step(directory) > int(resumed[0]))
+        assert job.poll() is None
