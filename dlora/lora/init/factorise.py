@@ -19,6 +19,7 @@ from torch import Tensor
 
 DEAD = 1e-6  # of the largest singular value: factors made of less would never get a gradient
 _BLOCK = 1 << 20  # elements
+_STRIPS = 4  # five eighths of the products of a whole square
 
 
 class Triplets(NamedTuple):
@@ -42,12 +43,10 @@ def triplets(matrix: Tensor, k: int, *, smallest: bool = False) -> Triplets | No
         None where one of them is zero, or the matrix is not finite.
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t()
-    gram = torch.zeros(wide.shape[0], wide.shape[0], dtype=torch.float64, device=matrix.device)
-    for block in _blocks(wide):
-        gram.addmm_(block, block.t())
+    gram = _lower_gram(wide)
     if not bool(gram.isfinite().all()):
         return None
-    values, vectors = torch.linalg.eigh(gram)  # ascending
+    values, vectors = torch.linalg.eigh(gram, UPLO="L")  # ascending
     U = (vectors[:, :k] if smallest else vectors[:, -k:]).flip(1)
     # Signs are free, and LoRA-GA pairs vectors of several triplets: rounding must not choose them.
     U = U * U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
@@ -58,6 +57,18 @@ def triplets(matrix: Tensor, k: int, *, smallest: bool = False) -> Triplets | No
         return None
     V = Y / S
     return Triplets(U, S, V) if wide is matrix else Triplets(V, S, U)
+
+
+def _lower_gram(wide: Tensor) -> Tensor:
+    """M·Mᵀ in float64 on and below the diagonal, in strips: the rest is the same again."""
+    p = wide.shape[0]
+    gram = torch.zeros(p, p, dtype=torch.float64, device=wide.device)
+    width = -(-p // _STRIPS)
+    for block in _blocks(wide):
+        for start in range(0, p, width):
+            strip = slice(start, start + width)
+            gram[start:, strip].addmm_(block[start:], block[strip].t())
+    return gram
 
 
 def _blocks(wide: Tensor) -> Iterator[Tensor]:
