@@ -192,7 +192,7 @@ class Following:
                     ) from None
                 time.sleep(POLL_SECONDS)
             except KeyboardInterrupt:
-                if not self._stays():
+                if not self.ask():
                     return 130
 
     async def _follow(self) -> None:
@@ -212,7 +212,7 @@ class Following:
             return 130
         return 0 if info.status.value == "SUCCEEDED" else info.driver_exit_code or 1
 
-    def _stays(self) -> bool:
+    def ask(self) -> bool:
         """Ask what Ctrl-C meant; whether to go on following."""
         how = f"ray job logs --address {self._address} --follow {self._job}"
         if not sys.stdin.isatty():

@@ -35,7 +35,8 @@ class Workers:
     """How Ray runs it."""
 
     num_workers: str = option(
-        "1", "ranks; as MIN:MAX the run goes on with what there is, and grows when nodes come"
+        "1",
+        "ranks; as MIN:MAX the run goes on with what there is, and Ray adds more when nodes come",
     )
     use_gpu: bool = option(False, "one GPU for each worker")
     resources: dict[str, float] = option({}, 'of each worker, as {"CPU": 4}; null: Ray\'s', gt=0)

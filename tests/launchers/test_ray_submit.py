@@ -1,5 +1,6 @@
 """A run handed to a Ray cluster: packed, followed to its exit status, and only with the token."""
 
+import io
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from tiny import save_chats, save_model
 
 from dlora.config import UsageError
-from launchers.ray_submit import forwarded, main
+from launchers.ray_submit import Following, forwarded, main
 
 STEPS = 6
 
@@ -174,3 +175,27 @@ def test_a_configuration_elsewhere_is_refused(place: Path, monkeypatch: pytest.M
     monkeypatch.chdir(place)
     with pytest.raises(UsageError, match=r"config: packed/run\.json does not lie in the working"):
         forwarded(["--config", "packed/run.json"], place / "seen")
+
+
+class Asked:
+    """A client of which only the stop is wanted."""
+
+    def __init__(self) -> None:
+        self.stopped: list[str] = []
+
+    def stop_job(self, job: str) -> None:
+        self.stopped.append(job)
+
+
+@pytest.mark.parametrize(
+    ("answer", "goes_on", "stopped"), [("y", True, ["job"]), ("l", False, []), ("", True, [])]
+)
+def test_ctrl_c_asks(
+    monkeypatch: pytest.MonkeyPatch, answer: str, goes_on: bool, stopped: list[str]
+) -> None:
+    """Stop it and see it end, leave it, or go on as if nothing had been pressed."""
+    client = Asked()
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{answer}\n"))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    assert Following(client, "job", "http://head:8265").ask() is goes_on
+    assert client.stopped == stopped

@@ -57,6 +57,22 @@ def test_a_grid_of_four(run_file: Path) -> None:
         assert f"{trial['figure']:.4f}" in made.stdout
 
 
+@pytest.mark.full
+def test_draws_and_early_ends(run_file: Path) -> None:
+    space = {"adapter.r": {"choice": [2, 4]}, "optimizer.lr": {"loguniform": [1e-6, 1e-2]}}
+    root, steps = run_file.parent / "drawn", 24
+    more = ["--samples", "6", "--scheduler", "asha", "--train.max_steps", str(steps)]
+    argv = ["--config", str(run_file), "--space", json.dumps(space), "--output.dir", str(root)]
+    with cluster() as ray:
+        made = ray.run("launchers.ray_sweep", *argv, *more)
+    assert made.returncode == 0, made.stdout + made.stderr
+    trials = json.loads((root / "sweep.json").read_text())
+    assert len({t["values"]["optimizer.lr"] for t in trials}) == len(trials) == 6
+    assert all(1e-6 <= t["values"]["optimizer.lr"] <= 1e-2 for t in trials)
+    assert {t["step"] for t in trials} > {steps}  # some went all the way, some did not
+    assert not any(t["error"] for t in trials)
+
+
 @pytest.mark.parametrize(
     ("space", "message"),
     [

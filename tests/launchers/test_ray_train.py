@@ -97,6 +97,7 @@ def test_it_is_the_run_of_torchrun(
     )
     assert made.returncode == 0, made.stdout + made.stderr
     assert len(set(re.findall(r"ip=(\S+), pid=\d+\) world_rank", made.stdout + made.stderr))) == 2
+    assert "between nodes" in made.stdout + made.stderr  # dlora knows Ray's nodes
     check_same(place / "whole", by_torchrun)
     stored = place / "whole" / "ray"
     assert sorted(p.name for p in stored.glob("step-*")) == ["step-000056", "step-000060"]

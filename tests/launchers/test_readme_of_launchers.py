@@ -39,6 +39,6 @@ def test_a_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) 
 def test_what_it_calls_an_option_is_one() -> None:
     known = {spelled(f.name) for cls in EXTRAS.values() for f in dataclasses.fields(cls)}
     named = set(re.findall(r"--([a-z][a-z-]+)(?![a-z.-])", README))
-    others = {"config", "nodes", "gpus-per-node", "signal"}
+    others = {"config", "nodes", "gpus-per-node", "signal", "batch"}
     assert named - others - known == set()
     assert {spelled(f.name) for f in dataclasses.fields(Workers)} - named == {"name"}
