@@ -5,13 +5,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ray_cluster import ROOT, Cluster, cluster, starts_in
+from ray_cluster import ROOT, Cluster, starts_in
 from run_files import write_run
 from safetensors.torch import load_file
 from tiny import save_chats, save_model
@@ -20,12 +19,6 @@ from dlora.config import UsageError
 from launchers.ray_submit import Following, forwarded, main
 
 STEPS = 6
-
-
-@pytest.fixture(scope="module")
-def ray() -> Iterator[Cluster]:
-    with cluster() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +98,7 @@ def test_without_the_token_it_is_refused(
     assert "Traceback" not in made.stderr
 
 
+@pytest.mark.full
 def test_ctrl_c_leaves_the_job_running(ray: Cluster, place: Path) -> None:
     """Where nobody can be asked."""
     log = place / "followed.log"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ray_cluster import cluster
+from ray_cluster import Cluster
 from run_files import write_run
 from tiny import save_chats, save_model
 
@@ -30,12 +30,10 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def test_a_grid_of_four(run_file: Path) -> None:
+@pytest.mark.full
+def test_a_grid_of_four(ray: Cluster, run_file: Path) -> None:
     root = run_file.parent
-    with cluster() as ray:
-        made = ray.run(
-            "launchers.ray_sweep", "--config", str(run_file), "--space", json.dumps(SPACE)
-        )
+    made = ray.run("launchers.ray_sweep", "--config", str(run_file), "--space", json.dumps(SPACE))
     assert made.returncode == 0, made.stdout + made.stderr
     trials = json.loads((root / "swept/sweep.json").read_text())
     values = [(t["values"]["adapter.r"], t["values"]["optimizer.lr"]) for t in trials]
@@ -58,13 +56,12 @@ def test_a_grid_of_four(run_file: Path) -> None:
 
 
 @pytest.mark.full
-def test_draws_and_early_ends(run_file: Path) -> None:
+def test_draws_and_early_ends(ray: Cluster, run_file: Path) -> None:
     space = {"adapter.r": {"choice": [2, 4]}, "optimizer.lr": {"loguniform": [1e-6, 1e-2]}}
     root, steps = run_file.parent / "drawn", 24
     more = ["--samples", "6", "--scheduler", "asha", "--train.max_steps", str(steps)]
     argv = ["--config", str(run_file), "--space", json.dumps(space), "--output.dir", str(root)]
-    with cluster() as ray:
-        made = ray.run("launchers.ray_sweep", *argv, *more)
+    made = ray.run("launchers.ray_sweep", *argv, *more)
     assert made.returncode == 0, made.stdout + made.stderr
     trials = json.loads((root / "sweep.json").read_text())
     assert len({t["values"]["optimizer.lr"] for t in trials}) == len(trials) == 6

@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,6 @@ from tiny import save_chats, save_model
 
 STEPS, LIMIT_SECONDS = 60, 180
 Configured = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def ray() -> Iterator[Cluster]:
-    with cluster() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +99,7 @@ def test_it_is_the_run_of_torchrun(
         assert (stored / "adapter" / file.name).read_bytes() == file.read_bytes()
 
 
+@pytest.mark.full
 def test_the_same_command_goes_on_after_pruning(
     ray: Cluster, configured: Configured, place: Path
 ) -> None:
@@ -149,13 +144,13 @@ def test_a_wrong_configuration_fails_once(
     assert starts_in(made.stdout + made.stderr) == 1
 
 
+@pytest.mark.full
 def test_a_lost_node_leaves_a_smaller_run(
-    ray: Cluster, configured: Configured, place: Path, by_torchrun: Path
+    configured: Configured, place: Path, by_torchrun: Path
 ) -> None:
-    """The last test of this file: the node does not come back."""
     config, log = configured("elastic"), place / "elastic.log"
     command = ["launchers.ray_train", "--config", str(config), "--num-workers", "1:2"]
-    with ray.running(*command, log=log) as job:
+    with cluster() as ray, ray.running(*command, log=log) as job:
         wait_for(lambda: last_step(place / "elastic") >= 5)
         ray.kill_second()
         assert job.wait(LIMIT_SECONDS) == 0, log.read_text()
@@ -163,6 +158,7 @@ def test_a_lost_node_leaves_a_smaller_run(
     check_same(place / "elastic", by_torchrun)
 
 
+@pytest.mark.full
 def test_a_node_with_notice_is_saved_for(configured: Configured, place: Path) -> None:
     """No save is due: the one that comes answers the notice, and the run goes on from there."""
     config = configured("noticed", train__max_steps=2000, output__save_every=2000)

@@ -6,6 +6,7 @@ server in this process, which s3fs speaks to over HTTP as it does to Amazon's.
 
 import contextlib
 import io
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,17 +29,19 @@ SECRET = "kept-by-nobody"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def s3() -> Iterator[ThreadedMotoServer]:
-    """An S3 server, as the environment of every worker says."""
+def s3(pools: Pools) -> Iterator[None]:
+    """An S3 server, as the environment of the worker says from here on."""
     server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "anyone")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        yield server
+    said = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "anyone",
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    pools(1).run(into_environment, said)
+    yield
     server.stop()
 
 
@@ -48,6 +51,10 @@ def store(request: pytest.FixtureRequest, pools: Pools) -> str:
     bucket = re.sub(r"[^a-z0-9]+", "-", request.node.originalname)
     pools(1).run(make_bucket, url := f"{request.param}://{bucket}")
     return f"{url}/run"
+
+
+def into_environment(said: dict[str, str]) -> None:
+    os.environ.update(said)
 
 
 def make_bucket(url: str) -> None:
