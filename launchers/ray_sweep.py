@@ -81,6 +81,7 @@ def read_space(given: str) -> Space:
     for key, values in space.items():
         if key not in SCHEMA:
             raise UsageError(f"space: {key} is no key of the configuration")
+        values = space[key] = numbers(values) if SCHEMA[key].type is float else values
         if isinstance(values, dict) and len(values) == 1:
             [(kind, values)] = values.items()
             if kind not in (*RANGES, "choice"):
@@ -94,6 +95,18 @@ def read_space(given: str) -> Space:
         if not isinstance(values, list) or not values:
             raise UsageError(f"space: {key}: expected a list or one distribution")
     return space
+
+
+def numbers(given: Any) -> Any:
+    """The same with 1e-5 as a number, which YAML takes for a word where JSON does not."""
+    if isinstance(given, dict):
+        return {kind: numbers(values) for kind, values in given.items()}
+    if isinstance(given, list):
+        return [numbers(value) for value in given]
+    try:
+        return float(given) if isinstance(given, str) else given
+    except ValueError:
+        return given
 
 
 def is_range(values: Any, *, above_zero: bool) -> bool:

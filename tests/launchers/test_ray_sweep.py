@@ -10,7 +10,7 @@ from run_files import write_run
 from tiny import save_chats, save_model
 
 from dlora.config import UsageError
-from launchers.ray_sweep import main
+from launchers.ray_sweep import main, read_space
 
 SPACE = {"adapter.r": [2, 4], "optimizer.lr": [1e-3, 3e-3]}
 
@@ -116,3 +116,9 @@ def test_what_trials_cannot_have(run_file: Path, more: list[str], message: str) 
     space = [] if "--space" in more else ["--space", "{adapter.r: [2]}"]
     with pytest.raises(UsageError, match=message):
         main(["--config", str(run_file), *space, *more])
+
+
+@pytest.mark.parametrize("low", ["1e-06", "1.0e-6", "0.000001"])
+def test_a_small_number_is_one(low: str) -> None:
+    space = read_space(f'{{"optimizer.lr": {{"loguniform": [{low}, 1e-2]}}}}')
+    assert space == {"optimizer.lr": {"loguniform": [1e-6, 1e-2]}}
