@@ -24,11 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aiohttp import ClientError
-
 from dlora.config import Config, UsageError, option, parse
 from dlora.train import exit_with
-from launchers.ray_train import Workers, check_options, number
+from launchers.ray_train import Workers, check_options
 from launchers.words import names_of, word, words_of
 
 # Left out of the package: what is large, what is made anew there, and what is nobody's business.
@@ -64,7 +62,6 @@ def main(argv: list[str]) -> int:
     if options.check:
         raise UsageError("--check belongs to dlora.train, which understands the same configuration")
     wanted: Submission = options.extra
-    number(wanted.num_workers)
     check_options(options.config, wanted)
     root = Path(wanted.working_dir).expanduser()
     if not root.is_dir():
@@ -179,6 +176,8 @@ class Following:
 
     def status(self) -> int:
         """Its exit status once it has ended; 130 where it was stopped or left alone."""
+        from aiohttp import ClientError  # Ray's own client's
+
         while True:
             try:
                 asyncio.run(self._follow())

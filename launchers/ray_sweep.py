@@ -25,7 +25,7 @@ import yaml
 
 from dlora.config import SCHEMA, Config, UsageError, option, parse
 from dlora.train import exit_with
-from launchers.ray_train import Workers, number, placed, trainer
+from launchers.ray_train import Workers, check_options, number, placed, trainer
 from launchers.sweep_report import Trial, draw, table
 from launchers.words import names_of, word, words_of
 
@@ -122,7 +122,7 @@ def check(config: Config, sweep: Sweep, words: Mapping[str, str | None], space: 
     Raises:
         UsageError: one is not; a key stands twice; or nobody would compute the metric.
     """
-    number(sweep.num_workers)
+    check_options(config, sweep)
     if sweep.name or config.output.remote:
         raise UsageError(
             f"{'name' if sweep.name else 'output.remote'}: trials would share it; each has its own "

@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -98,15 +99,18 @@ def placed(config: Config, workers: Workers) -> tuple[Config, Place]:
 
 
 def check_options(config: Config, workers: Workers) -> None:
-    """See that options do not contradict each other.
+    """See that options mean something together, and that Ray is there.
 
     Raises:
-        UsageError: they do.
+        UsageError: they do not, or it is not.
     """
+    number(workers.num_workers)
     if workers.storage is not None and config.output.remote is not None:
         raise UsageError("storage: output.remote is set as well, and both say where checkpoints go")
     if "GPU" in workers.resources and not workers.use_gpu:
         raise UsageError("resources: GPU needs --use-gpu")
+    if find_spec("ray") is None:
+        raise UsageError("Ray is not installed: pip install 'dlora[ray]'")
 
 
 def place_of(config: Config, workers: Workers) -> Place:

@@ -1,13 +1,13 @@
 """Four trials of one configuration under Ray Tune; and spaces that no trial is started for."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import pytest
-import torch
 from ray_cluster import Cluster
-from run_files import write_run
-from tiny import save_chats, save_model
+from run_files import tiny_run
+from tiny import save_chats
 
 from dlora.config import UsageError
 from launchers.ray_sweep import main, read_space
@@ -18,11 +18,8 @@ SPACE = {"adapter.r": [2, 4], "optimizer.lr": [1e-3, 3e-3]}
 @pytest.fixture(scope="module")
 def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("sweep")
-    save_model(root / "model", "llama", torch.float32)
-    return write_run(
-        root / "run.json",
-        model__path=str(root / "model"),
-        data__train=str(save_chats(root / "chats.jsonl", 24)),
+    return tiny_run(
+        root,
         data__eval=str(save_chats(root / "held.jsonl", 4)),
         train__max_steps=6,
         output__eval_every=3,
@@ -122,3 +119,13 @@ def test_what_trials_cannot_have(run_file: Path, more: list[str], message: str) 
 def test_a_small_number_is_one(low: str) -> None:
     space = read_space(f'{{"optimizer.lr": {{"loguniform": [{low}, 1e-2]}}}}')
     assert space == {"optimizer.lr": {"loguniform": [1e-6, 1e-2]}}
+
+
+@pytest.mark.parametrize("module", ["ray_train", "ray_submit", "ray_sweep"])
+def test_without_ray_it_is_one_line(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    monkeypatch.setattr("launchers.ray_train.find_spec", lambda name: None)
+    space = ["--space", "{adapter.r: [2]}"] if module == "ray_sweep" else []
+    with pytest.raises(UsageError, match=r"Ray is not installed: pip install 'dlora\[ray\]'"):
+        import_module(f"launchers.{module}").main(["--config", str(run_file), *space])

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from ray_cluster import free_ports
-from run_files import write_run
-from tiny import save_chats, save_model
+from run_files import tiny_run
 
 ROOT = Path(__file__).parents[2]
 SCRIPT, BATCH = ROOT / "launchers/torchrun.sh", ROOT / "launchers/slurm.sbatch"
@@ -37,15 +35,7 @@ if [[ $1 == show ]]; then printf 'localhost\\nother\\n'; fi
 
 @pytest.fixture(scope="module")
 def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("scripts")
-    save_model(root / "model", "llama", torch.float32)
-    return write_run(
-        root / "run.json",
-        model__path=str(root / "model"),
-        data__train=str(save_chats(root / "chats.jsonl", 24)),
-        train__max_steps=3,
-        output__dir=str(root / "run"),
-    )
+    return tiny_run(tmp_path_factory.mktemp("scripts"), train__max_steps=3)
 
 
 def environment(**more: Any) -> dict[str, str]:
