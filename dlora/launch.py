@@ -8,6 +8,7 @@ for all.
 from __future__ import annotations
 
 import os
+import signal
 from typing import Any, NoReturn
 
 from dlora.errors import UsageError
@@ -44,11 +45,21 @@ def main(argv: list[str]) -> int:
     try:
         torchrun.run(args)
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
+        return status_of(error)
     except SignalException as error:
+        if isinstance(error.__context__, ChildFailedError):  # the signal came after the failure
+            return status_of(error.__context__)
         return 128 + int(error.sigval)
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):  # the status stands; Python ends slowly
+            signal.signal(number, signal.SIG_IGN)
     return 0
+
+
+def status_of(error: Any) -> int:
+    """Of the first worker that failed, as a shell has it, from torch's ChildFailedError."""
+    _, failure = error.get_first_failure()
+    return int(failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode)
 
 
 def agent_options(agent: list[str], training: list[str]) -> Any:
