@@ -1,11 +1,13 @@
 """What Ray costs a run: a step beside torchrun's, the way to the first step, and after a kill.
 
-    python benchmarks/ray_overhead.py [--rounds 3] [--steps 12]
+    python benchmarks/ray_overhead.py [--rounds 4] [--steps 12]
 
-`configs/quickstart.yaml` over two ranks on one machine, under `dlora launch` and under a Ray of one
-raylet by turns. The step is the median of a run without its first two; the ratio is that of each
-round. A job's first step is timed from `launchers.ray_submit` on, and the next step from SIGKILL to
-one of its workers on, with a save every second step.
+`configs/quickstart.yaml` on one machine, under `dlora launch` and under a Ray of one raylet by
+turns, which begins changing from round to round: over one rank, beside which Ray's daemons and
+actors have a core to themselves, and over two, with which they share both. A step is the time
+between the metrics' lines from the third on, so with all that happens between two steps; the ratio
+is that of each round. A job's first step is timed from `launchers.ray_submit` on, and the next step
+from SIGKILL to one of its workers on, with a save every second step.
 """
 
 from __future__ import annotations
@@ -78,26 +80,35 @@ def listens(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def step_seconds(directory: Path) -> float:
-    lines = [json.loads(text) for text in (directory / "metrics.jsonl").read_text().splitlines()]
-    return statistics.median(line["step_seconds"] for line in lines if line["step"] > 2)
+def step_seconds(command: list[str], directory: Path, count: int, env: dict[str, str]) -> float:
+    """Of a run of so many steps, without its first two and its closing save."""
+    quiet = subprocess.DEVNULL
+    run = subprocess.Popen(command, cwd=ROOT, env=env, stdout=quiet, stderr=quiet)
+    wait_for(directory, 2, run)
+    began = time.perf_counter()
+    wait_for(directory, count, run)
+    seconds = (time.perf_counter() - began) / (count - 2)
+    if run.wait():
+        raise SystemExit(f"the run in {directory} ended with {run.returncode}")
+    return seconds
 
 
-def steps(root: Path, rounds: int, count: int, environment: dict[str, str]) -> dict[str, list]:
+def steps(
+    root: Path, ranks: int, rounds: int, count: int, environment: dict[str, str]
+) -> dict[str, list[float]]:
     """Seconds of a step, by who started the ranks."""
-    seconds: dict[str, list[float]] = {"torchrun": [], "ray": []}
     programs = {
-        "torchrun": ["dlora", "launch", "--nproc-per-node", "2"],
-        "ray": ["launchers.ray_train", "--num-workers", "2"],
+        "torchrun": ["dlora", "launch", "--nproc-per-node", str(ranks)],
+        "ray": ["launchers.ray_train", "--num-workers", str(ranks)],
     }
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
     for number in range(rounds):
-        for name, program in programs.items():
-            directory = root / f"{name}-{number}"
+        for name in sorted(programs, reverse=number % 2 == 0):  # neither is always the warmer one
+            directory = root / f"{name}-{ranks}-{number}"
             config = configured(directory, count, save_every=count)
-            command = [sys.executable, "-m", *program, "--config", str(config)]
-            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            subprocess.run(command, cwd=ROOT, env=environment, check=True, **quiet)  # type: ignore[call-overload]
-            seconds[name].append(step_seconds(directory))
+            command = [sys.executable, "-m", *programs[name], "--config", str(config)]
+            seconds[name].append(step_seconds(command, directory, count, environment))
+            print(f"{ranks} ranks, {name}: {seconds[name][-1]:.3f} s a step", flush=True)
     return seconds
 
 
@@ -140,23 +151,27 @@ def worker_of(head: psutil.Process) -> psutil.Process:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="r") as place:
         root = Path(place)
         with raylet(root / "ray") as (environment, url, head):
-            seconds = steps(root, args.rounds, args.steps, environment)
-            seconds |= ways(root, args.rounds, environment, url, head)
-    pairs = zip(seconds["ray"], seconds["torchrun"], strict=True)
-    ratio = statistics.median(ray / other for ray, other in pairs)
-    medians = {name: statistics.median(found) for name, found in seconds.items()}
-    print(f"a step: {medians['torchrun']:.3f} s under torchrun, {medians['ray']:.3f} s under Ray")
-    print(f"Ray over torchrun, median of rounds: {ratio:.3f}")
-    print(f"from submission to the first step {medians['submit']:.1f} s")
-    print(f"from a worker's death to the next step {medians['kill']:.1f} s")
-    args.json.write_text(json.dumps({"ratio": ratio, "seconds": seconds}, indent=2) + "\n")
+            found = ways(root, args.rounds, environment, url, head)
+            by_ranks = {n: steps(root, n, args.rounds, args.steps, environment) for n in (1, 2)}
+    print(f"from submission to the first step {statistics.median(found['submit']):.1f} s")
+    print(f"from a worker's death to the next step {statistics.median(found['kill']):.1f} s")
+    for ranks, seconds in by_ranks.items():
+        pairs = zip(seconds["ray"], seconds["torchrun"], strict=True)
+        found[f"ratios_{ranks}"] = ratios = [ray / torchrun for ray, torchrun in pairs]
+        medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+        print(
+            f"a step of {ranks} ranks: {medians['torchrun']:.3f} s under torchrun, "
+            f"{medians['ray']:.3f} s under Ray, {statistics.median(ratios):.3f} of it "
+            f"({', '.join(f'{ratio:.3f}' for ratio in sorted(ratios))})"
+        )
+    args.json.write_text(json.dumps({"steps": by_ranks} | found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,35 +8,52 @@ from pathlib import Path
 from typing import Any
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is committed.
+
+    Attributes:
+        directory: on the disk of the rank that wrote it.
+        url: in `output.remote`; None without one, and where the store refused it.
+    """
+
+    directory: Path
+    url: str | None
+
+
+Committed = Callable[[], Saved | None]
+
+
 def never() -> bool:
     """No."""
     return False
 
 
-def nobody(record: Mapping[str, Any], checkpoint: Path | None) -> None:
+def nobody(record: Mapping[str, Any], committed: Committed) -> None:
     """Nobody is told."""
 
 
 def nothing() -> None:
-    """Nothing happens."""
+    """Nothing happens, and nothing comes of it."""
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """Callables, each called on every rank.
+    """Callables, each called on every rank. None of them may wait for other ranks.
 
     Attributes:
         should_stop: asked in every step until a rank has been told to stop; true on any rank ends
-            the run as SIGTERM does. It may not wait for other ranks.
-        should_save: asked after every step; true saves it, due or not. Ranks have to agree.
-        saved: told of every save once it is written, with the step's line of the metrics and the
-            checkpoint's directory: None on ranks other than 0, and where the disk refused.
+            the run as SIGTERM does.
+        should_save: asked in every step; true on any rank saves the step, due or not.
+        saved: told of every save when it begins, with the step's line of the metrics and a function
+            that waits until the checkpoint is committed and returns it: None on ranks that do not
+            write, and where the disk refused. The run itself does not wait for that.
         lost: told that a peer, or the way to it, is gone, once what there is has been committed.
     """
 
     should_stop: Callable[[], bool] = never
     should_save: Callable[[], bool] = never
-    saved: Callable[[Mapping[str, Any], Path | None], None] = nobody
+    saved: Callable[[Mapping[str, Any], Committed], None] = nobody
     lost: Callable[[], None] = nothing
 
 

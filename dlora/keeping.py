@@ -25,7 +25,7 @@ from dlora.capture import capture
 from dlora.checkpoint import Checkpoint
 from dlora.config import Config
 from dlora.errors import UsageError
-from dlora.hooks import NO_HOOKS, Hooks, nobody
+from dlora.hooks import NO_HOOKS, Committed, Hooks, Saved, nothing
 from dlora.metrics import complete
 from dlora.prepare import Preparation
 from dlora.ranks_file import MaskLog
@@ -72,18 +72,18 @@ class Keeper:
         self._lock = threading.Lock()  # while a snapshot is written or read
         self._writing = threading.Lock()  # one checkpoint at a time
         self._writer = ThreadPoolExecutor(1, "dlora-save")
-        self._pending: Future[Path | None] | None = None
+        self._pending: Future[Saved | None] | None = None
 
     def save(self, step: int, record: dict[str, Any]) -> None:
         """Commit a checkpoint: rank 0 alone, unless ranks keep different optimizer states.
 
-        What the disk refuses is said, and tried again at the next save: the run goes on. Whoever
-        wants to be told waits for what is written; nobody else does.
+        What the disk refuses is said, and tried again at the next save: the run goes on.
 
         Args:
             record: the step's line of the metrics.
         """
-        replica, written = self._replica, None
+        replica = self._replica
+        committed: Committed = nothing
         if self._runtime.main or replica.share.collective_saves:
             states, allocation = replica.states(self._optimizer), replica.allocation()
             captured = capture(replica, states, self._state(step), allocation, replica.frozen)
@@ -92,9 +92,8 @@ class Keeper:
                 with self._said_of_disk(step):
                     self.masks.write(until=step)
                 self._pending = self._writer.submit(self._write_behind, captured)
-        if self._hooks.saved is not nobody:
-            written = self.settle()
-            self._hooks.saved(record, written)
+                committed = self._pending.result
+        self._hooks.saved(record, committed)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -104,10 +103,11 @@ class Keeper:
         finally:
             self.settle()
 
-    def settle(self) -> Path | None:
-        """Wait for what is being written; its directory, or None where there is none."""
+    def settle(self) -> None:
+        """Wait for what is being written."""
         pending, self._pending = self._pending, None
-        return pending.result() if pending is not None else None
+        if pending is not None:
+            pending.result()
 
     def keep(self, step: int, record: dict[str, Any]) -> None:
         """Take a snapshot after a step, with its line of the metrics.
@@ -193,28 +193,32 @@ class Keeper:
         """Copy the adapter, which was just written, to `output.remote`; said where it refuses."""
         self._offer(adapter.name, lambda remote: remote.put(adapter))
 
-    def _write_behind(self, checkpoint: Checkpoint) -> Path | None:
+    def _write_behind(self, checkpoint: Checkpoint) -> Saved | None:
         with self._said_of_disk(checkpoint.state["step"]):
             directory = self._write(checkpoint)
-            self._push(directory)
-            return directory
+            return Saved(directory, self._push(directory))
         return None
 
-    def _push(self, directory: Path) -> None:
-        """Copy a checkpoint to `output.remote`."""
+    def _push(self, directory: Path) -> str | None:
+        """Copy a checkpoint to `output.remote`; its URL there."""
         keep_last = self._config.output.keep_last
-        self._offer(directory.name, lambda remote: remote.push(directory, keep_last))
+        return self._offer(directory.name, lambda remote: remote.push(directory, keep_last))
 
-    def _offer(self, name: str, copy: Callable[[RemoteCheckpoints], object]) -> None:
-        """Copy something to `output.remote`; a store that refuses it does not end the run."""
+    def _offer(self, name: str, copy: Callable[[RemoteCheckpoints], object]) -> str | None:
+        """Copy something to `output.remote`; its URL there.
+
+        A store that refuses it does not end the run: that is said, and there is no URL.
+        """
         if self._remote is None:
-            return
+            return None
         try:
             copy(self._remote)
         except Exception as error:  # every store has exceptions of its own
             self._runtime.warn(
                 f"{name} could not be copied to {self._remote.url}: {error}; the run goes on"
             )
+            return None
+        return f"{self._remote.url}/{name}"
 
     def _write(self, checkpoint: Checkpoint) -> Path:
         with self._writing:

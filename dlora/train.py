@@ -140,7 +140,7 @@ class Run:
                     tokens += batch.num_targets
 
                 # 3  one reduction: gradients become the mean over all target tokens of all ranks
-                sums = [float(loss_sum), *stop.poll()]
+                sums = [float(loss_sum), float(self.hooks.should_save()), *stop.poll()]
                 reduced = replica.reduce_gradients(tokens, sums=sums, each=self.meter.peak() >> 10)
 
                 # 4  clip, schedule, step (after which AdaLoRA scores and masks by itself)
@@ -179,14 +179,14 @@ class Run:
                     replica.named, replica.present
                 )
                 self.records.append(record)
-                status = 1 if trouble else exit_status(reduced.sums[1:])
+                status = 1 if trouble else exit_status(reduced.sums[2:])
                 evaluated = self.evaluates and due(done, config.output.eval_every, last=last)
                 if evaluated:
                     record["eval_loss"] = self.evaluate()
                 if evaluated or due(done, config.output.log_every):
                     log.write(record)
                     display.update(record)
-                asked = status is not None or self.hooks.should_save()
+                asked = status is not None or reduced.sums[1] > 0
                 if asked or due(done, config.output.save_every, last=last):
                     keeper.save(done, record)
 

@@ -144,7 +144,7 @@ def trainer(config: Config, workers: Workers, place: Place, callbacks: Sequence[
     Args:
         callbacks: Ray Train's, which are told of reports.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from launchers.ray_worker import work
@@ -165,6 +165,7 @@ def trainer(config: Config, workers: Workers, place: Place, callbacks: Sequence[
             name=place.name,
             storage_path=place.storage,
             failure_config=FailureConfig(max_failures=workers.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.output.keep_last),
             worker_runtime_env={"env_vars": forwarded},
             callbacks=list(callbacks),
         ),

@@ -1,30 +1,38 @@
 """One rank of a Ray Train job: between Ray's ranks and storage and `dlora.train.main`.
 
     Ray Train ──rank, nodes, address──> environment, as torchrun would set it ──> dlora.train.main
-    dlora.train.main ──each save──> ray.train.report: a line of the metrics, the checkpoint's name
+    dlora.train.main ──each save──> ray.train.report: a line of the metrics, a pointer
 
-dlora itself copies checkpoints to the storage, prunes them, and takes the newest that verifies from
-there. Ray is told of each as a figure: it would refuse to go on once one that it knows is pruned.
+dlora itself copies checkpoints to the storage, prunes them once a newer one has arrived, and takes
+the newest that verifies from there. Ray's checkpoint of each is a pointer, one file that says where
+dlora's lies: the form that Ray recommends for those that it does not copy.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 import torch.distributed as dist
-from ray.train import get_context, get_preemption_info, report
+from ray.train import Checkpoint, get_context, get_preemption_info, report
 from ray.train.collective import broadcast_from_rank_zero
 
 from dlora.config import UsageError
-from dlora.train import Hooks, main
+from dlora.hooks import Committed, Hooks, Saved
+from dlora.train import main
+
+POINTER = "checkpoint.json"  # what Ray's checkpoint holds: {"uri": of dlora's, "step": of it}
 
 
 @dataclass
@@ -57,6 +65,7 @@ def work(given: dict[str, str]) -> Verdict:
                 should_save=reports.is_preempted, saved=reports.saved, lost=reports.lose_peer
             )
             status = main(["--config", str(file)], hooks)
+            reports.close()
     except UsageError as error:
         return Verdict(2, str(error))
     if reports.has_lost_peer:
@@ -110,29 +119,69 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@dataclass
 class Reports:
-    """What Ray is told and asked; every rank does so equally often, for each is a barrier."""
+    """What Ray is told and asked while the run goes on.
 
-    answered: set[str] = field(default_factory=set)  # nodes that are going, and were saved for
-    has_lost_peer: bool = False
+    All of it is a barrier over Ray's ranks, so each rank has to come to the same ones in the same
+    order. One thread keeps the order of the run's steps, and the run itself waits only at its end.
+
+    Attributes:
+        has_lost_peer: whether the run ended that way.
+    """
+
+    def __init__(self) -> None:
+        self.has_lost_peer = False
+        self._thread = ThreadPoolExecutor(1, "dlora-ray")
+        self._waiting: deque[Future[None]] = deque()
+        self._answered: set[str] = set()  # nodes that are going
+        self._notice = threading.Event()  # one of them, and nobody has saved for it yet
 
     def is_preempted(self) -> bool:
-        """Whether a node of this job was given notice since the last time."""
-        info = get_preemption_info()
-        going = set(info.preempted_node_ids) if info is not None else set()
-        new = going - self.answered
-        self.answered |= going
-        return bool(new)
+        """Whether a node of this job was given notice since the last time; asks for the next."""
+        self._submit(self._ask)
+        has_come = self._notice.is_set()
+        self._notice.clear()
+        return has_come
+
+    def saved(self, record: Mapping[str, Any], committed: Committed) -> None:
+        """Tell Ray of a save: the step's figures, and from rank 0 where its checkpoint lies."""
+        figures = {name: value for name, value in record.items() if is_figure(value)}
+        self._submit(lambda: self._report(figures, committed()))
 
     def lose_peer(self) -> None:
-        """A peer is gone."""
+        """A peer is gone, and with it all that would wait for it."""
         self.has_lost_peer = True
 
-    def saved(self, record: Mapping[str, Any], checkpoint: Path | None) -> None:
-        """Tell Ray of a save."""
-        figures = {name: value for name, value in record.items() if is_figure(value)}
-        report(figures | ({"checkpoint": checkpoint.name} if checkpoint else {}))
+    def close(self) -> None:
+        """Wait until Ray knows all, unless a peer is gone."""
+        self._thread.shutdown(wait=not self.has_lost_peer, cancel_futures=self.has_lost_peer)
+        if not self.has_lost_peer:
+            self._see_done()
+
+    def _submit(self, job: Callable[[], None]) -> None:
+        self._see_done()
+        self._waiting.append(self._thread.submit(job))
+
+    def _see_done(self) -> None:
+        """Raise what was raised meanwhile."""
+        while self._waiting and self._waiting[0].done():
+            self._waiting.popleft().result()
+
+    def _ask(self) -> None:
+        info = get_preemption_info()
+        going = set(info.preempted_node_ids) if info is not None else set()
+        if going - self._answered:
+            self._notice.set()
+        self._answered |= going
+
+    def _report(self, figures: Mapping[str, Any], checkpoint: Saved | None) -> None:
+        if checkpoint is None or checkpoint.url is None:
+            report(dict(figures))
+            return
+        with tempfile.TemporaryDirectory() as place:
+            pointer = {"uri": checkpoint.url, "step": figures["step"]}
+            Path(place, POINTER).write_text(json.dumps(pointer) + "\n", encoding="utf-8")
+            report(dict(figures), checkpoint=Checkpoint.from_directory(place))
 
 
 def is_figure(value: Any) -> bool:

@@ -14,6 +14,8 @@ from run_files import write_run
 from safetensors.torch import load_file
 from tiny import save_chats, save_model
 
+from dlora import checkpoint as checkpoints
+
 STEPS, LIMIT_SECONDS = 60, 180
 Configured = Callable[..., Path]
 
@@ -72,6 +74,23 @@ def check_same(directory: Path, other: Path) -> None:
         assert (tensor - wanted).norm() <= 1e-5 * wanted.norm(), name
 
 
+def check_told(stored: Path, directory: Path) -> None:
+    """What Ray knows of a run: a line of the metrics, and where each checkpoint is that is left."""
+    from ray.train import Result
+
+    result = Result.from_path(str(stored))
+    last = lines(directory)[-1]
+    assert result.metrics["step"] == STEPS and result.metrics["loss"] == last["loss"]
+    pointers = [
+        json.loads(Path(checkpoint.path, "checkpoint.json").read_text())
+        for checkpoint, _ in result.best_checkpoints
+    ]
+    assert [pointer["step"] for pointer in pointers] == [STEPS - 4, STEPS]
+    for pointer in pointers:
+        assert pointer["uri"] == f"file://{stored}/step-{pointer['step']:06d}"
+        checkpoints.verify(Path(pointer["uri"].removeprefix("file://")))
+
+
 def wait_for(condition: Callable[[], bool]) -> None:
     until = time.monotonic() + LIMIT_SECONDS
     while not condition():
@@ -97,6 +116,7 @@ def test_it_is_the_run_of_torchrun(
     assert sorted(p.name for p in stored.glob("step-*")) == ["step-000056", "step-000060"]
     for file in (place / "whole/adapter").iterdir():
         assert (stored / "adapter" / file.name).read_bytes() == file.read_bytes()
+    check_told(stored, place / "whole")
 
 
 @pytest.mark.full
@@ -158,10 +178,14 @@ def test_a_lost_node_leaves_a_smaller_run(
     check_same(place / "elastic", by_torchrun)
 
 
-@pytest.mark.full
+@pytest.mark.full  # Ray looks for new nodes once a minute
+@pytest.mark.timeout(600)
 def test_a_node_with_notice_is_saved_for(configured: Configured, place: Path) -> None:
-    """No save is due: the one that comes answers the notice, and the run goes on from there."""
-    config = configured("noticed", train__max_steps=2000, output__save_every=2000)
+    """No save is due: the one that comes answers the notice, and the run goes on from there.
+
+    Once there is another node, it goes on with two ranks.
+    """
+    config = configured("noticed", train__max_steps=100_000, output__save_every=100_000)
     log, directory = place / "noticed.log", place / "noticed"
     command = ["launchers.ray_train", "--config", str(config), "--num-workers", "1:2"]
     with cluster() as ray, ray.running(*command, log=log) as job:
@@ -174,4 +198,8 @@ def test_a_node_with_notice_is_saved_for(configured: Configured, place: Path) ->
         resumed = re.findall(r"resuming after step (\d+)", log.read_text())
         assert int(resumed[0]) >= saved  # a survivor may have committed a later one
         wait_for(lambda: last_step(directory) > int(resumed[0]))
-        assert job.poll() is None
+        ray.add_second()
+        wait_for(lambda: len(re.findall("resuming after step", log.read_text())) == 2)
+        resumed = re.findall(r"resuming after step (\d+)", log.read_text())
+        wait_for(lambda: last_step(directory) > int(resumed[1]))
+        assert len(ray.workers(node=1)) == 1 and job.poll() is None

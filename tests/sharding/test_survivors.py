@@ -20,7 +20,7 @@ from tiny import save_chats
 from two_ranks import Ranks, check_same_end
 
 from dlora import checkpoint as checkpoints
-from dlora.hooks import Hooks
+from dlora.hooks import Committed, Hooks
 
 STEPS, SAVED, BROKEN = 8, 3, 6  # a checkpoint every 3 steps; something happens in the 6th
 LIMIT_SECONDS = 120
@@ -237,26 +237,46 @@ def test_a_callable_asks_for_a_stop(
     )
 
 
-def told_of_saves(argv: list[str], asked_at: int) -> list[tuple[int, float, str | None]]:
-    """(step, loss, checkpoint that verifies) of each save; one is asked for, the others are due."""
+Told = tuple[int, float, str | None, str | None]
+
+
+def told_of_saves(argv: list[str], asked_at: int, asks: int) -> list[Told]:
+    """(step, loss, name, URL) of each save; one is asked for by one rank, the others are due.
+
+    What is committed verifies at that time, on the disk and in the store.
+    """
     asked, seen = iter(range(1, STEPS + 1)), []
 
-    def saved(record: Any, checkpoint: Path | None) -> None:
-        if checkpoint is not None:
-            checkpoints.verify(checkpoint)
-        seen.append((record["step"], record["loss"], checkpoint and checkpoint.name))
+    def saved(record: Any, committed: Committed) -> None:
+        name = url = None
+        if (checkpoint := committed()) is not None:
+            name, url = checkpoint.directory.name, checkpoint.url
+            checkpoints.verify(checkpoint.directory)
+            if url is not None:
+                checkpoints.verify(Path(url.removeprefix("file://")))
+        seen.append((record["step"], record["loss"], name, url))
 
-    hooks = Hooks(should_save=lambda: next(asked) == asked_at, saved=saved)
+    hooks = Hooks(
+        should_save=lambda: next(asked) == asked_at and dist.get_rank() == asks, saved=saved
+    )
     assert prepared_run(argv, hooks).train() == 0
     return seen
 
 
-def test_saves_are_told_on_every_rank(pools: Pools, command: Any, tmp_path: Path) -> None:
-    main, other = pools(2).run(told_of_saves, command(tmp_path / "run"), 4)
-    assert [(step, name) for step, _, name in main] == [
-        (step, f"step-{step:06d}") for step in (3, 4, 6, 8)
-    ]
-    assert other == [(step, loss, None) for step, loss, _ in main]
+# The last store cannot be written.
+@pytest.mark.parametrize(("asks", "store"), [(0, None), (1, "store"), (0, "file/store")])
+def test_saves_are_told_on_every_rank(
+    pools: Pools, command: Any, tmp_path: Path, asks: int, store: str | None
+) -> None:
+    (tmp_path / "file").touch()
+    url = f"file://{tmp_path}/{store}"
+    remote = ["--output.remote", url] if store else []
+    main, other = pools(2).run(told_of_saves, [*command(tmp_path / "run"), *remote], 4, asks)
+    names = {step: f"step-{step:06d}" for step in (3, 4, 6, 8)}
+    urls = [f"{url}/{name}" if store == "store" else None for name in names.values()]
+    assert [(step, name) for step, _, name, _ in main] == list(names.items())
+    assert [told[3] for told in main] == urls
+    assert other == [(step, loss, None, None) for step, loss, _, _ in main]
 
 
 def committed_again(argv: list[str], rounds: int) -> list[dict[str, bool]]:
