@@ -12,6 +12,13 @@ class UsageError(ValueError):
         super().__init__(" ".join(message.split()))
 
 
+class PeerError(Exception):
+    """Ranks do not come, or do not reach each other: one line and status 1.
+
+    What starts the ranks may well succeed when it tries again, unlike with a `UsageError`.
+    """
+
+
 class LaterError(UsageError):
     """The option exists in the configuration, but what it asks for is not built yet."""
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dlora.errors import UsageError
+from dlora.errors import PeerError, UsageError
 
 PARTING_SECONDS = 10.0  # that rank 0 waits for the others to read what it is about to take along
 JOINING_SECONDS = 120.0  # in which all ranks have to come, and then to reach each other
@@ -143,14 +143,14 @@ class Runtime:
         Before anything is read, all ranks have come and one all-reduce has gone through.
 
         Raises:
-            UsageError: on every rank that is there, naming those that are not and their hosts, or
+            PeerError: on every rank that is there, naming those that are not and their hosts, or
                 saying why the ranks do not reach each other.
         """
         if self.world == 1:
             return
         seconds = min(JOINING_SECONDS, timeout_seconds)
         if missing := self._missing(timedelta(seconds=seconds)):
-            raise UsageError(f"no sign within {seconds:g} s of {missing}; see what became of it")
+            raise PeerError(f"no sign within {seconds:g} s of {missing}; see what became of it")
         cuda = self.device.type == "cuda"
         try:
             dist.init_process_group(
@@ -164,7 +164,7 @@ class Runtime:
             reached = torch.ones(1, device=self.device)
             dist.all_reduce(reached, async_op=True).wait(timedelta(seconds=seconds))
         except RuntimeError as error:
-            raise UsageError(
+            raise PeerError(
                 f"rank {self.rank} on {socket.gethostname()} cannot reach the other ranks "
                 f"({self._hosts()}): {error}; see that the network between the hosts is open "
                 f"({'NCCL_SOCKET_IFNAME and ' if cuda else ''}GLOO_SOCKET_IFNAME choose it)"
@@ -212,8 +212,8 @@ class Runtime:
 
 
 def exit_with(main: Callable[[list[str]], int]) -> None:
-    """Run an entry point and end the process with its status; a user's mistake is one line, status
-    2.
+    """Run an entry point and end the process with its status; a user's mistake is one line and
+    status 2, a peer that does not come one line and status 1.
     """
     try:
         status = main(sys.argv[1:])
@@ -222,6 +222,9 @@ def exit_with(main: Callable[[list[str]], int]) -> None:
     except UsageError as error:
         _print_error(str(error))
         status = 2
+    except PeerError as error:
+        _print_error(str(error))
+        status = 1
     raise SystemExit(status)
 
 

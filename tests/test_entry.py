@@ -18,8 +18,8 @@ import torch.distributed as dist
 from ranks import PRELOADED
 from tiny import command
 
-from dlora.errors import UsageError
-from dlora.runtime import Runtime
+from dlora.errors import PeerError
+from dlora.runtime import Runtime, exit_with
 
 ROOT = Path(__file__).parents[1]
 LIMIT_SECONDS = 90
@@ -148,6 +148,20 @@ def test_the_agent_does_not_silence_a_slow_rank_0(saved_models: Any, tmp_path: P
     assert done.stderr.count("dlora: error: --train.max_step is not an option") == 1
 
 
+def test_a_peer_that_is_not_reached_is_no_mistake_of_the_user_s(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Launchers do not try 2 again."""
+
+    def main(argv: list[str]) -> int:
+        raise PeerError("no sign of rank 1")
+
+    with pytest.raises(SystemExit) as ended:
+        exit_with(main)
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "dlora: error: no sign of rank 1\n"
+
+
 def test_a_rank_that_does_not_come_is_named_with_its_host(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,7 +170,7 @@ def test_a_rank_that_does_not_come_is_named_with_its_host(
     store = dist.PrefixStore("dlora", dist.FileStore(str(tmp_path / "store"), 3))
     store.set("host/1", "node-b")
     runtime = Runtime(0, 3, torch.device("cpu"), store)
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(PeerError) as caught:
         runtime.join(timeout_seconds=60)
     said = str(caught.value)
     assert said.startswith("no sign within 0.5 s of rank 1 on node-b, rank 2 on an unknown host;")

@@ -70,6 +70,8 @@ RESTARTS = [
     ],
     Fault("restarts", "PyTorchJob", "spec.elasticPolicy.maxRestarts", 3, "agent would try"),
     Fault("restarts", "RayJob", "spec.backoffLimit", 2, "tries exit status 2"),
+    Fault("restarts", "RayJob", "C.env", GONE, "Ray's 30 s cut a commit short"),
+    Fault("restarts", "RayJob", "C.env.0.value", "200", "Ray's 200 s cut a commit short"),
 ]
 ARGS = ["--config", "/etc/dlora/cluster.yaml", "--output.dir", "/runs/jobset"]
 RAY = "python -m launchers.ray_train --config /etc/dlora/cluster.yaml --output.dir /runs/rayjob"

@@ -13,6 +13,8 @@ from dlora.launch import GRACE_SECONDS
 
 WRONG, STOPPED, LOST, BROKEN = 2, 143, "DisruptionTarget", 1
 BESIDE_GRACE = 30  # seconds for the agent and the kubelet
+# From SIGTERM to a node of Ray's until it ends what runs there, and what that is by default.
+DRAIN, RAYS_DRAIN_SECONDS = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", 30
 
 
 def check(docs: list[Document]) -> list[str]:
@@ -34,6 +36,12 @@ def _graces(docs: list[Document]) -> Iterator[str]:
         given = pod.spec.get("terminationGracePeriodSeconds", 30)
         if pod.owner["kind"] != "Pod" and trains and given < GRACE_SECONDS + BESIDE_GRACE:
             yield f"{pod.where}: terminationGracePeriodSeconds {given} cuts a commit short"
+        for container in pod.containers:
+            if container["name"] in ("ray-head", "ray-worker"):
+                variables = {v["name"]: v.get("value") for v in container.get("env", [])}
+                drain = float(variables.get(DRAIN, RAYS_DRAIN_SECONDS))
+                if not GRACE_SECONDS <= drain < given:
+                    yield f"{pod.where}: {DRAIN}: Ray's {drain:g} s cut a commit short"
 
 
 def fate(spec: Document, status: Any) -> tuple[str, int | None]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from k8s_dockerfile import build
 from k8s_launch import GPU, agent_of, configuration, environment
-from k8s_manifests import BUILT, K8S, OVERLAYS, ROOT, documents, jobs, kustomize, pods
+from k8s_manifests import BUILT, K8S, OVERLAYS, ROOT, documents, jobs, kustomize, pods, read
 from k8s_operators import QUEUE
 from k8s_restarts import BROKEN, LOST, STOPPED, WRONG, outcome
 from k8s_values import amount
@@ -55,7 +55,10 @@ def test_a_command_names_what_is_there(command: str, tmp_path: Path) -> None:
     elif words[:2] == ["dlora", "plan"]:
         config = str(ROOT / options["--config"])
         found = parse([config if w.startswith("configs/") else w for w in words[2:]], "p", Machines)
-        assert (found.extra.emit, found.extra.emit_to) == ("jobset", "plan.yaml")
+        assert (found.extra.emit, found.extra.emit_to) == (
+            "jobset",
+            "k8s/overlays/jobset/plan.yaml",
+        )
     else:
         assert words[:2] == ["kubectl", "-n"]
         assert any(namespace == words[2] for namespace, _ in NAMES)
@@ -65,6 +68,25 @@ def test_a_command_names_what_is_there(command: str, tmp_path: Path) -> None:
         if "-l" in options:
             key, _, value = options["-l"].partition("=")
             assert any(p.labels.get(key) == value for p in pods(documents("jobset")))
+
+
+def test_the_base_model_is_there_before_the_job() -> None:
+    """A job that does not find it ends with 2, which nobody tries again."""
+    steps = (
+        "kubectl apply -k k8s/base",
+        "kubectl apply -k k8s/files",
+        "kubectl -n dlora wait --for=condition=Ready pod/dlora-files",
+        "kubectl -n dlora cp BASE dlora-files:/models/base",
+        "kubectl apply -k k8s/kueue",
+        "kubectl apply -k k8s/overlays/jobset",
+    )
+    lines = [COMMANDS.index(step) for step in steps]
+    assert lines == sorted(lines)
+    assert {(doc["kind"], doc["metadata"]["name"]) for doc in read(kustomize(K8S / "base"))} >= {
+        ("Namespace", "dlora"),
+        ("PersistentVolumeClaim", "dlora-models"),
+        ("PersistentVolumeClaim", "dlora-runs"),
+    }
 
 
 def sources() -> str:
@@ -80,7 +102,12 @@ def test_the_overlays_are_listed() -> None:
 
 def test_the_table_of_exit_statuses_is_what_the_manifests_do() -> None:
     words = {"fails": "ends", "again": "again, not counted", "counted": "again, "}
-    for first, statuses in (("2:", [WRONG]), ("143:", [STOPPED, LOST]), ("1:", [BROKEN])):
+    for first, statuses in (
+        ("2:", [WRONG]),
+        ("143:", [STOPPED, LOST]),
+        ("1:", [BROKEN]),
+        ("128", [137]),
+    ):
         cells = dict(zip(("jobset", "cpu-demo", "pytorchjob", "rayjob"), row(first), strict=True))
         cells["trainjob"] = cells["jobset"]
         for overlay in ("jobset", "trainjob", "cpu-demo"):

@@ -72,9 +72,6 @@ class Cluster:
         head = ["--head", f"--port={self.gcs}", f"--dashboard-port={self.dashboard}"]
         self._node([*head, "--include-dashboard=true", f"--ray-client-server-port={self._client}"])
         self._wait_for(1)
-        self.add_second()
-
-    def add_second(self) -> None:
         self._node([f"--address=127.0.0.1:{self.gcs}", "--node-ip-address=127.0.0.2"])
         self._wait_for(2)
 

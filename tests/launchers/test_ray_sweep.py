@@ -27,7 +27,6 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest.mark.full
 def test_a_grid_of_four(ray: Cluster, run_file: Path) -> None:
     root = run_file.parent
     made = ray.run("launchers.ray_sweep", "--config", str(run_file), "--space", json.dumps(SPACE))

@@ -164,7 +164,6 @@ def test_a_wrong_configuration_fails_once(
     assert starts_in(made.stdout + made.stderr) == 1
 
 
-@pytest.mark.full
 def test_a_lost_node_leaves_a_smaller_run(
     configured: Configured, place: Path, by_torchrun: Path
 ) -> None:
@@ -178,13 +177,9 @@ def test_a_lost_node_leaves_a_smaller_run(
     check_same(place / "elastic", by_torchrun)
 
 
-@pytest.mark.full  # Ray looks for new nodes once a minute
-@pytest.mark.timeout(600)
+@pytest.mark.full
 def test_a_node_with_notice_is_saved_for(configured: Configured, place: Path) -> None:
-    """No save is due: the one that comes answers the notice, and the run goes on from there.
-
-    Once there is another node, it goes on with two ranks.
-    """
+    """No save is due: the one that comes answers the notice, and the run goes on from there."""
     config = configured("noticed", train__max_steps=100_000, output__save_every=100_000)
     log, directory = place / "noticed.log", place / "noticed"
     command = ["launchers.ray_train", "--config", str(config), "--num-workers", "1:2"]
@@ -198,8 +193,4 @@ def test_a_node_with_notice_is_saved_for(configured: Configured, place: Path) ->
         resumed = re.findall(r"resuming after step (\d+)", log.read_text())
         assert int(resumed[0]) >= saved  # a survivor may have committed a later one
         wait_for(lambda: last_step(directory) > int(resumed[0]))
-        ray.add_second()
-        wait_for(lambda: len(re.findall("resuming after step", log.read_text())) == 2)
-        resumed = re.findall(r"resuming after step (\d+)", log.read_text())
-        wait_for(lambda: last_step(directory) > int(resumed[1]))
-        assert len(ray.workers(node=1)) == 1 and job.poll() is None
+        assert job.poll() is None
