@@ -138,7 +138,11 @@ RULES = (
         lambda u, f: u.is_import and u.of(*(f"dlora.{name}" for name in CONCRETE)),
         "concrete engines and variants are not known here",
     ),
-    Rule(("launchers/",), outside("train", "config"), "launchers use dlora.train and dlora.config"),
+    Rule(
+        ("launchers/",),
+        outside("train", "hooks", "config"),
+        "launchers use dlora.train with its hooks, and dlora.config",
+    ),
 )
 
 

@@ -1,6 +1,6 @@
 """`dlora plan --emit KIND`: the plan as a patch of an overlay in k8s/.
 
-    machines ──> replicas, ranks, GPUs          placement, overrides ──> options of the run
+    machines ──> replicas, ranks, resources     placement, overrides ──> options of the run
 
 The operations are those of RFC 6902: kustomize knows no keys of the lists in custom resources, so
 that a merge patch would replace them whole. Where a position in a list counts, a `test` comes
@@ -24,6 +24,8 @@ from dlora.plan.subject import Plan
 KINDS = {"rayjob": "RayJob", "trainjob": "TrainJob", "jobset": "JobSet"}
 CONFIGS = "/etc/dlora"  # where pods see the files of configs/
 GPU = "nvidia.com~1gpu"  # as a word of a JSON pointer
+# CPUs and GiB beside each GPU: of a pod's request, and at most.
+BESIDE_GPU = {"requests": (4, 32), "limits": (8, 64)}
 # What a cluster calls otherwise than the machine that plans.
 PLACES = {"model.path", "model.revision", "model.cache_dir", "output.dir"}
 RAY = (
@@ -119,8 +121,10 @@ def _rayjob(plan: Plan, file: str, words: list[str]) -> Iterator[Operation]:
 
 
 def _devices(path: str, count: int) -> Iterator[Operation]:
-    for part in ("requests", "limits"):
+    for part, (cpus, memory) in BESIDE_GPU.items():
         yield _put(f"{path}/{part}/{GPU}", count)
+        yield _put(f"{path}/{part}/cpu", str(cpus * count))
+        yield _put(f"{path}/{part}/memory", f"{memory * count}Gi")
 
 
 def _arguments(path: str, file: str, words: list[str]) -> Iterator[Operation]:

@@ -96,7 +96,10 @@ def test_a_plan_becomes_a_sound_manifest(
         (container,) = job["template"]["spec"]["containers"]
         assert [v["value"] for v in container["env"][:2]] == [str(nodes), "4"]
         resources = container["resources"]
-    assert resources["requests"][GPU] == resources["limits"][GPU] == 4
+    assert resources == {  # half of what the overlay's eight GPUs have beside them
+        "requests": {"cpu": "16", "memory": "128Gi", GPU: 4},
+        "limits": {"cpu": "32", "memory": "256Gi", GPU: 4},
+    }
     assert config_of(docs, kind).sharding.base == "none", "a small base fits each rank"
 
 
