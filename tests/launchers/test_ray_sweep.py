@@ -51,7 +51,7 @@ def test_a_grid_of_four(ray: Cluster, run_file: Path) -> None:
         assert f"{trial['figure']:.4f}" in made.stdout
 
 
-@pytest.mark.full
+@pytest.mark.full  # 80 s: six trials; the grid of four is always run
 def test_draws_and_early_ends(ray: Cluster, run_file: Path) -> None:
     space = {"adapter.r": {"choice": [2, 4]}, "optimizer.lr": {"loguniform": [1e-6, 1e-2]}}
     root, steps = run_file.parent / "drawn", 24

@@ -119,7 +119,7 @@ def test_it_is_the_run_of_torchrun(
     check_told(stored, place / "whole")
 
 
-@pytest.mark.full
+@pytest.mark.full  # 40 s: two starts of Ray Train
 def test_the_same_command_goes_on_after_pruning(
     ray: Cluster, configured: Configured, place: Path
 ) -> None:
@@ -177,7 +177,7 @@ def test_a_lost_node_leaves_a_smaller_run(
     check_same(place / "elastic", by_torchrun)
 
 
-@pytest.mark.full
+@pytest.mark.full  # a Ray of its own, which loses a node
 def test_a_node_with_notice_is_saved_for(configured: Configured, place: Path) -> None:
     """No save is due: the one that comes answers the notice, and the run goes on from there."""
     config = configured("noticed", train__max_steps=100_000, output__save_every=100_000)
