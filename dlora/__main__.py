@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from dlora.runtime import exit_with
+from dlora.exits import exit_with
 
 COMMANDS = {
     "train": "train adapters; what `torchrun -m dlora.train` runs",

@@ -36,7 +36,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dlora.errors import UsageError
-from dlora.files import inside, read_object, sync, unused_name, write_atomically
+from dlora.files import clear, inside, read_object, sync, unused_name, write_atomically
 
 FORMAT = 2  # 1 had no hash of the manifest
 FILES = {"adapter.safetensors", "optimizer.safetensors", "state.json", "config.yaml"}
@@ -78,8 +78,9 @@ def write(
     """
     step = checkpoint.state["step"]
     final = root / f"step-{step:06d}"
-    beside = root / f".step-{step:06d}.{rank}-{os.getpid()}.tmp"
-    shutil.rmtree(beside, ignore_errors=True)
+    own = f".{rank}-{os.getpid()}.tmp"
+    beside = root / f".step-{step:06d}{own}"
+    clear(root, f".step-*{own}")  # what a save left whose directory was out of reach
     beside.mkdir(parents=True)
     files = {
         "adapter.safetensors": save(checkpoint.tensors),
@@ -264,7 +265,8 @@ def newest(root: Path, warn: Any = print, check: Callable[[Path], object] = veri
 
 
 def set_aside_after(step: int, root: Path) -> None:
-    """Move the checkpoints past `step` out of `root`, into a directory beside it."""
+    """Move the checkpoints past `step` into a directory beside `root`; half-written ones go."""
+    clear(root, ".step-*")  # under the run's lock, so that who wrote them is gone
     newer = [directory for number, directory in _steps(root) if number > step]
     if newer:
         aside = unused_name(root)

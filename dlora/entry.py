@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import io
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 
 from dlora.config import SCHEMA, Config, Options, parse
@@ -14,11 +15,15 @@ from dlora.plan.capacity import free_bytes
 from dlora.prepare import Preparation, Surroundings, prepare
 from dlora.quant.kernel import bitsandbytes_kernel
 from dlora.runtime import Runtime
+from dlora.sharding.mesh import Topology
 from dlora.start import Start, find_start
 
 
-def enter(argv: list[str], prog: str) -> tuple[Runtime, Options | None]:
+def enter(argv: list[str], prog: str, first: Callable[[], None]) -> tuple[Runtime, Options | None]:
     """Understand the command line, join the other ranks, and see that all of them understood it.
+
+    Args:
+        first: called before; what it raises counts as what the command line does.
 
     Returns:
         The runtime and the options; None in their place where the command only printed something
@@ -29,6 +34,7 @@ def enter(argv: list[str], prog: str) -> tuple[Runtime, Options | None]:
     """
     printed, options, failure = io.StringIO(), None, None
     try:
+        first()
         with contextlib.redirect_stdout(printed):
             options = parse(argv, prog)
     except UsageError as error:
@@ -58,7 +64,9 @@ def prepared(config: Config, runtime: Runtime) -> Preparation:
     Raises:
         UsageError: on every rank, with the first failing rank's message.
     """
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world))
+    everywhere = runtime.gather("ranks of a node", here)
+    topology = Topology.over(runtime.rank, everywhere, config.sharding.ranks_per_node)
 
     def find() -> tuple[Start | None, str]:
         return (find_start(config, runtime.say) if runtime.main else None), ""
@@ -66,14 +74,11 @@ def prepared(config: Config, runtime: Runtime) -> Preparation:
     found = runtime.agree("start", find)
     told = runtime.broadcast("start/found", found and asdict(found))
     start = Start(**told) if told else None
-    around = Surroundings(
-        runtime.device.type, runtime.least("free", free_bytes(runtime.device, local_world))
-    )
+    free = runtime.gather("free", free_bytes(runtime.device, here))
+    around = Surroundings(runtime.device.type, None if None in free else min(free))
 
     def work() -> tuple[Preparation, str]:
-        found = prepare(
-            config, runtime.rank, runtime.world, local_world, runtime.say, start, around
-        )
+        found = prepare(config, topology, runtime.say, start, around)
         return found, found.fingerprint
 
     return runtime.agree("preparation", work)

@@ -12,8 +12,8 @@ class UsageError(ValueError):
         super().__init__(" ".join(message.split()))
 
 
-class PeerError(Exception):
-    """Ranks do not come, or do not reach each other: one line and status 1.
+class TransientError(Exception):
+    """Ranks do not come or do not reach each other, a store does not answer: one line and status 1.
 
     What starts the ranks may well succeed when it tries again, unlike with a `UsageError`.
     """

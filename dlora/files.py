@@ -24,7 +24,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(beside, path)
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # replaced, or out of reach as the error says
             beside.unlink()
     sync(path.parent)
 
@@ -48,6 +48,12 @@ def new_directory(final: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
         raise
     sync(final.parent)
+
+
+def clear(directory: Path, pattern: str) -> None:
+    """Remove the directories in `directory` whose names match; what is out of reach stays."""
+    for found in directory.glob(pattern):
+        shutil.rmtree(found, ignore_errors=True)
 
 
 def unused_name(path: Path) -> Path:

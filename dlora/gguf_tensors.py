@@ -1,10 +1,9 @@
 """What a GGUF file holds, as a transformers model without weights and its tensors one at a time.
 
-What GGUF tensors are called and how they are laid out is transformers' knowledge, of which it has
-two generations: "native" conversion mappings (`integrations/gguf`), and the tensor processors of
-the older loader (`modeling_gguf_pytorch_utils`, with the package `gguf`), which covers most
-architectures. Both are driven here parameter by parameter, in the steps of transformers' own
-loading, so the values are those of `from_pretrained(..., gguf_file=...)`.
+Names and layouts of GGUF tensors are transformers' knowledge, in two generations: "native"
+conversion mappings (`integrations/gguf`), and the tensor processors of the older loader
+(`modeling_gguf_pytorch_utils`, with `gguf`), which covers most architectures. Both are driven here
+parameter by parameter, so that the values are those of `from_pretrained(..., gguf_file=...)`.
 """
 
 import functools

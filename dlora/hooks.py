@@ -42,6 +42,7 @@ class Hooks:
     """Callables, each called on every rank. None of them may wait for other ranks.
 
     Attributes:
+        enter: called first, before a file is read; its `UsageError` on any rank ends all of them.
         should_stop: asked in every step until a rank has been told to stop; true on any rank ends
             the run as SIGTERM does.
         should_save: asked in every step; true on any rank saves the step, due or not.
@@ -51,6 +52,7 @@ class Hooks:
         lost: told that a peer, or the way to it, is gone, once what there is has been committed.
     """
 
+    enter: Callable[[], None] = nothing
     should_stop: Callable[[], bool] = never
     should_save: Callable[[], bool] = never
     saved: Callable[[Mapping[str, Any], Committed], None] = nobody

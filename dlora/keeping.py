@@ -157,11 +157,13 @@ class Keeper:
         try:
             status = work()
             self._runtime.leave()
-        except ReplicaError:
-            raise  # what this rank holds may be what is wrong
+        except ReplicaError as error:  # on every rank; what they hold is wrong, so nothing is saved
+            self._runtime.fail(str(error))
+            return 1
         except RuntimeError as error:
             lost = isinstance(error, dist.DistError) or any(sign in str(error) for sign in _LOST)
             said, reason = self.alone(ending=True), str(error).strip().split("\n")[0]
+            lost = lost and self._runtime.told_line() is None
             print(said, f"(lost a peer: {reason})" if lost else "", file=sys.stderr, flush=True)
             if not lost:
                 raise

@@ -2,20 +2,25 @@
 
 Like `torchrun -m dlora.train`, with one difference: the exit status is that of the first worker
 that failed (2 for a wrong configuration, 143 and 130 for a stop by signal), where torchrun says 1
-for all.
+for all. And after a failure it stays until the other nodes' agents have seen theirs: over c10d they
+meet on one of them, and where that is gone they end what is ending by itself, with status 1.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
+from datetime import timedelta
 from typing import Any, NoReturn
 
-from dlora.errors import UsageError
-from dlora.runtime import exit_with
+from dlora.errors import TransientError, UsageError
+from dlora.exits import exit_with
 
 TRAINING_OPTIONS = ("--config", "--check", "--print_config")
 GRACE_SECONDS = 120  # between a stop signal and the kill: time to finish a step and commit
+PARTING_SECONDS, POLL_SECONDS = 30, 0.1  # that an agent stays for the others; between two looks
 
 USAGE = """usage: dlora launch [torchrun options] --config FILE [--section.key VALUE ...]
 
@@ -32,6 +37,7 @@ def main(argv: list[str]) -> int:
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
@@ -44,12 +50,13 @@ def main(argv: list[str]) -> int:
         os.environ["OMP_NUM_THREADS"] = str(threads_per_worker(args.nproc_per_node))
     try:
         torchrun.run(args)
-    except ChildFailedError as error:
+    except (ChildFailedError, SignalException) as error:
+        part(args)  # `error` holds what the others meet on
         return status_of(error)
-    except SignalException as error:
-        if isinstance(error.__context__, ChildFailedError):  # the signal came after the failure
-            return status_of(error.__context__)
-        return 128 + int(error.sigval)
+    except RendezvousError as error:
+        where = f" on {args.rdzv_endpoint}" if args.rdzv_endpoint else ""
+        said = str(error) or type(error).__name__
+        raise TransientError(f"the nodes' agents do not meet{where}: {said}") from error
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):  # the status stands; Python ends slowly
             signal.signal(number, signal.SIG_IGN)
@@ -57,9 +64,40 @@ def main(argv: list[str]) -> int:
 
 
 def status_of(error: Any) -> int:
-    """Of the first worker that failed, as a shell has it, from torch's ChildFailedError."""
-    _, failure = error.get_first_failure()
+    """Of the first worker that failed, or else of the signal that came, as a shell has it."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    failed = error if isinstance(error, ChildFailedError) else error.__context__
+    if not isinstance(failed, ChildFailedError):
+        return 128 + int(error.sigval)
+    _, failure = failed.get_first_failure()
     return int(failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode)
+
+
+def part(args: Any) -> None:
+    """Wait for the agents of all nodes to come here, PARTING_SECONDS at most; a signal ends it."""
+    import torch.distributed as dist
+    from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import DEFAULT_PORT
+    from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+    from torch.distributed.run import parse_min_max_nnodes
+
+    least, most = parse_min_max_nnodes(args.nnodes)
+    if args.rdzv_backend != "c10d" or not least == most > 1:
+        return
+    is_enough, until = threading.Event(), time.monotonic() + PARTING_SECONDS
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: is_enough.set())
+    host, port = parse_rendezvous_endpoint(args.rdzv_endpoint, default_port=DEFAULT_PORT)
+    try:
+        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
+        here = dist.PrefixStore(f"dlora-parting-{args.rdzv_id}", store)
+        here.add("agents", 1)
+        while here.add("agents", 0) < most and time.monotonic() < until:
+            if is_enough.wait(POLL_SECONDS):
+                return
+        is_enough.wait(3 * POLL_SECONDS)  # until the others have asked as well
+    except dist.DistError:  # the one that holds it is gone
+        return
 
 
 def agent_options(agent: list[str], training: list[str]) -> Any:

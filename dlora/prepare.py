@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from dlora.adapter_settings import keyed_by, lora_config, scheduled
@@ -92,9 +93,7 @@ class Surroundings:
 
 def prepare(
     config: Config,
-    rank: int,
-    world: int,
-    local_world: int,
+    topology: Topology,
     announce: Callable[[str], None],
     start: Start | None = None,
     around: Surroundings = Surroundings(),  # noqa: B008 - frozen
@@ -108,10 +107,9 @@ def prepare(
         UsageError: data, model or adapter settings are wrong, named by key, file or line, or no
             placement fits the budget.
     """
-    check_ranks_per_node(config, world)
-    if rank == 0:
+    check_ranks_per_node(config, topology.world)
+    if topology.rank == 0:
         check_output(config)
-    topology = Topology(rank, world, config.sharding.ranks_per_node or local_world)
     check_placement(config, topology)
     lora = lora_config(config, start)
     base = _base(config, announce)
@@ -127,12 +125,17 @@ def prepare(
     if start is not None:
         tensors = adapter_tensors(skeleton)
         check_start(start, config, lora, tensors, sampler, train.fingerprint, known)
+    if around.device == "cpu" and base.dtype == torch.bfloat16 and not multiplies_bfloat16():
+        announce(
+            "model.dtype: this CPU multiplies bfloat16 without instructions for it, many times "
+            "slower than float32"
+        )
     announce(_said_of_steps(sampler, config.train.global_batch_size))
     decision = _decision(config, skeleton, topology, train.report.longest, around, start)
     if decision.plan.divided:
         announce(
-            f"optimizer state: divided, 1/{world} on each rank, so a save needs all ranks: each "
-            "sends its part to rank 0 (sharding.optimizer_state)"
+            f"optimizer state: divided, 1/{topology.world} on each rank, so a save needs all "
+            "ranks: each sends its part to rank 0 (sharding.optimizer_state)"
         )
     return Preparation(
         base,
@@ -147,6 +150,11 @@ def prepare(
         decision,
         known,
     )
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether oneDNN has kernels for matrices of it on this CPU."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _decision(

@@ -4,7 +4,8 @@
     fetch    the newest that verifies, into the run's own directory, where all else goes on as usual
 
 Object stores have no rename and no lock, so what is replaced or pruned there loses its manifest
-first. `latest` names the newest, for whoever looks; nothing here reads it.
+first. In directories a copy is made beside, and renamed. `latest` names the newest, for whoever
+looks; nothing here reads it.
 """
 
 from __future__ import annotations
@@ -13,18 +14,24 @@ import contextlib
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from dlora.checkpoint import LATEST, verify
 from dlora.config import Config
-from dlora.errors import UsageError
+from dlora.errors import TransientError, UsageError
 
 MANIFEST = "manifest.json"
 # These have no directories: what makes one makes a bucket, for whoever mistyped the name of theirs.
 BUCKETS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "r2"}
+# What trying again does not mend; all else may be the network.
+MISTAKES = (FileNotFoundError, PermissionError, NotADirectoryError, ValueError, TypeError)
+KEYS_MISSING = {"NoCredentialsError", "PartialCredentialsError"}  # botocore's, which may be absent
+BESIDE = ".tmp"  # the end of the names of what is being copied
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -57,23 +64,71 @@ class RemoteCheckpoints:
     def put(self, directory: Path) -> str:
         """Copy a directory's files there, a manifest last; its path there.
 
+        Survivors of a lost rank all copy the same step, and may be ended meanwhile: what one of
+        them has completed stays, and of two copies the first.
+
         Raises:
             OSError: a file has another size there; stores raise what they like besides.
         """
         target = f"{self._root}/{directory.name}"
-        self._make_directory(target)
-        with contextlib.suppress(FileNotFoundError):
-            self._files.rm_file(f"{target}/{MANIFEST}")
+        if self._has(directory, target):
+            return target
+        # A store writes a file whole or not at all; elsewhere what is complete gets its name.
+        place = f"{self._root}/.{uuid.uuid4().hex}{BESIDE}" if self._has_directories else target
+        self._make_directory(place)
+        if not self._has_directories:
+            with contextlib.suppress(FileNotFoundError):
+                self._files.rm_file(f"{target}/{MANIFEST}")
         for name in sorted((path.name for path in directory.iterdir()), key=_manifest_last):
-            self._files.put_file(str(directory / name), f"{target}/{name}")
-            self._see_arrived(directory / name, f"{target}/{name}")
+            self._files.put_file(str(directory / name), f"{place}/{name}")
+            self._see_arrived(directory / name, f"{place}/{name}")
+        if place != target:
+            self._name(directory, place, target)
         return target
+
+    def _name(self, directory: Path, place: str, target: str) -> None:
+        """Give a whole copy its name; what has that name goes once it is whole elsewhere."""
+        aside = f"{place}.old{BESIDE}"
+        if self._files.exists(target):
+            if self._has(directory, target):
+                self._remove(place)
+                return
+            with contextlib.suppress(FileNotFoundError):  # another survivor's turn
+                self._rename(target, aside)
+        try:
+            self._rename(place, target)
+        except OSError:
+            if not self._has(directory, target):
+                with contextlib.suppress(OSError):
+                    self._rename(aside, target)
+                raise
+            self._remove(place)
+        self._remove(aside)
+
+    def _rename(self, path: str, to: str) -> None:
+        if isinstance(self._files, LocalFileSystem):
+            os.rename(path, to)  # its own would put it into a directory that is there
+        else:
+            self._files.mv(path, to, recursive=True)
+
+    def _has(self, directory: Path, target: str) -> bool:
+        """Whether the same checkpoint is complete there."""
+        try:
+            manifest = self._files.cat_file(f"{target}/{MANIFEST}")
+            if manifest != (directory / MANIFEST).read_bytes():
+                return False
+            for file in directory.iterdir():
+                self._see_arrived(file, f"{target}/{file.name}")
+        except OSError:
+            return False
+        return True
 
     def fetch(self, root: Path, after: int, warn: Callable[[str], None]) -> None:
         """Bring the newest checkpoint past the step `after` that verifies to the disk, if any.
 
         Raises:
-            UsageError: the store cannot be read.
+            UsageError: the store cannot be read, and will not be.
+            TransientError: it cannot be read now.
         """
         try:
             found = [path for step, path in self.steps() if step > after]
@@ -81,15 +136,19 @@ class RemoteCheckpoints:
                 if self._download(path, root, warn):
                     return
         except Exception as error:  # every store has exceptions of its own
-            raise UsageError(f"output.remote: {self.url} cannot be read: {error}") from error
+            raise self._trouble("read", error) from error
 
     def set_aside(self, after: int) -> None:
         """Move checkpoints past a step out of the way: they belong to another course of the run.
 
+        So does what ranks that were ended have left half copied; the caller has the run's lock.
+
         Raises:
-            UsageError: the store cannot be written.
+            UsageError: the store cannot be written, and will not be.
+            TransientError: it cannot be written now.
         """
         try:
+            self._clear()
             newer = [path for step, path in self.steps() if step > after]
             number = 1
             while newer and self._files.exists(f"{self._root}/old-{number}"):
@@ -100,7 +159,13 @@ class RemoteCheckpoints:
                 with contextlib.suppress(FileNotFoundError):
                     self._files.rm_file(f"{self._root}/{LATEST}")
         except Exception as error:  # every store has exceptions of its own
-            raise UsageError(f"output.remote: {self.url} cannot be written: {error}") from error
+            raise self._trouble("written", error) from error
+
+    def _trouble(self, done: str, error: Exception) -> Exception:
+        """What a failure means: a name or a key is wrong, or the store may answer next time."""
+        line = f"output.remote: {self.url} cannot be {done}: {error}"
+        is_mistake = isinstance(error, MISTAKES) or type(error).__name__ in KEYS_MISSING
+        return UsageError(line) if is_mistake else TransientError(" ".join(line.split()))
 
     def steps(self) -> list[tuple[int, str]]:
         """(step, path) of the complete ones, in order."""
@@ -129,11 +194,17 @@ class RemoteCheckpoints:
             shutil.rmtree(root / _last(path), ignore_errors=True)  # it did not verify, if there
             os.rename(beside, root / _last(path))
             return True
-        except UsageError as error:
+        except (UsageError, FileNotFoundError) as error:  # or pruned by one that still runs
             warn(f"skipping a checkpoint of {self.url}: {error}")
             return False
         finally:
             shutil.rmtree(beside, ignore_errors=True)
+
+    def _clear(self) -> None:
+        if self._has_directories and self._files.exists(self._root):
+            for path in map(str, self._files.ls(self._root, detail=False)):
+                if path.endswith(BESIDE):
+                    self._remove(path)
 
     def _make_directory(self, path: str) -> None:
         if self._has_directories:
@@ -152,9 +223,9 @@ class RemoteCheckpoints:
             raise OSError(f"{path} has {found} bytes there, not {wanted}")
 
     def _remove(self, path: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self._files.rm(f"{path}/{MANIFEST}")
-            self._files.rm(path, recursive=True)
+        for what, whole in ((f"{path}/{MANIFEST}", False), (path, True)):
+            with contextlib.suppress(FileNotFoundError):
+                self._files.rm(what, recursive=whole)
 
 
 def remote_of(config: Config) -> RemoteCheckpoints | None:

@@ -18,8 +18,8 @@ from dlora.config import Config
 from dlora.data import batch_hash, deal
 from dlora.data.collate import Batch, collate
 from dlora.entry import enter, import_late_ones, prepared
-from dlora.errors import UsageError
 from dlora.evaluation import held_out_loss, sample_answers
+from dlora.exits import exit_with
 from dlora.hooks import NO_HOOKS, Hooks
 from dlora.keeping import RESUMES, Keeper
 from dlora.lock import locked
@@ -33,7 +33,7 @@ from dlora.plan.report import comparison, lines_of
 from dlora.prepare import Preparation
 from dlora.progress import StepDisplay
 from dlora.resume import open_directory, resume
-from dlora.runtime import Runtime, exit_with
+from dlora.runtime import Runtime
 from dlora.start import output_directory, stop_file
 from dlora.stopping import StopRequest, exit_status
 from dlora.watch import FiniteWatch, HangWatch, UnusedWatch, is_finite
@@ -43,7 +43,7 @@ TRIM_EVERY = 10  # optimizer steps between two returns of freed host memory
 
 def main(argv: list[str], hooks: Hooks = NO_HOOKS) -> int:
     """The command; returns the exit status."""
-    runtime, options = enter(argv, prog="dlora.train")
+    runtime, options = enter(argv, prog="dlora.train", first=hooks.enter)
     if options is None:
         return 0
     config = options.config
@@ -57,11 +57,9 @@ def main(argv: list[str], hooks: Hooks = NO_HOOKS) -> int:
         return 0
     lock = locked(output_directory(config), runtime)
     try:
-        runtime.join(config.sharding.timeout_seconds)
-        run = Run(config, runtime, preparation, meter, hooks)
-        return run.keeper.survive(run.train)
-    except UsageError as error:
-        raise runtime.told(error) from error
+        with runtime.telling():
+            runtime.join()
+            return Run(config, runtime, preparation, meter, hooks).survive()
     finally:
         lock.release()
 
@@ -99,6 +97,10 @@ class Run:
         saved = config, runtime, preparation, self.replica, self.optimizer
         self.keeper = Keeper(*saved, start=self.start, hooks=hooks)
         self.model.register_forward_pre_hook(lambda *_: self.beat())
+
+    def survive(self) -> int:
+        """`train`, with a commit where a peer is lost, of a run that no frame holds (told.py)."""
+        return self.keeper.survive(self.train)
 
     def train(self) -> int:
         """The loop; returns the exit status."""

@@ -72,9 +72,8 @@ def main(argv: list[str]) -> int:
     if machines.emit is not None:
         if found.decision.warning:
             raise UsageError(f"--emit: {found.decision.warning}")
-        text = patch(
-            machines.emit, found.decision.plan, options.config, file, found.decision.reason
-        )
+        chosen, place = found.decision, Path(machines.emit_to or "FILE").name
+        text = patch(machines.emit, chosen.plan, options.config, file, chosen.reason, place)
         if machines.emit_to is None:
             print(text, end="")
             return 0

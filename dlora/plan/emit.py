@@ -36,13 +36,14 @@ RAY = (
 Operation = dict[str, Any]
 
 
-def patch(kind: str, plan: Plan, config: Config, file: str, reason: str) -> str:
+def patch(kind: str, plan: Plan, config: Config, file: str, reason: str, place: str) -> str:
     """The patch as YAML.
 
     Args:
         kind: one of `KINDS`.
         config: what was planned, and `file`, where it comes from but for the command line.
         reason: why this placement, for a reader.
+        place: the patch's own file, as the overlay names it.
 
     Raises:
         UsageError: the run would refuse the options that the plan stands for.
@@ -58,9 +59,10 @@ def patch(kind: str, plan: Plan, config: Config, file: str, reason: str) -> str:
     head = (
         f"{t.nodes} node(s) of {t.ranks_per_node} GPU(s), base: {plan.placement.base}: {reason}",
         f"peak memory of a rank: {plan.memory.peak / 1e9:,.2f} GB",
+        f"The pods read {name}: configs/Kustomization has to list it.",
         "In the overlay's kustomization.yaml:",
         "  patches:",
-        f"    - {{path: FILE, target: {{kind: {KINDS[kind]}}}}}",
+        f"    - {{path: {place}, target: {{kind: {KINDS[kind]}}}}}",
     )
     return "".join(f"# {line}\n" for line in head) + body
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -14,15 +16,30 @@ BASES = ("none", "node", "world")
 
 @dataclass(frozen=True)
 class Topology:
-    """Ranks in node-major order: node k holds the ranks k·ranks_per_node and following."""
+    """Ranks in node-major order: node k holds the ranks k·ranks_per_node and following.
+
+    Where a scheduler has put unlike numbers of ranks on machines (Ray: 4 and 2), a node is what
+    divides all of them, so that none reaches over two machines and every rank sees the same ones.
+
+    Attributes:
+        largest: how many ranks the fullest machine has; 0 where that is not known.
+    """
 
     rank: int
     world: int
     ranks_per_node: int
+    largest: int = 0
+
+    @classmethod
+    def over(cls, rank: int, here: Sequence[int], ranks_per_node: int | None = None) -> Topology:
+        """Of one rank, from what every rank says of the number of ranks `here`, on its machine."""
+        if ranks_per_node is not None:
+            return cls(rank, len(here), ranks_per_node)
+        return cls(rank, len(here), min(math.gcd(*here), len(here)), max(here))
 
     @classmethod
     def current(cls, ranks_per_node: int | None = None) -> Topology:
-        """The ranks of the default process group; one process where there is none.
+        """The ranks of the default process group, collectively; one process where there is none.
 
         Args:
             ranks_per_node: overrides LOCAL_WORLD_SIZE, as when one machine stands in for several.
@@ -38,13 +55,20 @@ class Topology:
                     "group; call torch.distributed.init_process_group() first"
                 )
             return cls(0, 1, 1)
-        world = dist.get_world_size()
-        local = ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", world))
-        return cls(dist.get_rank(), world, min(local, world))
+        rank, world = dist.get_rank(), dist.get_world_size()
+        if ranks_per_node is not None:
+            return cls(rank, world, min(ranks_per_node, world))
+        # Over the store: a tensor would have to lie on this rank's own device, which with NCCL
+        # alone nobody may have chosen yet.
+        assert dist.group.WORLD is not None
+        store = dist.PrefixStore("dlora/ranks of a node", dist.group.WORLD.get_group_store())
+        store.set(str(rank), os.environ.get("LOCAL_WORLD_SIZE", str(world)))
+        return cls.over(rank, [int(store.get(str(other))) for other in range(world)])
 
     @property
     def uneven(self) -> bool:
-        return self.world % self.ranks_per_node != 0
+        """Whether machines have numbers of ranks that have nothing in common."""
+        return self.world % self.ranks_per_node != 0 or self.ranks_per_node == 1 < self.largest
 
     @property
     def nodes(self) -> int:
@@ -81,10 +105,10 @@ def resolve_placement(
     if base not in BASES:
         raise UsageError(f"sharding.base: {base!r} is none of {', '.join(BASES)}")
     if base == "node" and topology.uneven:
-        raise UsageError(
-            f"sharding.base: node needs equally many ranks on every node, but {topology.world} "
-            f"ranks do not divide into nodes of {topology.ranks_per_node}"
-        )
+        found = f"{topology.world} ranks do not divide into nodes of {topology.ranks_per_node}"
+        if topology.largest > 1:
+            found = f"one has {topology.largest}, and others a number with nothing in common"
+        raise UsageError(f"sharding.base: node needs equally many ranks on every node, but {found}")
     sizes = {"none": 1, "node": topology.ranks_per_node, "world": topology.world}
     size = sizes[base]
     if offload and size == 1:

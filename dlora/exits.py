@@ -1,0 +1,45 @@
+"""How an entry point ends: one line, said once for all ranks, and an exit status."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from dlora.errors import TransientError, UsageError
+
+
+class ToldError(UsageError):
+    """A `UsageError` that has been printed, on this rank or on another."""
+
+
+class ToldTransientError(TransientError):
+    """A `TransientError` that has been printed, on this rank or on another."""
+
+
+def exit_with(main: Callable[[list[str]], int]) -> None:
+    """Run an entry point and end the process with its status; a user's mistake is one line and
+    status 2, a `TransientError` one line and status 1.
+    """
+    try:
+        status = main(sys.argv[1:])
+    except ToldError:
+        status = 2
+    except UsageError as error:
+        print_error(str(error))
+        status = 2
+    except ToldTransientError:
+        status = 1
+    except TransientError as error:
+        print_error(str(error))
+        status = 1
+    raise SystemExit(status)
+
+
+def as_told(message: str, passes: bool) -> UsageError | TransientError:
+    """What has been printed, as the error that it is."""
+    return ToldTransientError(message) if passes else ToldError(message)
+
+
+def print_error(message: str) -> None:
+    """What ends a run, on standard error."""
+    print(f"dlora: error: {message}", file=sys.stderr, flush=True)
