@@ -1,7 +1,7 @@
 """`python -m launchers.ray_submit --address URL --config FILE …`: hand a run to a Ray cluster.
 
     python -m launchers.ray_submit --address http://HEAD:8265 --working-dir . \\
-        --config configs/lora.yaml --num-workers 4 --use-gpu --storage s3://bucket/runs
+        --config configs/cluster.yaml --num-workers 4 --use-gpu --storage s3://bucket/runs
 
 Packs the working directory, submits `python -m launchers.ray_train` with what remains of the
 command line, prints the job's log and ends with its exit status. Ctrl-C asks whether to stop the
@@ -15,6 +15,7 @@ itself does; `--no-auth` is for a cluster that wants none.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import shlex
 import sys
@@ -26,7 +27,7 @@ from typing import Any
 
 from dlora.config import Config, UsageError, option, parse
 from dlora.train import exit_with
-from launchers.ray_train import Workers, check_options
+from launchers.ray_train import Workers, check_options, place_of
 from launchers.words import names_of, word, words_of
 
 # Left out of the package: what is large, what is made anew there, and what is nobody's business.
@@ -37,7 +38,10 @@ EXCLUDED = (
     *(".cache", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis", "wandb"),
     *("/runs", "/models", "checkpoints", "*.safetensors", "*.gguf", "*.bin", "*.pt", "*.pth"),
 )
-POLL_SECONDS, RECONNECTS = 0.5, 20
+POLL_SECONDS, SILENT_SECONDS = 0.5, 300.0
+STOP_VARIABLES = {
+    "RAY_JOB_STOP_WAIT_TIME_S": "150"
+}  # from a stop's SIGTERM to SIGKILL: time to commit
 CONNECTION = "dashboard of the head node, as http://HEAD:8265"
 
 
@@ -63,6 +67,7 @@ def main(argv: list[str]) -> int:
         raise UsageError("--check belongs to dlora.train, which understands the same configuration")
     wanted: Submission = options.extra
     check_options(options.config, wanted)
+    place_of(options.config, wanted, submitted=True)
     root = Path(wanted.working_dir).expanduser()
     if not root.is_dir():
         raise UsageError(f"working-dir: {root} is no directory")
@@ -74,7 +79,11 @@ def main(argv: list[str]) -> int:
         job = client.submit_job(
             entrypoint=shlex.join(["python", "-m", "launchers.ray_train", *words]),
             submission_id=wanted.submission_id,
-            runtime_env={"working_dir": str(root), "excludes": excluded, "env_vars": wanted.env},
+            runtime_env={
+                "working_dir": str(root),
+                "excludes": excluded,
+                "env_vars": STOP_VARIABLES | wanted.env,
+            },
         )
     except (RuntimeError, ValueError, ConnectionError) as error:
         raise UsageError(f"the job was not taken: {first_line(error)}") from None
@@ -116,7 +125,7 @@ def check_packed(config: Config, words: list[str], root: Path, excluded: Iterabl
     for key, value in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         named += [(key, path) for path in (value if isinstance(value, list) else [value or ""])]
     for key, path in named:
-        for file in files_of(root, path):
+        for file in files_of(root, key, path):
             if left_out.match_file(file):
                 raise UsageError(
                     f"{key}: {file} is left out of what is sent to the cluster; name a path that "
@@ -124,11 +133,21 @@ def check_packed(config: Config, words: list[str], root: Path, excluded: Iterabl
                 )
 
 
-def files_of(root: Path, path: str) -> Iterator[str]:
-    """What a relative path or pattern names below a directory, seen from there."""
+def files_of(root: Path, key: str, path: str) -> Iterator[str]:
+    """What a relative path or pattern names below a directory, seen from there.
+
+    Raises:
+        UsageError: it leads out of the directory, or is no pattern.
+    """
     if not path or Path(path).is_absolute() or "://" in path:
         return
-    for found in sorted(root.glob(path)):
+    if Path(os.path.normpath(path)).parts[0] == "..":  # links may lead out: Ray packs their targets
+        raise UsageError(f"{key}: {path} does not lie in the working directory {root}")
+    try:
+        matches = sorted(root.glob(path))
+    except ValueError as error:
+        raise UsageError(f"{key}: {path}: {error}") from None
+    for found in matches:
         inside = [p for p in found.rglob("*") if p.is_file()] if found.is_dir() else [found]
         yield from (file.relative_to(root).as_posix() for file in inside)
 
@@ -172,23 +191,31 @@ class Following:
     def __init__(self, client: Any, job: str, address: str) -> None:
         self._client, self._job, self._address = client, job, address
         self._printed = 0  # characters of the log
-        self._broken = 0  # connections
+        self._failing = math.inf  # since when the cluster has not answered
 
     def status(self) -> int:
-        """Its exit status once it has ended; 130 where it was stopped or left alone."""
+        """Its exit status once it has ended; 130 where it was stopped or left alone, and 1 where
+        the cluster no longer answers."""
         from aiohttp import ClientError  # Ray's own client's
 
         while True:
             try:
                 asyncio.run(self._follow())
-                return self._ended()
+                info = self._client.get_job_info(self._job)
+                self._failing = math.inf
+                if info.status.is_terminal():
+                    return self._ended(info)
+                time.sleep(POLL_SECONDS)  # the connection was closed, or the log is not there yet
             except (OSError, RuntimeError, ClientError) as error:
-                self._broken += 1
-                if self._broken > RECONNECTS:
-                    raise UsageError(
-                        f"{self._address} no longer answers ({first_line(error)}); {self._job} "
-                        "goes on without this program"
-                    ) from None
+                self._failing = min(self._failing, now := time.monotonic())
+                if now - self._failing >= SILENT_SECONDS:
+                    print(
+                        f"dlora: error: {self._address} no longer answers ({first_line(error)}); "
+                        f"{self._job} goes on without this program",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                    return 1
                 time.sleep(POLL_SECONDS)
             except KeyboardInterrupt:
                 if not self.ask():
@@ -201,11 +228,10 @@ class Following:
             new = text[max(0, self._printed - passed) :]
             passed += len(text)
             self._printed = max(self._printed, passed)
+            self._failing = math.inf
             print(new, end="", flush=True)
 
-    def _ended(self) -> int:
-        while not (info := self._client.get_job_info(self._job)).status.is_terminal():
-            time.sleep(POLL_SECONDS)
+    def _ended(self, info: Any) -> int:
         print(f"{self._job}: {info.status.value.lower()}", flush=True)
         if info.status.value == "STOPPED":
             return 130
@@ -222,8 +248,12 @@ class Following:
         except (EOFError, KeyboardInterrupt):
             answer = "l"
         if answer.strip().lower().startswith("y"):
-            self._client.stop_job(self._job)
-            print("stopping; submitted again it goes on from its last checkpoint", flush=True)
+            try:
+                self._client.stop_job(self._job)
+            except (OSError, RuntimeError) as error:
+                print(f"{self._job} was not told to stop: {first_line(error)}", flush=True)
+            else:
+                print("stopping; submitted again it goes on from its last checkpoint", flush=True)
             return True
         if answer.strip().lower().startswith("l"):
             print(f"{self._job} goes on; {how}", flush=True)

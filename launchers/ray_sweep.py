@@ -5,8 +5,9 @@
 
 SPACE is YAML or JSON, or a file of it: keys of the configuration, each with a list (all of its
 values, a grid) or a distribution to draw from: `uniform`, `loguniform` or `randint` with [low,
-high], `choice` with a list. The grid is run once for each sample. `asha` ends trials that are
-behind at an evaluation. Each trial is a run of launchers.ray_train's in `output.dir/TRIAL`; the
+high], `choice` with a list. The grid is run once for each sample. A trial's figures come with its
+saves: at every evaluation, or every `output.save_every` steps where there is none. `asha` ends
+trials that are behind then. Each trial is a run of launchers.ray_train's in `output.dir/TRIAL`; the
 table at the end is in `output.dir/sweep.json` as well, its plot in `sweep.png`.
 
 Exit status: 0 all trials ended well, 2 a wrong configuration or space, 1 a trial failed.
@@ -132,10 +133,19 @@ def check(config: Config, sweep: Sweep, words: Mapping[str, str | None], space: 
         config.train.epochs or {"train.epochs", "train.max_steps"} & space.keys()
     ):
         raise UsageError("scheduler: asha compares trials by their steps: train.max_steps, unswept")
+    if sweep.scheduler == "asha" and told_every(config) >= config.train.max_steps:
+        raise UsageError(
+            "scheduler: asha compares trials as they go: data.eval with output.eval_every, or else "
+            "output.save_every, below train.max_steps"
+        )
     if twice := sorted(words.keys() & space.keys()):
         raise UsageError(f"space: {twice[0]} is on the command line as well")
-    if sweep.metric == "eval_loss" and not (config.data.eval and config.output.eval_every):
+    if sweep.metric == "eval_loss" and not evaluates(config):
         raise UsageError("metric: eval_loss needs data.eval and output.eval_every above 0")
+    if evaluates(config) and "output.save_every" in words.keys() | space.keys():
+        raise UsageError(
+            "output.save_every: a trial saves when it evaluates; output.eval_every says when"
+        )
     for key, values in space.items():
         [listed] = values.values() if isinstance(values, dict) else [values]
         for value in listed:
@@ -145,13 +155,24 @@ def check(config: Config, sweep: Sweep, words: Mapping[str, str | None], space: 
 def configuration(
     words: Mapping[str, str | None], values: Mapping[str, Any], directory: Path
 ) -> Config:
-    """That of a trial: it saves, and so tells Ray of its figures, whenever it evaluates."""
+    """That of a trial: it saves, and so tells Ray of its figures, whenever it evaluates; without
+    evaluations as it is told, or once at the end."""
     given = [word(name, value) for name, value in words.items() if name != "output.dir"]
     tried = [word(key, v if isinstance(v, str) else json.dumps(v)) for key, v in values.items()]
     options = parse([*given, *tried, f"--output.dir={directory}"], "launchers.ray_sweep", Workers)
-    output = options.config.output
-    every = output.eval_every or output.save_every or options.config.train.max_steps
-    return replace(options.config, output=replace(output, save_every=every))
+    config = options.config
+    return replace(config, output=replace(config.output, save_every=told_every(config)))
+
+
+def told_every(config: Config) -> int:
+    """Steps between two saves, with which Ray is told of a trial's figures."""
+    output = config.output
+    every = output.eval_every if evaluates(config) else output.save_every
+    return every or config.train.max_steps
+
+
+def evaluates(config: Config) -> bool:
+    return bool(config.data.eval) and config.output.eval_every > 0
 
 
 def run(
@@ -163,7 +184,7 @@ def run(
     from ray import tune
     from ray.tune.search import BasicVariantGenerator
 
-    directory = str(Path.cwd())
+    directory = Path.cwd()
 
     def trial(values: dict[str, Any]) -> None:
         os.chdir(directory)
@@ -172,7 +193,11 @@ def run(
         name = tune.get_context().get_trial_name()
         config = configuration(words, values, root / name)
         config, place = placed(config, sweep)
-        verdict = trainer(config, sweep, place, [TuneReportCallback()]).fit().return_value
+        verdict = (
+            trainer(config, sweep, place, directory, callbacks=[TuneReportCallback()])
+            .fit()
+            .return_value
+        )
         if verdict.status:
             raise UsageError(verdict.error)
 

@@ -5,16 +5,18 @@
 
 Ray places the workers, starts them again when one is lost, and changes their number between MIN and
 MAX; the global batch, the order of the data and the result stay what they are. Rank 0 fetches the
-newest checkpoint that verifies from the storage, wherever it comes up. The same command, with the
-same storage and name, goes on from there.
+newest checkpoint that verifies from the storage, or from `output.remote` where that is set,
+wherever it comes up. The same command, with the same storage and name, goes on from there.
 
-Exit status: 0 done, 2 a wrong configuration (one line, no restarts), 1 anything else.
+Exit status: 0 done, 2 a wrong configuration (one line, no restarts), 143 and 130 after a stop by
+SIGTERM or Ctrl-C, which commits first, 1 anything else.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -39,20 +41,26 @@ class Workers:
         "1",
         "ranks; as MIN:MAX the run goes on with what there is, and Ray adds more when nodes come",
     )
-    use_gpu: bool = option(False, "one GPU for each worker")
+    use_gpu: bool = option(False, "one GPU for each worker; without it, none")
     resources: dict[str, float] = option({}, 'of each worker, as {"CPU": 4}; null: Ray\'s', gt=0)
     storage: str | None = option(
-        None, "a path or URL that all nodes see, for checkpoints and the adapter; null: output.dir"
+        None,
+        "a path or URL that all nodes see, for checkpoints, the adapter (both rather in "
+        "output.remote, if that is set) and what Ray keeps; null: output.dir",
     )
     name: str | None = option(None, "of the run in the storage; null: the last part of output.dir")
     max_failures: int = option(
-        3, "restarts after a lost worker, -1: any number; preempted nodes do not count", ge=-1
+        3,
+        "restarts after a lost worker, -1: any number; nodes that go as noticed do not count",
+        ge=-1,
     )
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run's checkpoints and adapter go: `name` in `storage`, a directory or URL."""
+    """What Ray keeps of a run, and without an `output.remote` its checkpoints and adapter as well:
+    `name` in `storage`, a directory or URL.
+    """
 
     storage: str
     name: str
@@ -74,25 +82,32 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # steps look alike to it
     from ray.train.v2.api.exceptions import TrainingFailedError
 
+    from launchers import ray_stop, ray_worker  # noqa: F401
+
+    # All that looks at the directory comes before a submitted job joins Ray, which may unpack its
+    # files anew then.
+    directory = Path.cwd()
+    stop = ray_stop.Stop()
     try:
-        verdict = trainer(config, workers, place).fit().return_value
+        made = trainer(config, workers, place, directory, stop=stop.flag)
+        verdict = stop.wait_for(made.fit).return_value
     except TrainingFailedError as error:
         reason = str(error).strip().splitlines()[-1]
         print(f"dlora: error: Ray has given the run up: {reason}", file=sys.stderr, flush=True)
         return 1
     if verdict.status == 2:
         raise UsageError(verdict.error)
-    return int(verdict.status)
+    return stop.status(verdict.status)
 
 
 def placed(config: Config, workers: Workers) -> tuple[Config, Place]:
-    """The configuration with the place where the run's checkpoints and adapter go, and that place.
+    """The configuration with a place for the run's checkpoints and adapter, and Ray's place.
 
     Raises:
         UsageError: as for `place_of`; or two options contradict each other.
     """
     check_options(config, workers)
-    place = place_of(config, workers)
+    place = place_of(config, workers, submitted=is_submitted())
     if config.output.remote is None:
         config = replace(config, output=replace(config.output, remote=place.url))
     return config, place
@@ -105,32 +120,41 @@ def check_options(config: Config, workers: Workers) -> None:
         UsageError: they do not, or it is not.
     """
     number(workers.num_workers)
-    if workers.storage is not None and config.output.remote is not None:
-        raise UsageError("storage: output.remote is set as well, and both say where checkpoints go")
+    if config.output.resume != "auto":
+        raise UsageError(
+            "output.resume: Ray starts lost ranks again, which would begin there again each time; "
+            "another output.dir and --name (or output.remote) begin anew, adapter.path from an "
+            "adapter"
+        )
     if "GPU" in workers.resources and not workers.use_gpu:
         raise UsageError("resources: GPU needs --use-gpu")
     if find_spec("ray") is None:
         raise UsageError("Ray is not installed: pip install 'dlora[ray]'")
 
 
-def place_of(config: Config, workers: Workers) -> Place:
-    """Where the run's checkpoints and adapter go.
+def place_of(config: Config, workers: Workers, *, submitted: bool) -> Place:
+    """Where Ray's storage of the run is.
+
+    Args:
+        submitted: as a job, whose relative paths start in a working directory of its own.
 
     Raises:
-        UsageError: they would go with the job's working directory.
+        UsageError: it would go with the job's working directory.
     """
     directory = Path(config.output.dir).expanduser()
-    if workers.storage is not None:
+    if workers.storage is None:
+        key, path, name = "output.dir", directory, workers.name or "ray"
+    else:
         name = workers.name or directory.name
         if "://" in workers.storage:
             return Place(workers.storage, name)
-        return Place(str(Path(workers.storage).expanduser().absolute()), name)
-    if is_submitted() and not directory.is_absolute():
+        key, path = "storage", Path(workers.storage).expanduser()
+    if submitted and not path.is_absolute():
         raise UsageError(
-            f"output.dir: {directory} lies in the job's working directory, which goes with the "
-            "job: name an absolute path, or --storage"
+            f"{key}: {path} lies in the job's working directory, which goes with the job: name an "
+            "absolute path that all nodes see, or a URL as --storage"
         )
-    return Place(str(directory.absolute()), workers.name or "ray")
+    return Place(str(path.absolute()), name)
 
 
 def is_submitted() -> bool:
@@ -138,24 +162,42 @@ def is_submitted() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
-def trainer(config: Config, workers: Workers, place: Place, callbacks: Sequence[Any] = ()) -> Any:
+def trainer(
+    config: Config,
+    workers: Workers,
+    place: Place,
+    directory: Path,
+    *,
+    stop: Any = None,
+    callbacks: Sequence[Any] = (),
+) -> Any:
     """Ray's trainer.
 
     Args:
+        directory: where relative paths start.
+        stop: a handle of `ray_stop.Flag`; without one nobody stops it.
         callbacks: Ray Train's, which are told of reports.
     """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
-    from launchers.ray_worker import work
+    from launchers.ray_worker import Ungrouped, work
 
     forwarded = {name: os.environ[name] for name in FORWARDED if name in os.environ}
     forwarded["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"  # it prints every line twice
+    forwarded["RAY_worker_niceness"] = "0"  # Ray's workers give way to all else; a rank may not
+    if not workers.use_gpu:  # Ray hides no GPU from who has asked for none
+        forwarded["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths start where the job does
     return TorchTrainer(
         work,
-        train_loop_config={"config": dump_yaml(config), "directory": str(Path.cwd())},
-        torch_config=TorchConfig(backend="gloo"),  # each rank ends it and makes its own
+        train_loop_config={
+            "config": dump_yaml(config),
+            "directory": str(directory),
+            "run": uuid.uuid4().hex,
+            "stop": stop,
+        },
+        torch_config=Ungrouped(),
         scaling_config=ScalingConfig(
             num_workers=number(workers.num_workers),
             use_gpu=workers.use_gpu,

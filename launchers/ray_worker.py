@@ -1,6 +1,6 @@
 """One rank of a Ray Train job: between Ray's ranks and storage and `dlora.train.main`.
 
-    Ray Train ──rank, nodes, address──> environment, as torchrun would set it ──> dlora.train.main
+    Ray Train ──rank, nodes──> environment, as torchrun would set it ──> dlora.train.main
     dlora.train.main ──each save──> ray.train.report: a line of the metrics, a pointer
 
 dlora itself copies checkpoints to the storage, prunes them once a newer one has arrived, and takes
@@ -13,26 +13,55 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import tempfile
 import threading
+import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-import torch
-import torch.distributed as dist
-from ray.train import Checkpoint, get_context, get_preemption_info, report
+from ray.train import (
+    Checkpoint,
+    CheckpointUploadMode,
+    get_context,
+    get_preemption_info,
+    report,
+)
+from ray.train.backend import Backend
 from ray.train.collective import broadcast_from_rank_zero
+from ray.train.torch import TorchConfig
 
 from dlora.config import UsageError
 from dlora.hooks import Committed, Hooks, Saved
 from dlora.train import main
 
+PACE_SECONDS = 5.0  # that a save waits for the report of the one before
+GOING_SECONDS = 60.0  # in which Ray notices that a node is gone
+POLLED_SECONDS = 5.0  # in which Ray Train looks at its workers again
+MOST_WAITING = 32  # questions and reports that the run may be ahead of Ray
 POINTER = "checkpoint.json"  # what Ray's checkpoint holds: {"uri": of dlora's, "step": of it}
+
+
+class Ungrouped(TorchConfig):
+    """What Ray does for torch but for the process group.
+
+    The run makes its own, over devices of its choice and within a time, and names the hosts that do
+    not come; Ray would wait for half an hour, and not start anew.
+    """
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return _Ungrouped
+
+
+class _Ungrouped(Backend):
+    share_cuda_visible_devices = True  # LOCAL_RANK counts the GPUs of a node's workers
 
 
 @dataclass
@@ -43,60 +72,61 @@ class Verdict:
     error: str = ""
 
 
-def work(given: dict[str, str]) -> Verdict:
+def work(given: dict[str, Any]) -> Verdict:
     """Train, as one rank of Ray's; how that ended, which Ray does not try again.
 
     Args:
         given: `config`, the resolved configuration as YAML, and `directory`, where relative paths
-            start unless the job has a working directory of its own.
+            start unless the job has a working directory of its own; `run`, a name that all starts
+            of this run have and no other; `stop`, a flag to ask (see `ray_stop`) or None.
 
     Raises:
         RuntimeError: a peer was lost; Ray starts the run again.
     """
-    if error := enter(given["directory"]):
-        return Verdict(2, error)
+    os.environ["DLORA_RUN_ID"] = given["run"]
     try:
         join()
         with tempfile.TemporaryDirectory() as place:
             file = Path(place, "config.yaml")
             file.write_text(given["config"], encoding="utf-8")
-            reports = Reports()
+            reports = Reports(given["stop"] if os.environ["RANK"] == "0" else None)
             hooks = Hooks(
-                should_save=reports.is_preempted, saved=reports.saved, lost=reports.lose_peer
+                enter=lambda: enter(given["directory"]),
+                should_stop=reports.is_stopped,
+                should_save=reports.is_preempted,
+                saved=reports.saved,
+                lost=reports.lose_peer,
             )
             status = main(["--config", str(file)], hooks)
             reports.close()
     except UsageError as error:
         return Verdict(2, str(error))
     if reports.has_lost_peer:
+        reports.wait_for_going()
         raise RuntimeError("a peer was lost; the lines above say which step is committed")
     return Verdict(status)
 
 
-def enter(directory: str) -> str:
+def enter(directory: str) -> None:
     """Make relative paths mean here what they mean where the job was started.
 
-    Returns:
-        The same on every rank: nothing, or what is wrong if a node does not have the directory.
+    Raises:
+        UsageError: this node does not have the directory.
     """
-    # Without a working directory of the job's, which Ray has unpacked and started this process in.
-    needed = not ray.get_runtime_context().runtime_env.get("working_dir")
-    absent = torch.tensor(float(needed and not Path(directory).is_dir()))
-    dist.all_reduce(absent)  # over Ray's group
-    if absent.item():
-        return (
-            f"{directory} is not seen by {absent.item():g} of the workers: submit the job with a "
-            "working directory (launchers.ray_submit), or start it where all nodes see the same "
-            "files"
-        )
-    if needed:
+    if ray.get_runtime_context().runtime_env.get("working_dir"):
+        return  # the job's own, which Ray has unpacked and started this process in
+    try:
         os.chdir(directory)
-    return ""
+    except OSError as error:
+        raise UsageError(
+            f"{directory} is not seen on {socket.gethostname()} ({error.strerror}): submit the job "
+            "with a working directory (launchers.ray_submit), or start it where all nodes see the "
+            "same files"
+        ) from None
 
 
 def join() -> None:
     """Set what torchrun would set, from Ray's ranks, and a meeting point on rank 0's node."""
-    dist.destroy_process_group()  # Ray's; the run makes its own, over devices of its choice
     context = get_context()
     met = None
     if context.get_world_rank() == 0:
@@ -122,19 +152,36 @@ def free_port() -> int:
 class Reports:
     """What Ray is told and asked while the run goes on.
 
-    All of it is a barrier over Ray's ranks, so each rank has to come to the same ones in the same
-    order. One thread keeps the order of the run's steps, and the run itself waits only at its end.
+    All of it but the stop is a barrier over Ray's ranks, so each rank has to come to the same ones
+    in the same order. One thread keeps the order of the run's steps, and the run itself waits for
+    it only at its end.
+
+    Args:
+        stop: the flag that this rank asks, if it is the one that asks.
 
     Attributes:
         has_lost_peer: whether the run ended that way.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stop: Any = None) -> None:
+        self._stop, self._asking = stop, None
+        self._told: Future[None] | None = None  # the newest report
         self.has_lost_peer = False
         self._thread = ThreadPoolExecutor(1, "dlora-ray")
         self._waiting: deque[Future[None]] = deque()
         self._answered: set[str] = set()  # nodes that are going
         self._notice = threading.Event()  # one of them, and nobody has saved for it yet
+
+    def is_stopped(self) -> bool:
+        """Whether somebody has stopped the run; asks without waiting for the answer."""
+        if self._stop is None:
+            return False
+        if self._asking is None:
+            self._asking = self._stop.get.remote()
+        if not ray.wait([self._asking], timeout=0)[0]:
+            return False
+        answer, self._asking = ray.get(self._asking), None
+        return bool(answer)
 
     def is_preempted(self) -> bool:
         """Whether a node of this job was given notice since the last time; asks for the next."""
@@ -144,13 +191,31 @@ class Reports:
         return has_come
 
     def saved(self, record: Mapping[str, Any], committed: Committed) -> None:
-        """Tell Ray of a save: the step's figures, and from rank 0 where its checkpoint lies."""
+        """Tell Ray of a save: the step's figures, and from rank 0 where its checkpoint lies.
+
+        Ray takes one report in a second or two; where saves come faster, each waits a while for the
+        one before, so that no notice waits behind many.
+        """
         figures = {name: value for name, value in record.items() if is_figure(value)}
-        self._submit(lambda: self._report(figures, committed()))
+        if self._told is not None:
+            wait([self._told], PACE_SECONDS)
+        self._told = self._submit(lambda: self._report(figures, committed()))
 
     def lose_peer(self) -> None:
         """A peer is gone, and with it all that would wait for it."""
         self.has_lost_peer = True
+
+    def wait_for_going(self) -> None:
+        """Until Ray Train has seen the end of the nodes that were given notice, if any.
+
+        What those who have lost them say counts as a failure of theirs where it is heard first.
+        """
+        if not self._answered:
+            return
+        until = time.monotonic() + GOING_SECONDS
+        while time.monotonic() < until and self._answered & living():
+            time.sleep(1)
+        time.sleep(POLLED_SECONDS)
 
     def close(self) -> None:
         """Wait until Ray knows all, unless a peer is gone."""
@@ -158,9 +223,12 @@ class Reports:
         if not self.has_lost_peer:
             self._see_done()
 
-    def _submit(self, job: Callable[[], None]) -> None:
+    def _submit(self, job: Callable[[], None]) -> Future[None]:
+        if len(self._waiting) >= MOST_WAITING:  # steps are faster than Ray's barriers
+            wait([self._waiting[0]])
         self._see_done()
-        self._waiting.append(self._thread.submit(job))
+        self._waiting.append(submitted := self._thread.submit(job))
+        return submitted
 
     def _see_done(self) -> None:
         """Raise what was raised meanwhile."""
@@ -175,13 +243,33 @@ class Reports:
         self._answered |= going
 
     def _report(self, figures: Mapping[str, Any], checkpoint: Saved | None) -> None:
-        if checkpoint is None or checkpoint.url is None:
-            report(dict(figures))
-            return
+        url = checkpoint.url if checkpoint is not None else None
+        pointer = None if url is None else point_to(url, int(figures["step"]))
+        upload = CheckpointUploadMode.NO_UPLOAD
+        report(dict(figures), checkpoint=pointer, checkpoint_upload_mode=upload)
+
+
+def living() -> set[str]:
+    """The nodes that Ray takes for alive."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def point_to(url: str, step: int) -> Checkpoint | None:
+    """Put a pointer to a checkpoint of dlora's into Ray's storage; None where that refuses it.
+
+    In `report` itself that would be an error, and the end of all ranks.
+    """
+    name = f"checkpoint_{step:06d}_{uuid.uuid4().hex[:8]}"  # a step may be saved twice
+    try:
         with tempfile.TemporaryDirectory() as place:
-            pointer = {"uri": checkpoint.url, "step": figures["step"]}
-            Path(place, POINTER).write_text(json.dumps(pointer) + "\n", encoding="utf-8")
-            report(dict(figures), checkpoint=Checkpoint.from_directory(place))
+            content = json.dumps({"uri": url, "step": step})
+            Path(place, POINTER).write_text(content + "\n", encoding="utf-8")
+            local = Checkpoint.from_directory(place)
+            return get_context().get_storage().persist_current_checkpoint(local, name)
+    except Exception as error:  # every store has exceptions of its own
+        reason = " ".join(str(error).split())
+        print(f"dlora: warning: Ray is not told of step {step}: {reason}", file=sys.stderr)
+        return None
 
 
 def is_figure(value: Any) -> bool:
