@@ -48,6 +48,17 @@ POLICY = [
         *("x", "own job's pods"),
     ),
     Fault("policy", "NetworkPolicy/dlora-deny", "spec.podSelector.matchLabels.x", "y", "refuses"),
+    *[
+        Fault(
+            *("policy", "NetworkPolicy/dlora-deny", "spec.podSelector.matchExpressions"),
+            *([{"key": "dlora-job"} | expression], "refuses"),
+        )
+        for expression in (
+            {"operator": "In", "values": ["rayjob"]},
+            {"operator": "NotIn", "values": ["jobset"]},
+            {"operator": "DoesNotExist"},
+        )
+    ],
     Fault("policy", "ServiceAccount", "automountServiceAccountToken", GONE, "hands out a token"),
     Fault("policy", "ServiceAccount", "kind", "RoleBinding", "nothing here needs the API"),
     Fault("policy", "ConfigMap", "kind", "Secret", "in the repository"),

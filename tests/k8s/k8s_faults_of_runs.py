@@ -5,7 +5,7 @@ from k8s_fault import GONE, POD, Fault
 OPERATORS = [
     Fault("operators", "RayJob", "metadata.name", "r" * 48, "at most 47"),
     Fault("operators", "RayJob", "metadata.name", "1-dlora", "a letter first"),
-    Fault("operators", "RayJob", "spec.shutdownAfterJobFinishes", False, "suspend needs"),
+    Fault("operators", "RayJob", "spec.shutdownAfterJobFinishes", False, "suspends it"),
     Fault("operators", "RayJob", "spec.rayClusterSpec.rayVersion", 2.60, "no version"),
     Fault("operators", "RayJob", "spec.rayClusterSpec.rayVersion", "2.51.0", "knows no tokens"),
     Fault(
@@ -22,7 +22,11 @@ OPERATORS = [
         *("operators", "RayJob", "spec.rayClusterSpec.headGroupSpec.resources"),
         *({"CPU": "0"}, "rayStartParams and in resources"),
     ),
-    Fault("operators", "RayJob", "spec.suspend", False, "begin suspended"),
+    *[
+        Fault("operators", kind, "spec.suspend", value, "Kueue's to set")
+        for kind in ("RayJob", "JobSet", "TrainJob")
+        for value in (True, False)
+    ],
     Fault("operators", "JobSet", "metadata.name", "j" * 60, "name of a host"),
     Fault("operators", "JobSet", "metadata.name", "other", "not the first pod"),
     Fault("operators", "JobSet", "metadata.labels.kueue~x-k8s~io/queue-name", GONE, "no label"),
@@ -40,7 +44,7 @@ OPERATORS = [
     Fault("operators", "PyTorchJob", "spec.elasticPolicy.rdzvBackend", "static", "static is none"),
     Fault("operators", "PyTorchJob", "spec.elasticPolicy.nProcPerNode", 8, "nProcPerNode"),
     Fault("operators", "PyTorchJob", "spec.elasticPolicy.minReplicas", 3, "does not hold"),
-    Fault("operators", "PyTorchJob", "spec.runPolicy.suspend", False, "begin suspended"),
+    Fault("operators", "PyTorchJob", "spec.runPolicy.suspend", True, "Kueue's to set"),
 ]
 RULES = "spec.failurePolicy.rules"
 RESTARTS = [
@@ -72,6 +76,15 @@ RESTARTS = [
     Fault("restarts", "RayJob", "spec.backoffLimit", 2, "tries exit status 2"),
     Fault("restarts", "RayJob", "C.env", GONE, "Ray's 30 s cut a commit short"),
     Fault("restarts", "RayJob", "C.env.0.value", "200", "Ray's 200 s cut a commit short"),
+    Fault("restarts", "RayJob", "C.env.0.value", GONE, "is no number of seconds"),
+    *[
+        Fault(
+            *("restarts", "RayJob"),
+            *("spec.rayClusterSpec.headGroupSpec.template.spec.containers.0.env.1.value", value),
+            *("RAY_JOB_STOP_WAIT_TIME_S",),
+        )
+        for value in ("3", GONE)
+    ],
 ]
 ARGS = ["--config", "/etc/dlora/cluster.yaml", "--output.dir", "/runs/jobset"]
 RAY = "python -m launchers.ray_train --config /etc/dlora/cluster.yaml --output.dir /runs/rayjob"
@@ -84,6 +97,8 @@ LAUNCH = [
     Fault("launch", "JobSet", "C.args.2", "--output.dri", "output.dri"),
     Fault("launch", "JobSet", "C.args.3", "/tmp/run", "goes with the pod"),
     Fault("launch", "JobSet", "C.args", [*ARGS, "--sharding.base", "world"], "shards over nodes"),
+    Fault("launch", "JobSet", "C.args", [*ARGS, "--output.resume", "none"], "begin there again"),
+    Fault("launch", "RayJob", "spec.entrypoint", f"{RAY} --output.resume none", "begin there"),
     Fault("launch", "JobSet", "C.livenessProbe.exec.command.1", "/runs/x", "does not look at"),
     Fault("launch", "JobSet", "C.livenessProbe.exec.command.2", "60", "time-out"),
     Fault("launch", "JobSet", "POD.spec.topologySpreadConstraints", GONE, "on two nodes"),

@@ -33,7 +33,7 @@ def check(docs: list[Document]) -> list[str]:
                             continue  # the TrainJob's line takes its place
                         raise UsageError("no --config")
                     config = configuration(line, docs)
-                    found = [*_places(container, config)]
+                    found = [*_places(container, config), *_start(config)]
                     if "launch" in line:
                         agent = agent_of(line, environment(pod, container, docs))
                         found += [
@@ -167,6 +167,11 @@ def _ray_ranks(spec: Document, options: Options) -> Iterator[str]:
         yield from _shard_group(Pod("", {}, template["metadata"], template["spec"]), config)
     if not (workers.storage or "").startswith("/runs/"):
         yield "--storage: not on a volume that all pods see"
+
+
+def _start(config: Config) -> Iterator[str]:
+    if config.output.resume != "auto":
+        yield f"output.resume: {config.output.resume}: each start of a pod would begin there again"
 
 
 def _places(container: Document, config: Config) -> Iterator[str]:

@@ -31,8 +31,8 @@ def _ray(doc: Document, docs: list[Document]) -> Iterator[str]:
     cluster = spec["rayClusterSpec"]
     if len(name) > 47 or not RAY_NAME.fullmatch(name):
         yield f"{name}: KubeRay wants at most 47 letters, digits and hyphens, a letter first"
-    if spec.get("suspend") and not spec.get("shutdownAfterJobFinishes"):
-        yield "suspend needs shutdownAfterJobFinishes"
+    if not spec.get("shutdownAfterJobFinishes"):
+        yield "Kueue suspends it, which needs shutdownAfterJobFinishes"
     if "clusterSelector" in spec and spec.get("backoffLimit"):
         yield "backoffLimit does not go with clusterSelector"
     if spec.get("ttlSecondsAfterFinished") and not spec.get("shutdownAfterJobFinishes"):
@@ -96,9 +96,11 @@ def _trainjob(doc: Document, docs: list[Document]) -> Iterator[str]:
             yield f"env: Trainer sets {variable['name']} itself"
     reference = doc["spec"]["runtimeRef"]
     kind = reference.get("kind", "ClusterTrainingRuntime")
-    there = {(found["kind"], found["metadata"]["name"]) for found in docs}
+    there = [(found["kind"], found["metadata"]["name"]) for found in docs]
     if (kind, reference["name"]) not in there:
         yield f"runtimeRef: there is no {kind} {reference['name']}"
+    elif there.index((kind, reference["name"])) > docs.index(doc):
+        yield f"runtimeRef: {kind} {reference['name']} comes after it, and Trainer refuses it then"
 
 
 def _runtime(doc: Document, docs: list[Document]) -> Iterator[str]:
@@ -149,9 +151,8 @@ def _pytorch(doc: Document, docs: list[Document]) -> Iterator[str]:
 def _queue(doc: Document) -> Iterator[str]:
     if doc["kind"] == "TrainingRuntime":
         return
-    queue = doc["metadata"].get("labels", {}).get(QUEUE)
     spec = doc["spec"]["runPolicy"] if doc["kind"] == "PyTorchJob" else doc["spec"]
-    if queue is None:
+    if QUEUE not in doc["metadata"].get("labels", {}):
         yield f"no label {QUEUE}"
-    elif not spec.get("suspend"):
-        yield "suspend: Kueue wants it to begin suspended"
+    if "suspend" in spec:
+        yield "suspend: Kueue's to set; applied again, the manifest would undo what Kueue decided"

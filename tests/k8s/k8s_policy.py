@@ -133,14 +133,26 @@ def _is_operator(source: Document, rule: Document) -> bool:
     """KubeRay's operator, in namespaces that are named, at the dashboard alone."""
     pod = source.get("podSelector", {}).get("matchLabels", {})
     return (
-        pod == {"app.kubernetes.io/name": "kuberay-operator"}
+        pod == {"app.kubernetes.io/component": "kuberay-operator"}
         and bool(source.get("namespaceSelector"))
         and [port.get("port") for port in rule.get("ports", [])] == [DASHBOARD]
     )
 
 
 def _selects(selector: Document, labels: dict[str, str]) -> bool:
-    return selector.get("matchLabels", {}).items() <= labels.items()
+    return selector.get("matchLabels", {}).items() <= labels.items() and all(
+        _meets(expression, labels) for expression in selector.get("matchExpressions", [])
+    )
+
+
+def _meets(expression: Document, labels: dict[str, str]) -> bool:
+    key, values = expression["key"], expression.get("values", [])
+    return {
+        "In": labels.get(key) in values,
+        "NotIn": labels.get(key) not in values,
+        "Exists": key in labels,
+        "DoesNotExist": key not in labels,
+    }[expression["operator"]]
 
 
 def _memory(pod: Pod) -> Iterator[str]:

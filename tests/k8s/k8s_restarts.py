@@ -9,12 +9,14 @@ from typing import Any
 
 from k8s_manifests import Document, jobs, pods
 
-from dlora.launch import GRACE_SECONDS
+from dlora.launch import GRACE_SECONDS, PARTING_SECONDS
 
 WRONG, STOPPED, LOST, BROKEN = 2, 143, "DisruptionTarget", 1
-BESIDE_GRACE = 30  # seconds for the agent and the kubelet
+BESIDE_GRACE = PARTING_SECONDS + 10  # for the agents, which wait for each other, and the kubelet
 # From SIGTERM to a node of Ray's until it ends what runs there, and what that is by default.
 DRAIN, RAYS_DRAIN_SECONDS = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", 30
+# From SIGTERM to a job's program, which runs on the head, until SIGKILL.
+STOP, RAYS_STOP_SECONDS = "RAY_JOB_STOP_WAIT_TIME_S", 3
 
 
 def check(docs: list[Document]) -> list[str]:
@@ -37,11 +39,17 @@ def _graces(docs: list[Document]) -> Iterator[str]:
         if pod.owner["kind"] != "Pod" and trains and given < GRACE_SECONDS + BESIDE_GRACE:
             yield f"{pod.where}: terminationGracePeriodSeconds {given} cuts a commit short"
         for container in pod.containers:
+            variables = {v["name"]: v.get("value") for v in container.get("env", [])}
+            waits = {}
             if container["name"] in ("ray-head", "ray-worker"):
-                variables = {v["name"]: v.get("value") for v in container.get("env", [])}
-                drain = float(variables.get(DRAIN, RAYS_DRAIN_SECONDS))
-                if not GRACE_SECONDS <= drain < given:
-                    yield f"{pod.where}: {DRAIN}: Ray's {drain:g} s cut a commit short"
+                waits[DRAIN] = variables.get(DRAIN, RAYS_DRAIN_SECONDS)
+            if container["name"] == "ray-head":
+                waits[STOP] = variables.get(STOP, RAYS_STOP_SECONDS)
+            for name, seconds in waits.items():
+                if not re.fullmatch(r"\d+", str(seconds)):
+                    yield f"{pod.where}: {name}: {seconds} is no number of seconds"
+                elif not GRACE_SECONDS <= int(seconds) < given:
+                    yield f"{pod.where}: {name}: Ray's {seconds} s cut a commit short"
 
 
 def fate(spec: Document, status: Any) -> tuple[str, int | None]:
@@ -93,6 +101,11 @@ def _outcomes(doc: Document, spec: Document) -> Iterator[str]:
         found = outcome(doc, spec, status)
         if found != what:
             yield f"after {status} it {found}, not {what}"
+
+
+def outcome_by_exit_code(status: Any) -> str:
+    """What the operator does with a replica of restartPolicy ExitCode, whatever its limits are."""
+    return "fails" if isinstance(status, int) and status < 128 else "again"
 
 
 def _pytorch(spec: Document) -> Iterator[str]:

@@ -9,6 +9,7 @@ from k8s_fault import Fault
 from k8s_faults_of_policy import POLICY
 from k8s_faults_of_runs import IMAGE, LAUNCH, OPERATORS, RESTARTS
 from k8s_faults_of_values import CRD, SCHEMA, VALUES
+from k8s_manifests import documents
 
 
 @pytest.mark.parametrize(
@@ -17,6 +18,12 @@ from k8s_faults_of_values import CRD, SCHEMA, VALUES
 def test_a_fault_is_reported(fault: Fault) -> None:
     found = CHECKS[fault.check](fault.planted())
     assert any(fault.says in line for line in found), found
+
+
+def test_a_runtime_after_its_job_is_reported() -> None:
+    docs = documents("trainjob")
+    docs.sort(key=lambda doc: doc["kind"] == "TrainingRuntime")
+    assert any("comes after it" in line for line in CHECKS["operators"](docs))
 
 
 @pytest.mark.skipif(k8s_crd.folder() is None, reason=k8s_crd.ABSENT)

@@ -42,6 +42,7 @@ def applied(text: str, kind: str, folder: Path) -> list[Document]:
     kustomization = {
         "resources": [os.path.relpath(K8S / "overlays" / kind, folder.resolve())],
         "patches": [{"path": "plan.yaml", "target": {"kind": KINDS[kind]}}],
+        "sortOptions": {"order": "fifo"},  # as trainjob's own, which counts no more here
     }
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
     return read(kustomize(folder))
@@ -147,8 +148,17 @@ def test_a_file_is_written_and_the_plan_printed(
     file = tmp_path / "plan.yaml"
     table = emitted(capsys, model, "jobset", f"--emit-to={file}")
     assert "takes      base: none" in table
-    assert file.read_text() == emitted(capsys, model, "jobset")
-    assert "- {path: FILE, target: {kind: JobSet}}" in file.read_text()
+    assert "- {path: plan.yaml, target: {kind: JobSet}}" in file.read_text()
+    printed = emitted(capsys, model, "jobset")
+    assert file.read_text() == printed.replace("{path: FILE,", "{path: plan.yaml,")
+
+
+def test_the_patch_names_the_file_that_the_pods_read(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = emitted(capsys, model, "jobset")
+    assert "# The pods read /etc/dlora/cluster.yaml: configs/Kustomization has to list it" in text
+    assert "- cluster.yaml\n" in (ROOT / "configs" / "Kustomization").read_text()
 
 
 def test_an_overlay_that_has_changed_refuses(

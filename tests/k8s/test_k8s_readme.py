@@ -11,7 +11,7 @@ from k8s_dockerfile import build
 from k8s_launch import GPU, agent_of, configuration, environment
 from k8s_manifests import BUILT, K8S, OVERLAYS, ROOT, documents, jobs, kustomize, pods, read
 from k8s_operators import QUEUE
-from k8s_restarts import BROKEN, LOST, STOPPED, WRONG, outcome
+from k8s_restarts import BROKEN, LOST, STOPPED, WRONG, outcome, outcome_by_exit_code
 from k8s_values import amount
 
 from dlora.config import parse
@@ -75,7 +75,7 @@ def test_the_base_model_is_there_before_the_job() -> None:
     steps = (
         "kubectl apply -k k8s/base",
         "kubectl apply -k k8s/files",
-        "kubectl -n dlora wait --for=condition=Ready pod/dlora-files",
+        "kubectl -n dlora wait --for=condition=Ready --timeout=15m pod/dlora-files",
         "kubectl -n dlora cp BASE dlora-files:/models/base",
         "kubectl apply -k k8s/kueue",
         "kubectl apply -k k8s/overlays/jobset",
@@ -110,15 +110,21 @@ def test_the_table_of_exit_statuses_is_what_the_manifests_do() -> None:
     ):
         cells = dict(zip(("jobset", "cpu-demo", "pytorchjob", "rayjob"), row(first), strict=True))
         cells["trainjob"] = cells["jobset"]
+        for status in statuses:
+            assert cells["pytorchjob"].startswith(words[outcome_by_exit_code(status)].split(",")[0])
         for overlay in ("jobset", "trainjob", "cpu-demo"):
             for _, doc, spec in jobs(documents(overlay)):
                 for status in statuses:
                     assert cells[overlay].startswith(words[outcome(doc, spec, status)])
     assert (row("1:")[0], row("1:")[1]) == ("again, 10 times", "again, 3 times")
+    (ray,) = [doc["spec"] for doc in documents("rayjob") if doc["kind"] == "RayJob"]
+    line = shlex.split(ray["entrypoint"])
+    times = line[line.index("--max-failures") + 1]
+    assert row("1:")[3] == row("128")[3] == f"Ray Train, {times} times"
+    assert (row("2:")[3], ray["backoffLimit"]) == ("ends", 0)
     policies = sources()
     assert policies.count("maxRestarts: 10\n") == 2
     assert policies.count("backoffLimit: 3\n") == 1
-    assert "--max-failures 3\n" in policies
 
 
 def test_the_times_to_stop_are_those_of_the_manifests() -> None:

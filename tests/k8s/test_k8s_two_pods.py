@@ -19,7 +19,7 @@ from k8s_manifests import ROOT, documents, pods
 from k8s_restarts import STOPPED, WRONG
 from tiny import command
 
-LIMIT_SECONDS = 120
+LIMIT_SECONDS = 300
 
 
 @pytest.fixture
