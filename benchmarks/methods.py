@@ -55,6 +55,7 @@ def run(method: str, seed: int, runs: Path) -> dict[str, Any]:
     """Make or finish a run; its row of the table."""
     directory = runs / f"{method.replace(' ', '_')}_seed{seed}"
     config = options("quickstart.yaml", METHODS[method])
+    config["model"]["dtype"] = "bfloat16"
     if config["adapter"].get("method") == "adalora":
         del config["adapter"]["r"]
     config["train"] = {

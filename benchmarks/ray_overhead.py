@@ -1,13 +1,13 @@
 """What Ray costs a run: a step beside torchrun's, the way to the first step, and after a kill.
 
-    python benchmarks/ray_overhead.py [--rounds 4] [--steps 12]
+    python benchmarks/ray_overhead.py [--rounds 4] [--blocks 8]
 
-`configs/quickstart.yaml` on one machine, under `dlora launch` and under a Ray of one raylet by
-turns, which begins changing from round to round: over one rank, beside which Ray's daemons and
-actors have a core to themselves, and over two, with which they share both. A step is the time
-between the metrics' lines from the third on, so with all that happens between two steps; the ratio
-is that of each round. A job's first step is timed from `launchers.ray_submit` on, and the next step
-from SIGKILL to one of its workers on, with a save every second step.
+`configs/quickstart.yaml` on one machine, over one rank, beside which Ray's own processes have a
+core to themselves, and over two, with which they share both. For a step the run of `dlora launch`
+and that of a Ray of one raylet are both alive, and by turns one of them makes seven steps while all
+processes of the other are stopped, Ray's daemons too; the last six are timed, so that a machine
+whose speed drifts is as fast for both. A job's first step is timed from `launchers.ray_submit` on,
+and the next step from SIGKILL to one of its workers on, with a save every second step.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 from runs import ROOT
 from saving import configured, newest_step, wait_for
 
-POLL_SECONDS = 0.02
+FIRST, STEPS = 3, 7  # steps until the first block, and of a block
 
 
 @contextmanager
@@ -80,35 +81,79 @@ def listens(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def step_seconds(command: list[str], directory: Path, count: int, env: dict[str, str]) -> float:
-    """Of a run of so many steps, without its first two and its closing save."""
-    quiet = subprocess.DEVNULL
-    run = subprocess.Popen(command, cwd=ROOT, env=env, stdout=quiet, stderr=quiet)
-    wait_for(directory, 2, run)
-    began = time.perf_counter()
-    wait_for(directory, count, run)
-    seconds = (time.perf_counter() - began) / (count - 2)
-    if run.wait():
-        raise SystemExit(f"the run in {directory} ended with {run.returncode}")
-    return seconds
+@dataclass
+class Run:
+    """A run that is stopped and goes on.
+
+    Attributes:
+        roots: programs that it consists of, with all that they have started.
+    """
+
+    program: subprocess.Popen[bytes]
+    directory: Path
+    roots: list[psutil.Process]
+
+    def signal(self, number: signal.Signals) -> None:
+        for process in self._processes():
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
+    def daemons_seconds(self) -> float:
+        """Of CPU that went to all but the ranks until now."""
+        seconds = 0.0
+        for process in self._processes():
+            with suppress(psutil.NoSuchProcess):
+                if "RayTrainWorker" not in " ".join(process.cmdline()):
+                    times = process.cpu_times()
+                    seconds += times.user + times.system
+        return seconds
+
+    def _processes(self) -> list[psutil.Process]:
+        return [p for root in self.roots for p in (root, *root.children(recursive=True))]
 
 
 def steps(
-    root: Path, ranks: int, rounds: int, count: int, environment: dict[str, str]
+    root: Path, ranks: int, blocks: int, environment: dict[str, str], head: psutil.Process
 ) -> dict[str, list[float]]:
-    """Seconds of a step, by who started the ranks."""
+    """Seconds of a step in each block, by who started the ranks, and Ray's share of a core."""
+    count = FIRST + STEPS * blocks + 1
     programs = {
         "torchrun": ["dlora", "launch", "--nproc-per-node", str(ranks)],
         "ray": ["launchers.ray_train", "--num-workers", str(ranks)],
     }
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
-    for number in range(rounds):
-        for name in sorted(programs, reverse=number % 2 == 0):  # neither is always the warmer one
-            directory = root / f"{name}-{ranks}-{number}"
-            config = configured(directory, count, save_every=count)
-            command = [sys.executable, "-m", *programs[name], "--config", str(config)]
-            seconds[name].append(step_seconds(command, directory, count, environment))
+    runs: dict[str, Run] = {}
+    for name, words in programs.items():
+        directory = root / f"{name}-{ranks}"
+        config = configured(directory, count, save_every=count)
+        program = subprocess.Popen(
+            [sys.executable, "-m", *words, "--config", str(config)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        roots = [psutil.Process(program.pid), *([head] if name == "ray" else [])]
+        runs[name] = Run(program, directory, roots)
+        wait_for(directory, FIRST, program)
+        runs[name].signal(signal.SIGSTOP)
+    seconds: dict[str, list[float]] = {name: [] for name in [*programs, "daemons"]}
+    for block in range(blocks):
+        for name in sorted(runs, reverse=block % 2 == 0):  # neither is always the first
+            run, done = runs[name], FIRST + STEPS * block
+            run.signal(signal.SIGCONT)
+            wait_for(run.directory, done + 1, run.program)
+            began, before = time.perf_counter(), run.daemons_seconds()
+            wait_for(run.directory, done + STEPS, run.program)
+            taken = time.perf_counter() - began
+            if name == "ray":
+                seconds["daemons"].append((run.daemons_seconds() - before) / taken)
+            run.signal(signal.SIGSTOP)
+            seconds[name].append(taken / (STEPS - 1))
             print(f"{ranks} ranks, {name}: {seconds[name][-1]:.3f} s a step", flush=True)
+    for name, run in runs.items():
+        run.signal(signal.SIGCONT)
+        if run.program.wait():
+            raise SystemExit(f"the run of {name} ended with {run.program.returncode}")
     return seconds
 
 
@@ -152,14 +197,14 @@ def worker_of(head: psutil.Process) -> psutil.Process:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="r") as place:
         root = Path(place)
         with raylet(root / "ray") as (environment, url, head):
             found = ways(root, args.rounds, environment, url, head)
-            by_ranks = {n: steps(root, n, args.rounds, args.steps, environment) for n in (1, 2)}
+            by_ranks = {n: steps(root, n, args.blocks, environment, head) for n in (1, 2)}
     print(f"from submission to the first step {statistics.median(found['submit']):.1f} s")
     print(f"from a worker's death to the next step {statistics.median(found['kill']):.1f} s")
     for ranks, seconds in by_ranks.items():
@@ -169,7 +214,8 @@ def main() -> None:
         print(
             f"a step of {ranks} ranks: {medians['torchrun']:.3f} s under torchrun, "
             f"{medians['ray']:.3f} s under Ray, {statistics.median(ratios):.3f} of it "
-            f"({', '.join(f'{ratio:.3f}' for ratio in sorted(ratios))})"
+            f"({', '.join(f'{ratio:.3f}' for ratio in sorted(ratios))}), "
+            f"whose own processes take {medians['daemons']:.1%} of a core"
         )
     args.json.write_text(json.dumps({"steps": by_ranks} | found, indent=2) + "\n")
 

@@ -35,7 +35,8 @@ STATES = ("adapter", "optimizer", "scorer")
 
 def configured(directory: Path, steps: int, save_every: int) -> Path:
     """The configuration of one run, as a file."""
-    config = options("quickstart.yaml", {"train": {"max_steps": steps}})
+    changes = {"train": {"max_steps": steps}, "model": {"dtype": "bfloat16"}}
+    config = options("quickstart.yaml", changes)
     config["output"] = {
         "dir": str(directory),
         "save_every": save_every,
@@ -64,8 +65,8 @@ def launched(script: list[str]) -> subprocess.Popen[bytes]:
 
 def worker(config: Path, into: Path) -> None:
     """One rank of the run whose saves are timed."""
+    from dlora.exits import exit_with
     from dlora.keeping import Keeper
-    from dlora.runtime import exit_with
     from dlora.train import main as train
 
     seconds: dict[str, list[float]] = {"save": [], "keep": []}
