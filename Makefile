@@ -10,23 +10,32 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 TORCH_INDEX ?=
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 
-# Tests that start programs of their own and wait for them.
-STARTING := tests/test_readme.py tests/launchers tests/k8s
+# Two groups of tests at a time: most leave one of two cores idle. The longest come first.
+GROUPS := test-sharding test-launchers test-readme test-files test-parts
+TESTED := $(sort $(dir $(wildcard tests/*/test_*.py)))
 
-.PHONY: train test test-starting test-others lint model install install-test clean
+.PHONY: train test $(GROUPS) lint model install install-test clean
 
 train: install model
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --nproc-per-node 2 -m dlora.train --config configs/quickstart.yaml
 
-# Side by side: most of the other tests leave one of two cores idle.
 test: install-test model
-	@$(MAKE) --no-print-directory --jobs 2 test-starting test-others
+	@$(MAKE) --no-print-directory --keep-going --jobs 2 $(GROUPS)
 
-test-starting:
-	$(BIN)/python -m pytest $(STARTING)
+test-sharding:
+	$(BIN)/python -m pytest tests/sharding
 
-test-others:
-	$(BIN)/python -m pytest $(STARTING:%=--ignore=%)
+test-launchers:
+	$(BIN)/python -m pytest tests/k8s tests/launchers
+
+test-readme:
+	$(BIN)/python -m pytest tests/test_readme.py
+
+test-files:
+	$(BIN)/python -m pytest $(filter-out tests/test_readme.py,$(wildcard tests/test_*.py))
+
+test-parts:
+	$(BIN)/python -m pytest $(filter-out tests/sharding/ tests/launchers/ tests/k8s/,$(TESTED))
 
 lint: install-test
 	$(BIN)/ruff format --check .

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 PRELOADED = ["torch.distributed.tensor", "transformers.models.llama.modeling_llama", "dlora.train"]
-LIMIT_SECONDS = 90.0
+LIMIT_SECONDS = 240.0
 GRACE_SECONDS = 2.0  # in which the other ranks may fail as well, before they are ended
 SHOWN_CHARACTERS = 3000
 
@@ -218,7 +218,7 @@ def _group(rank: int, world: int, call: int, store: Any) -> Iterator[None]:
 
     current_store = dist.PrefixStore(f"call-{call}", store)
     dist.init_process_group(
-        "gloo", store=current_store, rank=rank, world_size=world, timeout=timedelta(seconds=60)
+        "gloo", store=current_store, rank=rank, world_size=world, timeout=timedelta(seconds=180)
     )
     yield
     gc.collect()  # what still holds parts of the group, and with them its connections

@@ -18,6 +18,7 @@ from dlora.base_model import BaseWeights, find_base
 from dlora.config import parse
 from dlora.errors import UsageError
 from dlora.prepare import prepare
+from dlora.sharding.mesh import Topology
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "model.safetensors"
@@ -109,7 +110,7 @@ CASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
 
 
 def prepared(argv: list[str]) -> Any:
-    return prepare(parse(argv, "dlora.train").config, 0, 1, 1, lambda line: None)
+    return prepare(parse(argv, "dlora.train").config, Topology(0, 1, 1), lambda line: None)
 
 
 @pytest.mark.parametrize("case", CASES)

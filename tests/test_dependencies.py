@@ -72,7 +72,7 @@ def test_a_run_needs_no_test_extra(tmp_path: Path) -> None:
         | {"PYTHONPATH": f"{tmp_path / 'hide'}{os.pathsep}{ROOT}", "HIDDEN": ",".join(hidden)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert made.returncode == 0, made.stderr[-2000:]
 

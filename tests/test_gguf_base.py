@@ -87,7 +87,7 @@ def assert_same_tokenizer(gguf: Path, out: Path):
     return tokenizer
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.full)]
 )
@@ -232,7 +232,7 @@ def child(code: str, *arguments) -> subprocess.Popen:
     )
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 def test_two_processes_convert_once(tmp_path):
     gguf = gguf_files.tiny_llama(tmp_path / "tiny.gguf")
     children = [child(CHILD, gguf, tmp_path / "cache", "wait") for _ in range(2)]
@@ -242,7 +242,7 @@ def test_two_processes_convert_once(tmp_path):
     assert len(paths) == 1 and len([line for line in lines if "converting" in line]) == 1
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 def test_killed_midway(tmp_path):
     """Nothing is mistaken for a conversion, and the next one, of any file, cleans up."""
     gguf, cache_dir = gguf_files.tiny_llama(tmp_path / "tiny.gguf"), tmp_path / "cache"
@@ -285,7 +285,7 @@ print(max(peaks) - before, private() - before)
 """
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 def test_peak_memory(real_file, tmp_path):
     """Largest tensor + one shard + what parsing takes, for a model of 538 MB in float32."""
     shard, largest, parsing = 32 * 10**6, 49152 * 576 * 4, 150 * 10**6

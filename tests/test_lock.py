@@ -1,5 +1,6 @@
 """Two runs do not share a directory, and a dead one does not keep it."""
 
+import errno
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from tiny import save_chats
 
-from dlora.errors import UsageError
+from dlora.errors import TransientError, UsageError
 from dlora.lock import NAME, RunLock
 
 HOLDER = (
@@ -41,7 +42,7 @@ def test_a_second_run_is_refused_and_told_of_the_first(
     data = str(save_chats(tmp_path / "chats.jsonl", 4))
     words = ["--model.path", saved_models("blocks"), "--data.train", data, "--train.max_steps", "1"]
     command = [sys.executable, "-m", "dlora.train", *words, "--output.dir", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     [line] = [text for text in done.stderr.splitlines() if text.startswith("dlora: error: ")]
     assert f"output.dir: process {holder.pid} on {os.uname().nodename} is running in" in line
@@ -60,10 +61,10 @@ def test_the_lock_of_a_killed_run_is_free_at_once(tmp_path: Path, holder: Any) -
     RunLock(tmp_path).take(said.append)
 
 
-def elsewhere(directory: Path) -> Path:
+def elsewhere(directory: Path, host: str = "other-host") -> Path:
     """The lock of a run on another host, which this one's kernel knows nothing of."""
     path = directory / NAME
-    path.write_text(json.dumps({"pid": 7, "host": "other-host"}))
+    path.write_text(json.dumps({"pid": 7, "host": host, "kernel": "of another machine"}))
     return path
 
 
@@ -73,6 +74,34 @@ def test_another_host_s_lock_is_taken_over_when_it_gives_no_sign_of_life(tmp_pat
     RunLock(tmp_path, beat_seconds=0.2, stale_seconds=0.5).take(said.append)
     assert "process 7 on other-host was running here" in said[0]
     assert "taken over" in said[1]
+
+
+def test_a_pod_of_the_same_name_on_another_node_is_another_host(tmp_path: Path) -> None:
+    elsewhere(tmp_path, os.uname().nodename)
+    said: list[str] = []
+    RunLock(tmp_path, beat_seconds=0.2, stale_seconds=0.5).take(said.append)
+    assert "taken over" in said[1]
+
+
+def test_a_lock_that_its_server_frees_late_is_waited_for(tmp_path: Path, holder: Any) -> None:
+    """An NFS server frees the locks of a host that died when its lease is over."""
+    elsewhere(tmp_path)
+    said: list[str] = []
+    later = threading.Timer(1.0, holder.kill)
+    later.start()
+    lock = RunLock(tmp_path, beat_seconds=0.2, stale_seconds=0.3, lease_seconds=60)
+    lock.take(said.append)
+    later.join()
+    assert "taken over" in said[1]
+    assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
+
+
+def test_a_lock_that_its_server_keeps_is_refused_with_its_file(tmp_path: Path, holder: Any) -> None:
+    path = elsewhere(tmp_path)
+    lock = RunLock(tmp_path, beat_seconds=0.2, stale_seconds=0.3, lease_seconds=0.3)
+    with pytest.raises(TransientError, match="process 7 on other-host gives no sign") as caught:
+        lock.take(lambda _: None)
+    assert f"keeps its lock of {path}" in str(caught.value)
 
 
 def test_another_host_s_lock_holds_while_it_beats(tmp_path: Path) -> None:
@@ -91,6 +120,41 @@ def test_another_host_s_lock_holds_while_it_beats(tmp_path: Path) -> None:
     finally:
         over.set()
         beating.join()
+
+
+def test_an_earlier_start_of_the_same_run_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holder: Any
+) -> None:
+    """As on a host that was cut off from what starts the ranks, and not from the file system."""
+    told = json.loads((tmp_path / NAME).read_text()) | {"run": "run of one job"}
+    (tmp_path / NAME).write_text(json.dumps(told))
+    monkeypatch.setenv("DLORA_RUN_ID", "run of one job")
+    lock = RunLock(tmp_path, beat_seconds=0.2, stale_seconds=0.5, lease_seconds=6)
+    with pytest.raises(TransientError, match=f"process {holder.pid} .* start of this run, still"):
+        lock.take(lambda _: None)
+    monkeypatch.setenv("DLORA_RUN_ID", "run of another job")
+    with pytest.raises(UsageError, match="is running in"):
+        RunLock(tmp_path, beat_seconds=0.2).take(lambda _: None)
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_where_files_have_no_locks_the_heartbeat_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holder: Any, lives: bool
+) -> None:
+    def unknown(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "as Lustre without its option flock")
+
+    monkeypatch.setattr("fcntl.flock", unknown)
+    if not lives:
+        holder.kill()
+        holder.wait()
+    lock = RunLock(tmp_path, beat_seconds=0.2, stale_seconds=20 if lives else 0.5)
+    if lives:
+        with pytest.raises(UsageError, match=f"process {holder.pid} on .* is running in"):
+            lock.take(lambda _: None)
+    else:
+        lock.take(lambda _: None)
+        assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
 
 
 def test_a_lock_beats(tmp_path: Path) -> None:

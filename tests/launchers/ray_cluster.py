@@ -21,7 +21,7 @@ import psutil
 
 ROOT = Path(__file__).parents[2]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
-START_SECONDS, STOP_SECONDS, POLL_SECONDS = 120.0, 20.0, 0.1
+START_SECONDS, STOP_SECONDS, POLL_SECONDS = 240.0, 20.0, 0.1
 
 
 def free_ports(count: int) -> list[int]:
@@ -54,7 +54,7 @@ class Cluster:
             "RAY_ADDRESS": f"127.0.0.1:{self.gcs}",
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_DISABLE_IMPORT_WARNING": "1",
             "OMP_NUM_THREADS": "1",
@@ -68,24 +68,28 @@ class Cluster:
         """Of the dashboard, where jobs are submitted."""
         return f"http://127.0.0.1:{self.dashboard}"
 
-    def start(self) -> None:
+    def start(self, nodes: int) -> None:
         head = ["--head", f"--port={self.gcs}", f"--dashboard-port={self.dashboard}"]
         self._node([*head, "--include-dashboard=true", f"--ray-client-server-port={self._client}"])
         self._wait_for(1)
+        if nodes == 2:
+            self.add_second()
+
+    def add_second(self) -> None:
+        """Where a second worker has room."""
         self._node([f"--address=127.0.0.1:{self.gcs}", "--node-ip-address=127.0.0.2"])
         self._wait_for(2)
 
-    def give_notice_to_second(self) -> None:
-        """Tell Ray that the node goes in two minutes, as a cloud's spot notice does."""
+    def give_notice_to_second(self, seconds: int) -> None:
+        """Tell Ray that the node goes in so many seconds, as a cloud's spot notice does."""
         listed = "from ray.util.state import list_nodes\n"
         listed += f"nodes = list_nodes(address={self.url!r})\n"
         listed += "print(*[n.node_id for n in nodes if not n.is_head_node])"
         found = self._python("-c", listed)
         reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test"]
         address = ["--address", f"127.0.0.1:{self.gcs}", "--node-id", found.split()[-1]]
-        self._python(
-            *RAY[1:], "drain-node", *address, *reason, "--deadline-remaining-seconds", "120"
-        )
+        remaining = ["--deadline-remaining-seconds", str(seconds)]
+        self._python(*RAY[1:], "drain-node", *address, *reason, *remaining)
 
     def kill_second(self) -> None:
         """As if its machine had lost its power: SIGKILL to all that it runs."""
@@ -116,7 +120,7 @@ class Cluster:
             env=environment,
             text=True,
             capture_output=True,
-            timeout=240,
+            timeout=480,
         )
 
     @contextlib.contextmanager
@@ -203,11 +207,11 @@ def title(process: psutil.Process) -> str:
 
 
 @contextlib.contextmanager
-def cluster() -> Iterator[Cluster]:
+def cluster(nodes: int = 2) -> Iterator[Cluster]:
     """One that is gone with the block."""
     found = Cluster(Path(tempfile.mkdtemp(prefix="ray-")))
     try:
-        found.start()
+        found.start(nodes)
         yield found
     finally:
         found.stop()

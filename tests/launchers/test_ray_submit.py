@@ -5,17 +5,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ray.job_submission import JobDetails, JobStatus
 from ray_cluster import ROOT, Cluster, starts_in
 from run_files import write_run
 from safetensors.torch import load_file
 from tiny import save_chats, save_model
 
+from dlora import checkpoint as checkpoints
 from dlora.config import UsageError
+from launchers import ray_submit
 from launchers.ray_submit import Following, forwarded, main
 
 STEPS = 6
@@ -98,28 +102,49 @@ def test_without_the_token_it_is_refused(
     assert "Traceback" not in made.stderr
 
 
-@pytest.mark.full
-def test_ctrl_c_leaves_the_job_running(ray: Cluster, place: Path) -> None:
-    """Where nobody can be asked."""
-    log = place / "followed.log"
-    more = words(ray, place, "--submission-id", "left", "--train.max_steps", "60")
-    words_of_it = ["launchers.ray_submit", *more, "--output.dir", "runs/left"]
-    with ray.running(*words_of_it, log=log) as followed:
-        until = time.monotonic() + 120
-        while "step 1/60" not in log.read_text():
-            assert time.monotonic() < until and followed.poll() is None, log.read_text()
-            time.sleep(0.05)
+STOP = """
+import sys, time
+from ray.job_submission import JobSubmissionClient
+client = JobSubmissionClient(sys.argv[1])
+client.stop_job("left")
+while not client.get_job_status("left").is_terminal():
+    time.sleep(0.2)
+print(client.get_job_status("left").value)
+"""
+
+
+@pytest.mark.full  # 60 s: a job of its own
+def test_ctrl_c_leaves_the_job_running_and_a_stop_commits(ray: Cluster, place: Path) -> None:
+    """Where nobody can be asked what Ctrl-C means."""
+    log, run = place / "followed.log", place / "left"
+    more = ("--train.max_steps", "100000", "--output.save_every", "0", "--output.dir", str(run))
+    followed_by = words(ray, place, "--submission-id", "left", *more)
+    with ray.running("launchers.ray_submit", *followed_by, log=log) as followed:
+        wait_for(lambda: "step 1/" in log.read_text())
         followed.send_signal(signal.SIGINT)
         assert followed.wait(30) == 130, log.read_text()
     assert "left goes on without this program; ray job logs" in log.read_text()
-    ended = subprocess.run(
-        [sys.executable, "-c", "import sys\nfrom ray.job_submission import JobSubmissionClient\n"
-         "import time\nclient = JobSubmissionClient(sys.argv[1])\n"
-         "while not client.get_job_status('left').is_terminal(): time.sleep(0.2)\n"
-         "print(client.get_job_status('left').value)", ray.url],
-        env=ray.environment, cwd=ROOT, text=True, capture_output=True, timeout=120,
-    )  # fmt: skip
-    assert ended.stdout.split()[-1] == "SUCCEEDED", ended.stderr
+    metrics = run / "metrics.jsonl"
+    left_at = metrics.read_text().count("\n")
+    wait_for(lambda: metrics.read_text().count("\n") > left_at + 3)
+    stopped = subprocess.run(
+        [sys.executable, "-c", STOP, ray.url],
+        env=ray.environment,
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=240,
+    )
+    assert stopped.stdout.split()[-1] == "STOPPED", stopped.stderr
+    last = metrics.read_text().count("\n")
+    checkpoints.verify(place / f"stored/left/step-{last:06d}")
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 240
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 # -- without a cluster -----------------------------------------------------------------------------
@@ -142,8 +167,11 @@ def test_what_is_forwarded(place: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (["--model.path", "tuned"], "model.path: tuned/model.safetensors is left out of what"),
         (["--data.train", "*.pt"], "data.train: a.pt is left out of what is sent"),
         (["--data.train", "mine/a.jsonl"], "data.train: mine/a.jsonl is left out of what"),
+        (["--data.train", "../chats.jsonl"], "data.train: ../chats.jsonl does not lie in the"),
+        (["--data.train", "a**.jsonl"], "data.train: a**.jsonl: Invalid pattern"),
+        (["--storage", "runs"], "storage: runs lies in the job's working directory, which goes"),
+        (["--output.resume", "none"], "output.resume: Ray starts lost ranks again"),
         (["--resources", '{"GPU": 1}'], "resources: GPU needs --use-gpu"),
-        (["--storage", "x", "--output.remote", "file:///x"], "storage: output.remote is set"),
         (["--num-workers", "2:1"], "num-workers: 2 is more than 1"),
         (["--num-workers", "many"], "num-workers: expected N or MIN:MAX, got 'many'"),
         (["--working-dir", "nowhere"], "working-dir: nowhere is no directory"),
@@ -161,7 +189,8 @@ def test_mistakes_cost_no_submission(
         Path(path).touch()
     Path(".gitignore").write_text("mine/\n")
     with pytest.raises(UsageError) as refused:
-        main(["--address", "http://127.0.0.1:9", "--config", "run.json", *more])
+        storage = [] if "--storage" in more else ["--storage", "/stored"]
+        main(["--address", "http://127.0.0.1:9", "--config", "run.json", *storage, *more])
     assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
@@ -171,13 +200,24 @@ def test_a_configuration_elsewhere_is_refused(place: Path, monkeypatch: pytest.M
         forwarded(["--config", "packed/run.json"], place / "seen")
 
 
+def test_what_would_go_with_the_job_is_refused(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place / "packed")
+    with pytest.raises(UsageError, match=r"output\.dir: runs/tiny lies in the job's working"):
+        main(["--address", "http://127.0.0.1:9", "--config", "run.json"])
+
+
 class Asked:
     """A client of which only the stop is wanted."""
 
-    def __init__(self) -> None:
+    def __init__(self, error: Exception | None = None) -> None:
         self.stopped: list[str] = []
+        self._error = error
 
     def stop_job(self, job: str) -> None:
+        if self._error is not None:
+            raise self._error
         self.stopped.append(job)
 
 
@@ -193,3 +233,49 @@ def test_ctrl_c_asks(
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     assert Following(client, "job", "http://head:8265").ask() is goes_on
     assert client.stopped == stopped
+
+
+@pytest.mark.parametrize("error", [RuntimeError("500"), ConnectionError("refused")])
+def test_a_stop_that_does_not_arrive_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    assert Following(Asked(error), "job", "http://head:8265").ask()
+    assert f"job was not told to stop: {error}" in capsys.readouterr().out
+
+
+class Answers:
+    """A client that says one thing after another."""
+
+    def __init__(self, *said: Any) -> None:
+        self._said = list(said)
+
+    async def tail_job_logs(self, job: str) -> Any:
+        said = self._said.pop(0)
+        if isinstance(said, Exception):
+            raise said
+        yield said
+
+    def get_job_info(self, job: str) -> Any:
+        return JobDetails(
+            type="SUBMISSION",
+            entrypoint="",
+            status=JobStatus.RUNNING if self._said else JobStatus.FAILED,
+            driver_exit_code=2,
+        )
+
+
+def test_a_log_that_breaks_off_is_followed_on(capsys: pytest.CaptureFixture[str]) -> None:
+    """By an error or without one; what was printed is not printed again."""
+    client = Answers("one\n", ConnectionError("gone"), "one\ntwo\n", "one\ntwo\nthree\n")
+    assert Following(client, "job", "http://head:8265").status() == 2
+    assert capsys.readouterr().out == "one\ntwo\nthree\njob: failed\n"
+
+
+def test_a_cluster_that_is_gone_is_no_mistake_of_the_user_s(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ray_submit, "SILENT_SECONDS", 0.0)
+    assert Following(Answers(ConnectionError("gone")), "job", "http://head:8265").status() == 1
+    assert "no longer answers (gone); job goes on without this program" in capsys.readouterr().err

@@ -9,8 +9,8 @@ from ray_cluster import Cluster
 from run_files import tiny_run
 from tiny import save_chats
 
-from dlora.config import UsageError
-from launchers.ray_sweep import main, read_space
+from dlora.config import SCHEMA, UsageError
+from launchers.ray_sweep import configuration, main, read_space
 
 SPACE = {"adapter.r": [2, 4], "optimizer.lr": [1e-3, 3e-3]}
 
@@ -104,14 +104,31 @@ def test_nobody_computes_the_figure(run_file: Path) -> None:
         (["--name", "x"], "name: trials would share it"),
         (
             ["--scheduler", "asha", "--space", "{train.max_steps: [1, 2]}"],
-            "scheduler: asha compares",
+            "scheduler: asha compares trials by their steps",
         ),
+        (["--scheduler", "asha", "--output.eval_every", "6"], "scheduler: asha compares trials as"),
+        (["--output.save_every", "2"], "output.save_every: a trial saves when it evaluates"),
+        (["--space", "{output.save_every: [2]}"], "output.save_every: a trial saves when it"),
     ],
 )
 def test_what_trials_cannot_have(run_file: Path, more: list[str], message: str) -> None:
     space = [] if "--space" in more else ["--space", "{adapter.r: [2]}"]
     with pytest.raises(UsageError, match=message):
         main(["--config", str(run_file), *space, *more])
+
+
+@pytest.mark.parametrize(
+    ("more", "every"),
+    [
+        ({}, 3),
+        ({"data.eval": "null", "output.eval_every": str(SCHEMA["output.eval_every"].default)}, 5),
+        ({"output.eval_every": "0", "output.save_every": "0"}, 6),
+    ],
+)
+def test_how_often_ray_is_told(run_file: Path, more: dict[str, str], every: int) -> None:
+    """At evaluations; without them at saves, or at the end."""
+    words = {"config": str(run_file), "output.save_every": "5"} | more
+    assert configuration(words, {"adapter.r": 4}, Path("runs")).output.save_every == every
 
 
 @pytest.mark.parametrize("low", ["1e-06", "1.0e-6", "0.000001"])

@@ -2,11 +2,13 @@
 
 import json
 import re
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from ray_cluster import Cluster, cluster, starts_in
@@ -15,8 +17,10 @@ from safetensors.torch import load_file
 from tiny import save_chats, save_model
 
 from dlora import checkpoint as checkpoints
+from dlora.config import parse
+from launchers.ray_train import Workers, placed, trainer
 
-STEPS, LIMIT_SECONDS = 60, 180
+STEPS, LIMIT_SECONDS = 60, 400
 Configured = Callable[..., Path]
 
 
@@ -119,6 +123,39 @@ def test_it_is_the_run_of_torchrun(
     check_told(stored, place / "whole")
 
 
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.full)],  # 25 s each
+)
+def test_a_stop_by_signal_commits(
+    ray: Cluster, configured: Configured, place: Path, number: int, status: int
+) -> None:
+    name = f"stopped-{status}"
+    config = configured(name, train__max_steps=100_000, output__save_every=0)
+    log, directory = place / f"{name}.log", place / name
+    command = ["launchers.ray_train", "--config", str(config), "--num-workers", "2"]
+    with ray.running(*command, log=log) as job:
+        wait_for(lambda: last_step(directory) >= 3)
+        job.send_signal(number)
+        assert job.wait(LIMIT_SECONDS) == status, log.read_text()
+    saved = directory / f"ray/step-{last_step(directory):06d}"
+    checkpoints.verify(saved)
+    assert starts_in(log.read_text()) == 1
+
+
+def test_a_run_that_waits_for_room_is_stopped_at_once(
+    ray: Cluster, configured: Configured, place: Path
+) -> None:
+    """No rank will ever ask for the flag."""
+    log = place / "waiting.log"
+    command = ["launchers.ray_train", "--config", str(configured("waiting")), "--num-workers", "3"]
+    with ray.running(*command, log=log) as job:
+        wait_for(lambda: "Attempting to start training worker group" in log.read_text())
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(LIMIT_SECONDS) == 143, log.read_text()
+    assert starts_in(log.read_text()) == 0
+
+
 @pytest.mark.full  # 40 s: two starts of Ray Train
 def test_the_same_command_goes_on_after_pruning(
     ray: Cluster, configured: Configured, place: Path
@@ -140,15 +177,22 @@ def test_the_same_command_goes_on_after_pruning(
 def test_a_killed_worker_is_started_again(
     ray: Cluster, configured: Configured, place: Path, by_torchrun: Path
 ) -> None:
-    config, log = configured("killed"), place / "killed.log"
+    """And what Ray's storage refuses meanwhile, as where a node does not see it, ends nothing."""
+    away, kept = place / "away", place / "kept/killed"
+    config, log = configured("killed", output__remote=f"file://{away}"), place / "killed.log"
     command = ["launchers.ray_train", "--config", str(config), "--num-workers", "2"]
-    with ray.running(*command, log=log) as job:
-        wait_for(lambda: last_step(place / "killed") >= 1)
+    with ray.running(*command, "--storage", str(kept.parent), log=log) as job:
+        wait_for(lambda: list(kept.glob("checkpoint_*/checkpoint.json")) != [])
+        (kept / ".validate_storage_marker").unlink()
         [victim] = ray.workers(node=1)
+        assert victim.nice() == psutil.Process().nice()  # as torchrun would start it
         wait_for(lambda: last_step(place / "killed") >= 5)
         victim.kill()
         assert job.wait(LIMIT_SECONDS) == 0, log.read_text()
     assert "resuming after step" in log.read_text() and starts_in(log.read_text()) == 2
+    assert "dlora: warning: Ray is not told of step" in log.read_text()
+    checkpoints.verify(away / f"step-{STEPS:06d}")
+    assert not list(kept.glob("step-*"))
     check_same(place / "killed", by_torchrun)
 
 
@@ -173,24 +217,80 @@ def test_a_lost_node_leaves_a_smaller_run(
         wait_for(lambda: last_step(place / "elastic") >= 5)
         ray.kill_second()
         assert job.wait(LIMIT_SECONDS) == 0, log.read_text()
-    assert "1 rank" in log.read_text()
+    assert "1 rank(s)" in log.read_text()
+    resumed = re.search(r"resuming after step (\d+)", log.read_text())
+    assert resumed is not None and int(resumed[1]) >= 4
     check_same(place / "elastic", by_torchrun)
+
+
+SHARDED = {"sharding__base": "node", "train__max_steps": 4}
+
+
+def test_shard_groups_follow_ray_s_nodes(ray: Cluster, configured: Configured, place: Path) -> None:
+    """Two ranks on each of two nodes send what two nodes' would under torchrun."""
+    wanted = configured("nodes", sharding__ranks_per_node=2, **SHARDED)
+    made = ray.run("dlora", "launch", "--nproc-per-node", "4", "--config", str(wanted))
+    assert made.returncode == 0, made.stderr
+    config = configured("shard-groups", **SHARDED)
+    command = ["launchers.ray_train", "--config", str(config), "--num-workers", "4"]
+    made = ray.run(*command, "--resources", '{"CPU": 0.5}')
+    assert made.returncode == 0, made.stdout + made.stderr
+    assert "base: node, engine: fsdp2, 4 rank(s)" in made.stdout + made.stderr
+    for ours, theirs in zip(lines(place / "shard-groups"), lines(place / "nodes"), strict=True):
+        assert ours["wire_bytes"] == theirs["wire_bytes"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("gpus", [False, True])
+def test_a_worker_sees_gpus_only_if_asked_for(configured: Configured, gpus: bool) -> None:
+    """Ray takes none away, so ranks would use those of others, or one that is not there."""
+    config = parse(["--config", str(configured("gpus"))], "dlora.train").config
+    workers = Workers(num_workers="2", use_gpu=gpus)
+    config, where = placed(config, workers)
+    made = trainer(config, workers, where, Path.cwd())
+    given = made.run_config.worker_runtime_env["env_vars"].get("CUDA_VISIBLE_DEVICES")
+    assert given == (None if gpus else "")
+    assert made.scaling_config.use_gpu is gpus
 
 
 @pytest.mark.full  # a Ray of its own, which loses a node
 def test_a_node_with_notice_is_saved_for(configured: Configured, place: Path) -> None:
-    """No save is due: the one that comes answers the notice, and the run goes on from there."""
+    """No save is due: the one that comes answers the notice, and the run goes on from there.
+
+    What those who lose the node say of it is no failure, of which there may be none.
+    """
     config = configured("noticed", train__max_steps=100_000, output__save_every=100_000)
     log, directory = place / "noticed.log", place / "noticed"
     command = ["launchers.ray_train", "--config", str(config), "--num-workers", "1:2"]
+    command += ["--max-failures", "0"]
     with cluster() as ray, ray.running(*command, log=log) as job:
         wait_for(lambda: last_step(directory) >= 3)
-        ray.give_notice_to_second()
+        ray.give_notice_to_second(seconds=30)
+        noticed = time.monotonic()
         wait_for(lambda: bool(list(directory.glob("ray/step-*/manifest.json"))))
         [saved] = (int(p.name.removeprefix("step-")) for p in directory.glob("ray/step-*"))
+        wait_for(lambda: time.monotonic() > noticed + 31)
         ray.kill_second()
         wait_for(lambda: "resuming after step" in log.read_text())
         resumed = re.findall(r"resuming after step (\d+)", log.read_text())
         assert int(resumed[0]) >= saved  # a survivor may have committed a later one
         wait_for(lambda: last_step(directory) > int(resumed[0]))
         assert job.poll() is None
+
+
+@pytest.mark.full  # Ray looks for nodes once a minute
+def test_a_node_that_comes_is_used(configured: Configured, place: Path) -> None:
+    config = configured("grown", train__max_steps=100_000, output__save_every=20)
+    log, directory = place / "grown.log", place / "grown"
+    command = ["launchers.ray_train", "--config", str(config), "--num-workers", "1:2"]
+    with cluster(nodes=1) as ray, ray.running(*command, log=log) as job:
+        wait_for(lambda: last_step(directory) >= 20)
+        assert "1 rank(s)" in log.read_text() and "2 rank(s)" not in log.read_text()
+        ray.add_second()
+        wait_for(lambda: "resuming after step" in log.read_text())
+        resumed = int(re.findall(r"resuming after step (\d+)", log.read_text())[0])
+        assert resumed >= 20 and resumed % 20 == 0
+        wait_for(lambda: "2 rank(s)" in log.read_text() and last_step(directory) > resumed)
+        assert job.poll() is None
+    steps = [line["step"] for line in lines(directory)]
+    assert steps == list(range(1, len(steps) + 1))

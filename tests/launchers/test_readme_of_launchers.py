@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from dlora.config import parse
-from launchers.ray_submit import Submission
+from launchers.ray_submit import EXCLUDED, Submission, check_packed, forwarded
 from launchers.ray_sweep import Sweep, read_space
-from launchers.ray_train import Workers
+from launchers.ray_train import Workers, check_options, place_of
 from launchers.words import spelled
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +31,12 @@ def test_a_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) 
         return
     module = words[2].removeprefix("launchers.")
     assert words[:2] == ["python", "-m"]
-    extra = parse(words[3:], words[2], EXTRAS[module]).extra
+    options = parse(words[3:], words[2], EXTRAS[module])
+    extra = options.extra
+    if isinstance(extra, Submission):
+        check_options(options.config, extra)
+        place_of(options.config, extra, submitted=True)
+        check_packed(options.config, forwarded(words[3:], ROOT), ROOT, EXCLUDED)
     if isinstance(extra, Sweep):
         read_space(extra.space)
 
@@ -39,6 +44,6 @@ def test_a_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) 
 def test_what_it_calls_an_option_is_one() -> None:
     known = {spelled(f.name) for cls in EXTRAS.values() for f in dataclasses.fields(cls)}
     named = set(re.findall(r"--([a-z][a-z-]+)(?![a-z.-])", README))
-    others = {"config", "nodes", "gpus-per-node", "signal", "batch"}
+    others = {"config", "nodes", "gpus-per-node", "exclusive", "cpus-per-gpu", "signal", "batch"}
     assert named - others - known == set()
     assert {spelled(f.name) for f in dataclasses.fields(Workers)} - named == {"name"}

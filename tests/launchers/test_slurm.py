@@ -10,7 +10,7 @@ import pytest
 from run_files import tiny_run
 from slurm_cluster import Slurm, programs, slurm
 
-LIMIT_SECONDS = 120
+LIMIT_SECONDS = 300
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 
 pytestmark = [
@@ -78,7 +78,7 @@ def test_a_cancelled_job_commits_first(cluster: Slurm, run_file: Path, tmp_path:
 @pytest.mark.timeout(600)
 def test_short_of_time_it_is_queued_again(cluster: Slurm, run_file: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    job = cluster.submit(log, "--config", str(run_file))
+    job = cluster.submit(log, "--output.resume", "none", "--config", str(run_file))
     wait_for(lambda: trains(tmp_path / "run"), log)
     cluster.ask("scancel", "--batch", "--signal=USR1", job)
     wait_for(lambda: cluster.job(job)["Restarts"] == "1", log)

@@ -136,6 +136,6 @@ def test_mistakes_are_one_line(path: str, words: list[str], told: str) -> None:
 
 def test_the_command_ends_with_status_2() -> None:
     program = [sys.executable, "-m", "dlora.plan", *words_for("./nowhere")]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(program, capture_output=True, text=True, timeout=500)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "dlora: error: model.path: there is no directory ./nowhere\n"

@@ -51,7 +51,7 @@ def counted(argv: list[str]) -> dict[str, Any]:
 def main(directory: Path, settings: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     runtime = Runtime.from_environment(TIMEOUT_SECONDS)
-    runtime.join(TIMEOUT_SECONDS)
+    runtime.join()
     found = {}
     for base in BASES:
         ranks.current_store = dist.PrefixStore(base, runtime.store)

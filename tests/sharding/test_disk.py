@@ -36,20 +36,27 @@ def command(saved_models: Any, tmp_path: Path) -> Any:
 
 
 def hindered(argv: list[str], kind: str) -> dict[str, Any]:
-    """A run that cannot write in its directory from its 2nd to its 4th step."""
+    """A run that cannot write in its directory from the save of its 2nd step to its 5th step."""
     run = prepared_run(argv)
     out = run.directory
-    see = run.losses.see
+    see, write = run.losses.see, checkpoint.write_atomically
 
     def seen(record: dict[str, Any], ids: Any) -> str | None:
-        if run.runtime.main and record["step"] == 2:
-            _hinder(out, kind)
         if run.runtime.main and record["step"] == 5:
             _help(out, kind)
         return see(record, ids)
 
+    def written(path: Path, content: bytes) -> None:
+        if path.name == "state.json" and ".step-000002." in path.parent.name:
+            _hinder(out, kind)
+        write(path, content)
+
     run.losses.see = seen  # type: ignore[method-assign]
-    status = run.train()
+    checkpoint.write_atomically = written
+    try:
+        status = run.train()
+    finally:
+        checkpoint.write_atomically = write
     return {"status": status, "values": run.replica.values.clone()}
 
 

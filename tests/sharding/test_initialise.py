@@ -257,7 +257,7 @@ def command(saved_models: Any, tmp_path: Path) -> Callable[..., list[str]]:
 def test_the_output_head_has_no_gradient_to_start_from(command: Any, tmp_path: Path) -> None:
     settings = {"adapter__init_lora_weights": "lora_ga", "adapter__target_modules": ["lm_head"]}
     with pytest.raises(UsageError, match="^adapter.target_modules: lm_head is the output head"):
-        prepare(parse(command(tmp_path / "run", **settings), "").config, 0, 1, 1, print)
+        prepare(parse(command(tmp_path / "run", **settings), "").config, Topology(0, 1, 1), print)
 
 
 @pytest.mark.full

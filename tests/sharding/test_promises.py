@@ -43,6 +43,7 @@ def saved_when_partitioned(path: str, directory: str) -> str:
     return str(refused.value)
 
 
+@pytest.mark.usefixtures("deepspeed_built")
 def test_an_empty_placeholder_is_never_saved(
     pools: Pools, saved_models: Any, tmp_path: Path
 ) -> None:

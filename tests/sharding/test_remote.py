@@ -17,12 +17,14 @@ import pytest
 from moto.server import ThreadedMotoServer
 from ranks import Pools
 from run_training import command_line, figures, same_bits, train
+from s3fs import S3FileSystem
 from test_resume import told
 from tiny import save_chats
 
 from dlora.checkpoint import verify
 from dlora.config import parse
-from dlora.errors import UsageError
+from dlora.errors import TransientError, UsageError
+from dlora.remote import MANIFEST, RemoteCheckpoints
 
 STEPS = 4
 SECRET = "kept-by-nobody"
@@ -173,6 +175,129 @@ def test_a_store_that_cannot_be_written_does_not_end_the_run(
     assert "step-000002 could not be copied to file://" in said
     verify(tmp_path / "run" / "checkpoints" / "step-000002")
     assert (tmp_path / "run" / "adapter").is_dir()
+
+
+def put_until(files: int, directory: Path, url: str) -> RemoteCheckpoints:
+    """A rank that copies a checkpoint and is ended once so many of its files are there."""
+    store = RemoteCheckpoints(url)
+    whole, copied = store._files.put_file, []
+
+    def put_file(*words: str) -> None:
+        if len(copied) == files:
+            raise KeyboardInterrupt
+        copied.append(whole(*words))
+
+    store._files.put_file = put_file  # an attribute of the instance, which fsspec keeps
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            store.put(directory)
+    finally:
+        del store._files.put_file
+    return store
+
+
+def put_by_two(directory: Path, url: str) -> list[int]:
+    """The steps there, where a second rank that copies the same one is ended at its first file."""
+    RemoteCheckpoints(url).put(directory)
+    return [step for step, _ in put_until(0, directory, url).steps()]
+
+
+def test_what_a_survivor_has_completed_stays(
+    pools: Pools, command: Any, tmp_path: Path, store: str
+) -> None:
+    """All survivors of a lost rank copy the same step, and Ray ends them seconds later."""
+    pools(1).run(train, command(tmp_path / "run", None))
+    directory = tmp_path / "run" / "checkpoints" / "step-000004"
+    assert pools(1).run(put_by_two, directory, store) == [[4]]
+
+
+def put_at_once(directory: Path, url: str) -> list[str]:
+    """What is there after another survivor has completed its copy while this one was copying."""
+    this, other = RemoteCheckpoints(url), RemoteCheckpoints(url)
+    arrived, manifest = this._see_arrived, Path(f"{other._root}/{directory.name}/{MANIFEST}")
+
+    def seen(file: Path, path: str) -> None:
+        arrived(file, path)
+        if file.name == MANIFEST and not manifest.exists():
+            other.put(directory)
+            manifest.chmod(0o400)  # so that it shows whose copy stays
+
+    this._see_arrived = seen  # type: ignore[method-assign]
+    this.put(directory)
+    assert manifest.stat().st_mode & 0o777 == 0o400
+    return sorted(stored(url))
+
+
+def test_of_two_copies_the_first_stays(pools: Pools, command: Any, tmp_path: Path) -> None:
+    """A survivor that removed it may be ended before it has put its own in its place."""
+    pools(1).run(train, command(tmp_path / "run", None))
+    directory = tmp_path / "run" / "checkpoints" / "step-000004"
+    wanted = sorted(f"step-000004/{file.name}" for file in directory.iterdir())
+    assert pools(1).run(put_at_once, directory, f"file://{tmp_path}/stored/run") == [wanted]
+
+
+def put_torn(directory: Path, url: str) -> list[int]:
+    """The steps there, after the first rank of all was ended while it copied, and a new start."""
+    first = put_until(1, directory, url)
+    before = stored(url)
+    first.fetch(directory.parent / "elsewhere", 0, print)  # a look at it: another run may copy
+    assert stored(url) == before
+    first.set_aside(0)
+    assert not [path for path in first._files.ls(url.rpartition("/")[0]) if ".tmp" in str(path)]
+    return [step for step, _ in first.steps()]
+
+
+def test_what_is_half_copied_is_no_checkpoint(
+    pools: Pools, command: Any, tmp_path: Path, store: str
+) -> None:
+    pools(1).run(train, command(tmp_path / "run", None))
+    directory = tmp_path / "run" / "checkpoints" / "step-000004"
+    for url in (store, f"file://{tmp_path}/stored/run"):
+        assert pools(1).run(put_torn, directory, url) == [[]]
+        assert pools(1).run(put_by_two, directory, url) == [[4]]
+
+
+def put_again(directory: Path, url: str) -> list[str]:
+    """What is there of a directory without a manifest that was put twice, with other content."""
+    RemoteCheckpoints(url).put(directory)
+    (directory / "file").write_text("changed")
+    RemoteCheckpoints(url).put(directory)
+    return sorted(f"{name}: {content.decode()}" for name, content in stored(url).items())
+
+
+def test_what_is_put_again_takes_the_place_of_the_first(
+    pools: Pools, tmp_path: Path, store: str
+) -> None:
+    """As the adapter of a run that goes on."""
+    directory = tmp_path / "adapter"
+    directory.mkdir()
+    for url in (store, f"file://{tmp_path}/stored"):
+        (directory / "file").write_text("first")
+        assert pools(1).run(put_again, directory, url) == [["adapter/file: changed"]]
+
+
+def fetched(url: str, endpoint: str | None, directory: Path) -> str:
+    """What a store that answers at `endpoint` says to somebody who looks for a checkpoint."""
+    known = os.environ["AWS_ENDPOINT_URL"]
+    os.environ["AWS_ENDPOINT_URL"] = endpoint or known
+    S3FileSystem.clear_instance_cache()
+    try:
+        RemoteCheckpoints(url).fetch(directory, 0, print)
+    except (TransientError, UsageError) as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        os.environ["AWS_ENDPOINT_URL"] = known
+        S3FileSystem.clear_instance_cache()
+    return ""
+
+
+def test_a_store_that_does_not_answer_is_not_the_user_s_mistake(
+    pools: Pools, command: Any, tmp_path: Path
+) -> None:
+    """2 would be the end of a run that a cluster starts again."""
+    [said] = pools(1).run(fetched, "s3://bucket/run", "http://127.0.0.1:9", tmp_path)
+    assert said.startswith("TransientError: output.remote: s3://bucket/run cannot be read: ")
+    assert "\n" not in said
 
 
 def test_an_unknown_store_is_refused(command: Any, tmp_path: Path) -> None:

@@ -275,7 +275,8 @@ def test_a_damaged_newest_checkpoint_is_skipped(
         directory / "checkpoints/step-000003", directory / "checkpoints/step-000004"
     )
     damage(newest / file)
-    (directory / "checkpoints/.step-000005.1.tmp").mkdir()  # what a crash during a save leaves
+    for left in (".step-000005.1-77.tmp", ".step-000004.0-78.old"):  # by a crash during a save
+        shutil.copytree(newest, directory / "checkpoints" / left)
     results = pools(2).run(told, command(directory))
     for result, _ in results:
         check_equal(result, figures(directory), whole)
@@ -283,6 +284,7 @@ def test_a_damaged_newest_checkpoint_is_skipped(
     assert len(lines) == 1 and str(newest / file) in lines[0] and warning in lines[0]
     assert "resuming after step 3" in results[0][1]
     assert results[1][1] == ""
+    assert not list((directory / "checkpoints").glob(".step-*"))
 
 
 def test_a_finished_run_is_left_alone(pools: Pools, command: Any, tmp_path: Path) -> None:

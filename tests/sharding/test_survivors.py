@@ -23,7 +23,7 @@ from dlora import checkpoint as checkpoints
 from dlora.hooks import Committed, Hooks
 
 STEPS, SAVED, BROKEN = 8, 3, 6  # a checkpoint every 3 steps; something happens in the 6th
-LIMIT_SECONDS = 120
+LIMIT_SECONDS = 300
 ADALORA = {"adapter__method": "adalora", "adapter__init_r": 6, "adapter__target_r": 3}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},

@@ -117,6 +117,7 @@ def refused(path: str, case: str) -> str:
     return "accepted"
 
 
+@pytest.mark.usefixtures("deepspeed_built")
 @pytest.mark.parametrize(
     ("case", "told"),
     [

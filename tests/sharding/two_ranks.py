@@ -12,7 +12,7 @@ import torch
 from ranks import PRELOADED
 from run_training import figures
 
-LIMIT_SECONDS = 120
+LIMIT_SECONDS = 300
 
 
 def one_rank(rank: int, port: int, argv: list[str], printed: str, meddle: Any) -> None:
@@ -26,7 +26,7 @@ def one_rank(rank: int, port: int, argv: list[str], printed: str, meddle: Any) -
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
     )  # fmt: skip
     torch.set_num_threads(1)
-    from dlora.runtime import exit_with
+    from dlora.exits import exit_with
     from dlora.train import main
 
     if meddle is not None:
