@@ -35,7 +35,8 @@ STATES = ("adapter", "optimizer", "scorer")
 
 def configured(directory: Path, steps: int, save_every: int) -> Path:
     """The configuration of one run, as a file."""
-    changes = {"train": {"max_steps": steps}, "model": {"dtype": "bfloat16"}}
+    batches = {"global_batch_size": 16, "micro_batch_size": 8}
+    changes = {"train": {"max_steps": steps, **batches}, "model": {"dtype": "bfloat16"}}
     config = options("quickstart.yaml", changes)
     config["output"] = {
         "dir": str(directory),

@@ -22,17 +22,19 @@ import psutil
 ROOT = Path(__file__).parents[2]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 START_SECONDS, STOP_SECONDS, POLL_SECONDS = 240.0, 20.0, 0.1
+STARTS = 3
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listened on a moment ago, all of them different."""
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
+    """Ports that nobody listens on, all of them different, and below those that the kernel hands
+    out: another test's connection may take one of those before Ray does."""
+    found: list[int] = []
+    while len(found) < count:
+        port = 10000 + secrets.randbelow(10000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("0.0.0.0", port))
+            found += [port] * (port not in found)
+    return found
 
 
 class Cluster:
@@ -70,15 +72,14 @@ class Cluster:
 
     def start(self, nodes: int) -> None:
         head = ["--head", f"--port={self.gcs}", f"--dashboard-port={self.dashboard}"]
-        self._node([*head, "--include-dashboard=true", f"--ray-client-server-port={self._client}"])
-        self._wait_for(1)
+        served = ["--include-dashboard=true", f"--ray-client-server-port={self._client}"]
+        self._add([*head, *served], count=1)
         if nodes == 2:
             self.add_second()
 
     def add_second(self) -> None:
         """Where a second worker has room."""
-        self._node([f"--address=127.0.0.1:{self.gcs}", "--node-ip-address=127.0.0.2"])
-        self._wait_for(2)
+        self._add([f"--address=127.0.0.1:{self.gcs}", "--node-ip-address=127.0.0.2"], count=2)
 
     def give_notice_to_second(self, seconds: int) -> None:
         """Tell Ray that the node goes in so many seconds, as a cloud's spot notice does."""
@@ -93,22 +94,15 @@ class Cluster:
 
     def kill_second(self) -> None:
         """As if its machine had lost its power: SIGKILL to all that it runs."""
-        node = self.nodes.pop()
-        for process in (found := psutil.Process(node.pid), *found.children(recursive=True)):
-            process.kill()
-        node.wait()
+        end(self.nodes.pop())
 
     def stop(self) -> None:
         for node in reversed(self.nodes):
-            left = psutil.Process(node.pid).children(recursive=True)
+            left = below(node)  # what it runs and may leave behind
             node.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 node.wait(STOP_SECONDS)
-            for process in left:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            node.kill()
-            node.wait()
+            end(node, left)
         shutil.rmtree(self.root, ignore_errors=True)
 
     def run(self, module: str, *words: str, **changes: Any) -> subprocess.CompletedProcess[str]:
@@ -143,8 +137,19 @@ class Cluster:
     def workers(self, node: int | None = None) -> list[psutil.Process]:
         """The processes of Ray Train's workers, of one node or of all."""
         nodes = self.nodes if node is None else [self.nodes[node]]
-        below = [p for n in nodes for p in psutil.Process(n.pid).children(recursive=True)]
-        return [process for process in below if "RayTrainWorker" in title(process)]
+        started = [process for node in nodes for process in below(node)]
+        return [process for process in started if "RayTrainWorker" in title(process)]
+
+    def _add(self, options: Sequence[str], count: int) -> None:
+        """Ray gives a node half a minute to come up, with no option for more, and on a busy machine
+        some need longer; what is tested begins when the nodes stand."""
+        for _ in range(STARTS):
+            self._node(options)
+            if self._stands(count):
+                return
+            end(self.nodes.pop())
+        logs = [path.read_text() for path in sorted(self.root.glob("node-*.log"))]
+        raise AssertionError("no node:\n" + "\n".join(logs))
 
     def _node(self, options: Sequence[str]) -> None:
         ports = free_ports(4)
@@ -170,13 +175,14 @@ class Cluster:
                 )
             )
 
-    def _wait_for(self, count: int) -> None:
+    def _stands(self, count: int) -> bool:
+        """Whether so many nodes are there before the newest ends or its time does."""
         until = time.monotonic() + START_SECONDS
         while self._alive() < count:
             if self.nodes[-1].poll() is not None or time.monotonic() > until:
-                logs = [path.read_text() for path in sorted(self.root.glob("node-*.log"))]
-                raise AssertionError("no node:\n" + "\n".join(logs))
+                return False
             time.sleep(POLL_SECONDS)
+        return True
 
     def _alive(self) -> int:
         code = (
@@ -197,6 +203,21 @@ class Cluster:
             text=True,
             timeout=START_SECONDS,
         ).stdout
+
+
+def below(node: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """All that a node runs; nothing where it has ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(node.pid).children(recursive=True)
+    return []
+
+
+def end(node: subprocess.Popen[bytes], left: Sequence[psutil.Process] = ()) -> None:
+    """SIGKILL to a node, to all that it runs and to what it has left."""
+    for process in (node, *below(node), *left):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    node.wait()
 
 
 def title(process: psutil.Process) -> str:

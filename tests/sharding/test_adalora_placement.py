@@ -19,7 +19,6 @@ from tiny import save_chats
 SAMPLE = [
     ("zero3", "world", 2, 2, 3),
     ("fsdp2", "node", 4, 2, 1),
-    ("fsdp2", "world", 3, 3, 2),
 ]
 MATRIX = [
     (engine, base, world, per_node, micro)

@@ -47,7 +47,7 @@ def logged(argv: list[str]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("engine", "base", "world", "per_node", "state"),
     [
-        ("fsdp2", "none", 3, 3, "replicated"),
+        pytest.param("fsdp2", "none", 3, 3, "replicated", marks=pytest.mark.full),
         ("fsdp2", "node", 4, 2, "replicated"),
         ("zero3", "world", 2, 2, "replicated"),
         ("fsdp2", "world", 2, 2, "divided"),

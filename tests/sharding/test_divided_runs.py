@@ -83,8 +83,8 @@ def one_process(pools: Pools, command: Any, tmp_path_factory: pytest.TempPathFac
 @pytest.mark.parametrize(
     ("world", "per_node", "base", "optimizer"),
     [
-        (1, 1, "none", "adamw"),
-        (2, 2, "world", "adamw"),
+        pytest.param(1, 1, "none", "adamw", marks=pytest.mark.full),
+        pytest.param(2, 2, "world", "adamw", marks=pytest.mark.full),
         (3, 2, "none", "adamw"),
         (4, 2, "node", "adamw"),
         (2, 1, "world", "sgd"),

@@ -68,10 +68,10 @@ def own_loop(method: str, engine: str, out: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("method", "engine", "world"),
     [
-        ("lora", "fsdp2", 2),
+        pytest.param("lora", "fsdp2", 2, marks=pytest.mark.full),
         ("lora", "zero3", 2),
         ("flora", "fsdp2", 3),
-        ("flora", "zero3", 2),
+        pytest.param("flora", "zero3", 2, marks=pytest.mark.full),
         pytest.param("lora", "fsdp2", 3, marks=pytest.mark.full),
         pytest.param("lora", "zero3", 3, marks=pytest.mark.full),
         pytest.param("flora", "fsdp2", 2, marks=pytest.mark.full),

@@ -65,13 +65,29 @@ def base_weights(path: str, dtype: str) -> dict[str, Tensor]:
     ("model", "dtype", "engine", "base", "world", "config"),
     [
         ("llama", "bfloat16", "fsdp2", "world", 2, {}),
-        ("llama", "float32", "fsdp2", "node", 4, {}),
+        pytest.param("llama", "float32", "fsdp2", "node", 4, {}, marks=pytest.mark.full),
         ("llama", "bfloat16", "fsdp2", "none", 3, {}),
-        ("tied", "bfloat16", "fsdp2", "world", 3, {"modules_to_save": ["lm_head"]}),
+        pytest.param(
+            "tied",
+            "bfloat16",
+            "fsdp2",
+            "world",
+            3,
+            {"modules_to_save": ["lm_head"]},
+            marks=pytest.mark.full,
+        ),
         ("gpt2", "bfloat16", "fsdp2", "world", 2, {"target_modules": ["c_attn", "wte"]}),
         ("llama", "bfloat16", "zero3", "node", 4, {}),
         ("tied", "bfloat16", "zero3", "world", 3, {"modules_to_save": ["lm_head"]}),
-        ("gpt2", "bfloat16", "zero3", "world", 2, {"target_modules": ["c_attn", "wte"]}),
+        pytest.param(
+            "gpt2",
+            "bfloat16",
+            "zero3",
+            "world",
+            2,
+            {"target_modules": ["c_attn", "wte"]},
+            marks=pytest.mark.full,
+        ),
     ],
 )
 def test_training_changes_the_adapter_alone(

@@ -85,12 +85,12 @@ def check_near(results: list[Any], metrics: list[Any], one: Any, bounds: Any) ->
 @pytest.mark.parametrize(
     ("optimizer", "world", "per_node", "engine", "base"),
     [  # 10 to 25 s each: by default every optimizer, every engine, every number of ranks
-        ("low", 2, 2, "fsdp2", "world"),
+        pytest.param("low", 2, 2, "fsdp2", "world", marks=pytest.mark.full),
         pytest.param("low", 3, 3, "fsdp2", "world", marks=pytest.mark.full),
         ("low", 4, 2, "fsdp2", "node"),
-        ("low", 2, 2, "zero3", "world"),
+        pytest.param("low", 2, 2, "zero3", "world", marks=pytest.mark.full),
         ("full", 2, 2, "zero3", "world"),
-        ("full", 3, 3, "fsdp2", "world"),
+        pytest.param("full", 3, 3, "fsdp2", "world", marks=pytest.mark.full),
         pytest.param("8bit", 2, 2, "zero3", "world", marks=pytest.mark.full),
         ("8bit", 3, 3, "fsdp2", "world"),
     ],
@@ -242,7 +242,10 @@ def entry_of(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("optimizer", ["low", "full", "8bit"])
-@pytest.mark.parametrize(("base", "world", "per_node"), [("world", 3, 3), ("node", 4, 2)])
+@pytest.mark.parametrize(
+    ("base", "world", "per_node"),
+    [pytest.param("world", 3, 3, marks=pytest.mark.full), ("node", 4, 2)],
+)
 def test_the_plan_is_what_is_sent(
     pools: Pools,
     command: Any,

@@ -17,9 +17,7 @@ SAMPLE = [
     ("fsdp2", "node", 2, 1, 7),
     ("fsdp2", "world", 3, 3, 2),
     ("fsdp2", "node", 4, 2, 1),
-    ("fsdp2", "world", 4, 2, 2),
-    ("zero3", "world", 2, 2, 1),
-    ("zero3", "world", 3, 3, 2),
+    ("zero3", "world", 3, 3, 1),
     ("zero3", "node", 4, 2, 2),
     ("zero3", "node", 2, 1, 7),
 ]

@@ -105,7 +105,7 @@ def wide_words(directory: Path, **settings: Any) -> list[str]:
         str(text),
         model__dtype=DTYPE,
         data__format="text",
-        data__max_length=512,
+        data__max_length=256,
         adapter__r=16,
         train__max_steps=3,  # the first two gather what later ones find
         train__global_batch_size=16,

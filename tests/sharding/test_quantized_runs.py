@@ -38,11 +38,11 @@ def words(directory: Path, model: str, chats: str, **settings: Any) -> list[str]
 @pytest.mark.parametrize(
     ("model", "name", "engine", "base", "world", "per_node"),
     [
-        ("blocks", "nf4", "fsdp2", "world", 2, 2),
+        pytest.param("blocks", "nf4", "fsdp2", "world", 2, 2, marks=pytest.mark.full),
         ("blocks", "nf4", "fsdp2", "world", 3, 3),
         ("ragged", "nf4-dq", "fsdp2", "node", 4, 2),
-        ("tied_blocks", "int8", "fsdp2", "none", 2, 2),
-        ("blocks", "nf4", "zero3", "world", 2, 2),
+        pytest.param("tied_blocks", "int8", "fsdp2", "none", 2, 2, marks=pytest.mark.full),
+        pytest.param("blocks", "nf4", "zero3", "world", 2, 2, marks=pytest.mark.full),
         ("blocks", "nf4-dq", "zero3", "world", 3, 3),
         ("gpt2_blocks", "int8", "zero3", "node", 4, 2),
     ],
@@ -78,7 +78,7 @@ def test_training_is_that_of_one_process(
 @pytest.mark.parametrize(
     ("model", "name", "base", "world", "per_node", "accumulation"),
     [
-        ("blocks", "nf4", "world", 2, 2, 1),
+        pytest.param("blocks", "nf4", "world", 2, 2, 1, marks=pytest.mark.full),
         ("blocks", "nf4-dq", "world", 3, 3, 2),
         ("tied_blocks", "int8", "world", 3, 3, 1),
         ("gpt2_blocks", "nf4", "node", 4, 2, 1),
@@ -120,7 +120,7 @@ def test_what_is_sent_is_packed_and_planned(
 @pytest.mark.parametrize(
     ("model", "name", "base", "world", "per_node", "recomputed"),
     [
-        ("blocks", "nf4", "world", 2, 2, False),
+        pytest.param("blocks", "nf4", "world", 2, 2, False, marks=pytest.mark.full),
         ("blocks", "nf4-dq", "world", 3, 3, True),
         ("gpt2_blocks", "int8", "node", 4, 2, False),
     ],

@@ -45,7 +45,7 @@ def alone(
     return figures(directory)
 
 
-@pytest.mark.parametrize("ranks_per_node", [1, 2])
+@pytest.mark.parametrize("ranks_per_node", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_between_nodes_only_gradients_travel(
     settings: dict[str, Any], alone: list[dict[str, Any]], tmp_path: Path, ranks_per_node: int
 ) -> None:

@@ -126,11 +126,11 @@ def last_step(argv: list[str]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("model", "base", "world", "per_node", "accumulation", "checkpointing"),
     [
-        ("llama", "world", 2, 2, 1, False),
+        pytest.param("llama", "world", 2, 2, 1, False, marks=pytest.mark.full),
         ("llama", "world", 3, 3, 3, False),
         ("llama", "world", 2, 2, 3, True),
-        ("llama", "node", 4, 2, 1, False),
-        ("tied", "world", 2, 2, 3, False),
+        pytest.param("llama", "node", 4, 2, 1, False, marks=pytest.mark.full),
+        pytest.param("tied", "world", 2, 2, 3, False, marks=pytest.mark.full),
         ("gpt2", "world", 3, 3, 1, True),
         ("mixtral", "node", 4, 2, 3, False),
     ],
