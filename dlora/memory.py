@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,10 @@ class MemoryMeter:
         self._base = private_bytes()
         self._peak = 0
         if not torch.cuda.is_available():
-            threading.Thread(target=self._watch, name="dlora-memory", daemon=True).start()
+            watch = threading.Thread(
+                target=_watch, args=(weakref.ref(self),), name="dlora-memory", daemon=True
+            )
+            watch.start()
 
     def peak(self) -> int:
         """Highest bytes so far."""
@@ -45,30 +49,35 @@ class MemoryMeter:
         self._see(private_bytes())
         return self._peak
 
-    def _see(self, private: int) -> bool:
-        """Take a sample; whether it is near the peak."""
+    def _see(self, private: int) -> float:
+        """Take a sample; its part of the peak."""
         now = private - self._base
         self._peak = max(self._peak, now)
-        return now > _NEAR * self._peak
+        return now / max(self._peak, 1)
 
-    def _watch(self) -> None:
-        in_use, pause = _heap_reader(), threading.Event()
-        if not _STATM.exists():
-            return
-        with _STATM.open("rb", buffering=0) as statm:
 
-            def private() -> int:
-                return _private(os.pread(statm.fileno(), 256, 0))
+def _watch(meter: weakref.ref[MemoryMeter]) -> None:
+    """Until nobody has the meter any more."""
+    in_use, pause = _heap_reader(), threading.Event()
+    if not _STATM.exists():
+        return
+    with _STATM.open("rb", buffering=0) as statm:
 
-            def beside_heap() -> int:
-                """Holes, and a rest that is steady. The heap may change while it is read."""
-                return min(private() - in_use() for _ in range(3))
+        def private() -> int:
+            return _private(os.pread(statm.fileno(), 256, 0))
 
-            steady = beside_heap()
-            while not pause.wait(_EVERY_SECONDS):
-                if self._see(private()) and beside_heap() > steady + HOLES * self._peak:
-                    trim()
-                    steady = max(steady, beside_heap())  # what cannot be handed back
+        def beside_heap() -> int:
+            """Holes, and a rest that is steady. The heap may change while it is read."""
+            return min(private() - in_use() for _ in range(3))
+
+        steady = beside_heap()
+        while not pause.wait(_EVERY_SECONDS) and (watched := meter()) is not None:
+            near = watched._see(private()) > _NEAR
+            few = HOLES * watched._peak
+            del watched
+            if near and beside_heap() > steady + few:
+                trim()
+                steady = max(steady, beside_heap())  # what cannot be handed back
 
 
 def trim() -> None:

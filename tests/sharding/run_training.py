@@ -48,7 +48,7 @@ def command_line(**settings: Any) -> list[str]:
 
 @functools.cache
 def meter() -> MemoryMeter:
-    """One for each worker: a meter watches as long as its process lives."""
+    """One for each worker."""
     return MemoryMeter()
 
 
