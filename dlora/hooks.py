@@ -39,7 +39,7 @@ def nothing() -> None:
 
 @dataclass(frozen=True)
 class Hooks:
-    """Callables, each called on every rank. None of them may wait for other ranks.
+    """Callables, each called on every rank. What they wait for, the run waits for.
 
     Attributes:
         enter: called first, before a file is read; its `UsageError` on any rank ends all of them.

@@ -16,6 +16,7 @@ somebody else is a mistake.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -85,8 +86,11 @@ class RunLock:
         """Let another run have it."""
         self._over.set()
         if self._descriptor >= 0:
-            os.ftruncate(self._descriptor, 0)
-            self._close()
+            # Where the directory is gone, that is not how the run ends.
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, 0)
+            with contextlib.suppress(OSError):
+                self._close()
 
     def _flock(self) -> bool:
         """Whether nobody else has it; a file system without locks knows of nobody, and `_tells`."""
@@ -105,7 +109,6 @@ class RunLock:
         if free and (is_ours or owner is None):
             return  # the lock of a run that lives would have been held
         runs = "was running" if free else "runs"
-        is_same = owner is not None and owner["run"] == _run() != ""
         say(f"output.dir: {_who(owner)} {runs} here; waiting for a sign of life")
         seen, began = self._last_beat(), time.monotonic()
         heard = began
@@ -121,9 +124,10 @@ class RunLock:
             time.sleep(self._beat_seconds / 10)
             free = free or self._flock()
             if free and (is_ours or self._owner() is None):
-                break  # it has let go
+                return  # it has let go
             if (beat := self._last_beat()) != seen:
-                if not is_same:
+                owner = self._owner()  # who beats may be another that has waited, too
+                if owner is None or not owner["run"] == _run() != "":
                     self._close()
                     raise UsageError(
                         f"output.dir: {_who(owner)} is running in {self._path.parent}; wait for "

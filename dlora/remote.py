@@ -3,9 +3,9 @@
     push     every file, the manifest last: a directory with a manifest is complete
     fetch    the newest that verifies, into the run's own directory, where all else goes on as usual
 
-Object stores have no rename and no lock, so what is replaced or pruned there loses its manifest
-first. In directories a copy is made beside, and renamed. `latest` names the newest, for whoever
-looks; nothing here reads it.
+Stores have no rename and no lock, so what is replaced or pruned there loses its manifest first. In
+directories that are mounted a copy is made beside, and renamed. `latest` names the newest, for
+whoever looks; nothing here reads it.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ class RemoteCheckpoints:
         protocol = self._files.protocol
         protocols = {protocol} if isinstance(protocol, str) else set(protocol)
         self._has_directories = not protocols & BUCKETS
+        # Others have no rename, or copy file by file for one, or know it by other arguments.
+        self._renames = isinstance(self._files, LocalFileSystem)
 
     def push(self, directory: Path, keep_last: int) -> None:
         """`put` a checkpoint; once all of it has arrived, remove all but the newest `keep_last` and
@@ -73,18 +75,30 @@ class RemoteCheckpoints:
         target = f"{self._root}/{directory.name}"
         if self._has(directory, target):
             return target
-        # A store writes a file whole or not at all; elsewhere what is complete gets its name.
-        place = f"{self._root}/.{uuid.uuid4().hex}{BESIDE}" if self._has_directories else target
-        self._make_directory(place)
-        if not self._has_directories:
+        if self._renames:
+            self._put_beside(directory, target)
+        else:
             with contextlib.suppress(FileNotFoundError):
                 self._files.rm_file(f"{target}/{MANIFEST}")
-        for name in sorted((path.name for path in directory.iterdir()), key=_manifest_last):
-            self._files.put_file(str(directory / name), f"{place}/{name}")
-            self._see_arrived(directory / name, f"{place}/{name}")
-        if place != target:
-            self._name(directory, place, target)
+            self._copy(directory, target)
         return target
+
+    def _put_beside(self, directory: Path, target: str) -> None:
+        """Copy under another name, which what is complete loses; of a failure nothing stays."""
+        place = f"{self._root}/.{uuid.uuid4().hex}{BESIDE}"
+        try:
+            self._copy(directory, place)
+            self._name(directory, place, target)
+        except Exception:
+            with contextlib.suppress(OSError):
+                self._remove(place)
+            raise
+
+    def _copy(self, directory: Path, to: str) -> None:
+        self._make_directory(to)
+        for name in sorted((path.name for path in directory.iterdir()), key=_manifest_last):
+            self._files.put_file(str(directory / name), f"{to}/{name}")
+            self._see_arrived(directory / name, f"{to}/{name}")
 
     def _name(self, directory: Path, place: str, target: str) -> None:
         """Give a whole copy its name; what has that name goes once it is whole elsewhere."""
@@ -94,22 +108,16 @@ class RemoteCheckpoints:
                 self._remove(place)
                 return
             with contextlib.suppress(FileNotFoundError):  # another survivor's turn
-                self._rename(target, aside)
+                os.rename(target, aside)
         try:
-            self._rename(place, target)
+            os.rename(place, target)
         except OSError:
             if not self._has(directory, target):
                 with contextlib.suppress(OSError):
-                    self._rename(aside, target)
+                    os.rename(aside, target)
                 raise
             self._remove(place)
         self._remove(aside)
-
-    def _rename(self, path: str, to: str) -> None:
-        if isinstance(self._files, LocalFileSystem):
-            os.rename(path, to)  # its own would put it into a directory that is there
-        else:
-            self._files.mv(path, to, recursive=True)
 
     def _has(self, directory: Path, target: str) -> bool:
         """Whether the same checkpoint is complete there."""
@@ -201,7 +209,7 @@ class RemoteCheckpoints:
             shutil.rmtree(beside, ignore_errors=True)
 
     def _clear(self) -> None:
-        if self._has_directories and self._files.exists(self._root):
+        if self._renames and self._files.exists(self._root):
             for path in map(str, self._files.ls(self._root, detail=False)):
                 if path.endswith(BESIDE):
                     self._remove(path)

@@ -51,10 +51,12 @@ def wait(store: dist.Store, key: str, seconds: float) -> None:
     """Wait so long for a key, but for no rank that has told something.
 
     Raises:
-        RuntimeError: one has.
+        RuntimeError: one has, or the key has not come.
     """
     until, pause = time.monotonic() + seconds, 0.01
-    while not store.check([key]) and time.monotonic() < until:
+    while not store.check([key]):
+        if time.monotonic() > until:
+            raise dist.DistStoreError(f"{key} has not come within {seconds:g} s")
         if store.check([_KEY]):
             raise RuntimeError(f"{key} will not come: another rank has failed")
         time.sleep(pause)

@@ -1,22 +1,24 @@
 """A stop of a run under Ray: it comes to the program that started the run, and all ranks make it.
 
-    SIGTERM, SIGINT ──> the program ──> a flag, an actor beside it <──each step── rank 0
+    SIGTERM, SIGINT ──> the program ──> a flag, an actor beside it ──> rank 0, which waits for it
 
 Ray's own answers are to end the program at once (SIGTERM) or the ranks (SIGINT), uncommitted.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayError
+from ray.train import UserCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
@@ -25,29 +27,47 @@ T = TypeVar("T")
 
 
 class Flag:
-    """An actor: the signal that came, 0 as long as none has."""
+    """An actor: the signal that comes."""
 
     def __init__(self) -> None:
-        self._number, self._is_asked = 0, False
+        self._number, self._is_waited_for = 0, False
+        self._has_come = asyncio.Event()
 
-    def put(self, number: int) -> bool:
-        """Whether ranks have begun to ask."""
+    async def put(self, number: int) -> bool:
+        """Whether ranks are there who wait for it."""
         self._number = self._number or number
-        return self._is_asked
+        self._has_come.set()
+        return self._is_waited_for
 
-    def get(self) -> int:
-        self._is_asked = True
+    async def get(self) -> int:
+        """The signal, once it has come: a rank has the answer at its next step's end."""
+        self._is_waited_for = True
+        await self._has_come.wait()
         return self._number
+
+    async def forget(self) -> None:
+        """The ranks are gone; others may come."""
+        self._is_waited_for = False
+
+
+class Forgetting(UserCallback):
+    """Tells a flag that ranks were lost, so that a signal ends a run that waits for room."""
+
+    def __init__(self, flag: Any) -> None:
+        self._flag = flag
+
+    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
+        self._flag.forget.remote()
 
 
 class Stop:
     """Takes this program's signals from here on.
 
-    The first one stops the run after its step; before its first step, and a second time, later, it
-    ends the program at once.
+    The first one stops the run after its step; where no ranks are there, before a first step or
+    while Ray waits for room, and a second time, later, it ends the program at once.
 
     Attributes:
-        flag: what rank 0 asks, for `ray.get(flag.get.remote())`.
+        flag: what rank 0 waits for, with `flag.get.remote()`.
     """
 
     def __init__(self) -> None:

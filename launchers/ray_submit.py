@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from dlora.config import Config, UsageError, option, parse
+from dlora.errors import TransientError
 from dlora.train import exit_with
 from launchers.ray_train import Workers, check_options, place_of
 from launchers.words import names_of, word, words_of
@@ -85,7 +86,9 @@ def main(argv: list[str]) -> int:
                 "env_vars": STOP_VARIABLES | wanted.env,
             },
         )
-    except (RuntimeError, ValueError, ConnectionError) as error:
+    except ConnectionError as error:
+        raise TransientError(f"the job was not taken: {first_line(error)}") from None
+    except (RuntimeError, ValueError) as error:
         raise UsageError(f"the job was not taken: {first_line(error)}") from None
     print(f"submitted {job} to {wanted.address}", flush=True)
     return 0 if wanted.no_wait else Following(client, job, wanted.address).status()
@@ -141,7 +144,9 @@ def files_of(root: Path, key: str, path: str) -> Iterator[str]:
     """
     if not path or Path(path).is_absolute() or "://" in path:
         return
-    if Path(os.path.normpath(path)).parts[0] == "..":  # links may lead out: Ray packs their targets
+    if Path(os.path.normpath(path)).parts[:1] == (
+        "..",
+    ):  # links may lead out: Ray packs their targets
         raise UsageError(f"{key}: {path} does not lie in the working directory {root}")
     try:
         matches = sorted(root.glob(path))
@@ -156,7 +161,8 @@ def connect(wanted: Submission) -> Any:
     """A client of the cluster.
 
     Raises:
-        UsageError: there is no token, it is the wrong one, or nobody answers.
+        UsageError: there is no token, or it is the wrong one.
+        TransientError: nobody answers.
     """
     if not wanted.no_auth and not has_token():
         raise UsageError(
@@ -169,7 +175,9 @@ def connect(wanted: Submission) -> Any:
 
     try:
         return JobSubmissionClient(wanted.address)
-    except (AuthenticationError, ConnectionError, RuntimeError) as error:
+    except ConnectionError as error:
+        raise TransientError(f"address: {wanted.address}: {first_line(error)}") from None
+    except (AuthenticationError, RuntimeError) as error:
         raise UsageError(f"address: {wanted.address}: {first_line(error)}") from None
 
 
@@ -198,14 +206,17 @@ class Following:
         the cluster no longer answers."""
         from aiohttp import ClientError  # Ray's own client's
 
+        is_again = False
         while True:
             try:
+                if is_again:  # the connection was closed, or the log is not there yet
+                    time.sleep(POLL_SECONDS)
+                is_again = True
                 asyncio.run(self._follow())
                 info = self._client.get_job_info(self._job)
                 self._failing = math.inf
                 if info.status.is_terminal():
                     return self._ended(info)
-                time.sleep(POLL_SECONDS)  # the connection was closed, or the log is not there yet
             except (OSError, RuntimeError, ClientError) as error:
                 self._failing = min(self._failing, now := time.monotonic())
                 if now - self._failing >= SILENT_SECONDS:
@@ -216,7 +227,6 @@ class Following:
                         flush=True,
                     )
                     return 1
-                time.sleep(POLL_SECONDS)
             except KeyboardInterrupt:
                 if not self.ask():
                     return 130

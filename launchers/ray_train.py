@@ -89,7 +89,8 @@ def main(argv: list[str]) -> int:
     directory = Path.cwd()
     stop = ray_stop.Stop()
     try:
-        made = trainer(config, workers, place, directory, stop=stop.flag)
+        forgetting = [ray_stop.Forgetting(stop.flag)]
+        made = trainer(config, workers, place, directory, stop=stop.flag, callbacks=forgetting)
         verdict = stop.wait_for(made.fit).return_value
     except TrainingFailedError as error:
         reason = str(error).strip().splitlines()[-1]
@@ -176,7 +177,7 @@ def trainer(
     Args:
         directory: where relative paths start.
         stop: a handle of `ray_stop.Flag`; without one nobody stops it.
-        callbacks: Ray Train's, which are told of reports.
+        callbacks: Ray Train's, which are told of reports and of ranks that are lost.
     """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer

@@ -153,11 +153,12 @@ class Reports:
     """What Ray is told and asked while the run goes on.
 
     All of it but the stop is a barrier over Ray's ranks, so each rank has to come to the same ones
-    in the same order. One thread keeps the order of the run's steps, and the run itself waits for
-    it only at its end.
+    in the same order. One thread keeps the order of the run's steps. The run itself waits for it at
+    its end, and where it is `MOST_WAITING` of them ahead: of steps that are faster than Ray, or
+    while a checkpoint goes to its storage.
 
     Args:
-        stop: the flag that this rank asks, if it is the one that asks.
+        stop: the flag that this rank waits for, if it is the one that does.
 
     Attributes:
         has_lost_peer: whether the run ended that way.
@@ -173,15 +174,12 @@ class Reports:
         self._notice = threading.Event()  # one of them, and nobody has saved for it yet
 
     def is_stopped(self) -> bool:
-        """Whether somebody has stopped the run; asks without waiting for the answer."""
+        """Whether somebody has stopped the run. The flag answers when somebody does."""
         if self._stop is None:
             return False
         if self._asking is None:
             self._asking = self._stop.get.remote()
-        if not ray.wait([self._asking], timeout=0)[0]:
-            return False
-        answer, self._asking = ray.get(self._asking), None
-        return bool(answer)
+        return bool(ray.wait([self._asking], timeout=0)[0]) and bool(ray.get(self._asking))
 
     def is_preempted(self) -> bool:
         """Whether a node of this job was given notice since the last time; asks for the next."""

@@ -140,8 +140,8 @@ RULES = (
     ),
     Rule(
         ("launchers/",),
-        outside("train", "hooks", "config"),
-        "launchers use dlora.train with its hooks, and dlora.config",
+        outside("train", "hooks", "config", "errors"),
+        "launchers use dlora.train with its hooks, dlora.config and dlora.errors",
     ),
 )
 

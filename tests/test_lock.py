@@ -137,6 +137,43 @@ def test_an_earlier_start_of_the_same_run_passes(
         RunLock(tmp_path, beat_seconds=0.2).take(lambda _: None)
 
 
+def test_of_two_that_wait_the_second_is_told_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dead one was an earlier start of this run, and the one that has its lock now is not."""
+    path, over = elsewhere(tmp_path), threading.Event()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"run": "run of one job"}))
+    monkeypatch.setenv("DLORA_RUN_ID", "run of one job")
+
+    def take_over() -> None:
+        while not over.wait(0.1):
+            path.write_text(json.dumps({"pid": 8, "host": "third-host", "kernel": "a third"}))
+
+    other = threading.Timer(0.3, take_over)
+    other.start()
+    try:
+        with pytest.raises(UsageError, match="process 8 on third-host is running in"):
+            RunLock(tmp_path, beat_seconds=0.2, stale_seconds=20).take(lambda _: None)
+    finally:
+        over.set()
+        other.join()
+
+
+def test_a_directory_that_is_gone_is_not_how_a_run_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = RunLock(tmp_path)
+    lock.take(print)
+
+    def gone(descriptor: int, length: int) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr("os.ftruncate", gone)
+    lock.release()
+    monkeypatch.undo()
+    RunLock(tmp_path).take(print)  # it was let go all the same
+
+
 @pytest.mark.parametrize("lives", [True, False])
 def test_where_files_have_no_locks_the_heartbeat_tells(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holder: Any, lives: bool

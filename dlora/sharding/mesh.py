@@ -99,8 +99,8 @@ def resolve_placement(
     """Turn the two settings into group sizes.
 
     Raises:
-        UsageError: `base` is unknown, nodes hold unequal numbers of ranks where that matters, or
-            there is nothing to offload.
+        UsageError: `base` is unknown, no number of ranks divides those of every node where that
+            matters, or there is nothing to offload.
     """
     if base not in BASES:
         raise UsageError(f"sharding.base: {base!r} is none of {', '.join(BASES)}")
@@ -108,7 +108,9 @@ def resolve_placement(
         found = f"{topology.world} ranks do not divide into nodes of {topology.ranks_per_node}"
         if topology.largest > 1:
             found = f"one has {topology.largest}, and others a number with nothing in common"
-        raise UsageError(f"sharding.base: node needs equally many ranks on every node, but {found}")
+        raise UsageError(
+            f"sharding.base: node needs a number that divides the ranks of every node, but {found}"
+        )
     sizes = {"none": 1, "node": topology.ranks_per_node, "world": topology.world}
     size = sizes[base]
     if offload and size == 1:

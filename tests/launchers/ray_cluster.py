@@ -107,9 +107,12 @@ class Cluster:
 
     def run(self, module: str, *words: str, **changes: Any) -> subprocess.CompletedProcess[str]:
         """A program of dlora's as a user of this cluster starts it."""
+        return self.python("-m", module, *words, **changes)
+
+    def python(self, *words: str, **changes: Any) -> subprocess.CompletedProcess[str]:
         environment = {k: str(v) for k, v in (self.environment | changes).items() if v is not None}
         return subprocess.run(
-            [sys.executable, "-m", module, *words],
+            [sys.executable, *words],
             cwd=ROOT,
             env=environment,
             text=True,

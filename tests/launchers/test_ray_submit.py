@@ -19,6 +19,7 @@ from tiny import save_chats, save_model
 
 from dlora import checkpoint as checkpoints
 from dlora.config import UsageError
+from dlora.errors import TransientError
 from launchers import ray_submit
 from launchers.ray_submit import Following, forwarded, main
 
@@ -169,6 +170,7 @@ def test_what_is_forwarded(place: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (["--data.train", "mine/a.jsonl"], "data.train: mine/a.jsonl is left out of what"),
         (["--data.train", "../chats.jsonl"], "data.train: ../chats.jsonl does not lie in the"),
         (["--data.train", "a**.jsonl"], "data.train: a**.jsonl: Invalid pattern"),
+        (["--model.path", "./"], "model.path: ./: Unacceptable pattern"),
         (["--storage", "runs"], "storage: runs lies in the job's working directory, which goes"),
         (["--output.resume", "none"], "output.resume: Ray starts lost ranks again"),
         (["--resources", '{"GPU": 1}'], "resources: GPU needs --use-gpu"),
@@ -192,6 +194,17 @@ def test_mistakes_cost_no_submission(
         storage = [] if "--storage" in more else ["--storage", "/stored"]
         main(["--address", "http://127.0.0.1:9", "--config", "run.json", *storage, *more])
     assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_cluster_that_does_not_answer_may_do_so_later(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Status 1, which is tried again."""
+    monkeypatch.chdir(place / "packed")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "f" * 32)
+    words = ["--address", "http://127.0.0.1:9", "--config", "run.json", "--storage", "/stored"]
+    with pytest.raises(TransientError, match=r"^address: http://127\.0\.0\.1:9: [^\n]+$"):
+        main(words)
 
 
 def test_a_configuration_elsewhere_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,6 +284,21 @@ def test_a_log_that_breaks_off_is_followed_on(capsys: pytest.CaptureFixture[str]
     client = Answers("one\n", ConnectionError("gone"), "one\ntwo\n", "one\ntwo\nthree\n")
     assert Following(client, "job", "http://head:8265").status() == 2
     assert capsys.readouterr().out == "one\ntwo\nthree\njob: failed\n"
+
+
+def test_ctrl_c_counts_while_the_cluster_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Most of the time it is waited for then."""
+
+    def pressed(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ray_submit.time, "sleep", pressed)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    client = Answers(ConnectionError("gone"), "never")
+    assert Following(client, "job", "http://head:8265").status() == 130
+    assert "job goes on without this program; ray job logs" in capsys.readouterr().out
 
 
 def test_a_cluster_that_is_gone_is_no_mistake_of_the_user_s(

@@ -156,6 +156,38 @@ def test_a_run_that_waits_for_room_is_stopped_at_once(
     assert starts_in(log.read_text()) == 0
 
 
+SIGNALLED = """
+import os, signal, sys, time
+import ray
+from launchers import ray_stop
+
+stop = ray_stop.Stop()
+asked = stop.flag.get.remote()
+assert ray.wait([asked], timeout=1) == ([], [asked])
+if sys.argv[1] == "lost":
+    ray_stop.Forgetting(stop.flag).after_exception(None, {0: RuntimeError("a peer was lost")})
+    ray.get(stop.flag.forget.remote())
+os.kill(os.getpid(), signal.SIGTERM)
+print("heard", ray.get(asked, timeout=30))
+"""
+
+
+@pytest.mark.parametrize(
+    ("ranks", "status", "printed"),
+    [
+        ("there", 0, "stopping after this step; once more ends it at once\nheard 15\n"),
+        ("lost", 143, ""),
+    ],
+)
+def test_a_signal_reaches_ranks_that_are_there(
+    ray: Cluster, ranks: str, status: int, printed: str
+) -> None:
+    """At once, and where Ray has lost them the program itself."""
+    made = ray.python("-c", SIGNALLED, ranks)
+    assert made.returncode == status, made.stderr
+    assert made.stdout == printed
+
+
 @pytest.mark.full  # 40 s: two starts of Ray Train
 def test_the_same_command_goes_on_after_pruning(
     ray: Cluster, configured: Configured, place: Path

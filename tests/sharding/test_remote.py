@@ -5,6 +5,7 @@ server in this process, which s3fs speaks to over HTTP as it does to Amazon's.
 """
 
 import contextlib
+import errno
 import io
 import os
 import re
@@ -255,6 +256,33 @@ def test_what_is_half_copied_is_no_checkpoint(
     for url in (store, f"file://{tmp_path}/stored/run"):
         assert pools(1).run(put_torn, directory, url) == [[]]
         assert pools(1).run(put_by_two, directory, url) == [[4]]
+
+
+def put_where_it_fails(directory: Path, url: str) -> list[str]:
+    """What is there after the place was full at the third file."""
+    store = RemoteCheckpoints(url)
+    put_file, files = store._files.put_file, iter(range(3))
+
+    def until_full(*paths: str) -> None:
+        if next(files) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        put_file(*paths)
+
+    store._files.put_file = until_full
+    try:
+        store.put(directory)
+    except OSError as error:
+        assert error.errno == errno.ENOSPC
+    finally:
+        del store._files.put_file
+    return sorted(stored(url))
+
+
+def test_of_a_copy_that_fails_nothing_stays(pools: Pools, command: Any, tmp_path: Path) -> None:
+    """It would take the room of the next, and of what is saved on the same disk."""
+    pools(1).run(train, command(tmp_path / "run", None))
+    directory = tmp_path / "run" / "checkpoints" / "step-000004"
+    assert pools(1).run(put_where_it_fails, directory, f"file://{tmp_path}/stored/run") == [[]]
 
 
 def put_again(directory: Path, url: str) -> list[str]:
