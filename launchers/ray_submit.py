@@ -144,9 +144,10 @@ def files_of(root: Path, key: str, path: str) -> Iterator[str]:
     """
     if not path or Path(path).is_absolute() or "://" in path:
         return
-    if Path(os.path.normpath(path)).parts[:1] == (
-        "..",
-    ):  # links may lead out: Ray packs their targets
+    steps = Path(os.path.normpath(path)).parts
+    if not steps:
+        return  # the directory itself, of which some things are left out for good
+    if steps[0] == "..":  # links may lead out: Ray packs their targets
         raise UsageError(f"{key}: {path} does not lie in the working directory {root}")
     try:
         matches = sorted(root.glob(path))
