@@ -1,5 +1,6 @@
 """Two runs do not share a directory, and a dead one does not keep it."""
 
+import contextlib
 import errno
 import json
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,24 @@ def elsewhere(directory: Path, host: str = "other-host") -> Path:
     return path
 
 
+@contextlib.contextmanager
+def repeated(work: Callable[[], object]) -> Iterator[None]:
+    """Ten times a second, as another host would beat."""
+    over = threading.Event()
+
+    def run() -> None:
+        while not over.wait(0.1):
+            work()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 def test_another_host_s_lock_is_taken_over_when_it_gives_no_sign_of_life(tmp_path: Path) -> None:
     elsewhere(tmp_path)
     said: list[str] = []
@@ -106,20 +126,9 @@ def test_a_lock_that_its_server_keeps_is_refused_with_its_file(tmp_path: Path, h
 
 def test_another_host_s_lock_holds_while_it_beats(tmp_path: Path) -> None:
     path = elsewhere(tmp_path)
-    over = threading.Event()
-
-    def beat() -> None:
-        while not over.wait(0.1):
-            os.utime(path)
-
-    beating = threading.Thread(target=beat)
-    beating.start()
-    try:
-        with pytest.raises(UsageError, match="process 7 on other-host is running in"):
-            RunLock(tmp_path, beat_seconds=0.2, stale_seconds=20).take(lambda _: None)
-    finally:
-        over.set()
-        beating.join()
+    refused = pytest.raises(UsageError, match="process 7 on other-host is running in")
+    with repeated(lambda: os.utime(path)), refused:
+        RunLock(tmp_path, beat_seconds=0.2, stale_seconds=20).take(lambda _: None)
 
 
 def test_an_earlier_start_of_the_same_run_passes(
@@ -141,22 +150,15 @@ def test_of_two_that_wait_the_second_is_told_of_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The dead one was an earlier start of this run, and the one that has its lock now is not."""
-    path, over = elsewhere(tmp_path), threading.Event()
+    path = elsewhere(tmp_path)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"run": "run of one job"}))
     monkeypatch.setenv("DLORA_RUN_ID", "run of one job")
-
-    def take_over() -> None:
-        while not over.wait(0.1):
-            path.write_text(json.dumps({"pid": 8, "host": "third-host", "kernel": "a third"}))
-
-    other = threading.Timer(0.3, take_over)
-    other.start()
-    try:
-        with pytest.raises(UsageError, match="process 8 on third-host is running in"):
-            RunLock(tmp_path, beat_seconds=0.2, stale_seconds=20).take(lambda _: None)
-    finally:
-        over.set()
-        other.join()
+    first = json.dumps({"pid": 8, "host": "third-host", "kernel": "a third"})
+    said: list[str] = []
+    refused = pytest.raises(UsageError, match="process 8 on third-host is running in")
+    with repeated(lambda: said and path.write_text(first)), refused:  # once this one waits
+        RunLock(tmp_path, beat_seconds=0.2, stale_seconds=20).take(said.append)
+    assert "process 7 on other-host was running here" in said[0]
 
 
 def test_a_directory_that_is_gone_is_not_how_a_run_ends(

@@ -259,7 +259,6 @@ def test_a_lost_node_leaves_a_smaller_run(
 SHARDED = {"sharding__base": "node", "train__max_steps": 4}
 
 
-@pytest.mark.full  # 45 s: eight processes; that dlora knows Ray's nodes is seen in the first test
 def test_shard_groups_follow_ray_s_nodes(ray: Cluster, configured: Configured, place: Path) -> None:
     """Two ranks on each of two nodes send what two nodes' would under torchrun."""
     wanted = configured("nodes", sharding__ranks_per_node=2, **SHARDED)

@@ -47,6 +47,7 @@ def logged(argv: list[str]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("engine", "base", "world", "per_node", "state"),
     [
+        # 5 s: where W0 is whole, less is sent than below, and of the scores the same
         pytest.param("fsdp2", "none", 3, 3, "replicated", marks=pytest.mark.full),
         ("fsdp2", "node", 4, 2, "replicated"),
         ("zero3", "world", 2, 2, "replicated"),

@@ -83,6 +83,7 @@ def one_process(pools: Pools, command: Any, tmp_path_factory: pytest.TempPathFac
 @pytest.mark.parametrize(
     ("world", "per_node", "base", "optimizer"),
     [
+        # 2 and 4 s: nothing is divided on one rank, and the tests of resuming have two
         pytest.param(1, 1, "none", "adamw", marks=pytest.mark.full),
         pytest.param(2, 2, "world", "adamw", marks=pytest.mark.full),
         (3, 2, "none", "adamw"),

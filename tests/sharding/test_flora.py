@@ -68,6 +68,7 @@ def own_loop(method: str, engine: str, out: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("method", "engine", "world"),
     [
+        # 2 to 10 s each: each method and each engine is in the other two
         pytest.param("lora", "fsdp2", 2, marks=pytest.mark.full),
         ("lora", "zero3", 2),
         ("flora", "fsdp2", 3),

@@ -127,6 +127,7 @@ def whole(command: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     ("engine", "method", "victim", "how"),
     [
         ("fsdp2", "lora", 0, ends_after_a_step),
+        # 2 s: the other engine's, with what the two before it have
         pytest.param("fsdp2", "lora", 1, ends_in_a_forward, marks=pytest.mark.full),
         ("fsdp2", "adalora", 0, ends_in_a_forward),
         ("zero3", "lora", 1, ends_in_a_forward),

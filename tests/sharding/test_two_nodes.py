@@ -45,6 +45,7 @@ def alone(
     return figures(directory)
 
 
+# 11 s: alone on its node, a rank has no W0 to share
 @pytest.mark.parametrize("ranks_per_node", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_between_nodes_only_gradients_travel(
     settings: dict[str, Any], alone: list[dict[str, Any]], tmp_path: Path, ranks_per_node: int
