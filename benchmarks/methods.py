@@ -21,7 +21,7 @@ from typing import Any
 
 from runs import ROOT, held_out, options, rows_of, train
 
-from dlora.tensor_files import stored_tensors
+from dlora.io.safetensors import stored_tensors
 
 BLOCKS = 30  # of the demo model
 LOW_LR = {"lr": 5e-4}

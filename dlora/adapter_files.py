@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from dlora.api import attach
 from dlora.errors import UsageError
-from dlora.files import inside, read_object, write_atomically
+from dlora.io.files import inside, read_object, write_atomically
+from dlora.io.safetensors import FLOATS, StoredTensor, stored_tensors
 from dlora.lora.attach import attachment_of, frozen_tensors, named_adapters
 from dlora.lora.config import LoraConfig
 from dlora.lora.hosts import host_kind
 from dlora.lora.targets import target_paths
 from dlora.peft_format import PREFIX, adalora_files, lora_files, peft_slots
 from dlora.quant.packed import is_packed
-from dlora.tensor_files import FLOATS, StoredTensor, stored_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FORMS = {"LORA": lora_files, "ADALORA": adalora_files}  # by PEFT's name

@@ -23,7 +23,8 @@ from dlora.adapter_files import CONFIG, WEIGHTS, check_numbers, read_config
 from dlora.adapter_settings import lora_config
 from dlora.config import load
 from dlora.errors import UsageError
-from dlora.files import inside, read_object
+from dlora.io.files import inside, read_object
+from dlora.io.safetensors import FLOATS, StoredTensor, stored_tensors
 from dlora.lora.attach import (
     adapter_tensors,
     attach,
@@ -37,7 +38,6 @@ from dlora.lora.variants import LoraAdapter
 from dlora.peft_format import PREFIX, peft_names, peft_slots
 from dlora.rank_allocator import keep_triplets
 from dlora.start import saved_lora
-from dlora.tensor_files import FLOATS, StoredTensor, stored_tensors
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dlora.base_model import BaseModel
+from dlora.io.safetensors import StoredTensor, stored_tensors
 from dlora.stored_base import are_at_hand, weight_files
-from dlora.tensor_files import StoredTensor, stored_tensors
 
 SAMPLED_TENSORS = 64
 SAMPLED_BYTES = 4096  # of each, in the middle

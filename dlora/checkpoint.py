@@ -36,7 +36,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dlora.errors import UsageError
-from dlora.files import clear, inside, read_object, sync, unused_name, write_atomically
+from dlora.io.files import clear, inside, read_object, sync, unused_name, write_atomically
 
 FORMAT = 2  # 1 had no hash of the manifest
 FILES = {"adapter.safetensors", "optimizer.safetensors", "state.json", "config.yaml"}

@@ -17,14 +17,14 @@ from dlora.adapter_files import WEIGHTS, check_numbers, check_shapes
 from dlora.config import Config
 from dlora.data import Dataset
 from dlora.errors import UsageError
-from dlora.files import inside
+from dlora.io.files import inside
+from dlora.io.safetensors import stored_tensors
 from dlora.lora.attach import attachment_of, named_adapters
 from dlora.lora.hosts import HostMixin
 from dlora.objectives.targets import model_parts
 from dlora.peft_format import PREFIX, peft_slots
 from dlora.sharding.mesh import Topology, resolve_placement
 from dlora.start import output_directory, stop_file
-from dlora.tensor_files import stored_tensors
 
 
 def check_output(config: Config) -> None:

@@ -27,8 +27,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from dlora.errors import UsageError
-from dlora.files import sync
 from dlora.gguf_tensors import GgufSource, open_gguf, some
+from dlora.io.files import sync
 from dlora.memory import trim
 
 FORMAT = 1  # raise it when what is written here changes, so that old directories are left alone

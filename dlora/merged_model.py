@@ -25,12 +25,7 @@ from transformers import PreTrainedModel
 
 from dlora.adapter_source import AdapterSource
 from dlora.errors import UsageError
-from dlora.lora.attach import named_adapters, named_copies
-from dlora.lora.hosts import CHILD
-from dlora.lora.merge import change_of, merged_weight
-from dlora.progress import CopyDisplay
-from dlora.stored_base import INDEX, StoredBase
-from dlora.tensor_files import (
+from dlora.io.safetensors import (
     BLOCK_BYTES,
     FLOATS,
     NewTensor,
@@ -38,6 +33,11 @@ from dlora.tensor_files import (
     new_float_tensor,
     write_tensors,
 )
+from dlora.lora.attach import named_adapters, named_copies
+from dlora.lora.hosts import CHILD
+from dlora.lora.merge import change_of, merged_weight
+from dlora.progress import CopyDisplay
+from dlora.stored_base import INDEX, StoredBase
 
 SHARD_BYTES = 256 * 10**6
 # Per parameter: reads W0 as it is stored, yields the new value in a dtype, rows by rows.

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dlora.files import write_atomically
+from dlora.io.files import write_atomically
 
 
 class MetricsLog:

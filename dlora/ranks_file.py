@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dlora.files import write_atomically
+from dlora.io.files import write_atomically
 from dlora.rank_allocator import RankAllocator
 
 RANKS, PICTURE = "ranks.json", "ranks.png"

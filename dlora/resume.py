@@ -19,7 +19,7 @@ from dlora.capture import restore
 from dlora.checkpoint import Checkpoint
 from dlora.config import Config, dump_yaml
 from dlora.errors import UsageError
-from dlora.files import unused_name, write_atomically
+from dlora.io.files import unused_name, write_atomically
 from dlora.metrics import MetricsLog
 from dlora.prepare import Preparation
 from dlora.ranks_file import PICTURE, RANKS

@@ -16,12 +16,12 @@ from dlora.config import SCHEMA, Config
 from dlora.config_yaml import parse_yaml
 from dlora.data import Sampler
 from dlora.errors import UsageError
-from dlora.files import read_object
+from dlora.io.files import read_object
+from dlora.io.safetensors import stored_tensors
 from dlora.lora.config import LoraConfig
 from dlora.lora.hosts import CHILD
 from dlora.lora.variants import VARIANTS
 from dlora.remote import remote_of
-from dlora.tensor_files import stored_tensors
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from dlora.base_model import BaseModel
 from dlora.errors import UsageError
-from dlora.files import plain_name, read_object
-from dlora.tensor_files import FLOATS, StoredTensor, stored_tensors
+from dlora.io.files import plain_name, read_object
+from dlora.io.safetensors import FLOATS, StoredTensor, stored_tensors
 
 INDEX = "model.safetensors.index.json"
 # What a model directory holds beside weights: settings, tokenizer, templates, code, licence.

@@ -24,8 +24,8 @@ from transformers.core_model_loading import Concatenate, MergeModulelist
 
 from dlora.base_model import BaseModel
 from dlora.errors import UsageError
+from dlora.io.safetensors import FLOATS, StoredTensor, stored_tensors
 from dlora.stored_base import Source, sources_of_parameters, weight_files
-from dlora.tensor_files import FLOATS, StoredTensor, stored_tensors
 
 BLOCK_NUMEL = 1 << 22  # elements read at a time
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dlora.files import write_atomically
+from dlora.io.files import write_atomically
 
 BAD_STEPS_IN_A_ROW = 3
 STEPS_TO_BE_USED_IN = 10

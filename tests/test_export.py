@@ -152,7 +152,7 @@ def test_large_tensors_pass_in_blocks_and_shards(bases, tmp_path, monkeypatch):
     save_adapter(attach_random(loaded(base), config), tmp_path / "adapter")
     argv = ["--adapter", str(tmp_path / "adapter"), "--base", str(base), "--merge", "--to"]
     main([*argv, str(tmp_path / "whole")])
-    monkeypatch.setattr("dlora.tensor_files.BLOCK_BYTES", 300)
+    monkeypatch.setattr("dlora.io.safetensors.BLOCK_BYTES", 300)
     monkeypatch.setattr("dlora.merged_model.BLOCK_BYTES", 300)
     monkeypatch.setattr("dlora.merged_model.SHARD_BYTES", 15_000)
     main([*argv, str(tmp_path / "blocks")])

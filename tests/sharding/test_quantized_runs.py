@@ -20,7 +20,7 @@ from tiny import save_chats
 
 from dlora.checkpoint import read
 from dlora.export import main as export
-from dlora.tensor_files import stored_tensors
+from dlora.io.safetensors import stored_tensors
 
 STEPS = 3
 
