@@ -66,8 +66,8 @@ def launched(script: list[str]) -> subprocess.Popen[bytes]:
 
 def worker(config: Path, into: Path) -> None:
     """One rank of the run whose saves are timed."""
-    from dlora.exits import exit_with
     from dlora.keeping import Keeper
+    from dlora.runtime.exit_status import exit_with
     from dlora.train import main as train
 
     seconds: dict[str, list[float]] = {"save": [], "keep": []}

@@ -12,7 +12,7 @@ from network import sent_bytes
 from rows import Row
 from torch import nn
 
-from dlora.memory import private_bytes, trim
+from dlora.runtime.memory import private_bytes, trim
 
 
 def alternate(

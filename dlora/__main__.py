@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from dlora.exits import exit_with
+from dlora.runtime.exit_status import exit_with
 
 COMMANDS = {
     "train": "train adapters; what `torchrun -m dlora.train` runs",

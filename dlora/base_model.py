@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dlora.errors import UsageError
-from dlora.memory import trim
 from dlora.quantization import Quantized, quantize_as_set
+from dlora.runtime.memory import trim
 from dlora.sharding.engine import Engine
 from dlora.sharding.mesh import Placement
 from dlora.sharding.storage import dropping_mapped_pages, own_storage

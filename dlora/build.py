@@ -17,13 +17,13 @@ from dlora.data.collate import Batch, collate
 from dlora.gradient_estimate import PASSES, GradientEstimate
 from dlora.lora.attach import attachment_of
 from dlora.lora.init import INITS
-from dlora.memory import trim_before
 from dlora.objectives import targets
 from dlora.optim.eight_bit import adamw8bit
 from dlora.optim.lora_pro import LoraPro
 from dlora.prepare import Preparation
 from dlora.residual import Residuals
-from dlora.runtime import Runtime
+from dlora.runtime.memory import trim_before
+from dlora.runtime.ranks import Runtime
 from dlora.sharding.engine import build_engine
 
 

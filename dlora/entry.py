@@ -14,7 +14,7 @@ from dlora.errors import UsageError
 from dlora.plan.capacity import free_bytes
 from dlora.prepare import Preparation, Surroundings, prepare
 from dlora.quant.kernel import bitsandbytes_kernel
-from dlora.runtime import Runtime
+from dlora.runtime.ranks import Runtime
 from dlora.sharding.mesh import Topology
 from dlora.start import Start, find_start
 

@@ -16,11 +16,11 @@ from dlora.adapter_source import AdapterSource, open_adapter
 from dlora.base_model import DTYPES, BaseModel
 from dlora.command_line import OneLineParser, chosen_base, naming_base
 from dlora.errors import UsageError
-from dlora.exits import exit_with
 from dlora.io.files import new_directory
 from dlora.lora.merge import rounding_line
 from dlora.merged_model import MergedModel
 from dlora.progress import CopyDisplay
+from dlora.runtime.exit_status import exit_with
 from dlora.stored_base import StoredBase
 
 

@@ -16,7 +16,7 @@ from dlora.base_model import DTYPES, BaseModel
 from dlora.command_line import OneLineParser, chosen_base, naming_base
 from dlora.errors import UsageError
 from dlora.evaluation import inference
-from dlora.exits import exit_with
+from dlora.runtime.exit_status import exit_with
 from dlora.sharding.engine import build_engine
 from dlora.sharding.mesh import Topology, resolve_placement
 

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from dlora.errors import UsageError
 from dlora.gguf_tensors import GgufSource, open_gguf, some
 from dlora.io.files import sync
-from dlora.memory import trim
+from dlora.runtime.memory import trim
 
 FORMAT = 1  # raise it when what is written here changes, so that old directories are left alone
 SHARD_BYTES = 256 * 10**6  # converted tensors held in memory before they go to a file

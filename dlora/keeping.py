@@ -31,7 +31,7 @@ from dlora.prepare import Preparation
 from dlora.ranks_file import MaskLog
 from dlora.remote import RemoteCheckpoints, remote_of
 from dlora.resume import resolved_yaml
-from dlora.runtime import Runtime
+from dlora.runtime.ranks import Runtime
 from dlora.sharding.share import ReplicaError
 from dlora.snapshot import Snapshots
 from dlora.start import output_directory, state_at

@@ -16,7 +16,7 @@ from datetime import timedelta
 from typing import Any, NoReturn
 
 from dlora.errors import TransientError, UsageError
-from dlora.exits import exit_with
+from dlora.runtime.exit_status import exit_with
 
 TRAINING_OPTIONS = ("--config", "--check", "--print_config")
 GRACE_SECONDS = 120  # between a stop signal and the kill: time to finish a step and commit

@@ -24,7 +24,7 @@ from dlora.metrics import MetricsLog
 from dlora.prepare import Preparation
 from dlora.ranks_file import PICTURE, RANKS
 from dlora.remote import remote_of
-from dlora.runtime import Runtime
+from dlora.runtime.ranks import Runtime
 from dlora.start import output_directory
 
 

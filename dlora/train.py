@@ -19,13 +19,10 @@ from dlora.data import batch_hash, deal
 from dlora.data.collate import Batch, collate
 from dlora.entry import enter, import_late_ones, prepared
 from dlora.evaluation import held_out_loss, sample_answers
-from dlora.exits import exit_with
 from dlora.hooks import NO_HOOKS, Hooks
 from dlora.keeping import RESUMES, Keeper
-from dlora.lock import locked
 from dlora.lora.attach import attachment_of
 from dlora.lora.dropout import SampleKeys, seed_of
-from dlora.memory import MemoryMeter, trim, without_holes
 from dlora.metrics import SilentLog, held_out_line
 from dlora.optim.schedule import lr_factor, set_lr
 from dlora.plan.measured import measure
@@ -33,9 +30,12 @@ from dlora.plan.report import comparison, lines_of
 from dlora.prepare import Preparation
 from dlora.progress import StepDisplay
 from dlora.resume import open_directory, resume
-from dlora.runtime import Runtime
+from dlora.runtime.exit_status import exit_with
+from dlora.runtime.memory import MemoryMeter, trim, without_holes
+from dlora.runtime.ranks import Runtime
+from dlora.runtime.run_lock import locked
+from dlora.runtime.stop_signals import StopRequest, exit_status
 from dlora.start import output_directory, stop_file
-from dlora.stopping import StopRequest, exit_status
 from dlora.watch import FiniteWatch, HangWatch, UnusedWatch, is_finite
 
 TRIM_EVERY = 10  # optimizer steps between two returns of freed host memory

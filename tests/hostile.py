@@ -14,7 +14,7 @@ from dlora import export, generate, load_adapter
 from dlora.config import parse
 from dlora.entry import prepared
 from dlora.errors import UsageError
-from dlora.runtime import Runtime
+from dlora.runtime.ranks import Runtime
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from dlora import LoraConfig, attach, save_adapter
 from dlora.base_model import BaseModel
-from dlora.exits import exit_with
+from dlora.runtime.exit_status import exit_with
 from dlora.train import main
 
 ADALORA = {"adapter__method": "adalora", "adapter__r": None, "train__max_steps": 10}

@@ -148,7 +148,7 @@ from tiny import command
 from dlora.config import parse
 from dlora.entry import prepared
 from dlora.errors import UsageError
-from dlora.runtime import Runtime
+from dlora.runtime.ranks import Runtime
 from pathlib import Path
 
 for name in ("whole", "damaged", "away"):

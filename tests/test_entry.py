@@ -20,8 +20,8 @@ from ranks import PRELOADED, Pools
 from tiny import command
 
 from dlora.errors import TransientError
-from dlora.exits import ToldTransientError, exit_with
-from dlora.runtime import Runtime
+from dlora.runtime.exit_status import ToldTransientError, exit_with
+from dlora.runtime.ranks import Runtime
 
 ROOT = Path(__file__).parents[1]
 LIMIT_SECONDS = 240
@@ -53,7 +53,7 @@ def one_rank(
     time.sleep(delay)
     from dlora.base_model import BaseModel
     from dlora.errors import UsageError
-    from dlora.exits import exit_with
+    from dlora.runtime.exit_status import exit_with
     from dlora.train import main
 
     def load(*_: Any) -> None:
@@ -229,7 +229,7 @@ def test_a_rank_that_does_not_come_is_named_with_its_host(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It said where it runs, prepared the run, and was gone before the process group."""
-    monkeypatch.setattr("dlora.runtime.JOINING_SECONDS", 0.5)
+    monkeypatch.setattr("dlora.runtime.ranks.JOINING_SECONDS", 0.5)
     store = dist.PrefixStore("dlora", dist.FileStore(str(tmp_path / "store"), 3))
     store.set("host/1", "node-b")
     runtime = Runtime(0, 3, torch.device("cpu"), store)

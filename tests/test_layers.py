@@ -194,7 +194,7 @@ PLANTED = {
     "torch.load": ("dlora/io/files.py", "import torch\nx = torch.load('f', weights_only=True)"),
     "from torch": ("dlora/io/files.py", "from torch import load"),
     "renamed": ("dlora/io/files.py", "import pickle as json"),
-    "objects": ("dlora/runtime.py", "dist.broadcast_object_list([])"),
+    "objects": ("dlora/runtime/ranks.py", "dist.broadcast_object_list([])"),
     "numpy": ("benchmarks/rows.py", "import numpy as np\nx = np.load('f')"),
     "from numpy": ("benchmarks/rows.py", "from numpy import load"),
     "an argument": ("benchmarks/rows.py", "x = other.load('f', allow_pickle=True)"),

@@ -17,10 +17,10 @@ import pytest
 from tiny import save_chats
 
 from dlora.errors import TransientError, UsageError
-from dlora.lock import NAME, RunLock
+from dlora.runtime.run_lock import NAME, RunLock
 
 HOLDER = (
-    "import sys, time; from pathlib import Path; from dlora.lock import RunLock\n"
+    "import sys, time; from pathlib import Path; from dlora.runtime.run_lock import RunLock\n"
     "RunLock(Path(sys.argv[1])).take(print); print('held', flush=True); time.sleep(60)\n"
 )
 

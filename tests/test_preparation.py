@@ -17,7 +17,7 @@ from dlora.config import parse
 from dlora.entry import prepared
 from dlora.errors import UsageError
 from dlora.prepare import Preparation
-from dlora.runtime import Runtime
+from dlora.runtime.ranks import Runtime
 
 
 def preparation(argv: list[str]) -> Preparation:

@@ -6,8 +6,8 @@ import time
 import pytest
 import torch.distributed as dist
 
-from dlora import told
-from dlora.memory import MemoryMeter
+from dlora.runtime import failure as told
+from dlora.runtime.memory import MemoryMeter
 
 
 def test_a_key_that_does_not_come_is_waited_for_once() -> None:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dlora.errors import UsageError
-from dlora.memory import trim
+from dlora.runtime.memory import trim
 
 BLOCK_BYTES = 1 << 20
 FLOATS = {

@@ -1,6 +1,6 @@
 """`python -m dlora.plan`."""
 
-from dlora.exits import exit_with
 from dlora.plan import main
+from dlora.runtime.exit_status import exit_with
 
 exit_with(main)

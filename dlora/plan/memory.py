@@ -17,12 +17,12 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from dlora.memory import HOLES
 from dlora.plan.activations import Trace
 from dlora.plan.scores import is_triplet_factor
 from dlora.plan.state import share_of, state_of
 from dlora.plan.units import Unit
 from dlora.plan.workload import Workload
+from dlora.runtime.memory import HOLES
 from dlora.sharding.mesh import Placement, Topology
 
 # What a process takes that no tensor here accounts for. CPU: the interpreter's growth, gloo's

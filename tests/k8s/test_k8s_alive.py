@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from k8s_manifests import K8S
 
-from dlora.lock import RunLock
+from dlora.runtime.run_lock import RunLock
 
 SCRIPT = K8S / "alive.py"
 spec = importlib.util.spec_from_file_location("alive", SCRIPT)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from network import resent_bytes, sent_bytes
 from run_training import command_line, prepared_run
 
-from dlora.runtime import Runtime
+from dlora.runtime.ranks import Runtime
 from dlora.sharding.share import WholeShare
 
 BASES = ("node", "world")

@@ -15,9 +15,9 @@ from dlora.capture import capture
 from dlora.config import parse
 from dlora.entry import import_late_ones, prepared
 from dlora.hooks import NO_HOOKS, Hooks
-from dlora.memory import MemoryMeter
 from dlora.metrics import read_metrics
-from dlora.runtime import Runtime
+from dlora.runtime.memory import MemoryMeter
+from dlora.runtime.ranks import Runtime
 from dlora.train import Run
 
 BASE_SETTINGS = {

@@ -17,7 +17,7 @@ from tiny import save_chats
 from dlora.config import parse
 from dlora.entry import prepared
 from dlora.errors import UsageError
-from dlora.runtime import Runtime
+from dlora.runtime.ranks import Runtime
 from dlora.train import main
 
 # 14 steps: 3 of warm-up, masks after 4, 6, 8 and 10, 4 steps on what is left; saved at each.

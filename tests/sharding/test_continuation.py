@@ -18,7 +18,7 @@ from dlora.config import parse
 from dlora.continuation import FREE_KEYS, FREE_SECTIONS
 from dlora.entry import prepared
 from dlora.errors import UsageError
-from dlora.runtime import Runtime
+from dlora.runtime.ranks import Runtime
 
 STEPS = 4
 

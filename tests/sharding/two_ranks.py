@@ -26,7 +26,7 @@ def one_rank(rank: int, port: int, argv: list[str], printed: str, meddle: Any) -
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
     )  # fmt: skip
     torch.set_num_threads(1)
-    from dlora.exits import exit_with
+    from dlora.runtime.exit_status import exit_with
     from dlora.train import main
 
     if meddle is not None:

@@ -28,7 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dlora.errors import TransientError, UsageError
-from dlora.runtime import Runtime
+from dlora.runtime.ranks import Runtime
 
 NAME = ".lock"
 BEAT_SECONDS = 5.0

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dlora import told
 from dlora.errors import TransientError, UsageError
-from dlora.exits import ToldError, ToldTransientError, as_told, print_error
+from dlora.runtime import failure as told
+from dlora.runtime.exit_status import ToldError, ToldTransientError, as_told, print_error
 
 PARTING_SECONDS = 10.0  # that rank 0 waits for the others to read what it is about to take along
 JOINING_SECONDS = 120.0  # in which all ranks have to come, and then to reach each other
