@@ -19,7 +19,7 @@ from dlora.errors import UsageError
 from dlora.io.files import new_directory
 from dlora.lora.merge import rounding_line
 from dlora.merged_model import MergedModel
-from dlora.progress import CopyDisplay
+from dlora.metrics.progress import CopyDisplay
 from dlora.runtime.exit_status import exit_with
 from dlora.stored_base import StoredBase
 

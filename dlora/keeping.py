@@ -26,7 +26,7 @@ from dlora.checkpoint import Checkpoint
 from dlora.config import Config
 from dlora.errors import UsageError
 from dlora.hooks import NO_HOOKS, Committed, Hooks, Saved, nothing
-from dlora.metrics import complete
+from dlora.metrics.log import complete
 from dlora.prepare import Preparation
 from dlora.ranks_file import MaskLog
 from dlora.remote import RemoteCheckpoints, remote_of

@@ -36,7 +36,7 @@ from dlora.io.safetensors import (
 from dlora.lora.attach import named_adapters, named_copies
 from dlora.lora.hosts import CHILD
 from dlora.lora.merge import change_of, merged_weight
-from dlora.progress import CopyDisplay
+from dlora.metrics.progress import CopyDisplay
 from dlora.stored_base import INDEX, StoredBase
 
 SHARD_BYTES = 256 * 10**6

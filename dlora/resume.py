@@ -20,7 +20,7 @@ from dlora.checkpoint import Checkpoint
 from dlora.config import Config, dump_yaml
 from dlora.errors import UsageError
 from dlora.io.files import unused_name, write_atomically
-from dlora.metrics import MetricsLog
+from dlora.metrics.log import MetricsLog
 from dlora.prepare import Preparation
 from dlora.ranks_file import PICTURE, RANKS
 from dlora.remote import remote_of

@@ -23,12 +23,12 @@ from dlora.hooks import NO_HOOKS, Hooks
 from dlora.keeping import RESUMES, Keeper
 from dlora.lora.attach import attachment_of
 from dlora.lora.dropout import SampleKeys, seed_of
-from dlora.metrics import SilentLog, held_out_line
+from dlora.metrics.log import SilentLog, held_out_line
+from dlora.metrics.progress import StepDisplay
 from dlora.optim.schedule import lr_factor, set_lr
 from dlora.plan.measured import measure
 from dlora.plan.report import comparison, lines_of
 from dlora.prepare import Preparation
-from dlora.progress import StepDisplay
 from dlora.resume import open_directory, resume
 from dlora.runtime.exit_status import exit_with
 from dlora.runtime.memory import MemoryMeter, trim, without_holes

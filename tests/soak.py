@@ -18,7 +18,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "shardin
 
 from kill_trials import Trials  # noqa: E402
 
-from dlora.metrics import read_metrics  # noqa: E402
+from dlora.metrics.log import read_metrics  # noqa: E402
 
 STEPS, SAVE_EVERY, MOST = 120, 5, 6
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)

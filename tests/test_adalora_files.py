@@ -27,7 +27,7 @@ from dlora.capture import capture
 from dlora.config import AdapterConfig, Config, DataConfig, ModelConfig, OutputConfig, dump_yaml
 from dlora.export import main
 from dlora.lora.attach import named_adapters, trainable_parameters
-from dlora.metrics import MetricsLog
+from dlora.metrics.log import MetricsLog
 from dlora.sharding.engine import build_engine
 from dlora.sharding.mesh import Topology, resolve_placement
 

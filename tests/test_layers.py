@@ -186,7 +186,7 @@ PLANTED = {
     "insides of optim": ("dlora/objectives/x.py", "from dlora.optim import groups"),
     "an engine": ("dlora/checkpoint.py", "from dlora.sharding.fsdp2 import Fsdp2"),
     "a variant": ("dlora/optim/groups.py", "from dlora.lora.variants.lora import LoraAdapter"),
-    "the configuration": ("dlora/metrics.py", "from dlora.config import Config"),
+    "the configuration": ("dlora/metrics/log.py", "from dlora.config import Config"),
     "ray": ("dlora/train.py", "from ray import train"),
     "a launcher's depth": ("launchers/ray_train.py", "from dlora.sharding.mesh import Topology"),
     "pickle": ("dlora/io/files.py", "import pickle"),

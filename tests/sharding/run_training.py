@@ -15,7 +15,7 @@ from dlora.capture import capture
 from dlora.config import parse
 from dlora.entry import import_late_ones, prepared
 from dlora.hooks import NO_HOOKS, Hooks
-from dlora.metrics import read_metrics
+from dlora.metrics.log import read_metrics
 from dlora.runtime.memory import MemoryMeter
 from dlora.runtime.ranks import Runtime
 from dlora.train import Run

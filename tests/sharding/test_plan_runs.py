@@ -14,7 +14,7 @@ from run_training import command_line, figures, prepared_run
 from tiny import VOCABULARY, save_chats, tokenizer
 
 from dlora.config import parse
-from dlora.metrics import read_metrics
+from dlora.metrics.log import read_metrics
 from dlora.prepare import multiplies_bfloat16, prepare
 from dlora.sharding.mesh import Topology
 
