@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from dlora.adapter_files import read_config
-from dlora.config import Config
+from dlora.config.load import Config
 from dlora.errors import UsageError
 from dlora.lora.config import LoraConfig
 from dlora.lora.variants import VARIANTS

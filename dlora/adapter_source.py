@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dlora import checkpoint
 from dlora.adapter_files import CONFIG, WEIGHTS, check_numbers, read_config
 from dlora.adapter_settings import lora_config
-from dlora.config import load
+from dlora.config.load import load
 from dlora.errors import UsageError
 from dlora.io.files import inside, read_object
 from dlora.io.safetensors import FLOATS, StoredTensor, stored_tensors

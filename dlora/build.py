@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from dlora.adapter_files import load_adapter
 from dlora.api import TrainedReplica, attach_unstarted, replicate, start_adapters
-from dlora.config import EIGHT_BIT, Config
+from dlora.config.load import EIGHT_BIT, Config
 from dlora.data import deal
 from dlora.data.collate import Batch, collate
 from dlora.gradient_estimate import PASSES, GradientEstimate

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from dlora.adapter_files import WEIGHTS, check_numbers, check_shapes
-from dlora.config import Config
+from dlora.config.load import Config
 from dlora.data import Dataset
 from dlora.errors import UsageError
 from dlora.io.files import inside

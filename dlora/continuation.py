@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 from torch import Tensor
 
-from dlora.config import SCHEMA, Config, to_dict
+from dlora.config.load import SCHEMA, Config, to_dict
 from dlora.data import Sampler
 from dlora.errors import UsageError
 from dlora.lora.config import LoraConfig

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict
 
-from dlora.config import SCHEMA, Config, Options, parse
+from dlora.config.load import SCHEMA, Config, Options, parse
 from dlora.errors import UsageError
 from dlora.plan.capacity import free_bytes
 from dlora.prepare import Preparation, Surroundings, prepare

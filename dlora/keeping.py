@@ -23,7 +23,7 @@ from dlora import checkpoint as checkpoints
 from dlora.api import TrainedReplica
 from dlora.capture import capture
 from dlora.checkpoint import Checkpoint
-from dlora.config import Config
+from dlora.config.load import Config
 from dlora.errors import UsageError
 from dlora.hooks import NO_HOOKS, Committed, Hooks, Saved, nothing
 from dlora.metrics.log import complete

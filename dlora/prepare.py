@@ -22,7 +22,7 @@ from dlora.checks import (
     check_sequences,
     pad_token,
 )
-from dlora.config import Config
+from dlora.config.load import Config
 from dlora.continuation import check_start
 from dlora.data import Dataset, Sampler, check_source, load_examples
 from dlora.lora.attach import adapter_tensors, attach, trainable_parameters

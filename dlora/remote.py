@@ -22,7 +22,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from dlora.checkpoint import LATEST, verify
-from dlora.config import Config
+from dlora.config.load import Config
 from dlora.errors import TransientError, UsageError
 
 MANIFEST = "manifest.json"

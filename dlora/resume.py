@@ -17,7 +17,7 @@ from dlora import checkpoint as checkpoints
 from dlora.api import TrainedReplica
 from dlora.capture import restore
 from dlora.checkpoint import Checkpoint
-from dlora.config import Config, dump_yaml
+from dlora.config.load import Config, dump_yaml
 from dlora.errors import UsageError
 from dlora.io.files import unused_name, write_atomically
 from dlora.metrics.log import MetricsLog

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from dlora import checkpoint as checkpoints
-from dlora.config import SCHEMA, Config
-from dlora.config_yaml import parse_yaml
+from dlora.config.load import SCHEMA, Config
+from dlora.config.strict_yaml import parse_yaml
 from dlora.data import Sampler
 from dlora.errors import UsageError
 from dlora.io.files import read_object

@@ -14,7 +14,7 @@ import torch
 
 from dlora.adapter_files import save_adapter
 from dlora.build import build, build_optimizer
-from dlora.config import Config
+from dlora.config.load import Config
 from dlora.data import batch_hash, deal
 from dlora.data.collate import Batch, collate
 from dlora.entry import enter, import_late_ones, prepared

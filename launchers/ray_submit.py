@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dlora.config import Config, UsageError, option, parse
+from dlora.config.load import Config, UsageError, option, parse
 from dlora.errors import TransientError
 from dlora.train import exit_with
 from launchers.ray_train import Workers, check_options, place_of

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import yaml
 
-from dlora.config import SCHEMA, Config, UsageError, option, parse
+from dlora.config.load import SCHEMA, Config, UsageError, option, parse
 from dlora.train import exit_with
 from launchers.ray_train import Workers, check_options, number, placed, trainer
 from launchers.sweep_report import Trial, draw, table

@@ -23,7 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dlora.config import Config, UsageError, dump_yaml, option, parse
+from dlora.config.load import Config, UsageError, dump_yaml, option, parse
 from dlora.train import exit_with
 
 # Of the environment, what every worker gets; Ray shows it to whoever may look, so no secrets.

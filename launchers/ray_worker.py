@@ -37,7 +37,7 @@ from ray.train.backend import Backend
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig
 
-from dlora.config import UsageError
+from dlora.config.load import UsageError
 from dlora.hooks import Committed, Hooks, Saved
 from dlora.train import main
 

@@ -14,7 +14,14 @@ from transformers import AutoModelForCausalLM, GPT2Model, MistralConfig, Mixtral
 from dlora import LoraConfig, attach, checkpoint, load_adapter, save_adapter
 from dlora.adapter_settings import lora_config
 from dlora.capture import capture
-from dlora.config import AdapterConfig, Config, DataConfig, ModelConfig, OutputConfig, dump_yaml
+from dlora.config.load import (
+    AdapterConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OutputConfig,
+    dump_yaml,
+)
 from dlora.lora.attach import trainable_parameters
 from dlora.sharding.mesh import Topology
 from dlora.sharding.replica import Replica

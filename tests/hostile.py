@@ -11,7 +11,7 @@ from exported import loaded
 from tiny import command
 
 from dlora import export, generate, load_adapter
-from dlora.config import parse
+from dlora.config.load import parse
 from dlora.entry import prepared
 from dlora.errors import UsageError
 from dlora.runtime.ranks import Runtime

@@ -24,7 +24,14 @@ from dlora import (
 from dlora import save_adapter as save
 from dlora.api import replicate
 from dlora.capture import capture
-from dlora.config import AdapterConfig, Config, DataConfig, ModelConfig, OutputConfig, dump_yaml
+from dlora.config.load import (
+    AdapterConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OutputConfig,
+    dump_yaml,
+)
 from dlora.export import main
 from dlora.lora.attach import named_adapters, trainable_parameters
 from dlora.metrics.log import MetricsLog

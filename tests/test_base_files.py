@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny import MODELS, command
 
 from dlora.base_model import BaseWeights, find_base
-from dlora.config import parse
+from dlora.config.load import parse
 from dlora.errors import UsageError
 from dlora.prepare import prepare
 from dlora.sharding.mesh import Topology
@@ -145,7 +145,7 @@ HUB = """
 import sys
 import torch
 from tiny import command
-from dlora.config import parse
+from dlora.config.load import parse
 from dlora.entry import prepared
 from dlora.errors import UsageError
 from dlora.runtime.ranks import Runtime

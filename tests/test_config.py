@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dlora import config as config_module
-from dlora.config import (
+from dlora.config import load as config_module
+from dlora.config.load import (
     SCHEMA,
     SECTIONS,
     Config,
@@ -25,8 +25,8 @@ from dlora.config import (
     validate,
     value_of,
 )
-from dlora.config_checks import BUILT, INERT
-from dlora.config_options import Given, convert, option
+from dlora.config.options import Given, convert, option
+from dlora.config.validate import BUILT, INERT
 from dlora.errors import UsageError
 
 REQUIRED = "model: {path: org/base}\ndata: {train: train.jsonl}\noutput: {dir: runs/x}\n"
@@ -659,7 +659,7 @@ def test_importing_the_configuration_is_cheap():
     code = (
         "import sys, types; package = types.ModuleType('dlora'); "
         f"package.__path__ = {[str(Path(config_module.__file__).parent)]!r}; "
-        "sys.modules['dlora'] = package; import dlora.config; "
+        "sys.modules['dlora'] = package; import dlora.config.load; "
         "print({'torch', 'transformers', 'jsonargparse'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

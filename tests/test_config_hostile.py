@@ -8,7 +8,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dlora.config import SCHEMA, Config, parse
+from dlora.config.load import SCHEMA, Config, parse
 from dlora.errors import UsageError
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)

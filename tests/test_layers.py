@@ -141,7 +141,7 @@ RULES = (
     Rule(
         ("launchers/",),
         outside("train", "hooks", "config", "errors"),
-        "launchers use dlora.train with its hooks, dlora.config and dlora.errors",
+        "launchers use dlora.train with its hooks, dlora.config.load and dlora.errors",
     ),
 )
 
@@ -186,7 +186,7 @@ PLANTED = {
     "insides of optim": ("dlora/objectives/x.py", "from dlora.optim import groups"),
     "an engine": ("dlora/checkpoint.py", "from dlora.sharding.fsdp2 import Fsdp2"),
     "a variant": ("dlora/optim/groups.py", "from dlora.lora.variants.lora import LoraAdapter"),
-    "the configuration": ("dlora/metrics/log.py", "from dlora.config import Config"),
+    "the configuration": ("dlora/metrics/log.py", "from dlora.config.load import Config"),
     "ray": ("dlora/train.py", "from ray import train"),
     "a launcher's depth": ("launchers/ray_train.py", "from dlora.sharding.mesh import Topology"),
     "pickle": ("dlora/io/files.py", "import pickle"),
@@ -198,9 +198,9 @@ PLANTED = {
     "numpy": ("benchmarks/rows.py", "import numpy as np\nx = np.load('f')"),
     "from numpy": ("benchmarks/rows.py", "from numpy import load"),
     "an argument": ("benchmarks/rows.py", "x = other.load('f', allow_pickle=True)"),
-    "unsafe YAML": ("dlora/config.py", "import yaml\nx = yaml.load(text, Loader=yaml.Loader)"),
-    "a loader": ("dlora/config_yaml.py", "class L(yaml.FullLoader): pass"),
-    "eval": ("dlora/config.py", "x = eval('1')"),
+    "unsafe YAML": ("dlora/config/load.py", "import yaml\nx = yaml.load(text, Loader=yaml.Loader)"),
+    "a loader": ("dlora/config/strict_yaml.py", "class L(yaml.FullLoader): pass"),
+    "eval": ("dlora/config/load.py", "x = eval('1')"),
     "exec": ("launchers/x.py", "exec(open('f').read())"),
     "more objects": ("launchers/x.py", "from torch.distributed import all_gather_object"),
 }
@@ -215,7 +215,7 @@ HARMLESS = {
         "dlora/generate.py",
         "eval = None\nmodel.eval()\nf(eval)\ng(data.eval)",
     ),
-    "safe YAML": ("dlora/config.py", "import re, yaml\nyaml.safe_load(t)\nre.compile('a')"),
+    "safe YAML": ("dlora/config/load.py", "import re, yaml\nyaml.safe_load(t)\nre.compile('a')"),
     "words": ("dlora/lora/x.py", '"""transformers and ray are not used here"""\nray = 1'),
     "the command": ("launchers/x.py", "import ray\nfrom dlora.train import main"),
 }

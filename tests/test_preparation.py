@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from dlora import LoraConfig, attach, save_adapter
 from dlora.base_model import BaseModel
-from dlora.config import parse
+from dlora.config.load import parse
 from dlora.entry import prepared
 from dlora.errors import UsageError
 from dlora.prepare import Preparation

@@ -127,10 +127,10 @@ def test_every_command_runs(tree: Path):
 
 
 def check_syntax(command: str) -> None:
-    """torchrun understands the first part of `dlora launch`, dlora.config the rest."""
+    """torchrun understands the first part of `dlora launch`, dlora.config.load the rest."""
     from torch.distributed import run as torchrun
 
-    from dlora.config import parse
+    from dlora.config.load import parse
     from dlora.launch import split
 
     words = command.split()

@@ -20,7 +20,7 @@ from tiny import command
 from dlora import checkpoint as checkpoints
 from dlora.adapter_source import open_adapter
 from dlora.checkpoint import Checkpoint
-from dlora.config import Config, dump_yaml, parse
+from dlora.config.load import Config, dump_yaml, parse
 from dlora.data import Sampler
 from dlora.errors import UsageError
 from dlora.lora.variants.adalora import AdaLoraConfig

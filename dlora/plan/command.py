@@ -13,8 +13,8 @@ from torch import nn
 
 from dlora.adapter_settings import keyed_by, lora_config
 from dlora.base_model import DTYPES, check_experts_divide, find_base, quiet_libraries
-from dlora.config import Config, parse
-from dlora.config_options import option
+from dlora.config.load import Config, parse
+from dlora.config.options import option
 from dlora.errors import UsageError
 from dlora.lora.attach import attach, trainable_parameters
 from dlora.objectives.targets import model_parts

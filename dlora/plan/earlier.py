@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dlora.config import Config, is_set
+from dlora.config.load import Config, is_set
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from dlora.config import SCHEMA, Config, load, value_of
+from dlora.config.load import SCHEMA, Config, load, value_of
 from dlora.errors import UsageError
 from dlora.plan.subject import Plan
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from dlora.config import EIGHT_BIT, OptimizerConfig
+from dlora.config.load import EIGHT_BIT, OptimizerConfig
 from dlora.optim.eight_bit import MAP_BYTES, state_bytes
 from dlora.optim.lora_pro import Pair, pair_cost
 from dlora.sharding.mesh import Topology

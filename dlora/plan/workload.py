@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dlora.config import Config, OptimizerConfig
+from dlora.config.load import Config, OptimizerConfig
 from dlora.data.collate import PAD_TO
 from dlora.lora.importance import IMPORTANCES
 

@@ -11,7 +11,7 @@ from unittest import mock
 from k8s_image import words_of
 from k8s_manifests import Document, Pod, pods
 
-from dlora.config import Config, Options, parse
+from dlora.config.load import Config, Options, parse
 from dlora.errors import UsageError
 from dlora.launch import agent_options, split
 from launchers.ray_train import Workers

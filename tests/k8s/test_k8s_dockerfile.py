@@ -20,7 +20,7 @@ def test_an_image_runs_dlora_as_nobody_in_particular(image: Image) -> None:
 
 
 def test_an_image_has_the_model_and_the_configuration_of_the_quickstart(image: Image) -> None:
-    from dlora.config import load
+    from dlora.config.load import load
 
     config = load(image.inside("configs/quickstart.yaml"))
     assert image.inside(config.model.path).is_file()

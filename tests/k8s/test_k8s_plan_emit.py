@@ -13,7 +13,7 @@ from k8s_checks import CHECKS
 from k8s_launch import configuration
 from k8s_manifests import K8S, ROOT, Document, documents, kustomize, pods, read
 
-from dlora.config import Config
+from dlora.config.load import Config
 from dlora.errors import UsageError
 from dlora.plan.command import main
 from dlora.plan.emit import KINDS

@@ -14,7 +14,7 @@ from k8s_operators import QUEUE
 from k8s_restarts import BROKEN, LOST, STOPPED, WRONG, outcome, outcome_by_exit_code
 from k8s_values import amount
 
-from dlora.config import parse
+from dlora.config.load import parse
 from dlora.launch import GRACE_SECONDS
 from dlora.plan.command import Machines
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tiny import save_chats, save_model
 
 from dlora import checkpoint as checkpoints
-from dlora.config import UsageError
+from dlora.config.load import UsageError
 from dlora.errors import TransientError
 from launchers import ray_submit
 from launchers.ray_submit import Following, forwarded, main

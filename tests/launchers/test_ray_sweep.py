@@ -9,7 +9,7 @@ from ray_cluster import Cluster
 from run_files import tiny_run
 from tiny import save_chats
 
-from dlora.config import SCHEMA, UsageError
+from dlora.config.load import SCHEMA, UsageError
 from launchers.ray_sweep import configuration, main, read_space
 
 SPACE = {"adapter.r": [2, 4], "optimizer.lr": [1e-3, 3e-3]}

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny import save_chats, save_model
 
 from dlora import checkpoint as checkpoints
-from dlora.config import parse
+from dlora.config.load import parse
 from launchers.ray_train import Workers, placed, trainer
 
 STEPS, LIMIT_SECONDS = 60, 400

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dlora.config import parse
+from dlora.config.load import parse
 from launchers.ray_submit import EXCLUDED, Submission, check_packed, forwarded
 from launchers.ray_sweep import Sweep, read_space
 from launchers.ray_train import Workers, check_options, place_of

@@ -19,9 +19,9 @@ from transformers.pytorch_utils import Conv1D
 
 from dlora import LoraConfig, UsageError, disabled, merge, save_adapter, unmerge
 from dlora.adapter_settings import lora_config
-from dlora.config import AdapterConfig, Config, DataConfig, ModelConfig, OutputConfig
-from dlora.config_checks import BUILT
-from dlora.config_sections import InitLoraWeights
+from dlora.config.load import AdapterConfig, Config, DataConfig, ModelConfig, OutputConfig
+from dlora.config.sections import InitLoraWeights
+from dlora.config.validate import BUILT
 from dlora.lora.attach import attach, named_adapters, trainable_parameters
 from dlora.lora.init import INITS
 from dlora.lora.variants import VARIANTS

@@ -9,7 +9,7 @@ from causal_models import causal_model, token_ids
 from torch import nn
 
 from dlora import LoraConfig, attach, shard
-from dlora.config import OptimizerConfig
+from dlora.config.load import OptimizerConfig
 from dlora.optim.eight_bit import MAP_BYTES, adamw8bit, state_bytes
 from dlora.plan.state import state_of
 from dlora.sharding.mesh import Topology

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dlora.base_model import find_base
-from dlora.config import OptimizerConfig
+from dlora.config.load import OptimizerConfig
 from dlora.lora.attach import attach, trainable_parameters
 from dlora.lora.config import LoraConfig
 from dlora.plan.subject import Plan, Subject

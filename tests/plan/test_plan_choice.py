@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from test_plan_bytes import saved_config
 
-from dlora.config import parse
+from dlora.config.load import parse
 from dlora.errors import UsageError
 from dlora.plan.command import Machines, main, survey
 

@@ -6,7 +6,7 @@ import pytest
 from test_plan_bytes import block_shapes, subject
 from torch import nn
 
-from dlora.config import OptimizerConfig
+from dlora.config.load import OptimizerConfig
 from dlora.plan.choose import decide
 from dlora.plan.state import modes, state_of
 from dlora.plan.subject import Subject

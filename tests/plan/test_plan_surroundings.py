@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from dlora.config import parse
+from dlora.config.load import parse
 from dlora.plan.capacity import free_bytes
 from dlora.plan.choose import capacity_of
 from dlora.plan.earlier import Earlier, earlier_placement, settle

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dlora.capture import capture
-from dlora.config import parse
+from dlora.config.load import parse
 from dlora.entry import import_late_ones, prepared
 from dlora.hooks import NO_HOOKS, Hooks
 from dlora.metrics.log import read_metrics

@@ -14,7 +14,7 @@ from run_training import command_line, figures, relative_error, same_bits
 from safetensors.torch import load_file
 from tiny import save_chats
 
-from dlora.config import parse
+from dlora.config.load import parse
 from dlora.entry import prepared
 from dlora.errors import UsageError
 from dlora.runtime.ranks import Runtime

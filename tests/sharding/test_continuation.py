@@ -14,7 +14,7 @@ from test_resume import told
 from tiny import save_chats
 
 from dlora.checkpoint import Checkpoint, newest, read, write
-from dlora.config import parse
+from dlora.config.load import parse
 from dlora.continuation import FREE_KEYS, FREE_SECTIONS
 from dlora.entry import prepared
 from dlora.errors import UsageError

@@ -13,7 +13,7 @@ from ranks import Pool, Pools
 from run_training import command_line, figures, prepared_run
 from tiny import VOCABULARY, save_chats, tokenizer
 
-from dlora.config import parse
+from dlora.config.load import parse
 from dlora.metrics.log import read_metrics
 from dlora.prepare import multiplies_bfloat16, prepare
 from dlora.sharding.mesh import Topology

@@ -23,7 +23,7 @@ from test_resume import told
 from tiny import save_chats
 
 from dlora.checkpoint import verify
-from dlora.config import parse
+from dlora.config.load import parse
 from dlora.errors import TransientError, UsageError
 from dlora.remote import MANIFEST, RemoteCheckpoints
 

@@ -4,7 +4,7 @@ import operator
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_type_hints
 
-from dlora.config_options import Option, option, required, schema_of
+from dlora.config.options import Option, option, required, schema_of
 
 Attention = Literal[
     "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 
 import fsspec
 
-from dlora.config_options import plain, show
-from dlora.config_sections import SCHEMA, Config, is_set, value_of
+from dlora.config.options import plain, show
+from dlora.config.sections import SCHEMA, Config, is_set, value_of
 from dlora.errors import LaterError, UsageError
 
 # What works so far. Any other choice of these keys is refused as "later": delete what gets built.

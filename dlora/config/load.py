@@ -13,10 +13,8 @@ from typing import Any
 
 import yaml
 
-from dlora.config_checks import EIGHT_BIT, validate
-from dlora.config_cli import print_help, read_file, scan_argv
-from dlora.config_options import Given, Option, convert, option, schema_of
-from dlora.config_sections import (
+from dlora.config.options import Given, Option, convert, option, schema_of
+from dlora.config.sections import (
     SCHEMA,
     SECTIONS,
     AdapterConfig,
@@ -30,6 +28,8 @@ from dlora.config_sections import (
     is_set,
     value_of,
 )
+from dlora.config.sources import print_help, read_file, scan_argv
+from dlora.config.validate import EIGHT_BIT, validate
 from dlora.errors import UsageError
 
 __all__ = [

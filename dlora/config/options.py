@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from dlora.config_yaml import parse_yaml
+from dlora.config.strict_yaml import parse_yaml
 from dlora.errors import UsageError
 
 T = TypeVar("T")

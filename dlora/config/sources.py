@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from dlora.config_options import Given, Option, plain, show, unknown
-from dlora.config_yaml import line_of, parse_yaml
+from dlora.config.options import Given, Option, plain, show, unknown
+from dlora.config.strict_yaml import line_of, parse_yaml
 from dlora.errors import UsageError
 
 
