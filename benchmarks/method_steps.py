@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM
 
 from dlora import AdaLoraConfig, FloraConfig, LoraConfig, attach, quantize, shard
 from dlora.api import TrainedReplica
-from dlora.base_model import find_base
+from dlora.base.model import find_base
 from dlora.optim.eight_bit import adamw8bit
 from dlora.optim.lora_pro import LoraPro
 from dlora.sharding.storage import held_bytes

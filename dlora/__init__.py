@@ -10,13 +10,13 @@ Importing dlora loads torch, and nothing larger.
 
 from dlora.adapter_files import load_adapter, save_adapter
 from dlora.api import attach, shard, start_from_gradients
+from dlora.base.quantize import quantize
 from dlora.errors import UsageError
 from dlora.lora.attach import disabled
 from dlora.lora.config import LoraConfig
 from dlora.lora.merge import merge, unmerge
 from dlora.lora.variants.adalora import AdaLoraConfig
 from dlora.lora.variants.flora import FloraConfig
-from dlora.quantization import quantize
 
 __version__ = "0.1.0"
 __all__ = [

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from dlora.adapter_source import AdapterSource, BaseReference
-from dlora.base_model import BaseModel, find_base
+from dlora.base.model import BaseModel, find_base
 from dlora.errors import UsageError
 
 

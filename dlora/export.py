@@ -13,7 +13,8 @@ from pathlib import Path
 
 from dlora.adapter_files import save_adapter
 from dlora.adapter_source import AdapterSource, open_adapter
-from dlora.base_model import DTYPES, BaseModel
+from dlora.base.model import DTYPES, BaseModel
+from dlora.base.weight_files import StoredBase
 from dlora.command_line import OneLineParser, chosen_base, naming_base
 from dlora.errors import UsageError
 from dlora.io.files import new_directory
@@ -21,7 +22,6 @@ from dlora.lora.merge import rounding_line
 from dlora.merged_model import MergedModel
 from dlora.metrics.progress import CopyDisplay
 from dlora.runtime.exit_status import exit_with
-from dlora.stored_base import StoredBase
 
 
 def main(argv: list[str]) -> int:

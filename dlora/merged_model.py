@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dlora.adapter_source import AdapterSource
+from dlora.base.weight_files import INDEX, StoredBase
 from dlora.errors import UsageError
 from dlora.io.safetensors import (
     BLOCK_BYTES,
@@ -37,7 +38,6 @@ from dlora.lora.attach import named_adapters, named_copies
 from dlora.lora.hosts import CHILD
 from dlora.lora.merge import change_of, merged_weight
 from dlora.metrics.progress import CopyDisplay
-from dlora.stored_base import INDEX, StoredBase
 
 SHARD_BYTES = 256 * 10**6
 # Per parameter: reads W0 as it is stored, yields the new value in a dtype, rows by rows.

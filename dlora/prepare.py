@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from dlora.adapter_settings import keyed_by, lora_config, scheduled
-from dlora.base_identity import identity
-from dlora.base_model import BaseModel, check_experts_divide, find_base
+from dlora.base.identity import identity
+from dlora.base.model import BaseModel, check_experts_divide, find_base
+from dlora.base.quantize import Quantized
 from dlora.checks import (
     check_adapter,
     check_dropout,
@@ -32,7 +33,6 @@ from dlora.plan.choose import Decision, capacity_of, decide
 from dlora.plan.earlier import earlier_placement, settle
 from dlora.plan.subject import Plan, Subject
 from dlora.plan.workload import workload_of
-from dlora.quantization import Quantized
 from dlora.rank_allocator import keep_triplets
 from dlora.sharding.mesh import Placement, Topology
 from dlora.start import Start

@@ -11,7 +11,7 @@ from tiny import command
 from transformers import AutoModelForCausalLM
 
 from dlora import LoraConfig, attach, save_adapter
-from dlora.base_model import BaseModel
+from dlora.base.model import BaseModel
 from dlora.runtime.exit_status import exit_with
 from dlora.train import main
 

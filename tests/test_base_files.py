@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import MODELS, command
 
-from dlora.base_model import BaseWeights, find_base
+from dlora.base.model import BaseWeights, find_base
 from dlora.config.load import parse
 from dlora.errors import UsageError
 from dlora.prepare import prepare

@@ -51,7 +51,7 @@ def one_rank(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
     )  # fmt: skip
     time.sleep(delay)
-    from dlora.base_model import BaseModel
+    from dlora.base.model import BaseModel
     from dlora.errors import UsageError
     from dlora.runtime.exit_status import exit_with
     from dlora.train import main

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from dlora import LoraConfig, attach, save_adapter
-from dlora.base_model import find_base
+from dlora.base.model import find_base
 from dlora.errors import UsageError
 from dlora.generate import main
 from dlora.lora.attach import named_adapters

@@ -16,7 +16,8 @@ import torch
 from gguf_files import convert
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from dlora import gguf_base, gguf_tensors
+from dlora.base import gguf as gguf_base
+from dlora.base import gguf_tensors
 
 ROOT = Path(__file__).parent.parent
 REAL = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -205,7 +206,7 @@ CHILD = """
 import os, signal, sys, time
 from pathlib import Path
 import torch
-from dlora import gguf_base
+from dlora.base import gguf as gguf_base
 gguf, cache_dir, mode = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 announce, save_file = print, gguf_base.save_file
 if mode == "wait":                       # both children are there before either converts
@@ -266,7 +267,7 @@ import re, sys, threading, time
 from pathlib import Path
 import gguf, torch, transformers.models.llama.modeling_llama
 import transformers.modeling_gguf_pytorch_utils
-from dlora import gguf_base
+from dlora.base import gguf as gguf_base
 def private():
     text = Path("/proc/self/smaps_rollup").read_text()
     return sum(int(size) for size in re.findall(r"Private_\\w+: +(\\d+)", text)) * 1024

@@ -11,9 +11,9 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf_files import convert
 
-from dlora import gguf_base
+from dlora.base import gguf as gguf_base
+from dlora.base.gguf import converted_base
 from dlora.errors import UsageError
-from dlora.gguf_base import converted_base
 
 
 def assert_refused(gguf: Path, cache_dir: Path, *words: str) -> None:

@@ -17,7 +17,7 @@ from tiny import command
 from torch import Tensor
 
 from dlora import AdaLoraConfig, attach, export, load_adapter
-from dlora.base_model import BaseModel, BaseWeights, find_base
+from dlora.base.model import BaseModel, BaseWeights, find_base
 from dlora.io.files import inside
 from dlora.rank_allocator import keep_triplets
 

@@ -17,7 +17,7 @@ from tiny import command
 
 from dlora import checkpoint, load_adapter
 from dlora.adapter_source import open_adapter
-from dlora.base_model import BaseWeights, find_base
+from dlora.base.model import BaseWeights, find_base
 
 
 @pytest.fixture(scope="module")

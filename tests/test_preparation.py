@@ -12,7 +12,7 @@ from tiny import VOCABULARY, command, tokenizer
 from transformers import AutoModelForCausalLM
 
 from dlora import LoraConfig, attach, save_adapter
-from dlora.base_model import BaseModel
+from dlora.base.model import BaseModel
 from dlora.config.load import parse
 from dlora.entry import prepared
 from dlora.errors import UsageError

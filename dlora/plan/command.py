@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from dlora.adapter_settings import keyed_by, lora_config
-from dlora.base_model import DTYPES, check_experts_divide, find_base, quiet_libraries
+from dlora.base.model import DTYPES, check_experts_divide, find_base, quiet_libraries
+from dlora.base.quantize import quantize_as_set
 from dlora.config.load import Config, parse
 from dlora.config.options import option
 from dlora.errors import UsageError
@@ -27,7 +28,6 @@ from dlora.plan.state import modes
 from dlora.plan.subject import Plan, Subject
 from dlora.plan.tables import Survey, as_json, as_text
 from dlora.plan.workload import workload_of
-from dlora.quantization import quantize_as_set
 from dlora.sharding.mesh import Topology
 
 ENGINES = {"fsdp2": "torch", "zero3": "deepspeed"}  # and what each stands on
@@ -197,7 +197,7 @@ def _skeleton(config: Config) -> nn.Module:
     """The model on the meta device; of a .gguf file nothing but its header is read."""
     path = Path(config.model.path).expanduser()
     if path.suffix == ".gguf" and path.is_file():
-        from dlora.gguf_tensors import open_gguf
+        from dlora.base.gguf_tensors import open_gguf
 
         quiet_libraries()
         cache = Path(config.model.cache_dir).expanduser()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dlora.base_model import find_base
+from dlora.base.model import find_base
 from dlora.config.load import OptimizerConfig
 from dlora.lora.attach import attach, trainable_parameters
 from dlora.lora.config import LoraConfig

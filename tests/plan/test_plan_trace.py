@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
 
+from dlora.base.quantize import quantize
 from dlora.lora.attach import attach
 from dlora.lora.config import LoraConfig
 from dlora.objectives import targets
 from dlora.plan.activations import estimate
 from dlora.plan.trace import trace
 from dlora.quant import kernel
-from dlora.quantization import quantize
 
 R, ROWS, TOKENS, VOCABULARY = 8, 2, 128, 4000
 HIDDEN, FFN, LAYERS, HEADS, KV = 256, 688, 6, 4, 2

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_gguf_base import real_file  # noqa: F401 - a fixture
 
-from dlora.base_model import find_base
+from dlora.base.model import find_base
 from dlora.quant.packed import is_packed
 from dlora.sharding.engine import build_engine
 from dlora.sharding.mesh import Topology, resolve_placement

@@ -13,7 +13,7 @@ from tiny import VOCABULARY, save_chats
 from torch import Tensor
 
 from dlora.api import attach, replicate
-from dlora.base_model import DTYPES, find_base
+from dlora.base.model import DTYPES, find_base
 from dlora.lora.config import LoraConfig
 from dlora.sharding.engine import build_engine
 from dlora.sharding.mesh import Topology, resolve_placement

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from dlora.base_model import DTYPES, find_base
+from dlora.base.model import DTYPES, find_base
 from dlora.errors import UsageError
 from dlora.sharding.engine import build_engine
 from dlora.sharding.groups import block_lists

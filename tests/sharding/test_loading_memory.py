@@ -9,8 +9,8 @@ from ranks import Pool
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dlora.base_model import find_base
-from dlora.quantization import quantize
+from dlora.base.model import find_base
+from dlora.base.quantize import quantize
 from dlora.sharding.engine import build_engine
 from dlora.sharding.mesh import Topology, resolve_placement
 

@@ -16,7 +16,7 @@ from run_training import command_line, figures, relative_error, train
 from tiny import VOCABULARY, save_chats
 
 from dlora import LoraConfig, UsageError, attach, save_adapter, shard
-from dlora.base_model import find_base
+from dlora.base.model import find_base
 from dlora.lora.attach import attach as attach_adapters
 from dlora.sharding.engine import build_engine
 from dlora.sharding.mesh import Topology, resolve_placement

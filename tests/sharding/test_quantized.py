@@ -13,11 +13,11 @@ from tiny import VOCABULARY
 from torch import Tensor
 
 from dlora.api import attach, replicate
-from dlora.base_model import find_base
+from dlora.base.model import find_base
+from dlora.base.quantize import quantize
 from dlora.lora.attach import named_adapters
 from dlora.lora.config import LoraConfig
 from dlora.quant.formats import FORMATS
-from dlora.quantization import quantize
 from dlora.sharding.engine import build_engine
 from dlora.sharding.mesh import Topology, resolve_placement
 from dlora.sharding.storage import held_bytes

@@ -11,8 +11,8 @@ from run_training import command_line, figures, train
 from test_quantized import whole
 from tiny import save_chats
 
+from dlora.base.quantize import quantize
 from dlora.quant.formats import FORMATS, unpack
-from dlora.quantization import quantize
 
 STEPS = 6
 METHODS: dict[str, dict[str, Any]] = {

@@ -13,10 +13,10 @@ from test_quantized import whole
 from tiny import save_chats
 from torch import Tensor
 
+from dlora.base.quantize import quantize
 from dlora.lora.attach import disabled, named_adapters
 from dlora.lora.merge import merge, unmerge
 from dlora.quant.formats import FORMATS, unpack
-from dlora.quantization import quantize
 
 STEPS = 4
 IDS = torch.arange(12)[None]

@@ -15,7 +15,7 @@ from ranks import Pools
 from run_training import command_line, figures, relative_error, same_bits, train
 from tiny import save_chats
 
-from dlora.base_model import BaseModel
+from dlora.base.model import BaseModel
 
 STEPS, SAVED = 8, 3  # a checkpoint every 3 steps
 CRASHED, SIGNALLED = 6, 4  # while in these steps

@@ -65,7 +65,7 @@ def ends_after_a_step(number: int) -> None:
 
 def ends_while_loading(number: int) -> None:
     """This rank gets the signal before it reads weights."""
-    from dlora.base_model import BaseModel
+    from dlora.base.model import BaseModel
 
     BaseModel.load = lambda *_: os.kill(os.getpid(), number)  # type: ignore[method-assign]
 

@@ -22,10 +22,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import Concatenate, MergeModulelist
 
-from dlora.base_model import BaseModel
+from dlora.base.model import BaseModel
+from dlora.base.weight_files import Source, sources_of_parameters, weight_files
 from dlora.errors import UsageError
 from dlora.io.safetensors import FLOATS, StoredTensor, stored_tensors
-from dlora.stored_base import Source, sources_of_parameters, weight_files
 
 BLOCK_NUMEL = 1 << 22  # elements read at a time
 

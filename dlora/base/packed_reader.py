@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlora.base.reader import StoredWeights
 from dlora.quant.formats import FORMATS
 from dlora.quant.packed import CODES, SCALES, is_packed
-from dlora.stored_weights import StoredWeights
 
 ROWS_NUMEL = 1 << 20  # weights packed at a time
 Left = Callable[[str, int, Tensor], Tensor]

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dlora.base_model import BaseModel
+from dlora.base.model import BaseModel
+from dlora.base.weight_files import are_at_hand, weight_files
 from dlora.io.safetensors import StoredTensor, stored_tensors
-from dlora.stored_base import are_at_hand, weight_files
 
 SAMPLED_TENSORS = 64
 SAMPLED_BYTES = 4096  # of each, in the middle

@@ -26,8 +26,8 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from dlora.base.gguf_tensors import GgufSource, open_gguf, some
 from dlora.errors import UsageError
-from dlora.gguf_tensors import GgufSource, open_gguf, some
 from dlora.io.files import sync
 from dlora.runtime.memory import trim
 

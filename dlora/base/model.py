@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlora.base.quantize import Quantized, quantize_as_set
 from dlora.errors import UsageError
-from dlora.quantization import Quantized, quantize_as_set
 from dlora.runtime.memory import trim
 from dlora.sharding.engine import Engine
 from dlora.sharding.mesh import Placement
@@ -108,8 +108,8 @@ class BaseModel:
             UsageError: there are no weights, they are damaged, they are another model's, or they
                 are quantized and to be packed as well.
         """
-        from dlora.stored_base import are_at_hand, check_files
-        from dlora.stored_weights import StoredWeights
+        from dlora.base.reader import StoredWeights
+        from dlora.base.weight_files import are_at_hand, check_files
 
         if getattr(skeleton.config, "quantization_config", None) is not None:
             if self.quantization != "none":
@@ -150,7 +150,7 @@ class BaseWeights:
         """
         from transformers import AutoModelForCausalLM
 
-        from dlora.stored_base import check_files
+        from dlora.base.weight_files import check_files
 
         check_files(self._base)
         model, found = self._base._reading(
@@ -203,8 +203,8 @@ class BaseWeights:
 
     @functools.cached_property
     def _stored(self) -> Any:
-        from dlora.stored_packed import StoredPackedWeights
-        from dlora.stored_weights import StoredWeights
+        from dlora.base.packed_reader import StoredPackedWeights
+        from dlora.base.reader import StoredWeights
 
         stored = StoredWeights(self._base, self.skeleton)
         return StoredPackedWeights(stored, self.skeleton, self._left)
@@ -267,7 +267,7 @@ def find_base(
     if local.suffix == ".gguf":
         if not local.is_file():
             raise UsageError(f"model.path: there is no file {path}")
-        from dlora.gguf_base import converted_base
+        from dlora.base.gguf import converted_base
 
         source = str(converted_base(local, Path(cache_dir).expanduser(), DTYPES[dtype], announce))
     elif local.is_dir():

@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
 )
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from dlora.base_model import BaseModel
+from dlora.base.model import BaseModel
 from dlora.errors import UsageError
 from dlora.io.files import plain_name, read_object
 from dlora.io.safetensors import FLOATS, StoredTensor, stored_tensors
