@@ -8,7 +8,7 @@
 Importing dlora loads torch, and nothing larger.
 """
 
-from dlora.adapter_files import load_adapter, save_adapter
+from dlora.adapters.save_load import load_adapter, save_adapter
 from dlora.api import attach, shard, start_from_gradients
 from dlora.base.quantize import quantize
 from dlora.errors import UsageError

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dlora.adapter_files import load_adapter
+from dlora.adapters.save_load import load_adapter
 from dlora.api import TrainedReplica, attach_unstarted, replicate, start_adapters
 from dlora.config.load import EIGHT_BIT, Config
 from dlora.data import deal

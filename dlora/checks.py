@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from dlora.adapter_files import WEIGHTS, check_numbers, check_shapes
+from dlora.adapters.peft_format import PREFIX, peft_slots
+from dlora.adapters.save_load import WEIGHTS, check_numbers, check_shapes
 from dlora.config.load import Config
 from dlora.data import Dataset
 from dlora.errors import UsageError
@@ -22,7 +23,6 @@ from dlora.io.safetensors import stored_tensors
 from dlora.lora.attach import attachment_of, named_adapters
 from dlora.lora.hosts import HostMixin
 from dlora.objectives.targets import model_parts
-from dlora.peft_format import PREFIX, peft_slots
 from dlora.sharding.mesh import Topology, resolve_placement
 from dlora.start import output_directory, stop_file
 

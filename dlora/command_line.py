@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from dlora.adapter_source import AdapterSource, BaseReference
+from dlora.adapters.source import AdapterSource, BaseReference
 from dlora.base.model import BaseModel, find_base
 from dlora.errors import UsageError
 

@@ -11,8 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from dlora.adapter_files import save_adapter
-from dlora.adapter_source import AdapterSource, open_adapter
+from dlora.adapters.save_load import save_adapter
+from dlora.adapters.source import AdapterSource, open_adapter
 from dlora.base.model import DTYPES, BaseModel
 from dlora.base.weight_files import StoredBase
 from dlora.command_line import OneLineParser, chosen_base, naming_base

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dlora.adapter_source import open_adapter
+from dlora.adapters.source import open_adapter
 from dlora.base.model import DTYPES, BaseModel
 from dlora.command_line import OneLineParser, chosen_base, naming_base
 from dlora.errors import UsageError

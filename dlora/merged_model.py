@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dlora.adapter_source import AdapterSource
+from dlora.adapters.source import AdapterSource
 from dlora.base.weight_files import INDEX, StoredBase
 from dlora.errors import UsageError
 from dlora.io.safetensors import (

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dlora.adapter_settings import keyed_by, lora_config, scheduled
+from dlora.adapters.settings import keyed_by, lora_config, scheduled
 from dlora.base.identity import identity
 from dlora.base.model import BaseModel, check_experts_divide, find_base
 from dlora.base.quantize import Quantized

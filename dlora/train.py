@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dlora.adapter_files import save_adapter
+from dlora.adapters.save_load import save_adapter
 from dlora.build import build, build_optimizer
 from dlora.config.load import Config
 from dlora.data import batch_hash, deal

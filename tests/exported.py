@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Model, MistralConfig, MixtralConfig
 
 from dlora import LoraConfig, attach, checkpoint, load_adapter, save_adapter
-from dlora.adapter_settings import lora_config
+from dlora.adapters.settings import lora_config
 from dlora.capture import capture
 from dlora.config.load import (
     AdapterConfig,

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dlora import LoraConfig, UsageError, attach, load_adapter, save_adapter
-from dlora.adapter_files import CONFIG, WEIGHTS
+from dlora.adapters.save_load import CONFIG, WEIGHTS
 
 # PEFT warns of tied weights, of saved embeddings and of fan_in_fan_out; the numbers decide here.
 pytestmark = [

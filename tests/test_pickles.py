@@ -16,7 +16,7 @@ from test_torn_checkpoints import agree
 from tiny import command
 
 from dlora import checkpoint, load_adapter
-from dlora.adapter_source import open_adapter
+from dlora.adapters.source import open_adapter
 from dlora.base.model import BaseWeights, find_base
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from tiny import command
 
 from dlora import checkpoint as checkpoints
-from dlora.adapter_source import open_adapter
+from dlora.adapters.source import open_adapter
 from dlora.checkpoint import Checkpoint
 from dlora.config.load import Config, dump_yaml, parse
 from dlora.data import Sampler

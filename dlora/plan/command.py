@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from dlora.adapter_settings import keyed_by, lora_config
+from dlora.adapters.settings import keyed_by, lora_config
 from dlora.base.model import DTYPES, check_experts_divide, find_base, quiet_libraries
 from dlora.base.quantize import quantize_as_set
 from dlora.config.load import Config, parse

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dlora import LoraConfig, UsageError, disabled, merge, save_adapter, unmerge
-from dlora.adapter_settings import lora_config
+from dlora.adapters.settings import lora_config
 from dlora.config.load import AdapterConfig, Config, DataConfig, ModelConfig, OutputConfig
 from dlora.config.sections import InitLoraWeights
 from dlora.config.validate import BUILT

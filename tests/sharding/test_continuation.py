@@ -230,7 +230,7 @@ def started(command: Any, directory: Path, adapter: Path, **settings: Any) -> li
 def test_a_run_that_started_from_an_adapter_needs_it_no_more(
     pools: Pools, command: Any, finished: Path, tmp_path: Path
 ) -> None:
-    from dlora.adapter_source import open_adapter
+    from dlora.adapters.source import open_adapter
 
     adapter = Path(shutil.copytree(finished / "adapter", tmp_path / "start"))
     whole = pools(1).run(train, started(command, tmp_path / "whole", adapter))[0]

@@ -15,7 +15,7 @@ from test_resume import crashed
 from tiny import VOCABULARY, save_chats
 
 from dlora import LoraConfig, UsageError, attach, shard
-from dlora.adapter_files import WEIGHTS
+from dlora.adapters.save_load import WEIGHTS
 from dlora.export import main
 from dlora.lora.attach import named_adapters
 from dlora.sharding.share import WholeShare

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 import dlora.build
 from dlora import LoraConfig, UsageError, attach, load_adapter, shard, start_from_gradients
-from dlora.adapter_source import open_adapter
+from dlora.adapters.source import open_adapter
 from dlora.config.load import parse
 from dlora.gradient_estimate import GradientEstimate
 from dlora.lora.attach import adapter_tensors, frozen_tensors, named_adapters

@@ -11,7 +11,7 @@ from ranks import Pools
 from run_training import command_line, figures, prepared_run
 from tiny import save_chats
 
-from dlora.adapter_files import save_adapter
+from dlora.adapters.save_load import save_adapter
 from dlora.capture import capture
 from dlora.checkpoint import write
 from dlora.sharding.storage import held_bytes

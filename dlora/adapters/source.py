@@ -19,8 +19,9 @@ import yaml
 from torch import Tensor, nn
 
 from dlora import checkpoint
-from dlora.adapter_files import CONFIG, WEIGHTS, check_numbers, read_config
-from dlora.adapter_settings import lora_config
+from dlora.adapters.peft_format import PREFIX, peft_names, peft_slots
+from dlora.adapters.save_load import CONFIG, WEIGHTS, check_numbers, read_config
+from dlora.adapters.settings import lora_config
 from dlora.config.load import load
 from dlora.errors import UsageError
 from dlora.io.files import inside, read_object
@@ -35,7 +36,6 @@ from dlora.lora.config import LoraConfig
 from dlora.lora.hosts import CHILD
 from dlora.lora.merge import scale_of_rows
 from dlora.lora.variants import LoraAdapter
-from dlora.peft_format import PREFIX, peft_names, peft_slots
 from dlora.rank_allocator import keep_triplets
 from dlora.start import saved_lora
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
-from dlora.adapter_files import read_config
+from dlora.adapters.save_load import read_config
 from dlora.config.load import Config
 from dlora.errors import UsageError
 from dlora.lora.config import LoraConfig
