@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dlora.errors import UsageError
-from dlora.gradient_estimate import GradientEstimate, LossOf
-from dlora.initialise import Started, start_from_weights
 from dlora.lora.attach import attach as attach_adapters
 from dlora.lora.attach import (
     attachment_of,
@@ -23,9 +21,11 @@ from dlora.lora.config import LoraConfig
 from dlora.lora.init import INITS
 from dlora.lora.variants.adalora import AdaLoraConfig
 from dlora.lora.weights import plain_weights
+from dlora.methods.adalora import RankAllocator
+from dlora.methods.lora_ga import GradientEstimate, LossOf
+from dlora.methods.matrix_init import Started, start_from_weights
 from dlora.optim.groups import parameter_groups
 from dlora.optim.lora_pro import Pair
-from dlora.rank_allocator import RankAllocator
 from dlora.sharding.counts import whole_number
 from dlora.sharding.engine import Engine, build_engine, is_divided, sharded_by
 from dlora.sharding.groups import frozen_groups, worth_holding

@@ -14,14 +14,14 @@ from dlora.api import TrainedReplica, attach_unstarted, replicate, start_adapter
 from dlora.config.load import EIGHT_BIT, Config
 from dlora.data import deal
 from dlora.data.collate import Batch, collate
-from dlora.gradient_estimate import PASSES, GradientEstimate
 from dlora.lora.attach import attachment_of
 from dlora.lora.init import INITS
+from dlora.methods.lora_ga import PASSES, GradientEstimate
+from dlora.methods.packed_residual import Residuals
 from dlora.objectives import targets
 from dlora.optim.eight_bit import adamw8bit
 from dlora.optim.lora_pro import LoraPro
 from dlora.prepare import Preparation
-from dlora.residual import Residuals
 from dlora.runtime.memory import trim_before
 from dlora.runtime.ranks import Runtime
 from dlora.sharding.engine import build_engine

@@ -26,9 +26,9 @@ from dlora.checkpoint import Checkpoint
 from dlora.config.load import Config
 from dlora.errors import UsageError
 from dlora.hooks import NO_HOOKS, Committed, Hooks, Saved, nothing
+from dlora.methods.adalora_report import MaskLog
 from dlora.metrics.log import complete
 from dlora.prepare import Preparation
-from dlora.ranks_file import MaskLog
 from dlora.remote import RemoteCheckpoints, remote_of
 from dlora.resume import resolved_yaml
 from dlora.runtime.ranks import Runtime

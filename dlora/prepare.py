@@ -28,12 +28,12 @@ from dlora.continuation import check_start
 from dlora.data import Dataset, Sampler, check_source, load_examples
 from dlora.lora.attach import adapter_tensors, attach, trainable_parameters
 from dlora.lora.config import LoraConfig
+from dlora.methods.adalora import keep_triplets
 from dlora.objectives.targets import model_parts
 from dlora.plan.choose import Decision, capacity_of, decide
 from dlora.plan.earlier import earlier_placement, settle
 from dlora.plan.subject import Plan, Subject
 from dlora.plan.workload import workload_of
-from dlora.rank_allocator import keep_triplets
 from dlora.sharding.mesh import Placement, Topology
 from dlora.start import Start
 

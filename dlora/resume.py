@@ -20,9 +20,9 @@ from dlora.checkpoint import Checkpoint
 from dlora.config.load import Config, dump_yaml
 from dlora.errors import UsageError
 from dlora.io.files import unused_name, write_atomically
+from dlora.methods.adalora_report import PICTURE, RANKS
 from dlora.metrics.log import MetricsLog
 from dlora.prepare import Preparation
-from dlora.ranks_file import PICTURE, RANKS
 from dlora.remote import remote_of
 from dlora.runtime.ranks import Runtime
 from dlora.start import output_directory

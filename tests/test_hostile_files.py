@@ -19,7 +19,7 @@ from torch import Tensor
 from dlora import AdaLoraConfig, attach, export, load_adapter
 from dlora.base.model import BaseModel, BaseWeights, find_base
 from dlora.io.files import inside
-from dlora.rank_allocator import keep_triplets
+from dlora.methods.adalora import keep_triplets
 
 FACTOR = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
 

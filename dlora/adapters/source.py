@@ -36,7 +36,7 @@ from dlora.lora.config import LoraConfig
 from dlora.lora.hosts import CHILD
 from dlora.lora.merge import scale_of_rows
 from dlora.lora.variants import LoraAdapter
-from dlora.rank_allocator import keep_triplets
+from dlora.methods.adalora import keep_triplets
 from dlora.start import saved_lora
 
 

@@ -27,9 +27,9 @@ import dlora.build
 from dlora import LoraConfig, UsageError, attach, load_adapter, shard, start_from_gradients
 from dlora.adapters.source import open_adapter
 from dlora.config.load import parse
-from dlora.gradient_estimate import GradientEstimate
 from dlora.lora.attach import adapter_tensors, frozen_tensors, named_adapters
 from dlora.lora.init.pissa import Pissa
+from dlora.methods.lora_ga import GradientEstimate
 from dlora.prepare import prepare
 from dlora.sharding.mesh import Topology
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dlora.io.files import write_atomically
-from dlora.rank_allocator import RankAllocator
+from dlora.methods.adalora import RankAllocator
 
 RANKS, PICTURE = "ranks.json", "ranks.png"
 Masks = dict[int, dict[str, int]]

@@ -26,9 +26,9 @@ from dlora.lora import orthogonality
 from dlora.lora.attach import attachment_of, named_adapters
 from dlora.lora.budget import best
 from dlora.lora.variants.adalora import TRIPLET_DIM, AdaLoraAdapter, AdaLoraConfig
+from dlora.methods.adalora_scores import Triplets, TripletScores
 from dlora.sharding.replica import Replica
 from dlora.sharding.share import ReplicaError, States
-from dlora.triplet_scores import Triplets, TripletScores
 
 
 class RankAllocator:
