@@ -19,21 +19,21 @@ from typing import Any
 import torch.distributed as dist
 from torch.optim import Optimizer
 
-from dlora import checkpoint as checkpoints
 from dlora.api import TrainedReplica
-from dlora.capture import capture
-from dlora.checkpoint import Checkpoint
+from dlora.checkpoint import format as checkpoints
+from dlora.checkpoint.format import Checkpoint
+from dlora.checkpoint.host_copy import capture
+from dlora.checkpoint.remote import RemoteCheckpoints, remote_of
+from dlora.checkpoint.snapshot import Snapshots
 from dlora.config.load import Config
 from dlora.errors import UsageError
 from dlora.hooks import NO_HOOKS, Committed, Hooks, Saved, nothing
 from dlora.methods.adalora_report import MaskLog
 from dlora.metrics.log import complete
 from dlora.prepare import Preparation
-from dlora.remote import RemoteCheckpoints, remote_of
 from dlora.resume import resolved_yaml
 from dlora.runtime.ranks import Runtime
 from dlora.sharding.share import ReplicaError
-from dlora.snapshot import Snapshots
 from dlora.start import output_directory, state_at
 
 # What gloo and torch say where a peer, or the way to it, is gone.

@@ -13,17 +13,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dlora import checkpoint as checkpoints
 from dlora.api import TrainedReplica
-from dlora.capture import restore
-from dlora.checkpoint import Checkpoint
+from dlora.checkpoint import format as checkpoints
+from dlora.checkpoint.format import Checkpoint
+from dlora.checkpoint.host_copy import restore
+from dlora.checkpoint.remote import remote_of
 from dlora.config.load import Config, dump_yaml
 from dlora.errors import UsageError
 from dlora.io.files import unused_name, write_atomically
 from dlora.methods.adalora_report import PICTURE, RANKS
 from dlora.metrics.log import MetricsLog
 from dlora.prepare import Preparation
-from dlora.remote import remote_of
 from dlora.runtime.ranks import Runtime
 from dlora.start import output_directory
 

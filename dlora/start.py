@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from dlora import checkpoint as checkpoints
+from dlora.checkpoint import format as checkpoints
+from dlora.checkpoint.remote import remote_of
 from dlora.config.load import SCHEMA, Config
 from dlora.config.strict_yaml import parse_yaml
 from dlora.data import Sampler
@@ -21,7 +22,6 @@ from dlora.io.safetensors import stored_tensors
 from dlora.lora.config import LoraConfig
 from dlora.lora.hosts import CHILD
 from dlora.lora.variants import VARIANTS
-from dlora.remote import remote_of
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from tiny import MODELS, tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Model, MistralConfig, MixtralConfig
 
-from dlora import LoraConfig, attach, checkpoint, load_adapter, save_adapter
+from dlora import LoraConfig, attach, load_adapter, save_adapter
 from dlora.adapters.settings import lora_config
-from dlora.capture import capture
+from dlora.checkpoint import format as checkpoint
+from dlora.checkpoint.host_copy import capture
 from dlora.config.load import (
     AdapterConfig,
     Config,

@@ -23,7 +23,7 @@ from dlora import (
 )
 from dlora import save_adapter as save
 from dlora.api import replicate
-from dlora.capture import capture
+from dlora.checkpoint.host_copy import capture
 from dlora.config.load import (
     AdapterConfig,
     Config,

@@ -184,7 +184,7 @@ PLANTED = {
     "the loop in sharding": ("dlora/sharding/x.py", "from dlora.train import build"),
     "insides of data": ("dlora/optim/x.py", "from dlora.data.collate import collate"),
     "insides of optim": ("dlora/objectives/x.py", "from dlora.optim import groups"),
-    "an engine": ("dlora/checkpoint.py", "from dlora.sharding.fsdp2 import Fsdp2"),
+    "an engine": ("dlora/checkpoint/format.py", "from dlora.sharding.fsdp2 import Fsdp2"),
     "a variant": ("dlora/optim/groups.py", "from dlora.lora.variants.lora import LoraAdapter"),
     "the configuration": ("dlora/metrics/log.py", "from dlora.config.load import Config"),
     "ray": ("dlora/train.py", "from ray import train"),

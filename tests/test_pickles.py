@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from test_torn_checkpoints import agree
 from tiny import command
 
-from dlora import checkpoint, load_adapter
+from dlora import load_adapter
 from dlora.adapters.source import open_adapter
 from dlora.base.model import BaseWeights, find_base
+from dlora.checkpoint import format as checkpoint
 
 
 @pytest.fixture(scope="module")

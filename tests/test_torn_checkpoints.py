@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import save
 from tiny import command
 
-from dlora import checkpoint as checkpoints
 from dlora.adapters.source import open_adapter
-from dlora.checkpoint import Checkpoint
+from dlora.checkpoint import format as checkpoints
+from dlora.checkpoint.format import Checkpoint
 from dlora.config.load import Config, dump_yaml, parse
 from dlora.data import Sampler
 from dlora.errors import UsageError

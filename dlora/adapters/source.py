@@ -18,10 +18,10 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from dlora import checkpoint
 from dlora.adapters.peft_format import PREFIX, peft_names, peft_slots
 from dlora.adapters.save_load import CONFIG, WEIGHTS, check_numbers, read_config
 from dlora.adapters.settings import lora_config
+from dlora.checkpoint import format as checkpoint
 from dlora.config.load import load
 from dlora.errors import UsageError
 from dlora.io.files import inside, read_object

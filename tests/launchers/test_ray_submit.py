@@ -17,7 +17,7 @@ from run_files import write_run
 from safetensors.torch import load_file
 from tiny import save_chats, save_model
 
-from dlora import checkpoint as checkpoints
+from dlora.checkpoint import format as checkpoints
 from dlora.config.load import UsageError
 from dlora.errors import TransientError
 from launchers import ray_submit

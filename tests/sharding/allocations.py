@@ -7,7 +7,7 @@ from typing import Any
 from run_training import prepared_run
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from dlora.capture import capture
+from dlora.checkpoint.host_copy import capture
 
 STEPS = 60  # in three phases: 8 of warm-up, 42 in which masks fall, 10 on what is left
 ADALORA = {

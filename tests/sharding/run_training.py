@@ -11,7 +11,7 @@ import ranks
 import torch
 from torch import Tensor
 
-from dlora.capture import capture
+from dlora.checkpoint.host_copy import capture
 from dlora.config.load import parse
 from dlora.entry import import_late_ones, prepared
 from dlora.hooks import NO_HOOKS, Hooks

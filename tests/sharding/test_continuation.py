@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_resume import told
 from tiny import save_chats
 
-from dlora.checkpoint import Checkpoint, newest, read, write
+from dlora.checkpoint.format import Checkpoint, newest, read, write
 from dlora.config.load import parse
 from dlora.continuation import FREE_KEYS, FREE_SECTIONS
 from dlora.entry import prepared
@@ -121,7 +121,7 @@ def test_older_ones_stay_until_the_newer_verifies(
         written(tmp_path, step)
     with monkeypatch.context() as patch:
         patch.setattr(
-            "dlora.checkpoint.write_atomically",
+            "dlora.checkpoint.format.write_atomically",
             lambda path, content: path.write_bytes(bytes(len(content))),
         )
         with pytest.raises(OSError, match=r"read back, .*step-000003/manifest.json"):

@@ -14,7 +14,7 @@ from ranks import Pools
 from run_training import command_line, figures, prepared_run, train
 from tiny import save_chats
 
-from dlora import checkpoint
+from dlora.checkpoint import format as checkpoint
 
 STEPS = 6
 

@@ -18,7 +18,7 @@ from test_quantized import whole
 from test_wire import counted, last_step
 from tiny import save_chats
 
-from dlora.checkpoint import read
+from dlora.checkpoint.format import read
 from dlora.export import main as export
 from dlora.io.safetensors import stored_tensors
 

@@ -22,10 +22,10 @@ from s3fs import S3FileSystem
 from test_resume import told
 from tiny import save_chats
 
-from dlora.checkpoint import verify
+from dlora.checkpoint.format import verify
+from dlora.checkpoint.remote import MANIFEST, RemoteCheckpoints
 from dlora.config.load import parse
 from dlora.errors import TransientError, UsageError
-from dlora.remote import MANIFEST, RemoteCheckpoints
 
 STEPS = 4
 SECRET = "kept-by-nobody"

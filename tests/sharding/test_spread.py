@@ -10,7 +10,7 @@ from ranks import Pools
 from torch import Tensor, nn
 from toy import ROWS, batch, own_rank
 
-from dlora.capture import capture, restore
+from dlora.checkpoint.host_copy import capture, restore
 from dlora.optim.lora_pro import LoraPro
 from dlora.sharding.mesh import Topology
 from dlora.sharding.replica import Replica, ReplicaError

@@ -19,7 +19,7 @@ from run_training import command_line, prepared_run
 from tiny import save_chats
 from two_ranks import Ranks, check_same_end
 
-from dlora import checkpoint as checkpoints
+from dlora.checkpoint import format as checkpoints
 from dlora.hooks import Committed, Hooks
 
 STEPS, SAVED, BROKEN = 8, 3, 6  # a checkpoint every 3 steps; something happens in the 6th

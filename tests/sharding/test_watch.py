@@ -15,7 +15,7 @@ from ranks import Pools
 from run_training import command_line, figures, prepared_run
 from tiny import save_chats
 
-from dlora import checkpoint
+from dlora.checkpoint import format as checkpoint
 from dlora.lora.attach import named_adapters
 from dlora.watch import FiniteWatch
 

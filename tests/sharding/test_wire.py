@@ -12,8 +12,8 @@ from run_training import command_line, figures, prepared_run
 from tiny import save_chats
 
 from dlora.adapters.save_load import save_adapter
-from dlora.capture import capture
-from dlora.checkpoint import write
+from dlora.checkpoint.format import write
+from dlora.checkpoint.host_copy import capture
 from dlora.sharding.storage import held_bytes
 
 STEPS = 3

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dlora.api import TrainedReplica
-from dlora.checkpoint import Checkpoint
+from dlora.checkpoint.format import Checkpoint
 
 Key = tuple[str, str]  # file, name in it
 Kind = tuple[torch.device, torch.dtype]
@@ -63,7 +63,7 @@ class Snapshot:
     allocation: dict[str, Any] | None
 
     def checkpoint(self, state: dict[str, Any]) -> Checkpoint:
-        """The same as `dlora.capture.capture` gives right after the step."""
+        """The same as `dlora.checkpoint.host_copy.capture` gives right after the step."""
         states = {file: tensors for file, tensors in self.files.items() if file != ADAPTER}
         return Checkpoint(self.files[ADAPTER], states, state, self.allocation)
 

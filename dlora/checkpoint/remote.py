@@ -21,7 +21,7 @@ from pathlib import Path
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from dlora.checkpoint import LATEST, verify
+from dlora.checkpoint.format import LATEST, verify
 from dlora.config.load import Config
 from dlora.errors import TransientError, UsageError
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dlora.checkpoint import Checkpoint
+from dlora.checkpoint.format import Checkpoint
 from dlora.sharding.replica import Replica
 from dlora.sharding.share import States
 
