@@ -10,10 +10,11 @@ import torch
 from exported import loaded
 from tiny import command
 
-from dlora import export, generate, load_adapter
+from dlora import generate, load_adapter
 from dlora.config.load import parse
 from dlora.entry import prepared
 from dlora.errors import UsageError
+from dlora.export import command as export
 from dlora.runtime.ranks import Runtime
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

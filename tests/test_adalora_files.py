@@ -32,7 +32,7 @@ from dlora.config.load import (
     OutputConfig,
     dump_yaml,
 )
-from dlora.export import main
+from dlora.export.command import main
 from dlora.lora.attach import named_adapters, trainable_parameters
 from dlora.metrics.log import MetricsLog
 from dlora.sharding.engine import build_engine

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dlora import LoraConfig, attach, load_adapter, save_adapter
 from dlora.errors import UsageError
-from dlora.export import main
+from dlora.export.command import main
 from dlora.lora.attach import named_adapters
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"
@@ -123,7 +123,7 @@ def command(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedP
 MEASURED = """
 import sys, threading
 import torch, transformers
-from dlora.export import main
+from dlora.export.command import main
 
 def private():
     with open("/proc/self/smaps_rollup") as rollup:

@@ -10,7 +10,7 @@ from exported import write_checkpoint
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma3Config
 
-from dlora.export import main
+from dlora.export.command import main
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 TARGETS = ["patch_embedding", "o_proj"]

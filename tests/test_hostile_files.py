@@ -16,8 +16,9 @@ from test_torn_checkpoints import agree
 from tiny import command
 from torch import Tensor
 
-from dlora import AdaLoraConfig, attach, export, load_adapter
+from dlora import AdaLoraConfig, attach, load_adapter
 from dlora.base.model import BaseModel, BaseWeights, find_base
+from dlora.export import command as export
 from dlora.io.files import inside
 from dlora.methods.adalora import keep_triplets
 

@@ -12,7 +12,8 @@ import pytest
 from hostile import one_line
 from tiny import command
 
-from dlora import export, generate
+from dlora import generate
+from dlora.export import command as export
 from dlora.train import main
 
 SECRETS = {

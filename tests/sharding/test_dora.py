@@ -16,7 +16,7 @@ from tiny import VOCABULARY, save_chats
 
 from dlora import LoraConfig, UsageError, attach, shard
 from dlora.adapters.save_load import WEIGHTS
-from dlora.export import main
+from dlora.export.command import main
 from dlora.lora.attach import named_adapters
 from dlora.sharding.share import WholeShare
 

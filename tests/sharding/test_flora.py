@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from unet import TARGETS, noisy, unet
 
 from dlora import FloraConfig, LoraConfig, attach, save_adapter, shard
-from dlora.export import main as export
+from dlora.export.command import main as export
 from dlora.sharding.engine import is_divided
 
 STEPS, ROWS = 4, 6

@@ -19,7 +19,7 @@ from test_wire import counted, last_step
 from tiny import save_chats
 
 from dlora.checkpoint.format import read
-from dlora.export import main as export
+from dlora.export.command import main as export
 from dlora.io.safetensors import stored_tensors
 
 STEPS = 3

@@ -17,9 +17,9 @@ from dlora.base.model import DTYPES, BaseModel
 from dlora.base.weight_files import StoredBase
 from dlora.command_line import OneLineParser, chosen_base, naming_base
 from dlora.errors import UsageError
+from dlora.export.merged_model import MergedModel
 from dlora.io.files import new_directory
 from dlora.lora.merge import rounding_line
-from dlora.merged_model import MergedModel
 from dlora.metrics.progress import CopyDisplay
 from dlora.runtime.exit_status import exit_with
 
