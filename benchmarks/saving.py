@@ -66,9 +66,9 @@ def launched(script: list[str]) -> subprocess.Popen[bytes]:
 
 def worker(config: Path, into: Path) -> None:
     """One rank of the run whose saves are timed."""
-    from dlora.keeping import Keeper
     from dlora.runtime.exit_status import exit_with
     from dlora.train import main as train
+    from dlora.training.checkpointing import Keeper
 
     seconds: dict[str, list[float]] = {"save": [], "keep": []}
 

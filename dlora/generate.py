@@ -15,10 +15,10 @@ from dlora.adapters.source import open_adapter
 from dlora.base.model import DTYPES, BaseModel
 from dlora.command_line import OneLineParser, chosen_base, naming_base
 from dlora.errors import UsageError
-from dlora.evaluation import inference
 from dlora.runtime.exit_status import exit_with
 from dlora.sharding.engine import build_engine
 from dlora.sharding.mesh import Topology, resolve_placement
+from dlora.training.evaluate import inference
 
 
 def main(argv: list[str]) -> int:

@@ -13,14 +13,10 @@ from typing import Any
 import torch
 
 from dlora.adapters.save_load import save_adapter
-from dlora.build import build, build_optimizer
 from dlora.config.load import Config
 from dlora.data import batch_hash, deal
 from dlora.data.collate import Batch, collate
-from dlora.entry import enter, import_late_ones, prepared
-from dlora.evaluation import held_out_loss, sample_answers
 from dlora.hooks import NO_HOOKS, Hooks
-from dlora.keeping import RESUMES, Keeper
 from dlora.lora.attach import attachment_of
 from dlora.lora.dropout import SampleKeys, seed_of
 from dlora.metrics.log import SilentLog, held_out_line
@@ -28,15 +24,19 @@ from dlora.metrics.progress import StepDisplay
 from dlora.optim.schedule import lr_factor, set_lr
 from dlora.plan.measured import measure
 from dlora.plan.report import comparison, lines_of
-from dlora.prepare import Preparation
-from dlora.resume import open_directory, resume
 from dlora.runtime.exit_status import exit_with
 from dlora.runtime.memory import MemoryMeter, trim, without_holes
 from dlora.runtime.ranks import Runtime
 from dlora.runtime.run_lock import locked
 from dlora.runtime.stop_signals import StopRequest, exit_status
-from dlora.start import output_directory, stop_file
-from dlora.watch import FiniteWatch, HangWatch, UnusedWatch, is_finite
+from dlora.training.build import build, build_optimizer
+from dlora.training.checkpointing import RESUMES, Keeper
+from dlora.training.evaluate import held_out_loss, sample_answers
+from dlora.training.find_checkpoint import output_directory, stop_file
+from dlora.training.prepare import Preparation
+from dlora.training.resume import open_directory, resume
+from dlora.training.startup import enter, import_late_ones, prepared
+from dlora.training.watchdogs import FiniteWatch, HangWatch, UnusedWatch, is_finite
 
 TRIM_EVERY = 10  # optimizer steps between two returns of freed host memory
 

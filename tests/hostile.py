@@ -12,10 +12,10 @@ from tiny import command
 
 from dlora import generate, load_adapter
 from dlora.config.load import parse
-from dlora.entry import prepared
 from dlora.errors import UsageError
 from dlora.export import command as export
 from dlora.runtime.ranks import Runtime
+from dlora.training.startup import prepared
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

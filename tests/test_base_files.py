@@ -17,8 +17,8 @@ from tiny import MODELS, command
 from dlora.base.model import BaseWeights, find_base
 from dlora.config.load import parse
 from dlora.errors import UsageError
-from dlora.prepare import prepare
 from dlora.sharding.mesh import Topology
+from dlora.training.prepare import prepare
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "model.safetensors"
@@ -146,7 +146,7 @@ import sys
 import torch
 from tiny import command
 from dlora.config.load import parse
-from dlora.entry import prepared
+from dlora.training.startup import prepared
 from dlora.errors import UsageError
 from dlora.runtime.ranks import Runtime
 from pathlib import Path

@@ -242,8 +242,8 @@ def test_a_rank_that_does_not_come_is_named_with_its_host(
 
 def entered(port: int, argv: list[str]) -> str:
     """What is said on this rank where rank 1 is in the wrong place."""
-    from dlora.entry import enter
     from dlora.errors import UsageError
+    from dlora.training.startup import enter
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 

@@ -9,9 +9,9 @@ import torch
 from tiny import tokenizer
 from transformers import AutoModelForCausalLM
 
-from dlora.checks import learned_positions
 from dlora.data import load_examples
-from dlora.evaluation import sample_answers
+from dlora.training.checks import learned_positions
+from dlora.training.evaluate import sample_answers
 
 
 @pytest.mark.parametrize(("name", "positions"), [("gpt2", 256), ("llama", None)])

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 from dlora import LoraConfig, attach, save_adapter
 from dlora.base.model import BaseModel
 from dlora.config.load import parse
-from dlora.entry import prepared
 from dlora.errors import UsageError
-from dlora.prepare import Preparation
 from dlora.runtime.ranks import Runtime
+from dlora.training.prepare import Preparation
+from dlora.training.startup import prepared
 
 
 def preparation(argv: list[str]) -> Preparation:
@@ -192,7 +192,7 @@ def test_a_cpu_without_bfloat16_is_told_of(
     multiplies: bool,
 ) -> None:
     """A step of the demo took 140 s on one, where float32 took 10."""
-    monkeypatch.setattr("dlora.prepare.multiplies_bfloat16", lambda: multiplies)
+    monkeypatch.setattr("dlora.training.prepare.multiplies_bfloat16", lambda: multiplies)
     preparation(command(saved_models("llama"), tmp_path, model__dtype=dtype))
     told = "model.dtype: this CPU multiplies bfloat16" in capsys.readouterr().out
     assert told is (dtype == "bfloat16" and not multiplies)

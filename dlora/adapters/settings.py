@@ -13,7 +13,7 @@ from dlora.errors import UsageError
 from dlora.lora.config import LoraConfig
 from dlora.lora.variants import VARIANTS
 from dlora.lora.variants.adalora import AdaLoraConfig
-from dlora.start import Start
+from dlora.training.find_checkpoint import Start
 
 
 def lora_config(config: Config, start: Start | None = None) -> LoraConfig:

@@ -37,7 +37,7 @@ from dlora.lora.hosts import CHILD
 from dlora.lora.merge import scale_of_rows
 from dlora.lora.variants import LoraAdapter
 from dlora.methods.adalora import keep_triplets
-from dlora.start import saved_lora
+from dlora.training.find_checkpoint import saved_lora
 
 
 @dataclass(frozen=True)

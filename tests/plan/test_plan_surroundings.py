@@ -9,7 +9,7 @@ import torch
 from dlora.config.load import parse
 from dlora.plan.capacity import free_bytes
 from dlora.plan.choose import capacity_of
-from dlora.plan.earlier import Earlier, earlier_placement, settle
+from dlora.training.earlier_placement import Earlier, earlier_placement, settle
 
 CPU = torch.device("cpu")
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from dlora.checkpoint.host_copy import capture
 from dlora.config.load import parse
-from dlora.entry import import_late_ones, prepared
 from dlora.hooks import NO_HOOKS, Hooks
 from dlora.metrics.log import read_metrics
 from dlora.runtime.memory import MemoryMeter
 from dlora.runtime.ranks import Runtime
 from dlora.train import Run
+from dlora.training.startup import import_late_ones, prepared
 
 BASE_SETTINGS = {
     "model.dtype": "float32",

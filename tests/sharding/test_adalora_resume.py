@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from tiny import save_chats
 
 from dlora.config.load import parse
-from dlora.entry import prepared
 from dlora.errors import UsageError
 from dlora.runtime.ranks import Runtime
 from dlora.train import main
+from dlora.training.startup import prepared
 
 # 14 steps: 3 of warm-up, masks after 4, 6, 8 and 10, 4 steps on what is left; saved at each.
 SCHEDULE = {

@@ -15,10 +15,10 @@ from tiny import save_chats
 
 from dlora.checkpoint.format import Checkpoint, newest, read, write
 from dlora.config.load import parse
-from dlora.continuation import FREE_KEYS, FREE_SECTIONS
-from dlora.entry import prepared
 from dlora.errors import UsageError
 from dlora.runtime.ranks import Runtime
+from dlora.training.check_resume import FREE_KEYS, FREE_SECTIONS
+from dlora.training.startup import prepared
 
 STEPS = 4
 

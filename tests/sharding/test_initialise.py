@@ -23,15 +23,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-import dlora.build
+import dlora.training.build
 from dlora import LoraConfig, UsageError, attach, load_adapter, shard, start_from_gradients
 from dlora.adapters.source import open_adapter
 from dlora.config.load import parse
 from dlora.lora.attach import adapter_tensors, frozen_tensors, named_adapters
 from dlora.lora.init.pissa import Pissa
 from dlora.methods.lora_ga import GradientEstimate
-from dlora.prepare import prepare
 from dlora.sharding.mesh import Topology
+from dlora.training.prepare import prepare
 
 STEPS, SAVED = 6, 3
 LENGTHS = [24, 9, 17, 30, 12]  # of the sequences that the gradient is estimated on
@@ -273,12 +273,12 @@ def test_recomputed_activations_change_nothing(pools: Pools, command: Any, tmp_p
 def trained(argv: list[str]) -> dict[str, Any]:
     """A run, the offsets that it has, how often W0 was factorised, and what it computes."""
     run: list[Any] = []
-    starts, start = [], dlora.build.start
-    dlora.build.start = lambda *args: starts.append(1) or start(*args)
+    starts, start = [], dlora.training.build.start
+    dlora.training.build.start = lambda *args: starts.append(1) or start(*args)
     try:
         result = train(argv, run.append)
     finally:
-        dlora.build.start = start
+        dlora.training.build.start = start
     model = run[0].model.eval()
     with torch.no_grad():
         logits = model(input_ids=torch.arange(12)[None], use_cache=False).logits

@@ -15,8 +15,8 @@ from tiny import VOCABULARY, save_chats, tokenizer
 
 from dlora.config.load import parse
 from dlora.metrics.log import read_metrics
-from dlora.prepare import multiplies_bfloat16, prepare
 from dlora.sharding.mesh import Topology
+from dlora.training.prepare import multiplies_bfloat16, prepare
 
 # Where bfloat16 has no instructions a step of the wide model takes minutes in it.
 DTYPE = "bfloat16" if multiplies_bfloat16() else "float32"

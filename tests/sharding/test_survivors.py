@@ -51,7 +51,7 @@ def ends_in_a_forward(number: int) -> None:
 
 def ends_after_a_step(number: int) -> None:
     """This rank gets the signal after the 5th step, before the step's line is written."""
-    from dlora.watch import FiniteWatch
+    from dlora.training.watchdogs import FiniteWatch
 
     see = FiniteWatch.see
 

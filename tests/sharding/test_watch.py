@@ -17,7 +17,7 @@ from tiny import save_chats
 
 from dlora.checkpoint import format as checkpoint
 from dlora.lora.attach import named_adapters
-from dlora.watch import FiniteWatch
+from dlora.training.watchdogs import FiniteWatch
 
 STEPS = 6
 
@@ -127,7 +127,7 @@ def test_tensors_that_nothing_trains_end_the_run(
 
 def test_silence_shows_the_stack_of_every_thread() -> None:
     program = (
-        "import threading, time; from dlora.watch import HangWatch\n"
+        "import threading, time; from dlora.training.watchdogs import HangWatch\n"
         "def other_thread(): time.sleep(2)\n"
         "threading.Thread(target=other_thread).start()\n"
         "def waits_for_a_peer(): time.sleep(1.5)\n"

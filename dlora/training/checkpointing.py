@@ -30,11 +30,11 @@ from dlora.errors import UsageError
 from dlora.hooks import NO_HOOKS, Committed, Hooks, Saved, nothing
 from dlora.methods.adalora_report import MaskLog
 from dlora.metrics.log import complete
-from dlora.prepare import Preparation
-from dlora.resume import resolved_yaml
 from dlora.runtime.ranks import Runtime
 from dlora.sharding.share import ReplicaError
-from dlora.start import output_directory, state_at
+from dlora.training.find_checkpoint import output_directory, state_at
+from dlora.training.prepare import Preparation
+from dlora.training.resume import resolved_yaml
 
 # What gloo and torch say where a peer, or the way to it, is gone.
 _LOST = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe")

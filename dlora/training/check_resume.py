@@ -12,7 +12,7 @@ from dlora.config.load import SCHEMA, Config, to_dict
 from dlora.data import Sampler
 from dlora.errors import UsageError
 from dlora.lora.config import LoraConfig
-from dlora.start import Start
+from dlora.training.find_checkpoint import Start
 
 # Keys that may change between a run and its continuation: they do not alter the result.
 FREE_KEYS = {

@@ -12,11 +12,11 @@ from dataclasses import asdict
 from dlora.config.load import SCHEMA, Config, Options, parse
 from dlora.errors import UsageError
 from dlora.plan.capacity import free_bytes
-from dlora.prepare import Preparation, Surroundings, prepare
 from dlora.quant.kernel import bitsandbytes_kernel
 from dlora.runtime.ranks import Runtime
 from dlora.sharding.mesh import Topology
-from dlora.start import Start, find_start
+from dlora.training.find_checkpoint import Start, find_start
+from dlora.training.prepare import Preparation, Surroundings, prepare
 
 
 def enter(argv: list[str], prog: str, first: Callable[[], None]) -> tuple[Runtime, Options | None]:

@@ -21,10 +21,10 @@ from dlora.methods.packed_residual import Residuals
 from dlora.objectives import targets
 from dlora.optim.eight_bit import adamw8bit
 from dlora.optim.lora_pro import LoraPro
-from dlora.prepare import Preparation
 from dlora.runtime.memory import trim_before
 from dlora.runtime.ranks import Runtime
 from dlora.sharding.engine import build_engine
+from dlora.training.prepare import Preparation
 
 
 def build(

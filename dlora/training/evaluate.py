@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dlora.checks import learned_positions
 from dlora.data import NO_TARGET, Dataset, deal
 from dlora.data.collate import collate
+from dlora.training.checks import learned_positions
 
 
 @contextmanager

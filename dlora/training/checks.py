@@ -24,7 +24,7 @@ from dlora.lora.attach import attachment_of, named_adapters
 from dlora.lora.hosts import HostMixin
 from dlora.objectives.targets import model_parts
 from dlora.sharding.mesh import Topology, resolve_placement
-from dlora.start import output_directory, stop_file
+from dlora.training.find_checkpoint import output_directory, stop_file
 
 
 def check_output(config: Config) -> None:

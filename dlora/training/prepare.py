@@ -13,7 +13,18 @@ from dlora.adapters.settings import keyed_by, lora_config, scheduled
 from dlora.base.identity import identity
 from dlora.base.model import BaseModel, check_experts_divide, find_base
 from dlora.base.quantize import Quantized
-from dlora.checks import (
+from dlora.config.load import Config
+from dlora.data import Dataset, Sampler, check_source, load_examples
+from dlora.lora.attach import adapter_tensors, attach, trainable_parameters
+from dlora.lora.config import LoraConfig
+from dlora.methods.adalora import keep_triplets
+from dlora.objectives.targets import model_parts
+from dlora.plan.choose import Decision, capacity_of, decide
+from dlora.plan.subject import Plan, Subject
+from dlora.plan.workload import workload_of
+from dlora.sharding.mesh import Placement, Topology
+from dlora.training.check_resume import check_start
+from dlora.training.checks import (
     check_adapter,
     check_dropout,
     check_gradients,
@@ -23,19 +34,8 @@ from dlora.checks import (
     check_sequences,
     pad_token,
 )
-from dlora.config.load import Config
-from dlora.continuation import check_start
-from dlora.data import Dataset, Sampler, check_source, load_examples
-from dlora.lora.attach import adapter_tensors, attach, trainable_parameters
-from dlora.lora.config import LoraConfig
-from dlora.methods.adalora import keep_triplets
-from dlora.objectives.targets import model_parts
-from dlora.plan.choose import Decision, capacity_of, decide
-from dlora.plan.earlier import earlier_placement, settle
-from dlora.plan.subject import Plan, Subject
-from dlora.plan.workload import workload_of
-from dlora.sharding.mesh import Placement, Topology
-from dlora.start import Start
+from dlora.training.earlier_placement import earlier_placement, settle
+from dlora.training.find_checkpoint import Start
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from dlora.errors import UsageError
 from dlora.io.files import unused_name, write_atomically
 from dlora.methods.adalora_report import PICTURE, RANKS
 from dlora.metrics.log import MetricsLog
-from dlora.prepare import Preparation
 from dlora.runtime.ranks import Runtime
-from dlora.start import output_directory
+from dlora.training.find_checkpoint import output_directory
+from dlora.training.prepare import Preparation
 
 
 def resume(
