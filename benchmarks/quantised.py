@@ -32,7 +32,7 @@ from rows import dlora as dlora_row
 from timing import alternate, peak_memory
 from torch import nn
 
-from dlora.quant import kernel
+from dlora.quant import dequantize as kernel
 from dlora.sharding.storage import held_bytes
 
 PLACES = {"none": ("none", "fsdp2"), "fsdp2": ("world", "fsdp2"), "zero3": ("world", "zero3")}

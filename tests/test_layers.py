@@ -101,7 +101,7 @@ def above_a_side(use: Use, file: str) -> bool:
 
 
 def is_the_kernel_of(use: Use, file: str) -> bool:
-    return file == "dlora/quant/kernel.py" and use.of("bitsandbytes")
+    return file == "dlora/quant/dequantize.py" and use.of("bitsandbytes")
 
 
 def side_of(file: str) -> str:
@@ -177,7 +177,7 @@ PLANTED = {
     "adapters in packing": ("dlora/quant/x.py", "from dlora.lora.attach import attach"),
     "distributed packing": ("dlora/quant/x.py", "import torch.distributed as dist"),
     "another library's packing": ("dlora/quant/nf4.py", "import bitsandbytes"),
-    "packing in sharding": ("dlora/sharding/x.py", "from dlora.quant.packed import pack"),
+    "packing in sharding": ("dlora/sharding/x.py", "from dlora.quant.linear import pack"),
     "adapters in sharding": ("dlora/sharding/x.py", "from dlora.lora.attach import attach"),
     "models in sharding": ("dlora/sharding/x.py", "import transformers"),
     "deepspeed elsewhere": ("dlora/sharding/fsdp2.py", "from deepspeed import zero"),
@@ -208,8 +208,8 @@ HARMLESS = {
     "errors": ("dlora/lora/x.py", "from dlora.errors import UsageError\nimport torch.nn as nn"),
     "a type": ("dlora/objectives/x.py", "from dlora.lora.hosts import CHILD"),
     "a public name": ("dlora/objectives/x.py", "from dlora.data import NO_TARGET"),
-    "packing": ("dlora/lora/x.py", "from dlora.quant.packed import whole"),
-    "the kernels' file": ("dlora/quant/kernel.py", "import bitsandbytes"),
+    "packing": ("dlora/lora/x.py", "from dlora.quant.linear import whole"),
+    "the kernels' file": ("dlora/quant/dequantize.py", "import bitsandbytes"),
     "its own file": ("dlora/sharding/zero3.py", "import deepspeed"),
     "the mode of a model": (
         "dlora/generate.py",

@@ -26,7 +26,7 @@ from dlora.lora.attach import attachment_of, frozen_tensors, named_adapters
 from dlora.lora.config import LoraConfig
 from dlora.lora.hosts import host_kind
 from dlora.lora.targets import target_paths
-from dlora.quant.packed import is_packed
+from dlora.quant.linear import is_packed
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FORMS = {"LORA": lora_files, "ADALORA": adalora_files}  # by PEFT's name

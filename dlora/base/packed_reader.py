@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dlora.base.reader import StoredWeights
 from dlora.quant.formats import FORMATS
-from dlora.quant.packed import CODES, SCALES, is_packed
+from dlora.quant.linear import CODES, SCALES, is_packed
 
 ROWS_NUMEL = 1 << 20  # weights packed at a time
 Left = Callable[[str, int, Tensor], Tensor]

@@ -18,7 +18,7 @@ from dlora.errors import UsageError
 from dlora.lora.hosts import HostMixin, host_kind
 from dlora.lora.targets import linear_paths
 from dlora.quant.formats import FORMATS
-from dlora.quant.packed import CODES, SCALES, Packing, is_packed, pack
+from dlora.quant.linear import CODES, SCALES, Packing, is_packed, pack
 from dlora.sharding.engine import is_divided
 from dlora.sharding.groups import block_lists
 

@@ -17,7 +17,7 @@ from dlora.lora.init import INITS, Initialisation
 from dlora.lora.targets import saved_paths, target_paths
 from dlora.lora.variants import VARIANTS, LoraAdapter
 from dlora.lora.weights import WholeWeights, plain_weights, show_weights
-from dlora.quant.packed import is_packed
+from dlora.quant.linear import is_packed
 
 
 @dataclass

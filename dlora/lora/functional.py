@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dlora.quant.packed import Weight, save_with, saved_with, whole
+from dlora.quant.linear import Weight, save_with, saved_with, whole
 
 Convolve = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 

@@ -37,7 +37,7 @@ from torch.autograd.function import once_differentiable
 
 from dlora.lora import functional
 from dlora.lora.functional import cast_for_autocast, dropped, scaled
-from dlora.quant.packed import Weight, save_with, saved_with, whole
+from dlora.quant.linear import Weight, save_with, saved_with, whole
 
 _CHUNK_BYTES = {"cpu": 1 << 20}  # of W0 that are cast at once, elsewhere _CHUNK_ELSEWHERE
 _CHUNK_ELSEWHERE = 1 << 24

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dlora.quant.packed import PackedMixin, frozen_weight
+from dlora.quant.linear import PackedMixin, frozen_weight
 
 CHILD = "adapter"
 

@@ -17,7 +17,7 @@ from dlora.errors import UsageError
 from dlora.lora.attach import attachment_of, named_adapters, named_copies
 from dlora.lora.hosts import HostMixin
 from dlora.lora.variants import LoraAdapter
-from dlora.quant.packed import WEIGHT_NAMES, replace_weight, restore_weight, unpacked
+from dlora.quant.linear import WEIGHT_NAMES, replace_weight, restore_weight, unpacked
 
 LOSS_WORTH_A_WARNING = 0.01
 

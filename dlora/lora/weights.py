@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dlora.errors import UsageError
 from dlora.lora.hosts import HostMixin
 from dlora.lora.variants import LoraAdapter
-from dlora.quant.packed import CODES, SCALES, is_packed
+from dlora.quant.linear import CODES, SCALES, is_packed
 
 WholeWeights = Callable[[nn.Module], AbstractContextManager[dict[str, Tensor]]]
 

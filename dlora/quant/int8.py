@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dlora.quant.kernel import chunk_rows
+from dlora.quant.dequantize import chunk_rows
 from dlora.quant.rows import as_bytes, from_bytes
 
 

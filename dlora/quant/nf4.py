@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dlora.quant.kernel import levels_times_scales
+from dlora.quant.dequantize import levels_times_scales
 from dlora.quant.rows import as_bytes, from_bytes
 
 LEVELS = torch.tensor(

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from dlora.config.load import SCHEMA, Config, Options, parse
 from dlora.errors import UsageError
 from dlora.plan.capacity import free_bytes
-from dlora.quant.kernel import bitsandbytes_kernel
+from dlora.quant.dequantize import bitsandbytes_kernel
 from dlora.runtime.ranks import Runtime
 from dlora.sharding.mesh import Topology
 from dlora.training.find_checkpoint import Start, find_start

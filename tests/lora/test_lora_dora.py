@@ -30,7 +30,7 @@ from dlora.lora.attach import attachment_of, named_adapters, trainable_parameter
 from dlora.lora.dropout import SampleKeys
 from dlora.optim.groups import parameter_groups
 from dlora.optim.lora_pro import LoraPro
-from dlora.quant.packed import pack, unpacked
+from dlora.quant.linear import pack, unpacked
 
 # methods.md, section 18
 MAGNITUDE = [2.5, 1.732050808, 1.224744871, 1.870828693]

@@ -14,7 +14,7 @@ from dlora.lora.config import LoraConfig
 from dlora.objectives import targets
 from dlora.plan.activations import estimate
 from dlora.plan.trace import trace
-from dlora.quant import kernel
+from dlora.quant import dequantize as kernel
 
 R, ROWS, TOKENS, VOCABULARY = 8, 2, 128, 4000
 HIDDEN, FFN, LAYERS, HEADS, KV = 256, 688, 6, 4, 2

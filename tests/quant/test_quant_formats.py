@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dlora.quant.dequantize import bitsandbytes_kernel, levels_in_torch, levels_times_scales
 from dlora.quant.formats import FORMATS, unpack
-from dlora.quant.kernel import bitsandbytes_kernel, levels_in_torch, levels_times_scales
 from dlora.quant.nf4 import _PAIRS, LEVELS
 from dlora.quant.rows import as_bytes, from_bytes
 

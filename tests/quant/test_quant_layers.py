@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from dlora import LoraConfig, UsageError, attach, disabled, merge, quantize, save_adapter, unmerge
 from dlora.lora.attach import named_adapters
 from dlora.quant.formats import FORMATS
-from dlora.quant.packed import CODES, SCALES, is_packed, pack, unpacked
+from dlora.quant.linear import CODES, SCALES, is_packed, pack, unpacked
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float64]
 SIZES = {"hidden_size": 64, "intermediate_size": 128}

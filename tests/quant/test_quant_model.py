@@ -8,7 +8,7 @@ import torch
 from test_gguf_base import real_file  # noqa: F401 - a fixture
 
 from dlora.base.model import find_base
-from dlora.quant.packed import is_packed
+from dlora.quant.linear import is_packed
 from dlora.sharding.engine import build_engine
 from dlora.sharding.mesh import Topology, resolve_placement
 from dlora.sharding.storage import held_bytes

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dlora.lora import functional_dora
 from dlora.lora.functional import Convolve
 from dlora.lora.variants.lora import LoraAdapter
-from dlora.quant.packed import Weight
+from dlora.quant.linear import Weight
 
 
 class DoraAdapter(LoraAdapter):

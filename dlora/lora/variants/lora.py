@@ -14,7 +14,7 @@ from dlora.lora import functional
 from dlora.lora.config import LoraConfig
 from dlora.lora.dropout import DropoutStream
 from dlora.lora.init import Initialisation
-from dlora.quant.packed import Weight
+from dlora.quant.linear import Weight
 
 
 class PlainLora(NamedTuple):

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dlora.quant.dequantize import chunk_rows
 from dlora.quant.formats import FORMATS, unpack
-from dlora.quant.kernel import chunk_rows
 
 CODES, SCALES = "weight_codes", "weight_scales"
 WEIGHT_NAMES = ("weight", CODES, SCALES)
