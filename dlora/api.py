@@ -20,7 +20,7 @@ from dlora.lora.attach import (
 from dlora.lora.config import LoraConfig
 from dlora.lora.init import INITS
 from dlora.lora.variants.adalora import AdaLoraConfig
-from dlora.lora.weights import plain_weights
+from dlora.lora.whole_weights import plain_weights
 from dlora.methods.adalora import RankAllocator
 from dlora.methods.lora_ga import GradientEstimate, LossOf
 from dlora.methods.matrix_init import Started, start_from_weights

@@ -206,7 +206,7 @@ PLANTED = {
 }
 HARMLESS = {
     "errors": ("dlora/lora/x.py", "from dlora.errors import UsageError\nimport torch.nn as nn"),
-    "a type": ("dlora/objectives/x.py", "from dlora.lora.hosts import CHILD"),
+    "a type": ("dlora/objectives/x.py", "from dlora.lora.layers import CHILD"),
     "a public name": ("dlora/objectives/x.py", "from dlora.data import NO_TARGET"),
     "packing": ("dlora/lora/x.py", "from dlora.quant.linear import whole"),
     "the kernels' file": ("dlora/quant/dequantize.py", "import bitsandbytes"),

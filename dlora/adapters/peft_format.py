@@ -26,7 +26,7 @@ from dlora.lora.attach import (
     named_copies,
     trainable_parameters,
 )
-from dlora.lora.hosts import CHILD, ConvolutionHost, HostMixin
+from dlora.lora.layers import CHILD, ConvolutionHost, HostMixin
 from dlora.lora.variants import LoraAdapter, PlainLora
 from dlora.lora.variants.adalora import AdaLoraAdapter, AdaLoraConfig
 from dlora.lora.variants.dora import DoraAdapter

@@ -24,7 +24,7 @@ from dlora.io.files import inside, read_object, write_atomically
 from dlora.io.safetensors import FLOATS, StoredTensor, stored_tensors
 from dlora.lora.attach import attachment_of, frozen_tensors, named_adapters
 from dlora.lora.config import LoraConfig
-from dlora.lora.hosts import host_kind
+from dlora.lora.layers import host_kind
 from dlora.lora.targets import target_paths
 from dlora.quant.linear import is_packed
 

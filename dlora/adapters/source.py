@@ -33,7 +33,7 @@ from dlora.lora.attach import (
     named_copies,
 )
 from dlora.lora.config import LoraConfig
-from dlora.lora.hosts import CHILD
+from dlora.lora.layers import CHILD
 from dlora.lora.merge import scale_of_rows
 from dlora.lora.variants import LoraAdapter
 from dlora.methods.adalora import keep_triplets

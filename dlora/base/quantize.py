@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dlora.errors import UsageError
-from dlora.lora.hosts import HostMixin, host_kind
+from dlora.lora.layers import HostMixin, host_kind
 from dlora.lora.targets import linear_paths
 from dlora.quant.formats import FORMATS
 from dlora.quant.linear import CODES, SCALES, Packing, is_packed, pack

@@ -35,7 +35,7 @@ from dlora.io.safetensors import (
     write_tensors,
 )
 from dlora.lora.attach import named_adapters, named_copies
-from dlora.lora.hosts import CHILD
+from dlora.lora.layers import CHILD
 from dlora.lora.merge import change_of, merged_weight
 from dlora.metrics.progress import CopyDisplay
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from dlora.errors import UsageError
 from dlora.lora.config import LoraConfig
 from dlora.lora.dropout import DropoutStream
-from dlora.lora.hosts import CHILD, SavedHost, TrainedCopy, become_host, host_kind
 from dlora.lora.init import INITS, Initialisation
+from dlora.lora.layers import CHILD, SavedHost, TrainedCopy, become_host, host_kind
 from dlora.lora.targets import saved_paths, target_paths
 from dlora.lora.variants import VARIANTS, LoraAdapter
-from dlora.lora.weights import WholeWeights, plain_weights, show_weights
+from dlora.lora.whole_weights import WholeWeights, plain_weights, show_weights
 from dlora.quant.linear import is_packed
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dlora.errors import UsageError
 from dlora.lora.attach import attachment_of, named_adapters, named_copies
-from dlora.lora.hosts import HostMixin
+from dlora.lora.layers import HostMixin
 from dlora.lora.variants import LoraAdapter
 from dlora.quant.linear import WEIGHT_NAMES, replace_weight, restore_weight, unpacked
 

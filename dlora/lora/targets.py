@@ -10,7 +10,7 @@ from torch import nn
 
 from dlora.errors import UsageError
 from dlora.lora.config import LoraConfig
-from dlora.lora.hosts import Conv1DHost, LinearHost, host_kind, obstacle
+from dlora.lora.layers import Conv1DHost, LinearHost, host_kind, obstacle
 
 
 def target_paths(model: nn.Module, config: LoraConfig) -> list[str]:

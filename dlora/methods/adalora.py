@@ -22,9 +22,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dlora.errors import UsageError
-from dlora.lora import orthogonality
+from dlora.lora.adalora import orthogonality
+from dlora.lora.adalora.budget import best
 from dlora.lora.attach import attachment_of, named_adapters
-from dlora.lora.budget import best
 from dlora.lora.variants.adalora import TRIPLET_DIM, AdaLoraAdapter, AdaLoraConfig
 from dlora.methods.adalora_scores import Triplets, TripletScores
 from dlora.sharding.replica import Replica

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dlora.lora import importance
-from dlora.lora.hosts import CHILD
+from dlora.lora.adalora import importance
+from dlora.lora.layers import CHILD
 from dlora.lora.variants.adalora import TRIPLET_DIM, AdaLoraAdapter, AdaLoraConfig
 from dlora.sharding.replica import Replica
 from dlora.sharding.share import Held, States

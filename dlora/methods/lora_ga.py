@@ -34,7 +34,7 @@ from torch.autograd.function import once_differentiable
 from dlora.errors import UsageError
 from dlora.lora.attach import attachment_of, disabled
 from dlora.lora.dropout import seed_of
-from dlora.lora.hosts import HostMixin
+from dlora.lora.layers import HostMixin
 from dlora.methods.matrix_init import Layer, Started, layers_of, start_from_matrices
 from dlora.sharding.mesh import Topology
 from dlora.sharding.wire import WireCounter, ring_reduce_bytes

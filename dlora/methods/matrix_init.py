@@ -20,9 +20,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dlora.lora.attach import attachment_of, named_adapters
-from dlora.lora.hosts import HostMixin
+from dlora.lora.layers import HostMixin
 from dlora.lora.variants import LoraAdapter
-from dlora.lora.weights import WholeWeights
+from dlora.lora.whole_weights import WholeWeights
 from dlora.sharding.mesh import Topology
 from dlora.sharding.spread import owners
 from dlora.sharding.wire import WireCounter, ring_gather_bytes

@@ -23,7 +23,7 @@ from dlora.base.reader import StoredWeights
 from dlora.io.safetensors import StoredTensor, stored_tensors
 from dlora.lora.attach import attach, frozen_tensors, named_adapters
 from dlora.lora.config import LoraConfig
-from dlora.lora.hosts import HostMixin
+from dlora.lora.layers import HostMixin
 from dlora.methods.matrix_init import Layer, Started, start_from_matrices
 from dlora.sharding.mesh import Topology
 

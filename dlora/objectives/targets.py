@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dlora.errors import UsageError
-from dlora.lora.hosts import CHILD
+from dlora.lora.layers import CHILD
 
 IGNORED = -100
 CHUNK_BYTES = 64 << 20  # of float32 logits at a time

@@ -1,6 +1,6 @@
 """LoRA-Pro: an optimizer that steps A and B of a pair together, so that W moves as it wants to.
 
-What h_A, h_B, g̃ are, and how they come from g_A and g_B, is in `dlora/lora/equivalent.py`. Adam's
+What h_A, h_B, g̃ are, and how they come from g_A and g_B, is in `dlora/lora/lora_pro.py`. Adam's
 moments stand in one of two places:
 
     low    g_A, g_B ──closed form──> h_A, h_B ──AdamW, moments [r, n] and [m, r]──> A, B
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dlora.errors import UsageError
-from dlora.lora.equivalent import Frame, Gram, equivalent, grams, seen
+from dlora.lora.lora_pro import Frame, Gram, equivalent, grams, seen
 from dlora.sharding.spread import Unit
 
 MOMENTS = ("low", "full")

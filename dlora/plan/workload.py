@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from dlora.config.load import Config, OptimizerConfig
 from dlora.data.collate import PAD_TO
-from dlora.lora.importance import IMPORTANCES
+from dlora.lora.adalora.importance import IMPORTANCES
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from dlora.errors import UsageError
 from dlora.io.files import read_object
 from dlora.io.safetensors import stored_tensors
 from dlora.lora.config import LoraConfig
-from dlora.lora.hosts import CHILD
+from dlora.lora.layers import CHILD
 from dlora.lora.variants import VARIANTS
 
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from dlora import AdaLoraConfig, attach, disabled, merge, unmerge
-from dlora.lora import orthogonality
+from dlora.lora.adalora import orthogonality
 from dlora.lora.attach import attachment_of, named_adapters
 from dlora.lora.dropout import SampleKeys
 

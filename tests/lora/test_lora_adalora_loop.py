@@ -12,9 +12,9 @@ from causal_models import relative_error
 from torch import Tensor, nn
 
 from dlora import AdaLoraConfig, LoraConfig, UsageError, attach, shard
-from dlora.lora import importance
+from dlora.lora.adalora import importance
+from dlora.lora.adalora.budget import best
 from dlora.lora.attach import named_adapters
-from dlora.lora.budget import best
 from dlora.sharding.share import ReplicaError
 
 PHASES = {"total_step": 30, "tinit": 4, "tfinal": 8, "deltaT": 3}

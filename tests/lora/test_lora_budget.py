@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dlora import AdaLoraConfig, UsageError
-from dlora.lora import importance
-from dlora.lora.budget import BudgetSchedule, best
+from dlora.lora.adalora import importance
+from dlora.lora.adalora.budget import BudgetSchedule, best
 
 GOLDEN = {10: 24, 11: 23, 20: 18, 27: 14, 45: 10, 62: 8, 80: 8}  # methods.md, section 11
 

@@ -5,7 +5,7 @@ import torch
 from least_squares import best
 from torch import Tensor
 
-from dlora.lora.equivalent import Frame, equivalent, grams, seen
+from dlora.lora.lora_pro import Frame, equivalent, grams, seen
 
 SHAPES = [(7, 5, 2), (5, 9, 3), (4, 4, 4), (6, 3, 3), (40, 30, 8)]  # m, n, r
 SCALES = [0.5, 2.0, 5.657]

@@ -9,7 +9,7 @@ import importlib
 import pkgutil
 from collections.abc import Iterator
 
-from dlora.lora.init.initialisation import Initialisation
+from dlora.lora.init.base import Initialisation
 
 
 def _found() -> Iterator[type[Initialisation]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dlora.lora.init.initialisation import Initialisation
+from dlora.lora.init.base import Initialisation
 
 
 class Gaussian(Initialisation):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dlora.lora.init.initialisation import Initialisation
+from dlora.lora.init.base import Initialisation
 
 
 class Kaiming(Initialisation):

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dlora.lora.init.factorise import triplets
-from dlora.lora.init.initialisation import Initialisation
+from dlora.lora.init.base import Initialisation
+from dlora.lora.init.svd import triplets
 
 
 class Pissa(Initialisation):

@@ -2,7 +2,7 @@
 
 P [m, r₀] is `lora_B`, λ [r₀, 1] is `lora_E`, Q [r₀, n] is `lora_A`, as in PEFT. The scale s = α/r₀
 is that of the initial rank and stays the same through all pruning. What is pruned, and when, is
-decided over all matrices together: see `dlora.lora.budget` and `dlora.lora.importance`.
+decided over all matrices together: see `dlora.lora.adalora.budget` and `dlora.lora.adalora.importance`.
 
 Source: Zhang et al. 2023, https://arxiv.org/abs/2303.10512.
 """
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from dlora.errors import UsageError
-from dlora.lora.budget import BUDGET_UNITS, BudgetSchedule
+from dlora.lora.adalora.budget import BUDGET_UNITS, BudgetSchedule
+from dlora.lora.adalora.importance import IMPORTANCES
 from dlora.lora.config import LoraConfig
-from dlora.lora.importance import IMPORTANCES
 from dlora.lora.init import Initialisation
 from dlora.lora.variants.lora import LoraAdapter, PlainLora
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dlora.errors import UsageError
-from dlora.lora.hosts import HostMixin
+from dlora.lora.layers import HostMixin
 from dlora.lora.variants import LoraAdapter
 from dlora.quant.linear import CODES, SCALES, is_packed
 
