@@ -10,7 +10,7 @@ from torch import nn
 
 from dlora.base.quantize import FrozenMatrix, frozen_matrices
 from dlora.lora.variants import LoraAdapter
-from dlora.objectives import targets
+from dlora.objectives import chunked_loss as targets
 from dlora.sharding.groups import block_lists
 
 _COPIES = 5  # of a chunk of float32 logits, while its gradient is computed

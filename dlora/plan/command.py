@@ -18,7 +18,7 @@ from dlora.config.load import Config, parse
 from dlora.config.options import option
 from dlora.errors import UsageError
 from dlora.lora.attach import attach, trainable_parameters
-from dlora.objectives.targets import model_parts
+from dlora.objectives.chunked_loss import model_parts
 from dlora.plan.capacity import free_bytes
 from dlora.plan.choose import Capacity, bytes_first, capacity_of, decide
 from dlora.plan.choose import candidates as candidates_of

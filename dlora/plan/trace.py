@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dlora.objectives import targets
+from dlora.objectives import chunked_loss as targets
 from dlora.plan.activations import Trace, estimate
 from dlora.plan.live import LiveBytes
 from dlora.sharding.groups import block_lists

@@ -18,7 +18,7 @@ from dlora.lora.attach import attachment_of
 from dlora.lora.init import INITS
 from dlora.methods.lora_ga import PASSES, GradientEstimate
 from dlora.methods.packed_residual import Residuals
-from dlora.objectives import targets
+from dlora.objectives import chunked_loss as targets
 from dlora.optim.eight_bit import adamw8bit
 from dlora.optim.lora_pro import LoraPro
 from dlora.runtime.memory import trim_before

@@ -18,7 +18,7 @@ from dlora.data import Dataset, Sampler, check_source, load_examples
 from dlora.lora.attach import adapter_tensors, attach, trainable_parameters
 from dlora.lora.config import LoraConfig
 from dlora.methods.adalora import keep_triplets
-from dlora.objectives.targets import model_parts
+from dlora.objectives.chunked_loss import model_parts
 from dlora.plan.choose import Decision, capacity_of, decide
 from dlora.plan.subject import Plan, Subject
 from dlora.plan.workload import workload_of

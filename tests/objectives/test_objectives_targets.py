@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dlora import LoraConfig, UsageError, attach, disabled
 from dlora.lora.attach import attachment_of, trainable_parameters
 from dlora.lora.dropout import SampleKeys
-from dlora.objectives import targets as objective
+from dlora.objectives import chunked_loss as objective
 
 EXACT = {torch.float64: 1e-12, torch.float32: 1e-5}
 ROWS, TOKENS = 3, 10

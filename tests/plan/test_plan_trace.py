@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralC
 from dlora.base.quantize import quantize
 from dlora.lora.attach import attach
 from dlora.lora.config import LoraConfig
-from dlora.objectives import targets
+from dlora.objectives import chunked_loss as targets
 from dlora.plan.activations import estimate
 from dlora.plan.trace import trace
 from dlora.quant import dequantize as kernel
