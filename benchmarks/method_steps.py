@@ -35,7 +35,7 @@ from dlora.api import TrainedReplica
 from dlora.base.model import find_base
 from dlora.optim.eight_bit import adamw8bit
 from dlora.optim.lora_pro import LoraPro
-from dlora.sharding.storage import held_bytes
+from dlora.sharding.engines.storage import held_bytes
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "models/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -36,9 +36,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from dlora import LoraConfig, attach
 from dlora.api import replicate
-from dlora.sharding.engine import build_engine
-from dlora.sharding.mesh import Placement, Topology
-from dlora.sharding.storage import held_bytes
+from dlora.sharding.engines.protocol import build_engine
+from dlora.sharding.engines.storage import held_bytes
+from dlora.sharding.topology import Placement, Topology
 
 ENGINES, SHARES = ("fsdp2", "zero3"), (0.0, 0.5, 1.0)
 FAMILIES = ("alone", "none", "node", "world", "peft_fsdp2", "peft_zero3")

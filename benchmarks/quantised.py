@@ -33,7 +33,7 @@ from timing import alternate, peak_memory
 from torch import nn
 
 from dlora.quant import dequantize as kernel
-from dlora.sharding.storage import held_bytes
+from dlora.sharding.engines.storage import held_bytes
 
 PLACES = {"none": ("none", "fsdp2"), "fsdp2": ("world", "fsdp2"), "zero3": ("world", "zero3")}
 FORMATS = {"bf16": "none", "nf4": "nf4", "nf4-dq": "nf4-dq", "int8": "int8"}

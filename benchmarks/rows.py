@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dlora import LoraConfig, attach, quantize, shard
 from dlora.api import TrainedReplica
-from dlora.sharding.storage import held_bytes
+from dlora.sharding.engines.storage import held_bytes
 
 SHAPE = {
     "hidden_size": 1024,

@@ -28,7 +28,7 @@ from timing import alternate, peak_memory
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from dlora.sharding.storage import held_bytes
+from dlora.sharding.engines.storage import held_bytes
 
 
 def all_ranks() -> DeviceMesh:

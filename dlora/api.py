@@ -27,11 +27,11 @@ from dlora.methods.matrix_init import Started, start_from_weights
 from dlora.optim.groups import parameter_groups
 from dlora.optim.lora_pro import Pair
 from dlora.sharding.counts import whole_number
-from dlora.sharding.engine import Engine, build_engine, is_divided, sharded_by
-from dlora.sharding.groups import frozen_groups, worth_holding
-from dlora.sharding.mesh import Topology, resolve_placement
-from dlora.sharding.replica import Reduced, Replica
-from dlora.sharding.share import States, state_is_divided, states_of
+from dlora.sharding.engines.gather_groups import frozen_groups, worth_holding
+from dlora.sharding.engines.protocol import Engine, build_engine, is_divided, sharded_by
+from dlora.sharding.replica.optimizer_state import States, state_is_divided, states_of
+from dlora.sharding.replica.replica import Reduced, Replica
+from dlora.sharding.topology import Topology, resolve_placement
 
 _RECORD = "dlora_replica"
 

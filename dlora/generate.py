@@ -16,8 +16,8 @@ from dlora.base.model import DTYPES, BaseModel
 from dlora.command_line import OneLineParser, chosen_base, naming_base
 from dlora.errors import UsageError
 from dlora.runtime.exit_status import exit_with
-from dlora.sharding.engine import build_engine
-from dlora.sharding.mesh import Topology, resolve_placement
+from dlora.sharding.engines.protocol import build_engine
+from dlora.sharding.topology import Topology, resolve_placement
 from dlora.training.evaluate import inference
 
 

@@ -24,9 +24,9 @@ from dlora.config.load import (
     dump_yaml,
 )
 from dlora.lora.attach import trainable_parameters
-from dlora.sharding.mesh import Topology
-from dlora.sharding.replica import Replica
-from dlora.sharding.share import states_of
+from dlora.sharding.replica.optimizer_state import states_of
+from dlora.sharding.replica.replica import Replica
+from dlora.sharding.topology import Topology
 
 IDS = torch.arange(3, 200, 7)[None]
 SHAPES = MODELS | {

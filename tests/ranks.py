@@ -27,7 +27,11 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ["transformers.models.llama.modeling_llama", "dlora.train", "dlora.sharding.zero3"]
+PRELOADED = [
+    "transformers.models.llama.modeling_llama",
+    "dlora.train",
+    "dlora.sharding.engines.zero3",
+]
 LIMIT_SECONDS = 240.0
 GRACE_SECONDS = 2.0  # in which the other ranks may fail as well, before they are ended
 SHOWN_CHARACTERS = 3000

@@ -35,8 +35,8 @@ from dlora.config.load import (
 from dlora.export.command import main
 from dlora.lora.attach import named_adapters, trainable_parameters
 from dlora.metrics.log import MetricsLog
-from dlora.sharding.engine import build_engine
-from dlora.sharding.mesh import Topology, resolve_placement
+from dlora.sharding.engines.protocol import build_engine
+from dlora.sharding.topology import Topology, resolve_placement
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),

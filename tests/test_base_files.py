@@ -17,7 +17,7 @@ from tiny import MODELS, command
 from dlora.base.model import BaseWeights, find_base
 from dlora.config.load import parse
 from dlora.errors import UsageError
-from dlora.sharding.mesh import Topology
+from dlora.sharding.topology import Topology
 from dlora.training.prepare import prepare
 
 ROOT = Path(__file__).parents[1]

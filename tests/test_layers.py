@@ -171,7 +171,7 @@ PLANTED = {
     "by string": ("dlora/lora/merge.py", "m = __import__('transformers')"),
     "ray by string": ("dlora/train.py", "importlib.import_module('ray.train')"),
     "inside a function": ("dlora/lora/x.py", "def f():\n    import deepspeed"),
-    "mathematics above": ("dlora/lora/x.py", "from dlora.sharding.mesh import Topology"),
+    "mathematics above": ("dlora/lora/x.py", "from dlora.sharding.topology import Topology"),
     "relative": ("dlora/lora/x.py", "from ..sharding import mesh"),
     "another library": ("dlora/lora/x.py", "import numpy"),
     "adapters in packing": ("dlora/quant/x.py", "from dlora.lora.attach import attach"),
@@ -180,15 +180,18 @@ PLANTED = {
     "packing in sharding": ("dlora/sharding/x.py", "from dlora.quant.linear import pack"),
     "adapters in sharding": ("dlora/sharding/x.py", "from dlora.lora.attach import attach"),
     "models in sharding": ("dlora/sharding/x.py", "import transformers"),
-    "deepspeed elsewhere": ("dlora/sharding/fsdp2.py", "from deepspeed import zero"),
+    "deepspeed elsewhere": ("dlora/sharding/engines/fsdp2.py", "from deepspeed import zero"),
     "the loop in sharding": ("dlora/sharding/x.py", "from dlora.train import build"),
     "insides of data": ("dlora/optim/x.py", "from dlora.data.collate import collate"),
     "insides of optim": ("dlora/objectives/x.py", "from dlora.optim import groups"),
-    "an engine": ("dlora/checkpoint/format.py", "from dlora.sharding.fsdp2 import Fsdp2"),
+    "an engine": ("dlora/checkpoint/format.py", "from dlora.sharding.engines.fsdp2 import Fsdp2"),
     "a variant": ("dlora/optim/groups.py", "from dlora.lora.variants.lora import LoraAdapter"),
     "the configuration": ("dlora/metrics/log.py", "from dlora.config.load import Config"),
     "ray": ("dlora/train.py", "from ray import train"),
-    "a launcher's depth": ("launchers/ray_train.py", "from dlora.sharding.mesh import Topology"),
+    "a launcher's depth": (
+        "launchers/ray_train.py",
+        "from dlora.sharding.topology import Topology",
+    ),
     "pickle": ("dlora/io/files.py", "import pickle"),
     "from pickle": ("dlora/io/files.py", "from pickle import loads"),
     "torch.load": ("dlora/io/files.py", "import torch\nx = torch.load('f', weights_only=True)"),
@@ -210,7 +213,7 @@ HARMLESS = {
     "a public name": ("dlora/objectives/x.py", "from dlora.data import NO_TARGET"),
     "packing": ("dlora/lora/x.py", "from dlora.quant.linear import whole"),
     "the kernels' file": ("dlora/quant/dequantize.py", "import bitsandbytes"),
-    "its own file": ("dlora/sharding/zero3.py", "import deepspeed"),
+    "its own file": ("dlora/sharding/engines/zero3.py", "import deepspeed"),
     "the mode of a model": (
         "dlora/generate.py",
         "eval = None\nmodel.eval()\nf(eval)\ng(data.eval)",
@@ -238,7 +241,7 @@ def test_the_files_were_found() -> None:
     assert {
         "dlora/lora/functional.py",
         "dlora/quant/nf4.py",
-        "dlora/sharding/replica.py",
+        "dlora/sharding/replica/replica.py",
         "dlora/train.py",
     } <= set(FILES)
 

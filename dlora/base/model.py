@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from dlora.base.quantize import Quantized, quantize_as_set
 from dlora.errors import UsageError
 from dlora.runtime.memory import trim
-from dlora.sharding.engine import Engine
-from dlora.sharding.mesh import Placement
-from dlora.sharding.storage import dropping_mapped_pages, own_storage
+from dlora.sharding.engines.protocol import Engine
+from dlora.sharding.engines.storage import dropping_mapped_pages, own_storage
+from dlora.sharding.topology import Placement
 
 DTYPES = {
     "bfloat16": torch.bfloat16,

@@ -19,8 +19,8 @@ from dlora.lora.layers import HostMixin, host_kind
 from dlora.lora.targets import linear_paths
 from dlora.quant.formats import FORMATS
 from dlora.quant.linear import CODES, SCALES, Packing, is_packed, pack
-from dlora.sharding.engine import is_divided
-from dlora.sharding.groups import block_lists
+from dlora.sharding.engines.gather_groups import block_lists
+from dlora.sharding.engines.protocol import is_divided
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dlora.checkpoint.format import Checkpoint
-from dlora.sharding.replica import Replica
-from dlora.sharding.share import States
+from dlora.sharding.replica.optimizer_state import States
+from dlora.sharding.replica.replica import Replica
 
 
 def capture(

@@ -27,8 +27,8 @@ from dlora.lora.adalora.budget import best
 from dlora.lora.attach import attachment_of, named_adapters
 from dlora.lora.variants.adalora import TRIPLET_DIM, AdaLoraAdapter, AdaLoraConfig
 from dlora.methods.adalora_scores import Triplets, TripletScores
-from dlora.sharding.replica import Replica
-from dlora.sharding.share import ReplicaError, States
+from dlora.sharding.replica.optimizer_state import ReplicaError, States
+from dlora.sharding.replica.replica import Replica
 
 
 class RankAllocator:

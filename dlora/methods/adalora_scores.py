@@ -15,8 +15,8 @@ from torch import Tensor
 from dlora.lora.adalora import importance
 from dlora.lora.layers import CHILD
 from dlora.lora.variants.adalora import TRIPLET_DIM, AdaLoraAdapter, AdaLoraConfig
-from dlora.sharding.replica import Replica
-from dlora.sharding.share import Held, States
+from dlora.sharding.replica.optimizer_state import Held, States
+from dlora.sharding.replica.replica import Replica
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,8 @@ from dlora.lora.attach import attachment_of, disabled
 from dlora.lora.dropout import seed_of
 from dlora.lora.layers import HostMixin
 from dlora.methods.matrix_init import Layer, Started, layers_of, start_from_matrices
-from dlora.sharding.mesh import Topology
-from dlora.sharding.wire import WireCounter, ring_reduce_bytes
+from dlora.sharding.comm_bytes import WireCounter, ring_reduce_bytes
+from dlora.sharding.topology import Topology
 
 LossOf = Callable[[nn.Module, Any], Tensor]
 Fold = Callable[[Tensor, Tensor], None]

@@ -23,9 +23,9 @@ from dlora.lora.attach import attachment_of, named_adapters
 from dlora.lora.layers import HostMixin
 from dlora.lora.variants import LoraAdapter
 from dlora.lora.whole_weights import WholeWeights
-from dlora.sharding.mesh import Topology
-from dlora.sharding.spread import owners
-from dlora.sharding.wire import WireCounter, ring_gather_bytes
+from dlora.sharding.comm_bytes import WireCounter, ring_gather_bytes
+from dlora.sharding.replica.owned_state import owners
+from dlora.sharding.topology import Topology
 
 Factors = tuple[Tensor, Tensor]
 

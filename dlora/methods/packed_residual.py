@@ -25,7 +25,7 @@ from dlora.lora.attach import attach, frozen_tensors, named_adapters
 from dlora.lora.config import LoraConfig
 from dlora.lora.layers import HostMixin
 from dlora.methods.matrix_init import Layer, Started, start_from_matrices
-from dlora.sharding.mesh import Topology
+from dlora.sharding.topology import Topology
 
 
 class Residuals:

@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 
 from dlora.errors import UsageError
 from dlora.lora.lora_pro import Frame, Gram, equivalent, grams, seen
-from dlora.sharding.spread import Unit
+from dlora.sharding.replica.owned_state import Unit
 
 MOMENTS = ("low", "full")
 
@@ -92,7 +92,7 @@ class LoraPro(Optimizer):
         self._mine: Sequence[int] = range(len(self.pairs))
         self._check_pairs()
 
-    # -- spreading (`dlora.sharding.spread.InUnits`) --------------------------------------------
+    # -- spreading (`dlora.sharding.replica.owned_state.InUnits`) --------------------------------------------
 
     @property
     def units(self) -> list[Unit]:

@@ -11,7 +11,7 @@ from torch import nn
 from dlora.base.quantize import FrozenMatrix, frozen_matrices
 from dlora.lora.variants import LoraAdapter
 from dlora.objectives import chunked_loss as targets
-from dlora.sharding.groups import block_lists
+from dlora.sharding.engines.gather_groups import block_lists
 
 _COPIES = 5  # of a chunk of float32 logits, while its gradient is computed
 

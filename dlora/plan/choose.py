@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from dlora.errors import UsageError
 from dlora.plan.state import modes
 from dlora.plan.subject import Plan, Subject
-from dlora.sharding.mesh import Topology, resolve_placement
+from dlora.sharding.topology import Topology, resolve_placement
 
 USABLE = 0.95  # of free memory: others take of it as well
 Cost = Callable[[Plan], tuple[float, ...]]

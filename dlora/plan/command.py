@@ -28,7 +28,7 @@ from dlora.plan.state import modes
 from dlora.plan.subject import Plan, Subject
 from dlora.plan.tables import Survey, as_json, as_text
 from dlora.plan.workload import workload_of
-from dlora.sharding.mesh import Topology
+from dlora.sharding.topology import Topology
 
 ENGINES = {"fsdp2": "torch", "zero3": "deepspeed"}  # and what each stands on
 

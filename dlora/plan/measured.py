@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dlora.api import TrainedReplica
-from dlora.sharding.storage import held_bytes
+from dlora.sharding.engines.storage import held_bytes
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from dlora.plan.state import share_of, state_of
 from dlora.plan.units import Unit
 from dlora.plan.workload import Workload
 from dlora.runtime.memory import HOLES
-from dlora.sharding.mesh import Placement, Topology
+from dlora.sharding.topology import Placement, Topology
 
 # What a process takes that no tensor here accounts for. CPU: the interpreter's growth, gloo's
 # buffers, scratch of matrix products. CUDA: context, NCCL's buffers, workspaces of cuBLAS.

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from torch import nn
 
 from dlora.lora.variants.adalora import TRIPLET_DIM
-from dlora.sharding.mesh import Topology
-from dlora.sharding.reduction import padded, reduction_bytes
-from dlora.sharding.share import item
+from dlora.sharding.replica.hierarchical_reduce import padded, reduction_bytes
+from dlora.sharding.replica.optimizer_state import item
+from dlora.sharding.topology import Topology
 
 
 def is_triplet_factor(name: str) -> bool:

@@ -10,10 +10,10 @@ from torch import nn
 from dlora.config.load import EIGHT_BIT, OptimizerConfig
 from dlora.optim.eight_bit import MAP_BYTES, state_bytes
 from dlora.optim.lora_pro import Pair, pair_cost
-from dlora.sharding.mesh import Topology
-from dlora.sharding.replica import share_class
-from dlora.sharding.share import Share, count, item
-from dlora.sharding.spread import gather_bytes, gathered_elements, owners
+from dlora.sharding.replica.optimizer_state import Share, count, item
+from dlora.sharding.replica.owned_state import gather_bytes, gathered_elements, owners
+from dlora.sharding.replica.replica import share_class
+from dlora.sharding.topology import Topology
 
 MOMENTS = {"adamw": 2, "sgd": 0}  # values of the parameter's type, for each element
 _SCRATCH = 4  # tensors of the size of one W at a time, where the moments have that

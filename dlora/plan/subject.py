@@ -14,9 +14,9 @@ from dlora.plan.trace import trace
 from dlora.plan.traffic import Traffic, traffic_of
 from dlora.plan.units import Unit, in_order_of_worth, units_of
 from dlora.plan.workload import Workload
-from dlora.sharding.engine import engine_class
-from dlora.sharding.groups import frozen_groups
-from dlora.sharding.mesh import Placement, Topology
+from dlora.sharding.engines.gather_groups import frozen_groups
+from dlora.sharding.engines.protocol import engine_class
+from dlora.sharding.topology import Placement, Topology
 
 
 @dataclass(frozen=True)

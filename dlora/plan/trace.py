@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dlora.objectives import chunked_loss as targets
 from dlora.plan.activations import Trace, estimate
 from dlora.plan.live import LiveBytes
-from dlora.sharding.groups import block_lists
+from dlora.sharding.engines.gather_groups import block_lists
 
 _FEW = 3  # blocks that are enough to know what one more adds
 

@@ -19,9 +19,9 @@ from dlora.plan.scores import score_bytes
 from dlora.plan.state import share_of, state_of
 from dlora.plan.units import Unit
 from dlora.plan.workload import Workload
-from dlora.sharding.mesh import Placement, Topology
-from dlora.sharding.reduction import is_hierarchical, reduction_bytes
-from dlora.sharding.wire import ring_gather_bytes
+from dlora.sharding.comm_bytes import ring_gather_bytes
+from dlora.sharding.replica.hierarchical_reduce import is_hierarchical, reduction_bytes
+from dlora.sharding.topology import Placement, Topology
 
 
 @dataclass(frozen=True)

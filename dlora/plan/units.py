@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from dlora.plan.workload import Workload
-from dlora.sharding.groups import Group
+from dlora.sharding.engines.gather_groups import Group
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from dlora.optim.eight_bit import adamw8bit
 from dlora.optim.lora_pro import LoraPro
 from dlora.runtime.memory import trim_before
 from dlora.runtime.ranks import Runtime
-from dlora.sharding.engine import build_engine
+from dlora.sharding.engines.protocol import build_engine
 from dlora.training.prepare import Preparation
 
 

@@ -31,7 +31,7 @@ from dlora.hooks import NO_HOOKS, Committed, Hooks, Saved, nothing
 from dlora.methods.adalora_report import MaskLog
 from dlora.metrics.log import complete
 from dlora.runtime.ranks import Runtime
-from dlora.sharding.share import ReplicaError
+from dlora.sharding.replica.optimizer_state import ReplicaError
 from dlora.training.find_checkpoint import output_directory, state_at
 from dlora.training.prepare import Preparation
 from dlora.training.resume import resolved_yaml

@@ -23,7 +23,7 @@ from dlora.io.safetensors import stored_tensors
 from dlora.lora.attach import attachment_of, named_adapters
 from dlora.lora.layers import HostMixin
 from dlora.objectives.chunked_loss import model_parts
-from dlora.sharding.mesh import Topology, resolve_placement
+from dlora.sharding.topology import Topology, resolve_placement
 from dlora.training.find_checkpoint import output_directory, stop_file
 
 

@@ -22,7 +22,7 @@ from dlora.objectives.chunked_loss import model_parts
 from dlora.plan.choose import Decision, capacity_of, decide
 from dlora.plan.subject import Plan, Subject
 from dlora.plan.workload import workload_of
-from dlora.sharding.mesh import Placement, Topology
+from dlora.sharding.topology import Placement, Topology
 from dlora.training.check_resume import check_start
 from dlora.training.checks import (
     check_adapter,

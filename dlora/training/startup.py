@@ -14,7 +14,7 @@ from dlora.errors import UsageError
 from dlora.plan.capacity import free_bytes
 from dlora.quant.dequantize import bitsandbytes_kernel
 from dlora.runtime.ranks import Runtime
-from dlora.sharding.mesh import Topology
+from dlora.sharding.topology import Topology
 from dlora.training.find_checkpoint import Start, find_start
 from dlora.training.prepare import Preparation, Surroundings, prepare
 

@@ -15,7 +15,7 @@ from dlora import AdaLoraConfig, LoraConfig, UsageError, attach, shard
 from dlora.lora.adalora import importance
 from dlora.lora.adalora.budget import best
 from dlora.lora.attach import named_adapters
-from dlora.sharding.share import ReplicaError
+from dlora.sharding.replica.optimizer_state import ReplicaError
 
 PHASES = {"total_step": 30, "tinit": 4, "tfinal": 8, "deltaT": 3}
 

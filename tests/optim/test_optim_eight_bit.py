@@ -12,7 +12,7 @@ from dlora import LoraConfig, attach, shard
 from dlora.config.load import OptimizerConfig
 from dlora.optim.eight_bit import MAP_BYTES, adamw8bit, state_bytes
 from dlora.plan.state import state_of
-from dlora.sharding.mesh import Topology
+from dlora.sharding.topology import Topology
 
 GROUPS = {"loraplus_lr_ratio": 4.0, "weight_decay": 0.1}
 

@@ -13,7 +13,7 @@ from dlora.lora.attach import attach, trainable_parameters
 from dlora.lora.config import LoraConfig
 from dlora.plan.subject import Plan, Subject
 from dlora.plan.workload import Workload
-from dlora.sharding.mesh import Topology, resolve_placement
+from dlora.sharding.topology import Topology, resolve_placement
 
 R, BF16, FLOAT32 = 16, 2, 4
 # hidden, layers, ffn, heads, key-value heads, vocabulary

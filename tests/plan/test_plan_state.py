@@ -10,7 +10,7 @@ from dlora.config.load import OptimizerConfig
 from dlora.plan.choose import decide
 from dlora.plan.state import modes, state_of
 from dlora.plan.subject import Subject
-from dlora.sharding.mesh import Topology
+from dlora.sharding.topology import Topology
 
 R, FLOAT32 = 16, 4
 ONE_NODE, TWO_NODES = Topology(0, 8, 8), Topology(0, 16, 8)

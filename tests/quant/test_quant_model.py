@@ -9,9 +9,9 @@ from test_gguf_base import real_file  # noqa: F401 - a fixture
 
 from dlora.base.model import find_base
 from dlora.quant.linear import is_packed
-from dlora.sharding.engine import build_engine
-from dlora.sharding.mesh import Topology, resolve_placement
-from dlora.sharding.storage import held_bytes
+from dlora.sharding.engines.protocol import build_engine
+from dlora.sharding.engines.storage import held_bytes
+from dlora.sharding.topology import Topology, resolve_placement
 
 TEXTS = [
     "The old bridge had been closed since the spring, and nobody in the village could say when it "

@@ -10,7 +10,7 @@ from ranks import Pools
 from run_training import command_line, figures, prepared_run
 from tiny import save_chats
 
-from dlora.sharding.reduction import padded
+from dlora.sharding.replica.hierarchical_reduce import padded
 
 STEPS, MASKS, LAST = 9, (4, 6, 7), 7  # no audit but the one after the last step
 SETTINGS = {

@@ -14,7 +14,7 @@ from test_replica import ALL, MAX_NORM, NONE, SOME, STEPS, TOLERANCE, ZEROING
 from torch import Tensor, nn
 from toy import ROWS, Toy, batch, own_rank, replicated
 
-from dlora.sharding.replica import Replica
+from dlora.sharding.replica.replica import Replica
 
 SHAPES = [(1, 1), (2, 2), (3, 3), (4, 2), (4, 1), (3, 2)]  # ranks, ranks per node
 NUMEL = 37

@@ -11,8 +11,8 @@ from torch import Tensor
 from toy import batch, own_rank, replicated
 
 from dlora import UsageError, shard
-from dlora.sharding.replica import ReplicaError
-from dlora.sharding.share import states_of
+from dlora.sharding.replica.optimizer_state import states_of
+from dlora.sharding.replica.replica import ReplicaError
 
 
 def moved(when: str) -> Tensor:

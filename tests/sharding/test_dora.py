@@ -18,7 +18,7 @@ from dlora import LoraConfig, UsageError, attach, shard
 from dlora.adapters.save_load import WEIGHTS
 from dlora.export.command import main
 from dlora.lora.attach import named_adapters
-from dlora.sharding.share import WholeShare
+from dlora.sharding.replica.optimizer_state import WholeShare
 
 STEPS = 5
 RUN = {"adapter__use_dora": True, "adapter__lora_dropout": 0.1, "optimizer__loraplus_lr_ratio": 2}

@@ -19,7 +19,7 @@ from unet import TARGETS, noisy, unet
 
 from dlora import FloraConfig, LoraConfig, attach, save_adapter, shard
 from dlora.export.command import main as export
-from dlora.sharding.engine import is_divided
+from dlora.sharding.engines.protocol import is_divided
 
 STEPS, ROWS = 4, 6
 CONFIGS = {

@@ -30,7 +30,7 @@ from dlora.config.load import parse
 from dlora.lora.attach import adapter_tensors, frozen_tensors, named_adapters
 from dlora.lora.init.pissa import Pissa
 from dlora.methods.lora_ga import GradientEstimate
-from dlora.sharding.mesh import Topology
+from dlora.sharding.topology import Topology
 from dlora.training.prepare import prepare
 
 STEPS, SAVED = 6, 3

@@ -15,8 +15,8 @@ from torch import Tensor
 from dlora.api import attach, replicate
 from dlora.base.model import DTYPES, find_base
 from dlora.lora.config import LoraConfig
-from dlora.sharding.engine import build_engine
-from dlora.sharding.mesh import Topology, resolve_placement
+from dlora.sharding.engines.protocol import build_engine
+from dlora.sharding.topology import Topology, resolve_placement
 
 STEPS = 4
 

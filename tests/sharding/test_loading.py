@@ -12,10 +12,10 @@ from torch.distributed.tensor import DTensor
 
 from dlora.base.model import DTYPES, find_base
 from dlora.errors import UsageError
-from dlora.sharding.engine import build_engine
-from dlora.sharding.groups import block_lists
-from dlora.sharding.mesh import Topology, resolve_placement
-from dlora.sharding.storage import held_bytes
+from dlora.sharding.engines.gather_groups import block_lists
+from dlora.sharding.engines.protocol import build_engine
+from dlora.sharding.engines.storage import held_bytes
+from dlora.sharding.topology import Topology, resolve_placement
 
 IDS = torch.arange(1, 25).view(2, 12)
 

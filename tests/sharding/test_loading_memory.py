@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dlora.base.model import find_base
 from dlora.base.quantize import quantize
-from dlora.sharding.engine import build_engine
-from dlora.sharding.mesh import Topology, resolve_placement
+from dlora.sharding.engines.protocol import build_engine
+from dlora.sharding.topology import Topology, resolve_placement
 
 SLACK = 200e6
 SAMPLE_SECONDS = 0.005

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dlora.sharding.storage import dropping_mapped_pages
+from dlora.sharding.engines.storage import dropping_mapped_pages
 
 MAPPED_BYTES = 4 << 20
 ROUNDS = 1000

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 from dlora import LoraConfig, UsageError, attach, load_adapter, save_adapter, shard
-from dlora.sharding.engine import is_divided
+from dlora.sharding.engines.protocol import is_divided
 
 STEPS, ROWS = 8, 4
 CONFIG = LoraConfig(r=4, lora_alpha=8)

@@ -15,7 +15,7 @@ from tiny import VOCABULARY, save_chats, tokenizer
 
 from dlora.config.load import parse
 from dlora.metrics.log import read_metrics
-from dlora.sharding.mesh import Topology
+from dlora.sharding.topology import Topology
 from dlora.training.prepare import multiplies_bfloat16, prepare
 
 # Where bfloat16 has no instructions a step of the wide model takes minutes in it.

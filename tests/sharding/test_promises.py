@@ -18,8 +18,8 @@ from tiny import VOCABULARY, save_chats
 from dlora import LoraConfig, UsageError, attach, save_adapter, shard
 from dlora.base.model import find_base
 from dlora.lora.attach import attach as attach_adapters
-from dlora.sharding.engine import build_engine
-from dlora.sharding.mesh import Topology, resolve_placement
+from dlora.sharding.engines.protocol import build_engine
+from dlora.sharding.topology import Topology, resolve_placement
 
 ENGINES = ("fsdp2", "zero3")
 
@@ -33,7 +33,7 @@ def whole(path: str) -> Any:
 def saved_when_partitioned(path: str, directory: str) -> str:
     import deepspeed
 
-    import dlora.sharding.zero3  # noqa: F401 - chooses the accelerator
+    import dlora.sharding.engines.zero3  # noqa: F401 - chooses the accelerator
 
     model = attach(whole(path), LoraConfig(r=2))
     deepspeed.init_distributed("gloo", dist_init_required=False)

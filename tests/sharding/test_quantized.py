@@ -18,9 +18,9 @@ from dlora.base.quantize import quantize
 from dlora.lora.attach import named_adapters
 from dlora.lora.config import LoraConfig
 from dlora.quant.formats import FORMATS
-from dlora.sharding.engine import build_engine
-from dlora.sharding.mesh import Topology, resolve_placement
-from dlora.sharding.storage import held_bytes
+from dlora.sharding.engines.protocol import build_engine
+from dlora.sharding.engines.storage import held_bytes
+from dlora.sharding.topology import Topology, resolve_placement
 
 
 def placed(path: str, dtype: str, name: str, engine: str, base: str, from_files: bool) -> Any:

@@ -13,7 +13,7 @@ from ranks import Pools
 from torch import Tensor, nn
 from toy import ROWS, Toy, batch, own_rank, replicated
 
-from dlora.sharding.replica import Replica
+from dlora.sharding.replica.replica import Replica
 
 STEPS, MAX_NORM, LR = 3, 0.5, 0.05
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}

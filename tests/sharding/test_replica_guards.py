@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from toy import Toy, batch, own_rank, replicated
 
 from dlora.errors import UsageError
-from dlora.sharding.mesh import Topology
-from dlora.sharding.replica import Replica, ReplicaError
+from dlora.sharding.replica.replica import Replica, ReplicaError
+from dlora.sharding.topology import Topology
 
 LR = 0.05
 

@@ -9,8 +9,8 @@ from run_training import same_bits
 from tiny import VOCABULARY
 
 from dlora import LoraConfig, attach, shard
-from dlora.sharding.engine import engine_class
-from dlora.sharding.groups import frozen_groups
+from dlora.sharding.engines.gather_groups import frozen_groups
+from dlora.sharding.engines.protocol import engine_class
 
 STEPS, ACCUMULATION = 4, 2
 

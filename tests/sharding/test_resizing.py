@@ -11,7 +11,7 @@ from ranks import Pools
 from torch import Tensor, nn
 from toy import Toy, batch, own_rank, replicated
 
-from dlora.sharding.replica import Replica, ReplicaError
+from dlora.sharding.replica.replica import Replica, ReplicaError
 
 BEFORE, AFTER = 3, 3  # steps before and after the cut
 SHAPES = [  # ranks, ranks per node

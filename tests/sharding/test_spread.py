@@ -12,10 +12,10 @@ from toy import ROWS, batch, own_rank
 
 from dlora.checkpoint.host_copy import capture, restore
 from dlora.optim.lora_pro import LoraPro
-from dlora.sharding.mesh import Topology
-from dlora.sharding.replica import Replica, ReplicaError
-from dlora.sharding.share import States, states_of
-from dlora.sharding.spread import owners
+from dlora.sharding.replica.optimizer_state import States, states_of
+from dlora.sharding.replica.owned_state import owners
+from dlora.sharding.replica.replica import Replica, ReplicaError
+from dlora.sharding.topology import Topology
 
 SHAPES = [(2, 2), (3, 3), (4, 2), (4, 1), (3, 2)]  # ranks, ranks per node
 PAIRS = {"p": (5, 3, 2), "q": (4, 5, 3), "u": (6, 4, 1), "v": (2, 6, 2)}  # m, n, r

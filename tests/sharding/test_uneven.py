@@ -9,7 +9,7 @@ from ranks import Pools, RankFailure
 from run_training import command_line, figures, same_bits, train
 from tiny import save_chats
 
-from dlora.sharding.mesh import Topology
+from dlora.sharding.topology import Topology
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from tiny import save_chats
 from dlora.adapters.save_load import save_adapter
 from dlora.checkpoint.format import write
 from dlora.checkpoint.host_copy import capture
-from dlora.sharding.storage import held_bytes
+from dlora.sharding.engines.storage import held_bytes
 
 STEPS = 3
 

@@ -12,7 +12,7 @@ from ranks import Pool, Pools
 from run_training import relative_error
 from tiny import VOCABULARY
 
-import dlora.sharding.zero3
+import dlora.sharding.engines.zero3
 from dlora import LoraConfig, attach, disabled, shard
 
 STEPS = 3
@@ -66,7 +66,7 @@ def gathered_ahead(path: str) -> tuple[int, int, bool]:
     """Bytes of gathers without and with DeepSpeed's look-ahead, and whether losses agree."""
     sent, losses = [], []
     for ahead in (False, True):
-        dlora.sharding.zero3.PREFETCH = ahead
+        dlora.sharding.engines.zero3.PREFETCH = ahead
         model = whole(path)
         torch.manual_seed(0)
         attach(model, LoraConfig(r=4))
@@ -81,7 +81,7 @@ def gathered_ahead(path: str) -> tuple[int, int, bool]:
             replica.wire.take()
             losses.append(loss.detach())
         sent.append(gathers)
-    dlora.sharding.zero3.PREFETCH = torch.cuda.is_available()
+    dlora.sharding.engines.zero3.PREFETCH = torch.cuda.is_available()
     return sent[0], sent[1], torch.equal(torch.stack(losses[:4]), torch.stack(losses[4:]))
 
 

@@ -4,8 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dlora.sharding.mesh import Topology
-from dlora.sharding.replica import Replica
+from dlora.sharding.replica.replica import Replica
+from dlora.sharding.topology import Topology
 
 ROWS = [5, 2, 9, 4]  # of each rank
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dlora.sharding.wire import WireCounter, ring_gather_bytes
+from dlora.sharding.comm_bytes import WireCounter, ring_gather_bytes
 
 SHOWN = 5
 

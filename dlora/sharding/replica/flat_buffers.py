@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dlora.sharding.share import Named, ReplicaError
+from dlora.sharding.replica.optimizer_state import Named, ReplicaError
 
 
 def common_kind(named: Named) -> tuple[torch.dtype, torch.device]:

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dlora.errors import UsageError
-from dlora.sharding.mesh import Topology
-from dlora.sharding.reduction import divisible, owner
-from dlora.sharding.share import Named, ReplicaError, States, count
+from dlora.sharding.replica.hierarchical_reduce import divisible, owner
+from dlora.sharding.replica.optimizer_state import Named, ReplicaError, States, count
+from dlora.sharding.topology import Topology
 
 
 class Span(NamedTuple):

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dlora.errors import UsageError
-from dlora.sharding.mesh import Topology
-from dlora.sharding.reduction import Reduction, padded, reduction_bytes
-from dlora.sharding.tail import tail_length
+from dlora.sharding.replica.hierarchical_reduce import Reduction, padded, reduction_bytes
+from dlora.sharding.replica.step_scalars import tail_length
+from dlora.sharding.topology import Topology
 
 OPTIMIZER_STATES = ("auto", "replicated", "divided")
 Named = Mapping[str, nn.Parameter]

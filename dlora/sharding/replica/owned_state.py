@@ -21,10 +21,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dlora.sharding.mesh import Topology
-from dlora.sharding.parts import done, texts
-from dlora.sharding.reduction import Reduction, part_of, reduction_bytes
-from dlora.sharding.share import Named, ReplicaError, States, WholeShare
+from dlora.sharding.replica.flat_shards import done, texts
+from dlora.sharding.replica.hierarchical_reduce import Reduction, part_of, reduction_bytes
+from dlora.sharding.replica.optimizer_state import Named, ReplicaError, States, WholeShare
+from dlora.sharding.topology import Topology
 
 
 class Unit(NamedTuple):

@@ -20,12 +20,19 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGath
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from dlora.sharding.engine import Weights
-from dlora.sharding.fill import fill, slots_of
-from dlora.sharding.groups import FREE, KEEP, Group, block_lists, groups_of, sharding_plan
-from dlora.sharding.mesh import Placement, Topology
-from dlora.sharding.storage import own_storage
-from dlora.sharding.wire import WireCounter, ring_gather_bytes
+from dlora.sharding.comm_bytes import WireCounter, ring_gather_bytes
+from dlora.sharding.engines.gather_groups import (
+    FREE,
+    KEEP,
+    Group,
+    block_lists,
+    groups_of,
+    sharding_plan,
+)
+from dlora.sharding.engines.protocol import Weights
+from dlora.sharding.engines.shard_loading import fill, slots_of
+from dlora.sharding.engines.storage import own_storage
+from dlora.sharding.topology import Placement, Topology
 
 
 class Fsdp2:

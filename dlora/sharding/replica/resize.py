@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dlora.sharding.reduction import Reduction
-from dlora.sharding.share import Named, Share, states_of
-from dlora.sharding.wire import ring_gather_bytes
+from dlora.sharding.comm_bytes import ring_gather_bytes
+from dlora.sharding.replica.hierarchical_reduce import Reduction
+from dlora.sharding.replica.optimizer_state import Named, Share, states_of
 
 Cuts = Mapping[str, tuple[int, Tensor]]  # by name: a dim, and the indices along it that stay
 

@@ -20,17 +20,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dlora.sharding.audit import unhealed
-from dlora.sharding.buffers import common_kind, views_of
+from dlora.sharding.comm_bytes import WireCounter
 from dlora.sharding.counts import whole_number
-from dlora.sharding.cutting import Cuts, cut_states, cut_values, put_states, replace_data
-from dlora.sharding.divided import DividedShare
-from dlora.sharding.mesh import Topology
-from dlora.sharding.reduction import Reduction
-from dlora.sharding.share import Named, ReplicaError, Share, WholeShare, count
-from dlora.sharding.spread import InUnits, SpreadShare
-from dlora.sharding.tail import SUMS, Reduced, read_tail, tail
-from dlora.sharding.wire import WireCounter
+from dlora.sharding.replica.audit import unhealed
+from dlora.sharding.replica.flat_buffers import common_kind, views_of
+from dlora.sharding.replica.hierarchical_reduce import Reduction
+from dlora.sharding.replica.optimizer_state import Named, ReplicaError, Share, WholeShare, count
+from dlora.sharding.replica.owned_state import InUnits, SpreadShare
+from dlora.sharding.replica.resize import Cuts, cut_states, cut_values, put_states, replace_data
+from dlora.sharding.replica.sharded_state import DividedShare
+from dlora.sharding.replica.step_scalars import SUMS, Reduced, read_tail, tail
+from dlora.sharding.topology import Topology
 
 AUDIT_EVERY = 10  # optimizer steps between two comparisons of checksums
 

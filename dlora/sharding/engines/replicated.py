@@ -8,12 +8,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from dlora.sharding.engine import Weights
-from dlora.sharding.fill import fill, slots_of
-from dlora.sharding.groups import Group
-from dlora.sharding.mesh import Placement, Topology
-from dlora.sharding.storage import own_storage
-from dlora.sharding.wire import WireCounter
+from dlora.sharding.comm_bytes import WireCounter
+from dlora.sharding.engines.gather_groups import Group
+from dlora.sharding.engines.protocol import Weights
+from dlora.sharding.engines.shard_loading import fill, slots_of
+from dlora.sharding.engines.storage import own_storage
+from dlora.sharding.topology import Placement, Topology
 
 
 class Replicated:

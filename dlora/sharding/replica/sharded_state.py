@@ -18,11 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dlora.sharding.mesh import Topology
-from dlora.sharding.parts import Parts, gathered
-from dlora.sharding.reduction import Reduction, divisible, part_of, reduction_bytes
-from dlora.sharding.share import Held, Named, ReplicaError, States, count, item
-from dlora.sharding.tail import tail_length
+from dlora.sharding.replica.flat_shards import Parts, gathered
+from dlora.sharding.replica.hierarchical_reduce import (
+    Reduction,
+    divisible,
+    part_of,
+    reduction_bytes,
+)
+from dlora.sharding.replica.optimizer_state import Held, Named, ReplicaError, States, count, item
+from dlora.sharding.replica.step_scalars import tail_length
+from dlora.sharding.topology import Topology
 
 
 class DividedShare:

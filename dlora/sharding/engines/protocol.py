@@ -16,9 +16,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from dlora.errors import UsageError
-from dlora.sharding.groups import Group
-from dlora.sharding.mesh import Placement, Topology
-from dlora.sharding.wire import WireCounter
+from dlora.sharding.comm_bytes import WireCounter
+from dlora.sharding.engines.gather_groups import Group
+from dlora.sharding.topology import Placement, Topology
 
 
 class Weights(Protocol):
@@ -82,9 +82,9 @@ class Engine(Protocol):
 
 
 ENGINES = {
-    "replicated": "dlora.sharding.replicated:Replicated",
-    "fsdp2": "dlora.sharding.fsdp2:Fsdp2",
-    "zero3": "dlora.sharding.zero3:Zero3",
+    "replicated": "dlora.sharding.engines.replicated:Replicated",
+    "fsdp2": "dlora.sharding.engines.fsdp2:Fsdp2",
+    "zero3": "dlora.sharding.engines.zero3:Zero3",
 }
 
 

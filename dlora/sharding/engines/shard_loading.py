@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
-from dlora.sharding.engine import Weights
+from dlora.sharding.engines.protocol import Weights
 
 Slot = tuple[str, nn.Module, str]  # name in the model, module, name in the module
 Place = Callable[[nn.Parameter], tuple[nn.Parameter, int, Tensor]]

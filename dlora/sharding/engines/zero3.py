@@ -23,11 +23,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dlora.errors import UsageError
-from dlora.sharding.engine import Weights
-from dlora.sharding.fill import fill, slots_of
-from dlora.sharding.groups import Group, block_lists, head_parameters, is_vector, module_groups
-from dlora.sharding.mesh import Placement, Topology
-from dlora.sharding.wire import WireCounter, ring_gather_bytes
+from dlora.sharding.comm_bytes import WireCounter, ring_gather_bytes
+from dlora.sharding.engines.gather_groups import (
+    Group,
+    block_lists,
+    head_parameters,
+    is_vector,
+    module_groups,
+)
+from dlora.sharding.engines.protocol import Weights
+from dlora.sharding.engines.shard_loading import fill, slots_of
+from dlora.sharding.topology import Placement, Topology
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would look for a driver otherwise

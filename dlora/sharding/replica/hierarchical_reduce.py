@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
-from dlora.sharding.mesh import Topology
-from dlora.sharding.wire import WireCounter, ring_gather_bytes, ring_reduce_bytes
+from dlora.sharding.comm_bytes import WireCounter, ring_gather_bytes, ring_reduce_bytes
+from dlora.sharding.topology import Topology
 
 
 def is_hierarchical(topology: Topology) -> bool:
