@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dlora.errors import UsageError
+from dlora.plan.plan import Plan, Subject
 from dlora.plan.state import modes
-from dlora.plan.subject import Plan, Subject
 from dlora.sharding.topology import Topology, resolve_placement
 
 USABLE = 0.95  # of free memory: others take of it as well

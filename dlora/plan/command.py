@@ -22,10 +22,10 @@ from dlora.objectives.chunked_loss import model_parts
 from dlora.plan.capacity import free_bytes
 from dlora.plan.choose import Capacity, bytes_first, capacity_of, decide
 from dlora.plan.choose import candidates as candidates_of
-from dlora.plan.emit import patch, write
+from dlora.plan.kustomize import patch, write
+from dlora.plan.plan import Plan, Subject
 from dlora.plan.speed import Speeds, step_time
 from dlora.plan.state import modes
-from dlora.plan.subject import Plan, Subject
 from dlora.plan.tables import Survey, as_json, as_text
 from dlora.plan.workload import workload_of
 from dlora.sharding.topology import Topology

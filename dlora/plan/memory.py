@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from dlora.plan.activations import Trace
-from dlora.plan.scores import is_triplet_factor
+from dlora.plan.adalora import is_triplet_factor
+from dlora.plan.gathers import Unit
 from dlora.plan.state import share_of, state_of
-from dlora.plan.units import Unit
 from dlora.plan.workload import Workload
 from dlora.runtime.memory import HOLES
 from dlora.sharding.topology import Placement, Topology

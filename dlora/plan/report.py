@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from dlora.plan.choose import Decision
 from dlora.plan.measured import Measured
-from dlora.plan.subject import Plan
+from dlora.plan.plan import Plan
 from dlora.sharding.replica.replica import AUDIT_EVERY
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dlora.plan.subject import Plan
+from dlora.plan.plan import Plan
 
 
 @dataclass(frozen=True)

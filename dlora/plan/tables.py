@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dlora.plan.choose import Candidate, Capacity, Decision
+from dlora.plan.plan import Plan
 from dlora.plan.report import activations_of, columns, resident_of
 from dlora.plan.speed import Speeds, step_time
-from dlora.plan.subject import Plan
 
 GB = 1e9
 

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dlora.objectives import chunked_loss as targets
 from dlora.plan.activations import Trace, estimate
-from dlora.plan.live import LiveBytes
+from dlora.plan.fake_memory import LiveBytes
 from dlora.sharding.engines.gather_groups import block_lists
 
 _FEW = 3  # blocks that are enough to know what one more adds

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from dlora.plan.scores import score_bytes
+from dlora.plan.adalora import score_bytes
+from dlora.plan.gathers import Unit
 from dlora.plan.state import share_of, state_of
-from dlora.plan.units import Unit
 from dlora.plan.workload import Workload
 from dlora.sharding.comm_bytes import ring_gather_bytes
 from dlora.sharding.replica.hierarchical_reduce import is_hierarchical, reduction_bytes

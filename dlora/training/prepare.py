@@ -20,7 +20,7 @@ from dlora.lora.config import LoraConfig
 from dlora.methods.adalora import keep_triplets
 from dlora.objectives.chunked_loss import model_parts
 from dlora.plan.choose import Decision, capacity_of, decide
-from dlora.plan.subject import Plan, Subject
+from dlora.plan.plan import Plan, Subject
 from dlora.plan.workload import workload_of
 from dlora.sharding.topology import Placement, Topology
 from dlora.training.check_resume import check_start

@@ -16,7 +16,7 @@ from k8s_manifests import K8S, ROOT, Document, documents, kustomize, pods, read
 from dlora.config.load import Config
 from dlora.errors import UsageError
 from dlora.plan.command import main
-from dlora.plan.emit import KINDS
+from dlora.plan.kustomize import KINDS
 
 CLUSTER = str(ROOT / "configs" / "cluster.yaml")
 MACHINES = {"nodes": 3, "gpus_per_node": 4}

@@ -11,7 +11,7 @@ from dlora.base.model import find_base
 from dlora.config.load import OptimizerConfig
 from dlora.lora.attach import attach, trainable_parameters
 from dlora.lora.config import LoraConfig
-from dlora.plan.subject import Plan, Subject
+from dlora.plan.plan import Plan, Subject
 from dlora.plan.workload import Workload
 from dlora.sharding.topology import Topology, resolve_placement
 

@@ -8,8 +8,8 @@ from torch import nn
 
 from dlora.config.load import OptimizerConfig
 from dlora.plan.choose import decide
+from dlora.plan.plan import Subject
 from dlora.plan.state import modes, state_of
-from dlora.plan.subject import Subject
 from dlora.sharding.topology import Topology
 
 R, FLOAT32 = 16, 4

@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from dlora.lora.attach import frozen_tensors
+from dlora.plan.gathers import Unit, in_order_of_worth, units_of
 from dlora.plan.memory import Memory, memory_of
 from dlora.plan.trace import trace
 from dlora.plan.traffic import Traffic, traffic_of
-from dlora.plan.units import Unit, in_order_of_worth, units_of
 from dlora.plan.workload import Workload
 from dlora.sharding.engines.gather_groups import frozen_groups
 from dlora.sharding.engines.protocol import engine_class

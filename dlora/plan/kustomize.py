@@ -19,7 +19,7 @@ import yaml
 
 from dlora.config.load import SCHEMA, Config, load, value_of
 from dlora.errors import UsageError
-from dlora.plan.subject import Plan
+from dlora.plan.plan import Plan
 
 KINDS = {"rayjob": "RayJob", "trainjob": "TrainJob", "jobset": "JobSet"}
 CONFIGS = "/etc/dlora"  # where pods see the files of configs/
