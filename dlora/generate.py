@@ -13,7 +13,7 @@ import torch
 
 from dlora.adapters.source import open_adapter
 from dlora.base.model import DTYPES, BaseModel
-from dlora.command_line import OneLineParser, chosen_base, naming_base
+from dlora.cli import OneLineParser, chosen_base, naming_base
 from dlora.errors import UsageError
 from dlora.runtime.exit_status import exit_with
 from dlora.sharding.engines.protocol import build_engine

@@ -28,8 +28,8 @@ from typing import Any
 from dlora.config.load import Config, UsageError, option, parse
 from dlora.errors import TransientError
 from dlora.train import exit_with
+from launchers.argv import names_of, word, words_of
 from launchers.ray_train import Workers, check_options, place_of
-from launchers.words import names_of, word, words_of
 
 # Left out of the package: what is large, what is made anew there, and what is nobody's business.
 EXCLUDED = (

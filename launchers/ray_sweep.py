@@ -26,9 +26,9 @@ import yaml
 
 from dlora.config.load import SCHEMA, Config, UsageError, option, parse
 from dlora.train import exit_with
+from launchers.argv import names_of, word, words_of
 from launchers.ray_train import Workers, check_options, number, placed, trainer
 from launchers.sweep_report import Trial, draw, table
-from launchers.words import names_of, word, words_of
 
 RANGES = ("uniform", "loguniform", "randint")
 Space = dict[str, Any]

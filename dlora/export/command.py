@@ -15,7 +15,7 @@ from dlora.adapters.save_load import save_adapter
 from dlora.adapters.source import AdapterSource, open_adapter
 from dlora.base.model import DTYPES, BaseModel
 from dlora.base.weight_files import StoredBase
-from dlora.command_line import OneLineParser, chosen_base, naming_base
+from dlora.cli import OneLineParser, chosen_base, naming_base
 from dlora.errors import UsageError
 from dlora.export.merged_model import MergedModel
 from dlora.io.files import new_directory

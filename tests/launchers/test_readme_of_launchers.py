@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from dlora.config.load import parse
+from launchers.argv import spelled
 from launchers.ray_submit import EXCLUDED, Submission, check_packed, forwarded
 from launchers.ray_sweep import Sweep, read_space
 from launchers.ray_train import Workers, check_options, place_of
-from launchers.words import spelled
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "launchers/README.md").read_text()
