@@ -23,7 +23,7 @@ test: install-test model
 	@$(MAKE) --no-print-directory --keep-going --jobs 2 $(GROUPS)
 
 test-sharding:
-	$(BIN)/python -m pytest tests/sharding
+	$(BIN)/python -m pytest tests/sharding tests/training tests/methods tests/checkpoint
 
 test-launchers:
 	$(BIN)/python -m pytest tests/k8s tests/launchers
@@ -35,7 +35,7 @@ test-files:
 	$(BIN)/python -m pytest $(filter-out tests/test_readme.py,$(wildcard tests/test_*.py))
 
 test-parts:
-	$(BIN)/python -m pytest $(filter-out tests/sharding/ tests/launchers/ tests/k8s/,$(TESTED))
+	$(BIN)/python -m pytest $(filter-out tests/sharding/ tests/training/ tests/methods/ tests/checkpoint/ tests/launchers/ tests/k8s/,$(TESTED))
 
 lint: install-test
 	$(BIN)/ruff format --check .

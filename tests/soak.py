@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "sharding")]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "training")]
 
 from kill_trials import Trials  # noqa: E402
 

@@ -92,7 +92,7 @@ class LoraPro(Optimizer):
         self._mine: Sequence[int] = range(len(self.pairs))
         self._check_pairs()
 
-    # -- spreading (`dlora.sharding.replica.owned_state.InUnits`) --------------------------------------------
+    # -- owned by ranks (`dlora.sharding.replica.owned_state.InUnits`) ---------------------------
 
     @property
     def units(self) -> list[Unit]:

@@ -2,7 +2,7 @@
 
 P [m, r₀] is `lora_B`, λ [r₀, 1] is `lora_E`, Q [r₀, n] is `lora_A`, as in PEFT. The scale s = α/r₀
 is that of the initial rank and stays the same through all pruning. What is pruned, and when, is
-decided over all matrices together: see `dlora.lora.adalora.budget` and `dlora.lora.adalora.importance`.
+decided over all matrices together: see `dlora.lora.adalora` (`budget`, `importance`).
 
 Source: Zhang et al. 2023, https://arxiv.org/abs/2303.10512.
 """

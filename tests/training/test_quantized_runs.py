@@ -13,8 +13,8 @@ from collectives import GLOO
 from peft import PeftModel
 from ranks import Pools
 from run_training import command_line, figures, prepared_run, relative_error, train
-from test_continuation import refusal
-from test_quantized import whole
+from test_check_resume import refusal
+from test_quantized_sharded import whole
 from test_wire import counted, last_step
 from tiny import save_chats
 

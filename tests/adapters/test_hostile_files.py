@@ -12,7 +12,7 @@ import torch
 from exported import Bases, loaded, plain_adapter, write_checkpoint
 from hostile import CONFIG, WEIGHTS, edit_json, one_line, preparation, readings, starting_from
 from safetensors.torch import load_file, save_file
-from test_torn_checkpoints import agree
+from test_torn import agree
 from tiny import command
 from torch import Tensor
 

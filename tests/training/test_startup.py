@@ -23,7 +23,7 @@ from dlora.errors import TransientError
 from dlora.runtime.exit_status import ToldTransientError, exit_with
 from dlora.runtime.ranks import Runtime
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LIMIT_SECONDS = 240
 
 

@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from ranks import Pools
 from run_training import command_line, figures, train
-from test_quantized import whole
+from test_quantized_sharded import whole
 from tiny import save_chats
 
 from dlora.base.quantize import quantize

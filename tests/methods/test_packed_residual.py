@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from ranks import Pools
 from run_training import command_line, figures, prepared_run, same_bits, train
-from test_quantized import whole
+from test_quantized_sharded import whole
 from tiny import save_chats
 from torch import Tensor
 

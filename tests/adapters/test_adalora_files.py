@@ -17,12 +17,11 @@ from dlora import (
     LoraConfig,
     UsageError,
     attach,
-    checkpoint,
     load_adapter,
-    ranks_file,
 )
 from dlora import save_adapter as save
 from dlora.api import replicate
+from dlora.checkpoint import format as checkpoint
 from dlora.checkpoint.host_copy import capture
 from dlora.config.load import (
     AdapterConfig,
@@ -34,6 +33,7 @@ from dlora.config.load import (
 )
 from dlora.export.command import main
 from dlora.lora.attach import named_adapters, trainable_parameters
+from dlora.methods import adalora_report as ranks_file
 from dlora.metrics.log import MetricsLog
 from dlora.sharding.engines.protocol import build_engine
 from dlora.sharding.topology import Topology, resolve_placement

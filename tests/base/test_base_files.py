@@ -20,7 +20,7 @@ from dlora.errors import UsageError
 from dlora.sharding.topology import Topology
 from dlora.training.prepare import prepare
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WEIGHTS = "model.safetensors"
 
 

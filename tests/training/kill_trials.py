@@ -1,6 +1,6 @@
 """Kill a random rank at a random moment, as often as one likes, and compare the end bit for bit.
 
-    python tests/sharding/kill_trials.py --trials 40 --seed 0
+    python tests/training/kill_trials.py --trials 40 --seed 0
 
 A trial is a run of two ranks that saves at every step. One to three times a rank gets SIGKILL, at a
 moment drawn from the length of an undisturbed run, so that reading, training, saving and ending are
