@@ -3,8 +3,8 @@
     python benchmarks/saving.py [--steps 60] [--rounds 3]
 
 Stall: `configs/quickstart.yaml` over two ranks with `save_every: 10`. Seconds of rank 0's training
-thread in `Keeper.save` (a due save) and in `Keeper.keep` (the host snapshot of every step), spread
-over the steps, in parts of the median step.
+thread in `CheckpointManager.save` (a due save) and in `CheckpointManager.keep` (the host snapshot
+of every step), spread over the steps, in parts of the median step.
 Restart: all processes of that run get SIGKILL, and the same command starts at once. Seconds to the
 line of its next step, beside those of a start in an empty directory.
 """
@@ -68,19 +68,19 @@ def worker(config: Path, into: Path) -> None:
     """One rank of the run whose saves are timed."""
     from dlora.runtime.exit_status import exit_with
     from dlora.train import main as train
-    from dlora.training.checkpointing import Keeper
+    from dlora.training.checkpointing import CheckpointManager
 
     seconds: dict[str, list[float]] = {"save": [], "keep": []}
 
     def timed(name: str) -> None:
-        method: Callable[..., Any] = getattr(Keeper, name)
+        method: Callable[..., Any] = getattr(CheckpointManager, name)
 
         def call(*args: Any) -> None:
             began = time.perf_counter()
             method(*args)
             seconds[name].append(time.perf_counter() - began)
 
-        setattr(Keeper, name, call)
+        setattr(CheckpointManager, name, call)
 
     def run(_: list[str]) -> int:
         for name in seconds:

@@ -160,7 +160,7 @@ def attach_unstarted(model: nn.Module, config: LoraConfig, *, residual: bool = F
             f"init_lora_weights: {config.init_lora_weights} starts from whole weights, and this "
             "base is sharded; call dlora.shard first"
         )
-    whole_weights = replica.engine.whole_weights if replica else None
+    whole_weights = replica.engine.gather_module if replica else None
     attach_adapters(model, config, whole_weights=whole_weights, residual=residual)
     if replica is not None:
         _take_over(replica, model)
@@ -171,7 +171,7 @@ def start_adapters(model: nn.Module) -> Started:
     replica: TrainedReplica | None = model.__dict__.get(_RECORD)
     if replica is None:
         return start_from_weights(model, Topology.current(), plain_weights("init_lora_weights"))
-    return start_from_weights(model, replica.topology, replica.engine.whole_weights, replica.wire)
+    return start_from_weights(model, replica.topology, replica.engine.gather_module, replica.wire)
 
 
 def start_from_gradients(model: nn.Module, batches: Iterable[Any], loss_of: LossOf) -> Started:
@@ -268,7 +268,7 @@ def replicate(model: nn.Module, engine: Engine, *, divided: bool = False) -> Tra
     if not named:
         model.requires_grad_(False)
     engine.shard(model, ignored=named.values())
-    engine.adopt(model)
+    engine.after_load(model)
     replica = TrainedReplica(engine, model, divided=divided)
     model.__dict__[_RECORD] = replica
     if named:
@@ -284,6 +284,6 @@ def _warn_of_left(started: Started) -> None:
 def _take_over(replica: TrainedReplica, model: nn.Module) -> None:
     named = trainable_parameters(model)
     replica.own(named)
-    replica.engine.expect_gradients(model, named.values())
+    replica.engine.set_trainable(model, named.values())
     if isinstance(attachment_of(model).config, AdaLoraConfig):
         replica.allocator = RankAllocator(model, replica)

@@ -30,7 +30,7 @@ from dlora.runtime.ranks import Runtime
 from dlora.runtime.run_lock import locked
 from dlora.runtime.stop_signals import StopRequest, exit_status
 from dlora.training.build import build, build_optimizer
-from dlora.training.checkpointing import RESUMES, Keeper
+from dlora.training.checkpointing import RESUMES, CheckpointManager
 from dlora.training.evaluate import held_out_loss, sample_answers
 from dlora.training.find_checkpoint import output_directory, stop_file
 from dlora.training.prepare import Preparation
@@ -95,7 +95,7 @@ class Run:
         self.records: list[dict[str, Any]] = []  # of the steps of this start
         self.start = resume(runtime, preparation, self.replica, self.optimizer)
         saved = config, runtime, preparation, self.replica, self.optimizer
-        self.keeper = Keeper(*saved, start=self.start, hooks=hooks)
+        self.keeper = CheckpointManager(*saved, start=self.start, hooks=hooks)
         self.model.register_forward_pre_hook(lambda *_: self.beat())
 
     def survive(self) -> int:

@@ -26,7 +26,7 @@ from dlora.lora.attach import (
     named_copies,
     trainable_parameters,
 )
-from dlora.lora.layers import CHILD, ConvolutionHost, HostMixin
+from dlora.lora.layers import CHILD, AdaptedLayer, ConvolutionHost
 from dlora.lora.variants import LoraAdapter, PlainLora
 from dlora.lora.variants.adalora import AdaLoraAdapter, AdaLoraConfig
 from dlora.lora.variants.dora import DoraAdapter
@@ -130,7 +130,7 @@ def adalora_files(model: nn.Module, base: str | None) -> tuple[dict[str, Any], d
     adapted = []
     for path, host, adapter in named_adapters(model):
         assert isinstance(adapter, AdaLoraAdapter)
-        if isinstance(host, HostMixin) and (host.is_embedding or host.kernel(host)):
+        if isinstance(host, AdaptedLayer) and (host.is_embedding or host.kernel(host)):
             what = "embedding" if host.is_embedding else "convolution"
             raise UsageError(f"peft_type: PEFT's ADALORA has no form for the {what} {path}")
         left = adapter.triplets()
@@ -214,7 +214,7 @@ def _in_saved(path: str, attachment: Attachment) -> bool:
 
 def _keys(path: str, host: nn.Module, adapter: LoraAdapter) -> dict[str, str]:
     """PEFT's keys of the factors of a LoRA and of DoRA's magnitudes, by their names here."""
-    embedding = isinstance(host, HostMixin) and host.is_embedding
+    embedding = isinstance(host, AdaptedLayer) and host.is_embedding
     key = "lora_embedding_{}" if embedding else "lora_{}.weight"
     keys = {f"lora_{factor}": f"{PREFIX}{path}.{key.format(factor)}" for factor in "AB"}
     if isinstance(adapter, DoraAdapter):
@@ -260,4 +260,4 @@ def _written(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _stored_transposed(model: nn.Module) -> bool:
     """PEFT's `fan_in_fan_out`: the adapted layers are Conv1D (an embedding does not count)."""
     hosts = [host for _, host, _ in named_adapters(model)]
-    return any(h.transposed and not h.is_embedding for h in hosts if isinstance(h, HostMixin))
+    return any(h.transposed and not h.is_embedding for h in hosts if isinstance(h, AdaptedLayer))

@@ -13,10 +13,10 @@ from dlora.errors import UsageError
 from dlora.lora.config import LoraConfig
 from dlora.lora.variants import VARIANTS
 from dlora.lora.variants.adalora import AdaLoraConfig
-from dlora.training.find_checkpoint import Start
+from dlora.training.find_checkpoint import ResumePoint
 
 
-def lora_config(config: Config, start: Start | None = None) -> LoraConfig:
+def lora_config(config: Config, start: ResumePoint | None = None) -> LoraConfig:
     """The `adapter` section, or the configuration of the adapter that it starts from.
 
     Where a run goes on and that adapter is gone by now, its checkpoint knows it as well.

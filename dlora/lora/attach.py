@@ -13,7 +13,7 @@ from dlora.errors import UsageError
 from dlora.lora.config import LoraConfig
 from dlora.lora.dropout import DropoutStream
 from dlora.lora.init import INITS, Initialisation
-from dlora.lora.layers import CHILD, SavedHost, TrainedCopy, become_host, host_kind
+from dlora.lora.layers import CHILD, ModulesToSaveCopy, ModulesToSaveLayer, adapt_, host_kind
 from dlora.lora.targets import saved_paths, target_paths
 from dlora.lora.variants import VARIANTS, LoraAdapter
 from dlora.lora.whole_weights import WholeWeights, plain_weights, show_weights
@@ -82,8 +82,8 @@ def attach(
     for path in saved:
         module = model.get_submodule(path)
         with (whole_weights or plain_weights("modules_to_save"))(module) as weights:
-            child = TrainedCopy(weights, _master_dtype(module))
-        become_host(module, SavedHost, child)
+            child = ModulesToSaveCopy(weights, _master_dtype(module))
+        adapt_(module, ModulesToSaveLayer, child)
     _forbid_fused_inference(model)
     model.dlora = attachment  # type: ignore[assignment]
     show_weights(named_adapters(model), whole_weights)
@@ -105,7 +105,7 @@ def named_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, LoraAdapt
         yield path, host, host.get_submodule(CHILD)  # type: ignore[misc]
 
 
-def named_copies(model: nn.Module) -> Iterator[tuple[str, nn.Module, TrainedCopy]]:
+def named_copies(model: nn.Module) -> Iterator[tuple[str, nn.Module, ModulesToSaveCopy]]:
     """(path, host, trained copy) of every one of `modules_to_save`."""
     for path in attachment_of(model).saved:
         host = model.get_submodule(path)
@@ -136,7 +136,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**trainable_parameters(model), **frozen_tensors(model)}
 
 
-def host_children(model: nn.Module) -> list[LoraAdapter | TrainedCopy]:
+def host_children(model: nn.Module) -> list[LoraAdapter | ModulesToSaveCopy]:
     """All adapters and trained copies."""
     return [child for _, _, child in named_adapters(model)] + [
         child for _, _, child in named_copies(model)
@@ -220,7 +220,7 @@ def _attach_adapter(module: nn.Module, path: str, attachment: Attachment, residu
         adapter.reset(is_embedding=kind.is_embedding, init=init)
     adapter.residual = residual and init.needs == "weight" and is_packed(module)
     adapter.train(module.training)
-    become_host(module, kind, adapter)
+    adapt_(module, kind, adapter)
 
 
 def _kernel(module: nn.Module) -> tuple[int, ...]:

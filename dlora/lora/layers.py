@@ -21,7 +21,7 @@ from dlora.quant.linear import PackedMixin, frozen_weight
 CHILD = "adapter"
 
 
-class HostMixin:
+class AdaptedLayer:
     """What all hosts share; `adapter` computes, the host says on which weight."""
 
     is_embedding = False
@@ -67,7 +67,7 @@ class HostMixin:
         return left.t() @ (right @ basis)
 
 
-class LinearHost(HostMixin):
+class LinearHost(AdaptedLayer):
     """`nn.Linear`: weight [out, in], packed or not."""
 
     @staticmethod
@@ -85,7 +85,7 @@ class LinearHost(HostMixin):
         return self.adapter.linear(x, frozen_weight(self), self.bias)
 
 
-class Conv1DHost(HostMixin):
+class Conv1DHost(AdaptedLayer):
     """transformers' `Conv1D` (GPT-2), known by its attributes: weight [in, out], y = x W + b."""
 
     transposed = True
@@ -111,7 +111,7 @@ class Conv1DHost(HostMixin):
         return self.adapter.linear(x, frozen_weight(self).t(), self.bias)
 
 
-class EmbeddingHost(HostMixin):
+class EmbeddingHost(AdaptedLayer):
     """`nn.Embedding`: weight [V, dim]; ΔW of row v is s·B·A[:, v], so (m, n) = (dim, V)."""
 
     is_embedding = True
@@ -147,7 +147,7 @@ class EmbeddingHost(HostMixin):
         return rows.index_add_(0, ids_T, dy_Tm @ basis)
 
 
-class ConvolutionHost(HostMixin):
+class ConvolutionHost(AdaptedLayer):
     """`nn.Conv1d`, `2d` or `3d`: weight [out, in, *kernel], of which n is all but the first.
 
     Of a grouped or dilated convolution, or one that pads with other than zeros, PEFT's form is no
@@ -189,7 +189,7 @@ class ConvolutionHost(HostMixin):
 
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-HOSTS: tuple[type[HostMixin], ...] = (LinearHost, Conv1DHost, EmbeddingHost, ConvolutionHost)
+HOSTS: tuple[type[AdaptedLayer], ...] = (LinearHost, Conv1DHost, EmbeddingHost, ConvolutionHost)
 
 
 def obstacle(module: nn.Module) -> str | None:
@@ -208,12 +208,12 @@ def obstacle(module: nn.Module) -> str | None:
     return None
 
 
-def host_kind(module: nn.Module) -> type[HostMixin] | None:
+def host_kind(module: nn.Module) -> type[AdaptedLayer] | None:
     """The kind of host that `module` can become, or None."""
     return next((kind for kind in HOSTS if kind.accepts(module)), None)
 
 
-class TrainedCopy(nn.Module):
+class ModulesToSaveCopy(nn.Module):
     """The trainable masters of one of `modules_to_save`: a tree of parameters like the base's.
 
     Like an adapter it is never called; its host computes with the masters in place of its own
@@ -239,7 +239,7 @@ class TrainedCopy(nn.Module):
         return {path: p.to(self._dtypes[path]) for path, p in self.named_parameters()}
 
 
-class SavedHost:
+class ModulesToSaveLayer:
     """A module of `modules_to_save`: computes with its trained copy, keeps the frozen original."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -271,7 +271,7 @@ def hosted_class(base: Any, kind: Any) -> type:
     return type(f"Adapted{base.__name__}", (kind, base), {"__module__": base.__module__})
 
 
-def become_host(module: nn.Module, kind: type, child: nn.Module) -> None:
+def adapt_(module: nn.Module, kind: type, child: nn.Module) -> None:
     """Give `module` the child and the class, in place."""
     module.add_module(CHILD, child)
     base: Any = type(module)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dlora.errors import UsageError
 from dlora.lora.attach import attachment_of, named_adapters, named_copies
-from dlora.lora.layers import HostMixin
+from dlora.lora.layers import AdaptedLayer
 from dlora.lora.variants import LoraAdapter
 from dlora.quant.linear import WEIGHT_NAMES, replace_weight, restore_weight, unpacked
 
@@ -47,7 +47,10 @@ def merged_weight(weight: Tensor, delta: Tensor, dtype: torch.dtype | None = Non
 
 
 def scale_of_rows(
-    host: HostMixin, adapter: LoraAdapter, delta: Tensor, slices: Iterable[tuple[int, int, Tensor]]
+    host: AdaptedLayer,
+    adapter: LoraAdapter,
+    delta: Tensor,
+    slices: Iterable[tuple[int, int, Tensor]],
 ) -> Tensor | None:
     """d of each element's row, seen in the shape of ΔW; None for ones.
 
@@ -91,7 +94,7 @@ def merge(model: nn.Module) -> nn.Module:
     losses: dict[str, float] = {}
     originals: dict[str, nn.Parameter] = {}
     for path, host, adapter in named_adapters(model):
-        assert isinstance(host, HostMixin)
+        assert isinstance(host, AdaptedLayer)
         weight, delta = unpacked(host), host.as_stored(host, adapter.addend())
         scale = scale_of_rows(host, adapter, delta, [(0, len(weight), weight)])
         result = merged_weight(weight, change_of(weight, delta, scale))

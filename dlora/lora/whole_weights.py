@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dlora.errors import UsageError
-from dlora.lora.layers import HostMixin
+from dlora.lora.layers import AdaptedLayer
 from dlora.lora.variants import LoraAdapter
 from dlora.quant.linear import CODES, SCALES, is_packed
 
@@ -31,12 +31,12 @@ def show_weights(
         whole_weights: as of `attach`.
 
     Raises:
-        UsageError: the base is sharded, and there is no `whole_weights`.
+        UsageError: the base is sharded, and there is no `gather_module`.
     """
     for path, host, adapter in named:
         if not adapter.needs_weight or adapter.lora_A.is_meta:
             continue
-        assert isinstance(host, HostMixin)
+        assert isinstance(host, AdaptedLayer)
         with (whole_weights or plain_weights(f"attach: {path}"))(host) as weights:
             adapter.see_weight(host.as_product(_dense(host, weights)))
 

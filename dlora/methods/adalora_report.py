@@ -19,7 +19,7 @@ RANKS, PICTURE = "ranks.json", "ranks.png"
 Masks = dict[int, dict[str, int]]
 
 
-class MaskLog:
+class RankHistory:
     """`ranks.json` of a run, and its picture; nothing where no ranks are allocated.
 
     Args:

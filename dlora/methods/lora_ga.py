@@ -34,7 +34,7 @@ from torch.autograd.function import once_differentiable
 from dlora.errors import UsageError
 from dlora.lora.attach import attachment_of, disabled
 from dlora.lora.dropout import seed_of
-from dlora.lora.layers import HostMixin
+from dlora.lora.layers import AdaptedLayer
 from dlora.methods.matrix_init import Layer, Started, layers_of, start_from_matrices
 from dlora.sharding.comm_bytes import WireCounter, ring_reduce_bytes
 from dlora.sharding.topology import Topology
@@ -153,7 +153,7 @@ class GradientEstimate:
 
     @torch.no_grad()
     def _fold(self, layer: Layer, transposed: bool, x: Tensor, dy: Tensor) -> None:
-        assert isinstance(layer.host, HostMixin)
+        assert isinstance(layer.host, AdaptedLayer)
         basis = self._bases[layer.path]
         product = layer.host.gradient_times(layer.host, x, dy, basis, transposed=transposed)
         self._sums[layer.path] += product

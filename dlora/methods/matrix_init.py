@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dlora.lora.attach import attachment_of, named_adapters
-from dlora.lora.layers import HostMixin
+from dlora.lora.layers import AdaptedLayer
 from dlora.lora.variants import LoraAdapter
 from dlora.lora.whole_weights import WholeWeights
 from dlora.sharding.comm_bytes import WireCounter, ring_gather_bytes
@@ -102,7 +102,7 @@ def start_from_weights(
         found: list[Factors | None] = [None] * len(batch)
         if own is not None:
             mine = batch[topology.rank]
-            assert isinstance(mine.host, HostMixin)
+            assert isinstance(mine.host, AdaptedLayer)
             found[topology.rank] = _factors(model, mine, mine.host.as_product(own))
             del own
         for rank, layer in enumerate(batch):

@@ -23,7 +23,7 @@ from dlora.base.reader import StoredWeights
 from dlora.io.safetensors import StoredTensor, stored_tensors
 from dlora.lora.attach import attach, frozen_tensors, named_adapters
 from dlora.lora.config import LoraConfig
-from dlora.lora.layers import HostMixin
+from dlora.lora.layers import AdaptedLayer
 from dlora.methods.matrix_init import Layer, Started, start_from_matrices
 from dlora.sharding.topology import Topology
 
@@ -65,7 +65,7 @@ class Residuals:
         if path not in self._layers:
             return weights
         host, adapter = self._layers[path].host, self._layers[path].adapter
-        assert isinstance(host, HostMixin)
+        assert isinstance(host, AdaptedLayer)
         A0, B0 = (factor.double() for factor in adapter.offsets().values())
         one, other = (A0.t(), B0.t()) if host.transposed else (B0, A0)
         product = one[first : first + len(weights)] @ other
@@ -81,7 +81,7 @@ class Residuals:
 
     def _matrix(self, layer: Layer) -> Tensor:
         """W0 [m, n] of a layer, from the files."""
-        assert isinstance(layer.host, HostMixin)
+        assert isinstance(layer.host, AdaptedLayer)
         shape = layer.host.get_parameter("weight").shape
         weight = torch.empty(shape, dtype=self._base.dtype)
         self._stored.read(f"{layer.path}.weight", 0, weight.view(-1))

@@ -10,7 +10,7 @@ from torch import nn
 from dlora.config.load import EIGHT_BIT, OptimizerConfig
 from dlora.optim.eight_bit import MAP_BYTES, state_bytes
 from dlora.optim.lora_pro import Pair, pair_cost
-from dlora.sharding.replica.optimizer_state import Share, count, item
+from dlora.sharding.replica.optimizer_state import StateStrategy, count, item
 from dlora.sharding.replica.owned_state import gather_bytes, gathered_elements, owners
 from dlora.sharding.replica.replica import share_class
 from dlora.sharding.topology import Topology
@@ -47,7 +47,7 @@ def modes(optimizer: OptimizerConfig, setting: str, ranks: int) -> list[bool]:
     return [True] if optimizer.name == "lora_pro" else [False, True]
 
 
-def share_of(optimizer: OptimizerConfig, divided: bool) -> type[Share]:
+def share_of(optimizer: OptimizerConfig, divided: bool) -> type[StateStrategy]:
     """How gradients are shared: LoRA-Pro divides its state by pairs, beside whole gradients."""
     return share_class(divided and optimizer.name != "lora_pro")
 

@@ -12,7 +12,7 @@ from dlora.config.load import SCHEMA, Config, to_dict
 from dlora.data import Sampler
 from dlora.errors import UsageError
 from dlora.lora.config import LoraConfig
-from dlora.training.find_checkpoint import Start
+from dlora.training.find_checkpoint import ResumePoint
 
 # Keys that may change between a run and its continuation: they do not alter the result.
 FREE_KEYS = {
@@ -32,7 +32,7 @@ SAID_AS = {"total_step": "train.max_steps or train.epochs (adalora's schedule sp
 
 
 def check_start(
-    start: Start,
+    start: ResumePoint,
     config: Config,
     lora: LoraConfig,
     tensors: Mapping[str, Tensor],
@@ -84,7 +84,7 @@ def _check_fits(saved: Mapping[str, list[int]], named: Mapping[str, Tensor]) -> 
 
 
 def _refuse_conflicts(
-    start: Start, config: Config, lora: LoraConfig, fingerprint: str, base: str | None
+    start: ResumePoint, config: Config, lora: LoraConfig, fingerprint: str, base: str | None
 ) -> None:
     """Settings, a base or data that would make the continued run another one than was begun."""
     conflicts, compared = [], set(FREE_KEYS)

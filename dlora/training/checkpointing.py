@@ -28,7 +28,7 @@ from dlora.checkpoint.snapshot import Snapshots
 from dlora.config.load import Config
 from dlora.errors import UsageError
 from dlora.hooks import NO_HOOKS, Committed, Hooks, Saved, nothing
-from dlora.methods.adalora_report import MaskLog
+from dlora.methods.adalora_report import RankHistory
 from dlora.metrics.log import complete
 from dlora.runtime.ranks import Runtime
 from dlora.sharding.replica.optimizer_state import ReplicaError
@@ -41,7 +41,7 @@ _LOST = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broke
 RESUMES = "the same command resumes from there"
 
 
-class Keeper:
+class CheckpointManager:
     """Saves one run.
 
     Args:
@@ -66,7 +66,7 @@ class Keeper:
         self._replica, self._optimizer, self._start = replica, optimizer, start
         self._root = output_directory(config) / "checkpoints"
         self._remote, self._hooks = remote_of(config), hooks
-        self.masks = MaskLog(self._root.parent, replica.allocator)
+        self.masks = RankHistory(self._root.parent, replica.allocator)
         self._snapshots = Snapshots()
         self._record: dict[str, Any] = {}  # of the snapshot's step
         self._lock = threading.Lock()  # while a snapshot is written or read

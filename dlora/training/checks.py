@@ -21,7 +21,7 @@ from dlora.errors import UsageError
 from dlora.io.files import inside
 from dlora.io.safetensors import stored_tensors
 from dlora.lora.attach import attachment_of, named_adapters
-from dlora.lora.layers import HostMixin
+from dlora.lora.layers import AdaptedLayer
 from dlora.objectives.chunked_loss import model_parts
 from dlora.sharding.topology import Topology, resolve_placement
 from dlora.training.find_checkpoint import output_directory, stop_file
@@ -59,7 +59,7 @@ def check_dropout(model: nn.Module) -> None:
     """See that there is something for `adapter.lora_dropout` to act on; a look-up has no input."""
     dropout = attachment_of(model).config.lora_dropout
     hosts = [host for _, host, _ in named_adapters(model)]
-    if dropout and all(isinstance(host, HostMixin) and host.is_embedding for host in hosts):
+    if dropout and all(isinstance(host, AdaptedLayer) and host.is_embedding for host in hosts):
         raise UsageError(
             f"adapter.lora_dropout: {dropout} cannot act: it drops inputs of linear layers, and "
             "none of them is adapted"

@@ -1,6 +1,6 @@
 """Where a run starts from, found and judged before a weight is read.
 
-output.resume ──find_start, on rank 0──> Start: step, settings, names and shapes; no tensors
+output.resume ──find_start, on rank 0──> ResumePoint: step, settings, names and shapes; no tensors
 Start         ──check_start, on all────> a line that names whatever makes this another run
 """
 
@@ -25,7 +25,7 @@ from dlora.lora.variants import VARIANTS
 
 
 @dataclass(frozen=True)
-class Start:
+class ResumePoint:
     """A checkpoint that verifies; plain values, so that rank 0 can tell the others.
 
     Attributes:
@@ -67,7 +67,7 @@ def saved_lora(state: Mapping[str, Any]) -> LoraConfig | None:
         raise UsageError(f"state.json: adapter is not what it was: {error}") from None
 
 
-def find_start(config: Config, warn: Callable[[str], None]) -> Start | None:
+def find_start(config: Config, warn: Callable[[str], None]) -> ResumePoint | None:
     """The checkpoint that `output.resume` means, or None for a fresh start.
 
     Raises:
@@ -91,14 +91,14 @@ def find_start(config: Config, warn: Callable[[str], None]) -> Start | None:
     return _opened(directory)
 
 
-def _newest(root: Path, warn: Callable[[str], None]) -> Start | None:
+def _newest(root: Path, warn: Callable[[str], None]) -> ResumePoint | None:
     """The newest checkpoint on the disk that can be gone on from."""
-    found: list[Start] = []
+    found: list[ResumePoint] = []
     checkpoints.newest(root, warn, lambda directory: found.append(_opened(directory)))
     return found[0] if found else None
 
 
-def _opened(directory: Path) -> Start:
+def _opened(directory: Path) -> ResumePoint:
     """A checkpoint that verifies and holds what a run writes.
 
     Raises:
@@ -115,13 +115,13 @@ def _opened(directory: Path) -> Start:
         raise UsageError(f"{path}: cannot be read: {error}") from None
     settings, _ = parse_yaml(text, str(path))
     state = read_object(directory / "state.json")
-    start = Start(str(directory), state, settings, shapes, checkpoints.allocation(directory))
+    start = ResumePoint(str(directory), state, settings, shapes, checkpoints.allocation(directory))
     for file, problem in _strange(start):
         raise UsageError(f"{directory / file}: {problem}, which no run writes")
     return start
 
 
-def _strange(start: Start) -> Iterator[tuple[str, str]]:
+def _strange(start: ResumePoint) -> Iterator[tuple[str, str]]:
     """(file, what is wrong in it) of a checkpoint whose files are whole; the first one counts."""
     state, settings = start.state, start.settings
     data = state["data"] if isinstance(state.get("data"), dict) else {}

@@ -35,7 +35,7 @@ from dlora.training.checks import (
     pad_token,
 )
 from dlora.training.earlier_placement import earlier_placement, settle
-from dlora.training.find_checkpoint import Start
+from dlora.training.find_checkpoint import ResumePoint
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Preparation:
     lora: LoraConfig
     topology: Topology
     pad_id: int
-    start: Start | None
+    start: ResumePoint | None
     decision: Decision
     base_identity: str | None
 
@@ -95,7 +95,7 @@ def prepare(
     config: Config,
     topology: Topology,
     announce: Callable[[str], None],
-    start: Start | None = None,
+    start: ResumePoint | None = None,
     around: Surroundings = Surroundings(),  # noqa: B008 - frozen
 ) -> Preparation:
     """Read the data, the tokenizer and the model's skeleton, and plan.
@@ -163,7 +163,7 @@ def _decision(
     topology: Topology,
     longest: int,
     around: Surroundings,
-    start: Start | None,
+    start: ResumePoint | None,
 ) -> Decision:
     """The plan of the run: what the settings leave open is chosen, `base: auto` above all."""
     section, world = config.sharding, topology.world
@@ -215,7 +215,7 @@ def _base(config: Config, announce: Callable[[str], None]) -> BaseModel:
 
 
 def _adapted(
-    config: Config, base: BaseModel, lora: LoraConfig, start: Start | None
+    config: Config, base: BaseModel, lora: LoraConfig, start: ResumePoint | None
 ) -> tuple[nn.Module, Quantized | None]:
     """The base on the meta device with its adapters, once all that can be seen of it is right."""
     skeleton = base.skeleton()

@@ -15,7 +15,7 @@ from dlora.plan.capacity import free_bytes
 from dlora.quant.dequantize import bitsandbytes_kernel
 from dlora.runtime.ranks import Runtime
 from dlora.sharding.topology import Topology
-from dlora.training.find_checkpoint import Start, find_start
+from dlora.training.find_checkpoint import ResumePoint, find_start
 from dlora.training.prepare import Preparation, Surroundings, prepare
 
 
@@ -68,12 +68,12 @@ def prepared(config: Config, runtime: Runtime) -> Preparation:
     everywhere = runtime.gather("ranks of a node", here)
     topology = Topology.over(runtime.rank, everywhere, config.sharding.ranks_per_node)
 
-    def find() -> tuple[Start | None, str]:
+    def find() -> tuple[ResumePoint | None, str]:
         return (find_start(config, runtime.say) if runtime.main else None), ""
 
     found = runtime.agree("start", find)
     told = runtime.broadcast("start/found", found and asdict(found))
-    start = Start(**told) if told else None
+    start = ResumePoint(**told) if told else None
     free = runtime.gather("free", free_bytes(runtime.device, here))
     around = Surroundings(runtime.device.type, None if None in free else min(free))
 

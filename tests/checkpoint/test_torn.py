@@ -24,7 +24,7 @@ from dlora.config.load import Config, dump_yaml, parse
 from dlora.data import Sampler
 from dlora.errors import UsageError
 from dlora.lora.variants.adalora import AdaLoraConfig
-from dlora.training.find_checkpoint import Start, find_start, state_at
+from dlora.training.find_checkpoint import ResumePoint, find_start, state_at
 
 TRIALS = 200
 PATHS = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj")
@@ -219,7 +219,7 @@ FORGED = (garbage, retyped)  # damage that no hash shows
 # -- what becomes of it ----------------------------------------------------------------------------
 
 
-def taken(root: Path, resume: str) -> tuple[Start | None, list[str]]:
+def taken(root: Path, resume: str) -> tuple[ResumePoint | None, list[str]]:
     warnings: list[str] = []
     return find_start(config_of(root, resume), warnings.append), warnings
 

@@ -18,7 +18,7 @@ from dlora import LoraConfig, UsageError, attach, shard
 from dlora.adapters.save_load import WEIGHTS
 from dlora.export.command import main
 from dlora.lora.attach import named_adapters
-from dlora.sharding.replica.optimizer_state import WholeShare
+from dlora.sharding.replica.optimizer_state import ReplicatedState
 
 STEPS = 5
 RUN = {"adapter__use_dora": True, "adapter__lora_dropout": 0.1, "optimizer__loraplus_lr_ratio": 2}
@@ -116,7 +116,7 @@ def own_loop(path: str, base: str, attach_first: bool, dora: bool) -> dict[str, 
         optimizer.step()
         optimizer.zero_grad()
     replica.audit()
-    reduced = 4 * WholeShare.lengths(replica.named, replica.topology)[1]
+    reduced = 4 * ReplicatedState.lengths(replica.named, replica.topology)[1]
     return {
         "magnitudes": magnitudes,
         "trained": {name: p.detach().clone() for name, p in replica.named.items()},

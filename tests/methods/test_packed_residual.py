@@ -69,7 +69,7 @@ def trained(argv: list[str]) -> dict[str, Any]:
 
 
 def packed_of(run: Any, path: str, host: Any) -> dict[str, Tensor]:
-    with run.replica.engine.whole_weights(host) as weights:
+    with run.replica.engine.gather_module(host) as weights:
         return {
             f"{path}.{name}": tensor
             for name, tensor in weights.items()

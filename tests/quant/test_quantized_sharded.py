@@ -49,7 +49,7 @@ def loaded(path: str, dtype: str, name: str, engine: str, base: str) -> dict[str
     """The values of a base that was packed while it was read, and what this rank holds of it."""
     model, replica = placed(path, dtype, name, engine, base, from_files=True)
     held = held_bytes(model)
-    with replica.engine.whole_weights(model) as weights:
+    with replica.engine.gather_module(model) as weights:
         values = {name: weight.clone() for name, weight in weights.items()}
     frozen = not any(parameter.requires_grad for parameter in model.parameters())
     return {"values": values, "held": held, "frozen": frozen}

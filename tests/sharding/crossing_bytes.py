@@ -19,7 +19,7 @@ from network import resent_bytes, sent_bytes
 from run_training import command_line, prepared_run
 
 from dlora.runtime.ranks import Runtime
-from dlora.sharding.replica.optimizer_state import WholeShare
+from dlora.sharding.replica.optimizer_state import ReplicatedState
 
 BASES = ("node", "world")
 TIMEOUT_SECONDS = 60
@@ -43,7 +43,7 @@ def counted(argv: list[str]) -> dict[str, Any]:
         "steps": [after - before for before, after in pairwise(sent)],
         "resent": [after - before for before, after in pairwise(resent)],
         "adapter": 4 * run.replica.numel,
-        "reduced": 4 * WholeShare.lengths(run.replica.named, run.prepared.topology)[1],
+        "reduced": 4 * ReplicatedState.lengths(run.replica.named, run.prepared.topology)[1],
         "gathers": run.prepared.budget.gathers,
     }
 

@@ -43,12 +43,12 @@ def loaded(path: str, dtype: str, base: str, name: str) -> dict[str, Any]:
     engine = build_engine(resolve_placement(name, base, topology), topology)
     model: Any = find_base(path, dtype=dtype).load(engine, torch.device("cpu"))
     engine.shard(model, ignored=())
-    engine.adopt(model)
+    engine.after_load(model)
     blocks = [b for p in block_lists(model) for b in model.get_submodule(p).children()]
     maps = Path("/proc/self/maps").read_text()
     frozen = not any(parameter.requires_grad for parameter in model.parameters())
     held, borrowed = held_bytes(model), [n for n, t in tensors(model).items() if not owns(t)]
-    with engine.whole_weights(model) as weights:
+    with engine.gather_module(model) as weights:
         values = {name: weight.clone() for name, weight in weights.items()}
     return {
         "values": values,

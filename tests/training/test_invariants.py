@@ -50,7 +50,7 @@ def trained(path: str, dtype: str, name: str, base: str, config: dict[str, Any])
 
 
 def whole(engine: Any, model: Any) -> dict[str, Tensor]:
-    with engine.whole_weights(model) as weights:
+    with engine.gather_module(model) as weights:
         return {name: weight.clone() for name, weight in weights.items()}
 
 

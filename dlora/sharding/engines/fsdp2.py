@@ -73,7 +73,7 @@ class Fsdp2:
                 fully_shard(block, mesh=mesh, ignored_params=outside, reshard_after_forward=True)
         fully_shard(model, mesh=mesh, ignored_params=outside)
 
-    def adopt(self, model: nn.Module) -> None:
+    def after_load(self, model: nn.Module) -> None:
         own_storage(model)
         _gather_tied_once(model)
         counting = _CountingAllGather(self.wire)
@@ -83,7 +83,7 @@ class Fsdp2:
                 if module is model or _stays_after_forward(module):  # for all passes of a step
                     module.set_reshard_after_backward(False, recurse=False)
 
-    def expect_gradients(self, model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
+    def set_trainable(self, model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
         """End backward's look-ahead at the first unit that is trained.
 
         FSDP2 gathers the unit before the current one ahead of time, also where no gradient goes: an
@@ -110,7 +110,7 @@ class Fsdp2:
                 module.reshard()
 
     @contextmanager
-    def whole_weights(self, module: nn.Module) -> Iterator[dict[str, Tensor]]:
+    def gather_module(self, module: nn.Module) -> Iterator[dict[str, Tensor]]:
         yield {
             path: parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
             for path, parameter in module.named_parameters()

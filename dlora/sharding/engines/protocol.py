@@ -63,10 +63,10 @@ class Engine(Protocol):
         A base that is sharded already is left alone.
         """
 
-    def adopt(self, model: nn.Module) -> None:
+    def after_load(self, model: nn.Module) -> None:
         """Take over a model whose base is in place: own its storage, count its traffic."""
 
-    def expect_gradients(self, model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
+    def set_trainable(self, model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
         """Told what is trained once that is known: no weight before it is needed in backward."""
 
     def hold(self, model: nn.Module, paths: Collection[str]) -> None:
@@ -77,7 +77,7 @@ class Engine(Protocol):
         what is held.
         """
 
-    def whole_weights(self, module: nn.Module) -> AbstractContextManager[dict[str, Tensor]]:
+    def gather_module(self, module: nn.Module) -> AbstractContextManager[dict[str, Tensor]]:
         """The whole parameters of one module by path, for as long as the context is open."""
 
 

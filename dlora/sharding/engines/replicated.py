@@ -42,10 +42,10 @@ class Replicated:
     def shard(self, model: nn.Module, ignored: Iterable[nn.Parameter]) -> None:
         """Nothing to do."""
 
-    def adopt(self, model: nn.Module) -> None:
+    def after_load(self, model: nn.Module) -> None:
         own_storage(model)
 
-    def expect_gradients(self, model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
+    def set_trainable(self, model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
         """Nothing is gathered."""
 
     def hold(self, model: nn.Module, paths: Collection[str]) -> None:
@@ -55,5 +55,5 @@ class Replicated:
         """Nothing was gathered."""
 
     @contextmanager
-    def whole_weights(self, module: nn.Module) -> Iterator[dict[str, Tensor]]:
+    def gather_module(self, module: nn.Module) -> Iterator[dict[str, Tensor]]:
         yield {path: parameter.detach() for path, parameter in module.named_parameters()}

@@ -104,7 +104,7 @@ class Zero3:
         # A module whose input needs no gradient is not told that its backward is over.
         model.register_forward_pre_hook(lambda *_: hooks.release_backward_leftovers())
 
-    def adopt(self, model: nn.Module) -> None:
+    def after_load(self, model: nn.Module) -> None:
         partitioned = _partitioned(model.parameters())
         if self._hooks is not None:
             head = _partitioned(head_parameters(model))
@@ -122,7 +122,7 @@ class Zero3:
                 parameter.ds_persist = True
                 self._kept.discard(parameter)
 
-    def expect_gradients(self, model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
+    def set_trainable(self, model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
         """Nothing to tell: a module is gathered in backward only if a gradient comes to it."""
 
     def release(self, model: nn.Module) -> None:
@@ -135,7 +135,7 @@ class Zero3:
                 parameter.partition()
 
     @contextmanager
-    def whole_weights(self, module: nn.Module) -> Iterator[dict[str, Tensor]]:
+    def gather_module(self, module: nn.Module) -> Iterator[dict[str, Tensor]]:
         absent = [
             p
             for p in _partitioned(module.parameters())

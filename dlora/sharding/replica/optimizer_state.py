@@ -1,7 +1,7 @@
 """The seam between a replicated and a divided optimizer state.
 
-                    summed gradients            an optimizer works on      then
-    WholeShare      whole, on every rank        the parameters             nothing: all are equal
+                     summed gradients           an optimizer works on      then
+    ReplicatedState  whole, on every rank       the parameters             nothing: all are equal
     DividedShare    this rank's part of them    1-D views of that part     the values are gathered
 
 A share is what one rank keeps of the optimizer's state, and how the rest reaches it. The replica
@@ -56,7 +56,7 @@ def state_is_divided(setting: str) -> bool:
     return setting == "divided"
 
 
-class Share(Protocol):
+class StateStrategy(Protocol):
     """One rank's share of the optimizer's work.
 
     Attributes:
@@ -94,14 +94,14 @@ class Share(Protocol):
     def sum_(self, scalars: list[float]) -> list[float]:
         """`gradients` ← Σ over ranks of the gradient buffer; returns Σ of the scalars."""
 
-    def hand_out(self, present: Mapping[str, bool], divisor: int) -> None:
+    def finalize_gradients(self, present: Mapping[str, bool], divisor: int) -> None:
         """Divide `gradients`, and make them `.grad` of `optimized`: None where not present."""
 
     def has_gradient(self, name: str) -> bool:
         """Whether a parameter without `.grad` counts as one whose gradient is zero."""
 
     def zero_grad(self) -> None:
-        """Forget what `hand_out` gave, where it is not the parameters' own `.grad`."""
+        """Forget what `finalize_gradients` gave, where it is not the parameters' own `.grad`."""
 
     def norm(self) -> Tensor:
         """2-norm of the gradients of all ranks' shares, a float64 scalar; the same everywhere."""
@@ -128,11 +128,11 @@ class Share(Protocol):
     def part(self, name: str, state: Tensor) -> Tensor | None:
         """What this rank keeps of a state tensor of `name`; None where it keeps none of it."""
 
-    def lay_out(self) -> None:
+    def rebuild_layout(self) -> None:
         """Told that the shapes of the parameters have changed; `bind` follows."""
 
 
-class WholeShare:
+class ReplicatedState:
     """Every rank does all of it: the sums are all-reduced, with the scalars in the buffer's tail.
 
     buffer  [ gradients | scalars | padding ]
@@ -155,7 +155,7 @@ class WholeShare:
 
     @staticmethod
     def wire_bytes(named: Named, topology: Topology) -> float:
-        return reduction_bytes(WholeShare.lengths(named, topology)[1] * item(named), topology)
+        return reduction_bytes(ReplicatedState.lengths(named, topology)[1] * item(named), topology)
 
     def bind(self, values: Tensor, buffer: Tensor, gradient_views: Mapping[str, Tensor]) -> None:
         numel = count(self.optimized)
@@ -171,7 +171,7 @@ class WholeShare:
         self._reduction.sum_(self._buffer)
         return extras.tolist()
 
-    def hand_out(self, present: Mapping[str, bool], divisor: int) -> None:
+    def finalize_gradients(self, present: Mapping[str, bool], divisor: int) -> None:
         for name, parameter in self.optimized.items():
             parameter.grad = self._views[name] if present[name] else None
         self.gradients.div_(divisor)
@@ -208,7 +208,7 @@ class WholeShare:
     def part(self, name: str, state: Tensor) -> Tensor | None:
         return state
 
-    def lay_out(self) -> None:
+    def rebuild_layout(self) -> None:
         """Nothing depends on shapes but what `bind` is given."""
 
 

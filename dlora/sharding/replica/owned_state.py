@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from dlora.sharding.replica.flat_shards import done, texts
 from dlora.sharding.replica.hierarchical_reduce import Reduction, part_of, reduction_bytes
-from dlora.sharding.replica.optimizer_state import Named, ReplicaError, States, WholeShare
+from dlora.sharding.replica.optimizer_state import Named, ReplicaError, ReplicatedState, States
 from dlora.sharding.topology import Topology
 
 
@@ -74,7 +74,7 @@ def gather_bytes(nbytes: int, topology: Topology) -> float:
     return reduction_bytes(nbytes, topology) / 2
 
 
-class SpreadShare(WholeShare):
+class SpreadShare(ReplicatedState):
     """Gradients are whole on every rank; each rank steps the units that it owns."""
 
     collective_saves = True

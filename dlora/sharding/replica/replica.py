@@ -25,7 +25,13 @@ from dlora.sharding.counts import whole_number
 from dlora.sharding.replica.audit import unhealed
 from dlora.sharding.replica.flat_buffers import common_kind, views_of
 from dlora.sharding.replica.hierarchical_reduce import Reduction
-from dlora.sharding.replica.optimizer_state import Named, ReplicaError, Share, WholeShare, count
+from dlora.sharding.replica.optimizer_state import (
+    Named,
+    ReplicaError,
+    ReplicatedState,
+    StateStrategy,
+    count,
+)
 from dlora.sharding.replica.owned_state import InUnits, SpreadShare
 from dlora.sharding.replica.resize import Cuts, cut_states, cut_values, put_states, replace_data
 from dlora.sharding.replica.sharded_state import DividedShare
@@ -35,9 +41,9 @@ from dlora.sharding.topology import Topology
 AUDIT_EVERY = 10  # optimizer steps between two comparisons of checksums
 
 
-def share_class(divided: bool) -> type[Share]:
+def share_class(divided: bool) -> type[StateStrategy]:
     """How the optimizer's work is shared among ranks."""
-    return DividedShare if divided else WholeShare
+    return DividedShare if divided else ReplicatedState
 
 
 class Replica:
@@ -54,7 +60,7 @@ class Replica:
         wire: counts the bytes that this rank's collectives send.
     """
 
-    share: Share
+    share: StateStrategy
 
     def __init__(
         self, topology: Topology, wire: WireCounter | None = None, *, divided: bool = False
@@ -122,7 +128,7 @@ class Replica:
             states = cut_states(self.share, self._reduction, self.named, cuts, optimizer)
         for name, value in values.items():
             replace_data(self.named[name], value)
-        self.share.lay_out()
+        self.share.rebuild_layout()
         self._allocate()
         if optimizer:
             put_states(states, optimizer, self.share.optimized)
@@ -163,7 +169,7 @@ class Replica:
         reduced = read_tail(received[len(self.named) :], len(sums), world)
         ranks_with = dict(zip(self.named, received, strict=False))
         self.present = {name: ranks > 0 for name, ranks in ranks_with.items()}
-        self.share.hand_out(self.present, max(reduced.tokens, 1))
+        self.share.finalize_gradients(self.present, max(reduced.tokens, 1))
         self.reductions += 1
         if self.reductions % AUDIT_EVERY == 0:
             self.audit()

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from dlora.sharding.comm_bytes import ring_gather_bytes
 from dlora.sharding.replica.hierarchical_reduce import Reduction
-from dlora.sharding.replica.optimizer_state import Named, Share, states_of
+from dlora.sharding.replica.optimizer_state import Named, StateStrategy, states_of
 
 Cuts = Mapping[str, tuple[int, Tensor]]  # by name: a dim, and the indices along it that stay
 
@@ -21,7 +21,7 @@ def cut_values(named: Named, cuts: Cuts) -> dict[str, Tensor]:
 
 
 def cut_states(
-    share: Share, reduction: Reduction, named: Named, cuts: Cuts, optimizer: Optimizer
+    share: StateStrategy, reduction: Reduction, named: Named, cuts: Cuts, optimizer: Optimizer
 ) -> list[tuple[str, str, Tensor | None]]:
     """(name, slot, this rank's share after the cut) of an optimizer's state.
 

@@ -39,9 +39,9 @@ class DividedShare:
         self._named, self._reduction = named, reduction
         self._driven = False
         self.optimized: dict[str, nn.Parameter] = {}
-        self.lay_out()
+        self.rebuild_layout()
 
-    def lay_out(self) -> None:
+    def rebuild_layout(self) -> None:
         topology = self._reduction.topology
         self._parts = Parts(self._named, topology)
         first = part_of(topology.rank, topology) * self._parts.size
@@ -103,7 +103,7 @@ class DividedShare:
         self._norm = sums[-1].sqrt()
         return sums[: len(scalars)].tolist()
 
-    def hand_out(self, present: Mapping[str, bool], divisor: int) -> None:
+    def finalize_gradients(self, present: Mapping[str, bool], divisor: int) -> None:
         for name, part in self.optimized.items():
             self._named[name].grad = None  # most of its mean is on other ranks
             mine = present[name] and part.numel()
