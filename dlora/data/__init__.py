@@ -1,4 +1,4 @@
-"""Data: records -> conversations -> token sequences -> steps -> micro-batches, in this order:
+"""Records → conversations → token sequences → steps → micro-batches, in this order.
 
 files.py     finds and reads JSONL files      builtin.py   a data set every machine has
 formats.py   a record as a conversation       chat.py      a conversation as text, with its answers

@@ -1,1 +1,1 @@
-"""Mathematics: adapters on whole plain tensors. Knows torch, and nothing of process groups."""
+"""The mathematics of adapters, on whole plain tensors; it knows torch, and no process groups."""

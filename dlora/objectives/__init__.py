@@ -1,1 +1,1 @@
-"""What is minimised: one file per objective."""
+"""What is minimised: one file for each objective."""

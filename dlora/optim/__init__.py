@@ -1,1 +1,1 @@
-"""Parameter groups and learning-rate schedules; optimizers themselves are torch's."""
+"""Parameter groups, learning-rate schedules, and the optimizers that torch does not have."""

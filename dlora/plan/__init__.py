@@ -11,11 +11,6 @@
 same way before it reads a weight, and prints planned against measured at its end.
 """
 
-from __future__ import annotations
+from dlora.plan.command import main
 
-
-def main(argv: list[str]) -> int:
-    """The command; returns the exit status."""
-    from dlora.plan.command import main as command
-
-    return command(argv)
+__all__ = ["main"]

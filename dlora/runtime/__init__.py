@@ -1,0 +1,1 @@
+"""The processes of a run: ranks and rendezvous, failure, exit status, lock, signals, memory."""

@@ -1,0 +1,1 @@
+"""The mathematics of AdaLoRA's budget: schedule, importance of a triplet, orthogonality."""
