@@ -1,5 +1,6 @@
 # make train   on a fresh machine: installs, brings the demo model, trains it on two processes
 # make test    on a fresh machine: installs with the test extras, runs the tests
+# make test-full   the whole matrices that `make test` samples
 # make lint    format, lint and types
 #
 # TORCH_INDEX=URL chooses another build of torch (for example a CUDA one).
@@ -10,32 +11,26 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 TORCH_INDEX ?=
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 
-# Two groups of tests at a time: most leave one of two cores idle. The longest come first.
-GROUPS := test-sharding test-launchers test-readme test-files test-parts
-TESTED := $(sort $(dir $(wildcard tests/*/test_*.py)))
+# Processes that run tests side by side, each a file at a time.
+TEST_PROCESSES ?= 2
 
-.PHONY: train test $(GROUPS) lint model install install-test clean
+.PHONY: train test test-full lint model install install-test clean
 
 train: install model
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --nproc-per-node 2 -m dlora.train --config configs/quickstart.yaml
 
+PYTEST := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder
+
 test: install-test model
-	@$(MAKE) --no-print-directory --keep-going --jobs 2 $(GROUPS)
+	$(PYTEST)
 
-test-sharding:
-	$(BIN)/python -m pytest tests/sharding tests/training tests/methods tests/checkpoint
-
-test-launchers:
-	$(BIN)/python -m pytest tests/k8s tests/launchers
-
-test-readme:
-	$(BIN)/python -m pytest tests/test_readme.py
-
-test-files:
-	$(BIN)/python -m pytest $(filter-out tests/test_readme.py,$(wildcard tests/test_*.py))
-
-test-parts:
-	$(BIN)/python -m pytest $(filter-out tests/sharding/ tests/training/ tests/methods/ tests/checkpoint/ tests/launchers/ tests/k8s/,$(TESTED))
+# The whole matrices, in parts of at most an hour.
+FULL := sharding training methods launchers rest
+test-full: $(FULL:%=test-full-%)
+test-full-sharding test-full-training test-full-methods test-full-launchers: test-full-%: install-test model
+	$(PYTEST) -m full tests/$*
+test-full-rest: install-test model
+	$(PYTEST) -m full tests $(patsubst %,--ignore=tests/%,$(filter-out rest,$(FULL)))
 
 lint: install-test
 	$(BIN)/ruff format --check .

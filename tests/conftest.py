@@ -12,15 +12,29 @@ from pathlib import Path
 import pytest
 from ranks import Pools
 
+# Long files start first, so that no core waits for the last one.
+LONG_FIRST = ("launchers", "training", "test_readme", "sharding", "methods", "checkpoint")
 
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked `full` run only where `-m` names them."""
-    if "full" in config.option.markexpr:
-        return
-    left_out = [item for item in items if item.get_closest_marker("full")]
-    if left_out:
+    """Tests marked `full` run only where `-m` names them; each file runs in one process.
+
+    All tests that need Ray share one cluster, and so one process.
+    """
+    if "full" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("full")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not item.get_closest_marker("full")]
+    for item in items:
+        group = "ray" if "ray" in getattr(item, "fixturenames", ()) else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=_turn)
+
+
+def _turn(item: pytest.Item) -> int:
+    places = [name for name in LONG_FIRST if name in (item.path.parent.name, item.path.stem)]
+    return LONG_FIRST.index(places[0]) if places else len(LONG_FIRST)
 
 
 @pytest.fixture(scope="module")
