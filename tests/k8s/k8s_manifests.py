@@ -41,11 +41,9 @@ class StrictLoader(yaml.CSafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Document:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"duplicate key {key!r}", node.start_mark
-                )
+        if len(set(keys)) < len(keys):
+            problem = f"duplicate key among {keys}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -76,9 +74,7 @@ def kustomize(directory: Path) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-@functools.cache
-def rendered(name: str) -> str:
-    return kustomize(BUILT[name])
+rendered = functools.cache(lambda name: kustomize(BUILT[name]))
 
 
 def documents(name: str) -> list[Document]:
@@ -96,10 +92,13 @@ def the(docs: list[Document], kind: str) -> Document:
 class Pod:
     """A pod that a document makes."""
 
-    where: str
     owner: Document
     metadata: Document
     spec: Document
+
+    @property
+    def where(self) -> str:
+        return f"pod of {self.owner['kind']}"
 
     @property
     def containers(self) -> list[Document]:
@@ -136,7 +135,7 @@ def at(value: Any, path: str) -> Iterator[Any]:
 def pods(docs: list[Document]) -> list[Pod]:
     """All pods that the documents make."""
     return [
-        Pod(f"{doc['kind']} pod", doc, template.get("metadata", {}), template["spec"])
+        Pod(doc, template.get("metadata", {}), template["spec"])
         for doc in docs
         for path in TEMPLATES.get(doc["kind"], [])
         for template in at(doc, path)

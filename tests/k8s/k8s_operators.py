@@ -4,8 +4,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from k8s_manifests import Document, at, pods
+from k8s_manifests import Document, at
 
+ENV = "replicatedJobs.*.template.spec.template.spec.containers.*.env.*.name"
 QUEUE = "kueue.x-k8s.io/queue-name"
 ANCESTOR = "trainer.kubeflow.org/trainjob-ancestor-step"
 DNS_1035 = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")  # a letter first
@@ -42,16 +43,13 @@ def _ray(name: str, spec: Document) -> Iterator[str]:
         yield f"{name}: KubeRay wants at most 47 letters, digits and hyphens, a letter first"
     if not spec.get("shutdownAfterJobFinishes"):
         yield "Kueue suspends it, which needs shutdownAfterJobFinishes"
-    version = str(cluster.get("rayVersion"))
-    if not re.fullmatch(r"\d+\.\d+\.\d+", version):
-        yield f"rayVersion: {version} is no version"
-    elif cluster.get("authOptions") and tuple(map(int, version.split("."))) < (2, 52, 0):
-        yield f"authOptions: Ray {version} knows no tokens"
-    if cluster.get("authOptions", {}).get("enableK8sTokenAuth"):
+    if tuple(map(int, cluster["rayVersion"].split("."))) < (2, 52, 0):
+        yield f"authOptions: Ray {cluster['rayVersion']} knows no tokens"
+    if cluster["authOptions"].get("enableK8sTokenAuth"):
         yield "authOptions: enableK8sTokenAuth is not for a RayJob"
     for group in cluster["workerGroupSpecs"]:
-        least, most = group.get("minReplicas"), group.get("maxReplicas")
-        if least is None or most is None or not least <= group["replicas"] <= most:
+        least, most = group.get("minReplicas", 9), group.get("maxReplicas", 0)
+        if not least <= group["replicas"] <= most:
             yield f"{group['groupName']}: minReplicas <= replicas <= maxReplicas does not hold"
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         started = group.get("rayStartParams", {})
@@ -59,86 +57,66 @@ def _ray(name: str, spec: Document) -> Iterator[str]:
             started
         ):
             yield "resources are in rayStartParams and in resources"
-        for key, value in started.items():
-            if not isinstance(value, str):
-                yield f"rayStartParams.{key}: {value!r} is no string"
+        if not all(isinstance(value, str) for value in started.values()):
+            yield f"rayStartParams: {started}: one is no string"
 
 
 def _hosts(doc: Document) -> Iterator[str]:
-    name = doc["metadata"]["name"]
-    for job in doc["spec"]["replicatedJobs"]:
-        pod = job["template"]["spec"]["completions"] - 1
-        last = f"{name}-{job['name']}-{job['replicas'] - 1}-{pod}"
-        if not DNS_1035.fullmatch(f"{last}-abcde"):  # the pod's name ends in five characters more
-            yield f"{last}: no name of a host"
-        for variable in at(job, "template.spec.template.spec.containers.*.env.*"):
-            first = f"{name}-{job['name']}-0-0.{name}"
-            if variable["name"] == "PET_MASTER_ADDR" and variable["value"] != first:
-                yield f"PET_MASTER_ADDR: {variable['value']} is not the first pod"
+    name, (job,) = doc["metadata"]["name"], doc["spec"]["replicatedJobs"]
+    last = f"{name}-{job['name']}-0-{job['template']['spec']['completions'] - 1}"
+    if not DNS_1035.fullmatch(f"{last}-abcde"):  # the pod's name ends in five characters more
+        yield f"{last}: no name of a host"
+    variables = at(job, "template.spec.template.spec.containers.*.env.*")
+    address = [v["value"] for v in variables if v["name"] == "PET_MASTER_ADDR"]
+    if address not in ([], [f"{name}-{job['name']}-0-0.{name}"]):
+        yield f"PET_MASTER_ADDR: {address} is not the first pod"
 
 
 def _rules(spec: Document) -> Iterator[str]:
-    rules = spec.get("failurePolicy", {}).get("rules", [])
-    names = [rule["name"] for rule in rules]
-    for rule in rules:
-        if names.count(rule["name"]) > 1 or not RULE_NAME.fullmatch(rule["name"]):
-            yield f"failurePolicy: {rule['name']} is no name of a rule, or there twice"
-        for reason in set(rule.get("onJobFailureReasons", [])) - REASONS:
-            yield f"failurePolicy: {reason} is no reason that a Job fails for"
-        for job in rule.get("targetReplicatedJobs", []):
-            if job not in at(spec, "replicatedJobs.*.name"):
-                yield f"failurePolicy: there is no replicated job {job}"
+    names = [*at(spec, "failurePolicy.rules.*.name")]
+    for name in names:
+        if names.count(name) > 1 or not RULE_NAME.fullmatch(name):
+            yield f"failurePolicy: {name} is no name of a rule, or there twice"
+    for reason in {*at(spec, "failurePolicy.rules.*.onJobFailureReasons.*")} - REASONS:
+        yield f"failurePolicy: {reason} is no reason that a Job fails for"
 
 
 def _trainjob(doc: Document, docs: list[Document]) -> Iterator[str]:
-    for variable in at(doc, "spec.trainer.env.*"):
-        if variable["name"].startswith("PET_"):
-            yield f"env: Trainer sets {variable['name']} itself"
     reference = doc["spec"]["runtimeRef"]
     wanted = reference.get("kind", "ClusterTrainingRuntime"), reference["name"]
     there = [(found["kind"], found["metadata"]["name"]) for found in docs]
-    if wanted not in there:
-        yield f"runtimeRef: there is no {' '.join(wanted)}"
-    elif there.index(wanted) > docs.index(doc):
-        yield f"runtimeRef: {' '.join(wanted)} comes after it, and Trainer refuses it then"
+    if wanted not in there[: docs.index(doc)]:
+        yield f"runtimeRef: there is no {' '.join(wanted)} before it, so Trainer refuses it"
+    for name in (*at(doc, "spec.trainer.env.*.name"), *at(docs, "*.spec.template.spec." + ENV)):
+        if name.startswith("PET_"):
+            yield f"env: Trainer sets {name} itself"
 
 
 def _runtime(doc: Document) -> Iterator[str]:
     spec = doc["spec"]["template"]["spec"]
-    steps = [job["template"].get("metadata", {}) for job in spec["replicatedJobs"]]
-    if [step.get("labels", {}).get(ANCESTOR) for step in steps] != ["trainer"]:
+    (job,) = spec["replicatedJobs"]
+    if [*at(job, "template.metadata.labels")] != [{ANCESTOR: "trainer"}]:
         yield f"its job has to have the label {ANCESTOR}: trainer"
-    for container in (container for pod in pods([doc]) for container in pod.containers):
-        if container["name"] != "node":
-            yield "Trainer looks for a container with the name node"
-        for variable in container.get("env", []):
-            if variable["name"].startswith("PET_"):
-                yield f"env: Trainer sets {variable['name']} itself"
+    if [*at(job, "template.spec.template.spec.containers.*.name")] != ["node"]:
+        yield "Trainer looks for a container with the name node"
     yield from _rules(spec)
 
 
 def _pytorch(spec: Document) -> Iterator[str]:
-    """training-operator 1.9, pkg/webhooks/pytorch/pytorchjob_webhook.go."""
-    for role, replica in spec["pytorchReplicaSpecs"].items():
-        if role not in ("Master", "Worker"):
-            yield f"{role}: neither Master nor Worker"
-        if "pytorch" not in at(replica, "template.spec.containers.*.name"):
-            yield "the operator looks for a container with the name pytorch"
-        if "restartPolicy" in replica["template"]["spec"]:
-            yield "restartPolicy of the pod: that of the replicas overwrites it"
-        elastic = spec["elasticPolicy"]
-        if not elastic["minReplicas"] <= replica["replicas"] <= elastic["maxReplicas"]:
-            yield "minReplicas <= replicas <= maxReplicas does not hold"
-        if elastic.get("rdzvBackend") not in ("c10d", "etcd", "etcd-v2"):
-            yield f"rdzvBackend: {elastic.get('rdzvBackend')} is none"
-        if "nProcPerNode" in elastic:
-            yield "nProcPerNode: must not be used with nprocPerNode"
+    """training-operator 1.9, pkg/webhooks/pytorch/pytorchjob_webhook.go, and torch's backends."""
+    elastic, (worker,) = spec["elasticPolicy"], spec["pytorchReplicaSpecs"].values()
+    if [*at(worker, "template.spec.containers.*.name")] != ["pytorch"]:
+        yield "the operator looks for a container with the name pytorch"
+    if "restartPolicy" in worker["template"]["spec"]:
+        yield "restartPolicy of the pod: that of the replicas overwrites it"
+    if not elastic["minReplicas"] <= worker["replicas"] <= elastic["maxReplicas"]:
+        yield "minReplicas <= replicas <= maxReplicas does not hold"
+    if elastic.get("rdzvBackend") not in ("c10d", "etcd", "etcd-v2") or "nProcPerNode" in elastic:
+        yield f"elasticPolicy: {elastic}: rdzvBackend is none, or nprocPerNode is there twice"
 
 
 def _queue(doc: Document) -> Iterator[str]:
-    if doc["kind"] == "TrainingRuntime":
-        return
-    if QUEUE not in doc["metadata"].get("labels", {}):
+    if QUEUE not in doc["metadata"].get("labels", {}) and doc["kind"] != "TrainingRuntime":
         yield f"no label {QUEUE}"
     if "suspend" in doc["spec"] or "suspend" in doc["spec"].get("runPolicy", {}):
         yield "suspend: Kueue's to set; applied again, the manifest would undo what Kueue decided"

@@ -10,7 +10,9 @@ SECRET = re.compile(r"TOKEN|SECRET|PASSW|(^|_)KEY|CREDENTIAL", re.IGNORECASE)
 IN_CLEAR = re.compile(r"(token|secret|password)[=: ]+\S|Bearer \S|AKIA[A-Z0-9]{8}|hf_\w{8}", re.I)
 CLUSTER_WIDE = {"Namespace", "ClusterRole", "ClusterRoleBinding", "ResourceFlavor", "ClusterQueue"}
 OWN, JOB = "app.kubernetes.io/part-of", "dlora-job"
-DASHBOARD = 8265
+DASHBOARD = {"protocol": "TCP", "port": 8265}
+# In namespaces that are named beside it.
+OPERATOR = {"podSelector": {"matchLabels": {"app.kubernetes.io/component": "kuberay-operator"}}}
 
 # The whole of both contexts: what restricted pods must set, a read-only root, and one user.
 USER = 10001
@@ -34,7 +36,7 @@ def check(docs: list[Document]) -> list[str]:
     for pod in pods(docs):
         lines = [*_pod(pod), *(line for c in pod.containers for line in _container(pod, c))]
         if pod.owner["kind"] != "Pod":
-            lines += _reach(pod, [doc["spec"] for doc in docs if doc["kind"] == "NetworkPolicy"])
+            lines += _reach(pod, docs)
         problems += [f"{pod.where}: {line}" for line in lines]
     return problems
 
@@ -61,18 +63,15 @@ def _document(doc: Document) -> Iterator[str]:
 
 
 def _pod(pod: Pod) -> Iterator[str]:
-    for key in ("hostNetwork", "hostPID", "hostIPC", "shareProcessNamespace"):
-        if pod.spec.get(key):
-            yield f"{key} is on"
-    for volume in pod.spec.get("volumes", []):
-        if not VOLUMES & volume.keys():
-            yield f"volume {volume['name']} is of a kind that restricted pods may not have"
+    if shared := {"hostNetwork", "hostPID", "hostIPC", "shareProcessNamespace"} & pod.spec.keys():
+        yield f"{shared} is on"
+    if not all(VOLUMES & volume.keys() for volume in pod.spec.get("volumes", [])):
+        yield "a volume is of a kind that restricted pods may not have"
     if pod.spec.get("securityContext") != POD_CONTEXT:
         yield f"securityContext is not {POD_CONTEXT}"
-    if pod.spec.get("automountServiceAccountToken") is not False:
-        yield "automountServiceAccountToken is not off"
-    if pod.spec.get("serviceAccountName") in (None, "default"):
-        yield "serviceAccountName is the namespace's default"
+    token = pod.spec.get("automountServiceAccountToken"), pod.spec.get("serviceAccountName")
+    if token != (False, "dlora"):
+        yield f"(automountServiceAccountToken, serviceAccountName) is {token}"
 
 
 def _container(pod: Pod, container: Document) -> Iterator[str]:
@@ -96,27 +95,18 @@ def _container(pod: Pod, container: Document) -> Iterator[str]:
         yield "no memory behind /dev/shm"
 
 
-def _reach(pod: Pod, policies: list[Document]) -> Iterator[str]:
-    """One policy refuses everybody, and one lets the job's own pods in."""
+def _reach(pod: Pod, docs: list[Document]) -> Iterator[str]:
+    """One policy refuses everybody, and one lets the job's own pods in, and KubeRay's operator."""
+    policies = [doc["spec"] for doc in docs if doc["kind"] == "NetworkPolicy"]
+    job = {"podSelector": {"matchLabels": {JOB: pod.labels.get(JOB)}}}
     deny = {"podSelector": {"matchLabels": {OWN: "dlora"}}, "policyTypes": ["Ingress"]}
     if pod.labels.get(OWN) != "dlora" or deny not in policies:
         yield "no policy that refuses what is not allowed"
-    job = {"matchLabels": {JOB: pod.labels.get(JOB)}}
-    own = [p for p in policies if p["podSelector"] == job and p["policyTypes"] == ["Ingress"]]
-    sources = [rule for policy in policies for rule in policy.get("ingress", [])]
-    if not own or {"from": [{"podSelector": job}]} not in own[0].get("ingress", []):
-        yield "its own job's pods do not reach it"
-    for rule in sources:
-        for source in rule.get("from") or [{}]:
-            if source != {"podSelector": job} and not _is_operator(source, rule):
-                yield f"lets in {source or 'everybody'}"
-
-
-def _is_operator(source: Document, rule: Document) -> bool:
-    """KubeRay's operator, in namespaces that are named, at the dashboard alone."""
-    pod = source.get("podSelector", {}).get("matchLabels", {})
-    return (
-        pod == {"app.kubernetes.io/component": "kuberay-operator"}
-        and bool(source.get("namespaceSelector"))
-        and [port.get("port") for port in rule.get("ports", [])] == [DASHBOARD]
-    )
+    rules = [rule for policy in policies for rule in policy.get("ingress", [])]
+    if job | {"policyTypes": ["Ingress"], "ingress": rules} not in policies or rules == []:
+        yield f"its own job's pods do not reach it: {policies}"
+    for rule in rules:
+        source = (rule.get("from") or [{}])[-1]
+        is_operator = OPERATOR.items() <= source.items() and source.get("namespaceSelector")
+        if rule != {"from": [job]} and not (is_operator and rule["ports"] == [DASHBOARD]):
+            yield f"lets in {rule}"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
 
-from k8s_manifests import Document, Pod, jobs, pods, walk
+from k8s_manifests import Document, Pod, at, jobs, pods, walk
 
 # Allowed values by the end of a path, a regular expression; the first that fits counts.
 POD_RESTARTS = {"Always", "OnFailure", "Never"}
@@ -38,12 +38,8 @@ UNITS = {
     "m": Decimal("0.001"),
     "": Decimal(1),
 }
-LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")  # of DNS
-SUBDOMAIN = re.compile(rf"(?=.{{1,253}}$){LABEL.pattern}(\.{LABEL.pattern})*")
+LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")  # of DNS; names of most kinds too
 VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")  # of a label
-VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-# Kinds whose name becomes part of host names and labels, so that it has to be short.
-SHORT = {"Job", "JobSet", "TrainJob", "PyTorchJob", "RayJob", "Namespace"}
 
 
 def check(docs: list[Document]) -> list[str]:
@@ -52,7 +48,8 @@ def check(docs: list[Document]) -> list[str]:
     for doc in docs:
         problems += [f"{doc['kind']} {line}" for line in (*_enums(doc), *_quantities(doc))]
     for pod in pods(docs):
-        problems += [f"{pod.where}: {line}" for line in (*_pod(pod), *_references(pod, docs))]
+        if pod.owner["kind"] != "Pod":  # k8s/files uses what the overlays make
+            problems += [f"{pod.where}: {line}" for line in _references(pod, docs)]
     for doc, spec in jobs(docs):
         problems += [f"{doc['kind']}: {line}" for line in _job(spec)]
     return problems
@@ -103,70 +100,37 @@ def _amounts(path: str, mapping: Document) -> Iterator[str]:
 
 def _names(docs: list[Document]) -> Iterator[str]:
     named = [(d["kind"], d["metadata"].get("namespace"), d["metadata"]["name"]) for d in docs]
-    for doc, (kind, namespace, name) in zip(docs, named, strict=True):
-        if not (LABEL if kind in SHORT else SUBDOMAIN).fullmatch(name):
-            yield f"{kind} {name}: no name for it"
-        if named.count((kind, namespace, name)) > 1:
-            yield f"{kind} {name}: is there twice"
+    for doc, (kind, _, name) in zip(docs, named, strict=True):
+        if not LABEL.fullmatch(name) or len(named) > len(set(named)):
+            yield f"{kind} {name}: no name for it, or there twice"
         for path, mapping in walk(doc):
-            if path.endswith(("labels", "matchLabels")):
-                for label, value in mapping.items():
-                    prefix, _, word = label.rpartition("/")
-                    if not (word and VALUE.fullmatch(word) and VALUE.fullmatch(str(value))):
-                        yield f"{kind} {path}.{label}: {value!r} is no label"
-                    if prefix and not SUBDOMAIN.fullmatch(prefix):
-                        yield f"{kind} {path}.{label}: no prefix of a label"
-
-
-def _pod(pod: Pod) -> Iterator[str]:
-    names = [item["name"] for item in (*pod.containers, *pod.spec.get("volumes", []))]
-    for name in names:
-        if not LABEL.fullmatch(name) or names.count(name) > 1:
-            yield f"{name}: no name for a container or a volume, or there twice"
-    for container in pod.containers:
-        for variable in container.get("env", []):
-            if not VARIABLE.fullmatch(variable["name"]):
-                yield f"{variable['name']}: no name for a variable"
-        for port in container.get("ports", []):
-            if not 0 < port["containerPort"] < 65536 or len(port.get("name", "")) > 15:
-                yield f"{port}: no port"
-        for kind in ("startupProbe", "livenessProbe", "readinessProbe"):
-            ways = {"exec", "httpGet", "tcpSocket", "grpc"} & container.get(kind, {}).keys()
-            if kind in container and len(ways) != 1:
-                yield f"{kind}: asks in {len(ways)} ways"
+            for label, value in mapping.items():
+                if path.endswith(("labels", "matchLabels")) and not VALUE.fullmatch(value):
+                    yield f"{kind} {path}.{label}: {value!r} is no label"
 
 
 def _references(pod: Pod, docs: list[Document]) -> Iterator[str]:
     """Names of what has to be there: volumes in the pod, the rest among the documents."""
-    if pod.owner["kind"] == "Pod":
-        return  # k8s/files uses what the overlays make
     there = {(doc["kind"], doc["metadata"]["name"]) for doc in docs}
     wanted = {("ServiceAccount", pod.spec.get("serviceAccountName"))}
-    for volume in pod.spec.get("volumes", []):
-        there.add(("volume", volume["name"]))
-        if "configMap" in volume:
-            wanted.add(("ConfigMap", volume["configMap"]["name"]))
-        if "persistentVolumeClaim" in volume:
-            wanted.add(("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]))
-    for container in pod.containers:
-        mounts = container.get("volumeMounts", [])
-        wanted |= {("volume", mount["name"]) for mount in mounts}
-        if len({mount["mountPath"] for mount in mounts}) < len(mounts):
-            yield "volumeMounts: a path is there twice"
+    wanted |= {("ConfigMap", name) for name in at(pod.spec, "volumes.*.configMap.name")}
+    claims = at(pod.spec, "volumes.*.persistentVolumeClaim.claimName")
+    wanted |= {("PersistentVolumeClaim", name) for name in claims}
+    there |= {("volume", name) for name in at(pod.spec, "volumes.*.name")}
+    wanted |= {("volume", name) for name in at(pod.spec, "containers.*.volumeMounts.*.name")}
     for kind, name in sorted(wanted - there, key=str):
         yield f"there is no {kind} {name}"
+    for container in pod.containers:
+        places = [*at(container, "volumeMounts.*.mountPath")]
+        if not LABEL.fullmatch(container["name"]) or len(set(places)) < len(places):
+            yield f"{container['name']}: no name for a container, or a path is mounted twice"
 
 
 def _job(spec: Document) -> Iterator[str]:
     policy = spec["template"]["spec"].get("restartPolicy")
-    rules = spec.get("podFailurePolicy", {}).get("rules", [])
-    if policy not in ("Never", "OnFailure"):
-        yield f"restartPolicy: {policy} is not for a Job"
-    if rules and policy != "Never":
-        yield "podFailurePolicy: needs restartPolicy Never"
-    names = {container["name"] for container in spec["template"]["spec"]["containers"]}
-    for codes in [rule["onExitCodes"] for rule in rules if "onExitCodes" in rule]:
-        if codes.get("containerName") not in names | {None}:
-            yield f"podFailurePolicy: there is no container {codes['containerName']}"
-        if 0 in codes["values"]:
-            yield "podFailurePolicy: 0 is no failure"
+    codes = [*at(spec, "podFailurePolicy.rules.*.onExitCodes")]
+    if policy != "Never":
+        yield f"restartPolicy: {policy} is not for a Job with a podFailurePolicy"
+    names = {*at(spec, "template.spec.containers.*.name")}
+    if any(code["containerName"] not in names or 0 in code["values"] for code in codes):
+        yield f"podFailurePolicy: a container that is not there, or 0, in {codes}"

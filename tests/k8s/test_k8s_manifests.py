@@ -1,9 +1,12 @@
-"""Every kustomization of k8s/ builds, and all checks pass on what it renders to."""
+"""Every kustomization of k8s/ builds, and all checks pass on what it renders to, and on nothing
+else: each reports the faults that are planted there."""
+
+from typing import Any
 
 import k8s_schema
 import pytest
 import yaml
-from k8s_faults import CHECKS
+from k8s_faults import CHECKS, FAULTS, planted
 from k8s_manifests import BUILT, K8S, OVERLAYS, ROOT, documents, pods, read, the, walk
 
 EXPECTED = {
@@ -27,10 +30,30 @@ def test_nothing_is_wrong(name: str, check: str) -> None:
     assert CHECKS[check](documents(name)) == []
 
 
+@pytest.mark.parametrize(("check", "fault"), [(c, f) for c in CHECKS for f in FAULTS[c]])
+def test_a_fault_is_reported(check: str, fault: tuple[str, str, Any, str]) -> None:
+    found = CHECKS[check](planted(*fault[:3]))
+    assert any(fault[3] in line for line in found), found
+
+
+def test_a_runtime_after_its_job_is_reported() -> None:
+    docs = documents("trainjob")
+    docs.sort(key=lambda doc: doc["kind"] == "TrainingRuntime")
+    assert any("no TrainingRuntime dlora before it" in line for line in CHECKS["operators"](docs))
+
+
 @pytest.mark.skipif(not k8s_schema.FOLDER.is_dir(), reason=k8s_schema.ABSENT)
 @pytest.mark.parametrize("name", BUILT)
 def test_custom_resources_fit_their_definitions(name: str) -> None:
     assert k8s_schema.check_custom(documents(name)) == []
+
+
+@pytest.mark.skipif(not k8s_schema.FOLDER.is_dir(), reason=k8s_schema.ABSENT)
+@pytest.mark.parametrize(("kind", "path", "value", "says"), FAULTS["custom"])
+def test_a_fault_against_a_definition_is_reported(
+    kind: str, path: str, value: Any, says: str
+) -> None:
+    assert says in "\n".join(k8s_schema.check_custom(planted(kind, path, value)))
 
 
 @pytest.mark.parametrize("name", BUILT)
