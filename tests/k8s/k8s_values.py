@@ -9,17 +9,12 @@ from typing import Any
 from k8s_manifests import Document, Pod, at, jobs, pods, walk
 
 # Allowed values by the end of a path, a regular expression; the first that fits counts.
-POD_RESTARTS = {"Always", "OnFailure", "Never"}
 ENUMS = {
     "accessModes": {"ReadWriteOnce", "ReadOnlyMany", "ReadWriteMany", "ReadWriteOncePod"},
     "policyTypes": {"Ingress", "Egress"},
     "completionMode": {"Indexed", "NonIndexed"},
-    r"pytorchReplicaSpecs\.\w+\.restartPolicy": POD_RESTARTS | {"ExitCode"},
-    "restartPolicy": POD_RESTARTS,
-    "imagePullPolicy": {"Always", "IfNotPresent", "Never"},
-    "terminationMessagePolicy": {"File", "FallbackToLogsOnError"},
-    "fsGroupChangePolicy": {"Always", "OnRootMismatch"},
-    "whenUnsatisfiable": {"DoNotSchedule", "ScheduleAnyway"},
+    r"pytorchReplicaSpecs\.\w+\.restartPolicy": {"Always", "OnFailure", "Never", "ExitCode"},
+    "restartPolicy": {"Always", "OnFailure", "Never"},
     "effect": {"NoSchedule", "PreferNoSchedule", "NoExecute"},
     "medium": {"", "Memory"},
     "protocol": {"TCP", "UDP", "SCTP"},
@@ -32,11 +27,8 @@ ENUMS = {
     r"tolerations\.\d+\.operator": {"Exists", "Equal", "Lt", "Gt"},
     r"matchExpressions\.\d+\.operator": {"In", "NotIn", "Exists", "DoesNotExist"},
 }
-UNITS = {
-    **{unit: Decimal(1024) ** power for power, unit in enumerate(("Ki", "Mi", "Gi", "Ti"), 1)},
-    **{unit: Decimal(1000) ** power for power, unit in enumerate("kMGT", 1)},
-    "m": Decimal("0.001"),
-    "": Decimal(1),
+UNITS = {"": Decimal(1), "m": Decimal("0.001")} | {
+    unit: Decimal(1024) ** power for power, unit in enumerate(("Ki", "Mi", "Gi", "Ti"), 1)
 }
 LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")  # of DNS; names of most kinds too
 VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")  # of a label

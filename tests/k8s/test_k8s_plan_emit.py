@@ -12,7 +12,7 @@ import k8s_schema
 import pytest
 import yaml
 from k8s_faults import CHECKS
-from k8s_launch import GPU, command_of, understood
+from k8s_launch import command_of, understood
 from k8s_manifests import K8S, ROOT, Document, documents, kustomize, pods, read, the
 
 from dlora.config import Config
@@ -68,28 +68,24 @@ def config_of(docs: list[Document]) -> Config:
 def test_a_plan_becomes_a_sound_manifest(
     kind: str, nodes: int, emitted: Emit, tmp_path: Path
 ) -> None:
-    docs = applied(emitted(kind, nodes=nodes), kind, tmp_path)
+    """The checks compare ranks, GPUs, pods and nodes with each other; here they are the plan's."""
+    text = emitted(kind, nodes=nodes)
+    docs = applied(text, kind, tmp_path)
     for name, check in CHECKS.items():
         assert check(docs) == [], name
-    spec = the(docs, KINDS[kind])["spec"]
-    if kind == "rayjob":
-        (group,) = spec["rayClusterSpec"]["workerGroupSpecs"]
-        assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (nodes,) * 3
-        resources = group["template"]["spec"]["containers"][0]["resources"]
-        assert f"--num-workers {4 * nodes} --use-gpu" in spec["entrypoint"]
-    elif kind == "trainjob":
-        assert (spec["trainer"]["numNodes"], spec["trainer"]["numProcPerNode"]) == (nodes, 4)
-        resources = spec["trainer"]["resourcesPerNode"]
-    else:
-        job = spec["replicatedJobs"][0]["template"]["spec"]
-        assert (job["parallelism"], job["completions"]) == (nodes, nodes)
-        (container,) = job["template"]["spec"]["containers"]
-        assert [v["value"] for v in container["env"][:2]] == [str(nodes), "4"]
-        resources = container["resources"]
-    assert resources == {  # half of what the overlay's eight GPUs have beside them
-        "requests": {"cpu": "16", "memory": "128Gi", GPU: "4"},
-        "limits": {"cpu": "32", "memory": "256Gi", GPU: "4"},
+    written = {tuple(op["path"].split("/")[-2:]): op["value"] for op in yaml.safe_load(text)}
+    counts = {
+        "jobset": ("parallelism", "completions"),
+        "trainjob": ("numNodes",),
+        "rayjob": ("replicas", "minReplicas", "maxReplicas"),
     }
+    assert {written[key] for key in written if key[1] in counts[kind]} == {nodes}
+    resources = {  # half of what the overlay's eight GPUs have beside them
+        "requests": {"cpu": "16", "memory": "128Gi", "nvidia.com~1gpu": "4"},
+        "limits": {"cpu": "32", "memory": "256Gi", "nvidia.com~1gpu": "4"},
+    }
+    for part, amounts in resources.items():
+        assert {key[1]: value for key, value in written.items() if key[0] == part} == amounts
     assert config_of(docs).sharding.base == "none", "a small base fits each rank"
 
 
