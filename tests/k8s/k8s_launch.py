@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from k8s_manifests import Document, Pod, at, pods, the, trains
+from k8s_manifests import Document, Pod, at, pods, the
 
 from dlora.config import Config, Options, parse
 from dlora.errors import UsageError
@@ -25,7 +25,7 @@ def check(docs: list[Document]) -> list[str]:
     problems = []
     for pod in pods(docs):
         for container in pod.containers:
-            if trains(pod, container):
+            if pod.trains(container):
                 try:
                     found = [*_run(pod, container, docs)]
                 except UsageError as error:
@@ -91,23 +91,18 @@ def understood(line: list[str], docs: list[Document]) -> Options:
 def environment(pod: Pod, container: Document, docs: list[Document]) -> dict[str, str]:
     """What the container of the first pod sees, with what its operator adds."""
     found = {v["name"]: v.get("value", "0") for v in container.get("env", [])}
+    spec, name = pod.owner["spec"], pod.owner["metadata"]["name"]
     if pod.owner["kind"] == "TrainingRuntime":
         trainer = the(docs, "TrainJob")["spec"]["trainer"]
-        found |= {
-            "PET_NNODES": str(trainer["numNodes"]),
-            "PET_NPROC_PER_NODE": str(trainer["numProcPerNode"]),
-            "PET_NODE_RANK": "0",
-            "PET_MASTER_ADDR": "first",
-            "PET_MASTER_PORT": "29500",
-        }
+        found |= {"PET_NNODES": str(trainer["numNodes"]), "PET_NODE_RANK": "0"}
+        found |= {"PET_NPROC_PER_NODE": str(trainer["numProcPerNode"])}
+        found |= {"PET_MASTER_ADDR": "first", "PET_MASTER_PORT": "29500"}
     if pod.owner["kind"] == "PyTorchJob":
-        elastic = pod.owner["spec"]["elasticPolicy"]
-        found |= {
-            "PET_NNODES": f"{elastic['minReplicas']}:{elastic['maxReplicas']}",
-            "PET_NPROC_PER_NODE": str(pod.owner["spec"]["nprocPerNode"]),
-            "PET_RDZV_BACKEND": elastic["rdzvBackend"],
-            "PET_RDZV_ENDPOINT": f"{pod.owner['metadata']['name']}-worker-0:{elastic['rdzvPort']}",
-        }
+        elastic = spec["elasticPolicy"]
+        found |= {"PET_NNODES": f"{elastic['minReplicas']}:{elastic['maxReplicas']}"}
+        found |= {"PET_NPROC_PER_NODE": str(spec["nprocPerNode"])}
+        found |= {"PET_RDZV_BACKEND": elastic["rdzvBackend"]}
+        found |= {"PET_RDZV_ENDPOINT": f"{name}-worker-0:{elastic['rdzvPort']}"}
     return found
 
 

@@ -102,7 +102,7 @@ class Pod:
 
     @property
     def containers(self) -> list[Document]:
-        return [*self.spec.get("initContainers", []), *self.spec.get("containers", [])]
+        return [*self.spec.get("initContainers", []), *self.spec["containers"]]
 
     @property
     def labels(self) -> dict[str, str]:
@@ -110,14 +110,12 @@ class Pod:
 
     def volume_at(self, container: Document, place: str) -> Document:
         """The volume that a container mounts at a path; empty if there is none."""
-        mounts = {m["mountPath"]: m["name"] for m in container.get("volumeMounts", [])}
-        volumes = {volume["name"]: volume for volume in self.spec.get("volumes", [])}
-        return volumes.get(mounts.get(place), {})
+        names = [m["name"] for m in container.get("volumeMounts", []) if m["mountPath"] == place]
+        return next((v for v in self.spec.get("volumes", []) if v["name"] in names), {})
 
-
-def trains(pod: Pod, container: Document) -> bool:
-    """Whether ranks run in a container."""
-    return pod.owner["kind"] != "Pod" and bool(pod.volume_at(container, "/runs"))
+    def trains(self, container: Document) -> bool:
+        """Whether ranks run in a container."""
+        return self.owner["kind"] != "Pod" and bool(self.volume_at(container, "/runs"))
 
 
 def at(value: Any, path: str) -> Iterator[Any]:

@@ -1,8 +1,7 @@
 """What the operators demand beyond their definitions: KubeRay, JobSet, Kubeflow, Kueue."""
 
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 from k8s_manifests import Document, at
 
@@ -21,23 +20,21 @@ REASONS = {
 
 def check(docs: list[Document]) -> list[str]:
     """What an operator would refuse, or never start."""
-    checks: dict[str, Any] = {
-        "RayJob": lambda doc: _ray(doc["metadata"]["name"], doc["spec"]),
-        "JobSet": lambda doc: [*_hosts(doc), *_rules(doc["spec"])],
+    checks: dict[str, Callable[[Document], Iterator[str]]] = {
+        "RayJob": _ray,
+        "JobSet": _jobset,
         "TrainJob": lambda doc: _trainjob(doc, docs),
         "TrainingRuntime": _runtime,
-        "PyTorchJob": lambda doc: _pytorch(doc["spec"]),
+        "PyTorchJob": _pytorch,
     }
-    return [
-        f"{doc['kind']}: {line}"
-        for doc in docs
-        if doc["kind"] in checks
-        for line in (*checks[doc["kind"]](doc), *_queue(doc))
-    ]
+    ours = [doc for doc in docs if doc["kind"] in checks]
+    found = [(doc, line) for doc in ours for line in (*checks[doc["kind"]](doc), *_queue(doc))]
+    return [f"{doc['kind']}: {line}" for doc, line in found]
 
 
-def _ray(name: str, spec: Document) -> Iterator[str]:
+def _ray(doc: Document) -> Iterator[str]:
     """KubeRay 1.7, ray-operator/controllers/ray/utils/validation.go."""
+    name, spec = doc["metadata"]["name"], doc["spec"]
     cluster = spec["rayClusterSpec"]
     if len(name) > 47 or not DNS_1035.fullmatch(name):
         yield f"{name}: KubeRay wants at most 47 letters, digits and hyphens, a letter first"
@@ -51,17 +48,9 @@ def _ray(name: str, spec: Document) -> Iterator[str]:
         least, most = group.get("minReplicas", 9), group.get("maxReplicas", 0)
         if not least <= group["replicas"] <= most:
             yield f"{group['groupName']}: minReplicas <= replicas <= maxReplicas does not hold"
-    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
-        started = group.get("rayStartParams", {})
-        if group.get("resources") and {"num-cpus", "num-gpus", "memory", "resources"} & set(
-            started
-        ):
-            yield "resources are in rayStartParams and in resources"
-        if not all(isinstance(value, str) for value in started.values()):
-            yield f"rayStartParams: {started}: one is no string"
 
 
-def _hosts(doc: Document) -> Iterator[str]:
+def _jobset(doc: Document) -> Iterator[str]:
     name, (job,) = doc["metadata"]["name"], doc["spec"]["replicatedJobs"]
     last = f"{name}-{job['name']}-0-{job['template']['spec']['completions'] - 1}"
     if not DNS_1035.fullmatch(f"{last}-abcde"):  # the pod's name ends in five characters more
@@ -70,6 +59,7 @@ def _hosts(doc: Document) -> Iterator[str]:
     address = [v["value"] for v in variables if v["name"] == "PET_MASTER_ADDR"]
     if address not in ([], [f"{name}-{job['name']}-0-0.{name}"]):
         yield f"PET_MASTER_ADDR: {address} is not the first pod"
+    yield from _rules(doc["spec"])
 
 
 def _rules(spec: Document) -> Iterator[str]:
@@ -102,13 +92,12 @@ def _runtime(doc: Document) -> Iterator[str]:
     yield from _rules(spec)
 
 
-def _pytorch(spec: Document) -> Iterator[str]:
+def _pytorch(doc: Document) -> Iterator[str]:
     """training-operator 1.9, pkg/webhooks/pytorch/pytorchjob_webhook.go, and torch's backends."""
-    elastic, (worker,) = spec["elasticPolicy"], spec["pytorchReplicaSpecs"].values()
+    elastic = doc["spec"]["elasticPolicy"]
+    (worker,) = doc["spec"]["pytorchReplicaSpecs"].values()
     if [*at(worker, "template.spec.containers.*.name")] != ["pytorch"]:
         yield "the operator looks for a container with the name pytorch"
-    if "restartPolicy" in worker["template"]["spec"]:
-        yield "restartPolicy of the pod: that of the replicas overwrites it"
     if not elastic["minReplicas"] <= worker["replicas"] <= elastic["maxReplicas"]:
         yield "minReplicas <= replicas <= maxReplicas does not hold"
     if elastic.get("rdzvBackend") not in ("c10d", "etcd", "etcd-v2") or "nProcPerNode" in elastic:

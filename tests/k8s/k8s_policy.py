@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 
-from k8s_manifests import Document, Pod, pods, trains
+from k8s_manifests import Document, Pod, pods
 
 SECRET = re.compile(r"TOKEN|SECRET|PASSW|(^|_)KEY|CREDENTIAL", re.IGNORECASE)
 # --token X, token=X, Bearer X and keys as AWS and the hub write them
@@ -91,7 +91,7 @@ def _container(pod: Pod, container: Document) -> Iterator[str]:
         yield "a secret in clear on its command line"
     # A container's own /dev/shm has 64 MB, which NCCL overruns.
     shared = pod.volume_at(container, "/dev/shm").get("emptyDir", {})
-    if trains(pod, container) and shared.get("medium") != "Memory":
+    if pod.trains(container) and shared.get("medium") != "Memory":
         yield "no memory behind /dev/shm"
 
 

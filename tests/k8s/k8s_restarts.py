@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from k8s_manifests import Document, Pod, jobs, pods, trains
+from k8s_manifests import Document, Pod, jobs, pods
 
 from dlora.launch import GRACE_SECONDS, PARTING_SECONDS
 
@@ -42,7 +42,7 @@ def check(docs: list[Document]) -> list[str]:
 def _grace(pod: Pod) -> Iterator[str]:
     given = pod.spec.get("terminationGracePeriodSeconds", 30)
     for container in pod.containers:
-        if trains(pod, container) and given < GRACE_SECONDS + BESIDE_GRACE:
+        if pod.trains(container) and given < GRACE_SECONDS + BESIDE_GRACE:
             yield f"terminationGracePeriodSeconds {given} cuts a commit short"
         variables = {v["name"]: v.get("value", "") for v in container.get("env", [])}
         for name, default in RAY_WAITS.get(container["name"], ()):

@@ -13,7 +13,6 @@ from k8s_manifests import (
     K8S,
     OVERLAYS,
     ROOT,
-    Pod,
     at,
     documents,
     jobs,
@@ -21,7 +20,6 @@ from k8s_manifests import (
     pods,
     read,
     the,
-    trains,
 )
 from k8s_operators import QUEUE
 from k8s_restarts import BROKEN, LOST, STOPPED, WRONG, outcome, outcome_by_exit_code
@@ -34,8 +32,8 @@ from dlora.plan.command import Machines
 TEXT = (K8S / "README.md").read_text(encoding="utf-8")
 COMMANDS = "\n".join(re.findall(r"```bash\n(.*?)\n```", TEXT, flags=re.DOTALL)).splitlines()
 SOURCES = "".join(path.read_text(encoding="utf-8") for path in K8S.rglob("*.yaml"))
-PODS: list[tuple[str, Pod]] = [(name, pod) for name in BUILT for pod in pods(documents(name))]
-TRAINING = [(n, p, c) for n, p in PODS for c in p.containers if trains(p, c)]
+PODS = [(name, pod) for name in BUILT for pod in pods(documents(name))]
+TRAINING = [(n, p, c) for n, p in PODS for c in p.containers if p.trains(c)]
 NAMES = {  # of what the overlays make, by namespace
     ("dlora-demo" if name in ("cpu-demo", "files-demo") else "dlora", doc["metadata"]["name"])
     for name in BUILT
@@ -149,8 +147,8 @@ def test_the_sizes_are_those_of_the_manifests() -> None:
     gpus = dict.fromkeys(("jobset", "trainjob", "pytorchjob"), ("2", "8"))
     assert found == {"cpu-demo": ("1", "2"), **gpus}
     claim = the(documents("cpu-demo"), "PersistentVolumeClaim")["spec"]
-    assert claim["resources"]["requests"]["storage"] == "5Gi"
-    assert claim["accessModes"] == ["ReadWriteOnce"]
+    storage = claim["resources"]["requests"]["storage"]
+    assert (storage, claim["accessModes"]) == ("5Gi", ["ReadWriteOnce"])
 
 
 def test_every_rank_gets_the_entries_of_the_secret() -> None:
