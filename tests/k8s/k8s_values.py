@@ -1,47 +1,37 @@
-"""What the schemas let through although an API server does not: enums, quantities, names."""
+"""What the schemas let through although an API server or an operator does not: enums, quantities,
+names, and references to what is not there."""
 
 import re
 from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
 
-from k8s_manifests import Document, Pod, jobs, pods, walk
+from k8s_manifests import Document, Pod, at, jobs, pods, walk
 
-# Allowed values by the last words of a path; the longest that fits counts.
+# Allowed values by the end of a path, a regular expression; the first that fits counts.
 ENUMS = {
     "accessModes": {"ReadWriteOnce", "ReadOnlyMany", "ReadWriteMany", "ReadWriteOncePod"},
     "policyTypes": {"Ingress", "Egress"},
     "completionMode": {"Indexed", "NonIndexed"},
+    r"pytorchReplicaSpecs\.\w+\.restartPolicy": {"Always", "OnFailure", "Never", "ExitCode"},
     "restartPolicy": {"Always", "OnFailure", "Never"},
-    "pytorchReplicaSpecs.*.restartPolicy": {"Always", "OnFailure", "Never", "ExitCode"},
-    "imagePullPolicy": {"Always", "IfNotPresent", "Never"},
-    "terminationMessagePolicy": {"File", "FallbackToLogsOnError"},
-    "fsGroupChangePolicy": {"Always", "OnRootMismatch"},
-    "seccompProfile.type": {"RuntimeDefault", "Localhost", "Unconfined"},
-    "whenUnsatisfiable": {"DoNotSchedule", "ScheduleAnyway"},
     "effect": {"NoSchedule", "PreferNoSchedule", "NoExecute"},
     "medium": {"", "Memory"},
     "protocol": {"TCP", "UDP", "SCTP"},
+    # training-operator 1.9, pkg/apis/kubeflow.org/v1/common_types.go: CleanPodPolicy
     "cleanPodPolicy": {"All", "Running", "None"},
+    # KubeRay 1.7, ray-operator/apis/ray/v1/rayjob_types.go: JobSubmissionMode
     "submissionMode": {"K8sJobMode", "HTTPMode", "SidecarMode", "InteractiveMode"},
-    "podFailurePolicy.rules.*.action": {"FailJob", "FailIndex", "Ignore", "Count"},
-    "onExitCodes.operator": {"In", "NotIn"},
-    "tolerations.*.operator": {"Exists", "Equal", "Lt", "Gt"},
-    "matchExpressions.*.operator": {"In", "NotIn", "Exists", "DoesNotExist"},
+    r"podFailurePolicy\.rules\.\d+\.action": {"FailJob", "FailIndex", "Ignore", "Count"},
+    r"onExitCodes\.operator": {"In", "NotIn"},
+    r"tolerations\.\d+\.operator": {"Exists", "Equal", "Lt", "Gt"},
+    r"matchExpressions\.\d+\.operator": {"In", "NotIn", "Exists", "DoesNotExist"},
 }
-QUANTITY = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(([KMGTPE]i)|[numkMGTPE]|[eE][+-]?\d+)?")
-UNITS = {
-    **{unit: Decimal(1024) ** power for power, unit in enumerate(("Ki", "Mi", "Gi", "Ti"), 1)},
-    **{unit: Decimal(1000) ** power for power, unit in enumerate("kMGT", 1)},
-    "m": Decimal("0.001"),
-    "": Decimal(1),
+UNITS = {"": Decimal(1), "m": Decimal("0.001")} | {
+    unit: Decimal(1024) ** power for power, unit in enumerate(("Ki", "Mi", "Gi", "Ti"), 1)
 }
-LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")  # of DNS
-SUBDOMAIN = re.compile(rf"{LABEL.pattern}(\.{LABEL.pattern})*")
+LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")  # of DNS; names of most kinds too
 VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")  # of a label
-VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-# Kinds whose name becomes part of host names and labels, so that it has to be short.
-SHORT = {"Job", "JobSet", "TrainJob", "PyTorchJob", "RayJob", "Namespace"}
 
 
 def check(docs: list[Document]) -> list[str]:
@@ -50,147 +40,89 @@ def check(docs: list[Document]) -> list[str]:
     for doc in docs:
         problems += [f"{doc['kind']} {line}" for line in (*_enums(doc), *_quantities(doc))]
     for pod in pods(docs):
-        problems += [f"{pod.where}: {line}" for line in (*_pod(pod), *_references(pod, docs))]
-    for where, _, spec in jobs(docs):
-        problems += [f"{where}: {line}" for line in _job(spec)]
+        if pod.owner["kind"] != "Pod":  # k8s/files uses what the overlays make
+            problems += [f"{pod.where}: {line}" for line in _references(pod, docs)]
+    for doc, spec in jobs(docs):
+        problems += [f"{doc['kind']}: {line}" for line in _job(spec)]
     return problems
 
 
 def _enums(doc: Document) -> Iterator[str]:
     for path, mapping in walk(doc):
         for key, value in mapping.items():
-            words = re.sub(r"\.(\d+)(?=\.|$)", ".*", f"{path}.{key}").split(".")
-            if key == "restartPolicy" and len(words) > 2 and words[-3] == "pytorchReplicaSpecs":
-                words[-2] = "*"
-            for length in range(len(words), 0, -1):
-                allowed = ENUMS.get(".".join(words[-length:]))
-                if allowed is None:
-                    continue
-                for word in value if isinstance(value, list) else [value]:
-                    if word not in allowed:
-                        yield f"{path}.{key}: {word!r} is none of {', '.join(sorted(allowed))}"
-                break
+            place = f"{path}.{key}"
+            ends = (words for end, words in ENUMS.items() if re.search(rf"\b{end}$", place))
+            allowed = next(ends, None)
+            for word in value if isinstance(value, list) else [value]:
+                if allowed is not None and word not in allowed:
+                    yield f"{place}: {word!r} is none of {', '.join(sorted(allowed))}"
 
 
 def amount(quantity: Any) -> Decimal:
     """A quantity as a number.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is no quantity, or a bare number. Operators store a quantity as a string, so
+            that a number, applied again, is a change.
     """
-    text = str(quantity)
-    if isinstance(quantity, bool) or not QUANTITY.fullmatch(text):
-        raise ValueError(f"{text!r} is no quantity")
-    number = re.match(r"[+-]?[\d.]+", text)
-    assert number
-    return Decimal(number[0]) * UNITS[text[number.end() :]]
+    found = isinstance(quantity, str) and re.fullmatch(r"(\d+(?:\.\d+)?)([A-Za-z]*)", quantity)
+    if not found or found[2] not in UNITS:
+        raise ValueError(f"{quantity!r} is no quoted quantity")
+    return Decimal(found[1]) * UNITS[found[2]]
 
 
 def _quantities(doc: Document) -> Iterator[str]:
     for path, mapping in walk(doc):
-        found = {key: mapping[key] for key in ("sizeLimit", "nominalQuota") if key in mapping}
-        last = path.rpartition(".")[2]
-        if last in ("requests", "limits"):
-            found = mapping
-        for key, value in found.items():
-            try:
-                amount(value)
-            except (ValueError, KeyError) as error:
-                yield f"{path}.{key}: {error}"
-                continue
-        requests, limits = mapping.get("requests"), mapping.get("limits")
-        if isinstance(requests, dict) and isinstance(limits, dict):
-            yield from _ordered(path, requests, limits)
-
-
-def _ordered(path: str, requests: Document, limits: Document) -> Iterator[str]:
-    for key in requests.keys() & limits.keys():
         try:
-            more, equal = amount(requests[key]) - amount(limits[key]), "/" in key
-        except (ValueError, KeyError):
-            continue  # told already
-        if more > 0 or (more and equal):
+            yield from _amounts(path, mapping)
+        except ValueError as error:
+            yield f"{path}: {error}"
+
+
+def _amounts(path: str, mapping: Document) -> Iterator[str]:
+    for key, value in mapping.items():
+        if path.endswith((".requests", ".limits")) or key in ("sizeLimit", "nominalQuota"):
+            amount(value)
+    requests, limits = mapping.get("requests", {}), mapping.get("limits", {})
+    for key in requests.keys() & limits.keys():
+        more = amount(requests[key]) - amount(limits[key])
+        if more > 0 or (more and "/" in key):
             yield f"{path}: requests {requests[key]} of {key}, which does not go with its limit"
 
 
 def _names(docs: list[Document]) -> Iterator[str]:
-    seen = set()
-    for doc in docs:
-        name, kind = doc["metadata"]["name"], doc["kind"]
-        pattern = LABEL if kind in SHORT else SUBDOMAIN
-        if not pattern.fullmatch(name) or len(name) > (63 if kind in SHORT else 253):
-            yield f"{kind} {name}: no name for it"
-        key = kind, doc["metadata"].get("namespace"), name
-        if key in seen:
-            yield f"{kind} {name}: stands there twice"
-        seen.add(key)
+    named = [(d["kind"], d["metadata"].get("namespace"), d["metadata"]["name"]) for d in docs]
+    for doc, (kind, _, name) in zip(docs, named, strict=True):
+        if not LABEL.fullmatch(name) or len(named) > len(set(named)):
+            yield f"{kind} {name}: no name for it, or there twice"
         for path, mapping in walk(doc):
-            if path.endswith(("labels", "matchLabels")):
-                for label, value in mapping.items():
-                    prefix, _, word = label.rpartition("/")
-                    if not (word and VALUE.fullmatch(word) and VALUE.fullmatch(str(value))):
-                        yield f"{kind} {path}.{label}: {value!r} is no label"
-                    if prefix and not SUBDOMAIN.fullmatch(prefix):
-                        yield f"{kind} {path}.{label}: no prefix of a label"
-
-
-def _pod(pod: Pod) -> Iterator[str]:
-    names = [item["name"] for item in (*pod.containers, *pod.spec.get("volumes", []))]
-    for name in names:
-        if not LABEL.fullmatch(name):
-            yield f"{name}: no name for a container or a volume"
-        if names.count(name) > 1:
-            yield f"{name}: stands there twice"
-    for container in pod.containers:
-        for variable in container.get("env", []):
-            if not VARIABLE.fullmatch(variable["name"]):
-                yield f"{variable['name']}: no name for a variable"
-        for port in container.get("ports", []):
-            if not 0 < port["containerPort"] < 65536 or len(port.get("name", "")) > 15:
-                yield f"{port}: no port"
-        for kind in ("startupProbe", "livenessProbe", "readinessProbe"):
-            ways = {"exec", "httpGet", "tcpSocket", "grpc"} & container.get(kind, {}).keys()
-            if kind in container and len(ways) != 1:
-                yield f"{kind}: asks in {len(ways)} ways"
-    if pod.spec.get("terminationGracePeriodSeconds", 0) < 0:
-        yield "terminationGracePeriodSeconds: is negative"
+            for label, value in mapping.items():
+                if path.endswith(("labels", "matchLabels")) and not VALUE.fullmatch(value):
+                    yield f"{kind} {path}.{label}: {value!r} is no label"
 
 
 def _references(pod: Pod, docs: list[Document]) -> Iterator[str]:
     """Names of what has to be there: volumes in the pod, the rest among the documents."""
     there = {(doc["kind"], doc["metadata"]["name"]) for doc in docs}
-    if pod.owner["kind"] == "Pod":
-        return  # k8s/files uses what the overlays make
-    volumes = {volume["name"]: volume for volume in pod.spec.get("volumes", [])}
+    wanted = {("ServiceAccount", pod.spec.get("serviceAccountName"))}
+    wanted |= {("ConfigMap", name) for name in at(pod.spec, "volumes.*.configMap.name")}
+    claims = at(pod.spec, "volumes.*.persistentVolumeClaim.claimName")
+    wanted |= {("PersistentVolumeClaim", name) for name in claims}
+    there |= {("volume", name) for name in at(pod.spec, "volumes.*.name")}
+    wanted |= {("volume", name) for name in at(pod.spec, "containers.*.volumeMounts.*.name")}
+    for kind, name in sorted(wanted - there, key=str):
+        yield f"there is no {kind} {name}"
     for container in pod.containers:
-        places = [mount["mountPath"] for mount in container.get("volumeMounts", [])]
-        for mount in container.get("volumeMounts", []):
-            if mount["name"] not in volumes:
-                yield f"volumeMounts: there is no volume {mount['name']}"
-            if places.count(mount["mountPath"]) > 1:
-                yield f"volumeMounts: {mount['mountPath']} stands there twice"
-    wanted = [("ServiceAccount", pod.spec.get("serviceAccountName"))]
-    for volume in volumes.values():
-        if "configMap" in volume:
-            wanted.append(("ConfigMap", volume["configMap"]["name"]))
-        if "persistentVolumeClaim" in volume:
-            wanted.append(("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]))
-    for need in wanted:
-        if need not in there:
-            yield f"there is no {need[0]} {need[1]}"
+        places = [*at(container, "volumeMounts.*.mountPath")]
+        if not LABEL.fullmatch(container["name"]) or len(set(places)) < len(places):
+            yield f"{container['name']}: no name for a container, or a path is mounted twice"
 
 
 def _job(spec: Document) -> Iterator[str]:
-    pod = spec["template"]["spec"]
-    policy = pod.get("restartPolicy")
-    if policy not in ("Never", "OnFailure"):
-        yield f"restartPolicy: {policy} is not for a Job"
-    if "podFailurePolicy" in spec and policy != "Never":
-        yield "podFailurePolicy: needs restartPolicy Never"
-    names = {container["name"] for container in pod["containers"]}
-    for rule in spec.get("podFailurePolicy", {}).get("rules", []):
-        container = rule.get("onExitCodes", {}).get("containerName")
-        if container is not None and container not in names:
-            yield f"podFailurePolicy: there is no container {container}"
-        if 0 in rule.get("onExitCodes", {}).get("values", []):
-            yield "podFailurePolicy: 0 is no failure"
+    policy = spec["template"]["spec"].get("restartPolicy")
+    codes = [*at(spec, "podFailurePolicy.rules.*.onExitCodes")]
+    if policy != "Never":
+        yield f"restartPolicy: {policy} is not for a Job with a podFailurePolicy"
+    names = {*at(spec, "template.spec.containers.*.name")}
+    if any(code["containerName"] not in names or 0 in code["values"] for code in codes):
+        yield f"podFailurePolicy: a container that is not there, or 0, in {codes}"

@@ -17,35 +17,33 @@ from dlora.runtime.run_lock import RunLock
 
 SCRIPT = K8S / "alive.py"
 spec = importlib.util.spec_from_file_location("alive", SCRIPT)
-assert spec is not None
-assert spec.loader is not None
+assert spec is not None and spec.loader is not None
 alive = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(alive)
 
 
-def probe(directory: Path, seconds: float) -> int:
-    """The command as the kubelet runs it."""
-    return subprocess.run(
-        [SCRIPT, str(directory), str(seconds)], stdout=subprocess.DEVNULL
-    ).returncode
+def probe(directory: Path, seconds: float, age: float | None = None) -> int:
+    """The command as the kubelet runs it, on a lock that was renewed `age` seconds ago."""
+    if age is not None:
+        os.utime(directory / ".lock", (time.time() - age, time.time() - age))
+    command = [SCRIPT, str(directory), str(seconds)]
+    return subprocess.run(command, stdout=subprocess.DEVNULL).returncode
 
 
 def test_a_run_that_beats_is_alive_and_a_silent_one_is_not(tmp_path: Path) -> None:
-    path = tmp_path / ".lock"
     lock = RunLock(tmp_path, beat_seconds=0.05)
     lock.take(print)
-    before = path.stat().st_mtime_ns
+    before = (tmp_path / ".lock").stat().st_mtime_ns
     time.sleep(0.5)
-    assert path.stat().st_mtime_ns > before
+    assert (tmp_path / ".lock").stat().st_mtime_ns > before
     assert probe(tmp_path, 30) == 0
     lock._over.set()  # the process is frozen: it has the lock, and beats no more
     time.sleep(0.5)
-    os.utime(path, (time.time() - 40, time.time() - 40))
-    assert probe(tmp_path, 30) == 1
-    assert probe(tmp_path, 900) == 0
+    assert probe(tmp_path, 30, age=40) == 1
+    assert probe(tmp_path, 900, age=40) == 0
     lock.release()
-    os.utime(path, (time.time() - 40, time.time() - 40))
-    assert probe(tmp_path, 30) == 0, "a run that has ended is not killed while it leaves"
+    assert probe(tmp_path, 30, age=40) == 0, "a run that has ended is not killed while it leaves"
+    assert probe(Path("/nowhere/at/all"), 1) == 0
 
 
 @pytest.mark.parametrize(
@@ -71,27 +69,16 @@ def test_what_speaks_against_a_run(
     assert found is expected
 
 
-def test_no_directory_is_no_reason() -> None:
-    assert probe(Path("/nowhere/at/all"), 1) == 0
-
-
 def test_the_age_of_this_container_is_that_of_process_1(tmp_path: Path) -> None:
-    boot = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-    assert boot - 5 < alive.started() < time.time()
-    lock = tmp_path / ".lock"
-    lock.write_text(json.dumps({"host": socket.gethostname()}))
-    os.utime(lock, (boot - 3600, boot - 3600))
-    assert probe(tmp_path, 1) == 0, "a pod of this name held it before"
+    since_boot = time.clock_gettime(time.CLOCK_BOOTTIME)
+    assert time.time() - since_boot - 5 < alive.started() < time.time()
+    (tmp_path / ".lock").write_text(json.dumps({"host": socket.gethostname()}))
+    assert probe(tmp_path, 1, age=since_boot + 3600) == 0, "an earlier pod of this name had it"
 
 
 def test_the_probe_is_cheap() -> None:
     """It loads neither torch nor dlora, which a kubelet would wait for every minute."""
-    tree = ast.parse(SCRIPT.read_text(encoding="utf-8"))
-    modules = {
-        alias.name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Import)
-        for alias in node.names
-    }
-    assert modules <= sys.stdlib_module_names
-    assert not any(isinstance(node, ast.ImportFrom) for node in ast.walk(tree))
+    nodes = [*ast.walk(ast.parse(SCRIPT.read_text(encoding="utf-8")))]
+    imports = [alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names]
+    assert set(imports) <= sys.stdlib_module_names
+    assert not any(isinstance(node, ast.ImportFrom) for node in nodes)

@@ -1,12 +1,13 @@
-"""Every kustomization of k8s/ builds, and all checks pass on what it renders to."""
+"""Every kustomization of k8s/ builds, and all checks pass on what it renders to, and on nothing
+else: each reports the faults that are planted there."""
 
-import k8s_crd
-import k8s_image
+from typing import Any
+
+import k8s_schema
 import pytest
 import yaml
-from k8s_checks import CHECKS
-from k8s_dockerfile import Image
-from k8s_manifests import BUILT, K8S, OVERLAYS, ROOT, documents, pods, read, walk
+from k8s_faults import CHECKS, FAULTS, planted
+from k8s_manifests import BUILT, K8S, OVERLAYS, ROOT, documents, pods, read, the, walk
 
 EXPECTED = {
     "cpu-demo": {"Job"},
@@ -18,13 +19,9 @@ EXPECTED = {
 NEEDED = {"Namespace", "ServiceAccount", "ConfigMap", "PersistentVolumeClaim", "NetworkPolicy"}
 
 
-def test_the_overlays_are_these() -> None:
-    assert set(OVERLAYS) == set(EXPECTED)
-
-
-@pytest.mark.parametrize("overlay", OVERLAYS)
-def test_an_overlay_has_its_job_and_what_that_needs(overlay: str) -> None:
-    assert {doc["kind"] for doc in documents(overlay)} == EXPECTED[overlay] | NEEDED
+def test_an_overlay_has_its_job_and_what_that_needs() -> None:
+    found = {name: {doc["kind"] for doc in documents(name)} for name in OVERLAYS}
+    assert found == {name: kinds | NEEDED for name, kinds in EXPECTED.items()}
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -33,15 +30,30 @@ def test_nothing_is_wrong(name: str, check: str) -> None:
     assert CHECKS[check](documents(name)) == []
 
 
-@pytest.mark.skipif(k8s_crd.folder() is None, reason=k8s_crd.ABSENT)
+@pytest.mark.parametrize(("check", "fault"), [(c, f) for c in CHECKS for f in FAULTS[c]])
+def test_a_fault_is_reported(check: str, fault: tuple[str, str, Any, str]) -> None:
+    found = CHECKS[check](planted(*fault[:3]))
+    assert any(fault[3] in line for line in found), found
+
+
+def test_a_runtime_after_its_job_is_reported() -> None:
+    docs = documents("trainjob")
+    docs.sort(key=lambda doc: doc["kind"] == "TrainingRuntime")
+    assert any("no TrainingRuntime dlora before it" in line for line in CHECKS["operators"](docs))
+
+
+@pytest.mark.skipif(not k8s_schema.FOLDER.is_dir(), reason=k8s_schema.ABSENT)
 @pytest.mark.parametrize("name", BUILT)
 def test_custom_resources_fit_their_definitions(name: str) -> None:
-    assert k8s_crd.check(documents(name)) == []
+    assert k8s_schema.check_custom(documents(name)) == []
 
 
-@pytest.mark.parametrize("name", BUILT)
-def test_an_image_has_what_the_pods_need(name: str, image: Image) -> None:
-    assert k8s_image.check(documents(name), image) == []
+@pytest.mark.skipif(not k8s_schema.FOLDER.is_dir(), reason=k8s_schema.ABSENT)
+@pytest.mark.parametrize(("kind", "path", "value", "says"), FAULTS["custom"])
+def test_a_fault_against_a_definition_is_reported(
+    kind: str, path: str, value: Any, says: str
+) -> None:
+    assert says in "\n".join(k8s_schema.check_custom(planted(kind, path, value)))
 
 
 @pytest.mark.parametrize("name", BUILT)
@@ -54,14 +66,10 @@ def test_no_pod_escapes_the_checks(name: str) -> None:
 
 
 def test_sources_are_strict_yaml() -> None:
-    """Duplicate keys too, which kubectl drops before a server could see them."""
     sources = [*K8S.rglob("*.yaml"), *ROOT.glob("configs/*.yaml"), ROOT / "configs/Kustomization"]
     assert len(sources) > 25
     for source in sources:
         assert read(source.read_text(encoding="utf-8")), source
-
-
-def test_a_duplicate_key_is_found() -> None:
     for text in ("a: 1\nb: 2\na: 3\n", "- {name: x, image: y, name: z}\n"):
         with pytest.raises(yaml.YAMLError, match="duplicate key"):
             read(text)
@@ -70,11 +78,10 @@ def test_a_duplicate_key_is_found() -> None:
 def test_the_config_map_is_the_folder_of_configurations() -> None:
     files = {path.name: path.read_text(encoding="utf-8") for path in ROOT.glob("configs/*.yaml")}
     for overlay in OVERLAYS:
-        (found,) = [doc for doc in documents(overlay) if doc["kind"] == "ConfigMap"]
-        assert found["data"] == files
+        assert the(documents(overlay), "ConfigMap")["data"] == files
 
 
 def test_ray_is_the_one_that_is_pinned() -> None:
-    (job,) = [doc for doc in documents("rayjob") if doc["kind"] == "RayJob"]
+    job = the(documents("rayjob"), "RayJob")
     pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     assert f"ray=={job['spec']['rayClusterSpec']['rayVersion']}" in pinned

@@ -1,17 +1,19 @@
 """`dlora plan --emit`: the patch applies to its overlay, and what comes out is sound."""
 
+import contextlib
+import io
 import os
-import shlex
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import k8s_crd
+import k8s_schema
 import pytest
 import yaml
-from k8s_checks import CHECKS
-from k8s_launch import configuration
-from k8s_manifests import K8S, ROOT, Document, documents, kustomize, pods, read
+from k8s_faults import CHECKS
+from k8s_launch import command_of, understood
+from k8s_manifests import K8S, ROOT, Document, documents, kustomize, pods, read, the
 
 from dlora.config.load import Config
 from dlora.errors import UsageError
@@ -19,25 +21,33 @@ from dlora.plan.command import main
 from dlora.plan.kustomize import KINDS
 
 CLUSTER = str(ROOT / "configs" / "cluster.yaml")
-MACHINES = {"nodes": 3, "gpus_per_node": 4}
-GPU = "nvidia.com/gpu"
+Emit = Callable[..., str]
 
 
-def emitted(
-    capsys: pytest.CaptureFixture[str], model: str, kind: str, *words: str, **machines: int
-) -> str:
-    """What the command prints."""
-    numbers = {**MACHINES, **machines}
-    line = [f"--{key.replace('_', '-')}={value}" for key, value in numbers.items()]
-    line += [f"--config={CLUSTER}", f"--model.path={model}", "--gpu-memory-gb=80"]
-    capsys.readouterr()
-    assert main([*line, f"--emit={kind}", *words]) == 0
-    return capsys.readouterr().out
+@pytest.fixture(scope="module")
+def model(saved_models: Any) -> str:
+    return saved_models("llama")
+
+
+@pytest.fixture(scope="module")
+def emitted(model: str) -> Emit:
+    """`emitted(kind, words, nodes=3, gpus=4)`: what the command prints."""
+    printed: dict[Any, str] = {}
+
+    def emit(kind: str, *words: str, nodes: int = 3, gpus: int = 4) -> str:
+        line = [f"--emit={kind}", f"--nodes={nodes}", f"--gpus-per-node={gpus}", *words]
+        if tuple(line) not in printed:
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                whole = [f"--config={CLUSTER}", f"--model.path={model}", "--gpu-memory-gb=80"]
+                assert main([*whole, *line]) == 0
+            printed[tuple(line)] = out.getvalue()
+        return printed[tuple(line)]
+
+    return emit
 
 
 def applied(text: str, kind: str, folder: Path) -> list[Document]:
     """The overlay of that name with the patch, as a user would add it to one of their own."""
-    folder.mkdir(exist_ok=True)
     (folder / "plan.yaml").write_text(text)
     kustomization = {
         "resources": [os.path.relpath(K8S / "overlays" / kind, folder.resolve())],
@@ -48,79 +58,49 @@ def applied(text: str, kind: str, folder: Path) -> list[Document]:
     return read(kustomize(folder))
 
 
-def the_job(docs: list[Document], kind: str) -> Document:
-    (found,) = [doc for doc in docs if doc["kind"] == KINDS[kind]]
-    return found
-
-
-def command_of(job: Document) -> list[str]:
-    """The words that reach dlora."""
-    spec: Any = job["spec"]
-    if job["kind"] == "RayJob":
-        return shlex.split(spec["entrypoint"])
-    if job["kind"] == "TrainJob":
-        return spec["trainer"]["args"]
-    (pod,) = pods([job])
-    return pod.containers[0]["args"]
-
-
-def config_of(docs: list[Document], kind: str) -> Config:
-    return configuration(command_of(the_job(docs, kind)), docs)
-
-
-@pytest.fixture(scope="module")
-def model(saved_models: Any) -> str:
-    return saved_models("llama")
+def config_of(docs: list[Document]) -> Config:
+    pod = pods(docs)[-1]  # a RayJob's worker, or the only one
+    return understood(command_of(pod, pod.containers[0], docs), docs).config
 
 
 @pytest.mark.parametrize("nodes", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_plan_becomes_a_sound_manifest(
-    kind: str, nodes: int, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, nodes: int, emitted: Emit, tmp_path: Path
 ) -> None:
-    text = emitted(capsys, model, kind, nodes=nodes)
+    """The checks compare ranks, GPUs, pods and nodes with each other; here they are the plan's."""
+    text = emitted(kind, nodes=nodes)
     docs = applied(text, kind, tmp_path)
     for name, check in CHECKS.items():
         assert check(docs) == [], name
-    spec = the_job(docs, kind)["spec"]
-    if kind == "rayjob":
-        (group,) = spec["rayClusterSpec"]["workerGroupSpecs"]
-        assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (nodes,) * 3
-        resources = group["template"]["spec"]["containers"][0]["resources"]
-        assert f"--num-workers {4 * nodes} --use-gpu" in spec["entrypoint"]
-    elif kind == "trainjob":
-        assert (spec["trainer"]["numNodes"], spec["trainer"]["numProcPerNode"]) == (nodes, 4)
-        resources = spec["trainer"]["resourcesPerNode"]
-    else:
-        job = spec["replicatedJobs"][0]["template"]["spec"]
-        assert (job["parallelism"], job["completions"]) == (nodes, nodes)
-        (container,) = job["template"]["spec"]["containers"]
-        assert [v["value"] for v in container["env"][:2]] == [str(nodes), "4"]
-        resources = container["resources"]
-    assert resources == {  # half of what the overlay's eight GPUs have beside them
-        "requests": {"cpu": "16", "memory": "128Gi", GPU: 4},
-        "limits": {"cpu": "32", "memory": "256Gi", GPU: 4},
+    written = {tuple(op["path"].split("/")[-2:]): op["value"] for op in yaml.safe_load(text)}
+    counts = {
+        "jobset": ("parallelism", "completions"),
+        "trainjob": ("numNodes",),
+        "rayjob": ("replicas", "minReplicas", "maxReplicas"),
     }
-    assert config_of(docs, kind).sharding.base == "none", "a small base fits each rank"
+    assert {written[key] for key in written if key[1] in counts[kind]} == {nodes}
+    resources = {  # half of what the overlay's eight GPUs have beside them
+        "requests": {"cpu": "16", "memory": "128Gi", "nvidia.com~1gpu": "4"},
+        "limits": {"cpu": "32", "memory": "256Gi", "nvidia.com~1gpu": "4"},
+    }
+    for part, amounts in resources.items():
+        assert {key[1]: value for key, value in written.items() if key[0] == part} == amounts
+    assert config_of(docs).sharding.base == "none", "a small base fits each rank"
 
 
-@pytest.mark.skipif(k8s_crd.folder() is None, reason=k8s_crd.ABSENT)
+@pytest.mark.skipif(not k8s_schema.FOLDER.is_dir(), reason=k8s_schema.ABSENT)
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_fits_the_definition(
-    kind: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert k8s_crd.check(applied(emitted(capsys, model, kind), kind, tmp_path)) == []
+def test_it_fits_the_definition(kind: str, emitted: Emit, tmp_path: Path) -> None:
+    assert k8s_schema.check_custom(applied(emitted(kind), kind, tmp_path)) == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_placement_and_overrides_reach_the_run(
-    kind: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_placement_and_overrides_reach_the_run(kind: str, emitted: Emit, tmp_path: Path) -> None:
     """And nothing of what is called otherwise on the planning machine does."""
     words = ("--adapter.r=4", '--adapter.rank_pattern={"q_proj": 2}', "--sharding.base=node")
     words += ("--sharding.optimizer_state=auto", "--output.dir=here")
-    docs = applied(emitted(capsys, model, kind, *words), kind, tmp_path)
-    config = config_of(docs, kind)
+    config = config_of(applied(emitted(kind, *words), kind, tmp_path))
     assert config.sharding.base == "node"
     assert config.sharding.optimizer_state == "replicated"
     assert (config.adapter.r, config.adapter.rank_pattern) == (4, {"q_proj": 2})
@@ -128,43 +108,30 @@ def test_placement_and_overrides_reach_the_run(
     assert config.output.dir == f"/runs/{kind}"
 
 
-def test_the_overlay_is_the_plan_for_its_machines(
-    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_overlay_is_the_plan_for_its_machines(emitted: Emit, tmp_path: Path) -> None:
     """The entry point is written whole: it has to be the overlay's, with options added."""
-    text = emitted(capsys, model, "rayjob", nodes=2, gpus_per_node=8)
+    text = emitted("rayjob", nodes=2, gpus=8)
     before, after = (
-        the_job(documents("rayjob"), "rayjob"),
-        the_job(applied(text, "rayjob", tmp_path), "rayjob"),
+        the(d, "RayJob") for d in (documents("rayjob"), applied(text, "rayjob", tmp_path))
     )
     line = before["spec"].pop("entrypoint")
     assert after["spec"].pop("entrypoint").split(" --sharding.")[0] == line
     assert after == before
 
 
-def test_a_file_is_written_and_the_plan_printed(
-    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "plan.yaml"
-    table = emitted(capsys, model, "jobset", f"--emit-to={file}")
-    assert "takes      base: none" in table
+def test_a_file_is_written_and_the_plan_printed(emitted: Emit, tmp_path: Path) -> None:
+    file, printed = tmp_path / "plan.yaml", emitted("jobset")
+    assert "takes      base: none" in emitted("jobset", f"--emit-to={file}")
     assert "- {path: plan.yaml, target: {kind: JobSet}}" in file.read_text()
-    printed = emitted(capsys, model, "jobset")
     assert file.read_text() == printed.replace("{path: FILE,", "{path: plan.yaml,")
-
-
-def test_the_patch_names_the_file_that_the_pods_read(
-    model: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text = emitted(capsys, model, "jobset")
-    assert "# The pods read /etc/dlora/cluster.yaml: configs/Kustomization has to list it" in text
+    assert (
+        "# The pods read /etc/dlora/cluster.yaml: configs/Kustomization has to list it" in printed
+    )
     assert "- cluster.yaml\n" in (ROOT / "configs" / "Kustomization").read_text()
 
 
-def test_an_overlay_that_has_changed_refuses(
-    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text = emitted(capsys, model, "jobset").replace("PET_NNODES", "PET_OTHER")
+def test_an_overlay_that_has_changed_refuses(emitted: Emit, tmp_path: Path) -> None:
+    text = emitted("jobset").replace("PET_NNODES", "PET_OTHER")
     with pytest.raises(subprocess.CalledProcessError) as caught:
         applied(text, "jobset", tmp_path)
     assert "testing value" in caught.value.stderr

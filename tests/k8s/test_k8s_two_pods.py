@@ -30,28 +30,21 @@ def start() -> Iterator[Any]:
     def both(words: list[str]) -> list[subprocess.Popen[str]]:
         docs = documents("jobset")
         (pod,) = pods(docs)
-        assert pod.containers[0]["command"] == ["tini", "--", "dlora", "launch"]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             here = {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(free.getsockname()[1])}
-        variables = environment(pod, pod.containers[0], docs) | here
+        variables = os.environ | environment(pod, pod.containers[0], docs) | here
         variables |= {"PET_NPROC_PER_NODE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        for index in (1, 0):
-            started.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "dlora.launch", *words],
-                    env=os.environ | variables | {"PET_NODE_RANK": str(index)},
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
+        line = [sys.executable, "-m", "dlora.launch", *words]
+        streams: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        for index in ("1", "0"):
+            variables |= {"PET_NODE_RANK": index}
+            started.append(subprocess.Popen(line, env=variables, **streams))
         return started
 
     yield both
     for process in started:
-        if process.poll() is None:
-            process.terminate()
+        process.terminate()
         process.communicate(timeout=LIMIT_SECONDS)
 
 
@@ -75,8 +68,7 @@ def test_a_wrong_configuration_ends_both_alike(
     start: Any, saved_models: Any, tmp_path: Path
 ) -> None:
     """Both statuses are that which ends the job."""
-    words = command(saved_models("llama"), tmp_path, data__train="absent.jsonl")
-    both = start(words)
+    both = start(command(saved_models("llama"), tmp_path, data__train="absent.jsonl"))
     assert [process.wait(LIMIT_SECONDS) for process in both] == [WRONG, WRONG]
-    told = "".join(process.stderr.read() for process in both)
-    assert told.count("dlora: error: ") == 1
+    reported = "".join(process.stderr.read() for process in both)
+    assert reported.count("dlora: error: ") == 1
