@@ -51,7 +51,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     tree = tmp_path_factory.mktemp("clone") / "dlora"
     copy_tracked(tree)
     (tree / ".venv").symlink_to(ROOT / ".venv")
-    for name in ("pyproject.toml", "constraints.txt"):  # so that make finds nothing to install
+    # Old, so that make finds nothing to install.
+    for name in ("pyproject.toml", "setup.py", "constraints.txt"):
         os.utime(tree / name, (0, 0))
     (tree / "models").symlink_to(ROOT / "models")
     yield tree
