@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -115,19 +116,33 @@ def test_make_train_does_what_the_readme_promises(quickstart: str, tree: Path) -
     }
 
 
+@pytest.fixture(scope="module")
+def ran(tree: Path, request: pytest.FixtureRequest) -> Iterator[dict[Path, Future[None]]]:
+    """The pages whose commands are tested, two at a time: one command leaves a core idle."""
+    items = [i for i in request.session.items if getattr(i, "originalname", "") == EVERY_COMMAND]
+    pages = [item.callspec.params["page"] for item in items]
+    if any("runs/quickstart" in command for page in pages for command in commands(page)):
+        request.getfixturevalue("quickstart")
+    with ThreadPoolExecutor(2) as pool:
+        yield {page: pool.submit(run_page, page, tree) for page in pages}
+
+
 @pytest.mark.timeout(LIMIT_SECONDS)
-@pytest.mark.parametrize(
-    "page", [page for page in (README, *PAGES) if blocks(page, "bash")], ids=of_name
-)
-def test_every_command_runs(page: Path, tree: Path, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("page", [p for p in (README, *PAGES) if blocks(p, "bash")], ids=of_name)
+def test_every_command_runs(page: Path, ran: dict[Path, Future[None]]) -> None:
+    ran[page].result()
+
+
+EVERY_COMMAND = test_every_command_runs.__name__
+
+
+def run_page(page: Path, tree: Path) -> None:
     for command in commands(page):
         if command in NOT_RUN:
             continue
         if "--nnodes" in command:
             check_syntax(command)
             continue
-        if "runs/quickstart" in command:
-            request.getfixturevalue("quickstart")
         out = run(command, tree)
         if "dlora.generate" in command:
             assert out.strip()
