@@ -48,7 +48,7 @@ $(BIN)/python:
 		{ rm -rf $(VENV); $(PYTHON) -m virtualenv --quiet $(VENV) >/dev/null 2>&1; } || \
 		{ rm -rf $(VENV); echo "cannot make $(VENV): install the package python3-venv (or: pip install virtualenv)" >&2; exit 1; }
 
-$(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
+$(VENV)/.installed: $(BIN)/python pyproject.toml setup.py constraints.txt
 	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	$(PIP) --editable .
 	@touch $@

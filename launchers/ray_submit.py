@@ -28,8 +28,10 @@ from typing import Any
 from dlora.config.load import Config, UsageError, option, parse
 from dlora.errors import TransientError
 from dlora.train import exit_with
-from launchers.argv import names_of, word, words_of
-from launchers.ray_train import Workers, check_options, place_of
+
+from . import NAME
+from .argv import names_of, word, words_of
+from .ray_train import Workers, check_options, place_of
 
 # Left out of the package: what is large, what is made anew there, and what is nobody's business.
 EXCLUDED = (
@@ -63,7 +65,7 @@ class Submission(Workers):
 
 def main(argv: list[str]) -> int:
     """Submit and follow; returns the job's exit status."""
-    options = parse(argv, prog="launchers.ray_submit", extra=Submission)
+    options = parse(argv, prog=f"{NAME}.ray_submit", extra=Submission)
     if options.check:
         raise UsageError("--check belongs to dlora.train, which understands the same configuration")
     wanted: Submission = options.extra
@@ -78,7 +80,7 @@ def main(argv: list[str]) -> int:
     client = connect(wanted)
     try:
         job = client.submit_job(
-            entrypoint=shlex.join(["python", "-m", "launchers.ray_train", *words]),
+            entrypoint=shlex.join(["python", "-m", f"{NAME}.ray_train", *words]),
             submission_id=wanted.submission_id,
             runtime_env={
                 "working_dir": str(root),

@@ -26,9 +26,11 @@ import yaml
 
 from dlora.config.load import SCHEMA, Config, UsageError, option, parse
 from dlora.train import exit_with
-from launchers.argv import names_of, word, words_of
-from launchers.ray_train import Workers, check_options, number, placed, trainer
-from launchers.sweep_report import Trial, draw, table
+
+from . import NAME
+from .argv import names_of, word, words_of
+from .ray_train import Workers, check_options, number, placed, trainer
+from .sweep_report import Trial, draw, table
 
 RANGES = ("uniform", "loguniform", "randint")
 Space = dict[str, Any]
@@ -48,7 +50,7 @@ class Sweep(Workers):
 
 def main(argv: list[str]) -> int:
     """Run the sweep; returns the exit status."""
-    options = parse(argv, prog="launchers.ray_sweep", extra=Sweep)
+    options = parse(argv, prog=f"{NAME}.ray_sweep", extra=Sweep)
     if options.check:
         raise UsageError("--check belongs to dlora.train, which understands the same configuration")
     config, sweep = options.config, options.extra
@@ -159,7 +161,7 @@ def configuration(
     evaluations as it is told, or once at the end."""
     given = [word(name, value) for name, value in words.items() if name != "output.dir"]
     tried = [word(key, v if isinstance(v, str) else json.dumps(v)) for key, v in values.items()]
-    options = parse([*given, *tried, f"--output.dir={directory}"], "launchers.ray_sweep", Workers)
+    options = parse([*given, *tried, f"--output.dir={directory}"], f"{NAME}.ray_sweep", Workers)
     config = options.config
     return replace(config, output=replace(config.output, save_every=told_every(config)))
 

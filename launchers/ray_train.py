@@ -26,6 +26,8 @@ from typing import Any
 from dlora.config.load import Config, UsageError, dump_yaml, option, parse
 from dlora.train import exit_with
 
+from . import NAME
+
 # Of the environment, what every worker gets; Ray shows it to whoever may look, so no secrets.
 FORWARDED = (
     *("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG", "NCCL_IB_HCA", "OMP_NUM_THREADS"),
@@ -74,7 +76,7 @@ class Place:
 
 def main(argv: list[str]) -> int:
     """Run the job; returns the exit status."""
-    options = parse(argv, prog="launchers.ray_train", extra=Workers)
+    options = parse(argv, prog=f"{NAME}.ray_train", extra=Workers)
     if options.check:
         raise UsageError("--check belongs to dlora.train, which understands the same configuration")
     workers = options.extra
@@ -82,7 +84,7 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # steps look alike to it
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    from launchers import ray_stop, ray_worker  # noqa: F401
+    from . import ray_stop, ray_worker  # noqa: F401
 
     # All that looks at the directory comes before a submitted job joins Ray, which may unpack its
     # files anew then.
@@ -182,7 +184,7 @@ def trainer(
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from launchers.ray_worker import Ungrouped, work
+    from .ray_worker import Ungrouped, work
 
     forwarded = {name: os.environ[name] for name in FORWARDED if name in os.environ}
     forwarded["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"  # it prints every line twice

@@ -41,6 +41,8 @@ from dlora.config.load import UsageError
 from dlora.hooks import Committed, Hooks, Saved
 from dlora.train import main
 
+from . import NAME
+
 PACE_SECONDS = 5.0  # that a save waits for the report of the one before
 GOING_SECONDS = 60.0  # in which Ray notices that a node is gone
 POLLED_SECONDS = 5.0  # in which Ray Train looks at its workers again
@@ -120,7 +122,7 @@ def enter(directory: str) -> None:
     except OSError as error:
         raise UsageError(
             f"{directory} is not seen on {socket.gethostname()} ({error.strerror}): submit the job "
-            "with a working directory (launchers.ray_submit), or start it where all nodes see the "
+            f"with a working directory ({NAME}.ray_submit), or start it where all nodes see the "
             "same files"
         ) from None
 

@@ -1,7 +1,7 @@
-"""Every command of the README, typed as it stands there, in a copy of the tree.
+"""README and the pages of docs/: their commands, typed as they are, in a copy of the tree.
 
-In the README's order, since later commands use what earlier ones wrote. `make test` is this test
-run; `make lint` belongs to CI; commands for several nodes get their syntax checked.
+In the order of each page, since later commands use what earlier ones wrote. `make train` runs once,
+for all pages. Python blocks run around a tiny model, links lead somewhere, figures were measured.
 """
 
 import json
@@ -11,53 +11,69 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from tracked import copy_tracked
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-NOT_RUN = {"make test", "make lint"}
+README = ROOT / "README.md"
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+OTHERS = [ROOT / name / "README.md" for name in ("benchmarks", "launchers", "k8s")]
+NOT_RUN = {
+    "make test",  # is this test run
+    "make lint",
+    "pip install .",  # test_wheel.py
+    "make train",  # the fixture `quickstart`
+    "torchrun --nproc-per-node 2 -m dlora.train --config configs/quickstart.yaml",  # make runs it
+}
 LIMIT_SECONDS = 1200
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(page: Path, language: str) -> list[str]:
+    text = page.read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-def commands() -> list[str]:
-    """The lines of the README's shell blocks without their comments."""
-    lines = "\n".join(blocks("bash")).splitlines()
+def commands(page: Path) -> list[str]:
+    """The lines of a page's shell blocks without their comments."""
+    lines = "\n".join(blocks(page, "bash")).splitlines()
     return [command for line in lines if (command := line.split("  #")[0].strip())]
+
+
+def of_name(page: Path) -> str:
+    return page.stem
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The tracked files, beside the installed environment and the model of this checkout."""
     tree = tmp_path_factory.mktemp("clone") / "dlora"
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    for name in filter(None, listed.stdout.splitlines()):
-        target = tree / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, target)
+    copy_tracked(tree)
     (tree / ".venv").symlink_to(ROOT / ".venv")
-    # Newer than the copies, so that make does not install this tree in place of the checkout.
-    (ROOT / ".venv" / ".installed").touch()
+    # Old, so that make finds nothing to install.
+    for name in ("pyproject.toml", "setup.py", "constraints.txt"):
+        os.utime(tree / name, (0, 0))
     (tree / "models").symlink_to(ROOT / "models")
     yield tree
     shutil.rmtree(tree)
+
+
+@pytest.fixture(scope="module")
+def quickstart(tree: Path) -> str:
+    """What `make train` prints."""
+    planned = run("make --dry-run train", tree)
+    assert "pip install" not in planned  # it would point the checkout's environment at the copy
+    assert "torchrun --nproc-per-node 2 -m dlora.train --config configs/quickstart.yaml" in planned
+    return run("make train", tree)
 
 
 def run(command: str, tree: Path) -> str:
     """Standard output of a command, typed into a shell whose environment is activated."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "MAKE"))}
     environment["PATH"] = f"{tree / '.venv' / 'bin'}{os.pathsep}{environment['PATH']}"
+    environment["PYTHONPATH"] = str(tree)
     environment["OMP_NUM_THREADS"] = "1"
     process = subprocess.Popen(
         ["bash", "-c", command],
@@ -83,11 +99,11 @@ def read_metrics(tree: Path, run_name: str) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def check_quickstart(out: str, tree: Path) -> None:
-    """`make train` keeps the promises that the README makes of it."""
+@pytest.mark.timeout(LIMIT_SECONDS)
+def test_make_train_does_what_the_readme_promises(quickstart: str, tree: Path) -> None:
     for promised in ("W0 ", "A and B", "wire, per step", "before training", "after training"):
-        assert promised in out
-    assert "adapter: runs/quickstart/adapter" in out
+        assert promised in quickstart
+    assert "adapter: runs/quickstart/adapter" in quickstart
     records = read_metrics(tree, "quickstart")
     before = records[0]["eval_loss"]
     after = records[-1]["eval_loss"]
@@ -100,30 +116,40 @@ def check_quickstart(out: str, tree: Path) -> None:
     }
 
 
-def test_make_leaves_the_environment_alone(tree: Path):
-    """`make train` in the copy would otherwise point the checkout's environment at the copy."""
-    planned = run("make --dry-run train", tree)
-    assert "torchrun" in planned
-    assert "pip install" not in planned
+@pytest.fixture(scope="module")
+def ran(tree: Path, request: pytest.FixtureRequest) -> Iterator[dict[Path, Future[None]]]:
+    """The pages whose commands are tested, two at a time: one command leaves a core idle."""
+    items = [i for i in request.session.items if getattr(i, "originalname", "") == EVERY_COMMAND]
+    pages = [item.callspec.params["page"] for item in items]
+    if any("runs/quickstart" in command for page in pages for command in commands(page)):
+        request.getfixturevalue("quickstart")
+    with ThreadPoolExecutor(2) as pool:
+        yield {page: pool.submit(run_page, page, tree) for page in pages}
 
 
-@pytest.mark.timeout(2400)
-def test_every_command_runs(tree: Path):
-    ran = []
-    for command in commands():
+@pytest.mark.timeout(LIMIT_SECONDS)
+@pytest.mark.parametrize("page", [p for p in (README, *PAGES) if blocks(p, "bash")], ids=of_name)
+def test_every_command_runs(page: Path, ran: dict[Path, Future[None]]) -> None:
+    ran[page].result()
+
+
+EVERY_COMMAND = test_every_command_runs.__name__
+
+
+def run_page(page: Path, tree: Path) -> None:
+    for command in commands(page):
         if command in NOT_RUN:
             continue
         if "--nnodes" in command:
             check_syntax(command)
             continue
         out = run(command, tree)
-        ran.append(command)
-        if command == "make train":
-            check_quickstart(out, tree)
         if "dlora.generate" in command:
             assert out.strip()
-    assert "make train" in ran
-    assert len(ran) > 8
+        if "dlora.plan" in command:
+            (table,) = blocks(page, "text")
+            printed = {" ".join(line.split()) for line in out.splitlines()}
+            assert {" ".join(line.split()) for line in table.splitlines()} <= printed
 
 
 def check_syntax(command: str) -> None:
@@ -140,7 +166,7 @@ def check_syntax(command: str) -> None:
     assert parse([str(ROOT / w) if w.endswith(".yaml") else w for w in training], "dlora").config
 
 
-LOOP = """
+MODEL = """
 import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -155,9 +181,11 @@ CONFIG = LlamaConfig(
 )
 torch.manual_seed(0)
 model = LlamaForCausalLM(CONFIG)
-model.save_pretrained("base")
 ids = torch.randint(0, 32, (2, 6))
 loader = [{"input_ids": ids, "labels": ids}] * 3
+"""
+SAVED = """
+model.save_pretrained("base")
 """
 AFTERWARDS = """
 logits = model(input_ids=ids).logits
@@ -169,18 +197,16 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_the_loop_in_the_readme_runs(tmp_path: Path, ranks: int):
-    """The Python block as it stands, under torchrun, around a tiny model and three batches."""
+def test_the_loop_in_the_readme_runs(tmp_path: Path, tree: Path) -> None:
+    """The Python block as it is, under torchrun, around a tiny model and three batches."""
     import torch
     from peft import PeftModel
     from safetensors.torch import load_file
     from transformers import LlamaForCausalLM
 
-    (block,) = blocks("python")
-    (tmp_path / "loop.py").write_text(LOOP + block + AFTERWARDS)
-    (tmp_path / ".venv").symlink_to(ROOT / ".venv")
-    run(f"PYTHONPATH={ROOT} torchrun --nproc-per-node {ranks} loop.py", tmp_path)
+    (block,) = blocks(README, "python")
+    (tmp_path / "loop.py").write_text(MODEL + SAVED + block + AFTERWARDS)
+    run(f"cd {tmp_path} && torchrun --nproc-per-node 2 loop.py", tree)
 
     got = load_file(tmp_path / "trained.st")
     base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
@@ -188,3 +214,65 @@ def test_the_loop_in_the_readme_runs(tmp_path: Path, ranks: int):
     loaded = PeftModel.from_pretrained(base, str(tmp_path / "out" / "adapter"))
     torch.testing.assert_close(loaded(input_ids=got["ids"]).logits, got["logits"])
     assert not torch.equal(got["logits"], before)
+
+
+UPDATED = """
+if "optimizer" in globals():
+    before = [p.detach().clone() for p in replica.named.values()]
+    model(**loader[0]).loss.backward()
+    replica.reduce_gradients()
+    optimizer.step()
+    optimizer.zero_grad()
+    assert any(not torch.equal(a, b) for a, b in zip(before, replica.named.values(), strict=True))
+    del optimizer
+assert torch.isfinite(model(**loader[0]).loss)
+"""
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=of_name)
+def test_every_python_block_runs(page: Path, tmp_path: Path, tree: Path) -> None:
+    """Each around a new tiny model, on two ranks; its optimizer makes one more step, which moves
+    what is trained."""
+    script = ["import torch\ntorch.distributed.init_process_group('gloo')"]
+    script += [MODEL + block + UPDATED for block in blocks(page, "python")]
+    (tmp_path / "blocks.py").write_text("\n".join([*script, "dist.destroy_process_group()\n"]))
+    run(f"cd {tmp_path} && torchrun --nproc-per-node 2 blocks.py", tree)
+
+
+@pytest.mark.parametrize(
+    "page", [README, *PAGES, *OTHERS], ids=lambda p: f"{p.parent.name}-{p.stem}"
+)
+def test_links_lead_to_files(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    local = [target for target in targets if "://" not in target]
+    assert [target for target in local if not (page.parent / target).exists()] == []
+
+
+def test_the_readme_is_short_and_names_every_page() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert len(text.encode()) <= 10_000
+    assert {page.name for page in PAGES} == set(re.findall(r"\(docs/([^)]+)\)", text))
+
+
+def figures(text: str) -> list[str]:
+    """Numbers with a decimal point."""
+    return re.findall(r"(?<![\d.])\d[\d,]*\.\d+(?![\d.])", text)
+
+
+@pytest.mark.parametrize("page", ["README", "docs/benchmarks", "docs/methods", "docs/quantisation"])
+def test_figures_are_those_of_the_benchmarks(page: str) -> None:
+    """A figure in a table is one of benchmarks/README.md, rounded, or in millions."""
+    measured = {
+        float(number.replace(",", "")) / unit
+        for number in re.findall(r"\d[\d,]*(?:\.\d+)?", OTHERS[0].read_text(encoding="utf-8"))
+        for unit in (1, 1e6)
+    }
+    text = (ROOT / f"{page}.md").read_text(encoding="utf-8")
+    tables = "\n".join(line for line in text.splitlines() if line.startswith("|"))
+    tables = re.sub(r"\]\([^)]*\)", "]", tables)  # addresses of papers
+    shown = figures(tables)
+    assert shown
+    for figure in shown:
+        decimals = len(figure.partition(".")[2])
+        value = float(figure.replace(",", ""))
+        assert any(round(m, decimals) == value for m in measured), figure
