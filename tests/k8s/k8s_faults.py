@@ -46,7 +46,7 @@ def planted(kind: str, path: str, value: Any) -> list[Document]:
     """
     kind, _, name = kind.partition("/")
     overlay = OVERLAY.get(kind, kind.lower() if kind in POD else "jobset")
-    docs = documents(overlay)
+    docs = documents("rayjob" if "rayjob" in name else overlay)
     target: Any = next(d for d in docs if d["kind"] == kind and name in d["metadata"]["name"])
     path = re.sub(r"^C\b", "POD.spec.containers.0", path).replace("POD", POD.get(kind, ""))
     *keys, last = (key.replace("~", ".") for key in path.split("."))
@@ -132,6 +132,7 @@ FAULTS: dict[str, list[tuple[str, str, Any, str]]] = {
         ("Job", "POD.spec.automountServiceAccountToken", GONE, "serviceAccountName"),
         ("NetworkPolicy/dlora-jobset", "spec.ingress.0.from", GONE, "lets in"),
         ("NetworkPolicy/dlora-jobset", "spec.ingress", GONE, "do not reach it"),
+        ("NetworkPolicy/dlora-rayjob", "spec.ingress.1.ports", GONE, "lets in"),
         ("NetworkPolicy/dlora-deny", "spec.podSelector.matchLabels.x", "y", "refuses"),
         ("ServiceAccount", "automountServiceAccountToken", GONE, "hands out a token"),
         ("ServiceAccount", "kind", "RoleBinding", "nothing here needs the API"),

@@ -106,7 +106,8 @@ def _reach(pod: Pod, docs: list[Document]) -> Iterator[str]:
     if job | {"policyTypes": ["Ingress"], "ingress": rules} not in policies or rules == []:
         yield f"its own job's pods do not reach it: {policies}"
     for rule in rules:
-        source = (rule.get("from") or [{}])[-1]
-        is_operator = OPERATOR.items() <= source.items() and source.get("namespaceSelector")
-        if rule != {"from": [job]} and not (is_operator and rule["ports"] == [DASHBOARD]):
+        sources = rule.get("from") or [{}]
+        are_operators = all(s | OPERATOR == s and s.get("namespaceSelector") for s in sources)
+        is_bound = are_operators and rule.get("ports") == [DASHBOARD]
+        if rule != {"from": [job]} and not is_bound:
             yield f"lets in {rule}"

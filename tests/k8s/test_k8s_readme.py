@@ -57,9 +57,8 @@ def test_a_command_names_what_is_there(command: str) -> None:
         assert f" AS {flavor}\n" in (ROOT / options["-f"]).read_text(encoding="utf-8")
         assert options["-t"] in {c["image"] for _, pod in PODS for c in pod.containers}
     elif words[:2] == ["kubectl", "apply"]:
-        assert (
-            kustomize(ROOT / options["-k"]) if "-k" in words else (ROOT / options["-f"]).is_file()
-        )
+        is_file = "-f" in words and (ROOT / options["-f"]).is_file()
+        assert is_file or kustomize(ROOT / options["-k"])
     elif words[:2] == ["dlora", "plan"]:
         config = str(ROOT / options["--config"])
         found = parse([config if w.startswith("configs/") else w for w in words[2:]], "p", Machines)
@@ -69,8 +68,7 @@ def test_a_command_names_what_is_there(command: str) -> None:
         assert words[:2] == ["kubectl", "-n"]
         for name in re.findall(r"(?<=[ /])dlora-[a-z-]+(?=[: ]|$)", command.partition(" -n ")[2]):
             is_secret = re.search(rf"(name|secretName): {name}\n", SOURCES)
-            is_namespace = name == words[2] and ("dlora", name) not in NAMES
-            assert is_namespace or is_secret or (words[2], name) in NAMES, name
+            assert is_secret or (words[2], name) in NAMES, name
         assert words[2] in {namespace for namespace, _ in NAMES}
         if "-l" in options:
             key, _, value = options["-l"].partition("=")
