@@ -84,12 +84,18 @@ def write_gguf(
             array = values[name]
         blocks = len(shape) > 1 and shape[-1] % 32 == 0
         kind = types[number % len(types)] if blocks else F32
-        writer.add_tensor(name, quantize(array, kind), raw_dtype=kind)
+        writer.add_tensor(name, quantized(array, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def quantized(array: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    if kind == GGMLQuantizationType.Q8_1:  # of which nothing makes floats again
+        return np.zeros((*array.shape[:-1], array.shape[-1] // 32 * 40), np.uint8)
+    return quantize(array, kind)
 
 
 def layered(*layers: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -103,7 +109,7 @@ def layered(*layers: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     return {**ends, **blocks}
 
 
-def tiny_llama(path: Path, untied: bool = False, **options) -> Path:
+def tiny_llama(path: Path, untied: bool = False, types: tuple = (), **options) -> Path:
     tensors = layered(*[ATTENTION | DENSE] * LAYERS)
     if untied:
         tensors["output.weight"] = (VOCABULARY, HIDDEN)
@@ -114,7 +120,7 @@ def tiny_llama(path: Path, untied: bool = False, **options) -> Path:
         options.pop("architecture", "llama"),
         numbers | options.pop("numbers", {}),
         tensors | options.pop("tensors", {}),
-        (kinds.Q4_0, kinds.F16, kinds.Q8_0, kinds.Q5_1, F32),
+        types or (kinds.Q4_0, kinds.F16, kinds.Q8_0, kinds.Q5_1, F32),
         **options,
     )
 
@@ -143,8 +149,8 @@ def tiny_qwen3moe(path: Path) -> Path:
     return write_gguf(path, "qwen3moe", numbers, tensors, (GGMLQuantizationType.Q8_0, F32))
 
 
-def tiny_lfm2(path: Path) -> Path:
-    """The native path: a convolution layer and an attention layer."""
+def tiny_lfm2(path: Path, types: tuple = (F32, GGMLQuantizationType.Q8_0)) -> Path:
+    """The native path: a convolution layer, an attention layer and a tensor that is in neither."""
     norms = {"attn_q_norm": (16,), "attn_k_norm": (16,)}
     convolution = {
         "attn_norm": (HIDDEN,),
@@ -155,8 +161,9 @@ def tiny_lfm2(path: Path) -> Path:
     }
     tensors = layered(convolution | DENSE, ATTENTION | norms | DENSE)
     tensors["token_embd_norm.weight"] = tensors.pop("output_norm.weight")
+    tensors = {"blk.0.extra.weight": (HIDDEN,), **tensors}
     numbers = COMMON | {"attention.head_count_kv": [0, 2], "shortconv.l_cache": 3}
-    return write_gguf(path, "lfm2", numbers, tensors, (F32, GGMLQuantizationType.Q8_0))
+    return write_gguf(path, "lfm2", numbers, tensors, types)
 
 
 def tiny_qwen35moe(path: Path, kinds: tuple[GGMLQuantizationType, ...] = ()) -> Path:

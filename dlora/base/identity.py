@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dlora.base.model import BaseModel
+from dlora.base.source import BaseSource
 from dlora.base.weight_files import are_at_hand, weight_files
 from dlora.io.safetensors import StoredTensor, stored_tensors
 
@@ -17,7 +17,7 @@ SAMPLED_BYTES = 4096  # of each, in the middle
 _ELSEWHERE = {"_name_or_path", "transformers_version", "_commit_hash", "dtype", "torch_dtype"}
 
 
-def identity(base: BaseModel, skeleton: Any) -> str | None:
+def identity(base: BaseSource, skeleton: Any) -> str | None:
     """SHA-256 (hex) of a base whose files are on this machine; None where they are yet to come.
 
     Covered are the configuration, names, types and shapes of all tensors, and bytes of up to 64 of

@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlora.base.gguf import converted_base
+from dlora.base.packed_reader import StoredPackedWeights
 from dlora.base.quantize import Quantized, quantize_as_set
+from dlora.base.reader import StoredWeights
+from dlora.base.source import BaseSource
+from dlora.base.weight_files import are_at_hand, check_files
 from dlora.errors import UsageError
 from dlora.runtime.memory import trim
 from dlora.sharding.engines.protocol import Engine
@@ -29,19 +34,15 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
-class BaseModel:
-    """Where a base comes from; nothing is read until a method is called.
+class BaseModel(BaseSource):
+    """A base and how to load it; nothing is read until a method is called.
 
-    Args:
-        path: as the user wrote it; adapters record it.
-        source: the directory or hub id that transformers reads.
-        quantization: how `load` packs the linear layers of the blocks, `"none"` if it does not.
+    Attributes:
+        trust_remote_code: run the Python code that comes with the base.
+        attn_implementation: as in transformers' `from_pretrained`.
+        quantization: how `load` packs the linear layers of the blocks; `"none"`: not at all.
     """
 
-    path: str
-    source: str
-    dtype: torch.dtype
-    revision: str | None = None
     trust_remote_code: bool = False
     attn_implementation: str = "sdpa"
     quantization: str = "none"
@@ -108,9 +109,6 @@ class BaseModel:
             UsageError: there are no weights, they are damaged, they are another model's, or they
                 are quantized and to be packed as well.
         """
-        from dlora.base.reader import StoredWeights
-        from dlora.base.weight_files import are_at_hand, check_files
-
         if getattr(skeleton.config, "quantization_config", None) is not None:
             if self.quantization != "none":
                 raise UsageError(
@@ -149,8 +147,6 @@ class BaseWeights:
                 draw it at random. Files at hand are checked before (`check_stored`).
         """
         from transformers import AutoModelForCausalLM
-
-        from dlora.base.weight_files import check_files
 
         check_files(self._base)
         model, found = self._base._reading(
@@ -203,9 +199,6 @@ class BaseWeights:
 
     @functools.cached_property
     def _stored(self) -> Any:
-        from dlora.base.packed_reader import StoredPackedWeights
-        from dlora.base.reader import StoredWeights
-
         stored = StoredWeights(self._base, self.skeleton)
         return StoredPackedWeights(stored, self.skeleton, self._left)
 
@@ -267,8 +260,6 @@ def find_base(
     if local.suffix == ".gguf":
         if not local.is_file():
             raise UsageError(f"model.path: there is no file {path}")
-        from dlora.base.gguf import converted_base
-
         source = str(converted_base(local, Path(cache_dir).expanduser(), DTYPES[dtype], announce))
     elif local.is_dir():
         if not (local / "config.json").is_file():

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import Concatenate, MergeModulelist
 
-from dlora.base.model import BaseModel
+from dlora.base.source import BaseSource
 from dlora.base.weight_files import Source, sources_of_parameters, weight_files
 from dlora.errors import UsageError
 from dlora.io.safetensors import FLOATS, StoredTensor, stored_tensors
@@ -40,7 +40,7 @@ class StoredWeights:
             lack a parameter or hold it in another shape than the configuration says.
     """
 
-    def __init__(self, base: BaseModel, skeleton: PreTrainedModel) -> None:
+    def __init__(self, base: BaseSource, skeleton: PreTrainedModel) -> None:
         if getattr(skeleton.config, "quantization_config", None) is not None:
             raise UsageError(
                 f"model.path: {base.path} is quantized; what reads parts of it (engine zero3, and "

@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
 )
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from dlora.base.model import BaseModel
+from dlora.base.source import BaseSource
 from dlora.errors import UsageError
 from dlora.io.files import plain_name, read_object
 from dlora.io.safetensors import FLOATS, StoredTensor, stored_tensors
@@ -54,7 +54,7 @@ class StoredBase:
         UsageError: there are no safetensors, they are damaged, or they are quantized.
     """
 
-    def __init__(self, base: BaseModel, skeleton: PreTrainedModel) -> None:
+    def __init__(self, base: BaseSource, skeleton: PreTrainedModel) -> None:
         if getattr(skeleton.config, "quantization_config", None) is not None:
             raise UsageError(
                 f"{base.path} is quantized; ΔW can only be added to floating-point weights"
@@ -142,7 +142,7 @@ def sources_of_parameters(
     return found
 
 
-def _cached(base: BaseModel, name: str) -> Path | None:
+def _cached(base: BaseSource, name: str) -> Path | None:
     """A file of the base, brought from the hub if need be."""
     found = cached_file(
         base.source, name, revision=base.revision, _raise_exceptions_for_missing_entries=False
@@ -150,7 +150,7 @@ def _cached(base: BaseModel, name: str) -> Path | None:
     return Path(found) if found else None
 
 
-def are_at_hand(base: BaseModel) -> bool:
+def are_at_hand(base: BaseSource) -> bool:
     """Whether the weights are on this machine, or should be; the hub is not asked."""
     if Path(base.source).is_dir():
         return True
@@ -165,7 +165,7 @@ def are_at_hand(base: BaseModel) -> bool:
     return all(isinstance(cached(shard), str) for shard in _shards(Path(index)))
 
 
-def check_files(base: BaseModel) -> None:
+def check_files(base: BaseSource) -> None:
     """See that `from_pretrained` would read the base's weights, and nothing else.
 
     Raises:
@@ -185,7 +185,7 @@ def check_files(base: BaseModel) -> None:
         )
 
 
-def weight_files(base: BaseModel) -> list[Path]:
+def weight_files(base: BaseSource) -> list[Path]:
     """The files that `from_pretrained` reads."""
     try:
         if single := _cached(base, "model.safetensors"):
@@ -216,7 +216,7 @@ def _shards(index: Path) -> set[str]:
     return set(named.values())
 
 
-def _beside_weights(base: BaseModel) -> Iterator[tuple[Path, Path]]:
+def _beside_weights(base: BaseSource) -> Iterator[tuple[Path, Path]]:
     """(file, name within the model directory) of everything but weights and `config.json`."""
     folder = Path(base.source)
     if not folder.is_dir():
