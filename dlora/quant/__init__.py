@@ -1,1 +1,1 @@
-"""Mathematics: packed weights on whole plain tensors. Knows torch, and nothing of adapters."""
+"""Packed weights and layers that compute with them, on whole plain tensors. Imports only torch."""
