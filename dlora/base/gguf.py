@@ -32,6 +32,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from transformers import PreTrainedModel
 
+from dlora.base.weight_files import FILE_LIST
 from dlora.errors import UsageError, and_more, dtype_name
 from dlora.io.files import new_directory
 from dlora.runtime.memory import trim
@@ -39,7 +40,6 @@ from dlora.runtime.memory import trim
 CONVERSION = 2  # raise it when what is written here changes, so that old directories are not used
 WHOLE_HASH_BYTES = 1 << 30  # files up to this size are hashed whole, larger ones by samples
 SAMPLE_BYTES, SAMPLES = 1 << 20, 64
-FILE_LIST = "dlora_base.json"
 
 
 def converted_base(

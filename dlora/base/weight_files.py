@@ -45,7 +45,8 @@ BESIDE_WEIGHTS = (
     "LICENSE*",
     "NOTICE*",
 )
-LEFT_OUT = ("*.index.json", "dlora_base.json", "adapter_config.json")
+FILE_LIST = "dlora_base.json"  # of a converted GGUF file
+LEFT_OUT = ("*.index.json", FILE_LIST, "adapter_config.json")
 
 
 class StoredBase:
