@@ -32,7 +32,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from transformers import PreTrainedModel
 
-from dlora.base.weight_files import FILE_LIST
+from dlora.base.weight_files import FILE_LIST, check_loaded
 from dlora.errors import UsageError, and_more, dtype_name
 from dlora.io.files import new_directory
 from dlora.runtime.memory import trim
@@ -138,7 +138,7 @@ def _convert(
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-    _check_found(path, model, found)
+    check_loaded(str(path), found)
     if unused := sorted(found["unexpected_keys"]):
         announce(f"{path.name}: the model has no place for {and_more(unused, 3)}; left out")
     _make_plain(model, skeleton, tokenizer)
@@ -155,18 +155,6 @@ def _convert(
     for file in folder.glob("*.safetensors"):  # safetensors made them for this user only
         shutil.copymode(folder / "config.json", file)
     (folder / FILE_LIST).write_text(json.dumps(_sizes(folder), indent=2))
-
-
-def _check_found(path: Path, model: PreTrainedModel, found: dict[str, Any]) -> None:
-    """Raise a `UsageError` unless the file has a value for every parameter."""
-    if mismatched := sorted(found["mismatched_keys"]):
-        name, stored, wanted = mismatched[0]
-        raise UsageError(
-            f"model.path: {path} holds {name} in the shape {list(stored)}, where "
-            f"{type(model).__name__} with the file's configuration has {list(wanted)}"
-        )
-    if missing := sorted(found["missing_keys"]):
-        raise UsageError(f"model.path: {path} gives no value for {and_more(missing, 3)}")
 
 
 def _make_plain(model: Any, skeleton: Any, tokenizer: Any) -> None:

@@ -18,7 +18,7 @@ from dlora.base.packed_reader import StoredPackedWeights
 from dlora.base.quantize import Quantized, quantize_as_set
 from dlora.base.reader import StoredWeights
 from dlora.base.source import BaseSource
-from dlora.base.weight_files import are_local, check_files
+from dlora.base.weight_files import are_local, check_files, check_loaded
 from dlora.errors import UsageError
 from dlora.runtime.memory import trim
 from dlora.sharding.engines.protocol import Engine
@@ -166,13 +166,7 @@ class BaseWeights:
             output_loading_info=True,
             **sharding,
         )
-        if missing := sorted(found["missing_keys"]):
-            raise UsageError(f"model.path: the files of {self._base.path} hold no {missing[0]}")
-        for name, stored, wanted in sorted(found["mismatched_keys"]):
-            raise UsageError(
-                f"model.path: {self._base.path} holds {name} as {list(stored)}, where the model "
-                f"has {list(wanted)}"
-            )
+        check_loaded(self._base.path, found)
         return model
 
     def empty(self) -> nn.Module:

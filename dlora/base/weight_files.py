@@ -28,7 +28,7 @@ from transformers.core_model_loading import (
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from dlora.base.source import BaseSource
-from dlora.errors import UsageError
+from dlora.errors import UsageError, and_more
 from dlora.io.files import plain_name, read_object
 from dlora.io.safetensors import FLOATS, StoredTensor, stored_tensors
 
@@ -190,6 +190,21 @@ def check_files(base: BaseSource) -> None:
         raise UsageError(
             f"model.path: {base.path} holds an adapter_config.json, so transformers would load "
             "that adapter into the base where PEFT is installed; move it out, to adapter.path"
+        )
+
+
+def check_loaded(path: str, found: dict[str, Any]) -> None:
+    """Raise a `UsageError` if `from_pretrained` found a parameter missing or of another shape.
+
+    Args:
+        path: of the base, for the error.
+        found: transformers' report, with `ignore_mismatched_sizes`.
+    """
+    if missing := sorted(found["missing_keys"]):
+        raise UsageError(f"model.path: the files of {path} hold no {and_more(missing, 1)}")
+    for name, stored, wanted in sorted(found["mismatched_keys"]):
+        raise UsageError(
+            f"model.path: {path} holds {name} as {list(stored)}, where the model has {list(wanted)}"
         )
 
 

@@ -40,11 +40,13 @@ def test_file_errors(tmp_path):
         tiny(path, numbers={"split.count": 3}), cache_dir, "model.path", "one of 3 parts"
     )
     wide = {"embedding_length": 128}
-    assert_refused(tiny(path, numbers=wide), cache_dir, "model.path", "shape")
+    assert_refused(
+        tiny(path, numbers=wide), cache_dir, "holds model.embed_tokens.weight as [262, 64]"
+    )
     lacking = gguf_files.layered(gguf_files.ATTENTION | gguf_files.DENSE)
     numbers = gguf_files.COMMON | {"vocab_size": gguf_files.VOCABULARY}
     gguf_files.write_gguf(path, "llama", numbers, lacking)
-    assert_refused(path, cache_dir, "model.path", "no value for model.layers.1", "6 more")
+    assert_refused(path, cache_dir, "model.path", "hold no model.layers.1.", "8 more")
     unknown = (GGMLQuantizationType.Q8_1,)
     assert_refused(tiny(path, types=unknown), cache_dir, "model.path", "Q8_1")
     assert_refused(gguf_files.tiny_lfm2(path, unknown), cache_dir, "model.path", "9")
