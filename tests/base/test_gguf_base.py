@@ -1,6 +1,7 @@
 """A GGUF file becomes a model directory: same bits, little memory, once, whole or not at all."""
 
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from dlora.base import gguf as gguf_base
 from dlora.base.model import find_base
+from dlora.errors import dtype_name
 from dlora.io.safetensors import stored_tensors
 
 ROOT = Path(__file__).parents[2]
@@ -88,15 +90,39 @@ def assert_same_tokenizer(gguf: Path, out: Path):
     return tokenizer
 
 
+def child(code: str, *arguments) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+
+
+CONVERT = """
+import json, re, sys
+from pathlib import Path
+import gguf, torch, transformers.models.llama.modeling_llama
+import transformers.modeling_gguf_pytorch_utils
+from dlora.base.gguf import converted_base
+def anonymous():
+    text = Path("/proc/self/smaps_rollup").read_text()
+    return int(re.search(r"Anonymous: +(\\d+)", text)[1]) * 1024
+path, cache_dir, dtype, lines, before = *sys.argv[1:], [], anonymous()
+out = converted_base(Path(path), Path(cache_dir), getattr(torch, dtype), lines.append)
+print(json.dumps([str(out), lines, anonymous() - before]))
+"""
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.full)]
 )
 def test_real_file(real_file, cache, dtype):
-    out, lines = convert(real_file, cache, dtype)
-    (line,) = lines
-    megabytes = 134515008 * dtype.itemsize // 10**6
-    name = str(dtype).removeprefix("torch.")
+    name, megabytes = dtype_name(dtype), 134515008 * dtype.itemsize // 10**6
+    out, (line,), left = json.loads(child(CONVERT, real_file, cache, name).communicate()[0])
+    out = Path(out)
+    assert left < 100 * 10**6  # of the model's memory, before the process reads its share
     assert line == (
         f"converting {real_file} to {name} under {out} ({megabytes} MB), once; the whole model is "
         "in this process's memory meanwhile"
@@ -206,6 +232,7 @@ from pathlib import Path
 import torch
 from dlora.base import gguf as gguf_base
 from dlora.base.model import find_base
+from dlora.errors import dtype_name
 from dlora.io.safetensors import stored_tensors
 gguf, cache_dir, mode = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 announce, save = print, gguf_base.save_torch_state_dict
@@ -221,15 +248,6 @@ if mode == "die":                        # once the weights are written
     gguf_base.save_torch_state_dict = save_and_die
 print("path", gguf_base.converted_base(gguf, cache_dir, torch.float32, announce))
 """
-
-
-def child(code: str, *arguments) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
 
 
 @pytest.mark.timeout(600)
@@ -259,26 +277,3 @@ def test_killed_midway(tmp_path):
     out, lines = convert(gguf, cache_dir)
     assert left.name.startswith(f".{out.name}.") and len(lines) == 1 and not alive.exists()
     assert_same_model(gguf, out, torch.float32)
-
-
-MEMORY = """
-import re, sys
-from pathlib import Path
-import gguf, torch, transformers.models.llama.modeling_llama
-import transformers.modeling_gguf_pytorch_utils
-from dlora.base import gguf as gguf_base
-def anonymous():
-    text = Path("/proc/self/smaps_rollup").read_text()
-    return int(re.search(r"Anonymous: +(\\d+)", text)[1]) * 1024
-before = anonymous()
-gguf_base.converted_base(Path(sys.argv[1]), Path(sys.argv[2]), torch.float32, lambda line: None)
-print(anonymous() - before)
-"""
-
-
-@pytest.mark.timeout(600)
-def test_the_memory_of_a_conversion_is_returned(real_file, tmp_path):
-    """Of 538 MB in float32, before the process reads its share."""
-    process = child(MEMORY, real_file, tmp_path)
-    left = int(process.communicate()[0])
-    assert process.returncode == 0 and left < 100 * 10**6
