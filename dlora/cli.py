@@ -1,4 +1,4 @@
-"""What the small commands (export, generate) share: their parser, and finding base and adapter."""
+"""Shared by the commands export and generate: their parser, and finding the base of an adapter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dlora.errors import UsageError
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse with an error of one line in place of its usage text."""
+    """argparse, with an error of one line instead of its usage text."""
 
     def __init__(self, prog: str, description: str) -> None:
         super().__init__(prog, description=description, allow_abbrev=False)
@@ -24,7 +24,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 @contextmanager
 def naming_base(option: str) -> Iterator[None]:
-    """Inside, what is wrong with the base is said of `option`; there is no `model.path` here."""
+    """Inside, errors about the base name `option`; these commands have no `model.path`."""
     try:
         yield
     except UsageError as error:
@@ -39,10 +39,16 @@ def chosen_base(
     trust_remote_code: bool,
     announce: Callable[[str], None],
 ) -> tuple[BaseModel, str]:
-    """The base of `--base`, or else the one that the adapter records, and how to call it in errors.
+    """Find the base of `--base`, or else the one that the adapter records.
 
     Args:
-        dtype: of the base; None takes the run's that a checkpoint records, else bfloat16.
+        override: `--base`.
+        source: the adapter.
+        dtype: of the base; None: the one that a checkpoint records, else bfloat16.
+        announce: gets a line when a `.gguf` file is converted.
+
+    Returns:
+        The base, and its name in errors.
     """
     recorded = source.base if source else BaseReference()
     option = "--base"
@@ -54,7 +60,7 @@ def chosen_base(
         option = f"the base of {source.directory} (--base overrides it)"
     path = override or recorded.path
     assert path is not None
-    # A revision belongs to the base that was recorded, a place for conversions to any.
+    # The recorded revision belongs to the recorded base; a place for conversions serves any.
     revision = recorded.revision if path == recorded.path else None
     if trust_remote_code and path.endswith(".gguf"):
         raise UsageError("--trust-remote-code cannot act: a .gguf file brings no code")

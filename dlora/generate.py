@@ -1,6 +1,7 @@
 """`python -m dlora.generate`: try an adapter, or a base, on a prompt.
 
-Standard output holds the answer and nothing else, as it is generated; messages go to stderr.
+The answer is printed to standard output as it is generated, and nothing else; messages are printed
+to standard error.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ def main(argv: list[str]) -> int:
         source,
         dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,
-        announce=say,
+        announce=report,
     )
     with naming_base(option):
         tokenizer, skeleton = base.tokenizer(), base.skeleton()
     encoded = encode(tokenizer, args.prompt, args.system)
     if source is not None:
-        source.attach_to(skeleton)  # what does not fit is said before weights are read
+        source.attach_to(skeleton)  # an adapter that does not fit fails before weights are read
     with naming_base(option):
         model = _loaded(base)
     if source is not None:
@@ -48,16 +49,16 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def say(line: str) -> None:
-    """A message beside the answer."""
+def report(line: str) -> None:
+    """Print a message to standard error."""
     print(line, file=sys.stderr, flush=True)
 
 
 def encode(tokenizer: Any, prompt: str, system: str | None) -> torch.Tensor:
-    """Token ids [1, T] of the conversation up to the answer; of the bare text without a template.
+    """Token ids [1, T] of the conversation up to the answer; without a template, of the text alone.
 
     Raises:
-        UsageError: there is a system prompt and the tokenizer has no place for one.
+        UsageError: the prompt has no tokens, or the tokenizer's template takes no system prompt.
     """
     if not tokenizer.chat_template:
         if system is not None:
@@ -100,7 +101,7 @@ def _answer(
         raise UsageError(f"--prompt: has {ids.shape[1]} tokens, and the base takes {limit} in all")
     if limit is not None and ids.shape[1] + max_new_tokens > limit:
         max_new_tokens = limit - ids.shape[1]
-        say(f"the base takes {limit} tokens in all: the answer has {max_new_tokens} at most")
+        report(f"the base takes {limit} tokens in all: the answer has {max_new_tokens} at most")
     ids = ids.to(next(model.parameters()).device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
     with inference(model):

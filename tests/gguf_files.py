@@ -84,12 +84,18 @@ def write_gguf(
             array = values[name]
         blocks = len(shape) > 1 and shape[-1] % 32 == 0
         kind = types[number % len(types)] if blocks else F32
-        writer.add_tensor(name, quantize(array, kind), raw_dtype=kind)
+        writer.add_tensor(name, quantized(array, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def quantized(array: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    if kind == GGMLQuantizationType.Q8_1:  # of which nothing makes floats again
+        return np.zeros((*array.shape[:-1], array.shape[-1] // 32 * 40), np.uint8)
+    return quantize(array, kind)
 
 
 def layered(*layers: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -103,7 +109,7 @@ def layered(*layers: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     return {**ends, **blocks}
 
 
-def tiny_llama(path: Path, untied: bool = False, **options) -> Path:
+def tiny_llama(path: Path, untied: bool = False, types: tuple = (), **options) -> Path:
     tensors = layered(*[ATTENTION | DENSE] * LAYERS)
     if untied:
         tensors["output.weight"] = (VOCABULARY, HIDDEN)
@@ -114,7 +120,7 @@ def tiny_llama(path: Path, untied: bool = False, **options) -> Path:
         options.pop("architecture", "llama"),
         numbers | options.pop("numbers", {}),
         tensors | options.pop("tensors", {}),
-        (kinds.Q4_0, kinds.F16, kinds.Q8_0, kinds.Q5_1, F32),
+        types or (kinds.Q4_0, kinds.F16, kinds.Q8_0, kinds.Q5_1, F32),
         **options,
     )
 
@@ -143,8 +149,8 @@ def tiny_qwen3moe(path: Path) -> Path:
     return write_gguf(path, "qwen3moe", numbers, tensors, (GGMLQuantizationType.Q8_0, F32))
 
 
-def tiny_lfm2(path: Path) -> Path:
-    """The native path: a convolution layer and an attention layer."""
+def tiny_lfm2(path: Path, types: tuple = (F32, GGMLQuantizationType.Q8_0)) -> Path:
+    """The native path: a convolution layer, an attention layer and a tensor that is in neither."""
     norms = {"attn_q_norm": (16,), "attn_k_norm": (16,)}
     convolution = {
         "attn_norm": (HIDDEN,),
@@ -155,62 +161,9 @@ def tiny_lfm2(path: Path) -> Path:
     }
     tensors = layered(convolution | DENSE, ATTENTION | norms | DENSE)
     tensors["token_embd_norm.weight"] = tensors.pop("output_norm.weight")
+    tensors = {"blk.0.extra.weight": (HIDDEN,), **tensors}
     numbers = COMMON | {"attention.head_count_kv": [0, 2], "shortconv.l_cache": 3}
-    return write_gguf(path, "lfm2", numbers, tensors, (F32, GGMLQuantizationType.Q8_0))
-
-
-def tiny_qwen35moe(path: Path, kinds: tuple[GGMLQuantizationType, ...] = ()) -> Path:
-    """The native path with stacked experts, reordered heads and a block that the model lacks."""
-    linear = {
-        "attn_norm": (HIDDEN,),
-        "post_attention_norm": (HIDDEN,),
-        "attn_qkv": (128, HIDDEN),
-        "attn_gate": (64, HIDDEN),
-        "ssm_alpha": (4, HIDDEN),
-        "ssm_beta": (4, HIDDEN),
-        "ssm_a": (4,),
-        "ssm_dt.bias": (4,),
-        "ssm_norm": (16,),
-        "ssm_conv1d": (128, 4),
-        "ssm_out": (HIDDEN, 64),
-    }
-    attention = {name: shape for name, shape in ATTENTION.items() if name != "ffn_norm"}
-    attention |= {"attn_q": (2 * HIDDEN, HIDDEN), "post_attention_norm": (HIDDEN,)}
-    attention |= {"attn_q_norm": (16,), "attn_k_norm": (16,)}
-    experts = {
-        "ffn_gate_inp": (4, HIDDEN),
-        "ffn_gate_exps": (4, 32, HIDDEN),
-        "ffn_up_exps": (4, 32, HIDDEN),
-        "ffn_down_exps": (4, HIDDEN, 32),
-        "ffn_gate_inp_shexp": (HIDDEN,),
-        "ffn_gate_shexp": (32, HIDDEN),
-        "ffn_up_shexp": (32, HIDDEN),
-        "ffn_down_shexp": (HIDDEN, 32),
-    }
-    numbers = COMMON | {
-        "block_count": 3,
-        "nextn_predict_layers": 1,
-        "full_attention_interval": 2,
-        "attention.key_length": 16,
-        "ssm.conv_kernel": 4,
-        "ssm.state_size": 16,
-        "ssm.group_count": 2,
-        "ssm.time_step_rank": 4,
-        "ssm.inner_size": 64,
-        "rope.dimension_sections": [1, 1, 0, 0],
-        "rope.dimension_count": 4,
-        "expert_count": 4,
-        "expert_used_count": 2,
-        "expert_feed_forward_length": 32,
-        "expert_shared_feed_forward_length": 32,
-    }
-    del numbers["feed_forward_length"]
-    tensors = layered(linear | experts, attention | experts, {"nextn.eh_proj": (64, 128)})
-    tensors["blk.0.ssm_a"] = tensors.pop("blk.0.ssm_a.weight")
-    tensors["output.weight"] = (VOCABULARY, HIDDEN)
-    decay = -np.linspace(0.5, 4, 4, dtype=np.float32)  # stored as -exp(A_log)
-    kinds = kinds or (GGMLQuantizationType.Q8_0,)
-    return write_gguf(path, "qwen35moe", numbers, tensors, kinds, values={"blk.0.ssm_a": decay})
+    return write_gguf(path, "lfm2", numbers, tensors, types)
 
 
 def tiny_bloom(path: Path, twin: str) -> Path:

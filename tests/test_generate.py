@@ -124,19 +124,26 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_one_line(mistake, bases, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def site(bases, tmp_path_factory) -> Path:
+    """The files that the mistakes name."""
+    site = tmp_path_factory.mktemp("site")
     for name, base in {"A": str(bases("llama")), "gone": "./old/base", "nameless": None}.items():
-        settings = plain_adapter(bases, Path(name)) / "adapter_config.json"
+        settings = plain_adapter(bases, site / name) / "adapter_config.json"
         raw = json.loads(settings.read_text()) | {"base_model_name_or_path": base}
         settings.write_text(json.dumps(raw))
-    for name in ("B", "gpt2"):
-        Path(name).symlink_to(bases("llama" if name == "B" else name))
-    Path("vit").mkdir()
-    Path("vit/config.json").write_text('{"model_type": "vit"}')
+    (site / "B").symlink_to(bases("llama"))
+    (site / "gpt2").symlink_to(bases("gpt2"))
+    (site / "vit").mkdir()
+    (site / "vit/config.json").write_text('{"model_type": "vit"}')
     for file in bases("llama").glob("tokenizer*"):
-        shutil.copy(file, "vit")
+        shutil.copy(file, site / "vit")
+    return site
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_line(mistake, site, monkeypatch, capsys):
+    monkeypatch.chdir(site)
     words, message = MISTAKES[mistake]
     with pytest.raises(UsageError) as caught:
         main(words)

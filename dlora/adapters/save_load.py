@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dlora.adapters.peft_format import PREFIX, adalora_files, lora_files, peft_slots
 from dlora.api import attach
-from dlora.errors import UsageError
+from dlora.errors import UsageError, and_more
 from dlora.io.files import inside, read_object, write_atomically
 from dlora.io.safetensors import FLOATS, StoredTensor, stored_tensors
 from dlora.lora.attach import attachment_of, frozen_tensors, named_adapters
@@ -148,7 +148,7 @@ def check_shapes(
     missing, extra = expected.keys() - stored.keys(), stored.keys() - expected.keys()
     if missing or extra:
         what, keys = ("lacks", missing) if missing else ("has the unexpected", extra)
-        raise UsageError(f"{path}: {what} {_some(keys)}")
+        raise UsageError(f"{path}: {what} {and_more(sorted(keys))}")
     for key, slot in expected.items():
         if tuple(stored[key]) != slot.shape:
             raise UsageError(
@@ -252,8 +252,3 @@ def _same_base(stored: StoredTensor, base: Tensor) -> bool:
         return True
     copy = stored.rows().to(base.device)
     return torch.equal(copy.to(base.dtype), base) or torch.equal(base.to(copy.dtype), copy)
-
-
-def _some(keys: set[str]) -> str:
-    ordered = sorted(keys)
-    return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")

@@ -1,85 +1,220 @@
-"""A `.gguf` file becomes an ordinary Hugging Face model directory, once, tensor by tensor.
+"""A `.gguf` file becomes an ordinary Hugging Face model directory, once.
 
-transformers reads safetensors part by part, but a GGUF file only whole, and no rank may hold the
-whole base. So the first rank that comes writes the directory, and the others wait for it:
+transformers reads parts of safetensors files, but a GGUF file only whole, and training needs parts:
+no rank holds the whole base. So one process converts the file, and the other ranks wait for it:
 
-    model.gguf --lock--> NAME-KEY.tmp/ (config, tokenizer, model-0000i-of-N.safetensors, marker)
-                           --fsync, rename--> NAME-KEY/ --> from_pretrained on every rank
+    model.gguf --lock--> .NAME-KEY.PID.tmp/  config, tokenizer, weights, list of the files
+                           --fsync, rename--> NAME-KEY/ --> every rank reads its part
 
-KEY is a hash of the file's content, the dtype and the versions of what converts. A directory
-without the ending `.tmp` is complete, because it only gets its name once all of it is on the disk.
-What the file's tensors mean is `gguf_tensors`' part.
+That process holds the whole model while it converts. KEY is a hash of the file's content, the dtype
+and the versions of the libraries that convert. A directory without the ending `.tmp` is complete,
+because it gets its name last.
 """
 
+from __future__ import annotations
+
+import contextlib
+import functools
 import gc
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import filelock
+import gguf
 import torch
-import transformers
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from huggingface_hub import save_torch_state_dict
+from transformers import PreTrainedModel
 
-from dlora.base.gguf_tensors import GgufSource, open_gguf, some
-from dlora.errors import UsageError
-from dlora.io.files import sync
+from dlora.base.weight_files import FILE_LIST, check_loaded
+from dlora.errors import UsageError, and_more, dtype_name
+from dlora.io.files import new_directory
 from dlora.runtime.memory import trim
 
-FORMAT = 1  # raise it when what is written here changes, so that old directories are left alone
-SHARD_BYTES = 256 * 10**6  # converted tensors held in memory before they go to a file
+CONVERSION = 2  # raise it when what is written here changes, so that old directories are not used
 WHOLE_HASH_BYTES = 1 << 30  # files up to this size are hashed whole, larger ones by samples
 SAMPLE_BYTES, SAMPLES = 1 << 20, 64
-MARKER = "dlora_base.json"
 
 
 def converted_base(
-    gguf: Path, cache_dir: Path, dtype: torch.dtype, announce: Callable[[str], None]
+    path: Path, cache_dir: Path, dtype: torch.dtype, announce: Callable[[str], None]
 ) -> Path:
-    """The Hugging Face model directory for `gguf` in `dtype`, converted now unless it exists.
+    """Convert a GGUF file, unless its conversion exists.
 
-    Any number of processes may call this at once: one converts, the others wait and get the same
-    path. `announce` gets a line when something is written. What the user can fix is a `UsageError`
-    that names `model.path` or `model.cache_dir`.
+    Any number of processes may call this at once: one converts, the others wait.
+
+    Args:
+        path: the `.gguf` file.
+        cache_dir: where conversions are stored; made if need be.
+        dtype: of the converted weights.
+        announce: gets a line when something is written.
+
+    Returns:
+        The Hugging Face model directory.
+
+    Raises:
+        UsageError: the file cannot be converted, or the directory not be written.
     """
-    gguf, cache_dir = gguf.expanduser().absolute(), cache_dir.expanduser().absolute()
-    key = _content_key(gguf, dtype)
-    stem = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in gguf.stem)
+    path, cache_dir = path.expanduser().absolute(), cache_dir.expanduser().absolute()
+    key = _content_key(path, dtype)
+    stem = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in path.stem)
     target = cache_dir / f"{stem[:80]}-{key[:20]}"
-    if _is_finished(target, key):  # before any lock: a cache may be shared and read-only
+    if _is_whole(target):  # before any lock: a cache may be shared and read-only
         return target
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(cache_dir)
         with _lock(target):
-            if not _is_finished(target, key):
-                _remove_leftovers(cache_dir, target)
-                _convert(gguf, target, dtype, key, announce)
-    except (OSError, SafetensorError) as error:
+            if not _is_whole(target):
+                shutil.rmtree(target, ignore_errors=True)
+                with new_directory(target) as folder:
+                    _convert(path, folder, target, dtype, announce)
+                    if _content_key(path, dtype) != key:
+                        raise UsageError(f"model.path: {path} changed while it was being converted")
+    except OSError as error:
         raise UsageError(
             f"model.cache_dir: cannot write the converted base under {cache_dir}: {error}"
         ) from error
+    finally:
+        gc.collect()
+        trim()
     return target
 
 
-def _content_key(gguf: Path, dtype: torch.dtype) -> str:
-    """SHA-256 of the content and of all else that the result depends on.
+def gguf_skeleton(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a GGUF file on the meta device, by the file's header.
+
+    Raises:
+        UsageError: the header cannot be read, or transformers has no such model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.integrations.gguf import read_gguf_metadata
+
+    with _reading(path):
+        metadata, _ = read_gguf_metadata(str(path))
+        if (parts := metadata.get("split.count", 1)) > 1:
+            raise UsageError(
+                f"model.path: {path} is one of {parts} parts; join them with "
+                "llama-gguf-split --merge"
+            )
+        config = AutoConfig.from_pretrained(str(path.parent), gguf_file=str(path))
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def _convert(
+    path: Path, folder: Path, target: Path, dtype: torch.dtype, announce: Callable[[str], None]
+) -> None:
+    """Write the model into `folder`, which is empty, so that no file beside `path` matters."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    place: dict[str, Any] = {"gguf_file": str(path), "local_files_only": True}
+    with _parsed_once():
+        skeleton = gguf_skeleton(path, dtype)
+        nbytes = sum(p.numel() for p in skeleton.parameters()) * dtype.itemsize
+        free = shutil.disk_usage(folder).free
+        if nbytes > free:
+            raise UsageError(
+                f"model.cache_dir: {target.parent} has {free / 1e6:.0f} MB free, and the base of "
+                f"{path.name} in {dtype_name(dtype)} needs {nbytes / 1e6:.0f} MB"
+            )
+        announce(
+            f"converting {path} to {dtype_name(dtype)} under {target} ({nbytes / 1e6:.0f} MB), "
+            "once; the whole model is in this process's memory meanwhile"
+        )
+        with _reading(path), contextlib.redirect_stderr(io.StringIO()):  # a progress bar
+            tokenizer = AutoTokenizer.from_pretrained(folder, **place)
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder,
+                **place,
+                dtype=dtype,
+                quantization_config=GgufConfig(dequantize=True),
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    check_loaded(str(path), found)
+    if unused := sorted(found["unexpected_keys"]):
+        announce(f"{path.name}: the model has no place for {and_more(unused, 3)}; left out")
+    _make_plain(model, skeleton, tokenizer)
+    try:
+        tokenizer.save_pretrained(folder)
+        model.config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+        # The model's own `save_pretrained` would import deepspeed where it is installed.
+        save_torch_state_dict(
+            model.state_dict(), folder, shared_tensors_to_discard=list(model.all_tied_weights_keys)
+        )
+    except Exception as error:  # each library has its own exceptions for a full disk
+        raise OSError(error) from error
+    for file in folder.glob("*.safetensors"):  # safetensors made them for this user only
+        shutil.copymode(folder / "config.json", file)
+    (folder / FILE_LIST).write_text(json.dumps(_sizes(folder), indent=2))
+
+
+def _make_plain(model: Any, skeleton: Any, tokenizer: Any) -> None:
+    """Remove what says that the model was quantized, and how and where it was read."""
+    model.config.architectures = [type(model).__name__]
+    for attribute in ("quantization_config", "_model_name_or_path"):
+        model.config.__dict__.pop(attribute, None)
+    for argument in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(argument, None)
+    for name, twin in skeleton.all_tied_weights_keys.items():
+        if model.get_parameter(name) is not model.get_parameter(twin):  # the file has both
+            model.config.tie_word_embeddings = False
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Inside, any exception means that the file is at fault: the parsers raise all kinds."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"model.path: {path} is truncated or damaged, or transformers cannot convert it: "
+            f"{str(error).strip() or type(error).__name__}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Inside, a GGUF file is parsed once and a name table built once.
+
+    transformers parses the file once for the configuration, the tokenizer and the weights each, and
+    builds the name table in every submodule: two thirds of the time that a small model takes.
+    """
+    reader, name_table = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader = functools.cache(reader)  # type: ignore[assignment, misc]
+    gguf.get_tensor_name_map = functools.cache(name_table)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = reader, name_table  # type: ignore[misc]
+
+
+def _content_key(path: Path, dtype: torch.dtype) -> str:
+    """SHA-256 (hex) of the content and of all else that the result depends on.
 
     A file of up to 1 GiB is hashed whole, so that a copy finds its conversion. Every rank does this
     at every start, so of a larger one only samples are read, head and tail among them, and its date
     stands in for the rest.
     """
     try:
-        with gguf.open("rb") as file:
+        with path.open("rb") as file:
             if (magic := file.read(4)) != b"GGUF":
-                raise UsageError(f"model.path: {gguf} is no GGUF file: it begins with {magic!r}")
+                raise UsageError(f"model.path: {path} is no GGUF file: it begins with {magic!r}")
             stat = os.fstat(file.fileno())
-            versions = (transformers.__version__, importlib.metadata.version("gguf"))
-            digest = hashlib.sha256(repr((FORMAT, *versions, str(dtype), stat.st_size)).encode())
+            versions = [importlib.metadata.version(name) for name in ("transformers", "gguf")]
+            digest = hashlib.sha256(
+                repr((CONVERSION, *versions, str(dtype), stat.st_size)).encode()
+            )
             if stat.st_size <= WHOLE_HASH_BYTES:
                 while block := file.read(SAMPLE_BYTES):
                     digest.update(block)
@@ -90,119 +225,29 @@ def _content_key(gguf: Path, dtype: torch.dtype) -> str:
                 digest.update(file.read(SAMPLE_BYTES))
             return digest.hexdigest()
     except OSError as error:
-        raise UsageError(f"model.path: cannot read {gguf}: {error.strerror}") from error
+        raise UsageError(f"model.path: cannot read {path}: {error.strerror}") from error
 
 
-def _is_finished(target: Path, key: str) -> bool:
-    """Whether `target` holds every file that its marker lists, in the length that was written."""
+def _sizes(folder: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+
+
+def _is_whole(target: Path) -> bool:
+    """Whether `target` has every file of its list, in the length that was written."""
     try:
-        marker = json.loads((target / MARKER).read_text())
-        sizes = {name: (target / name).stat().st_size for name in marker["files"]}
-        return marker["key"] == key and sizes == marker["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return json.loads((target / FILE_LIST).read_text()).items() <= _sizes(target).items()
+    except (OSError, ValueError, AttributeError):
         return False
 
 
 def _lock(target: Path, timeout: float = -1) -> filelock.BaseFileLock:
-    """Held while `target` or its temporary directory is written; a dying process lets go of it."""
+    """Held while `target` is written; the kernel releases it when the process dies."""
     return filelock.FileLock(f"{target}.lock", timeout=timeout)
 
 
-def _remove_leftovers(cache_dir: Path, target: Path) -> None:
-    """Removes a damaged `target` and what dead converters left. The caller holds the lock."""
-    shutil.rmtree(target, ignore_errors=True)
-    for temporary in cache_dir.glob("*.tmp"):
-        owner = temporary.with_suffix("")
-        if owner == target:
-            shutil.rmtree(temporary)
-            continue
-        try:
-            with _lock(owner, timeout=0):
-                shutil.rmtree(temporary, ignore_errors=True)
-        except filelock.Timeout:
-            pass  # that converter is alive
-
-
-def _convert(
-    gguf: Path, target: Path, dtype: torch.dtype, key: str, announce: Callable[[str], None]
-) -> None:
-    """Writes `target` under a temporary name; whatever goes wrong, nothing of it stays."""
-    temporary = target.with_name(f"{target.name}.tmp")
-    temporary.mkdir()
-    try:
-        source = open_gguf(gguf, temporary, dtype)
-        gc.collect()
-        trim()
-        model, dtype_name = source.model, str(dtype).removeprefix("torch.")
-        need, free = _stored_bytes(source, dtype), shutil.disk_usage(temporary).free
-        if need > free:
-            raise UsageError(
-                f"model.cache_dir: {target.parent} has {free / 1e6:.0f} MB free, and the base of "
-                f"{gguf.name} in {dtype_name} needs {need / 1e6:.0f} MB"
-            )
-        size = f"{need / 1e6:.0f} MB"
-        announce(f"converting {gguf} to {dtype_name} under {target} ({size}), once")
-        _write_weights(source, temporary, dtype)
-        if source.unused:
-            announce(f"{gguf.name}: the model has no place for {some(source.unused)}; left out")
-        model.config.save_pretrained(temporary)
-        if model.can_generate() and model.generation_config is not None:
-            model.generation_config.save_pretrained(temporary)
-        if _content_key(gguf, dtype) != key:
-            raise UsageError(f"model.path: {gguf} changed while it was being converted")
-        _write_marker(temporary, key)
-        os.rename(temporary, target)
-        sync(target.parent)
-        gc.collect()
-        trim()
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _stored_bytes(source: GgufSource, dtype: torch.dtype) -> int:
-    """What the weights will take on the disk; tied ones are one parameter and count once."""
-    return sum(p.numel() for p in source.model.parameters()) * dtype.itemsize
-
-
-def _write_weights(source: GgufSource, folder: Path, dtype: torch.dtype) -> None:
-    """All tensors as `model-0000i-of-N.safetensors` of about `SHARD_BYTES`, and their index."""
-    shards: list[list[str]] = []
-    held: dict[str, torch.Tensor] = {}
-    total = 0
-
-    def flush() -> None:
-        save_file(held, folder / f"part-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(held))
-        held.clear()
-
-    for name, tensor in source.tensors(dtype):
-        if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > SHARD_BYTES:
-            flush()
-        # a slice of something larger would keep all of that in memory
-        whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-        held[name] = tensor if whole else tensor.contiguous().clone()
-        total += tensor.nbytes
-        del tensor
-    flush()
-    weight_map = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        os.rename(folder / f"part-{number}", folder / file)
-        weight_map.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    index_file = folder / "model.safetensors.index.json"
-    index_file.write_text(json.dumps(index, indent=2))
-    for file in set(weight_map.values()):  # safetensors made them for this user only
-        shutil.copymode(index_file, folder / file)
-
-
-def _write_marker(folder: Path, key: str) -> None:
-    """The list by which `_is_finished` knows the directory; written after everything else."""
-    files = {}
-    for file in sorted(folder.iterdir()):
-        files[file.name] = file.stat().st_size
-        sync(file)
-    (folder / MARKER).write_text(json.dumps({"key": key, "files": files}, indent=2))
-    sync(folder / MARKER)
-    sync(folder)
+def _remove_leftovers(cache_dir: Path) -> None:
+    """Delete what converters that died left, of any file."""
+    for temporary in cache_dir.glob(".*.tmp"):
+        owner = temporary.name[1:].rsplit(".", 2)[0]
+        with contextlib.suppress(filelock.Timeout), _lock(cache_dir / owner, timeout=0):
+            shutil.rmtree(temporary, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What a base is, whatever it is called: its configuration and a sample of its weights."""
+"""The identity of a base, whatever its path: its configuration and a sample of its weights."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dlora.base.model import BaseModel
-from dlora.base.weight_files import are_at_hand, weight_files
+from dlora.base.source import BaseSource
+from dlora.base.weight_files import are_local, weight_files
 from dlora.io.safetensors import StoredTensor, stored_tensors
 
 SAMPLED_TENSORS = 64
 SAMPLED_BYTES = 4096  # of each, in the middle
-# Of transformers' configuration: where the files lay and what wrote them.
-_ELSEWHERE = {"_name_or_path", "transformers_version", "_commit_hash", "dtype", "torch_dtype"}
+# Keys of transformers' configuration that name the files' place and writer, not the model.
+_NOT_IDENTITY = {"_name_or_path", "transformers_version", "_commit_hash", "dtype", "torch_dtype"}
 
 
-def identity(base: BaseModel, skeleton: Any) -> str | None:
-    """SHA-256 (hex) of a base whose files are on this machine; None where they are yet to come.
+def identity(base: BaseSource, skeleton: Any) -> str | None:
+    """SHA-256 (hex) of a base whose files are on this machine; None: not downloaded yet.
 
-    Covered are the configuration, names, types and shapes of all tensors, and bytes of up to 64 of
-    them, so that a fine-tuned model, or another one of the same shape, is told apart for a few
-    reads. The type that it is loaded in is an option of the run, and not covered.
+    It covers the configuration, the names, types and shapes of all tensors, and bytes of up to 64
+    of them, so that a few reads distinguish a fine-tuned model, or another one of the same shape.
+    It does not cover the dtype in which the base is loaded, which is an option of the run.
     """
-    if not are_at_hand(base):
+    if not are_local(base):
         return None
     digest = hashlib.sha256()
-    config = {k: v for k, v in skeleton.config.to_dict().items() if k not in _ELSEWHERE}
+    config = {k: v for k, v in skeleton.config.to_dict().items() if k not in _NOT_IDENTITY}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     tensors: dict[str, StoredTensor] = {}
     for file in weight_files(base):

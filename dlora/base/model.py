@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlora.base.gguf import converted_base
+from dlora.base.packed_reader import StoredPackedWeights
 from dlora.base.quantize import Quantized, quantize_as_set
+from dlora.base.reader import StoredWeights
+from dlora.base.source import BaseSource
+from dlora.base.weight_files import are_local, check_files, check_loaded
 from dlora.errors import UsageError
 from dlora.runtime.memory import trim
 from dlora.sharding.engines.protocol import Engine
@@ -29,19 +34,15 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
-class BaseModel:
-    """Where a base comes from; nothing is read until a method is called.
+class BaseModel(BaseSource):
+    """A base and how to load it; nothing is read until a method is called.
 
-    Args:
-        path: as the user wrote it; adapters record it.
-        source: the directory or hub id that transformers reads.
-        quantization: how `load` packs the linear layers of the blocks, `"none"` if it does not.
+    Attributes:
+        trust_remote_code: run the Python code that comes with the base.
+        attn_implementation: as in transformers' `from_pretrained`.
+        quantization: how `load` packs the linear layers of the blocks; `"none"`: not at all.
     """
 
-    path: str
-    source: str
-    dtype: torch.dtype
-    revision: str | None = None
     trust_remote_code: bool = False
     attn_implementation: str = "sdpa"
     quantization: str = "none"
@@ -65,7 +66,7 @@ class BaseModel:
         from transformers import AutoModelForCausalLM
 
         config = self.config()
-        with torch.device("meta"), _said_of(self.path):
+        with torch.device("meta"), _naming_path(self.path):
             return AutoModelForCausalLM.from_config(
                 config,
                 dtype=self.dtype,
@@ -82,9 +83,12 @@ class BaseModel:
         return quantize_as_set(skeleton, self.quantization)
 
     def load(self, engine: Engine, device: torch.device, left: Any = None) -> nn.Module:
-        """The model with this rank's share of the weights, packed or in `dtype`, frozen.
+        """Load this rank's share of the weights, packed or in `dtype`, frozen.
 
-        `left` is what is packed of a weight, where that is not all: see `StoredPackedWeights`.
+        Args:
+            engine: decides which share that is.
+            device: of the loaded weights.
+            left: as for `StoredPackedWeights`.
 
         Raises:
             UsageError: on every rank, before a weight is read, if a rank would get none of a
@@ -95,36 +99,35 @@ class BaseModel:
         with dropping_mapped_pages():
             model = engine.load(weights, device)
             own_storage(model)
-        trim()  # blocks that were read and cast are free, and the heap would keep them
+        trim()  # blocks that were read and cast are free, but still part of the heap
         return model.requires_grad_(False)
 
     def check_stored(self, skeleton: Any) -> None:
-        """See from the headers of the base's files that they are whole and fit the configuration.
+        """Check by the headers of the base's files that they are whole and fit the configuration.
 
-        Nothing is brought from a hub for this, and a base that is quantized in its files is left to
-        transformers. The skeleton is on the meta device, without adapters.
+        Nothing is downloaded for this. transformers checks a base that is quantized in its files.
+
+        Args:
+            skeleton: the model on the meta device, without adapters.
 
         Raises:
-            UsageError: there are no weights, they are damaged, they are another model's, or they
-                are quantized and to be packed as well.
+            UsageError: there are no weights, they are damaged or another model's, or the files are
+                quantized and `quantization` is set as well.
         """
-        from dlora.base.reader import StoredWeights
-        from dlora.base.weight_files import are_at_hand, check_files
-
         if getattr(skeleton.config, "quantization_config", None) is not None:
             if self.quantization != "none":
                 raise UsageError(
                     f"model.quantization: {self.quantization} packs plain floats, and {self.path} "
                     "is quantized already; set model.quantization: none"
                 )
-        elif are_at_hand(self):
+        elif are_local(self):
             StoredWeights(self, skeleton)
-        if are_at_hand(self):
+        if are_local(self):
             check_files(self)
 
     def _reading(self, read: Callable[..., Any], **kwargs: Any) -> Any:
         """Call a `from_pretrained` on the source."""
-        with _said_of(self.path):
+        with _naming_path(self.path):
             return read(
                 self.source,
                 revision=self.revision,
@@ -134,7 +137,7 @@ class BaseModel:
 
 
 class BaseWeights:
-    """The weights of a base in the two ways in which engines ask for them."""
+    """The weights of a base, for an engine: all of them from transformers, or range by range."""
 
     def __init__(self, base: BaseModel, left: Any = None) -> None:
         self._base, self._left = base, left
@@ -142,15 +145,16 @@ class BaseWeights:
         self.element_wise = base.quantization != "none"
 
     def from_pretrained(self, **sharding: Any) -> nn.Module:
-        """transformers' own loading; its arguments may let it read a part only.
+        """Load the model with transformers.
+
+        Args:
+            sharding: arguments by which transformers reads a part only.
 
         Raises:
-            UsageError: the files lack a parameter or hold it in another shape; transformers would
-                draw it at random. Files at hand are checked before (`check_stored`).
+            UsageError: the files lack a parameter or have it in another shape; transformers would
+                initialise it at random. Local files are checked earlier (`check_stored`).
         """
         from transformers import AutoModelForCausalLM
-
-        from dlora.base.weight_files import check_files
 
         check_files(self._base)
         model, found = self._base._reading(
@@ -162,19 +166,13 @@ class BaseWeights:
             output_loading_info=True,
             **sharding,
         )
-        if missing := sorted(found["missing_keys"]):
-            raise UsageError(f"model.path: the files of {self._base.path} hold no {missing[0]}")
-        for name, stored, wanted in sorted(found["mismatched_keys"]):
-            raise UsageError(
-                f"model.path: {self._base.path} holds {name} as {list(stored)}, where the model "
-                f"has {list(wanted)}"
-            )
+        check_loaded(self._base.path, found)
         return model
 
     def empty(self) -> nn.Module:
-        """The model on the meta device, packed, but for its buffers, which are computed or read.
+        """The packed model with parameters on the meta device and real buffers.
 
-        What transformers' `from_pretrained` does once every parameter has been read.
+        The same as transformers' `from_pretrained` does once every parameter has been read.
         """
         from transformers import GenerationConfig
 
@@ -198,21 +196,18 @@ class BaseWeights:
         return model.eval().requires_grad_(False)
 
     def read(self, name: str, start: int, out: Tensor) -> None:
-        """Fill `out` with the elements from `start` on of the flattened tensor `name`."""
+        """Fill `out` [n] with the elements [start, start + n) of the flattened tensor `name`."""
         self._stored.read(name, start, out)
 
     @functools.cached_property
     def _stored(self) -> Any:
-        from dlora.base.packed_reader import StoredPackedWeights
-        from dlora.base.reader import StoredWeights
-
         stored = StoredWeights(self._base, self.skeleton)
         return StoredPackedWeights(stored, self.skeleton, self._left)
 
 
 def check_experts_divide(skeleton: Any, placement: Placement) -> None:
     """Raise a `UsageError` if a rank would get no expert: transformers cannot stack none."""
-    if placement.engine != "fsdp2":  # flat partitions do not ask where an expert ends
+    if placement.engine != "fsdp2":  # flat partitions may cut an expert anywhere
         return
     ranks = placement.shard_size
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -236,8 +231,8 @@ def check_experts_divide(skeleton: Any, placement: Placement) -> None:
 
 
 @contextmanager
-def _said_of(path: str) -> Iterator[None]:
-    """Inside, what transformers cannot read or does not know becomes one line on `model.path`."""
+def _naming_path(path: str) -> Iterator[None]:
+    """Inside, an error of transformers becomes one line that names `model.path`."""
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -256,10 +251,17 @@ def find_base(
     quantization: str = "none",
     announce: Callable[[str], None] = print,
 ) -> BaseModel:
-    """A base from a hub id, a local directory or a `.gguf` file (converted once into `cache_dir`).
+    """Find a base by a hub id, a local directory or a `.gguf` file.
+
+    Args:
+        path: as the user wrote it.
+        dtype: a key of `DTYPES`.
+        cache_dir: where a `.gguf` file is converted to, once.
+        announce: gets a line when a file is converted.
 
     Raises:
-        UsageError: what looks like a path is not there; nothing is asked of the network then.
+        UsageError: `path` looks like a local path and does not exist, or a `.gguf` file cannot be
+            converted. The network is not used.
     """
     quiet_libraries()
     local = Path(path).expanduser()
@@ -267,8 +269,6 @@ def find_base(
     if local.suffix == ".gguf":
         if not local.is_file():
             raise UsageError(f"model.path: there is no file {path}")
-        from dlora.base.gguf import converted_base
-
         source = str(converted_base(local, Path(cache_dir).expanduser(), DTYPES[dtype], announce))
     elif local.is_dir():
         if not (local / "config.json").is_file():
@@ -284,7 +284,7 @@ def find_base(
 
 
 def quiet_libraries() -> None:
-    """Errors only from libraries whose progress bars and advice would bury dlora's own lines."""
+    """Silence the progress bars, advice and warnings of libraries; their errors remain."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

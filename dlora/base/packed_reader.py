@@ -1,9 +1,9 @@
-"""Codes and scales of packed weights, made of the weights in a base's files, rows by rows.
+"""Reads packed weights: rows of the base's files are packed as they are read.
 
-    file ── rows that hold the bytes asked for, in the base's dtype ── packed ── the bytes
+    file ── the rows that contain the requested bytes, in the base's dtype ── pack ── the bytes
 
-Rows are packed by themselves, so every rank makes what it holds and nothing else, and all of them
-together hold what packing the whole weight gives.
+Rows are packed independently of one another, so every rank packs its own rows only, and the ranks
+together have the same bytes as if the whole weight had been packed at once.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Left = Callable[[str, int, Tensor], Tensor]
 
 
 class StoredPackedWeights:
-    """Reads ranges of the flattened parameters of a model of which some weights are packed.
+    """Reads ranges of the flattened parameters of a model with packed weights.
 
     Args:
-        stored: the files, opened for the model before anything was packed.
-        model: with packed layers, on the meta device.
-        left: what is packed of rows of a weight, where that is not all: (path of the layer, first
-            row, rows) → rows.
+        stored: the files, opened for the model before its weights were packed.
+        model: the packed model, on the meta device.
+        left: computes what remains of rows of W0 when the adapters start from a part of it:
+            (path of the layer, first row, rows) → rows. None: W0 is packed as it is.
     """
 
     def __init__(self, stored: StoredWeights, model: nn.Module, left: Left | None = None) -> None:

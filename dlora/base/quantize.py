@@ -1,6 +1,6 @@
-"""Which weights of a model are packed: the linear layers of its blocks, but for what cannot be.
+"""Packs the weights of the linear layers in a model's blocks.
 
-Embeddings, output head, norms and biases stay as they are, as quantisation tools leave them.
+Embeddings, output head, norms and biases are not packed, as in other quantisation tools.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dlora.errors import UsageError
+from dlora.errors import UsageError, and_more
 from dlora.lora.layers import AdaptedLayer, host_kind
 from dlora.lora.targets import linear_paths
 from dlora.quant.formats import FORMATS
@@ -25,13 +25,14 @@ from dlora.sharding.engines.protocol import is_divided
 
 @dataclass(frozen=True)
 class Quantized:
-    """What `quantize` did.
+    """The result of `quantize`.
 
     Attributes:
         name: of the format.
         packed: paths of the layers whose weight is packed now.
-        weights, nbytes: how many weights that are, and what they take.
-        left: why others in the blocks are not packed, by path.
+        weights: number of packed weights.
+        nbytes: bytes of their codes and scales.
+        left: {path: why it is not packed} of other matrices in the blocks.
     """
 
     name: str
@@ -41,7 +42,7 @@ class Quantized:
     left: dict[str, str]
 
     def __str__(self) -> str:
-        """In a line."""
+        """A line for the user."""
         bits = 8 * self.nbytes / self.weights
         line = (
             f"{self.name}: {len(self.packed)} linear layers are packed, {self.weights / 1e6:,.1f} "
@@ -49,8 +50,7 @@ class Quantized:
         )
         for reason in dict.fromkeys(self.left.values()):
             paths = [path for path, why in self.left.items() if why == reason]
-            more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-            line += f"; not packed: {paths[0]}{more} ({reason})"
+            line += f"; not packed: {and_more(paths, 1)} ({reason})"
         return line
 
 
@@ -83,8 +83,8 @@ def quantize(model: nn.Module, quantization: str) -> Quantized:
         k, n = module.get_parameter("weight").shape
         if n % fmt.block:
             left[path] = f"its rows of {n} weights do not divide into blocks of {fmt.block}"
-        elif _is_kept_in_float32(model, path):
-            left[path] = "the model keeps it in float32"
+        elif _must_be_float32(model, path):
+            left[path] = "the model needs it in float32"
         elif uses[id(module.weight)] > 1:
             left[path] = "it shares its weight"
         else:
@@ -94,13 +94,13 @@ def quantize(model: nn.Module, quantization: str) -> Quantized:
             weights, nbytes = weights + k * n, nbytes + k * (fmt.code_bytes(n) + fmt.scale_bytes(n))
     if not packed:
         why = next(iter(left.items()), None)
-        told = f": {why[0]}: {why[1]}" if why else " in the blocks of this model"
-        raise UsageError(f"quantization: {quantization} cannot act on any linear layer{told}")
+        reason = f": {why[0]}: {why[1]}" if why else " in the blocks of this model"
+        raise UsageError(f"quantization: {quantization} cannot act on any linear layer{reason}")
     return Quantized(quantization, tuple(packed), weights, nbytes, left)
 
 
 def quantize_as_set(model: nn.Module, setting: str) -> Quantized | None:
-    """`quantize` by the value of `model.quantization`, which may be `"none"`."""
+    """`quantize` as `model.quantization` says; None where that is `"none"`."""
     if setting == "none":
         return None
     try:
@@ -114,7 +114,7 @@ class FrozenMatrix:
     """A frozen parameter of two dims or more, as its layer computes with it.
 
     Attributes:
-        transient: bytes of what is de-quantised for each of its products.
+        transient: bytes of its de-quantised copy during a product; 0: it is not packed.
     """
 
     shape: tuple[int, ...]
@@ -123,7 +123,7 @@ class FrozenMatrix:
 
 
 def frozen_matrices(model: nn.Module) -> Iterator[FrozenMatrix]:
-    """All of a model, a packed one with the shape and the dtype of what it stands for."""
+    """The frozen matrices of a model; a packed one with the shape and dtype of its weight."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if is_packed(module) and name in (CODES, SCALES):
@@ -141,7 +141,7 @@ def _linear_in_blocks(model: nn.Module) -> list[str]:
 
 
 def _not_linear(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Matrices of the blocks that belong to no linear layer."""
+    """(path, reason) of the matrices in the blocks that belong to no linear layer."""
     for path in block_lists(model):
         for name, parameter in model.get_submodule(path).named_parameters():
             if parameter.ndim > 2:
@@ -149,11 +149,11 @@ def _not_linear(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _uses(model: nn.Module) -> Counter[int]:
-    """Of each parameter, by its id: how many modules have it."""
+    """{id of a parameter: number of modules that have it}."""
     return Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
 
 
-def _is_kept_in_float32(model: Any, path: str) -> bool:
+def _must_be_float32(model: Any, path: str) -> bool:
     names = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
-    kept = {entry for name in names for entry in getattr(model, name, None) or ()}
-    return not kept.isdisjoint(path.split("."))
+    modules = {entry for name in names for entry in getattr(model, name, None) or ()}
+    return not modules.isdisjoint(path.split("."))

@@ -1,10 +1,10 @@
-"""Single elements of a base's parameters, read from its files without the rest.
+"""Reads ranges of a base's parameters from its files, without the rest.
 
-    file keys ── renamed ──────────────────────────── parameter: its bytes lie there
+    file keys ── renamed ──────────────────────────── parameter: its bytes are in the file
               └─ converted (stacked, fused, split) ── parameter: made by transformers' operations
 
-A parameter that has to be made exists whole while it is read, one at a time; of stacked experts
-only those that are wanted are read.
+A parameter that is converted is whole in memory while it is read, one at a time; of stacked
+experts only those in the range are read.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import Concatenate, MergeModulelist
 
-from dlora.base.model import BaseModel
-from dlora.base.weight_files import Source, sources_of_parameters, weight_files
-from dlora.errors import UsageError
+from dlora.base.source import BaseSource
+from dlora.base.weight_files import Origin, origins_of_parameters, weight_files
+from dlora.errors import UsageError, and_more
 from dlora.io.safetensors import FLOATS, StoredTensor, stored_tensors
 
 BLOCK_NUMEL = 1 << 22  # elements read at a time
@@ -33,18 +33,22 @@ BLOCK_NUMEL = 1 << 22  # elements read at a time
 class StoredWeights:
     """Reads ranges of the flattened parameters of a model.
 
-    Nothing but headers has been read when it is there, and they have what the model needs.
+    The constructor reads the files' headers and checks that they have what the model needs.
+
+    Args:
+        base: the files.
+        skeleton: the model on the meta device, unpacked and without adapters.
 
     Raises:
         UsageError: the base is quantized; there are no weights, or they are damaged; or the files
-            lack a parameter or hold it in another shape than the configuration says.
+            lack a parameter or have it in another shape than the configuration.
     """
 
-    def __init__(self, base: BaseModel, skeleton: PreTrainedModel) -> None:
+    def __init__(self, base: BaseSource, skeleton: PreTrainedModel) -> None:
         if getattr(skeleton.config, "quantization_config", None) is not None:
             raise UsageError(
-                f"model.path: {base.path} is quantized; what reads parts of it (engine zero3, and "
-                "model.quantization) needs plain floats"
+                f"model.path: {base.path} is quantized; engine zero3 and model.quantization read "
+                "parts of a base, and need plain floats"
             )
         self._skeleton = skeleton
         self._tensors: dict[str, StoredTensor] = {}
@@ -55,88 +59,86 @@ class StoredWeights:
             raise UsageError(f"model.path: {error}") from error
         expected = skeleton.state_dict()
         self._shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-        self._sources: dict[str, tuple[str, Source]] = {}
-        for name, source in sources_of_parameters(skeleton, self._tensors, expected).items():
-            for target, shape in self._made_shapes(name, source).items():
-                self._sources[target] = (name, source)
-                self._check_shape(target, shape, source)
+        self._origins: dict[str, tuple[str, Origin]] = {}
+        for name, origin in origins_of_parameters(skeleton, self._tensors, expected).items():
+            for target, shape in self._made_shapes(name, origin).items():
+                self._origins[target] = (name, origin)
+                self._check_shape(target, shape, origin)
         self._alias = _aliases(skeleton)
         missing = [name for name in expected if self._stored_name(name) is None]
         missing = [name for name in missing if not _may_be_missing(skeleton, name)]
         if missing:
-            more = f" and {len(missing) - 1} more that the model has" if len(missing) > 1 else ""
-            raise UsageError(f"model.path: the files of {base.path} hold no {missing[0]}{more}")
+            names = and_more(missing, 1)
+            raise UsageError(f"model.path: the files of {base.path} hold no {names}")
 
     def read(self, name: str, start: int, out: Tensor) -> None:
-        """Fill `out` [n] with the elements from `start` on of the parameter `name`, cast."""
+        """Fill `out` [n] with the elements [start, start + n) of the parameter `name`, cast."""
         stored_name = self._stored_name(name)
         assert stored_name is not None  # the constructor has checked
-        first, source = self._sources[stored_name]
-        if source.converter is not None:
-            out.copy_(self._made(stored_name, first, source, start, start + out.numel()))
+        first, origin = self._origins[stored_name]
+        if origin.converter is not None:
+            out.copy_(self._made(stored_name, first, origin, start, start + out.numel()))
             return
-        stored = self._tensors[source.keys[-1]]
+        stored = self._tensors[origin.keys[-1]]
         for offset in range(0, out.numel(), BLOCK_NUMEL):
             piece = out[offset : offset + BLOCK_NUMEL]
             piece.copy_(stored.elements(start + offset, start + offset + piece.numel()))
 
     def is_plain(self, name: str) -> bool:
-        """Whether the bytes of a parameter lie in the files; one that is made is made whole at
-        every read.
-        """
+        """Whether a parameter is only renamed; one that is converted is converted at every read."""
         stored_name = self._stored_name(name)
-        return stored_name is not None and self._sources[stored_name][1].converter is None
+        return stored_name is not None and self._origins[stored_name][1].converter is None
 
     def _stored_name(self, name: str) -> str | None:
-        """Under which of its names a (tied) parameter lies in the files."""
-        return next((n for n in self._alias.get(name, [name]) if n in self._sources), None)
+        """The name that a (tied) parameter has in the files."""
+        return next((n for n in self._alias.get(name, [name]) if n in self._origins), None)
 
-    def _check_shape(self, name: str, shape: tuple[int, ...], source: Source) -> None:
+    def _check_shape(self, name: str, shape: tuple[int, ...], origin: Origin) -> None:
         wanted = self._shapes.get(name, shape)
-        stored = [self._tensors[key] for key in source.keys]
+        stored = [self._tensors[key] for key in origin.keys]
         strange = [tensor for tensor in stored if tensor.dtype not in FLOATS]
         if name not in self._shapes or (shape == wanted and not strange):
             return
-        said = f"{strange[0].dtype} " if strange else ""
+        stored_dtype = f"{strange[0].dtype} " if strange else ""
         raise UsageError(
-            f"model.path: {stored[0].file} holds {name} as {said}{list(shape)}, where the model "
-            f"has floats {list(wanted)}; config.json and the weights do not belong together"
+            f"model.path: {stored[0].file} holds {name} as {stored_dtype}{list(shape)}, where the "
+            f"model has floats {list(wanted)}; config.json and the weights do not belong together"
         )
 
-    def _made_shapes(self, name: str, source: Source) -> dict[str, tuple[int, ...]]:
-        """{parameter: shape} of what a source makes; a conversion is tried on the meta device."""
-        if source.converter is None:
-            return {name: self._tensors[source.keys[-1]].shape}
+    def _made_shapes(self, name: str, origin: Origin) -> dict[str, tuple[int, ...]]:
+        """{parameter: shape} of what the keys become; a conversion is tried on the meta device."""
+        if origin.converter is None:
+            return {name: self._tensors[origin.keys[-1]].shape}
         try:
-            made = self._convert(name, source, range(len(source.keys)), self._without_data)
+            made = self._convert(name, origin, range(len(origin.keys)), self._without_data)
         except (RuntimeError, ValueError, KeyError, IndexError) as error:
             if name not in self._shapes:  # of layers that the model does not have
                 return {}
-            first = self._tensors[source.keys[0]]
+            first = self._tensors[origin.keys[0]]
             raise UsageError(
                 f"model.path: {name} cannot be made of {first.key} and the other "
-                f"{len(source.keys) - 1} keys in {first.file}: {str(error).splitlines()[0]}"
+                f"{len(origin.keys) - 1} keys in {first.file}: {str(error).splitlines()[0]}"
             ) from error
         return {target: tuple(tensor.shape) for target, tensor in made.items()}
 
-    def _made(self, target: str, name: str, source: Source, start: int, stop: int) -> Tensor:
+    def _made(self, target: str, name: str, origin: Origin, start: int, stop: int) -> Tensor:
         """The elements [start, stop) of a converted parameter."""
-        wanted: Sequence[int] = range(len(source.keys))
+        wanted: Sequence[int] = range(len(origin.keys))
         before = 0
-        if _stacks_alone(source):
+        if _stacks_alone(origin):
             row = math.prod(self._shapes[target][1:])
             first, last = start // row, -(-stop // row)
-            wanted, before = _of_rows(source.patterns, first, last), first * row
-        made = self._convert(name, source, wanted, self._with_data)[target]
+            wanted, before = _of_rows(origin.patterns, first, last), first * row
+        made = self._convert(name, origin, wanted, self._with_data)[target]
         return made.reshape(-1)[start - before : stop - before]
 
     def _convert(
-        self, name: str, source: Source, wanted: Iterable[int], load: Callable[[str], Tensor]
+        self, name: str, origin: Origin, wanted: Iterable[int], load: Callable[[str], Tensor]
     ) -> dict[str, Tensor]:
-        converter: Any = copy.deepcopy(source.converter)
+        converter: Any = copy.deepcopy(origin.converter)
         for index in wanted:
-            key = source.keys[index]
-            converter.add_tensor(name, key, source.patterns[index], functools.partial(load, key))
+            key = origin.keys[index]
+            converter.add_tensor(name, key, origin.patterns[index], functools.partial(load, key))
         made = converter.convert(name, model=self._skeleton, config=self._skeleton.config)
         return {k: v[0] if isinstance(v, list) else v for k, v in made.items()}
 
@@ -148,10 +150,10 @@ class StoredWeights:
         return torch.empty(stored.shape, dtype=FLOATS.get(stored.dtype), device="meta")
 
 
-def _stacks_alone(source: Source) -> bool:
+def _stacks_alone(origin: Origin) -> bool:
     """Whether the keys are stacked along dim 0 and that dim is not touched again."""
-    assert source.converter is not None
-    stack, *rest = source.converter.operations
+    assert origin.converter is not None
+    stack, *rest = origin.converter.operations
     return (
         isinstance(stack, MergeModulelist)
         and stack.dim == 0
@@ -177,7 +179,7 @@ def _may_be_missing(model: PreTrainedModel, name: str) -> bool:
 
 
 def _aliases(model: PreTrainedModel) -> dict[str, list[str]]:
-    """{name: all names of the same tied parameter}."""
+    """{name: all names of the same, possibly tied, parameter}."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)

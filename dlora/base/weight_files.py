@@ -1,8 +1,9 @@
-"""The files of a base: where each of its parameters lies, and what belongs to it beside weights.
+"""The files of a base: which key becomes which parameter, and which files belong to it.
 
 A file's keys are not the names of the model's parameters: transformers adds or drops a prefix,
-renames old spellings, stacks experts and unfuses projections while it loads. Its own rules say here
-which key becomes which parameter; only what is renamed and nothing else can be changed in place.
+renames old spellings, stacks experts and unfuses projections while it loads. transformers' own
+rules decide here which key becomes which parameter. Only a parameter that is renamed and nothing
+else can be changed in place.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from transformers.core_model_loading import (
 )
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from dlora.base.model import BaseModel
-from dlora.errors import UsageError
+from dlora.base.source import BaseSource
+from dlora.errors import UsageError, and_more
 from dlora.io.files import plain_name, read_object
 from dlora.io.safetensors import FLOATS, StoredTensor, stored_tensors
 
 INDEX = "model.safetensors.index.json"
-# What a model directory holds beside weights: settings, tokenizer, templates, code, licence.
+# The other files of a model directory: settings, tokenizer, templates, code, licence.
 BESIDE_WEIGHTS = (
     "*.json",
     "*.jinja",
@@ -44,17 +45,18 @@ BESIDE_WEIGHTS = (
     "LICENSE*",
     "NOTICE*",
 )
-LEFT_OUT = ("*.index.json", "dlora_base.json", "adapter_config.json")
+FILE_LIST = "dlora_base.json"  # of a converted GGUF file
+LEFT_OUT = ("*.index.json", FILE_LIST, "adapter_config.json")
 
 
 class StoredBase:
-    """The files of a model directory or hub snapshot; nothing but headers has been read.
+    """The files of a model directory or hub snapshot; only their headers are read.
 
     Raises:
         UsageError: there are no safetensors, they are damaged, or they are quantized.
     """
 
-    def __init__(self, base: BaseModel, skeleton: PreTrainedModel) -> None:
+    def __init__(self, base: BaseSource, skeleton: PreTrainedModel) -> None:
         if getattr(skeleton.config, "quantization_config", None) is not None:
             raise UsageError(
                 f"{base.path} is quantized; ΔW can only be added to floating-point weights"
@@ -66,20 +68,20 @@ class StoredBase:
         expected = skeleton.state_dict()
         self._shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
         self._keys = {
-            name: source.keys
-            for name, source in sources_of_parameters(skeleton, self.tensors, expected).items()
-            if source.converter is None
+            name: origin.keys
+            for name, origin in origins_of_parameters(skeleton, self.tensors, expected).items()
+            if origin.converter is None
         }
 
     def has(self, name: str) -> bool:
-        """Whether some key becomes the parameter `name`, alone and only renamed."""
+        """Whether exactly one key becomes the parameter `name`, by a new name alone."""
         return len(self._keys.get(name, ())) == 1
 
     def key_of(self, name: str) -> str:
-        """The one key that becomes the parameter `name` without more than a new name.
+        """The one key that becomes the parameter `name` by a new name alone.
 
         Raises:
-            UsageError: there is none, or its value is not simply the parameter's.
+            UsageError: there is none, or its value has another type or shape.
         """
         keys = self._keys.get(name, [])
         if len(keys) != 1:
@@ -97,13 +99,13 @@ class StoredBase:
         return keys[0]
 
     def config(self) -> dict[str, Any]:
-        """`config.json` as it stands in the file."""
+        """The content of `config.json`."""
         path = _cached(self.base, "config.json")
         assert path is not None  # it has been read before
         return json.loads(path.read_text(encoding="utf-8"))
 
     def copy_rest(self, folder: Path) -> None:
-        """Copy what is neither weights nor `config.json`: the tokenizer and other small files."""
+        """Copy the tokenizer and other small files, but neither weights nor `config.json`."""
         for path, name in _beside_weights(self.base):
             target = folder / name
             target.parent.mkdir(exist_ok=True)
@@ -111,47 +113,53 @@ class StoredBase:
 
 
 @dataclass(frozen=True)
-class Source:
-    """What becomes one parameter: keys of the files and, unless they are only renamed, how."""
+class Origin:
+    """The keys of the files that become one parameter, or several.
+
+    Attributes:
+        keys: in the order of transformers.
+        patterns: of each key, the converter's pattern that it matches.
+        converter: makes the parameters of the keys; None: one key is renamed.
+    """
 
     keys: list[str]
-    patterns: list[str]  # of the converter, that the keys match
+    patterns: list[str]
     converter: WeightConverter | None
 
 
-def sources_of_parameters(
+def origins_of_parameters(
     model: PreTrainedModel, keys: Iterable[str], expected: dict[str, Any]
-) -> dict[str, Source]:
-    """{parameter: its source}; a converter that makes several is listed under the first of them.
+) -> dict[str, Origin]:
+    """{parameter: its origin}; a converter that makes several is listed under the first of them.
 
-    The first half of transformers' `convert_and_load_state_dict_in_model`.
+    The same as the first half of transformers' `convert_and_load_state_dict_in_model`.
     """
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     prefix = model.base_model_prefix
-    found: dict[str, Source] = {}
+    found: dict[str, Origin] = {}
     for key in sorted(keys, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, prefix, expected)
         if name not in expected and key in expected:  # renamed where it should not have been
             name, pattern = rename_source_key(key, [], [], prefix, expected)
-        source = found.setdefault(name, Source([], [], by_pattern[pattern] if pattern else None))
-        source.keys.append(key)
-        source.patterns.append(pattern or key)
+        origin = found.setdefault(name, Origin([], [], by_pattern[pattern] if pattern else None))
+        origin.keys.append(key)
+        origin.patterns.append(pattern or key)
     return found
 
 
-def _cached(base: BaseModel, name: str) -> Path | None:
-    """A file of the base, brought from the hub if need be."""
+def _cached(base: BaseSource, name: str) -> Path | None:
+    """A file of the base, downloaded from the hub if need be; None: the base has no such file."""
     found = cached_file(
         base.source, name, revision=base.revision, _raise_exceptions_for_missing_entries=False
     )
     return Path(found) if found else None
 
 
-def are_at_hand(base: BaseModel) -> bool:
-    """Whether the weights are on this machine, or should be; the hub is not asked."""
+def are_local(base: BaseSource) -> bool:
+    """Whether the weights are in a directory or in the hub's cache; the network is not used."""
     if Path(base.source).is_dir():
         return True
     cached = functools.partial(
@@ -165,12 +173,12 @@ def are_at_hand(base: BaseModel) -> bool:
     return all(isinstance(cached(shard), str) for shard in _shards(Path(index)))
 
 
-def check_files(base: BaseModel) -> None:
-    """See that `from_pretrained` would read the base's weights, and nothing else.
+def check_files(base: BaseSource) -> None:
+    """Check that `from_pretrained` would read the base's weights, and nothing else.
 
     Raises:
         UsageError: there are no safetensors, they are damaged, their index names files elsewhere or
-            of another kind, or an adapter lies beside them, which transformers would load where
+            of another kind, or there is an adapter beside them, which transformers would load where
             PEFT is installed.
     """
     try:
@@ -185,7 +193,22 @@ def check_files(base: BaseModel) -> None:
         )
 
 
-def weight_files(base: BaseModel) -> list[Path]:
+def check_loaded(path: str, found: dict[str, Any]) -> None:
+    """Raise a `UsageError` if `from_pretrained` found a parameter missing or of another shape.
+
+    Args:
+        path: of the base, for the error.
+        found: transformers' report, with `ignore_mismatched_sizes`.
+    """
+    if missing := sorted(found["missing_keys"]):
+        raise UsageError(f"model.path: the files of {path} hold no {and_more(missing, 1)}")
+    for name, stored, wanted in sorted(found["mismatched_keys"]):
+        raise UsageError(
+            f"model.path: {path} holds {name} as {list(stored)}, where the model has {list(wanted)}"
+        )
+
+
+def weight_files(base: BaseSource) -> list[Path]:
     """The files that `from_pretrained` reads."""
     try:
         if single := _cached(base, "model.safetensors"):
@@ -205,7 +228,7 @@ def _shards(index: Path) -> set[str]:
     """The files that an index names.
 
     Raises:
-        UsageError: it is no index, or names what is no safetensors file beside it.
+        UsageError: it is no index, or names a file elsewhere or of another kind.
     """
     named = read_object(index).get("weight_map")
     if not isinstance(named, dict) or not named:
@@ -216,8 +239,8 @@ def _shards(index: Path) -> set[str]:
     return set(named.values())
 
 
-def _beside_weights(base: BaseModel) -> Iterator[tuple[Path, Path]]:
-    """(file, name within the model directory) of everything but weights and `config.json`."""
+def _beside_weights(base: BaseSource) -> Iterator[tuple[Path, Path]]:
+    """(file, name within the model directory) of every file but weights and `config.json`."""
     folder = Path(base.source)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download

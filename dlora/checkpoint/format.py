@@ -1,20 +1,19 @@
-"""Checkpoints: all that a run is, small, verified, readable with safetensors and JSON alone.
+"""Checkpoints: the whole state of a run, verified, readable with safetensors and JSON alone.
 
     checkpoints/step-000050/
         adapter.safetensors      A, B and trained copies under their names in the model, and the
                                  frozen A0, B0 of adapters that start from a matrix
-        optimizer.safetensors    `<parameter>.<state>`, as the optimizer keeps it
+        optimizer.safetensors    `<parameter>.<state>`, as the optimizer stores it
         scorer.safetensors       of AdaLoRA: `<parameter>.<average>`
         state.json               step, schedule, random state, data cursor
         config.yaml              the resolved configuration
         manifest.json            sizes and SHA-256 of the files above and of itself, versions; of
-                                 AdaLoRA the triplets that are left, which say its tensors' shapes
+                                 AdaLoRA the remaining triplets, which imply its tensors' shapes
 
-Written by one rank, without a collective: every rank holds all of it, but for an optimizer state
-that is divided over ranks, which all of them send to rank 0; the files are the same. The directory
-gets its name last, so that a directory with the right name is complete, and is read back before any
-older one goes; its manifest is checked again before use. `checkpoints/latest` holds the name of the
-newest that was written, a hint for whoever looks: nothing here reads it.
+One rank writes it without a collective, because every rank has the whole state; only an optimizer
+state that is divided over ranks is sent to rank 0 first. A directory gets its name last, so that
+name means complete. It is read back before an older one is deleted. `checkpoints/latest` contains
+the name of the newest, for people and scripts; dlora does not read it.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ FORMAT = 2  # 1 had no hash of the manifest
 FILES = {"adapter.safetensors", "optimizer.safetensors", "state.json", "config.yaml"}
 STATES = ("optimizer", "scorer")
 LATEST = "latest"
-_NAME = re.compile(r"step-(\d{6,})")
+STEP_DIRECTORY = re.compile(r"step-(\d{6,})")
 
 
 @dataclass
@@ -50,10 +49,10 @@ class Checkpoint:
     """The content of a checkpoint in host memory.
 
     Attributes:
-        tensors: what is trained, and what is frozen beside it.
-        states: what is kept of each element beside, by the name of the file: `optimizer`, `scorer`.
-        state: `state.json`.
-        allocation: the triplets that AdaLoRA has left.
+        tensors: the trained tensors, and the frozen ones of the adapters.
+        states: {name of the file, `optimizer` or `scorer`: {`<parameter>.<state>`: tensor}}.
+        state: the content of `state.json`.
+        allocation: the remaining triplets of AdaLoRA.
     """
 
     tensors: dict[str, Tensor]
@@ -65,22 +64,21 @@ class Checkpoint:
 def write(
     checkpoint: Checkpoint, root: Path, config_yaml: str, keep_last: int, rank: int = 0
 ) -> Path:
-    """Commit a checkpoint under `root`; once it verifies, remove all but the newest `keep_last` and
-    this one.
+    """Write a checkpoint under `root` and verify it; then delete all but the newest and this one.
 
-    Several ranks may commit the same step at one time: one of them gives it its name.
+    Several ranks may write the same step at the same time: one of them gives it its name.
 
     Returns:
         Its directory, `root/step-NNNNNN`.
 
     Raises:
-        OSError: the disk refuses it, or gives back what was not written; nothing older is gone.
+        OSError: it cannot be written, or what is read back differs; no older one is deleted.
     """
     step = checkpoint.state["step"]
     final = root / f"step-{step:06d}"
     own = f".{rank}-{os.getpid()}.tmp"
     beside = root / f".step-{step:06d}{own}"
-    clear(root, f".step-*{own}")  # what a save left whose directory was out of reach
+    clear(root, f".step-*{own}")  # left by an earlier save that could not delete it
     beside.mkdir(parents=True)
     files = {
         "adapter.safetensors": save(checkpoint.tensors),
@@ -120,7 +118,7 @@ def write(
 
 
 def _take_name(beside: Path, final: Path) -> None:
-    """`final` <- `beside`; another rank may be doing the same."""
+    """Rename `beside` to `final`; another rank may do the same at the same time."""
     aside = beside.with_suffix(".old")
     while True:
         try:
@@ -140,7 +138,7 @@ def _take_name(beside: Path, final: Path) -> None:
 
 
 def _is_same(one: Path, other: Path) -> bool:
-    """Whether `other` verifies and holds the same files, byte for byte, as `one`, just written."""
+    """Whether `other` verifies and has the same files, byte for byte, as `one`, just written."""
     try:
         verify(other)
         return (one / "manifest.json").read_bytes() == (other / "manifest.json").read_bytes()
@@ -149,11 +147,11 @@ def _is_same(one: Path, other: Path) -> bool:
 
 
 def read(directory: Path) -> Checkpoint:
-    """A verified checkpoint.
+    """Read a checkpoint and verify it.
 
     Raises:
-        UsageError: as for `verify`; or a file is no safetensors file, or keeps a state of a tensor
-            that is not there.
+        UsageError: as for `verify`; or a file is no safetensors file, or has a state of a tensor
+            that does not exist.
     """
     files = verify(directory)
     tensors = _tensors(directory / "adapter.safetensors")
@@ -168,7 +166,7 @@ def read(directory: Path) -> Checkpoint:
 
 
 def allocation(directory: Path) -> dict[str, Any] | None:
-    """The triplets that AdaLoRA had left, of a checkpoint's manifest; None of other adapters.
+    """The remaining triplets of AdaLoRA in a checkpoint's manifest; None for other adapters.
 
     Raises:
         UsageError: they are not ascending numbers by module, or the manifest is damaged.
@@ -187,11 +185,11 @@ def allocation(directory: Path) -> dict[str, Any] | None:
 
 
 def verify(directory: Path, names: Collection[str] | None = None) -> Collection[str]:
-    """Check files against the manifest: those called `names`, by default all; returns their names.
+    """Check the files called `names`, by default all, against the manifest; returns their names.
 
     Raises:
-        UsageError: a file is missing, leads out of the directory, has another size or another hash
-            than the manifest says, or cannot be read; or the directory has another step's name.
+        UsageError: a file is missing, is a link out of the directory, has another size or hash than
+            in the manifest, or cannot be read; or the directory has another step's name.
     """
     files = _manifest(directory)["files"]
     names = files.keys() if names is None else names
@@ -218,7 +216,7 @@ def verify(directory: Path, names: Collection[str] | None = None) -> Collection[
 
 
 def _manifest(directory: Path) -> dict[str, Any]:
-    """A manifest that is whole and lists files."""
+    """Read a manifest and check that it is whole and lists the files."""
     path = inside(directory, "manifest.json")
     manifest = read_object(path)
     if manifest.get("format") not in (1, FORMAT):
@@ -233,15 +231,15 @@ def _manifest(directory: Path) -> dict[str, Any]:
 
 
 def _digest_of(manifest: dict[str, Any]) -> str:
-    """SHA-256 (hex) of the rest of a manifest."""
+    """SHA-256 (hex) of a manifest without its own."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _check_step(directory: Path) -> None:
-    """See that a checkpoint says its step, and that its directory has no other's name."""
+    """Check that a checkpoint has a step, and that its directory has not another step's name."""
     path = directory / "state.json"
-    step, named = read_object(path).get("step"), _NAME.fullmatch(directory.name)
+    step, named = read_object(path).get("step"), STEP_DIRECTORY.fullmatch(directory.name)
     if type(step) is not int or step < 0:
         raise UsageError(f"{path}: step: a number of steps was expected, not {step!r}")
     if named and int(named[1]) != step:
@@ -249,10 +247,11 @@ def _check_step(directory: Path) -> None:
 
 
 def newest(root: Path, warn: Any = print, check: Callable[[Path], object] = verify) -> Path | None:
-    """The newest checkpoint under `root` that verifies; damaged ones are skipped with a warning.
+    """The newest checkpoint under `root` that verifies.
 
     Args:
-        check: raises a `UsageError` where a checkpoint is not to be taken.
+        warn: called with a line for each one that is skipped.
+        check: raises a `UsageError` for a checkpoint that is to be skipped.
     """
     for _, directory in reversed(_steps(root)):
         try:
@@ -265,8 +264,8 @@ def newest(root: Path, warn: Any = print, check: Callable[[Path], object] = veri
 
 
 def set_aside_after(step: int, root: Path) -> None:
-    """Move the checkpoints past `step` into a directory beside `root`; half-written ones go."""
-    clear(root, ".step-*")  # under the run's lock, so that who wrote them is gone
+    """Move the checkpoints past `step` into a directory beside `root`; delete unfinished ones."""
+    clear(root, ".step-*")  # the caller has the run's lock, so nobody writes them any more
     newer = [directory for number, directory in _steps(root) if number > step]
     if newer:
         aside = unused_name(root)
@@ -280,7 +279,7 @@ def set_aside_after(step: int, root: Path) -> None:
 def _steps(root: Path) -> list[tuple[int, Path]]:
     if not root.is_dir():
         return []
-    found = [(_NAME.fullmatch(path.name), path) for path in root.iterdir()]
+    found = [(STEP_DIRECTORY.fullmatch(path.name), path) for path in root.iterdir()]
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
@@ -296,5 +295,5 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _ascends(numbers: list[Any]) -> bool:
-    """Whether they are whole numbers from 0 on, each once and in order."""
+    """Whether they are whole numbers ≥ 0, strictly ascending."""
     return all(type(n) is int and n >= 0 for n in numbers) and numbers == sorted({*numbers})

@@ -1,4 +1,4 @@
-"""Between a run and the content of its checkpoints: copied to host memory, and put back."""
+"""Copies the state of a run into host memory for a checkpoint, and back."""
 
 from __future__ import annotations
 
@@ -21,15 +21,20 @@ def capture(
     allocation: dict[str, Any] | None = None,
     frozen: Mapping[str, Tensor] | None = None,
 ) -> Checkpoint | None:
-    """Copy the trained tensors and what is kept beside them to host memory.
+    """Copy the trained tensors and their states to host memory.
 
-    Any rank may do so alone. Where the optimizer state is divided it is collective, and only rank 0
-    gets a checkpoint: the tensors of the state arrive one by one, and no other rank holds any.
-    Beside a tensor without elements nothing is kept: divided, no rank would have it.
+    Any rank may do so alone. Where the optimizer state is divided over ranks it is collective, and
+    only rank 0 gets a checkpoint: it receives the tensors of the state one by one. A tensor without
+    elements has no state in a checkpoint: divided, no rank would have it.
 
     Args:
-        states: of this rank, by the names of their files.
-        frozen: what the adapters have beside what is trained.
+        states: {name of the file: states of this rank}.
+        state: the content of `state.json`.
+        allocation: the remaining triplets of AdaLoRA.
+        frozen: the frozen tensors of the adapters.
+
+    Returns:
+        The checkpoint; None on the other ranks where the state is divided.
     """
     whole = {
         file: {
@@ -53,7 +58,7 @@ def restore(
     optimizer: Optimizer,
     frozen: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Put the tensors of a checkpoint that fits, one by one, into the adapters and the optimizer.
+    """Copy the tensors of a checkpoint, one by one, into the adapters and the optimizer.
 
     Args:
         frozen: as for `capture`.
@@ -69,9 +74,9 @@ def restore(
             parameter = replica.optimized[name]
             kept = optimizer.state[parameter].get(slot)
             if isinstance(kept, Tensor) and (kept.shape, kept.dtype) == (own.shape, own.dtype):
-                kept.copy_(own)  # it may lie where this optimizer alone can put it
+                kept.copy_(own)  # into memory that only this optimizer can allocate
                 continue
-            # A step count stays where torch keeps it: on the CPU unless the optimizer says so.
+            # torch stores a step count on the CPU, unless the optimizer has put it elsewhere.
             device = parameter.device if value.ndim else "cpu"
             optimizer.state[parameter][slot] = own.to(device, copy=True)
 

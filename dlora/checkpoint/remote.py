@@ -1,18 +1,17 @@
 """Checkpoints at an fsspec URL (`s3://…`, `gs://…`, `memory://…`), beside those on the disk.
 
     push     every file, the manifest last: a directory with a manifest is complete
-    fetch    the newest that verifies, into the run's own directory, where all else goes on as usual
+    fetch    the newest that verifies, into the run's own directory
 
-Stores have no rename and no lock, so what is replaced or pruned there loses its manifest first. In
-directories that are mounted a copy is made beside, and renamed. `latest` names the newest, for
-whoever looks; nothing here reads it.
+Stores have no rename and no lock, so the manifest is deleted first when a checkpoint is replaced or
+deleted there. In a mounted directory a copy is written beside, and renamed. `latest` contains the
+name of the newest, for people and scripts; dlora does not read it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Callable
@@ -21,22 +20,21 @@ from pathlib import Path
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from dlora.checkpoint.format import LATEST, verify
+from dlora.checkpoint.format import LATEST, STEP_DIRECTORY, verify
 from dlora.config.load import Config
 from dlora.errors import TransientError, UsageError
 
 MANIFEST = "manifest.json"
-# These have no directories: what makes one makes a bucket, for whoever mistyped the name of theirs.
+# These have no directories: to make one would make a bucket, of a mistyped name perhaps.
 BUCKETS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "r2"}
-# What trying again does not mend; all else may be the network.
+# Errors that a second attempt does not mend; all others may be the network.
 MISTAKES = (FileNotFoundError, PermissionError, NotADirectoryError, ValueError, TypeError)
 KEYS_MISSING = {"NoCredentialsError", "PartialCredentialsError"}  # botocore's, which may be absent
 BESIDE = ".tmp"  # the end of the names of what is being copied
-_NAME = re.compile(r"step-(\d{6,})")
 
 
 class RemoteCheckpoints:
-    """Those of one run.
+    """The remote checkpoints of one run.
 
     Raises:
         UsageError: the URL's protocol is unknown, or what speaks it is not installed.
@@ -55,8 +53,7 @@ class RemoteCheckpoints:
         self._renames = isinstance(self._files, LocalFileSystem)
 
     def push(self, directory: Path, keep_last: int) -> None:
-        """`put` a checkpoint; once all of it has arrived, remove all but the newest `keep_last` and
-        this one."""
+        """Copy a checkpoint there; then delete all but the newest `keep_last` and this one."""
         target = self.put(directory)
         self._files.pipe_file(f"{self._root}/{LATEST}", f"{directory.name}\n".encode())
         for _, old in self.steps()[:-keep_last]:
@@ -64,13 +61,16 @@ class RemoteCheckpoints:
                 self._remove(old)
 
     def put(self, directory: Path) -> str:
-        """Copy a directory's files there, a manifest last; its path there.
+        """Copy a directory's files there, the manifest last.
 
-        Survivors of a lost rank all copy the same step, and may be ended meanwhile: what one of
-        them has completed stays, and of two copies the first.
+        Survivors of a lost rank all copy the same step, and may be killed meanwhile: the first
+        complete copy stays.
+
+        Returns:
+            Its path there.
 
         Raises:
-            OSError: a file has another size there; stores raise what they like besides.
+            OSError: a file has another size there. Stores raise exceptions of their own, too.
         """
         target = f"{self._root}/{directory.name}"
         if self._has(directory, target):
@@ -84,7 +84,7 @@ class RemoteCheckpoints:
         return target
 
     def _put_beside(self, directory: Path, target: str) -> None:
-        """Copy under another name, which what is complete loses; of a failure nothing stays."""
+        """Copy under a temporary name and rename; delete the copy after a failure."""
         place = f"{self._root}/.{uuid.uuid4().hex}{BESIDE}"
         try:
             self._copy(directory, place)
@@ -101,7 +101,7 @@ class RemoteCheckpoints:
             self._see_arrived(directory / name, f"{to}/{name}")
 
     def _name(self, directory: Path, place: str, target: str) -> None:
-        """Give a whole copy its name; what has that name goes once it is whole elsewhere."""
+        """Rename a complete copy; an older one of that name is deleted afterwards."""
         aside = f"{place}.old{BESIDE}"
         if self._files.exists(target):
             if self._has(directory, target):
@@ -132,10 +132,14 @@ class RemoteCheckpoints:
         return True
 
     def fetch(self, root: Path, after: int, warn: Callable[[str], None]) -> None:
-        """Bring the newest checkpoint past the step `after` that verifies to the disk, if any.
+        """Download the newest checkpoint past the step `after` that verifies, if there is one.
+
+        Args:
+            root: the directory of the run's checkpoints.
+            warn: called with a line for each one that is skipped.
 
         Raises:
-            UsageError: the store cannot be read, and will not be.
+            UsageError: the store cannot be read, and a second attempt would not help.
             TransientError: it cannot be read now.
         """
         try:
@@ -147,12 +151,12 @@ class RemoteCheckpoints:
             raise self._trouble("read", error) from error
 
     def set_aside(self, after: int) -> None:
-        """Move checkpoints past a step out of the way: they belong to another course of the run.
+        """Move the checkpoints past a step aside: they belong to an abandoned course of the run.
 
-        So does what ranks that were ended have left half copied; the caller has the run's lock.
+        Delete what killed ranks have copied in part. The caller has the run's lock.
 
         Raises:
-            UsageError: the store cannot be written, and will not be.
+            UsageError: the store cannot be written, and a second attempt would not help.
             TransientError: it cannot be written now.
         """
         try:
@@ -170,7 +174,7 @@ class RemoteCheckpoints:
             raise self._trouble("written", error) from error
 
     def _trouble(self, done: str, error: Exception) -> Exception:
-        """What a failure means: a name or a key is wrong, or the store may answer next time."""
+        """The exception for a failure: a `UsageError` for a wrong name or key, else transient."""
         line = f"output.remote: {self.url} cannot be {done}: {error}"
         is_mistake = isinstance(error, MISTAKES) or type(error).__name__ in KEYS_MISSING
         return UsageError(line) if is_mistake else TransientError(" ".join(line.split()))
@@ -181,7 +185,7 @@ class RemoteCheckpoints:
             return []
         self._files.invalidate_cache()
         listed = [str(path) for path in self._files.ls(self._root, detail=False)]
-        named = [(_NAME.fullmatch(_last(path)), path) for path in listed]
+        named = [(STEP_DIRECTORY.fullmatch(_last(path)), path) for path in listed]
         complete = [
             (int(match[1]), path)
             for match, path in named
@@ -190,7 +194,7 @@ class RemoteCheckpoints:
         return sorted(complete)
 
     def _download(self, path: str, root: Path, warn: Callable[[str], None]) -> bool:
-        """Whether it verifies, and has its place on the disk now."""
+        """Download a checkpoint and verify it; whether it is on the disk now."""
         root.mkdir(parents=True, exist_ok=True)
         beside = root / f".{_last(path)}.{os.getpid()}.tmp"
         shutil.rmtree(beside, ignore_errors=True)
@@ -237,7 +241,7 @@ class RemoteCheckpoints:
 
 
 def remote_of(config: Config) -> RemoteCheckpoints | None:
-    """What `output.remote` names."""
+    """The store of `output.remote`, or None."""
     return RemoteCheckpoints(config.output.remote) if config.output.remote else None
 
 

@@ -1,11 +1,11 @@
-"""Host snapshots of a rank: the last whole optimizer step, ready to be committed at any moment.
+"""Host snapshots of a rank: the last whole optimizer step, ready to be saved at any moment.
 
     one buffer  ──take(step)──>  ( being written )      the other  ( whole, the step before )
     newest()    the buffer of the latest step that is whole
 
-There are two buffers by turns, so that whatever fails while one is written leaves the other. Each
-holds all tensors of a kind in one stretch: gathered by one operation, and from a GPU copied by one,
-into pinned memory, behind the step's own work; an event then tells whether it has arrived.
+Two buffers alternate, so that a failure while one is written leaves the other whole. Each has all
+tensors of a kind in one flat tensor: one operation concatenates them, and one copies them from a
+GPU into pinned memory, asynchronously; an event records its end.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ ADAPTER = "adapter"
 
 
 class Snapshots:
-    """The two buffers of a rank; they are made at the first step, and again when shapes change."""
+    """The two buffers of a rank; allocated at the first step, and again when shapes change."""
 
     def __init__(self) -> None:
         self._older, self._newer = _Buffer(), _Buffer()
         self._frozen: dict[str, Tensor] | None = None  # the same at every step: copied once
 
     def take(self, step: int, replica: TrainedReplica, optimizer: Optimizer) -> None:
-        """Copy what a checkpoint after `step` steps holds, over the older of the two snapshots.
+        """Copy the content of a checkpoint after `step` steps over the older of the snapshots.
 
-        On a GPU the copy may still be on its way when this returns.
+        On a GPU the copy may not be finished when this returns.
         """
         tensors = {(ADAPTER, name): p.detach() for name, p in replica.named.items()}
         for file, kept in replica.states(optimizer).items():
@@ -50,13 +50,13 @@ class Snapshots:
         self._older, self._newer = self._newer, self._older
 
     def newest(self) -> Snapshot | None:
-        """The snapshot of the latest step that is whole; None where no step was."""
+        """The snapshot of the latest step that is whole; None before the first step."""
         return self._newer.content() or self._older.content()
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint of `step` holds, but for its `state.json`, which follows from the step."""
+    """The content of a checkpoint of `step`, without its `state.json`, which follows from it."""
 
     step: int
     files: dict[str, dict[str, Tensor]]
@@ -70,7 +70,7 @@ class Snapshot:
 
 @dataclass
 class _Buffer:
-    """One snapshot, and where it lies."""
+    """One snapshot and its memory."""
 
     layout: Layout = field(default_factory=list)
     flat: dict[Kind, Tensor] = field(default_factory=dict)
@@ -102,19 +102,19 @@ class _Buffer:
                 self.arrived = torch.cuda.Event()
         if self.arrived is not None:
             self.arrived.record()
-        held: dict[str, dict[str, Tensor]] = {file: {} for file in files}
+        content: dict[str, dict[str, Tensor]] = {file: {} for file in files}
         for (file, name), view in self.views.items():
-            held[file][name] = view
-        held[ADAPTER] |= frozen
-        self.snapshot = Snapshot(step, held, allocation)
+            content[file][name] = view
+        content[ADAPTER] |= frozen
+        self.snapshot = Snapshot(step, content, allocation)
 
     def content(self) -> Snapshot | None:
-        """The snapshot if all of it is there."""
-        there = self.arrived is None or self.arrived.query()
-        return self.snapshot if there else None
+        """The snapshot, if its copy is finished."""
+        finished = self.arrived is None or self.arrived.query()
+        return self.snapshot if finished else None
 
     def wait(self) -> None:
-        """Until all of it is there."""
+        """Wait until the copy is finished."""
         if self.arrived is not None:
             self.arrived.synchronize()
 
@@ -124,7 +124,7 @@ class _Buffer:
         for key, shape, kind in layout:
             places[key] = kind, sizes.setdefault(kind, 0)
             sizes[kind] += shape.numel()
-        self.layout, self.flat, self.views = [], {}, {}  # let go of the old before there is a new
+        self.layout, self.flat, self.views = [], {}, {}  # free the old before allocating the new
         for kind, size in sizes.items():
             pinned = kind[0].type == "cuda"
             self.flat[kind] = torch.empty(size, dtype=kind[1], pin_memory=pinned)

@@ -1,8 +1,8 @@
 """`python -m dlora.export`: an adapter or checkpoint → a plain PEFT LoRA, or a merged model.
 
-Without `--merge` only names and shapes of the base matter; with it the base passes through block by
-block (`merged_model`), so that a model of any size merges on a small machine. What is written gets
-its name last: a directory called what `--to` says is complete.
+Without `--merge` only names and shapes of the base matter. With it the base is read and written
+block by block (`merged_model`), so that a model of any size merges on a small machine. The
+directory `--to` gets its name last, so it is complete.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     if args.dtype and not args.merge:
         raise UsageError("--dtype cannot act without --merge: a plain adapter is always float32")
     if args.format != "lora" and args.merge:
-        raise UsageError("--format cannot act with --merge: a merged model holds no adapter")
+        raise UsageError("--format cannot act with --merge: a merged model has no adapter")
     source = open_adapter(args.adapter)
     if args.format != "lora" and source.config.method != args.format:
         raise UsageError(
@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _target(to: str, adapter: Path) -> Path:
-    """The absolute path of `--to`, which must not hold anything yet."""
+    """The absolute path of `--to`, which must be new or empty."""
     target = Path(to).expanduser().resolve()
     if target == adapter.resolve():
         raise UsageError(f"--to: {to} is the adapter itself")

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from dlora.adapters.source import AdapterSource
 from dlora.base.weight_files import INDEX, StoredBase
-from dlora.errors import UsageError
+from dlora.errors import UsageError, dtype_name
 from dlora.io.safetensors import (
     BLOCK_BYTES,
     FLOATS,
@@ -39,19 +39,19 @@ from dlora.lora.layers import CHILD
 from dlora.lora.merge import change_of, merged_weight
 from dlora.metrics.progress import CopyDisplay
 
-SHARD_BYTES = 256 * 10**6
+MERGED_FILE_BYTES = 256 * 10**6
 # Per parameter: reads W0 as it is stored, yields the new value in a dtype, rows by rows.
 Edit = Callable[[StoredTensor, torch.dtype], Iterator[Tensor]]
 
 
 @dataclass
 class MergedModel:
-    """A merge that has been planned; `write` carries it out.
+    """A planned merge; `write` does it.
 
     Args:
         skeleton: the base on the meta device, with the adapter attached by `source`.
         stored: the base's files, opened before anything was attached.
-        dtype: of all floating-point tensors; None keeps each as it is stored.
+        dtype: of all floating-point tensors; None: as each is stored in the base.
 
     Raises:
         UsageError: an adapted parameter is not in the files as such.
@@ -70,13 +70,13 @@ class MergedModel:
         for path, _, copy in named_copies(self.skeleton):
             for name, _ in copy.named_parameters():
                 self.edits[f"{path}.{name}"] = self._replace(f"{path}.{CHILD}.{name}")
-        self.untied = self._ties_to_cut()
+        self.untied = self._untied()
         self.config = self._config()
         self.shards = _shards(list(self._tensors()))
 
     @property
     def nbytes(self) -> int:
-        """What the weights will take on the disk."""
+        """Bytes of the weights on the disk."""
         return sum(tensor.nbytes for shard in self.shards for tensor in shard)
 
     def write(self, folder: Path, display: CopyDisplay) -> None:
@@ -152,7 +152,7 @@ class MergedModel:
 
         return edit
 
-    def _ties_to_cut(self) -> dict[str, str]:
+    def _untied(self) -> dict[str, str]:
         """{parameter: the one whose value in the files it has} for all that stop sharing a weight.
 
         Adapters and trained copies belong to one module, but a tied weight is several modules':
@@ -174,7 +174,7 @@ class MergedModel:
         """The new `config.json`."""
         config = self.stored.config()
         if self.dtype is not None:
-            _set_dtype(config, str(self.dtype).removeprefix("torch."))
+            _set_dtype(config, dtype_name(self.dtype))
         if self.untied:
             config["tie_word_embeddings"] = False
             text = config.get("text_config")
@@ -184,7 +184,7 @@ class MergedModel:
         return config
 
     def _check_untied(self, config: dict[str, Any]) -> None:
-        """See that a model with the new configuration has each of the untied weights of its own."""
+        """Check that a model with the new configuration has the untied weights one by one."""
         model_config = type(self.skeleton.config).from_dict(dict(config))
         with torch.device("meta"):
             still = type(self.skeleton)(model_config).all_tied_weights_keys
@@ -218,11 +218,11 @@ def _row_blocks(tensor: StoredTensor) -> Iterator[tuple[int, int]]:
 
 
 def _shards(tensors: list[NewTensor]) -> list[list[NewTensor]]:
-    """Consecutive tensors, up to `SHARD_BYTES` or one alone."""
+    """Consecutive tensors, up to `MERGED_FILE_BYTES` or one alone."""
     shards: list[list[NewTensor]] = [[]]
     size = 0
     for tensor in tensors:
-        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+        if shards[-1] and size + tensor.nbytes > MERGED_FILE_BYTES:
             shards.append([])
             size = 0
         shards[-1].append(tensor)

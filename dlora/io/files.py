@@ -1,5 +1,9 @@
-"""Nothing is ever lost: write beside, fsync, rename. And nothing that others wrote is trusted:
-names stay inside their directory, and what is no JSON object is said in one line."""
+"""Atomic files, and files that others wrote.
+
+A file or a directory is written beside its final name, synced and renamed, so that a crash loses
+nothing. Names read from a file may not leave their directory; a file that is no JSON object is
+refused in one line.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from dlora.errors import UsageError
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`; a crash leaves the old file or the new one, never a mixture."""
+    """Replace the content of a file; after a crash it has the old content or the new one."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(beside, "wb") as file:
@@ -24,16 +28,17 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(beside, path)
     finally:
-        with contextlib.suppress(OSError):  # replaced, or out of reach as the error says
+        with contextlib.suppress(OSError):  # renamed, or out of reach, as the error says
             beside.unlink()
     sync(path.parent)
 
 
 @contextlib.contextmanager
 def new_directory(final: Path) -> Iterator[Path]:
-    """A temporary directory that gets the name `final` when the block ends well, and else vanishes.
+    """A temporary directory; renamed to `final` at the end of the block, deleted if it raises.
 
-    `final` must not exist, or be empty. What has the name is complete, also after a power cut.
+    `final` must not exist, or be empty. A directory of that name is complete, also after a power
+    cut.
     """
     beside = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
@@ -51,13 +56,13 @@ def new_directory(final: Path) -> Iterator[Path]:
 
 
 def clear(directory: Path, pattern: str) -> None:
-    """Remove the directories in `directory` whose names match; what is out of reach stays."""
+    """Delete the directories in `directory` whose names match `pattern`; ignore errors."""
     for found in directory.glob(pattern):
         shutil.rmtree(found, ignore_errors=True)
 
 
 def unused_name(path: Path) -> Path:
-    """`path` with the first of .old-1, .old-2, … that is free: where it can be set aside."""
+    """`path` with the first of .old-1, .old-2, … that does not exist."""
     number = 1
     while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
         number += 1
@@ -65,7 +70,7 @@ def unused_name(path: Path) -> Path:
 
 
 def sync(path: Path) -> None:
-    """Make a file's content, or the renames in a directory, survive a power cut."""
+    """Force a file's content, or the names in a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -77,13 +82,13 @@ def sync(path: Path) -> None:
 
 
 def inside(directory: Path, name: object) -> Path:
-    """The file `name` of a directory that a stranger may have filled; it need not be there.
+    """The file `name` in a directory that somebody else may have filled; it need not exist.
 
-    A link may lead to another place in the directory or, in the hub's cache, from
+    A link may lead to another file in the directory or, in the hub's cache, from
     `snapshots/<revision>/` to a blob of the same repository.
 
     Raises:
-        UsageError: the name is none, or it or a link leads out of the directory.
+        UsageError: it is no file name, or it or a link leads out of the directory.
     """
     path = directory / plain_name(directory, name)
     try:
@@ -98,10 +103,13 @@ def inside(directory: Path, name: object) -> Path:
 
 
 def plain_name(directory: Path, name: object) -> str:
-    """`name`, as a file in `directory` tells it, if it is a path that leads nowhere else.
+    """Check that `name`, which a file contains, is the path of a file in `directory`.
+
+    Returns:
+        The name.
 
     Raises:
-        UsageError: it is none.
+        UsageError: it is no path, absolute, or leads out of the directory.
     """
     parts = PurePath(name).parts if isinstance(name, str) else ()
     if not parts or ".." in parts or PurePath(*parts).is_absolute() or "\0" in str(name):
@@ -110,10 +118,10 @@ def plain_name(directory: Path, name: object) -> str:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object that a file holds.
+    """Read the JSON object in a file.
 
     Raises:
-        UsageError: it cannot be read, or holds anything else.
+        UsageError: it cannot be read, or is no JSON object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

@@ -1,8 +1,8 @@
-"""Safetensors files block by block, so that a tensor of any size passes in a few megabytes.
+"""Reads and writes safetensors files block by block, a tensor of any size in a few megabytes.
 
-The library writes a file from whole tensors and reads through a memory map, whose pages count as
-this process's memory. The format is simple enough to do without: 8 bytes N, little-endian; N bytes
-of JSON, {key: {dtype, shape, data_offsets}}; the tensors' bytes back to back, little-endian.
+The library writes a file from whole tensors and reads it through a memory map. The format is simple
+enough to do without: 8 bytes N, little-endian; N bytes of JSON, {key: {dtype, shape,
+data_offsets}}; the tensors' bytes back to back, little-endian.
 
 Source: https://github.com/huggingface/safetensors#format
 """
@@ -36,17 +36,22 @@ FLOAT_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor in a file: `nbytes` bytes from `start` on."""
+    """One tensor in a file.
+
+    Attributes:
+        dtype: as the format spells it, `"BF16"`.
+        start: of its first byte in the file.
+    """
 
     file: Path
     key: str
-    dtype: str  # as the format spells it
+    dtype: str
     shape: tuple[int, ...]
     start: int
     nbytes: int
 
     def blocks(self) -> Iterator[bytearray]:
-        """Its bytes, in order."""
+        """Read its bytes, in order."""
         with self.file.open("rb") as file:
             file.seek(self.start)
             left = self.nbytes
@@ -58,7 +63,7 @@ class StoredTensor:
                 yield block
 
     def rows(self, first: int = 0, last: int | None = None) -> Tensor:
-        """`tensor[first:last]` of a floating-point tensor, or all of one without dims."""
+        """Read `tensor[first:last]` of a floating-point tensor, or all of one without dims."""
         count, *row = self.shape or (1,)
         last = count if last is None else last
         numel = math.prod(row)
@@ -66,7 +71,7 @@ class StoredTensor:
         return self.elements(first * numel, last * numel).view(shape)
 
     def elements(self, start: int, stop: int) -> Tensor:
-        """The elements from `start` to `stop` of the flattened floating-point tensor."""
+        """Read the elements [start, stop) of the flattened floating-point tensor."""
         dtype = FLOATS[self.dtype]
         block = bytearray((stop - start) * dtype.itemsize)
         with self.file.open("rb") as file:
@@ -76,7 +81,7 @@ class StoredTensor:
         return torch.frombuffer(block, dtype=dtype) if block else torch.empty(0, dtype=dtype)
 
     def check_numbers(self) -> None:
-        """Raise a `UsageError` unless all of it is floating-point, and finite in float32."""
+        """Raise a `UsageError` unless it is floating-point and all of it is finite in float32."""
         if self.dtype not in FLOATS:
             raise UsageError(f"{self.file}: {self.key} holds {self.dtype}, not floats")
         count, numel = BLOCK_BYTES // FLOATS[self.dtype].itemsize, math.prod(self.shape)
@@ -87,7 +92,7 @@ class StoredTensor:
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a file by key, in the order of their bytes. Nothing but the header is read.
+    """The tensors of a file by key, in the order of their bytes. Only the header is read.
 
     Raises:
         UsageError: there is no such file, or it is damaged or cut short.
@@ -114,7 +119,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
 
 @dataclass(frozen=True)
 class NewTensor:
-    """A tensor to be written; `blocks` computes its bytes, in order, when its turn comes."""
+    """A tensor to be written; `blocks` computes its bytes, in order, when they are written."""
 
     key: str
     dtype: str
@@ -126,7 +131,7 @@ class NewTensor:
 def new_float_tensor(
     key: str, dtype: torch.dtype, shape: Sequence[int], parts: Callable[[], Iterator[Tensor]]
 ) -> NewTensor:
-    """A `NewTensor` from tensors of `dtype` that follow one another in its first dim."""
+    """A `NewTensor` made of tensors of `dtype`, concatenated along its first dim."""
     nbytes = math.prod(shape) * dtype.itemsize
     return NewTensor(key, FLOAT_NAMES[dtype], tuple(shape), nbytes, lambda: map(_bytes_of, parts()))
 
@@ -135,7 +140,7 @@ def write_tensors(path: Path, tensors: Sequence[NewTensor], written: Callable[[i
     """Write a file and force it to the disk.
 
     Args:
-        written: told the number of bytes after every block.
+        written: called with the number of bytes after every block.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -147,7 +152,7 @@ def write_tensors(path: Path, tensors: Sequence[NewTensor], written: Callable[[i
             "data_offsets": offsets,
         }
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # readers map the tensors, which should begin aligned
+    text += b" " * (-len(text) % 8)  # readers map the tensors, which should be aligned
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
@@ -157,7 +162,7 @@ def write_tensors(path: Path, tensors: Sequence[NewTensor], written: Callable[[i
                 written(len(block))
             if file.tell() - before != tensor.nbytes:
                 raise AssertionError(f"{tensor.key}: not the number of bytes that was announced")
-            trim()  # what one tensor took would otherwise stay beside what the next one takes
+            trim()  # or the memory of one tensor adds to that of the next
         file.flush()
         os.fsync(file.fileno())
 

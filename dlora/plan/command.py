@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from dlora.adapters.settings import keyed_by, lora_config
+from dlora.base.gguf import gguf_skeleton
 from dlora.base.model import DTYPES, check_experts_divide, find_base, quiet_libraries
 from dlora.base.quantize import quantize_as_set
 from dlora.config.load import Config, parse
@@ -197,15 +197,8 @@ def _skeleton(config: Config) -> nn.Module:
     """The model on the meta device; of a .gguf file nothing but its header is read."""
     path = Path(config.model.path).expanduser()
     if path.suffix == ".gguf" and path.is_file():
-        from dlora.base.gguf_tensors import open_gguf
-
         quiet_libraries()
-        cache = Path(config.model.cache_dir).expanduser()
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=".plan-") as folder:
-            return open_gguf(
-                path.resolve(), Path(folder).resolve(), DTYPES[config.model.dtype]
-            ).model
+        return gguf_skeleton(path.resolve(), DTYPES[config.model.dtype])
     return find_base(
         config.model.path,
         dtype=config.model.dtype,

@@ -1,1 +1,1 @@
-"""Packed weights, and the layers that compute with them, on whole plain tensors."""
+"""Packed weights and layers that compute with them, on whole plain tensors. Imports only torch."""

@@ -1,8 +1,8 @@
-"""What is worth a kernel: 4-bit codes times the scales of their blocks.
+"""De-quantises 4-bit codes: levels times the scales of their blocks.
 
-bitsandbytes has one for each kind of device, and it is used where that library is installed. In
-plain torch each byte looks up the pair of levels that it stands for, a chunk of rows at a time, so
-that what this takes beside its result stays in the cache. The results are the same.
+Where bitsandbytes is installed, its kernel does it. Otherwise torch looks up the two levels of each
+byte, a chunk of rows at a time, so that intermediate values fit the cache. The results are the
+same.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def levels_times_scales(
     """NF4 codes uint8 [k, n/2], scales float32 [k, n/block] → [k, n] in `dtype`.
 
     Args:
-        pairs: float32 [256, 2], the two levels that a byte stands for.
+        pairs: float32 [256, 2], the two levels of each byte.
     """
     fast = bitsandbytes_kernel() if dtype in _BY_BITSANDBYTES else None
     if fast is None:
@@ -56,7 +56,7 @@ def levels_in_torch(
 
 
 def chunk_rows(codes: Tensor) -> Iterator[slice]:
-    """Consecutive rows that are small enough to be worked on at once."""
+    """Slices of consecutive rows that fit the cache together."""
     limit = _CHUNK_BYTES.get(codes.device.type, _CHUNK_ELSEWHERE)
     step = max(1, limit // max(codes.shape[1], 1))
     for first in range(0, len(codes), step):
@@ -67,8 +67,8 @@ def chunk_rows(codes: Tensor) -> Iterator[slice]:
 def bitsandbytes_kernel() -> Any:
     """bitsandbytes' operator, or None where it is not installed. The first call imports it.
 
-    While it is imported on some CPUs it would bring and run a kernel from a hub, for an operator
-    that is not used here; it finds the library that does so missing.
+    On some CPUs its import would download and run a kernel from a hub, for an operator that is not
+    used here. The library that downloads it is hidden meanwhile.
     """
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level = logger.level

@@ -38,7 +38,7 @@ class Format(Protocol):
         """rows [k, n] of any float type → uint8 [k, scale_bytes(n)]."""
 
     def unpack(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-        """What the rows stand for, [k, n]: computed in float32, then rounded to `dtype`."""
+        """The weights of the rows, [k, n]: computed in float32, then rounded to `dtype`."""
 
 
 FORMATS: dict[str, Format] = {

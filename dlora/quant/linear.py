@@ -1,10 +1,10 @@
-"""Linear layers whose weight is packed, and what a packed weight is to those who compute with it.
+"""Linear layers whose weight is packed.
 
     module.weight [k, n]      ──>   module.weight_codes   uint8 [k, code_bytes(n)]
                                     module.weight_scales  uint8 [k, scale_bytes(n)]
 
-Both are plain frozen parameters, so engines shard and gather them like any other. The layer keeps
-its identity: its class becomes a subclass whose forward de-quantises.
+Both are plain frozen parameters, so engines shard and gather them like any other. The layer stays
+the same object: its class becomes a subclass whose forward de-quantises.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Packing:
     Attributes:
         name: of the format.
         n: weights in a row.
-        dtype: that the weight had.
-        transposed: what is meant is the transpose of what is packed.
+        dtype: of the weight before it was packed.
+        transposed: the weight is the transpose of the packed matrix.
     """
 
     name: str
@@ -61,7 +61,7 @@ class PackedWeight:
         return replace(self, packing=packing)
 
     def to(self, dtype: torch.dtype) -> PackedWeight:
-        """Itself: it has the type of whatever it is multiplied with."""
+        """Itself: it is de-quantised to the dtype of the other factor."""
         return self
 
 
@@ -69,9 +69,9 @@ Weight = Tensor | PackedWeight
 
 
 def whole(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """The weight as a tensor: a packed one is de-quantised to `dtype`, a tensor is there already.
+    """The weight as a tensor: a packed one is de-quantised to `dtype`, a tensor returned as it is.
 
-    To be used and let go: nothing keeps it.
+    Do not store the result: it is as large as the unpacked weight.
     """
     if isinstance(weight, PackedWeight):
         return weight.packing.whole(weight.codes, weight.scales, dtype)
@@ -79,9 +79,9 @@ def whole(weight: Weight, dtype: torch.dtype) -> Tensor:
 
 
 def save_with(ctx: Any, weight: Weight, *tensors: Tensor | None) -> None:
-    """`ctx.save_for_backward`, with the parameters of a weight themselves and nothing made of them.
+    """`ctx.save_for_backward` for a weight and tensors; of a packed weight its codes and scales.
 
-    An engine that frees them and gathers them again fills the same tensors.
+    An engine that frees the parameters and gathers them again fills the same tensors.
     """
     if isinstance(weight, PackedWeight):
         ctx.packing = weight.packing
@@ -92,7 +92,7 @@ def save_with(ctx: Any, weight: Weight, *tensors: Tensor | None) -> None:
 
 
 def saved_with(ctx: Any) -> tuple[Any, ...]:
-    """What `save_with` saved: the weight, and the tensors."""
+    """The weight and the tensors that `save_with` saved."""
     if ctx.packing is None:
         return ctx.saved_tensors
     codes, scales, *tensors = ctx.saved_tensors
@@ -125,7 +125,7 @@ def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
 
 
 class PackedMixin:
-    """A linear layer whose weight is packed, or was and is whole again."""
+    """A linear layer whose weight is packed, or was packed before."""
 
     packing: Packing
     transposed: bool  # the weight is stored [in, out], as that of a Conv1D
@@ -151,7 +151,7 @@ def frozen_weight(module: Any) -> Weight:
 
 @torch.no_grad()
 def pack(module: nn.Module, name: str, *, transposed: bool = False) -> None:
-    """Pack the weight of a linear layer, in place. On the meta device shapes are all there is.
+    """Pack the weight of a linear layer, in place; also on the meta device.
 
     Args:
         name: of the format.
@@ -173,9 +173,7 @@ def pack(module: nn.Module, name: str, *, transposed: bool = False) -> None:
 
 @torch.no_grad()
 def unpacked(module: nn.Module) -> Tensor:
-    """The weight that a layer computes with, [k, n] as it is stored; a packed one in the dtype that
-    it had before.
-    """
+    """The weight of a layer, [k, n] as it is stored; a packed one in its dtype before packing."""
     weight = frozen_weight(module)
     if isinstance(weight, PackedWeight):
         return whole(weight, weight.packing.dtype)
@@ -183,9 +181,10 @@ def unpacked(module: nn.Module) -> Tensor:
 
 
 def replace_weight(module: nn.Module, weight: Tensor) -> dict[str, nn.Parameter]:
-    """Give a layer a whole frozen weight, [k, n] as it is stored, whether its own is packed or not.
+    """Replace the weight of a layer, packed or not, by a whole frozen one, [k, n] as it is stored.
 
-    Returns the parameters that it takes the place of; `restore_weight` puts them back.
+    Returns:
+        The replaced parameters, for `restore_weight`.
     """
     originals = {n: module.get_parameter(n) for n in WEIGHT_NAMES if n in module._parameters}
     _put(module, {CODES: None, SCALES: None, "weight": weight})
@@ -198,7 +197,7 @@ def restore_weight(module: nn.Module, originals: dict[str, nn.Parameter]) -> Non
 
 
 def _put(module: nn.Module, tensors: dict[str, Any]) -> None:
-    """Set parameters in front of the others, frozen; None takes one out."""
+    """Set frozen parameters in front of the others; None removes one."""
     rest = {n: p for n, p in module._parameters.items() if n not in tensors}
     given = {n: t for n, t in tensors.items() if t is not None}
     module._parameters.clear()

@@ -9,7 +9,7 @@
     nf4-dq   c in 8 bits, of the largest c of its row  4 +  8/64 + 32/n: 4.14 in a row of 2048
 
 The levels are quantiles of a normal distribution that are as likely as one another. Everything that
-belongs to a weight lies in its row, so rows packed by themselves are those of the whole packed.
+belongs to a weight is in its row, so rows can be packed one by one.
 
 Source: Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, section 3 and appendix E.
 """

@@ -1,4 +1,4 @@
-"""Numbers of a row as bytes, so that every engine shards, gathers and keeps them as they are."""
+"""Numbers of a row as bytes, which every engine shards, gathers and stores unchanged."""
 
 from __future__ import annotations
 

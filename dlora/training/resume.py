@@ -19,7 +19,7 @@ from dlora.checkpoint.format import Checkpoint
 from dlora.checkpoint.host_copy import restore
 from dlora.checkpoint.remote import remote_of
 from dlora.config.load import Config, dump_yaml
-from dlora.errors import UsageError
+from dlora.errors import UsageError, dtype_name
 from dlora.io.files import unused_name, write_atomically
 from dlora.methods.adalora_report import PICTURE, RANKS
 from dlora.metrics.log import MetricsLog
@@ -93,9 +93,9 @@ def _check_states(
             if parameter is None:
                 raise UsageError(f"output.resume: {file}.safetensors: {name} is not trained")
             kept = optimizer.state.get(parameter, {}).get(slot)
-            wanted = [list(parameter.shape), _name(parameter.dtype)]
+            wanted = [list(parameter.shape), dtype_name(parameter.dtype)]
             if isinstance(kept, Tensor):  # of an optimizer that makes its state at once
-                wanted = [list(kept.shape), _name(kept.dtype)]
+                wanted = [list(kept.shape), dtype_name(kept.dtype)]
             elif slot == "step":
                 wanted = [[], "float32"]
             elif file == "optimizer":
@@ -151,7 +151,7 @@ def _described(checkpoint: Checkpoint) -> dict[str, Any]:
     """Its step, and names, shapes and dtypes of its tensors."""
 
     def of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        return {name: [list(t.shape), _name(t.dtype)] for name, t in tensors.items()}
+        return {name: [list(t.shape), dtype_name(t.dtype)] for name, t in tensors.items()}
 
     return {
         "step": checkpoint.state["step"],
@@ -159,10 +159,6 @@ def _described(checkpoint: Checkpoint) -> dict[str, Any]:
         "states": {file: of(tensors) for file, tensors in checkpoint.states.items()},
         "allocation": checkpoint.allocation,
     }
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _shared(

@@ -18,12 +18,12 @@ from typing import Any
 
 from torch import Tensor
 
+from dlora.errors import and_more
 from dlora.io.files import write_atomically
 
 BAD_STEPS_IN_A_ROW = 3
 STEPS_TO_BE_USED_IN = 10
 SHARE_OF_TIMEOUT = 0.9  # of a collective's time, after which the stacks are shown
-SHOWN = 5
 
 
 class FiniteWatch:
@@ -99,10 +99,9 @@ class UnusedWatch:
         if self._left or not self._unused:
             return None
         names = sorted(self._unused)
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
         return (
-            f"no gradient in {STEPS_TO_BE_USED_IN} steps on any rank for {', '.join(names[:SHOWN])}"
-            f"{more}; leave them out (adapter.target_modules, adapter.modules_to_save) or set "
+            f"no gradient in {STEPS_TO_BE_USED_IN} steps on any rank for {and_more(names, 5)}; "
+            "leave them out (adapter.target_modules, adapter.modules_to_save) or set "
             "train.allow_unused: true"
         )
 

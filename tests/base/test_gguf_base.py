@@ -17,7 +17,9 @@ from gguf_files import convert
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from dlora.base import gguf as gguf_base
-from dlora.base import gguf_tensors
+from dlora.base.model import find_base
+from dlora.errors import dtype_name
+from dlora.io.safetensors import stored_tensors
 
 ROOT = Path(__file__).parents[2]
 REAL = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -88,22 +90,49 @@ def assert_same_tokenizer(gguf: Path, out: Path):
     return tokenizer
 
 
+def child(code: str, *arguments) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+
+
+CONVERT = """
+import json, re, sys
+from pathlib import Path
+import gguf, torch, transformers.models.llama.modeling_llama
+import transformers.modeling_gguf_pytorch_utils
+from dlora.base.gguf import converted_base
+def anonymous():
+    text = Path("/proc/self/smaps_rollup").read_text()
+    return int(re.search(r"Anonymous: +(\\d+)", text)[1]) * 1024
+path, cache_dir, dtype, lines, before = *sys.argv[1:], [], anonymous()
+out = converted_base(Path(path), Path(cache_dir), getattr(torch, dtype), lines.append)
+print(json.dumps([str(out), lines, anonymous() - before]))
+"""
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.full)]
 )
 def test_real_file(real_file, cache, dtype):
-    out, lines = convert(real_file, cache, dtype)
-    (line,) = lines
-    megabytes = 134515008 * dtype.itemsize // 10**6
-    name = str(dtype).removeprefix("torch.")
-    assert line == f"converting {real_file} to {name} under {out} ({megabytes} MB), once"
-    with gguf_tensors._parsed_once():  # 15 seconds less; the values are not its concern
+    name, megabytes = dtype_name(dtype), 134515008 * dtype.itemsize // 10**6
+    out, (line,), left = json.loads(child(CONVERT, real_file, cache, name).communicate()[0])
+    out = Path(out)
+    assert left < 100 * 10**6  # of the model's memory, before the process reads its share
+    assert line == (
+        f"converting {real_file} to {name} under {out} ({megabytes} MB), once; the whole model is "
+        "in this process's memory meanwhile"
+    )
+    with gguf_base._parsed_once():  # 15 seconds less; the values are not its concern
         model = assert_same_model(real_file, out, dtype)
         tokenizer = assert_same_tokenizer(real_file, out)
-    index = json.loads((out / "model.safetensors.index.json").read_text())
-    assert "lm_head.weight" not in index["weight_map"] and model.config.tie_word_embeddings
-    assert index["metadata"]["total_size"] == 134515008 * dtype.itemsize
+    stored = stored_tensors(out / "model.safetensors")
+    assert "lm_head.weight" not in stored and model.config.tie_word_embeddings
+    assert sum(tensor.nbytes for tensor in stored.values()) == 134515008 * dtype.itemsize
     config = model.config
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 100000.0}
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, 2)
@@ -125,29 +154,24 @@ TINY = {
     "bloom-tied": lambda path: gguf_files.tiny_bloom(path, "equal"),
     "bloom-untied": lambda path: gguf_files.tiny_bloom(path, "other"),
     "lfm2": gguf_files.tiny_lfm2,
-    "qwen35moe": gguf_files.tiny_qwen35moe,
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind", TINY)
-def test_tiny_files(kind, dtype, tmp_path, monkeypatch):
-    """Every way a parameter comes about, in shards small enough that there are several."""
-    monkeypatch.setattr(gguf_base, "SHARD_BYTES", 50_000)
-    monkeypatch.setattr(gguf_tensors, "CHUNK_VALUES", 1000)
-    gguf = TINY[kind](tmp_path / "tiny.gguf")
+def test_tiny_files(kind, tmp_path):
+    """Every way in which a parameter is made."""
+    gguf, dtype = TINY[kind](tmp_path / "tiny.gguf"), torch.bfloat16
     out, lines = convert(gguf, tmp_path / "cache", dtype)
     assert_same_model(gguf, out, dtype)
     tokenizer = assert_same_tokenizer(gguf, out)
     assert tokenizer.chat_template == gguf_files.CHAT_TEMPLATE
-    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
-    assert ("lm_head.weight" in index) == (kind in ("llama-untied", "bloom-untied", "qwen35moe"))
-    shards = sorted(out.glob("*.safetensors"))
-    assert len(shards) > 1 and {file.name for file in shards} == set(index.values())
-    assert {file.stat().st_mode for file in shards} == {(out / "config.json").stat().st_mode}
-    left = {"qwen35moe": "blk.2.nextn.eh_proj.weight", "llama-untied": "rope_freqs.weight"}
-    extra = f"tiny.gguf: the model has no place for {left.get(kind)}; left out"
-    assert lines[1:] == ([extra] if kind in left else [])
+    stored = stored_tensors(out / "model.safetensors")
+    assert ("lm_head.weight" in stored) == (kind in ("llama-untied", "bloom-untied"))
+    skeleton = find_base(str(out), attn_implementation="eager").skeleton()
+    assert {name for name, _ in skeleton.named_parameters()} == stored.keys()
+    assert len({file.stat().st_mode for file in out.iterdir()}) == 1
+    extra = "tiny.gguf: the model has no place for model.layers.0.extra.weight; left out"
+    assert lines[1:] == ([extra] if kind == "lfm2" else [])
     assert convert(gguf, tmp_path / "cache", dtype) == (out, [])
 
 
@@ -170,7 +194,7 @@ def test_cache_key(tmp_path, monkeypatch):
     other, lines = convert(gguf_files.tiny_llama(moved, seed=1), cache_dir)
     assert other != out and lines and moved.stat().st_size == gguf.stat().st_size
     assert convert(gguf, cache_dir, torch.bfloat16)[0] not in (out, other)
-    monkeypatch.setattr(gguf_base, "FORMAT", 0)
+    monkeypatch.setattr(gguf_base, "CONVERSION", 0)
     assert convert(gguf, cache_dir)[0] != out
 
     monkeypatch.setattr(gguf_base, "WHOLE_HASH_BYTES", 0)  # as if it were large
@@ -194,7 +218,7 @@ def test_damaged_cache_is_converted_again(tmp_path):
     for damage in (
         lambda: os.truncate(shard, 100),
         lambda: (out / "config.json").unlink(),
-        lambda: (out / gguf_base.MARKER).write_text("{"),
+        lambda: (out / gguf_base.FILE_LIST).write_text("{"),
     ):
         damage()
         again, lines = convert(gguf, tmp_path / "cache")
@@ -207,30 +231,23 @@ import os, signal, sys, time
 from pathlib import Path
 import torch
 from dlora.base import gguf as gguf_base
+from dlora.base.model import find_base
+from dlora.errors import dtype_name
+from dlora.io.safetensors import stored_tensors
 gguf, cache_dir, mode = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-announce, save_file = print, gguf_base.save_file
+announce, save = print, gguf_base.save_torch_state_dict
 if mode == "wait":                       # both children are there before either converts
     Path(f"{gguf}.{os.getpid()}.ready").touch()
     while len(list(gguf.parent.glob("*.ready"))) < 2:
         time.sleep(0.01)
     announce = lambda line: (print(line), time.sleep(1))
-if mode == "die":                        # between two shards
-    gguf_base.SHARD_BYTES = 50_000
+if mode == "die":                        # once the weights are written
     def save_and_die(*args, **options):
-        save_file(*args, **options)
+        save(*args, **options)
         os.kill(os.getpid(), signal.SIGKILL)
-    gguf_base.save_file = save_and_die
+    gguf_base.save_torch_state_dict = save_and_die
 print("path", gguf_base.converted_base(gguf, cache_dir, torch.float32, announce))
 """
-
-
-def child(code: str, *arguments) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
 
 
 @pytest.mark.timeout(600)
@@ -251,47 +268,12 @@ def test_killed_midway(tmp_path):
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     (left,) = [path for path in cache_dir.iterdir() if path.is_dir()]
-    assert left.suffix == ".tmp" and list(left.glob("part-*"))
-    alive = cache_dir / "other-1234.tmp"
+    assert left.suffix == ".tmp" and list(left.glob("*.safetensors"))
+    alive = cache_dir / ".other-1234.56.tmp"
     alive.mkdir()
-    with gguf_base._lock(alive.with_suffix("")):
+    with gguf_base._lock(cache_dir / "other-1234"):
         convert(gguf_files.tiny_llama(tmp_path / "next.gguf", seed=1), cache_dir)
     assert not left.exists() and alive.exists()
     out, lines = convert(gguf, cache_dir)
-    assert out == left.with_suffix("") and len(lines) == 1 and not alive.exists()
+    assert left.name.startswith(f".{out.name}.") and len(lines) == 1 and not alive.exists()
     assert_same_model(gguf, out, torch.float32)
-
-
-MEMORY = """
-import re, sys, threading, time
-from pathlib import Path
-import gguf, torch, transformers.models.llama.modeling_llama
-import transformers.modeling_gguf_pytorch_utils
-from dlora.base import gguf as gguf_base
-def private():
-    text = Path("/proc/self/smaps_rollup").read_text()
-    return sum(int(size) for size in re.findall(r"Private_\\w+: +(\\d+)", text)) * 1024
-def watch():
-    while running:
-        peaks.append(private())
-        time.sleep(0.01)
-gguf_base.SHARD_BYTES, peaks, running = int(sys.argv[3]), [], True
-before = private()
-thread = threading.Thread(target=watch)
-thread.start()
-gguf_base.converted_base(Path(sys.argv[1]), Path(sys.argv[2]), torch.float32, lambda line: None)
-running = False
-thread.join()
-print(max(peaks) - before, private() - before)
-"""
-
-
-@pytest.mark.timeout(600)
-def test_peak_memory(real_file, tmp_path):
-    """Largest tensor + one shard + what parsing takes, for a model of 538 MB in float32."""
-    shard, largest, parsing = 32 * 10**6, 49152 * 576 * 4, 150 * 10**6
-    process = child(MEMORY, real_file, tmp_path, shard)
-    peak, left = map(int, process.communicate()[0].split())
-    assert process.returncode == 0
-    assert peak < largest + shard + parsing
-    assert left < 100 * 10**6

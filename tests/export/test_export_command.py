@@ -63,28 +63,33 @@ MISTAKES = {  # words after --adapter; what the message says
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_one_line_and_nothing_is_written(mistake, bases, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    plain_adapter(bases, Path("A"))
-    plain_adapter(bases, Path("ia3"))
-    plain_adapter(bases, Path("run/adapter"))
-    edit_json(Path("ia3/adapter_config.json"), peft_type="IA3")
-    Path("E").mkdir()
-    Path("file").touch()
-    Path("gpt2").symlink_to(bases("gpt2"))
+@pytest.fixture(scope="module")
+def site(bases, tmp_path_factory) -> Path:
+    """The files that the mistakes name."""
+    site = tmp_path_factory.mktemp("site")
+    for name in ("A", "ia3", "run/adapter"):
+        plain_adapter(bases, site / name)
+    edit_json(site / "ia3/adapter_config.json", peft_type="IA3")
+    (site / "E").mkdir()
+    (site / "file").touch()
+    (site / "gpt2").symlink_to(bases("gpt2"))
     for name in ("wide", "odd"):
-        shutil.copytree(bases("llama"), name)
-    edit_json(Path("wide/config.json"), num_attention_heads=2, head_dim=40)
-    file = next(f for f in Path("odd").glob("*.safetensors") if QUERY in load_file(f))
-    tensors = load_file(file)
-    save_file({key.replace(QUERY, f"{QUERY}s"): t for key, t in tensors.items()}, file)
-    before = sorted(tmp_path.rglob("*"))
+        shutil.copytree(bases("llama"), site / name)
+    edit_json(site / "wide/config.json", num_attention_heads=2, head_dim=40)
+    file = next(f for f in (site / "odd").glob("*.safetensors") if QUERY in load_file(f))
+    save_file({k.replace(QUERY, f"{QUERY}s"): t for k, t in load_file(file).items()}, file)
+    return site
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_line_and_nothing_is_written(mistake, site, monkeypatch):
+    monkeypatch.chdir(site)
+    before = sorted(site.rglob("*"))
     words, message = MISTAKES[mistake]
     with pytest.raises(UsageError) as caught:
         main(["--adapter", *words])
     assert message in str(caught.value) and "\n" not in str(caught.value)
-    assert sorted(tmp_path.rglob("*")) == before
+    assert sorted(site.rglob("*")) == before
 
 
 def test_status_and_one_line_of_the_command_itself(tmp_path):

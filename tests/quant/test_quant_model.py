@@ -13,6 +13,7 @@ from dlora.sharding.engines.protocol import build_engine
 from dlora.sharding.engines.storage import held_bytes
 from dlora.sharding.topology import Topology, resolve_placement
 
+ROOT = Path(__file__).parents[2]
 TEXTS = [
     "The old bridge had been closed since the spring, and nobody in the village could say when it "
     "would open again. Every morning the baker drove the long way round through the hills, an hour "
@@ -30,15 +31,10 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def base(real_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:  # noqa: F811
-    """base(quantization): the model's base in float32."""
-    cache = str(tmp_path_factory.mktemp("cache"))
-
-    def of(quantization: str) -> Any:
-        settings = {"dtype": "float32", "cache_dir": cache, "quantization": quantization}
-        return find_base(str(real_file), **settings, announce=lambda line: None)
-
-    return of
+def base(real_file: Path) -> Any:  # noqa: F811
+    """base(quantization): the model's base in float32, of its conversion to bfloat16."""
+    source = find_base(str(real_file), cache_dir=str(ROOT / "models/converted")).source
+    return lambda quantization: find_base(source, dtype="float32", quantization=quantization)
 
 
 def loaded(base: Any) -> Any:
