@@ -63,12 +63,21 @@ class Checkpoint:
 
 
 def write(
-    checkpoint: Checkpoint, root: Path, config_yaml: str, keep_last: int, rank: int = 0
+    checkpoint: Checkpoint,
+    root: Path,
+    config_yaml: str,
+    keep_last: int,
+    rank: int = 0,
+    check: Callable[[], None] = lambda: None,
 ) -> Path:
     """Commit a checkpoint under `root`; once it verifies, remove all but the newest `keep_last` and
     this one.
 
     Several ranks may commit the same step at one time: one of them gives it its name.
+
+    Args:
+        check: called before anything is written and before the checkpoint gets its name; raises
+            where the directory belongs to another run by then.
 
     Returns:
         Its directory, `root/step-NNNNNN`.
@@ -79,6 +88,7 @@ def write(
     step = checkpoint.state["step"]
     final = root / f"step-{step:06d}"
     own = f".{rank}-{os.getpid()}.tmp"
+    check()
     beside = root / f".step-{step:06d}{own}"
     clear(root, f".step-*{own}")  # what a save left whose directory was out of reach
     beside.mkdir(parents=True)
@@ -102,8 +112,9 @@ def write(
     try:
         for name, content in (files | {"manifest.json": _json(manifest)}).items():
             write_atomically(beside / name, content)
+        check()
         _take_name(beside, final)
-    except OSError:
+    except Exception:
         shutil.rmtree(beside, ignore_errors=True)
         raise
     sync(root)

@@ -17,11 +17,13 @@ import pytest
 from tiny import save_chats
 
 from dlora.errors import TransientError, UsageError
+from dlora.runtime.console import console
 from dlora.runtime.run_lock import NAME, RunLock
 
+Capsys = pytest.CaptureFixture[str]
 HOLDER = (
     "import sys, time; from pathlib import Path; from dlora.runtime.run_lock import RunLock\n"
-    "RunLock(Path(sys.argv[1])).take(print); print('held', flush=True); time.sleep(60)\n"
+    "RunLock(Path(sys.argv[1])).take(); print('held', flush=True); time.sleep(60)\n"
 )
 
 
@@ -51,16 +53,17 @@ def test_a_second_run_is_refused_and_told_of_the_first(
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_the_lock_of_a_killed_run_is_free_at_once(tmp_path: Path, holder: Any) -> None:
+def test_the_lock_of_a_killed_run_is_free_at_once(
+    tmp_path: Path, holder: Any, capsys: Capsys
+) -> None:
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    said: list[str] = []
     lock = RunLock(tmp_path)
-    lock.take(said.append)
+    lock.take()
     assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
-    assert not said
     lock.release()
-    RunLock(tmp_path).take(said.append)
+    RunLock(tmp_path).take()
+    assert capsys.readouterr().out == ""
 
 
 def elsewhere(directory: Path, host: str = "other-host") -> Path:
@@ -88,31 +91,29 @@ def repeated(work: Callable[[], object]) -> Iterator[None]:
         thread.join()
 
 
-def test_another_host_s_lock_is_taken_over_when_it_gives_no_sign_of_life(tmp_path: Path) -> None:
-    elsewhere(tmp_path)
-    said: list[str] = []
-    RunLock(tmp_path, beat_seconds=0.2, stale_seconds=0.5).take(said.append)
-    assert "process 7 on other-host was running here" in said[0]
-    assert "taken over" in said[1]
+@pytest.mark.parametrize("host", ["other-host", os.uname().nodename])
+def test_a_silent_lock_of_another_host_is_taken_over(
+    tmp_path: Path, host: str, capsys: Capsys
+) -> None:
+    """A pod of the same name on another node is another host, too."""
+    elsewhere(tmp_path, host)
+    RunLock(tmp_path, beat_seconds=0.2, stale_seconds=0.5).take()
+    waits, takes = capsys.readouterr().out.splitlines()
+    assert f"process 7 on {host} was running here" in waits
+    assert "taken over" in takes
 
 
-def test_a_pod_of_the_same_name_on_another_node_is_another_host(tmp_path: Path) -> None:
-    elsewhere(tmp_path, os.uname().nodename)
-    said: list[str] = []
-    RunLock(tmp_path, beat_seconds=0.2, stale_seconds=0.5).take(said.append)
-    assert "taken over" in said[1]
-
-
-def test_a_lock_that_its_server_frees_late_is_waited_for(tmp_path: Path, holder: Any) -> None:
+def test_a_lock_that_its_server_frees_late_is_waited_for(
+    tmp_path: Path, holder: Any, capsys: Capsys
+) -> None:
     """An NFS server frees the locks of a host that died when its lease is over."""
     elsewhere(tmp_path)
-    said: list[str] = []
     later = threading.Timer(1.0, holder.kill)
     later.start()
     lock = RunLock(tmp_path, beat_seconds=0.2, stale_seconds=0.3, lease_seconds=60)
-    lock.take(said.append)
+    lock.take()
     later.join()
-    assert "taken over" in said[1]
+    assert "taken over" in capsys.readouterr().out
     assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
 
 
@@ -120,7 +121,7 @@ def test_a_lock_that_its_server_keeps_is_refused_with_its_file(tmp_path: Path, h
     path = elsewhere(tmp_path)
     lock = RunLock(tmp_path, beat_seconds=0.2, stale_seconds=0.3, lease_seconds=0.3)
     with pytest.raises(TransientError, match="process 7 on other-host gives no sign") as caught:
-        lock.take(lambda _: None)
+        lock.take()
     assert f"keeps its lock of {path}" in str(caught.value)
 
 
@@ -128,7 +129,7 @@ def test_another_host_s_lock_holds_while_it_beats(tmp_path: Path) -> None:
     path = elsewhere(tmp_path)
     refused = pytest.raises(UsageError, match="process 7 on other-host is running in")
     with repeated(lambda: os.utime(path)), refused:
-        RunLock(tmp_path, beat_seconds=0.2, stale_seconds=20).take(lambda _: None)
+        RunLock(tmp_path, beat_seconds=0.2, stale_seconds=20).take()
 
 
 def test_an_earlier_start_of_the_same_run_passes(
@@ -140,13 +141,13 @@ def test_an_earlier_start_of_the_same_run_passes(
     monkeypatch.setenv("DLORA_RUN_ID", "run of one job")
     lock = RunLock(tmp_path, beat_seconds=0.2, stale_seconds=0.5, lease_seconds=6)
     with pytest.raises(TransientError, match=f"process {holder.pid} .* start of this run, still"):
-        lock.take(lambda _: None)
+        lock.take()
     monkeypatch.setenv("DLORA_RUN_ID", "run of another job")
     with pytest.raises(UsageError, match="is running in"):
-        RunLock(tmp_path, beat_seconds=0.2).take(lambda _: None)
+        RunLock(tmp_path, beat_seconds=0.2).take()
 
 
-def test_of_two_that_wait_the_second_is_told_of_the_first(
+def test_of_two_that_wait_the_second_is_refused_for_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The dead one was an earlier start of this run, and the one that has its lock now is not."""
@@ -154,18 +155,19 @@ def test_of_two_that_wait_the_second_is_told_of_the_first(
     path.write_text(json.dumps(json.loads(path.read_text()) | {"run": "run of one job"}))
     monkeypatch.setenv("DLORA_RUN_ID", "run of one job")
     first = json.dumps({"pid": 8, "host": "third-host", "kernel": "a third"})
-    said: list[str] = []
+    waits: list[str] = []
+    monkeypatch.setattr(console, "info", waits.append)
     refused = pytest.raises(UsageError, match="process 8 on third-host is running in")
-    with repeated(lambda: said and path.write_text(first)), refused:  # once this one waits
-        RunLock(tmp_path, beat_seconds=0.2, stale_seconds=20).take(said.append)
-    assert "process 7 on other-host was running here" in said[0]
+    with repeated(lambda: waits and path.write_text(first)), refused:  # once this one waits
+        RunLock(tmp_path, beat_seconds=0.2, stale_seconds=20).take()
+    assert "process 7 on other-host was running here" in waits[0]
 
 
 def test_a_directory_that_is_gone_is_not_how_a_run_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock = RunLock(tmp_path)
-    lock.take(print)
+    lock.take()
 
     def gone(descriptor: int, length: int) -> None:
         raise OSError(errno.ESTALE, "Stale file handle")
@@ -173,7 +175,7 @@ def test_a_directory_that_is_gone_is_not_how_a_run_ends(
     monkeypatch.setattr("os.ftruncate", gone)
     lock.release()
     monkeypatch.undo()
-    RunLock(tmp_path).take(print)  # it was let go all the same
+    RunLock(tmp_path).take()  # it was let go all the same
 
 
 @pytest.mark.parametrize("lives", [True, False])
@@ -190,15 +192,15 @@ def test_where_files_have_no_locks_the_heartbeat_tells(
     lock = RunLock(tmp_path, beat_seconds=0.2, stale_seconds=20 if lives else 0.5)
     if lives:
         with pytest.raises(UsageError, match=f"process {holder.pid} on .* is running in"):
-            lock.take(lambda _: None)
+            lock.take()
     else:
-        lock.take(lambda _: None)
+        lock.take()
         assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
 
 
 def test_a_lock_beats(tmp_path: Path) -> None:
     lock = RunLock(tmp_path, beat_seconds=0.05)
-    lock.take(print)
+    lock.take()
     before = (tmp_path / NAME).stat().st_mtime_ns
     deadline = time.monotonic() + 10
     while (tmp_path / NAME).stat().st_mtime_ns == before:
@@ -206,3 +208,61 @@ def test_a_lock_beats(tmp_path: Path) -> None:
         time.sleep(0.02)
     lock.release()
     lock.release()  # and once more does nothing
+
+
+STOPPED = """
+import time
+from dlora.metrics.progress import StepDisplay
+from dlora.runtime import run_lock
+from dlora.runtime.exit_status import exit_with
+from dlora.train import main
+
+lock = run_lock.RunLock.__init__.__kwdefaults__
+lock["beat_seconds"], lock["stale_seconds"] = 0.1, 0.5
+shown = StepDisplay.update
+
+def update(display, record):
+    shown(display, record)
+    time.sleep(0.05)
+
+StepDisplay.update = update
+exit_with(main)
+"""
+
+
+def tree(directory: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def test_a_stopped_run_that_lost_its_lease_writes_nothing_more(
+    tmp_path: Path, saved_models: Any
+) -> None:
+    """As a suspended node: another run has taken the directory when it goes on."""
+    data, out = str(save_chats(tmp_path / "chats.jsonl", 4)), tmp_path / "run"
+    words = ["--model.path", saved_models("blocks"), "--data.train", data, "--output.dir", str(out)]
+    words += ["--train.max_steps", "100000", "--output.save_every", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPED, *words], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+    try:
+        until = time.monotonic() + 240
+        while not list(out.glob("checkpoints/step-*")):
+            assert time.monotonic() < until
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(1)
+        (out / NAME).unlink()  # this kernel's lock outlives the stop; another host's would not show
+        lock = RunLock(out)
+        lock.take()
+        before = tree(out)
+        process.send_signal(signal.SIGCONT)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 1
+        [line] = [text for text in errors.decode().splitlines() if "dlora: error: " in text]
+        assert f"process {os.getpid()} on {os.uname().nodename} has taken over {out}" in line
+        assert tree(out) == before
+        lock.release()
+    finally:
+        process.kill()
+        process.wait()

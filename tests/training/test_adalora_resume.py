@@ -16,7 +16,7 @@ from tiny import save_chats
 
 from dlora.config.load import parse
 from dlora.errors import UsageError
-from dlora.runtime.ranks import Runtime
+from dlora.runtime.ranks import Ranks
 from dlora.train import main
 from dlora.training.startup import prepared
 
@@ -230,7 +230,7 @@ def test_another_schedule_is_another_run(
     checkpoint = whole(False)[1] / "checkpoints" / f"step-{saved:06d}"
     argv = command(tmp_path, output__resume=str(checkpoint), **{changed: value})
     with pytest.raises(UsageError, match=said) as refused:
-        prepared(parse(argv, "dlora.train").config, Runtime(0, 1, torch.device("cpu"), None))
+        prepared(parse(argv, "dlora.train").config, Ranks(0, 1, torch.device("cpu"), None))
     assert "\n" not in str(refused.value)
 
 

@@ -42,7 +42,7 @@ def hindered(argv: list[str], kind: str) -> dict[str, Any]:
     see, write = run.losses.see, checkpoint.write_atomically
 
     def seen(record: dict[str, Any], ids: Any) -> str | None:
-        if run.runtime.main and record["step"] == 5:
+        if run.ranks.main and record["step"] == 5:
             _help(out, kind)
         return see(record, ids)
 

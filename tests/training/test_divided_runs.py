@@ -165,8 +165,8 @@ def saved_again(argv: list[str]) -> dict[str, Any]:
     """Resume, and save at once; what was sent and received meanwhile, and the moments here."""
     run = prepared_run(argv)
     with CollectiveLog() as log:
-        run.keeper.save(run.start, {})
-        run.keeper.settle()
+        run.checkpoints.save(run.start, {})
+        run.checkpoints.settle()
     states = run.optimizer.state.items()
     moments = [value for _, state in states for value in state.values() if value.ndim]
     return {

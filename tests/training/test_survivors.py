@@ -295,7 +295,7 @@ def committed_again(argv: list[str], rounds: int) -> list[dict[str, bool]]:
             shutil.rmtree(kept, ignore_errors=True)
             last.rename(kept)
         dist.barrier()
-        run.keeper.commit(ending=True)
+        run.checkpoints.commit(ending=True)
         dist.barrier()
         regular = {path.name: path.read_bytes() for path in kept.iterdir()}
         again = {path.name: path.read_bytes() for path in last.iterdir()}

@@ -42,7 +42,7 @@ def poisoned(argv: list[str], steps: list[int], rank: int) -> dict[str, Any]:
     after: list[torch.Tensor] = []
 
     def poison(module: Any, args: Any, loss: torch.Tensor) -> torch.Tensor:
-        bad = len(after) + 1 in steps and run.runtime.rank == rank
+        bad = len(after) + 1 in steps and run.ranks.rank == rank
         return loss * float("nan") if bad else loss
 
     see = run.losses.see
@@ -99,12 +99,12 @@ def test_three_in_a_row_end_the_run_and_name_their_sequences(
     assert not (tmp_path / "run/adapter").exists()
 
 
-def test_good_steps_between_bad_ones_are_no_row() -> None:
-    said: list[str] = []
-    watch = FiniteWatch(said.append)
+def test_good_steps_between_bad_ones_are_no_row(capsys: pytest.CaptureFixture[str]) -> None:
+    watch = FiniteWatch()
     for step, loss in enumerate([float("nan"), float("inf"), 1.0] * 3, start=1):
         assert watch.see({"step": step, "loss": loss, "grad_norm": 1.0}) is None
     watch.close()
+    said = capsys.readouterr().out.splitlines()
     assert len(said) == 2
     assert said[1].startswith("warning: loss or gradient was not finite in 6 steps")
 
