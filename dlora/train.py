@@ -29,6 +29,7 @@ from dlora.runtime.memory import MemoryMeter, trim
 from dlora.runtime.ranks import Ranks
 from dlora.runtime.run_lock import RunLock
 from dlora.runtime.stop_signals import StopRequest, exit_status
+from dlora.sharding.replica.step_scalars import Reduced
 from dlora.training.build import build
 from dlora.training.checkpointing import RESUMES, CheckpointManager
 from dlora.training.evaluate import held_out_loss, print_samples
@@ -120,12 +121,8 @@ class Run:
             )  # the run may have ended between its last two files
         log, status, trouble = self.open_log(), None, None
         display = StepDisplay(self.total_steps, self.start, self.ranks.main, replica.final_budget)
-        with (
-            checkpoints.writing(),
-            display,
-            stop.committing(checkpoints.commit_alone),
-            self.hang.watching(),
-        ):
+        committing = stop.committing(checkpoints.commit_alone)
+        with checkpoints.writing(), display, committing, self.hang.watching():
             for step in range(self.start, self.total_steps):
                 began = time.perf_counter()
 
@@ -139,8 +136,8 @@ class Run:
 
                 # 3  one reduction: gradients become the mean over all target tokens of all ranks
                 scalars = [loss_sum, float(self.hooks.should_save()), *stop.poll()]
-                peak = self.meter.peak()
-                reduced = replica.reduce_gradients(tokens, sums=scalars, each=peak >> 10)
+                peak_kib = self.meter.peak() >> 10
+                reduced = replica.reduce_gradients(tokens, sums=scalars, each=peak_kib)
                 loss_sum, saves, *stops = reduced.sums
 
                 # 4  clip, schedule, step (after which AdaLoRA scores and masks by itself)
@@ -154,30 +151,15 @@ class Run:
                 replica.zero_grad()
 
                 # 5  watch, log, save
-                done = step + 1
-                last = done == self.total_steps
+                done, last = step + 1, step + 1 == self.total_steps
                 if last:
                     replica.audit()  # as the replica does by itself at every 10th reduction
                 if due(done, TRIM_EVERY, last=last):
                     trim()
                 self.lock.check()
                 seconds = time.perf_counter() - began
-                all_tokens = int(sum(lengths[i] for i in ids))
-                record = {
-                    "step": done,
-                    "loss": loss,
-                    "grad_norm": norm,
-                    "lr": lr,
-                    "tokens": reduced.tokens,
-                    "all_tokens": all_tokens,
-                    "step_seconds": seconds,
-                    "tokens_per_second": reduced.tokens / seconds,
-                    "all_tokens_per_second": all_tokens / seconds,
-                    "peak_memory_bytes": max(reduced.each) << 10,
-                    "wire_bytes": replica.wire.take(),
-                    "batch_hash": batch_hash(ids),
-                    **replica.figures(),
-                }
+                record = {"step": done, "loss": loss, "grad_norm": norm, "lr": lr}
+                record |= self.figures(ids, reduced, seconds)
                 checkpoints.snapshot(done, record)
                 self.records.append(record)
                 trouble = self.trouble(record, ids)
@@ -238,6 +220,21 @@ class Run:
             loss += summed.detach()
             tokens += batch.num_targets
         return float(loss), tokens
+
+    def figures(self, ids: Any, reduced: Reduced, seconds: float) -> dict[str, Any]:
+        """What a step's line of the metrics says beside its loss; tokens exclude padding."""
+        all_tokens = int(sum(self.prepared.train.lengths[i] for i in ids))
+        return {
+            "tokens": reduced.tokens,
+            "all_tokens": all_tokens,
+            "step_seconds": seconds,
+            "tokens_per_second": reduced.tokens / seconds,
+            "all_tokens_per_second": all_tokens / seconds,
+            "peak_memory_bytes": max(reduced.each) << 10,
+            "wire_bytes": self.replica.wire.take(),
+            "batch_hash": batch_hash(ids),
+            **self.replica.figures(),
+        }
 
     def beat(self) -> None:
         """A pass begins: a sign of progress."""

@@ -1,6 +1,6 @@
 """What ranks exchange through the store, before there is a process group and beside it.
 
-agree      the same work on every rank; all go on, or all raise the first failing rank's error
+agree      the same work on every rank; all continue, or all raise the first rank's error
 gather     the values of all ranks on every rank
 broadcast  rank 0's value on every rank
 """
@@ -24,7 +24,7 @@ from dlora.runtime.ranks import Ranks
 def agree(
     ranks: Ranks, topic: str, work: Callable[[], tuple[Any, str]], patience_seconds: float = 0.0
 ) -> Any:
-    """Do the same work on every rank, and go on only if all of them succeeded alike.
+    """Do the same work on every rank, and continue only if all of them succeeded alike.
 
     Args:
         topic: name of the exchange.

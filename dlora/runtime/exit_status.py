@@ -22,16 +22,10 @@ def exit_with(main: Callable[[list[str]], int]) -> None:
     """
     try:
         status = main(sys.argv[1:])
-    except PrintedError:
-        status = 2
-    except UsageError as error:
-        print_error(str(error))
-        status = 2
-    except PrintedTransientError:
-        status = 1
-    except TransientError as error:
-        print_error(str(error))
-        status = 1
+    except (UsageError, TransientError) as error:
+        if not isinstance(error, (PrintedError, PrintedTransientError)):
+            print_error(str(error))
+        status = 1 if isinstance(error, TransientError) else 2
     raise SystemExit(status)
 
 

@@ -1,4 +1,4 @@
-"""How a rank that cannot go on alone ends the others, whose collectives wait for it.
+"""How a rank that cannot continue ends the others, whose collectives wait for it.
 
     failing rank   leaves its message in the store, then closes gloo's connections
     other ranks    their collective fails, they find the message and raise it

@@ -101,7 +101,7 @@ class Ranks:
             return ", ".join(f"rank {rank} on {self._host(rank)}" for rank in absent)
 
     def _host(self, rank: int) -> str:
-        """Where a rank has said that it runs."""
+        """The host that a rank has written to the store."""
         assert self.store is not None
         key = f"host/{rank}"
         return self.store.get(key).decode() if self.store.check([key]) else "an unknown host"
@@ -125,7 +125,7 @@ class Ranks:
         if not self.main:
             self.store.set(others[self.rank - 1], "")
             return
-        with contextlib.suppress(RuntimeError):  # one that died does not hold up the rest
+        with contextlib.suppress(RuntimeError):  # one that died does not delay the rest
             self.store.wait(others, timedelta(seconds=LEAVING_SECONDS))
 
 

@@ -17,8 +17,8 @@ Whatever starts a run's ranks again may name the run in DLORA_RUN_ID (Ray's laun
 earlier start of it may still live on a host that was cut off, and is waited for; another run there
 is a mistake.
 
-`filelock.SoftFileLease` (4.2) does not replace this: it takes over at once what a living process of
-another node with the same host name holds, refuses only after a whole lease instead of at the first
+`filelock.SoftFileLease` (4.2) does not replace this: it breaks the lock of a living process on
+another node with the same host name at once, refuses after a whole lease instead of at the first
 heartbeat, and has no room for the run's name.
 """
 
@@ -138,7 +138,7 @@ class RunLock:
 
     def _wait_until_free(self) -> None:
         """Return once the lock is ours and the run that was here last is dead."""
-        began = heard = _now()
+        began = last_sign = _now()
         beat = 0
         while True:
             free, knows = self._flock()
@@ -156,15 +156,15 @@ class RunLock:
                         f"output.dir: {_who(owner)} is running in {self._path.parent}; wait for "
                         "it, stop it, or name another directory"
                     )
-                heard = _now()
-            if free and _now() - heard >= self._stale_seconds:
+                last_sign = _now()
+            if free and _now() - last_sign >= self._stale_seconds:
                 console.info(f"output.dir: {_who(owner)} is silent: its lock is taken over")
                 return
             if _now() - began > self._stale_seconds + self._lease_seconds:
                 raise TransientError(
                     f"output.dir: {_who(owner)} gives no sign of life, but its file system keeps "
                     f"its lock of {self._path}; remove that file if the run is dead"
-                    if heard == began
+                    if last_sign == began
                     else f"output.dir: {_who(owner)}, an earlier start of this run, still runs"
                 )
             time.sleep(self._beat_seconds / 10)
@@ -202,8 +202,8 @@ class RunLock:
         while not self._over.wait(self._beat_seconds):
             now = _now()
             if not self._is_ours():
-                return  # the next `check` says so
-            with contextlib.suppress(OSError):  # the directory is gone for now; the run goes on
+                return  # the next `check` raises
+            with contextlib.suppress(OSError):  # the directory is gone for now; the run continues
                 os.utime(self._descriptor)
                 self._checked = now
 
@@ -222,7 +222,7 @@ def _is_here(owner: Owner) -> bool:
 
 
 def _kernel() -> str:
-    """The boot id: tells this kernel from others, and from itself before it was last started."""
+    """The boot id: differs between kernels, and between two starts of one."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""Whether a run that goes on from a checkpoint is the run that wrote it."""
+"""Whether the run that resumes from a checkpoint is the run that wrote it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from dlora.training.find_checkpoint import ResumePoint
 # Keys that may change between a run and its continuation: they do not alter the result.
 FREE_KEYS = {
     "model.cache_dir",
-    "adapter.path",  # what it said of the adapter is compared, not where it lay
-    "data.train",  # what the files hold is compared, not what they are called
+    "adapter.path",  # the adapter's settings are compared, not its path
+    "data.train",  # the files' content is compared, not their names
     "data.eval",
     "data.on_error",
     "train.max_steps",
@@ -105,7 +105,7 @@ def _refuse_conflicts(
     for section, options in to_dict(config).items():
         for name, value in options.items() if section not in FREE_SECTIONS else ():
             key = f"{section}.{name}"
-            # What it does not say is an option that it was written without.
+            # An option that is not in it is newer than the checkpoint.
             saved = resumed.settings.get(section, {}).get(name, SCHEMA[key].default)
             if key not in compared and saved != value:
                 conflicts.append(f"{key} was {saved!r} and is {value!r}")

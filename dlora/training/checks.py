@@ -1,4 +1,4 @@
-"""What does not fit together, said in one line before a weight is read.
+"""What does not fit together, reported in one line before a weight is read.
 
 Each takes what `prepare` has at hand: the configuration, data sets, and the model on the meta
 device.

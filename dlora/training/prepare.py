@@ -115,7 +115,10 @@ def prepare(
         announce(f"model.quantization: {quantized}")
     known = identity(base, skeleton)
     tokenizer = base.tokenizer()
-    train, held_out = _data(config, tokenizer, announce)
+    train = _load(config, "train", config.data.train, tokenizer, announce)
+    held_out = None
+    if config.data.eval is not None:
+        held_out = _load(config, "eval", config.data.eval, tokenizer, announce)
     check_sequences({"data.train": train, "data.eval": held_out}, tokenizer, skeleton)
     sampler = _sampler(config, len(train))
     lora = scheduled(lora, sampler.total_steps)
@@ -127,7 +130,7 @@ def prepare(
             "model.dtype: this CPU multiplies bfloat16 without instructions for it, many times "
             "slower than float32"
         )
-    announce(_said_of_steps(sampler, config.train.global_batch_size))
+    announce(_steps_line(sampler, config.train.global_batch_size))
     decision = _decision(config, skeleton, topology, train.report.longest, around, resumed)
     if decision.plan.divided:
         announce(
@@ -184,10 +187,10 @@ def _decision(
         capacity=capacity_of(section.memory_budget_gb, around.free),
         offload=section.cpu_offload,
     )
-    if settings.said:
-        reason = f"{settings.said}: {decision.reason}" if settings.base == "auto" else settings.said
-        decision = replace(decision, reason=reason)
-    return decision
+    if not settings.reason:
+        return decision
+    is_open = settings.base == "auto"
+    return replace(decision, reason=settings.reason + (f": {decision.reason}" if is_open else ""))
 
 
 def _base(config: Config, announce: Callable[[str], None]) -> BaseModel:
@@ -230,21 +233,10 @@ def _adapted(
     return skeleton, quantized
 
 
-def _data(
-    config: Config, tokenizer: Any, announce: Callable[[str], None]
-) -> tuple[Dataset, Dataset | None]:
-    """What is trained on, and what is held out."""
-    train = _load(config, "train", config.data.train, tokenizer, announce)
-    if config.data.eval is None:
-        return train, None
-    return train, _load(config, "eval", config.data.eval, tokenizer, announce)
-
-
 def _sampler(config: Config, num_examples: int) -> Sampler:
     train = config.train
-    return Sampler(
-        num_examples, train.global_batch_size, train.seed, config.data.shuffle, **_length(config)
-    )
+    length = {train.governed_by: getattr(train, train.governed_by)}
+    return Sampler(num_examples, train.global_batch_size, train.seed, config.data.shuffle, **length)
 
 
 def _load(
@@ -266,14 +258,8 @@ def _load(
     return dataset
 
 
-def _said_of_steps(sampler: Sampler, size: int) -> str:
+def _steps_line(sampler: Sampler, size: int) -> str:
     steps = sampler.total_steps
     last = len(sampler.step(steps - 1))
     rest = "" if last == size else f", the last one of the {last} that are left"
     return f"train: {steps} optimizer steps of {size} sequences{rest}"
-
-
-def _length(config: Config) -> dict[str, int]:
-    if config.train.epochs is not None:
-        return {"epochs": config.train.epochs}
-    return {"max_steps": config.train.max_steps}

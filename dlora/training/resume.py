@@ -74,7 +74,7 @@ def resume(context: RunContext) -> int:
 def _check_states(
     states: Mapping[str, Mapping[str, Any]], replica: TrainedReplica, optimizer: Optimizer
 ) -> None:
-    """See that what is kept beside each tensor has the form in which a run keeps it.
+    """See that the optimizer's and scorer's state has the form that a run writes.
 
     Torch takes over a state of any shape, and fails or broadcasts steps later.
 
@@ -88,10 +88,10 @@ def _check_states(
             parameter = replica.named.get(name)
             if parameter is None:
                 raise UsageError(f"output.resume: {file}.safetensors: {name} is not trained")
-            kept = optimizer.state.get(parameter, {}).get(slot)
+            stored = optimizer.state.get(parameter, {}).get(slot)
             wanted = [list(parameter.shape), _name(parameter.dtype)]
-            if isinstance(kept, Tensor):  # of an optimizer that makes its state at once
-                wanted = [list(kept.shape), _name(kept.dtype)]
+            if isinstance(stored, Tensor):  # of an optimizer that makes its state at once
+                wanted = [list(stored.shape), _name(stored.dtype)]
             elif slot == "step":
                 wanted = [[], "float32"]
             elif file == "optimizer":
@@ -99,7 +99,7 @@ def _check_states(
             if [shape, dtype] != wanted:
                 raise UsageError(
                     f"output.resume: {file}.safetensors of the checkpoint has {key} as {dtype} "
-                    f"{shape}, where a run keeps {wanted[1]} {wanted[0]}"
+                    f"{shape}, where a run writes {wanted[1]} {wanted[0]}"
                 )
 
 

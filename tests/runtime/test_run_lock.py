@@ -14,16 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import save_chats
+from tiny import command
 
+from dlora.checkpoint.remote import RemoteCheckpoints
 from dlora.errors import TransientError, UsageError
 from dlora.runtime.console import console
+from dlora.runtime.exit_status import exit_with
 from dlora.runtime.run_lock import NAME, RunLock
+from dlora.train import main
 
 Capsys = pytest.CaptureFixture[str]
 HOLDER = (
     "import sys, time; from pathlib import Path; from dlora.runtime.run_lock import RunLock\n"
-    "RunLock(Path(sys.argv[1])).take(); print('held', flush=True); time.sleep(60)\n"
+    "RunLock(Path(sys.argv[1])).take(); print('held', flush=True); time.sleep(600)\n"
 )
 
 
@@ -40,17 +43,47 @@ def holder(tmp_path: Path) -> Any:
     process.stdout.close()
 
 
-def test_a_second_run_is_refused_and_told_of_the_first(
-    tmp_path: Path, holder: Any, saved_models: Any
+def tree(directory: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def test_a_second_run_is_refused_before_it_writes_or_fetches(
+    tmp_path: Path,
+    holder: Any,
+    saved_models: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capsys,
 ) -> None:
-    data = str(save_chats(tmp_path / "chats.jsonl", 4))
-    words = ["--model.path", saved_models("blocks"), "--data.train", data, "--train.max_steps", "1"]
-    command = [sys.executable, "-m", "dlora.train", *words, "--output.dir", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2
-    [line] = [text for text in done.stderr.splitlines() if text.startswith("dlora: error: ")]
-    assert f"output.dir: process {holder.pid} on {os.uname().nodename} is running in" in line
-    assert not (tmp_path / "metrics.jsonl").exists()
+    fetch = pytest.fail  # there is nothing to fetch, but a store to ask
+    monkeypatch.setattr(RemoteCheckpoints, "fetch", lambda *_: fetch("a checkpoint was fetched"))
+    remote = {"output__dir": str(tmp_path), "output__remote": f"file://{tmp_path}/store"}
+    argv = command(saved_models("blocks"), tmp_path, **remote)
+    before = tree(tmp_path)
+    monkeypatch.setattr("sys.argv", ["dlora.train", *argv])
+    with pytest.raises(SystemExit) as ended:
+        exit_with(main)
+    assert ended.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    where = f"process {holder.pid} on {os.uname().nodename} is running in {tmp_path};"
+    assert line.startswith(f"dlora: error: output.dir: {where}")
+    assert tree(tmp_path) == before
+
+
+def test_a_check_needs_no_lock_and_writes_nothing(
+    tmp_path: Path, holder: Any, saved_models: Any, capsys: Capsys
+) -> None:
+    """Also where the store has a newer checkpoint, and where there is no directory yet."""
+    store = tmp_path / "store/step-000001"
+    store.mkdir(parents=True)
+    (store / "manifest.json").write_text("{}")
+    remote = {"output__remote": f"file://{tmp_path}/store"}
+    for directory in (tmp_path, tmp_path / "new"):
+        argv = command(saved_models("blocks"), tmp_path, output__dir=str(directory), **remote)
+        before = tree(tmp_path)
+        assert main([*argv, "--check"]) == 0
+        assert tree(tmp_path) == before
+        assert not (tmp_path / "new").exists()
+        assert "--check does not read file://" in capsys.readouterr().out
 
 
 def test_the_lock_of_a_killed_run_is_free_at_once(
@@ -230,17 +263,13 @@ exit_with(main)
 """
 
 
-def tree(directory: Path) -> dict[str, bytes]:
-    return {str(p): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
-
-
 def test_a_stopped_run_that_lost_its_lease_writes_nothing_more(
     tmp_path: Path, saved_models: Any
 ) -> None:
     """As a suspended node: another run has taken the directory when it goes on."""
-    data, out = str(save_chats(tmp_path / "chats.jsonl", 4)), tmp_path / "run"
-    words = ["--model.path", saved_models("blocks"), "--data.train", data, "--output.dir", str(out)]
-    words += ["--train.max_steps", "100000", "--output.save_every", "1"]
+    out = tmp_path / "run"
+    every = {"train__max_steps": 100000, "output__save_every": 1}
+    words = command(saved_models("blocks"), tmp_path, **every)
     process = subprocess.Popen(
         [sys.executable, "-c", STOPPED, *words], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
     )

@@ -3,6 +3,7 @@
 A rank's loss becomes NaN where a hook on the model makes it so.
 """
 
+import functools
 import json
 import subprocess
 import sys
@@ -12,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import Pools
-from run_training import command_line, figures, prepared_run
-from tiny import save_chats
+from run_training import figures, prepared_run
 
 from dlora.checkpoint import format as checkpoint
 from dlora.lora.attach import named_adapters
@@ -23,17 +23,8 @@ STEPS = 6
 
 
 @pytest.fixture
-def command(saved_models: Any, tmp_path: Path) -> Any:
-    data = str(save_chats(tmp_path / "chats.jsonl", 24))
-
-    def words(**settings: Any) -> list[str]:
-        settings = {"train__max_steps": STEPS, **settings}
-        out = str(tmp_path / "run")
-        return command_line(
-            model__path=saved_models("blocks"), data__train=data, output__dir=out, **settings
-        )
-
-    return words
+def command(words: Any, tmp_path: Path) -> Any:
+    return functools.partial(words, tmp_path / "run", "blocks", train__max_steps=STEPS)
 
 
 def poisoned(argv: list[str], steps: list[int], rank: int) -> dict[str, Any]:
