@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -24,23 +25,25 @@ from dlora.runtime.run_lock import NAME, RunLock
 from dlora.train import main
 
 Capsys = pytest.CaptureFixture[str]
-HOLDER = (
-    "import sys, time; from pathlib import Path; from dlora.runtime.run_lock import RunLock\n"
-    "RunLock(Path(sys.argv[1])).take(); print('held', flush=True); time.sleep(600)\n"
-)
+
+
+def run_in(directory: Path, ready: Any) -> None:
+    RunLock(directory).take()
+    ready.set()
+    threading.Event().wait()
 
 
 @pytest.fixture
 def holder(tmp_path: Path) -> Any:
     """Another process that runs in the directory."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    process = context.Process(target=run_in, args=(tmp_path, ready), daemon=True)
+    process.start()
+    assert ready.wait(60)
     yield process
     process.kill()
-    process.wait()
-    process.stdout.close()
+    process.join()
 
 
 def tree(directory: Path) -> dict[str, bytes]:
@@ -89,8 +92,8 @@ def test_a_check_needs_no_lock_and_writes_nothing(
 def test_the_lock_of_a_killed_run_is_free_at_once(
     tmp_path: Path, holder: Any, capsys: Capsys
 ) -> None:
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
+    holder.kill()
+    holder.join()
     lock = RunLock(tmp_path)
     lock.take()
     assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
@@ -221,7 +224,7 @@ def test_where_files_have_no_locks_the_heartbeat_tells(
     monkeypatch.setattr("fcntl.flock", unknown)
     if not lives:
         holder.kill()
-        holder.wait()
+        holder.join()
     lock = RunLock(tmp_path, beat_seconds=0.2, stale_seconds=20 if lives else 0.5)
     if lives:
         with pytest.raises(UsageError, match=f"process {holder.pid} on .* is running in"):
@@ -244,42 +247,42 @@ def test_a_lock_beats(tmp_path: Path) -> None:
 
 
 STOPPED = """
-import time
+import os, signal, time
 from dlora.metrics.progress import StepDisplay
-from dlora.runtime import run_lock
 from dlora.runtime.exit_status import exit_with
+from dlora.runtime.run_lock import RunLock
 from dlora.train import main
 
-lock = run_lock.RunLock.__init__.__kwdefaults__
-lock["beat_seconds"], lock["stale_seconds"] = 0.1, 0.5
-shown = StepDisplay.update
+RunLock.__init__.__kwdefaults__.update(beat_seconds=0.1, stale_seconds=0.5)
 
 def update(display, record):
-    shown(display, record)
-    time.sleep(0.05)
+    if record["step"] == 3:
+        time.sleep(1)  # the save of step 2 is written by then
+        os.kill(os.getpid(), signal.SIGSTOP)
 
 StepDisplay.update = update
 exit_with(main)
 """
 
 
+def is_stopped(process: Any) -> bool:
+    assert process.poll() is None
+    return "State:\tT" in Path(f"/proc/{process.pid}/status").read_text()
+
+
 def test_a_stopped_run_that_lost_its_lease_writes_nothing_more(
     tmp_path: Path, saved_models: Any
 ) -> None:
-    """As a suspended node: another run has taken the directory when it goes on."""
-    out = tmp_path / "run"
-    every = {"train__max_steps": 100000, "output__save_every": 1}
+    """As on a suspended node: another run has taken the directory when it continues."""
+    out, every = tmp_path / "run", {"train__max_steps": 9, "output__save_every": 2}
     words = command(saved_models("blocks"), tmp_path, **every)
-    process = subprocess.Popen(
-        [sys.executable, "-c", STOPPED, *words], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
-    )
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", STOPPED, *words], **pipes)
     try:
-        until = time.monotonic() + 240
-        while not list(out.glob("checkpoints/step-*")):
+        until = time.monotonic() + 280
+        while not is_stopped(process):
             assert time.monotonic() < until
-            assert process.poll() is None
-            time.sleep(0.05)
-        process.send_signal(signal.SIGSTOP)
+            time.sleep(0.1)
         time.sleep(1)
         (out / NAME).unlink()  # this kernel's lock outlives the stop; another host's would not show
         lock = RunLock(out)
