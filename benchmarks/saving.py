@@ -3,7 +3,7 @@
     python benchmarks/saving.py [--steps 60] [--rounds 3]
 
 Stall: `configs/quickstart.yaml` over two ranks with `save_every: 10`. Seconds of rank 0's training
-thread in `CheckpointManager.save` (a due save) and in `CheckpointManager.keep` (the host snapshot
+thread in `CheckpointManager.save` (a due save) and in `CheckpointManager.snapshot` (the host snapshot
 of every step), spread over the steps, in parts of the median step.
 Restart: all processes of that run get SIGKILL, and the same command starts at once. Seconds to the
 line of its next step, beside those of a start in an empty directory.
@@ -70,7 +70,7 @@ def worker(config: Path, into: Path) -> None:
     from dlora.train import main as train
     from dlora.training.checkpointing import CheckpointManager
 
-    seconds: dict[str, list[float]] = {"save": [], "keep": []}
+    seconds: dict[str, list[float]] = {"save": [], "snapshot": []}
 
     def timed(name: str) -> None:
         method: Callable[..., Any] = getattr(CheckpointManager, name)
@@ -110,9 +110,9 @@ def stalls(root: Path, steps: int) -> dict[str, Any]:
         "steps": steps,
         "step_seconds": step,
         "save_seconds": taken["save"],
-        "keep_seconds": statistics.median(taken["keep"]),
+        "keep_seconds": statistics.median(taken["snapshot"]),
         "save_of_a_step": sum(taken["save"]) / steps / step,
-        "keep_of_a_step": statistics.median(taken["keep"]) / step,
+        "keep_of_a_step": statistics.median(taken["snapshot"]) / step,
         "step_after_a_save_over_step": statistics.median(after) / step,
         "checkpoint_bytes": sum(file.stat().st_size for file in newest.iterdir()),
         "state_bytes": sum(state_bytes(newest / f"{name}.safetensors") for name in STATES),

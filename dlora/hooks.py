@@ -1,4 +1,4 @@
-"""What a program that runs `dlora.train.main` inside itself is asked and told."""
+"""Callables by which a program that calls `dlora.train.main` follows and steers a run."""
 
 from __future__ import annotations
 
@@ -25,37 +25,34 @@ Committed = Callable[[], Saved | None]
 
 
 def never() -> bool:
-    """No."""
+    """The default answer of `should_stop` and `should_save`: False."""
     return False
 
 
-def nobody(record: Mapping[str, Any], committed: Committed) -> None:
-    """Nobody is told."""
-
-
-def nothing() -> None:
-    """Nothing happens, and nothing comes of it."""
+def nothing(*_: object) -> None:
+    """The default of every other hook: does nothing."""
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """Callables, each called on every rank. What they wait for, the run waits for.
+    """Callables, each called on every rank. The run waits for each of them to return.
 
     Attributes:
         enter: called first, before a file is read; its `UsageError` on any rank ends all of them.
-        should_stop: asked in every step until a rank has been told to stop; true on any rank ends
-            the run as SIGTERM does.
-        should_save: asked in every step; true on any rank saves the step, due or not.
-        saved: told of every save when it begins, with the step's line of the metrics and a function
-            that waits until the checkpoint is committed and returns it: None on ranks that do not
-            write, and where the disk refused. The run itself does not wait for that.
-        lost: told that a peer, or the way to it, is gone, once what there is has been committed.
+        should_stop: called in every step until the run stops; True on any rank ends the run as
+            SIGTERM does.
+        should_save: called in every step; True on any rank saves the step, due or not.
+        saved: called when a save begins, with the step's line of the metrics and a function that
+            waits until the checkpoint is committed and returns it: None on ranks that do not
+            write, and where the disk refused it. The run itself does not wait for the commit.
+        lost: called where a peer, or the way to it, is gone, after the last whole step has been
+            committed.
     """
 
     enter: Callable[[], None] = nothing
     should_stop: Callable[[], bool] = never
     should_save: Callable[[], bool] = never
-    saved: Callable[[Mapping[str, Any], Committed], None] = nobody
+    saved: Callable[[Mapping[str, Any], Committed], None] = nothing
     lost: Callable[[], None] = nothing
 
 

@@ -2,8 +2,8 @@
 
 Like `torchrun -m dlora.train`, with one difference: the exit status is that of the first worker
 that failed (2 for a wrong configuration, 143 and 130 for a stop by signal), where torchrun says 1
-for all. And after a failure it stays until the other nodes' agents have seen theirs: over c10d they
-meet on one of them, and where that is gone they end what is ending by itself, with status 1.
+for all. After a failure it waits until the other nodes' agents have seen theirs: over c10d one
+agent serves the store of all, and without it the others kill their ending workers, with status 1.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ def main(argv: list[str]) -> int:
     try:
         torchrun.run(args)
     except (ChildFailedError, SignalException) as error:
-        part(args)  # `error` holds what the others meet on
+        part(args)  # `error` owns the store on which the others meet
         return status_of(error)
     except RendezvousError as error:
         where = f" on {args.rdzv_endpoint}" if args.rdzv_endpoint else ""
-        said = str(error) or type(error).__name__
-        raise TransientError(f"the nodes' agents do not meet{where}: {said}") from error
+        reason = str(error) or type(error).__name__
+        raise TransientError(f"the nodes' agents do not meet{where}: {reason}") from error
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):  # the status stands; Python ends slowly
             signal.signal(number, signal.SIG_IGN)
@@ -96,7 +96,7 @@ def part(args: Any) -> None:
             if is_enough.wait(POLL_SECONDS):
                 return
         is_enough.wait(3 * POLL_SECONDS)  # until the others have asked as well
-    except dist.DistError:  # the one that holds it is gone
+    except dist.DistError:  # the agent that serves the store is gone
         return
 
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env -S python3 -IS
 """A pod's liveness: `dlora-alive DIRECTORY SECONDS` for the run whose output.dir is DIRECTORY.
 
-Rank 0 holds DIRECTORY/.lock, which names its host, and renews the file's time every 5 s for as long
-as its process lives (dlora/lock.py), also while weights are read. The status is 1 only if the lock
-names this pod and was last renewed since this container started, but not in the last SECONDS: the
-process is frozen, or its volume is. All else is 0: a run that has not come so far as to take the
-lock, one that is led by another pod, a lock of an earlier pod of this name, no directory at all. A
+Rank 0 locks DIRECTORY/.lock, which names its host, and renews the file's time every 5 s for as long
+as its process lives (dlora/runtime/run_lock.py), also while weights are read. The status is 1 only
+if the lock names this pod and was last renewed since this container started, but not in the last
+SECONDS: the process is frozen, or its volume is. All else is 0: a run that has not taken the lock
+yet, one that is led by another pod, a lock of an earlier pod of this name, no directory at all. A
 run that hangs in a collective is no matter of this: `sharding.timeout_seconds` ends it.
 
 No part of the package: a probe must not load torch every minute.

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ranks import Pools
@@ -51,6 +52,21 @@ def deepspeed_built() -> None:
     a call of a pool may on a busy machine; ended halfway, it leaves a lock that nobody frees."""
     code = "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=580)
+
+
+@pytest.fixture(scope="module")
+def words(saved_models: "SavedModels", tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """words(directory, model, **settings): the command line of a run on 24 short chats."""
+    from run_training import command_line
+    from tiny import save_chats
+
+    data = str(save_chats(tmp_path_factory.mktemp("data") / "chats.jsonl", 24))
+
+    def of(directory: Path, model: str = "llama", **settings: Any) -> list[str]:
+        common = {"model__path": saved_models(model), "output__dir": str(directory)}
+        return command_line(data__train=data, **common | settings)
+
+    return of
 
 
 @pytest.fixture(scope="session")

@@ -14,14 +14,14 @@ from dlora import generate, load_adapter
 from dlora.config.load import parse
 from dlora.errors import UsageError
 from dlora.export import command as export
-from dlora.runtime.ranks import Runtime
+from dlora.runtime.ranks import Ranks
 from dlora.training.startup import prepared
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def preparation(argv: list[str]) -> None:
-    prepared(parse(argv, "dlora.train").config, Runtime(0, 1, torch.device("cpu"), None))
+    prepared(parse(argv, "dlora.train").config, Ranks(0, 1, torch.device("cpu"), None))
 
 
 def starting_from(adapter: Path, base: Path) -> list[str]:

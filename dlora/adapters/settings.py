@@ -13,19 +13,20 @@ from dlora.errors import UsageError
 from dlora.lora.config import LoraConfig
 from dlora.lora.variants import VARIANTS
 from dlora.lora.variants.adalora import AdaLoraConfig
-from dlora.training.find_checkpoint import ResumePoint
 
 
-def lora_config(config: Config, start: ResumePoint | None = None) -> LoraConfig:
-    """The `adapter` section, or the configuration of the adapter that it starts from.
+def lora_config(config: Config, earlier: LoraConfig | None = None) -> LoraConfig:
+    """The `adapter` section, or the configuration of the adapter at `adapter.path`.
 
-    Where a run goes on and that adapter is gone by now, its checkpoint knows it as well.
+    Args:
+        earlier: the settings in the checkpoint that a run resumes; they replace those at
+            `adapter.path` where that directory has been deleted since.
     """
     section = config.adapter
     with keyed_by("adapter"):
         if section.path is not None:
-            if start and start.lora and not Path(section.path).expanduser().is_dir():
-                return replace(start.lora, lora_dropout=section.lora_dropout)
+            if earlier is not None and not Path(section.path).expanduser().is_dir():
+                return replace(earlier, lora_dropout=section.lora_dropout)
             return replace(read_config(section.path), lora_dropout=section.lora_dropout)
         kind = VARIANTS[section.method].settings
         names = {field.name for field in fields(kind)} & set(vars(section))

@@ -22,6 +22,7 @@ from dlora.adapters.peft_format import PREFIX, peft_names, peft_slots
 from dlora.adapters.save_load import CONFIG, WEIGHTS, check_numbers, read_config
 from dlora.adapters.settings import lora_config
 from dlora.checkpoint import format as checkpoint
+from dlora.checkpoint.state import saved_lora
 from dlora.config.load import load
 from dlora.errors import UsageError, and_more
 from dlora.io.files import inside, read_object
@@ -37,7 +38,6 @@ from dlora.lora.layers import CHILD
 from dlora.lora.merge import scale_of_rows
 from dlora.lora.variants import LoraAdapter
 from dlora.methods.adalora import keep_triplets
-from dlora.training.find_checkpoint import saved_lora
 
 
 @dataclass(frozen=True)

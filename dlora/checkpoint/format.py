@@ -62,11 +62,20 @@ class Checkpoint:
 
 
 def write(
-    checkpoint: Checkpoint, root: Path, config_yaml: str, keep_last: int, rank: int = 0
+    checkpoint: Checkpoint,
+    root: Path,
+    config_yaml: str,
+    keep_last: int,
+    rank: int = 0,
+    check: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write a checkpoint under `root` and verify it; then delete all but the newest and this one.
 
     Several ranks may write the same step at the same time: one of them gives it its name.
+
+    Args:
+        check: called before anything is written and before the checkpoint gets its name; raises
+            where the directory belongs to another run by then.
 
     Returns:
         Its directory, `root/step-NNNNNN`.
@@ -77,6 +86,7 @@ def write(
     step = checkpoint.state["step"]
     final = root / f"step-{step:06d}"
     own = f".{rank}-{os.getpid()}.tmp"
+    check()
     beside = root / f".step-{step:06d}{own}"
     clear(root, f".step-*{own}")  # left by an earlier save that could not delete it
     beside.mkdir(parents=True)
@@ -100,8 +110,9 @@ def write(
     try:
         for name, content in (files | {"manifest.json": _json(manifest)}).items():
             write_atomically(beside / name, content)
+        check()
         _take_name(beside, final)
-    except OSError:
+    except Exception:
         shutil.rmtree(beside, ignore_errors=True)
         raise
     sync(root)

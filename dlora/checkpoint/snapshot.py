@@ -10,15 +10,16 @@ GPU into pinned memory, asynchronously; an event records its end.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from dlora.api import TrainedReplica
 from dlora.checkpoint.format import Checkpoint
+from dlora.sharding.replica.optimizer_state import States
+from dlora.sharding.replica.replica import Replica
 
 Key = tuple[str, str]  # file, name in it
 Kind = tuple[torch.device, torch.dtype]
@@ -33,20 +34,28 @@ class Snapshots:
         self._older, self._newer = _Buffer(), _Buffer()
         self._frozen: dict[str, Tensor] | None = None  # the same at every step: copied once
 
-    def take(self, step: int, replica: TrainedReplica, optimizer: Optimizer) -> None:
-        """Copy the content of a checkpoint after `step` steps over the older of the snapshots.
+    def take(
+        self,
+        step: int,
+        replica: Replica,
+        states: Mapping[str, States],
+        allocation: dict[str, Any] | None = None,
+        frozen: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Copy what a checkpoint after `step` steps holds, over the older of the two snapshots.
 
-        On a GPU the copy may not be finished when this returns.
+        On a GPU the copy may still be on its way when this returns. The arguments are those of
+        `dlora.checkpoint.host_copy.capture`.
         """
         tensors = {(ADAPTER, name): p.detach() for name, p in replica.named.items()}
-        for file, kept in replica.states(optimizer).items():
+        for file, kept in states.items():
             for name, slot, state in replica.share.whole(kept):
                 tensors[file, f"{name}.{slot}"] = state
-        files = [ADAPTER, *replica.states(optimizer)]
+        files = [ADAPTER, *states]
         self._newer.wait()  # the only whole one from here on
         if self._frozen is None:
-            self._frozen = {n: t.to("cpu", copy=True) for n, t in replica.frozen.items()}
-        self._older.fill(step, tensors, files, replica.allocation(), self._frozen)
+            self._frozen = {n: t.to("cpu", copy=True) for n, t in (frozen or {}).items()}
+        self._older.fill(step, tensors, files, allocation, self._frozen)
         self._older, self._newer = self._newer, self._older
 
     def newest(self) -> Snapshot | None:

@@ -2,6 +2,7 @@
 
 import operator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from dlora.config.options import Option, option, required, schema_of
@@ -177,6 +178,16 @@ class OutputConfig:
     resume_force: bool = option(False, "resume although base, data or settings differ")
     tensorboard: bool = option(True, "write the metrics as scalars too")
     samples: int = option(0, "answers to held-out prompts, printed before and after", ge=0)
+
+    @property
+    def directory(self) -> Path:
+        """`output.dir` as a path."""
+        return Path(self.dir).expanduser()
+
+    @property
+    def stop_path(self) -> Path | None:
+        """`output.stop_file` as a path."""
+        return None if self.stop_file is None else Path(self.stop_file).expanduser()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ class MetricsLog:
         after: the step that the run starts from; lines of later steps are dropped first, and all of
             them where it is None (a fresh run).
         tensorboard: also write the figures as scalars under `<directory>/tensorboard`.
-        warn: gets a line where the disk refuses one, which is kept and written with the next.
+        warn: gets a line where the disk refuses one, which is written with the next one.
     """
 
     def __init__(
@@ -32,8 +32,9 @@ class MetricsLog:
         warn: Callable[[str], None] = print,
     ) -> None:
         self._path = directory / "metrics.jsonl"
-        kept = [] if after is None else [r for r in read_metrics(self._path) if r["step"] <= after]
-        write_atomically(self._path, "".join(_line(record) for record in kept).encode())
+        last = -1 if after is None else after
+        before = [r for r in read_metrics(self._path) if r["step"] <= last]
+        write_atomically(self._path, "".join(_line(record) for record in before).encode())
         self._warn, self._unwritten, self._refused = warn, "", False
         self._board = None
         if tensorboard:

@@ -1,77 +1,36 @@
-"""The live line of a run: a progress bar on a terminal, one plain line per step elsewhere."""
+"""The live line of a run: a bar on a terminal, elsewhere a plain line every few seconds."""
 
 from __future__ import annotations
 
+import math
 import sys
+import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
+LINE_SECONDS = 5.0  # between two plain lines
 
-class StepDisplay:
-    """Shows step, loss, tokens per second and memory. Silent on ranks other than 0.
 
-    Args:
-        budget: at the end of an AdaLoRA run; its lines hold the scheduled one.
-    """
+class _Bar:
+    """A bar of rich's on a terminal; elsewhere, and where it is not wanted, nothing."""
 
-    def __init__(self, total: int, done: int, enabled: bool, budget: int | None = None) -> None:
-        self._total, self._enabled, self._budget = total, enabled, budget
+    def __init__(self, total: int, done: int = 0, wanted: bool = True, words: str = "") -> None:
         self._bar: Any = None
-        if enabled and sys.stdout.isatty():
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self._bar = Progress(
-                TextColumn("step {task.completed}/{task.total}"),
-                BarColumn(),
-                TextColumn("{task.fields[figures]}"),
-                TimeRemainingColumn(),
+        if wanted and sys.stdout.isatty():
+            from rich.progress import (
+                BarColumn,
+                DownloadColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
             )
-            self._task = self._bar.add_task("training", total=total, completed=done, figures="")
 
-    def __enter__(self) -> StepDisplay:
-        if self._bar is not None:
-            self._bar.start()
-        return self
+            figures = [TextColumn(words), BarColumn(), TextColumn("{task.fields[figures]}")]
+            columns = figures if words else [BarColumn(), DownloadColumn()]
+            self._bar = Progress(*columns, TimeRemainingColumn())
+            self._task = self._bar.add_task("", total=total, completed=done, figures="")
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def update(self, record: dict[str, Any]) -> None:
-        """Show the figures of a metrics line."""
-        figures = (
-            f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  "
-            f"{record['peak_memory_bytes'] / 1e6:,.0f} MB"
-        )
-        if "budget" in record:
-            figures += f"  budget {record['budget']:,} -> {self._budget:,}"
-        if "eval_loss" in record:
-            figures += f"  held-out {record['eval_loss']:.4f}"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=record["step"], figures=figures)
-        elif self._enabled:
-            print(f"step {record['step']}/{self._total}  {figures}", flush=True)
-
-
-class CopyDisplay:
-    """Progress of writing files: a bar of bytes on a terminal, a plain line per file elsewhere."""
-
-    def __init__(self, total: int, say: Callable[[str], None] = print) -> None:
-        self._total, self._say, self._done = total, say, 0
-        self._bar: Any = None
-        if sys.stdout.isatty():
-            from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
-
-            self._bar = Progress(BarColumn(), DownloadColumn(), TimeRemainingColumn())
-            self._task = self._bar.add_task("", total=total)
-
-    def __enter__(self) -> CopyDisplay:
+    def __enter__(self) -> Any:
         if self._bar is not None:
             self._bar.start()
         return self
@@ -80,13 +39,70 @@ class CopyDisplay:
         if self._bar is not None:
             self._bar.stop()
 
+    def _show(self, done: int, figures: str = "") -> bool:
+        """Whether there is a bar, which now shows this."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, figures=figures)
+        return self._bar is not None
+
+
+class StepDisplay(_Bar):
+    """Shows loss, rates and memory of a run's steps. Silent on ranks other than 0.
+
+    Off a terminal a line is printed for the first step, the last one and evaluated ones; for others
+    where `LINE_SECONDS` have passed since the last line.
+
+    Args:
+        budget: at the end of an AdaLoRA run; its lines show the scheduled one.
+    """
+
+    def __init__(self, total: int, done: int, enabled: bool, budget: int | None = None) -> None:
+        super().__init__(total, done, enabled, "step {task.completed}/{task.total}")
+        self._total, self._start, self._enabled, self._budget = total, done, enabled, budget
+        self._began, self._printed = time.monotonic(), -math.inf
+
+    def update(self, record: dict[str, Any]) -> None:
+        """Show the figures of a metrics line."""
+        step, now = record["step"], time.monotonic()
+        figures = (
+            f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} target tokens/s  "
+            f"{record['all_tokens_per_second']:,.0f} tokens/s in all  "
+            f"{record['peak_memory_bytes'] / 1e6:,.0f} MB"
+        )
+        if "budget" in record:
+            figures += f"  budget {record['budget']:,} -> {self._budget:,}"
+        if "eval_loss" in record:
+            figures += f"  held-out {record['eval_loss']:.4f}"
+        if self._show(step, figures) or not self._enabled:
+            return
+        is_due = now - self._printed >= LINE_SECONDS or step == self._total
+        if is_due or "eval_loss" in record:
+            per_step = (now - self._began) / (step - self._start)
+            left = clock(per_step * (self._total - step))
+            print(f"step {step}/{self._total}  {figures}  {left} left", flush=True)
+            self._printed = now
+
+
+class CopyDisplay(_Bar):
+    """Progress of writing files: a bar of bytes on a terminal, a plain line per file elsewhere."""
+
+    def __init__(self, total: int, announce: Callable[[str], None] = print) -> None:
+        super().__init__(total)
+        self._total, self._announce, self._done = total, announce, 0
+
     def advance(self, nbytes: int) -> None:
         """Count bytes that have been written."""
         self._done += nbytes
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._done)
+        self._show(self._done)
 
     def finish(self, name: str) -> None:
         """A file is complete."""
         if self._bar is None:
-            self._say(f"{name}  {self._done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB")
+            self._announce(f"{name}  {self._done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB")
+
+
+def clock(seconds: float) -> str:
+    """As `1:02:03`, or `2:03` below an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

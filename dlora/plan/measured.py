@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dlora.api import TrainedReplica
 from dlora.sharding.engines.storage import held_bytes
+from dlora.sharding.replica.replica import Replica
 
 
 @dataclass(frozen=True)
@@ -36,28 +36,33 @@ class Measured:
 
 def measure(
     model: nn.Module,
-    replica: TrainedReplica,
+    replica: Replica,
     optimizer: Optimizer,
     records: Sequence[Mapping[str, Any]],
+    *,
+    last_mask: int | None = None,
+    pruned: bool = False,
 ) -> Measured:
     """The figures of a run that is over.
 
     Args:
         records: lines of the metrics, one for each step.
+        last_mask: the step of AdaLoRA's last mask; after it, less may be sent.
+        pruned: whether AdaLoRA removed a part of the replica.
     """
-    steady, allocator = records[2:] or records, replica.allocator
-    if allocator is not None:
-        steady = [r for r in steady if r["step"] <= allocator.schedule.last] or steady
+    steady = records[2:] or records
+    if last_mask is not None:
+        steady = [r for r in steady if r["step"] <= last_mask] or steady
     return Measured(
         wire=statistics.median(record["wire_bytes"] for record in steady),
         base=held_bytes(model),
         replica=_storage_bytes(_kept(replica, optimizer)),
         peak=max(record["peak_memory_bytes"] for record in records),
-        pruned=allocator is not None and allocator.is_shrunk,
+        pruned=pruned,
     )
 
 
-def _kept(replica: TrainedReplica, optimizer: Optimizer) -> Iterable[Tensor]:
+def _kept(replica: Replica, optimizer: Optimizer) -> Iterable[Tensor]:
     for parameter in (*replica.named.values(), *replica.optimized.values()):
         yield parameter.detach()
         if parameter.grad is not None:

@@ -1,4 +1,4 @@
-"""How an entry point ends: one line, said once for all ranks, and an exit status."""
+"""How an entry point ends: one line, printed once for all ranks, and an exit status."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dlora.errors import TransientError, UsageError
 
 
-class ToldError(UsageError):
+class PrintedError(UsageError):
     """A `UsageError` that has been printed, on this rank or on another."""
 
 
-class ToldTransientError(TransientError):
+class PrintedTransientError(TransientError):
     """A `TransientError` that has been printed, on this rank or on another."""
 
 
@@ -22,22 +22,16 @@ def exit_with(main: Callable[[list[str]], int]) -> None:
     """
     try:
         status = main(sys.argv[1:])
-    except ToldError:
-        status = 2
-    except UsageError as error:
-        print_error(str(error))
-        status = 2
-    except ToldTransientError:
-        status = 1
-    except TransientError as error:
-        print_error(str(error))
-        status = 1
+    except (UsageError, TransientError) as error:
+        if not isinstance(error, (PrintedError, PrintedTransientError)):
+            print_error(str(error))
+        status = 1 if isinstance(error, TransientError) else 2
     raise SystemExit(status)
 
 
-def as_told(message: str, passes: bool) -> UsageError | TransientError:
+def as_printed(message: str, passes: bool) -> UsageError | TransientError:
     """What has been printed, as the error that it is."""
-    return ToldTransientError(message) if passes else ToldError(message)
+    return PrintedTransientError(message) if passes else PrintedError(message)
 
 
 def print_error(message: str) -> None:

@@ -81,7 +81,7 @@ class StopRequest:
 
         Args:
             commit: saves what there is without any other rank, and returns a line that says what;
-                told whether the process is about to end.
+                its argument is whether the process is about to end.
         """
         self._commit = commit
         try:
@@ -138,9 +138,9 @@ class StopRequest:
             if commit and self._first and time.monotonic() - self._first > GRACE_SECONDS:
                 hangs = self._hangs()
                 if hangs or not committed:
-                    said, committed = commit(ending=hangs), True
+                    line, committed = commit(ending=hangs), True
                 if hangs:
-                    print(said, file=sys.stderr, flush=True)
+                    print(line, file=sys.stderr, flush=True)
                     os._exit(128 + self.signal)
 
     def _hangs(self) -> bool:

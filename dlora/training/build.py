@@ -1,4 +1,4 @@
-"""What a run trains: the placed base with its adapters, their replica, and the optimizer."""
+"""Builds what a run trains: the placed base with adapters, their replica, and the optimizer."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from dlora.api import TrainedReplica, attach_unstarted, replicate, start_adapter
 from dlora.config.load import EIGHT_BIT, Config
 from dlora.data import deal
 from dlora.data.collate import Batch, collate
+from dlora.hooks import Hooks
 from dlora.lora.attach import attachment_of
 from dlora.lora.init import INITS
 from dlora.methods.lora_ga import PASSES, GradientEstimate
@@ -21,91 +22,98 @@ from dlora.methods.packed_residual import Residuals
 from dlora.objectives import chunked_loss as targets
 from dlora.optim.eight_bit import adamw8bit
 from dlora.optim.lora_pro import LoraPro
-from dlora.runtime.memory import trim_before
-from dlora.runtime.ranks import Runtime
+from dlora.runtime.console import console
+from dlora.runtime.memory import trim_before, without_holes
+from dlora.runtime.ranks import Ranks
+from dlora.runtime.run_lock import RunLock
 from dlora.sharding.engines.protocol import build_engine
+from dlora.training.context import RunContext
 from dlora.training.prepare import Preparation
 
 
 def build(
-    config: Config, runtime: Runtime, preparation: Preparation
-) -> tuple[nn.Module, TrainedReplica]:
-    """The sharded base with its adapters attached, and their replica."""
-    engine = build_engine(preparation.placement, preparation.topology)
-    residuals = residuals_of(config, runtime, preparation)
-    model = preparation.base.load(engine, runtime.device, residuals and residuals.left)
-    by_element = preparation.divided and config.optimizer.name != "lora_pro"
+    config: Config, ranks: Ranks, prepared: Preparation, lock: RunLock, hooks: Hooks
+) -> RunContext:
+    """The parts of a run: the sharded base with its adapters, their replica and its optimizer."""
+    if config.sharding.memory_budget_gb is not None and ranks.device.type == "cpu":
+        without_holes()
+    torch.manual_seed(config.train.seed)
+    engine = build_engine(prepared.placement, prepared.topology)
+    residuals = residuals_of(config, prepared)
+    model = prepared.base.load(engine, ranks.device, residuals and residuals.left)
+    by_element = prepared.divided and config.optimizer.name != "lora_pro"
     replica = replicate(model, engine, divided=by_element)
     if config.sharding.audit == "heal":
-        replica.healed = lambda found: runtime.say(
+        replica.healed = lambda found: console.info(
             f"warning: the adapters differed: {found}; healed"
         )
-    attach_unstarted(model, preparation.lora, residual=residuals is not None)
+    attach_unstarted(model, prepared.lora, residual=residuals is not None)
     if residuals is not None:
         residuals.start(model)
-    engine.hold(model, preparation.budget.resident)
-    if config.adapter.path is not None and preparation.start is None:
+    engine.hold(model, prepared.budget.resident)
+    if config.adapter.path is not None and prepared.resumed is None:
         load_adapter(model, config.adapter.path)
     if config.sharding.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     targets.install(model)
-    if runtime.device.type == "cpu":
+    if ranks.device.type == "cpu":
         trim_before(targets.model_parts(model).head)
-    if preparation.start is None and residuals is None:
-        start(config, runtime, preparation, model, replica)
+    if prepared.resumed is None and residuals is None:
+        initialise(config, ranks, prepared, model, replica)
     model.train()
-    return model, replica
+    optimizer = build_optimizer(config, ranks, prepared, replica)
+    return RunContext(config, ranks, prepared, model, replica, optimizer, lock, hooks)
 
 
-def residuals_of(config: Config, runtime: Runtime, preparation: Preparation) -> Residuals | None:
-    """What adapters start from, where the base is packed without it; of a run that goes on, from
-    its checkpoint.
+def residuals_of(config: Config, prepared: Preparation) -> Residuals | None:
+    """The factors that adapters start from where W0 is packed without them; a run that resumes
+    reads them from its checkpoint.
     """
-    lora, resumed = preparation.lora, preparation.start
+    lora, resumed = prepared.lora, prepared.resumed
     if INITS[lora.init_lora_weights].needs != "weight" or config.model.quantization == "none":
         return None
-    residuals = Residuals(preparation.base, lora)
+    residuals = Residuals(prepared.base, lora)
     if resumed is not None:
-        residuals.read(Path(resumed.directory), preparation.topology)
+        residuals.read(Path(resumed.directory), prepared.topology)
     else:
-        runtime.say(str(residuals.factorise(preparation.topology)))
+        console.info(str(residuals.factorise(prepared.topology)))
     return residuals
 
 
-def start(
+def initialise(
     config: Config,
-    runtime: Runtime,
-    preparation: Preparation,
+    ranks: Ranks,
+    prepared: Preparation,
     model: nn.Module,
     replica: TrainedReplica,
 ) -> None:
-    """Start A and B where W0 or its gradient decides how; of a checkpoint they come from there."""
+    """Initialise A and B where W0 or its gradient decides how."""
     needs = attachment_of(model).init.needs
     if needs == "weight":
-        runtime.say(str(start_adapters(model)))
+        console.info(str(start_adapters(model)))
     if needs == "gradient":
         estimate = GradientEstimate(model, replica.topology, replica.wire)
-        steps = min(config.adapter.lora_ga_batches, preparation.sampler.total_steps)
-        sequences = preparation.sampler.sequences(steps)
-        runtime.say(
+        steps = min(config.adapter.lora_ga_batches, prepared.sampler.total_steps)
+        sequences = prepared.sampler.sequences(steps)
+        console.info(
             f"init_lora_weights: lora_ga: estimating gradients on {sequences} sequences, in "
             f"{PASSES} passes"
         )
-        estimate.run(list(_first_batches(config, runtime, preparation)), _summed_loss)
+        estimate.run(list(_first_batches(config, ranks, prepared)), _summed_loss)
         replica.release()
-        runtime.say(str(estimate.start()))
+        console.info(str(estimate.start()))
 
 
-def _first_batches(config: Config, runtime: Runtime, preparation: Preparation) -> Iterator[Batch]:
+def _first_batches(config: Config, ranks: Ranks, prepared: Preparation) -> Iterator[Batch]:
     """This rank's micro-batches of the run's first `adapter.lora_ga_batches` steps.
 
     One sequence at a time where activations are recomputed: in eval mode models do not.
     """
-    train, sampler = preparation.train, preparation.sampler
+    train, sampler = prepared.train, prepared.sampler
     rows = 1 if config.sharding.activation_checkpointing else config.train.micro_batch_size
     for step in range(min(config.adapter.lora_ga_batches, sampler.total_steps)):
-        for micro in deal(sampler.step(step), train.lengths, runtime.world, rows)[runtime.rank]:
-            yield collate([train[i] for i in micro], preparation.pad_id, runtime.device)
+        for micro in deal(sampler.step(step), train.lengths, ranks.world, rows)[ranks.rank]:
+            yield collate([train[i] for i in micro], prepared.pad_id, ranks.device)
 
 
 def _summed_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -114,7 +122,7 @@ def _summed_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def build_optimizer(
-    config: Config, runtime: Runtime, preparation: Preparation, replica: TrainedReplica
+    config: Config, ranks: Ranks, prepared: Preparation, replica: TrainedReplica
 ) -> Optimizer:
     """The optimizer over the replica's plain tensors, driven by it."""
     section = config.optimizer
@@ -125,11 +133,11 @@ def build_optimizer(
     )
     if section.name == "lora_pro":
         optimizer = LoraPro(groups, replica.pairs, moments=section.lora_pro_moments)
-        return replica.drive(optimizer) if preparation.divided else optimizer
+        return replica.drive(optimizer) if prepared.divided else optimizer
     if section.name in EIGHT_BIT:
         paged = section.name == "paged_adamw8bit"
-        if paged and runtime.device.type == "cpu":
-            runtime.say("warning: optimizer.name: without a GPU paged_adamw8bit is adamw8bit")
+        if paged and ranks.device.type == "cpu":
+            console.info("warning: optimizer.name: without a GPU paged_adamw8bit is adamw8bit")
             paged = False
         return replica.drive(adamw8bit(groups, paged=paged))
     if section.name == "sgd":

@@ -1,4 +1,4 @@
-"""Whether a run that goes on from a checkpoint is the run that wrote it."""
+"""Whether the run that resumes from a checkpoint is the run that wrote it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from dlora.training.find_checkpoint import ResumePoint
 # Keys that may change between a run and its continuation: they do not alter the result.
 FREE_KEYS = {
     "model.cache_dir",
-    "adapter.path",  # what it said of the adapter is compared, not where it lay
-    "data.train",  # what the files hold is compared, not what they are called
+    "adapter.path",  # the adapter's settings are compared, not its path
+    "data.train",  # the files' content is compared, not their names
     "data.eval",
     "data.on_error",
     "train.max_steps",
@@ -31,8 +31,8 @@ FREE_SECTIONS = {"sharding", "output"}
 SAID_AS = {"total_step": "train.max_steps or train.epochs (adalora's schedule spans all steps)"}
 
 
-def check_start(
-    start: ResumePoint,
+def check_resume(
+    resumed: ResumePoint,
     config: Config,
     lora: LoraConfig,
     tensors: Mapping[str, Tensor],
@@ -40,7 +40,7 @@ def check_start(
     fingerprint: str,
     base: str | None,
 ) -> None:
-    """See that going on from `start` continues the run that it was saved by.
+    """See that resuming from `resumed` continues the run that saved it.
 
     Args:
         lora: what this run attaches, and `tensors` what its adapters then have.
@@ -51,20 +51,20 @@ def check_start(
         UsageError: settings or data differ, names or shapes do, or there is nothing left to do.
     """
     if not config.output.resume_force:
-        _refuse_conflicts(start, config, lora, fingerprint, base)
-        if start.step < sampler.total_steps and sampler.sequences(start.step) != start.state[
-            "data"
-        ].get("sequences", sampler.sequences(start.step)):
+        _refuse_conflicts(resumed, config, lora, fingerprint, base)
+        wanted = sampler.sequences(resumed.step)
+        seen = resumed.state["data"].get("sequences", wanted)
+        if resumed.step < sampler.total_steps and seen != wanted:
             raise UsageError(
-                f"train.epochs: step {start.step} of {start.directory} was the smaller last step "
-                "of its run; steps after it would skip sequences (output.resume: none starts "
+                f"train.epochs: step {resumed.step} of {resumed.directory} was the smaller last "
+                "step of its run; steps after it would skip sequences (output.resume: none starts "
                 "afresh, output.resume_force: true goes on regardless)"
             )
-    _check_fits(start.shapes, tensors)
-    if start.step > sampler.total_steps:
+    _check_fits(resumed.shapes, tensors)
+    if resumed.step > sampler.total_steps:
         raise UsageError(
-            f"train.{config.train.governed_by}: {start.directory} is at step {start.step} already, "
-            f"past the run's {sampler.total_steps}"
+            f"train.{config.train.governed_by}: {resumed.directory} is at step {resumed.step} "
+            f"already, past the run's {sampler.total_steps}"
         )
 
 
@@ -84,17 +84,17 @@ def _check_fits(saved: Mapping[str, list[int]], named: Mapping[str, Tensor]) -> 
 
 
 def _refuse_conflicts(
-    start: ResumePoint, config: Config, lora: LoraConfig, fingerprint: str, base: str | None
+    resumed: ResumePoint, config: Config, lora: LoraConfig, fingerprint: str, base: str | None
 ) -> None:
     """Settings, a base or data that would make the continued run another one than was begun."""
     conflicts, compared = [], set(FREE_KEYS)
-    if base and (before := start.state.get("base")):
+    if base and (before := resumed.state.get("base")):
         compared |= {"model.path", "model.revision"}  # what they name is known
         if before != base:
             conflicts.append(f"model.path: {config.model.path} is another base")
-    if start.lora is not None:
+    if resumed.lora is not None:
         whose = "{} of the adapter" if config.adapter.path else "adapter.{}"
-        before, now = asdict(start.lora), asdict(lora)
+        before, now = asdict(resumed.lora), asdict(lora)
         compared |= {f"adapter.{name}" for name in {*before, *now}}
         # As JSON, so that a tuple equals a list and the order of patterns counts.
         ignored = {"r"} if "init_r" in now else set()
@@ -105,14 +105,14 @@ def _refuse_conflicts(
     for section, options in to_dict(config).items():
         for name, value in options.items() if section not in FREE_SECTIONS else ():
             key = f"{section}.{name}"
-            # What it does not say is an option that it was written without.
-            saved = start.settings.get(section, {}).get(name, SCHEMA[key].default)
+            # An option that is not in it is newer than the checkpoint.
+            saved = resumed.settings.get(section, {}).get(name, SCHEMA[key].default)
             if key not in compared and saved != value:
                 conflicts.append(f"{key} was {saved!r} and is {value!r}")
-    if start.state["data"]["fingerprint"] != fingerprint:
+    if resumed.state["data"]["fingerprint"] != fingerprint:
         conflicts.append("data.train holds other sequences")
     if conflicts:
         raise UsageError(
-            f"output.resume: {start.directory} belongs to another run: {'; '.join(conflicts)} "
+            f"output.resume: {resumed.directory} belongs to another run: {'; '.join(conflicts)} "
             "(output.resume: none starts afresh, output.resume_force: true goes on regardless)"
         )

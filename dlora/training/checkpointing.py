@@ -1,9 +1,9 @@
-"""What a rank saves of a run: at its due steps, and when it is left alone.
+"""What a rank saves of a run: at its due steps, and when its peers are lost.
 
-save     the step that was just made, copied at once and written by a thread of its own; rank 0
-         alone, unless ranks keep different optimizer states
-keep     every step: a snapshot in this rank's host memory
-commit   the snapshot becomes a checkpoint: any rank, no collective, from any thread
+save      the step that was just made, copied at once and written by a thread; rank 0 alone,
+          unless the optimizer state is divided over ranks
+snapshot  every step: a copy in this rank's host memory
+commit    the snapshot becomes a checkpoint: any rank, no collective, from any thread
 """
 
 from __future__ import annotations
@@ -17,26 +17,24 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch.optim import Optimizer
 
-from dlora.api import TrainedReplica
 from dlora.checkpoint import format as checkpoints
 from dlora.checkpoint.format import Checkpoint
 from dlora.checkpoint.host_copy import capture
 from dlora.checkpoint.remote import RemoteCheckpoints, remote_of
 from dlora.checkpoint.snapshot import Snapshots
-from dlora.config.load import Config
 from dlora.errors import UsageError
-from dlora.hooks import NO_HOOKS, Committed, Hooks, Saved, nothing
+from dlora.hooks import Committed, Saved, nothing
 from dlora.methods.adalora_report import RankHistory
 from dlora.metrics.log import complete
-from dlora.runtime.ranks import Runtime
+from dlora.runtime.console import console
+from dlora.runtime.failure import found_report
 from dlora.sharding.replica.optimizer_state import ReplicaError
-from dlora.training.find_checkpoint import output_directory, state_at
-from dlora.training.prepare import Preparation
+from dlora.training.context import RunContext
+from dlora.training.find_checkpoint import state_at
 from dlora.training.resume import resolved_yaml
 
-# What gloo and torch say where a peer, or the way to it, is gone.
+# Words of gloo and torch where a peer, or the way to it, is gone.
 _LOST = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 RESUMES = "the same command resumes from there"
 
@@ -45,28 +43,17 @@ class CheckpointManager:
     """Saves one run.
 
     Args:
-        start: the step that it goes on from.
-        hooks: told of saves, and of peers that are lost.
+        start: the step that it resumes after.
 
     Attributes:
-        masks: what AdaLoRA's masks were.
+        masks: AdaLoRA's masks.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        runtime: Runtime,
-        preparation: Preparation,
-        replica: TrainedReplica,
-        optimizer: Optimizer,
-        start: int,
-        hooks: Hooks = NO_HOOKS,
-    ) -> None:
-        self._config, self._runtime, self._prepared = config, runtime, preparation
-        self._replica, self._optimizer, self._start = replica, optimizer, start
-        self._root = output_directory(config) / "checkpoints"
-        self._remote, self._hooks = remote_of(config), hooks
-        self.masks = RankHistory(self._root.parent, replica.allocator)
+    def __init__(self, context: RunContext, start: int) -> None:
+        self._context, self._start = context, start
+        self._root = context.directory / "checkpoints"
+        self._remote = remote_of(context.config)
+        self.masks = RankHistory(context.directory, context.replica.allocator)
         self._snapshots = Snapshots()
         self._record: dict[str, Any] = {}  # of the snapshot's step
         self._lock = threading.Lock()  # while a snapshot is written or read
@@ -75,29 +62,30 @@ class CheckpointManager:
         self._pending: Future[Saved | None] | None = None
 
     def save(self, step: int, record: dict[str, Any]) -> None:
-        """Commit a checkpoint: rank 0 alone, unless ranks keep different optimizer states.
+        """Commit a checkpoint: rank 0 alone, unless the optimizer state is divided over ranks.
 
-        What the disk refuses is said, and tried again at the next save: the run goes on.
+        Where the disk refuses it, a warning is logged and the run goes on; the next save tries
+        again.
 
         Args:
             record: the step's line of the metrics.
         """
-        replica = self._replica
+        replica = self._context.replica
         committed: Committed = nothing
-        if self._runtime.main or replica.share.collective_saves:
-            states, allocation = replica.states(self._optimizer), replica.allocation()
+        if self._context.ranks.main or replica.share.collective_saves:
+            states, allocation = replica.states(self._context.optimizer), replica.allocation()
             captured = capture(replica, states, self._state(step), allocation, replica.frozen)
             if captured is not None:
                 self.settle()
-                with self._said_of_disk(step):
+                with self._warning_of_disk(step):
                     self.masks.write(until=step)
                 self._pending = self._writer.submit(self._write_behind, captured)
                 committed = self._pending.result
-        self._hooks.saved(record, committed)
+        self._context.hooks.saved(record, committed)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Inside, saves are written behind; with its end, however it comes, they are written."""
+        """Inside, saves are written by a thread; the block's end waits for it."""
         try:
             yield
         finally:
@@ -109,125 +97,130 @@ class CheckpointManager:
         if pending is not None:
             pending.result()
 
-    def keep(self, step: int, record: dict[str, Any]) -> None:
-        """Take a snapshot after a step, with its line of the metrics.
+    def snapshot(self, step: int, record: dict[str, Any]) -> None:
+        """Copy a step to host memory, with its line of the metrics.
 
-        There is none where ranks keep different optimizer states: no rank has all of it.
+        There is none where the optimizer state is divided: no rank has all of it.
         """
-        if not self._replica.share.collective_saves:
+        replica = self._context.replica
+        if not replica.share.collective_saves:
+            states, allocation = replica.states(self._context.optimizer), replica.allocation()
             with self._lock:
-                self._snapshots.take(step, self._replica, self._optimizer)
+                self._snapshots.take(step, replica, states, allocation, replica.frozen)
                 self._record = record
 
     def commit(self, *, ending: bool) -> str:
-        """Commit the snapshot, unless its step is committed already; returns what to say about it.
+        """Commit the snapshot, unless its step is committed already; returns a line about it.
 
         Args:
-            ending: the process will write nothing more, so the step's metrics belong to it as well.
+            ending: the process will write nothing more, so the step's metrics are written as well.
         """
         with self._lock:
             snapshot = self._snapshots.newest()
             if snapshot is None:
-                return self._nothing()
+                return self._nothing_to_commit()
             step = snapshot.step
             directory = self._root / f"step-{step:06d}"
             try:
                 checkpoints.verify(directory)
             except UsageError:
+                self._context.lock.check()
                 self.masks.write(until=step)
                 self._push(self._write(snapshot.checkpoint(self._state(step))))
-            every = self._config.output.log_every
+            every = self._context.config.output.log_every
             if ending and every and step % every == 0 and self._record["step"] == step:
-                complete(self._root.parent / "metrics.jsonl", self._record)
+                self._context.lock.check()
+                complete(self._context.directory / "metrics.jsonl", self._record)
         return f"step {step} is committed in {directory}; {RESUMES}"
 
-    def alone(self, *, ending: bool) -> str:
-        """`commit`, for a rank whose peers are no help; whatever goes wrong becomes the line."""
+    def commit_alone(self, *, ending: bool) -> str:
+        """`commit`, for a rank whose peers are no help; an error becomes the line."""
         try:
-            said = self.commit(ending=ending)
+            line = self.commit(ending=ending)
         except Exception as error:
-            said = f"the last whole step could not be committed: {error}"
-        return f"dlora: rank {self._runtime.rank}: {said}"
+            line = f"the last whole step could not be committed: {error}"
+        return f"dlora: rank {self._context.ranks.rank}: {line}"
 
-    def survive(self, work: Callable[[], int]) -> int:
+    def guard(self, work: Callable[[], int]) -> int:
         """The exit status of `work`, which runs with other ranks; 1 where one of them was lost.
 
         Whatever torch raises, the last whole step is committed.
         """
         try:
             status = work()
-            self._runtime.leave()
-        except ReplicaError as error:  # on every rank; what they hold is wrong, so nothing is saved
-            self._runtime.fail(str(error))
+            self._context.ranks.leave()
+        except ReplicaError as error:  # on every rank; its adapters are wrong, so nothing is saved
+            console.error(str(error))
             return 1
         except RuntimeError as error:
+            line, reason = self.commit_alone(ending=True), str(error).strip().split("\n")[0]
             lost = isinstance(error, dist.DistError) or any(sign in str(error) for sign in _LOST)
-            said, reason = self.alone(ending=True), str(error).strip().split("\n")[0]
-            lost = lost and self._runtime.told_line() is None
-            print(said, f"(lost a peer: {reason})" if lost else "", file=sys.stderr, flush=True)
+            lost = lost and found_report(self._context.ranks) is None
+            print(line, f"(lost a peer: {reason})" if lost else "", file=sys.stderr, flush=True)
             if not lost:
                 raise
-            self._hooks.lost()
+            self._context.hooks.lost()
             return 1
         return status
 
-    def _nothing(self) -> str:
-        if self._replica.share.collective_saves:
-            return "no rank holds all of the optimizer state, so the last save is what there is"
+    def publish(self, adapter: Path) -> None:
+        """Copy the adapter, which was just written, to `output.remote`."""
+        self._copy(adapter.name, lambda remote: remote.put(adapter))
+
+    def _nothing_to_commit(self) -> str:
+        if self._context.replica.share.collective_saves:
+            return "no rank has all of the optimizer state, so the last save is the newest"
         there = f"; step {self._start} is committed" if self._start else ""
         return f"no step was made since the start{there}"
 
     def _state(self, step: int) -> dict[str, Any]:
-        found = self._prepared
+        found = self._context.prepared
         fingerprints = found.train.fingerprint, found.base_identity
-        state = state_at(step, self._config, found.lora, found.sampler, *fingerprints)
-        state["ranks"] = self._runtime.world
-        return state
+        state = state_at(step, self._context.config, found.lora, found.sampler, *fingerprints)
+        return state | {"ranks": self._context.ranks.world}
 
     @contextlib.contextmanager
-    def _said_of_disk(self, step: int) -> Iterator[None]:
+    def _warning_of_disk(self, step: int) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            self._runtime.warn(f"step {step} could not be saved: {error}; the run goes on")
-
-    def publish(self, adapter: Path) -> None:
-        """Copy the adapter, which was just written, to `output.remote`; said where it refuses."""
-        self._offer(adapter.name, lambda remote: remote.put(adapter))
+            console.warning(f"step {step} could not be saved: {error}; the run goes on")
 
     def _write_behind(self, checkpoint: Checkpoint) -> Saved | None:
-        with self._said_of_disk(checkpoint.state["step"]):
+        with self._warning_of_disk(checkpoint.state["step"]):
             directory = self._write(checkpoint)
             return Saved(directory, self._push(directory))
         return None
-
-    def _push(self, directory: Path) -> str | None:
-        """Copy a checkpoint to `output.remote`; its URL there."""
-        keep_last = self._config.output.keep_last
-        return self._offer(directory.name, lambda remote: remote.push(directory, keep_last))
-
-    def _offer(self, name: str, copy: Callable[[RemoteCheckpoints], object]) -> str | None:
-        """Copy something to `output.remote`; its URL there.
-
-        A store that refuses it does not end the run: that is said, and there is no URL.
-        """
-        if self._remote is None:
-            return None
-        try:
-            copy(self._remote)
-        except Exception as error:  # every store has exceptions of its own
-            self._runtime.warn(
-                f"{name} could not be copied to {self._remote.url}: {error}; the run goes on"
-            )
-            return None
-        return f"{self._remote.url}/{name}"
 
     def _write(self, checkpoint: Checkpoint) -> Path:
         with self._writing:
             return checkpoints.write(
                 checkpoint,
                 self._root,
-                resolved_yaml(self._config, self._prepared),
-                self._config.output.keep_last,
-                rank=self._runtime.rank,
+                resolved_yaml(self._context.config, self._context.prepared),
+                self._context.config.output.keep_last,
+                rank=self._context.ranks.rank,
+                check=self._context.lock.check,
             )
+
+    def _push(self, directory: Path) -> str | None:
+        """Copy a checkpoint to `output.remote`; its URL there."""
+        keep_last = self._context.config.output.keep_last
+        return self._copy(directory.name, lambda remote: remote.push(directory, keep_last))
+
+    def _copy(self, name: str, copy: Callable[[RemoteCheckpoints], object]) -> str | None:
+        """Copy something to `output.remote`; its URL there.
+
+        A store that refuses it does not end the run: that is a warning, and there is no URL.
+        """
+        if self._remote is None:
+            return None
+        self._context.lock.check()
+        try:
+            copy(self._remote)
+        except Exception as error:  # every store has exceptions of its own
+            console.warning(
+                f"{name} could not be copied to {self._remote.url}: {error}; the run goes on"
+            )
+            return None
+        return f"{self._remote.url}/{name}"

@@ -1,4 +1,4 @@
-"""What does not fit together, said in one line before a weight is read.
+"""What does not fit together, reported in one line before a weight is read.
 
 Each takes what `prepare` has at hand: the configuration, data sets, and the model on the meta
 device.
@@ -24,16 +24,15 @@ from dlora.lora.attach import attachment_of, named_adapters
 from dlora.lora.layers import AdaptedLayer
 from dlora.objectives.chunked_loss import model_parts
 from dlora.sharding.topology import Topology, resolve_placement
-from dlora.training.find_checkpoint import output_directory, stop_file
 
 
 def check_output(config: Config) -> None:
     """See that `output.dir` can be made or written to, and that nothing asks the run to stop at
     once; for the rank that writes."""
-    stop = stop_file(config)
+    stop = config.output.stop_path
     if stop is not None and stop.exists():
         raise UsageError(f"output.stop_file: {stop} is there already; remove it to start the run")
-    wanted = output_directory(config).absolute()
+    wanted = config.output.directory.absolute()
     existing = next(path for path in (wanted, *wanted.parents) if path.exists())
     if not existing.is_dir():
         raise UsageError(f"output.dir: {existing} is a file, so {config.output.dir} cannot be made")

@@ -1,4 +1,4 @@
-"""What an earlier start of the same run chose, so that a resume keeps it."""
+"""What an earlier start of the same run chose, so that a resumed run chooses it again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dlora.config.load import Config, is_set
 
 @dataclass(frozen=True)
 class Earlier:
-    """The placement that a checkpoint was written under; `ranks` is None if it does not say."""
+    """The placement that a checkpoint was written under; `ranks` is None where unknown."""
 
     engine: str
     base: str
@@ -26,7 +26,7 @@ class Settings:
     engine: str
     base: str
     optimizer_state: str
-    said: str = ""
+    reason: str = ""
 
 
 def earlier_placement(settings: Mapping[str, Any], state: Mapping[str, Any]) -> Earlier | None:
@@ -34,8 +34,8 @@ def earlier_placement(settings: Mapping[str, Any], state: Mapping[str, Any]) -> 
     section = settings.get("sharding", {})
     if not {"engine", "base"} <= section.keys():
         return None
-    kept = section.get("optimizer_state", "auto")
-    return Earlier(section["engine"], section["base"], kept, state.get("ranks"))
+    stored = section.get("optimizer_state", "auto")
+    return Earlier(section["engine"], section["base"], stored, state.get("ranks"))
 
 
 def settle(config: Config, earlier: Earlier | None, world: int) -> Settings:
@@ -45,8 +45,8 @@ def settle(config: Config, earlier: Earlier | None, world: int) -> Settings:
     if own.base != "auto" or earlier is None or earlier.base == "auto":
         return settings
     if earlier.ranks not in (None, world):
-        said = f"chosen again, for {world} rank(s) where the checkpoint has {earlier.ranks}"
-        return Settings(own.engine, own.base, own.optimizer_state, said)
+        reason = f"chosen again, for {world} rank(s) where the checkpoint has {earlier.ranks}"
+        return Settings(own.engine, own.base, own.optimizer_state, reason)
     return Settings(
         own.engine if is_set(config, "sharding.engine") else earlier.engine,
         earlier.base,

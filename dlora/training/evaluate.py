@@ -1,4 +1,4 @@
-"""Looking at a model between steps: held-out loss, and answers to a few held-out prompts."""
+"""Evaluates a model between steps: held-out loss, and answers to a few held-out prompts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch import nn
 
 from dlora.data import NO_TARGET, Dataset, deal
 from dlora.data.collate import collate
+from dlora.runtime.console import console
 from dlora.training.checks import learned_positions
+from dlora.training.context import RunContext
 
 
 @contextmanager
@@ -27,25 +29,44 @@ def inference(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def held_out_loss(
-    model: nn.Module, dataset: Dataset, *, pad_id: int, micro_batch_size: int, rank: int, world: int
-) -> float:
-    """Σ cross entropy / Σ target tokens over all of `dataset`, the same on every rank.
+def held_out_loss(context: RunContext) -> float:
+    """Σ cross entropy / Σ target tokens over all held-out sequences, the same on every rank.
 
     Sums are reduced, then divided: a mean of the ranks' means would weigh tokens unequally.
     """
-    device = next(model.parameters()).device
+    ranks, dataset, model = context.ranks, context.prepared.eval, context.model
+    assert dataset is not None
     sums = torch.zeros(2, dtype=torch.float64)
-    dealt = deal(range(len(dataset)), dataset.lengths, world, micro_batch_size)
+    size = context.config.train.micro_batch_size
+    dealt = deal(range(len(dataset)), dataset.lengths, ranks.world, size)
     with inference(model):
-        for ids in dealt[rank]:
-            batch = collate([dataset[i] for i in ids], pad_id, device)
+        for ids in dealt[ranks.rank]:
+            batch = collate([dataset[i] for i in ids], context.prepared.pad_id, ranks.device)
             loss = model(input_ids=batch.input_ids, targets=batch.targets)
             sums += torch.tensor([float(loss), float(batch.num_targets)], dtype=torch.float64)
-    if world > 1:
-        sums = sums.to(device)
+    if ranks.world > 1:
+        sums = sums.to(ranks.device)
         dist.all_reduce(sums)
+    context.replica.release()
+    context.replica.wire.take()  # wire_bytes are those of training
     return float(sums[0] / sums[1])
+
+
+def print_samples(context: RunContext, when: str) -> None:
+    """Print answers to `output.samples` held-out prompts, or to prompts of the training data."""
+    prepared, count = context.prepared, context.config.output.samples
+    if count == 0:
+        return
+    answers = sample_answers(
+        context.model,
+        prepared.tokenizer,
+        prepared.eval or prepared.train,
+        count=count,
+        pad_id=prepared.pad_id,
+    )
+    context.replica.release()
+    for prompt, reference, answer in answers:
+        console.info(f"--- sample, {when}\n{prompt}\n  wanted: {reference}\n  answer: {answer}")
 
 
 def sample_answers(

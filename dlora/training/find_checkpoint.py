@@ -1,18 +1,19 @@
-"""Where a run starts from, found and judged before a weight is read.
+"""The checkpoint that a run resumes, found and verified before a weight is read.
 
-output.resume ──find_start, on rank 0──> ResumePoint: step, settings, names and shapes; no tensors
-Start         ──check_start, on all────> a line that names whatever makes this another run
+output.resume ──find_checkpoint, rank 0──> ResumePoint: step, settings, names, shapes; no tensors
+ResumePoint   ──check_resume, all ranks──> a line that names what makes this another run
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from dlora.checkpoint import format as checkpoints
 from dlora.checkpoint.remote import remote_of
+from dlora.checkpoint.state import saved_lora
 from dlora.config.load import SCHEMA, Config
 from dlora.config.strict_yaml import parse_yaml
 from dlora.data import Sampler
@@ -21,12 +22,11 @@ from dlora.io.files import read_object
 from dlora.io.safetensors import stored_tensors
 from dlora.lora.config import LoraConfig
 from dlora.lora.layers import CHILD
-from dlora.lora.variants import VARIANTS
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A checkpoint that verifies; plain values, so that rank 0 can tell the others.
+    """A checkpoint that verifies; plain values, so that rank 0 can broadcast it.
 
     Attributes:
         state: its `state.json`.
@@ -52,23 +52,13 @@ class ResumePoint:
         return saved_lora(self.state)
 
 
-def saved_lora(state: Mapping[str, Any]) -> LoraConfig | None:
-    """The resolved adapter settings in a `state.json`; None in one that was written without.
-
-    Raises:
-        UsageError: they are not what a run writes.
-    """
-    if "adapter" not in state:
-        return None
-    try:
-        settings = dict(state["adapter"])
-        return VARIANTS[settings.pop("method", "lora")].settings(**settings)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise UsageError(f"state.json: adapter is not what it was: {error}") from None
-
-
-def find_start(config: Config, warn: Callable[[str], None]) -> ResumePoint | None:
+def find_checkpoint(
+    config: Config, announce: Callable[[str], None], *, fetch: bool = True
+) -> ResumePoint | None:
     """The checkpoint that `output.resume` means, or None for a fresh start.
+
+    Args:
+        fetch: download a newer one from `output.remote` first; the caller has the run's lock.
 
     Raises:
         UsageError: there is none at the path that it names, or that one is damaged.
@@ -77,11 +67,17 @@ def find_start(config: Config, warn: Callable[[str], None]) -> ResumePoint | Non
     if wanted == "none":
         return None
     if wanted == "auto":
-        root = output_directory(config) / "checkpoints"
-        found = _newest(root, warn)
+        root = config.output.directory / "checkpoints"
+        found = _newest(root, announce)
         if (remote := remote_of(config)) is not None:
-            remote.fetch(root, found.step if found else 0, warn)
-            found = _newest(root, warn)
+            if not fetch:
+                announce(
+                    f"output.remote: --check does not read {remote.url}; the run resumes from the "
+                    "newest checkpoint there or on the disk"
+                )
+                return found
+            remote.fetch(root, found.step if found else 0, announce)
+            found = _newest(root, announce)
         return found
     directory = Path(wanted).expanduser()
     if not directory.is_dir():
@@ -91,10 +87,10 @@ def find_start(config: Config, warn: Callable[[str], None]) -> ResumePoint | Non
     return _opened(directory)
 
 
-def _newest(root: Path, warn: Callable[[str], None]) -> ResumePoint | None:
+def _newest(root: Path, announce: Callable[[str], None]) -> ResumePoint | None:
     """The newest checkpoint on the disk that can be gone on from."""
     found: list[ResumePoint] = []
-    checkpoints.newest(root, warn, lambda directory: found.append(_opened(directory)))
+    checkpoints.newest(root, announce, lambda directory: found.append(_opened(directory)))
     return found[0] if found else None
 
 
@@ -115,15 +111,16 @@ def _opened(directory: Path) -> ResumePoint:
         raise UsageError(f"{path}: cannot be read: {error}") from None
     settings, _ = parse_yaml(text, str(path))
     state = read_object(directory / "state.json")
-    start = ResumePoint(str(directory), state, settings, shapes, checkpoints.allocation(directory))
-    for file, problem in _strange(start):
+    allocation = checkpoints.allocation(directory)
+    resumed = ResumePoint(str(directory), state, settings, shapes, allocation)
+    for file, problem in _strange(resumed):
         raise UsageError(f"{directory / file}: {problem}, which no run writes")
-    return start
+    return resumed
 
 
-def _strange(start: ResumePoint) -> Iterator[tuple[str, str]]:
+def _strange(resumed: ResumePoint) -> Iterator[tuple[str, str]]:
     """(file, what is wrong in it) of a checkpoint whose files are whole; the first one counts."""
-    state, settings = start.state, start.settings
+    state, settings = resumed.state, resumed.settings
     data = state["data"] if isinstance(state.get("data"), dict) else {}
     for key, value, types in (
         ("data.fingerprint", data.get("fingerprint"), str),
@@ -146,8 +143,8 @@ def _strange(start: ResumePoint) -> Iterator[tuple[str, str]]:
         value = sections.get("sharding", {}).get(name, option.default)
         if value not in get_args(option.type):
             yield "config.yaml", f"{option.key} is {value!r}"
-    kept = start.allocation["kept"] if start.allocation else ()
-    counted = {name for name in start.shapes if name.endswith(f".{CHILD}.lora_E")}
+    kept = resumed.allocation["kept"] if resumed.allocation else ()
+    counted = {name for name in resumed.shapes if name.endswith(f".{CHILD}.lora_E")}
     if counted != {f"{path}.{CHILD}.lora_E" for path in kept}:
         yield "manifest.json", "triplets are not those of adapter.safetensors"
 
@@ -160,7 +157,7 @@ def state_at(
     fingerprint: str,
     base: str | None,
 ) -> dict[str, Any]:
-    """`state.json` after `step` optimizer steps; the other arguments are those of `check_start`."""
+    """`state.json` after `step` optimizer steps; other arguments as for `check_resume`."""
     return {
         "step": step,
         "total_steps": sampler.total_steps,
@@ -174,14 +171,3 @@ def state_at(
         },
         "random": {"seed": config.train.seed, "keyed_by": ["seed", "step", "sequence"]},
     }
-
-
-def output_directory(config: Config) -> Path:
-    """`output.dir` as a path."""
-    return Path(config.output.dir).expanduser()
-
-
-def stop_file(config: Config) -> Path | None:
-    """`output.stop_file` as a path."""
-    wanted = config.output.stop_file
-    return Path(wanted).expanduser() if wanted is not None else None

@@ -23,12 +23,11 @@ from dlora.plan.choose import Decision, capacity_of, decide
 from dlora.plan.plan import Plan, Subject
 from dlora.plan.workload import workload_of
 from dlora.sharding.topology import Placement, Topology
-from dlora.training.check_resume import check_start
+from dlora.training.check_resume import check_resume
 from dlora.training.checks import (
     check_adapter,
     check_dropout,
     check_gradients,
-    check_output,
     check_placement,
     check_ranks_per_node,
     check_sequences,
@@ -50,7 +49,7 @@ class Preparation:
     lora: LoraConfig
     topology: Topology
     pad_id: int
-    start: ResumePoint | None
+    resumed: ResumePoint | None
     decision: Decision
     base_identity: str | None
 
@@ -95,43 +94,44 @@ def prepare(
     config: Config,
     topology: Topology,
     announce: Callable[[str], None],
-    start: ResumePoint | None = None,
+    resumed: ResumePoint | None = None,
     around: Surroundings = Surroundings(),  # noqa: B008 - frozen
 ) -> Preparation:
     """Read the data, the tokenizer and the model's skeleton, and plan.
 
     Args:
-        start: the checkpoint to go on from, if there is one.
+        resumed: the checkpoint that the run resumes, if there is one.
 
     Raises:
         UsageError: data, model or adapter settings are wrong, named by key, file or line, or no
             placement fits the budget.
     """
     check_ranks_per_node(config, topology.world)
-    if topology.rank == 0:
-        check_output(config)
     check_placement(config, topology)
-    lora = lora_config(config, start)
+    lora = lora_config(config, resumed.lora if resumed else None)
     base = _base(config, announce)
-    skeleton, quantized = _adapted(config, base, lora, start)
+    skeleton, quantized = _adapted(config, base, lora, resumed)
     if quantized is not None:
         announce(f"model.quantization: {quantized}")
     known = identity(base, skeleton)
     tokenizer = base.tokenizer()
-    train, held_out = _data(config, tokenizer, announce)
+    train = _load(config, "train", config.data.train, tokenizer, announce)
+    held_out = None
+    if config.data.eval is not None:
+        held_out = _load(config, "eval", config.data.eval, tokenizer, announce)
     check_sequences({"data.train": train, "data.eval": held_out}, tokenizer, skeleton)
     sampler = _sampler(config, len(train))
     lora = scheduled(lora, sampler.total_steps)
-    if start is not None:
+    if resumed is not None:
         tensors = adapter_tensors(skeleton)
-        check_start(start, config, lora, tensors, sampler, train.fingerprint, known)
+        check_resume(resumed, config, lora, tensors, sampler, train.fingerprint, known)
     if around.device == "cpu" and base.dtype == torch.bfloat16 and not multiplies_bfloat16():
         announce(
             "model.dtype: this CPU multiplies bfloat16 without instructions for it, many times "
             "slower than float32"
         )
-    announce(_said_of_steps(sampler, config.train.global_batch_size))
-    decision = _decision(config, skeleton, topology, train.report.longest, around, start)
+    announce(_steps_line(sampler, config.train.global_batch_size))
+    decision = _decision(config, skeleton, topology, train.report.longest, around, resumed)
     if decision.plan.divided:
         announce(
             f"optimizer state: divided, 1/{topology.world} on each rank, so a save needs all "
@@ -146,7 +146,7 @@ def prepare(
         lora,
         topology,
         pad_token(tokenizer, skeleton),
-        start,
+        resumed,
         decision,
         known,
     )
@@ -163,14 +163,14 @@ def _decision(
     topology: Topology,
     longest: int,
     around: Surroundings,
-    start: ResumePoint | None,
+    resumed: ResumePoint | None,
 ) -> Decision:
     """The plan of the run: what the settings leave open is chosen, `base: auto` above all."""
     section, world = config.sharding, topology.world
-    earlier = earlier_placement(start.settings, start.state) if start else None
+    earlier = earlier_placement(resumed.settings, resumed.state) if resumed else None
     settings = settle(config, earlier, world)
     workload = workload_of(config, world, longest)
-    if start is not None and start.allocation is not None and start.allocation["shrunk"]:
+    if resumed is not None and resumed.allocation is not None and resumed.allocation["shrunk"]:
         workload = replace(workload, averages=0)  # nothing is scored any more
     decision = decide(
         Subject(
@@ -187,10 +187,10 @@ def _decision(
         capacity=capacity_of(section.memory_budget_gb, around.free),
         offload=section.cpu_offload,
     )
-    if settings.said:
-        reason = f"{settings.said}: {decision.reason}" if settings.base == "auto" else settings.said
-        decision = replace(decision, reason=reason)
-    return decision
+    if not settings.reason:
+        return decision
+    is_open = settings.base == "auto"
+    return replace(decision, reason=settings.reason + (f": {decision.reason}" if is_open else ""))
 
 
 def _base(config: Config, announce: Callable[[str], None]) -> BaseModel:
@@ -215,7 +215,7 @@ def _base(config: Config, announce: Callable[[str], None]) -> BaseModel:
 
 
 def _adapted(
-    config: Config, base: BaseModel, lora: LoraConfig, start: ResumePoint | None
+    config: Config, base: BaseModel, lora: LoraConfig, resumed: ResumePoint | None
 ) -> tuple[nn.Module, Quantized | None]:
     """The base on the meta device with its adapters, once all that can be seen of it is right."""
     skeleton = base.skeleton()
@@ -224,30 +224,19 @@ def _adapted(
     quantized = base.pack(skeleton)
     with keyed_by("adapter"):
         attach(skeleton, lora, residual=True)
-    if start is not None and start.allocation is not None:
-        keep_triplets(skeleton, start.allocation)
+    if resumed is not None and resumed.allocation is not None:
+        keep_triplets(skeleton, resumed.allocation)
     check_dropout(skeleton)
     check_gradients(skeleton)
-    if config.adapter.path is not None and start is None:
+    if config.adapter.path is not None and resumed is None:
         check_adapter(skeleton, config.adapter.path)
     return skeleton, quantized
 
 
-def _data(
-    config: Config, tokenizer: Any, announce: Callable[[str], None]
-) -> tuple[Dataset, Dataset | None]:
-    """What is trained on, and what is held out."""
-    train = _load(config, "train", config.data.train, tokenizer, announce)
-    if config.data.eval is None:
-        return train, None
-    return train, _load(config, "eval", config.data.eval, tokenizer, announce)
-
-
 def _sampler(config: Config, num_examples: int) -> Sampler:
     train = config.train
-    return Sampler(
-        num_examples, train.global_batch_size, train.seed, config.data.shuffle, **_length(config)
-    )
+    length = {train.governed_by: getattr(train, train.governed_by)}
+    return Sampler(num_examples, train.global_batch_size, train.seed, config.data.shuffle, **length)
 
 
 def _load(
@@ -269,14 +258,8 @@ def _load(
     return dataset
 
 
-def _said_of_steps(sampler: Sampler, size: int) -> str:
+def _steps_line(sampler: Sampler, size: int) -> str:
     steps = sampler.total_steps
     last = len(sampler.step(steps - 1))
     rest = "" if last == size else f", the last one of the {last} that are left"
     return f"train: {steps} optimizer steps of {size} sequences{rest}"
-
-
-def _length(config: Config) -> dict[str, int]:
-    if config.train.epochs is not None:
-        return {"epochs": config.train.epochs}
-    return {"max_steps": config.train.max_steps}

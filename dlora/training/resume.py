@@ -1,9 +1,9 @@
-"""Where a run starts from: the directory of an earlier one, checked, or an empty one."""
+"""Puts a checkpoint back into the parts of a run, and opens `output.dir` for it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,47 +23,43 @@ from dlora.errors import UsageError, dtype_name
 from dlora.io.files import unused_name, write_atomically
 from dlora.methods.adalora_report import PICTURE, RANKS
 from dlora.metrics.log import MetricsLog
-from dlora.runtime.ranks import Runtime
-from dlora.training.find_checkpoint import output_directory
+from dlora.runtime.agreement import agree, broadcast
+from dlora.runtime.console import console
+from dlora.runtime.ranks import Ranks
+from dlora.training.context import RunContext
 from dlora.training.prepare import Preparation
 
 
-def resume(
-    runtime: Runtime,
-    preparation: Preparation,
-    replica: TrainedReplica,
-    optimizer: Optimizer,
-) -> int:
-    """Restore the checkpoint that `prepare` chose; returns the step to go on from (0: fresh).
+def resume(context: RunContext) -> int:
+    """Restore the checkpoint that `prepare` chose; returns the step that is done (0: fresh).
 
     Rank 0 reads; the tensors are broadcast one by one, so that no other rank needs to see its disk
-    or holds more of the optimizer's state than its own.
+    or stores more of the optimizer's state than its own.
 
     Raises:
-        UsageError: on every rank, if the checkpoint is damaged by now or holds another form of
-            state than the optimizer keeps.
+        UsageError: on every rank, if the checkpoint is damaged by now or has another form of
+            state than the optimizer.
     """
+    ranks, replica, optimizer = context.ranks, context.replica, context.optimizer
 
     def find() -> tuple[Checkpoint | None, str]:
-        start = preparation.start
-        return (checkpoints.read(Path(start.directory)) if start and runtime.main else None), ""
+        resumed = context.prepared.resumed
+        return (checkpoints.read(Path(resumed.directory)) if resumed and ranks.main else None), ""
 
-    checkpoint = runtime.agree("resume", find)
-    described = runtime.broadcast("checkpoint", checkpoint and _described(checkpoint))
+    checkpoint = agree(ranks, "resume", find)
+    described = broadcast(ranks, "resume/content", checkpoint and _described(checkpoint))
     if described is None:
         return 0
     step, states = int(described["step"]), described["states"]
 
     def shared(file: str) -> Iterator[tuple[str, Tensor]]:
-        return _shared(
-            runtime, states.get(file, {}), checkpoint and checkpoint.states.get(file, {})
-        )
+        return _shared(ranks, states.get(file, {}), checkpoint and checkpoint.states.get(file, {}))
 
     if replica.allocator is not None:
         replica.allocator.take_up(step, described["allocation"])
     _check_states(states, replica, optimizer)
     restore(
-        _shared(runtime, described["tensors"], checkpoint and checkpoint.tensors),
+        _shared(ranks, described["tensors"], checkpoint and checkpoint.tensors),
         shared("optimizer"),
         replica,
         optimizer,
@@ -71,14 +67,14 @@ def resume(
     )
     if replica.allocator is not None:
         replica.allocator.load_averages(shared("scorer"))
-    runtime.say(f"resuming after step {step}")
+    console.info(f"resuming after step {step}")
     return step
 
 
 def _check_states(
     states: Mapping[str, Mapping[str, Any]], replica: TrainedReplica, optimizer: Optimizer
 ) -> None:
-    """See that what is kept beside each tensor has the form in which a run keeps it.
+    """See that the optimizer's and scorer's state has the form that a run writes.
 
     Torch takes over a state of any shape, and fails or broadcasts steps later.
 
@@ -92,10 +88,10 @@ def _check_states(
             parameter = replica.named.get(name)
             if parameter is None:
                 raise UsageError(f"output.resume: {file}.safetensors: {name} is not trained")
-            kept = optimizer.state.get(parameter, {}).get(slot)
+            stored = optimizer.state.get(parameter, {}).get(slot)
             wanted = [list(parameter.shape), dtype_name(parameter.dtype)]
-            if isinstance(kept, Tensor):  # of an optimizer that makes its state at once
-                wanted = [list(kept.shape), dtype_name(kept.dtype)]
+            if isinstance(stored, Tensor):  # of an optimizer that makes its state at once
+                wanted = [list(stored.shape), dtype_name(stored.dtype)]
             elif slot == "step":
                 wanted = [[], "float32"]
             elif file == "optimizer":
@@ -103,46 +99,44 @@ def _check_states(
             if [shape, dtype] != wanted:
                 raise UsageError(
                     f"output.resume: {file}.safetensors of the checkpoint has {key} as {dtype} "
-                    f"{shape}, where a run keeps {wanted[1]} {wanted[0]}"
+                    f"{shape}, where a run writes {wanted[1]} {wanted[0]}"
                 )
 
 
-def open_directory(
-    config: Config, preparation: Preparation, start: int, warn: Callable[[str], None]
-) -> MetricsLog:
+def open_directory(context: RunContext, start: int) -> MetricsLog:
     """Write `config.yaml` and open the metrics; rank 0 only.
 
-    What another run left in the directory is set aside, all of it before a fresh start or one from
-    a checkpoint that lies elsewhere; of the run that goes on, the checkpoints past `start`. So
+    What another run left in the directory is renamed, all of it before a fresh start or where the
+    checkpoint is in another directory; of the run that resumes, the checkpoints past `start`. So
     nothing is lost, and nothing is mistaken for this run's.
     """
-    directory = output_directory(config)
+    context.lock.check()
+    directory, config = context.directory, context.config
     directory.mkdir(parents=True, exist_ok=True)
-    found = preparation.start
-    own = found and Path(found.directory).resolve().parent == (directory / "checkpoints").resolve()
-    if not own:
+    resumed, root = context.prepared.resumed, directory / "checkpoints"
+    if resumed and Path(resumed.directory).resolve().parent == root.resolve():
+        checkpoints.set_aside_after(start, root)
+    else:
         for name in ("checkpoints", "metrics.jsonl", RANKS, PICTURE, "tensorboard"):
             _set_aside(directory / name)
-    else:
-        checkpoints.set_aside_after(start, directory / "checkpoints")
     if (remote := remote_of(config)) is not None:
         remote.set_aside(start)
-    write_atomically(directory / "config.yaml", resolved_yaml(config, preparation).encode())
+    write_atomically(directory / "config.yaml", resolved_yaml(config, context.prepared).encode())
     return MetricsLog(
         directory,
         after=start if start else None,
         tensorboard=config.output.tensorboard,
-        warn=warn,
+        warn=console.warning,
     )
 
 
-def resolved_yaml(config: Config, preparation: Preparation) -> str:
+def resolved_yaml(config: Config, prepared: Preparation) -> str:
     """The configuration with the placement that was chosen."""
     sharding = replace(
         config.sharding,
-        engine=preparation.placement.engine,  # type: ignore[arg-type]
-        base=preparation.placement.base,  # type: ignore[arg-type]
-        optimizer_state="divided" if preparation.divided else "replicated",
+        engine=prepared.placement.engine,  # type: ignore[arg-type]
+        base=prepared.placement.base,  # type: ignore[arg-type]
+        optimizer_state="divided" if prepared.divided else "replicated",
     )
     return dump_yaml(replace(config, sharding=sharding))
 
@@ -162,9 +156,9 @@ def _described(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _shared(
-    runtime: Runtime, described: Mapping[str, Any], tensors: Mapping[str, Tensor] | None
+    ranks: Ranks, described: Mapping[str, Any], tensors: Mapping[str, Tensor] | None
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of rank 0, which alone has them, on every rank; each is let go of for the next.
+    """The tensors of rank 0, which alone has them, on every rank; each is freed before the next.
 
     Collective until it is exhausted.
     """
@@ -172,7 +166,7 @@ def _shared(
         tensor = (
             torch.empty(shape, dtype=getattr(torch, dtype)) if tensors is None else tensors[name]
         )
-        if runtime.world > 1 and tensor.numel():
+        if ranks.world > 1 and tensor.numel():
             dist.broadcast(tensor, src=0)
         yield name, tensor
 

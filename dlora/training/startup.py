@@ -1,4 +1,9 @@
-"""How every rank gets from the same command line to the same preparation, or to one error line."""
+"""From the same command line on every rank to the same preparation, or to one error line.
+
+enter      the command line, understood on every rank
+lock       output.dir is this run's: nothing is written or fetched before
+prepared   the checkpoint to resume, then data, model and plan
+"""
 
 from __future__ import annotations
 
@@ -13,20 +18,24 @@ from dlora.config.load import SCHEMA, Config, Options, parse
 from dlora.errors import UsageError
 from dlora.plan.capacity import free_bytes
 from dlora.quant.dequantize import bitsandbytes_kernel
-from dlora.runtime.ranks import Runtime
+from dlora.runtime.agreement import agree, broadcast, gather
+from dlora.runtime.console import console
+from dlora.runtime.ranks import Ranks
+from dlora.runtime.run_lock import LEASE_SECONDS, STALE_SECONDS, RunLock
 from dlora.sharding.topology import Topology
-from dlora.training.find_checkpoint import ResumePoint, find_start
+from dlora.training.checks import check_output
+from dlora.training.find_checkpoint import ResumePoint, find_checkpoint
 from dlora.training.prepare import Preparation, Surroundings, prepare
 
 
-def enter(argv: list[str], prog: str, first: Callable[[], None]) -> tuple[Runtime, Options | None]:
+def enter(argv: list[str], prog: str, first: Callable[[], None]) -> tuple[Ranks, Options | None]:
     """Understand the command line, join the other ranks, and see that all of them understood it.
 
     Args:
-        first: called before; what it raises counts as what the command line does.
+        first: called before; what it raises counts as a mistake in the command line.
 
     Returns:
-        The runtime and the options; None in their place where the command only printed something
+        The ranks and the options; None in their place where the command only printed something
         (`--help`, `--print_config`), which rank 0 has done.
 
     Raises:
@@ -42,50 +51,75 @@ def enter(argv: list[str], prog: str, first: Callable[[], None]) -> tuple[Runtim
     except SystemExit:
         pass
     timeout = SCHEMA["sharding.timeout_seconds"].default
-    runtime = Runtime.from_environment(
-        options.config.sharding.timeout_seconds if options else timeout
-    )
+    ranks = Ranks.from_environment(options.config.sharding.timeout_seconds if options else timeout)
 
     def work() -> tuple[Options | None, str]:
         if failure is not None:
             raise failure
         return options, ""
 
-    options = runtime.agree("command line", work)
+    options = agree(ranks, "command line", work)
     if options is None:
-        runtime.say(printed.getvalue().rstrip("\n"))
-        runtime.leave()
-    return runtime, options
+        console.info(printed.getvalue().rstrip("\n"))
+        ranks.leave()
+    return ranks, options
 
 
-def prepared(config: Config, runtime: Runtime) -> Preparation:
+def lock_output(config: Config, ranks: Ranks) -> RunLock:
+    """The lock of `output.dir`, which rank 0 takes for all ranks.
+
+    Raises:
+        UsageError, TransientError: as `check_output` and `RunLock.take`, on every rank.
+    """
+
+    def take() -> tuple[RunLock | None, str]:
+        if not ranks.main:
+            return None, ""
+        check_output(config)
+        lock = RunLock(config.output.directory)
+        lock.take()
+        return lock, ""
+
+    lock = agree(ranks, "lock", take, patience_seconds=STALE_SECONDS + LEASE_SECONDS)
+    token = broadcast(ranks, "lock/token", lock and lock.token)
+    return lock or RunLock(config.output.directory, token)
+
+
+def prepared(config: Config, ranks: Ranks, *, check: bool = False) -> Preparation:
     """What `prepare` finds out, the same on every rank, from the checkpoint that rank 0 sees.
+
+    Args:
+        check: write nothing, so fetch no checkpoint from `output.remote`.
 
     Raises:
         UsageError: on every rank, with the first failing rank's message.
     """
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world))
-    everywhere = runtime.gather("ranks of a node", here)
-    topology = Topology.over(runtime.rank, everywhere, config.sharding.ranks_per_node)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
+    everywhere = gather(ranks, "ranks of a node", here)
+    topology = Topology.over(ranks.rank, everywhere, config.sharding.ranks_per_node)
 
     def find() -> tuple[ResumePoint | None, str]:
-        return (find_start(config, runtime.say) if runtime.main else None), ""
+        if not ranks.main:
+            return None, ""
+        if check:
+            check_output(config)
+        return find_checkpoint(config, console.info, fetch=not check), ""
 
-    found = runtime.agree("start", find)
-    told = runtime.broadcast("start/found", found and asdict(found))
-    start = ResumePoint(**told) if told else None
-    free = runtime.gather("free", free_bytes(runtime.device, here))
-    around = Surroundings(runtime.device.type, None if None in free else min(free))
+    found = agree(ranks, "checkpoint", find)
+    found = broadcast(ranks, "checkpoint/found", found and asdict(found))
+    resumed = ResumePoint(**found) if found else None
+    free = gather(ranks, "free", free_bytes(ranks.device, here))
+    around = Surroundings(ranks.device.type, None if None in free else min(free))
 
     def work() -> tuple[Preparation, str]:
-        found = prepare(config, topology, runtime.say, start, around)
+        found = prepare(config, topology, console.info, resumed, around)
         return found, found.fingerprint
 
-    return runtime.agree("preparation", work)
+    return agree(ranks, "preparation", work)
 
 
 def import_late_ones(config: Config) -> None:
-    """What would be imported while a run's memory is counted."""
+    """Import what would otherwise be imported while a run's memory is counted."""
     importlib.import_module("transformers.models.auto.modeling_auto")
     if config.model.quantization.startswith("nf4"):
         bitsandbytes_kernel()

@@ -12,7 +12,7 @@ import faulthandler
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dlora.errors import and_more
 from dlora.io.files import write_atomically
+from dlora.runtime.console import console
 
 BAD_STEPS_IN_A_ROW = 3
 STEPS_TO_BE_USED_IN = 10
@@ -27,14 +28,14 @@ SHARE_OF_TIMEOUT = 0.9  # of a collective's time, after which the stacks are sho
 
 
 class FiniteWatch:
-    """Steps whose loss or gradient is no number: they are left out, counted, and end the run.
+    """Steps whose loss or gradient is no number: they are skipped, counted, and end the run.
 
     Args:
         file: where the sequences of the last ones are written when they end it.
     """
 
-    def __init__(self, say: Callable[[str], None], file: Path | None = None) -> None:
-        self._say, self._file = say, file
+    def __init__(self, file: Path | None = None) -> None:
+        self._file = file
         self._steps: list[int] = []
         self._row: dict[int, list[int]] = {}  # step: its sequences, without a good one between
 
@@ -47,7 +48,7 @@ class FiniteWatch:
         self._steps.append(step)
         self._row[step] = [int(i) for i in ids]
         if len(self._steps) == 1:
-            self._say(
+            console.info(
                 f"warning: step {step} has loss {loss} and gradient norm {norm} and is left out; "
                 "a smaller optimizer.lr may help"
             )
@@ -62,7 +63,7 @@ class FiniteWatch:
     def close(self) -> None:
         """The run has ended."""
         if self._steps:
-            self._say(
+            console.info(
                 f"warning: loss or gradient was not finite in {len(self._steps)} steps, the first "
                 f"of them step {self._steps[0]}; they were left out"
             )

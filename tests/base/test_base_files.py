@@ -144,13 +144,13 @@ from tiny import command
 from dlora.config.load import parse
 from dlora.training.startup import prepared
 from dlora.errors import UsageError
-from dlora.runtime.ranks import Runtime
+from dlora.runtime.ranks import Ranks
 from pathlib import Path
 
 for name in ("whole", "damaged", "away"):
     config = parse(command(f"org/{name}", Path(sys.argv[1])), "dlora.train").config
     try:
-        prepared(config, Runtime(0, 1, torch.device("cpu"), None))
+        prepared(config, Ranks(0, 1, torch.device("cpu"), None))
     except UsageError as error:
         print(f"result {name}: {error}")
     else:

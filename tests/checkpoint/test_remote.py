@@ -17,10 +17,9 @@ import fsspec
 import pytest
 from moto.server import ThreadedMotoServer
 from ranks import Pools
-from run_training import command_line, figures, same_bits, train
+from run_training import figures, same_bits, train
 from s3fs import S3FileSystem
 from test_resume import told
-from tiny import save_chats
 
 from dlora.checkpoint.format import verify
 from dlora.checkpoint.remote import MANIFEST, RemoteCheckpoints
@@ -66,22 +65,14 @@ def make_bucket(url: str) -> None:
 
 
 @pytest.fixture
-def command(saved_models: Any, tmp_path: Path) -> Any:
-    data = str(save_chats(tmp_path / "chats.jsonl", 24))
+def command(words: Any) -> Any:
+    common = {"optimizer__schedule": "constant", "train__max_steps": STEPS}
 
-    def words(directory: Path, remote: str | None, **settings: Any) -> list[str]:
-        common = {
-            "model__path": saved_models("blocks"),
-            "data__train": data,
-            "output__dir": str(directory),
-            "output__remote": remote,
-            "output__save_every": 1,
-            "optimizer__schedule": "constant",
-            "train__max_steps": STEPS,
-        }
-        return command_line(**common | settings)
+    def of(directory: Path, remote: str | None, **settings: Any) -> list[str]:
+        settings = {"output__remote": remote, "output__save_every": 1, **common, **settings}
+        return words(directory, "blocks", **settings)
 
-    return words
+    return of
 
 
 def stored(url: str) -> dict[str, bytes]:

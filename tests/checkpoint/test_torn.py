@@ -24,7 +24,7 @@ from dlora.config.load import Config, dump_yaml, parse
 from dlora.data import Sampler
 from dlora.errors import UsageError
 from dlora.lora.variants.adalora import AdaLoraConfig
-from dlora.training.find_checkpoint import ResumePoint, find_start, state_at
+from dlora.training.find_checkpoint import ResumePoint, find_checkpoint, state_at
 
 TRIALS = 200
 PATHS = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj")
@@ -221,7 +221,7 @@ FORGED = (garbage, retyped)  # damage that no hash shows
 
 def taken(root: Path, resume: str) -> tuple[ResumePoint | None, list[str]]:
     warnings: list[str] = []
-    return find_start(config_of(root, resume), warnings.append), warnings
+    return find_checkpoint(config_of(root, resume), warnings.append), warnings
 
 
 def refusal(root: Path, directory: Path) -> str:
@@ -310,10 +310,10 @@ FORGERIES: dict[str, tuple[Callable[[Path], None], str]] = {
     "sequences": (edited(STATE, "data", "sequences", to="x"), "state.json: data.sequences is 'x'"),
     "base": (edited(STATE, "base", to={}), "state.json: base is {}"),
     "ranks": (edited(STATE, "ranks", to="2"), "state.json: ranks is '2'"),
-    "adapter": (edited(STATE, "adapter", to=3), "state.json: adapter is not what it was"),
-    "method": (edited(STATE, "adapter", "method", to="x"), "adapter is not what it was: 'x'"),
-    "option": (edited(STATE, "adapter", "rrr", to=1), "state.json: adapter is not what it was"),
-    "pattern": (edited(STATE, "adapter", "alpha_pattern", to=[1]), "adapter is not what it was"),
+    "adapter": (edited(STATE, "adapter", to=3), "state.json: adapter is not what a run writes"),
+    "method": (edited(STATE, "adapter", "method", to="x"), "adapter is not what a run writes: 'x'"),
+    "option": (edited(STATE, "adapter", "rrr", to=1), "adapter is not what a run writes"),
+    "pattern": (edited(STATE, "adapter", "alpha_pattern", to=[1]), "not what a run writes"),
     "list": (rewritten(STATE, "[]"), "state.json: holds a JSON list"),
     "deep": (rewritten(STATE, "[" * 100_000), "state.json: cannot be read"),
     "settings": (rewritten(SETTINGS, "- 1"), "config.yaml: all of it is [1]"),
@@ -380,5 +380,5 @@ def test_a_state_of_no_tensor_is_refused(whole: Path, tmp_path: Path) -> None:
 def test_export_reads_no_forged_checkpoint(whole: Path, tmp_path: Path) -> None:
     newer = Path(shutil.copytree(whole / "checkpoints" / STEPS[1], tmp_path / STEPS[1]))
     edited(STATE, "adapter", to=3)(newer)
-    with pytest.raises(UsageError, match="state.json: adapter is not what it was"):
+    with pytest.raises(UsageError, match="state.json: adapter is not what a run writes"):
         open_adapter(newer)

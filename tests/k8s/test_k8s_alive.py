@@ -32,7 +32,7 @@ def probe(directory: Path, seconds: float, age: float | None = None) -> int:
 
 def test_a_run_that_beats_is_alive_and_a_silent_one_is_not(tmp_path: Path) -> None:
     lock = RunLock(tmp_path, beat_seconds=0.05)
-    lock.take(print)
+    lock.take()
     before = (tmp_path / ".lock").stat().st_mtime_ns
     time.sleep(0.5)
     assert (tmp_path / ".lock").stat().st_mtime_ns > before

@@ -273,17 +273,17 @@ def test_recomputed_activations_change_nothing(pools: Pools, command: Any, tmp_p
 def trained(argv: list[str]) -> dict[str, Any]:
     """A run, the offsets that it has, how often W0 was factorised, and what it computes."""
     run: list[Any] = []
-    starts, start = [], dlora.training.build.start
-    dlora.training.build.start = lambda *args: starts.append(1) or start(*args)
+    starts, start = [], dlora.training.build.initialise
+    dlora.training.build.initialise = lambda *args: starts.append(1) or start(*args)
     try:
         result = train(argv, run.append)
     finally:
-        dlora.training.build.start = start
+        dlora.training.build.initialise = start
     model = run[0].model.eval()
     with torch.no_grad():
         logits = model(input_ids=torch.arange(12)[None], use_cache=False).logits
     frozen = {name: tensor.clone() for name, tensor in frozen_tensors(model).items()}
-    if snapshot := run[0].keeper._snapshots.newest():  # what any rank can commit alone
+    if snapshot := run[0].checkpoints._snapshots.newest():  # what any rank can commit alone
         kept = snapshot.files["adapter"]
         assert same_bits(kept, {**result["tensors"], **frozen})
     planned = run[0].prepared.budget.memory.offsets

@@ -55,7 +55,7 @@ def test_a_resume_keeps(case: str) -> None:
     settings = settle(config, Earlier("zero3", "node", "divided", ranks=4), ranks)
     assert (settings.engine, settings.base, settings.optimizer_state) == settled
     if ranks == 2:
-        assert "2 rank(s)" in settings.said and "4" in settings.said
+        assert "2 rank(s)" in settings.reason and "4" in settings.reason
 
 
 def test_a_checkpoint_says_what_it_was_written_under() -> None:

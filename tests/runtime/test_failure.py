@@ -1,4 +1,4 @@
-"""What waits or watches beside a run ends in its time."""
+"""A rank that cannot go on reports it, and whatever waits or watches ends in its time."""
 
 import threading
 import time
@@ -6,26 +6,26 @@ import time
 import pytest
 import torch.distributed as dist
 
-from dlora.runtime import failure as told
+from dlora.runtime import failure
 from dlora.runtime.memory import MemoryMeter
 
 
-def test_a_key_that_does_not_come_is_waited_for_once() -> None:
-    """The store's own time would come on top of it."""
+def test_a_key_is_waited_for_so_long_and_no_longer() -> None:
+    """The store's own timeout does not come on top of it."""
     store, limit = dist.HashStore(), 0.1
-    with pytest.raises(dist.DistStoreError, match=r"ready/1 has not come within 0\.1 s"):
-        told.wait(store, "ready/1", limit)
+    with pytest.raises(dist.DistStoreError, match=r"ready/1 is not in the store after 0\.1 s"):
+        failure.wait(store, "ready/1", limit)
     store.set("ready/1", "")
-    told.wait(store, "ready/1", limit)
+    failure.wait(store, "ready/1", limit)
 
 
-def test_who_waits_for_a_key_hears_what_another_rank_tells() -> None:
+def test_a_report_ends_the_wait_for_a_key() -> None:
     store = dist.HashStore()
-    assert told.tell(store, "the disk is full", True)
-    assert not told.tell(store, "it still is", False)  # the first one's word counts
+    assert failure.report(store, "the disk is full", True)
+    assert not failure.report(store, "it still is", False)  # the first report counts
     with pytest.raises(RuntimeError, match="another rank has failed"):
-        told.wait(store, "ready/1", 600)
-    assert told.line(store) == ("the disk is full", True)
+        failure.wait(store, "ready/1", 600)
+    assert failure.read(store) == ("the disk is full", True)
 
 
 def watching() -> int:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from network import resent_bytes, sent_bytes
 from run_training import command_line, prepared_run
 
-from dlora.runtime.ranks import Runtime
+from dlora.runtime.ranks import Ranks
 from dlora.sharding.replica.optimizer_state import ReplicatedState
 
 BASES = ("node", "world")
@@ -50,7 +50,7 @@ def counted(argv: list[str]) -> dict[str, Any]:
 
 def main(directory: Path, settings: dict[str, Any]) -> None:
     torch.set_num_threads(1)
-    runtime = Runtime.from_environment(TIMEOUT_SECONDS)
+    runtime = Ranks.from_environment(TIMEOUT_SECONDS)
     runtime.join()
     found = {}
     for base in BASES:

@@ -219,7 +219,7 @@ def saved_by_each(argv: list[str], directory: str) -> dict[str, Any]:
                 state = capture(run.replica, run.replica.states(run.optimizer), {"step": STEPS})
                 assert state is not None
                 write(state, root / "checkpoints", "", keep_last=1)
-                run.keeper.save(STEPS, {})
+                run.checkpoints.save(STEPS, {})
             time.sleep(0.05)
     return {
         "calls": log.calls,

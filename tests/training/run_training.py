@@ -15,9 +15,12 @@ from dlora.checkpoint.host_copy import capture
 from dlora.config.load import parse
 from dlora.hooks import NO_HOOKS, Hooks
 from dlora.metrics.log import read_metrics
+from dlora.runtime.agreement import agree
 from dlora.runtime.memory import MemoryMeter
-from dlora.runtime.ranks import Runtime
+from dlora.runtime.ranks import Ranks
+from dlora.runtime.run_lock import RunLock
 from dlora.train import Run
+from dlora.training.checks import check_output
 from dlora.training.startup import import_late_ones, prepared
 
 BASE_SETTINGS = {
@@ -33,7 +36,12 @@ BASE_SETTINGS = {
 }
 
 # Figures that hold clocks or memory; all others of two equal runs are equal bit for bit.
-MEASURED = {"step_seconds", "tokens_per_second", "peak_memory_bytes"}
+MEASURED = {
+    "step_seconds",
+    "tokens_per_second",
+    "all_tokens_per_second",
+    "peak_memory_bytes",
+}
 
 
 def command_line(**settings: Any) -> list[str]:
@@ -56,10 +64,18 @@ def prepared_run(argv: list[str], hooks: Hooks = NO_HOOKS) -> Run:
     """This rank's `Run`, as `dlora.train.main` sets it up."""
     config = parse(argv, prog="dlora.train").config
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    runtime = Runtime(rank, world, torch.device("cpu"), ranks.current_store)
+    these = Ranks(rank, world, torch.device("cpu"), ranks.current_store)
+
+    def check() -> tuple[None, str]:
+        if rank == 0:
+            check_output(config)
+        return None, ""
+
+    agree(these, "lock", check)
+    lock = RunLock(config.output.directory, "not taken: the next run may be another pool's")
     import_late_ones(config)
     since_before = meter()
-    return Run(config, runtime, prepared(config, runtime), since_before, hooks)
+    return Run(config, these, prepared(config, these), since_before, lock, hooks)
 
 
 def train(argv: list[str], meddle: Callable[[Run], None] | None = None) -> dict[str, Any]:

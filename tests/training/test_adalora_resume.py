@@ -10,13 +10,12 @@ import pytest
 import torch
 from allocations import ADALORA, MODULES, watched
 from ranks import Pools
-from run_training import command_line, figures, relative_error, same_bits
+from run_training import figures, relative_error, same_bits
 from safetensors.torch import load_file
-from tiny import save_chats
 
 from dlora.config.load import parse
 from dlora.errors import UsageError
-from dlora.runtime.ranks import Runtime
+from dlora.runtime.ranks import Ranks
 from dlora.train import main
 from dlora.training.startup import prepared
 
@@ -42,19 +41,9 @@ DIVIDED = {"sharding__optimizer_state": "divided"}
 
 
 @pytest.fixture(scope="module")
-def command(saved_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def command(words: Any) -> Any:
     """command(directory, **settings): the words of a run of 14 steps."""
-    data = save_chats(tmp_path_factory.mktemp("data") / "chats.jsonl", 24)
-
-    def of(directory: Path, **settings: Any) -> list[str]:
-        common = {
-            "model__path": saved_models("llama"),
-            "data__train": str(data),
-            "output__dir": str(directory),
-        }
-        return command_line(**common | ADALORA | SCHEDULE | settings)
-
-    return of
+    return functools.partial(words, **ADALORA | SCHEDULE)
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +219,7 @@ def test_another_schedule_is_another_run(
     checkpoint = whole(False)[1] / "checkpoints" / f"step-{saved:06d}"
     argv = command(tmp_path, output__resume=str(checkpoint), **{changed: value})
     with pytest.raises(UsageError, match=said) as refused:
-        prepared(parse(argv, "dlora.train").config, Runtime(0, 1, torch.device("cpu"), None))
+        prepared(parse(argv, "dlora.train").config, Ranks(0, 1, torch.device("cpu"), None))
     assert "\n" not in str(refused.value)
 
 

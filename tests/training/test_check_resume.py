@@ -16,7 +16,7 @@ from tiny import save_chats
 from dlora.checkpoint.format import Checkpoint, newest, read, write
 from dlora.config.load import parse
 from dlora.errors import UsageError
-from dlora.runtime.ranks import Runtime
+from dlora.runtime.ranks import Ranks
 from dlora.training.check_resume import FREE_KEYS, FREE_SECTIONS
 from dlora.training.startup import prepared
 
@@ -58,7 +58,7 @@ def names(directory: Path) -> list[str]:
 def refusal(argv: list[str]) -> str:
     """What the preparation of a run says, which reads no weights."""
     with pytest.raises(UsageError) as refused:
-        prepared(parse(argv, "dlora.train").config, Runtime(0, 1, torch.device("cpu"), None))
+        prepared(parse(argv, "dlora.train").config, Ranks(0, 1, torch.device("cpu"), None))
     return str(refused.value)
 
 

@@ -1,6 +1,7 @@
 """A disk that refuses a save: the run goes on, says so at once, and saves when it can again."""
 
 import contextlib
+import functools
 import os
 import shutil
 import subprocess
@@ -11,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import Pools
-from run_training import command_line, figures, prepared_run, train
-from tiny import save_chats
+from run_training import figures, prepared_run, train
 
 from dlora.checkpoint import format as checkpoint
 
@@ -20,19 +20,8 @@ STEPS = 6
 
 
 @pytest.fixture
-def command(saved_models: Any, tmp_path: Path) -> Any:
-    data = str(save_chats(tmp_path / "chats.jsonl", 24))
-
-    def words(out: Path) -> list[str]:
-        return command_line(
-            model__path=saved_models("blocks"),
-            data__train=data,
-            output__dir=str(out),
-            output__save_every=1,
-            train__max_steps=STEPS,
-        )
-
-    return words
+def command(words: Any) -> Any:
+    return functools.partial(words, model="blocks", output__save_every=1, train__max_steps=STEPS)
 
 
 def hindered(argv: list[str], kind: str) -> dict[str, Any]:
@@ -42,7 +31,7 @@ def hindered(argv: list[str], kind: str) -> dict[str, Any]:
     see, write = run.losses.see, checkpoint.write_atomically
 
     def seen(record: dict[str, Any], ids: Any) -> str | None:
-        if run.runtime.main and record["step"] == 5:
+        if run.ranks.main and record["step"] == 5:
             _help(out, kind)
         return see(record, ids)
 

@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from collectives import CollectiveLog
 from ranks import Pools
-from run_training import command_line, figures, prepared_run, relative_error, same_bits, train
+from run_training import figures, prepared_run, relative_error, same_bits, train
 from safetensors.torch import load_file
 from test_resume import Crash, after_step, check_equal, crash, steps_saved, terminated, told
 from test_wire import counted
-from tiny import VOCABULARY, save_chats
+from tiny import VOCABULARY
 from transformers import AutoModelForCausalLM
 
 from dlora import LoraConfig, attach, shard
@@ -29,25 +29,18 @@ REPLICATED = {"sharding__optimizer_state": "replicated"}
 
 
 @pytest.fixture(scope="module")
-def command(saved_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def command(words: Any) -> Any:
     """command(directory, **settings): the words of a run with decay, LoRA+ and a trained norm."""
-    data = save_chats(tmp_path_factory.mktemp("data") / "chats.jsonl", 24)
-
-    def of(directory: Path, **settings: Any) -> list[str]:
-        common = {
-            "model__path": saved_models("llama"),
-            "data__train": str(data),
-            "output__dir": str(directory),
-            "output__save_every": SAVED,
-            "train__max_steps": STEPS,
-            "adapter__modules_to_save": ["model.norm"],
-            "optimizer__weight_decay": 0.05,
-            "optimizer__loraplus_lr_ratio": 2.0,
-            "optimizer__lr": 1e-3,
-        }
-        return command_line(**common | DIVIDED | settings)
-
-    return of
+    return functools.partial(
+        words,
+        output__save_every=SAVED,
+        train__max_steps=STEPS,
+        adapter__modules_to_save=["model.norm"],
+        optimizer__weight_decay=0.05,
+        optimizer__loraplus_lr_ratio=2.0,
+        optimizer__lr=1e-3,
+        **DIVIDED,
+    )
 
 
 def check_close(results: list[dict[str, Any]], metrics: list[Any], one: Any) -> None:
@@ -165,8 +158,8 @@ def saved_again(argv: list[str]) -> dict[str, Any]:
     """Resume, and save at once; what was sent and received meanwhile, and the moments here."""
     run = prepared_run(argv)
     with CollectiveLog() as log:
-        run.keeper.save(run.start, {})
-        run.keeper.settle()
+        run.checkpoints.save(run.start, {})
+        run.checkpoints.settle()
     states = run.optimizer.state.items()
     moments = [value for _, state in states for value in state.values() if value.ndim]
     return {

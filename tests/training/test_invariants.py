@@ -132,12 +132,12 @@ def flipped_in_a_run(argv: list[str]) -> tuple[int, str]:
     steps = iter(range(1, 100))
 
     def flip(*_: Any) -> None:
-        if next(steps) == 3 and run.runtime.rank == 1:
+        if next(steps) == 3 and run.ranks.rank == 1:
             parameter.data.view(torch.int32)[0, 0] ^= 1 << 20
 
     run.optimizer.register_step_post_hook(flip)
     with contextlib.redirect_stderr(io.StringIO()) as said:
-        status = run.survive()
+        status = run.run()
     assert next(steps) == 10  # the audit in the 10th reduction stopped it
     return status, said.getvalue().replace(name, "NAME")
 

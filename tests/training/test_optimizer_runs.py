@@ -13,12 +13,11 @@ import pytest
 import torch
 import yaml
 from ranks import Pools
-from run_training import command_line, figures, relative_error, same_bits, train
+from run_training import figures, relative_error, same_bits, train
 from safetensors.torch import load_file
 from test_divided_runs import crashed
 from test_resume import check_equal, steps_saved, told
 from test_wire import counted
-from tiny import save_chats
 
 STEPS, SAVED = 8, 3
 PRO = {"optimizer__name": "lora_pro", "adapter__modules_to_save": ["model.norm"]}
@@ -36,22 +35,19 @@ BOUNDS = {"low": (1e-5, 1e-4), "full": (1e-5, 1e-4), "8bit": (2e-4, 1e-2)}
 
 
 @pytest.fixture(scope="module")
-def command(saved_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def command(words: Any) -> Any:
     """command(directory, optimizer, **settings): the words of a run."""
-    data = save_chats(tmp_path_factory.mktemp("data") / "chats.jsonl", 24)
 
     def of(directory: Path, optimizer: str, **settings: Any) -> list[str]:
         chosen = OPTIMIZERS[optimizer]
         common = {
-            "model__path": saved_models("wide" if "adapter__r" in chosen else "llama"),
-            "data__train": str(data),
-            "output__dir": str(directory),
             "output__save_every": SAVED,
             "train__max_steps": STEPS,
             "adapter__use_rslora": True,
             "optimizer__weight_decay": 0.05,
         }
-        return command_line(**common | chosen | settings)
+        model = "wide" if "adapter__r" in chosen else "llama"
+        return words(directory, model, **common | chosen | settings)
 
     return of
 

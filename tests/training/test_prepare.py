@@ -15,15 +15,15 @@ from dlora import LoraConfig, attach, save_adapter
 from dlora.base.model import BaseModel
 from dlora.config.load import parse
 from dlora.errors import UsageError
-from dlora.runtime.ranks import Runtime
+from dlora.runtime.ranks import Ranks
 from dlora.training.prepare import Preparation
 from dlora.training.startup import prepared
 
 
 def preparation(argv: list[str]) -> Preparation:
     """As one process prepares."""
-    runtime = Runtime(0, 1, torch.device("cpu"), None)
-    return prepared(parse(argv, "dlora.train").config, runtime)
+    ranks = Ranks(0, 1, torch.device("cpu"), None)
+    return prepared(parse(argv, "dlora.train").config, ranks, check=True)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """Invariant 5: a run that was interrupted and resumed is the run that was not."""
 
 import contextlib
+import functools
 import io
 import os
 import shutil
@@ -12,8 +13,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from ranks import Pools
-from run_training import command_line, figures, relative_error, same_bits, train
-from tiny import save_chats
+from run_training import figures, relative_error, same_bits, train
 
 from dlora.base.model import BaseModel
 
@@ -92,22 +92,10 @@ def told(argv: list[str]) -> tuple[dict[str, Any], str]:
 
 
 @pytest.fixture(scope="module")
-def command(saved_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def command(words: Any) -> Any:
     """command(directory, **settings): the words of a run of 8 steps, with dropout."""
-    data = save_chats(tmp_path_factory.mktemp("data") / "chats.jsonl", 24)
-
-    def of(directory: Path, **settings: Any) -> list[str]:
-        common = {
-            "model__path": saved_models("llama"),
-            "data__train": str(data),
-            "output__dir": str(directory),
-            "output__save_every": SAVED,
-            "train__max_steps": STEPS,
-            "adapter__lora_dropout": 0.1,
-        }
-        return command_line(**common | settings)
-
-    return of
+    common = {"output__save_every": SAVED, "train__max_steps": STEPS}
+    return functools.partial(words, adapter__lora_dropout=0.1, **common)
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from ranks import Pools
-from run_training import command_line, prepared_run
-from tiny import save_chats
+from run_training import prepared_run
 from two_ranks import Ranks, check_same_end
 
 from dlora.checkpoint import format as checkpoints
@@ -88,21 +87,17 @@ def ranks_of(tmp_path: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def command(saved_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def command(words: Any) -> Any:
     """command(directory, method, **settings): the words of a run of 8 steps, with dropout."""
-    data = save_chats(tmp_path_factory.mktemp("data") / "chats.jsonl", 24)
+    common = {
+        "output__save_every": SAVED,
+        "train__max_steps": STEPS,
+        "adapter__lora_dropout": 0.1,
+        "sharding__base": "world",
+    }
 
     def of(directory: Path, method: str = "lora", **settings: Any) -> list[str]:
-        common = {
-            "model__path": saved_models("llama"),
-            "data__train": str(data),
-            "output__dir": str(directory),
-            "output__save_every": SAVED,
-            "train__max_steps": STEPS,
-            "adapter__lora_dropout": 0.1,
-            "sharding__base": "world",
-        }
-        return command_line(**common | METHODS[method] | settings)
+        return words(directory, **common | METHODS[method] | settings)
 
     return of
 
@@ -295,7 +290,7 @@ def committed_again(argv: list[str], rounds: int) -> list[dict[str, bool]]:
             shutil.rmtree(kept, ignore_errors=True)
             last.rename(kept)
         dist.barrier()
-        run.keeper.commit(ending=True)
+        run.checkpoints.commit(ending=True)
         dist.barrier()
         regular = {path.name: path.read_bytes() for path in kept.iterdir()}
         again = {path.name: path.read_bytes() for path in last.iterdir()}

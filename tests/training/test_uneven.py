@@ -1,31 +1,20 @@
 """Machines with unlike numbers of ranks, as a scheduler may place them: one result, no deadlock."""
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ranks import Pools, RankFailure
-from run_training import command_line, figures, same_bits, train
-from tiny import save_chats
+from run_training import figures, same_bits, train
 
 from dlora.sharding.topology import Topology
 
 
 @pytest.fixture
-def command(saved_models: Any, tmp_path: Path) -> Any:
-    data = str(save_chats(tmp_path / "chats.jsonl", 24))
-
-    def words(directory: Path, **settings: Any) -> list[str]:
-        common = {
-            "model__path": saved_models("blocks"),
-            "data__train": data,
-            "output__dir": str(directory),
-            "train__max_steps": 3,
-        }
-        return command_line(**common | settings)
-
-    return words
+def command(words: Any) -> Any:
+    return functools.partial(words, model="blocks", train__max_steps=3)
 
 
 def placed(sizes: list[int], argv: list[str]) -> dict[str, Any]:

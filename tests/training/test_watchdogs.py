@@ -3,6 +3,7 @@
 A rank's loss becomes NaN where a hook on the model makes it so.
 """
 
+import functools
 import json
 import subprocess
 import sys
@@ -12,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import Pools
-from run_training import command_line, figures, prepared_run
-from tiny import save_chats
+from run_training import figures, prepared_run
 
 from dlora.checkpoint import format as checkpoint
 from dlora.lora.attach import named_adapters
@@ -23,17 +23,8 @@ STEPS = 6
 
 
 @pytest.fixture
-def command(saved_models: Any, tmp_path: Path) -> Any:
-    data = str(save_chats(tmp_path / "chats.jsonl", 24))
-
-    def words(**settings: Any) -> list[str]:
-        settings = {"train__max_steps": STEPS, **settings}
-        out = str(tmp_path / "run")
-        return command_line(
-            model__path=saved_models("blocks"), data__train=data, output__dir=out, **settings
-        )
-
-    return words
+def command(words: Any, tmp_path: Path) -> Any:
+    return functools.partial(words, tmp_path / "run", "blocks", train__max_steps=STEPS)
 
 
 def poisoned(argv: list[str], steps: list[int], rank: int) -> dict[str, Any]:
@@ -42,7 +33,7 @@ def poisoned(argv: list[str], steps: list[int], rank: int) -> dict[str, Any]:
     after: list[torch.Tensor] = []
 
     def poison(module: Any, args: Any, loss: torch.Tensor) -> torch.Tensor:
-        bad = len(after) + 1 in steps and run.runtime.rank == rank
+        bad = len(after) + 1 in steps and run.ranks.rank == rank
         return loss * float("nan") if bad else loss
 
     see = run.losses.see
@@ -99,12 +90,12 @@ def test_three_in_a_row_end_the_run_and_name_their_sequences(
     assert not (tmp_path / "run/adapter").exists()
 
 
-def test_good_steps_between_bad_ones_are_no_row() -> None:
-    said: list[str] = []
-    watch = FiniteWatch(said.append)
+def test_good_steps_between_bad_ones_are_no_row(capsys: pytest.CaptureFixture[str]) -> None:
+    watch = FiniteWatch()
     for step, loss in enumerate([float("nan"), float("inf"), 1.0] * 3, start=1):
         assert watch.see({"step": step, "loss": loss, "grad_norm": 1.0}) is None
     watch.close()
+    said = capsys.readouterr().out.splitlines()
     assert len(said) == 2
     assert said[1].startswith("warning: loss or gradient was not finite in 6 steps")
 

@@ -1,0 +1,39 @@
+"""What one run works on: made once, and the same objects from set-up to exit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+from torch.optim import Optimizer
+
+from dlora.api import TrainedReplica
+from dlora.config.load import Config
+from dlora.hooks import Hooks
+from dlora.runtime.ranks import Ranks
+from dlora.runtime.run_lock import RunLock
+from dlora.training.prepare import Preparation
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """The parts of one run on one rank.
+
+    Attributes:
+        lock: of `directory`; every write there calls its `check` first.
+    """
+
+    config: Config
+    ranks: Ranks
+    prepared: Preparation
+    model: nn.Module
+    replica: TrainedReplica
+    optimizer: Optimizer
+    lock: RunLock
+    hooks: Hooks
+
+    @property
+    def directory(self) -> Path:
+        """`output.dir`."""
+        return self.config.output.directory

@@ -1,0 +1,55 @@
+"""The end of a run: closing lines, the comparison with the plan, and the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dlora.adapters.save_load import save_adapter
+from dlora.metrics.log import held_out_line
+from dlora.plan.measured import measure
+from dlora.plan.report import comparison
+from dlora.runtime.console import console
+from dlora.training.checkpointing import RESUMES, CheckpointManager
+from dlora.training.context import RunContext
+from dlora.training.evaluate import print_samples
+
+
+def finish(
+    context: RunContext, checkpoints: CheckpointManager, records: Sequence[Mapping[str, Any]]
+) -> int:
+    """The closing lines and the adapter; the exit status.
+
+    Args:
+        records: lines of the metrics, one for each step since the start.
+    """
+    print_samples(context, "after training")
+    if context.ranks.main and (line := held_out_line(context.directory)):
+        console.info(line)
+    status, allocator = save_result(context, checkpoints), context.replica.allocator
+    measured = measure(
+        context.model,
+        context.replica,
+        context.optimizer,
+        records,
+        last_mask=allocator.schedule.last if allocator else None,
+        pruned=allocator is not None and allocator.is_shrunk,
+    )
+    console.info(comparison(context.prepared.budget, measured, context.ranks.device.type))
+    return status
+
+
+def save_result(context: RunContext, checkpoints: CheckpointManager) -> int:
+    """The adapter that stock PEFT loads; the exit status, of which rank 0's counts."""
+    where = context.directory / "adapter"
+    try:
+        if context.ranks.main:
+            context.lock.check()
+            base = context.config.model.path
+            save_adapter(context.model, where, base_model_name_or_path=base)
+            checkpoints.publish(where)
+    except OSError as error:
+        console.error(f"{where} could not be written: {error}; free the disk and {RESUMES}")
+        return 1
+    console.info(f"adapter: {where}")
+    return 0
