@@ -119,7 +119,7 @@ class Run:
         replica.zero_grad()
         replica.reductions = self.start  # so that audits fall on the same steps as without a stop
         replica.wire.take()
-        display = StepDisplay(self.total_steps, self.start, runtime.main, replica.final_budget)
+        display = StepDisplay(self.total_steps, self.start, runtime.main)
         with keeper.writing(), display, stop.committing(keeper.alone), self.hang.watching():
             for step in range(self.start, self.total_steps):
                 began = time.perf_counter()
@@ -145,14 +145,14 @@ class Run:
                 sums = [float(loss_sum), float(self.hooks.should_save()), *stop.poll()]
                 reduced = replica.reduce_gradients(tokens, sums=sums, each=self.meter.peak() >> 10)
 
-                # 4  clip, schedule, step (after which AdaLoRA scores and masks by itself)
+                # 4  clip, schedule, step (after which the method's state follows)
                 loss = reduced.sums[0] / max(reduced.tokens, 1)
                 norm = float(replica.clip(config.optimizer.max_grad_norm or math.inf))
                 lr = self.set_lr(step)
                 if is_finite(loss, norm):
                     optimizer.step()
                 else:
-                    replica.leave_out(optimizer)
+                    replica.skip_step(optimizer)
                 replica.zero_grad()
 
                 # 5  look, log, save
@@ -174,7 +174,7 @@ class Run:
                     "peak_memory_bytes": max(reduced.each) << 10,
                     "wire_bytes": replica.wire.take(),
                     "batch_hash": batch_hash(ids),
-                    **replica.figures(),
+                    **replica.method.metrics(),
                 }
                 keeper.keep(done, record)
                 trouble = self.losses.see(record, ids) or self.unused.see(
@@ -187,7 +187,7 @@ class Run:
                     record["eval_loss"] = self.evaluate()
                 if evaluated or due(done, config.output.log_every):
                     log.write(record)
-                    display.update(record)
+                    display.update(record, replica.method.progress())
                 asked = status is not None or reduced.sums[1] > 0
                 if asked or due(done, config.output.save_every, last=last):
                     keeper.save(done, record)
@@ -196,8 +196,8 @@ class Run:
                 if trouble or (status is not None and not last):
                     break
         if last and runtime.main:
-            keeper.masks.write(until=done)
-            keeper.masks.draw(log, runtime.say)
+            keeper.write_method_files(done)
+            replica.method.report(self.directory, log, runtime.say)
         log.close()
         if trouble:
             runtime.fail(f"stopped after step {done}: {trouble}")
@@ -262,9 +262,7 @@ class Run:
     def open_log(self) -> Any:
         if not self.runtime.main:
             return SilentLog()
-        log = open_directory(self.config, self.prepared, self.start, self.runtime.warn)
-        self.keeper.masks.take_up(self.start)
-        return log
+        return open_directory(self.config, self.prepared, self.start, self.runtime.warn)
 
     def finish(self) -> int:
         """The closing lines and the adapter; the exit status."""

@@ -18,7 +18,6 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from dlora.adapters.peft_format import PREFIX, adalora_files, lora_files, peft_slots
-from dlora.api import attach
 from dlora.errors import UsageError
 from dlora.io.files import inside, read_object, write_atomically
 from dlora.io.safetensors import FLOATS, StoredTensor, stored_tensors
@@ -26,6 +25,7 @@ from dlora.lora.attach import attachment_of, frozen_tensors, named_adapters
 from dlora.lora.config import LoraConfig
 from dlora.lora.layers import host_kind
 from dlora.lora.targets import target_paths
+from dlora.methods.attach import attach
 from dlora.quant.linear import is_packed
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

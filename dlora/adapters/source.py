@@ -29,14 +29,14 @@ from dlora.io.safetensors import FLOATS, StoredTensor, stored_tensors
 from dlora.lora.attach import (
     adapter_tensors,
     attach,
+    load_record,
     named_adapters,
     named_copies,
 )
 from dlora.lora.config import LoraConfig
 from dlora.lora.layers import CHILD
 from dlora.lora.merge import scale_of_rows
-from dlora.lora.variants import LoraAdapter
-from dlora.methods.adalora import keep_triplets
+from dlora.lora.variants import VARIANTS, LoraAdapter
 from dlora.training.find_checkpoint import saved_lora
 
 
@@ -59,7 +59,7 @@ class AdapterSource:
     config: LoraConfig
     base: BaseReference
     is_checkpoint: bool
-    allocation: dict[str, Any] | None = None  # the triplets that AdaLoRA has left
+    record: dict[str, Any] | None = None  # of a checkpoint: what its method records
     _tensors: dict[str, StoredTensor] = field(default_factory=dict)  # by name in the model
     _shapes: dict[str, torch.Size] = field(default_factory=dict)  # that the model has them in
     # PEFT stores W0 of adapted embeddings too: where, by the parameter's name
@@ -75,8 +75,7 @@ class AdapterSource:
             attach(model, self.config)
         except UsageError as error:
             raise UsageError(f"{self.directory} does not fit the base: {error}") from None
-        if self.allocation is not None:
-            keep_triplets(model, self.allocation)
+        load_record(model, self.record)
         stored = stored_tensors(self.file)
         parameters = adapter_tensors(model)
         keys = {name: name for name in parameters} if self.is_checkpoint else peft_names(model)
@@ -200,16 +199,23 @@ def _from_checkpoint(directory: Path) -> AdapterSource:
     elsewhere = ["--sharding.engine", "fsdp2", "--sharding.cpu_offload", "false"]
     config = load(directory / "config.yaml", elsewhere)
     lora = saved_lora(read_object(directory / "state.json"))
+    settings = lora or lora_config(config)
+    record = checkpoint.method_record(directory)
+    try:
+        names = stored_tensors(directory / checkpoint.ADAPTER)
+        VARIANTS[settings.variant].check_record(record, names)
+    except UsageError as error:
+        raise UsageError(f"{directory / 'manifest.json'}: {error}") from None
     model = config.model
     base = BaseReference(model.path, model.revision, model.dtype, model.cache_dir)
     file = directory / "adapter.safetensors"
     return AdapterSource(
         directory,
         file,
-        lora or lora_config(config),
+        settings,
         base,
         is_checkpoint=True,
-        allocation=checkpoint.allocation(directory),
+        record=record,
     )
 
 

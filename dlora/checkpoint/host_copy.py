@@ -18,7 +18,7 @@ def capture(
     replica: Replica,
     states: Mapping[str, States],
     state: dict[str, Any],
-    allocation: dict[str, Any] | None = None,
+    record: dict[str, Any] | None = None,
     frozen: Mapping[str, Tensor] | None = None,
 ) -> Checkpoint | None:
     """Copy the trained tensors and what is kept beside them to host memory.
@@ -29,6 +29,8 @@ def capture(
 
     Args:
         states: of this rank, by the names of their files.
+        state: of the run, for `state.json`.
+        record: of the adapters' method, for the manifest.
         frozen: what the adapters have beside what is trained.
     """
     whole = {
@@ -43,7 +45,7 @@ def capture(
         return None
     kept = {**replica.named, **(frozen or {})}
     tensors = {name: _host(tensor.detach()) for name, tensor in kept.items()}
-    return Checkpoint(tensors, whole, state, allocation)
+    return Checkpoint(tensors, whole, state, record)
 
 
 def restore(

@@ -10,15 +10,16 @@ into pinned memory, behind the step's own work; an event then tells whether it h
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from dlora.api import TrainedReplica
 from dlora.checkpoint.format import Checkpoint
+from dlora.sharding.replica.optimizer_state import States
+from dlora.sharding.replica.replica import Replica
 
 Key = tuple[str, str]  # file, name in it
 Kind = tuple[torch.device, torch.dtype]
@@ -33,20 +34,29 @@ class Snapshots:
         self._older, self._newer = _Buffer(), _Buffer()
         self._frozen: dict[str, Tensor] | None = None  # the same at every step: copied once
 
-    def take(self, step: int, replica: TrainedReplica, optimizer: Optimizer) -> None:
-        """Copy what a checkpoint after `step` steps holds, over the older of the two snapshots.
+    def take(
+        self,
+        step: int,
+        replica: Replica,
+        *,
+        states: Mapping[str, States],
+        record: dict[str, Any] | None,
+        frozen: Mapping[str, Tensor],
+    ) -> None:
+        """Copy what a checkpoint after `step` steps has, over the older of the two snapshots.
 
-        On a GPU the copy may still be on its way when this returns.
+        On a GPU the copy may still be on its way when this returns. The other arguments are those
+        of `dlora.checkpoint.host_copy.capture`.
         """
         tensors = {(ADAPTER, name): p.detach() for name, p in replica.named.items()}
-        for file, kept in replica.states(optimizer).items():
+        for file, kept in states.items():
             for name, slot, state in replica.share.whole(kept):
                 tensors[file, f"{name}.{slot}"] = state
-        files = [ADAPTER, *replica.states(optimizer)]
+        files = [ADAPTER, *states]
         self._newer.wait()  # the only whole one from here on
         if self._frozen is None:
-            self._frozen = {n: t.to("cpu", copy=True) for n, t in replica.frozen.items()}
-        self._older.fill(step, tensors, files, replica.allocation(), self._frozen)
+            self._frozen = {n: t.to("cpu", copy=True) for n, t in frozen.items()}
+        self._older.fill(step, tensors, files, record, self._frozen)
         self._older, self._newer = self._newer, self._older
 
     def newest(self) -> Snapshot | None:
@@ -60,12 +70,12 @@ class Snapshot:
 
     step: int
     files: dict[str, dict[str, Tensor]]
-    allocation: dict[str, Any] | None
+    record: dict[str, Any] | None
 
     def checkpoint(self, state: dict[str, Any]) -> Checkpoint:
         """The same as `dlora.checkpoint.host_copy.capture` gives right after the step."""
         states = {file: tensors for file, tensors in self.files.items() if file != ADAPTER}
-        return Checkpoint(self.files[ADAPTER], states, state, self.allocation)
+        return Checkpoint(self.files[ADAPTER], states, state, self.record)
 
 
 @dataclass
@@ -84,7 +94,7 @@ class _Buffer:
         step: int,
         tensors: dict[Key, Tensor],
         files: list[str],
-        allocation: dict[str, Any] | None,
+        record: dict[str, Any] | None,
         frozen: dict[str, Tensor],
     ) -> None:
         self.snapshot, self.arrived = None, None
@@ -106,7 +116,7 @@ class _Buffer:
         for (file, name), view in self.views.items():
             held[file][name] = view
         held[ADAPTER] |= frozen
-        self.snapshot = Snapshot(step, held, allocation)
+        self.snapshot = Snapshot(step, held, record)
 
     def content(self) -> Snapshot | None:
         """The snapshot if all of it is there."""

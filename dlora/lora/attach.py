@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from dlora.lora.config import LoraConfig
 from dlora.lora.dropout import DropoutStream
 from dlora.lora.init import INITS, Initialisation
 from dlora.lora.layers import CHILD, ModulesToSaveCopy, ModulesToSaveLayer, adapt_, host_kind
+from dlora.lora.states import AdapterState
 from dlora.lora.targets import saved_paths, target_paths
 from dlora.lora.variants import VARIANTS, LoraAdapter
 from dlora.lora.whole_weights import WholeWeights, plain_weights, show_weights
@@ -22,17 +24,12 @@ from dlora.quant.linear import is_packed
 
 @dataclass
 class Attachment:
-    """What `attach` did to a model; kept on the model as `model.dlora`.
-
-    Attributes:
-        unstarted: it still waits for the gradients that its adapters are to start from.
-    """
+    """What `attach` did to a model; stored on the model as `model.dlora`."""
 
     config: LoraConfig
     adapted: list[str] = field(default_factory=list)
     saved: list[str] = field(default_factory=list)
     stream: DropoutStream = field(default_factory=DropoutStream)
-    unstarted: bool = False
 
     @property
     def init(self) -> type[Initialisation]:
@@ -136,11 +133,38 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**trainable_parameters(model), **frozen_tensors(model)}
 
 
-def host_children(model: nn.Module) -> list[LoraAdapter | ModulesToSaveCopy]:
+def await_start(model: nn.Module) -> None:
+    """Let all adapters wait for a start from gradients."""
+    for _, _, adapter in named_adapters(model):
+        adapter.state = AdapterState.UNSTARTED
+
+
+def end_start(model: nn.Module) -> None:
+    """Let all adapters train from what A and B are now."""
+    for _, _, adapter in named_adapters(model):
+        if adapter.state is AdapterState.UNSTARTED:
+            adapter.become(AdapterState.ON)
+
+
+def is_unstarted(model: nn.Module) -> bool:
+    """Whether adapters wait for a start from gradients."""
+    return any(a.state is AdapterState.UNSTARTED for _, _, a in named_adapters(model))
+
+
+def children_of(model: nn.Module) -> list[LoraAdapter | ModulesToSaveCopy]:
     """All adapters and trained copies."""
     return [child for _, _, child in named_adapters(model)] + [
         child for _, _, child in named_copies(model)
     ]
+
+
+def load_record(model: nn.Module, record: Any) -> None:
+    """Give adapters that no replica owns the shapes of a checkpoint, from what it records of the
+    method; nothing where it records nothing (None).
+    """
+    if record is not None:
+        for _, _, adapter in named_adapters(model):
+            adapter.load_record(record)
 
 
 @contextmanager
@@ -152,15 +176,16 @@ def disabled(model: nn.Module) -> Iterator[None]:
     """
     if "dlora_originals" in model.__dict__:
         raise UsageError("disabled: this model is merged; call dlora.unmerge first")
-    children = host_children(model)
-    before = [child.enabled for child in children]
-    for child in children:
-        child.enabled = False
+    idle = (AdapterState.OFF, AdapterState.EMPTY)
+    before = [(c, c.state) for c in children_of(model) if c.state not in idle]
+    for child, _ in before:
+        child.become(AdapterState.OFF)
     try:
         yield
     finally:
-        for child, enabled in zip(children, before, strict=True):
-            child.enabled = enabled
+        for child, state in before:
+            if child.state is AdapterState.OFF:
+                child.become(state)
 
 
 def _check_free(module: nn.Module, path: str) -> None:
@@ -214,11 +239,11 @@ def _attach_adapter(module: nn.Module, path: str, attachment: Attachment, residu
         dtype=_master_dtype(module),
         device=device,
         offset=init.needs != "nothing",
+        residual=residual and init.needs == "weight" and is_packed(module),
         **config.shapes_for(path, _kernel(module)),
     )
     if device.type != "meta":
         adapter.reset(is_embedding=kind.is_embedding, init=init)
-    adapter.residual = residual and init.needs == "weight" and is_packed(module)
     adapter.train(module.training)
     adapt_(module, kind, adapter)
 

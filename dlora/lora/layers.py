@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlora.lora.states import AdapterState, Stateful
 from dlora.quant.linear import PackedMixin, frozen_weight
 
 CHILD = "adapter"
@@ -213,16 +214,17 @@ def host_kind(module: nn.Module) -> type[AdaptedLayer] | None:
     return next((kind for kind in HOSTS if kind.accepts(module)), None)
 
 
-class ModulesToSaveCopy(nn.Module):
+class ModulesToSaveCopy(Stateful, nn.Module):
     """The trainable masters of one of `modules_to_save`: a tree of parameters like the base's.
 
     Like an adapter it is never called; its host computes with the masters in place of its own
     parameters, cast to the base's dtype.
     """
 
+    what = "trained copy"
+
     def __init__(self, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
         super().__init__()
-        self.enabled = True
         self._dtypes = {path: weight.dtype for path, weight in weights.items()}
         for path, weight in weights.items():
             *owners, name = path.split(".")
@@ -243,7 +245,7 @@ class ModulesToSaveLayer:
     """A module of `modules_to_save`: computes with its trained copy, keeps the frozen original."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self.adapter.enabled:
+        if self.adapter.state is not AdapterState.ON:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         with _substituted(self, self.adapter.cast()):
             return super().forward(*args, **kwargs)  # type: ignore[misc]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dlora.errors import UsageError
 from dlora.lora.attach import attachment_of, named_adapters, named_copies
 from dlora.lora.layers import AdaptedLayer
+from dlora.lora.states import AdapterState
 from dlora.lora.variants import LoraAdapter
 from dlora.quant.linear import WEIGHT_NAMES, replace_weight, restore_weight, unpacked
 
@@ -101,13 +102,14 @@ def merge(model: nn.Module) -> nn.Module:
         losses[path] = result.loss
         taken = replace_weight(host, result.weight)
         originals |= {f"{path}.{name}": parameter for name, parameter in taken.items()}
-        adapter.merged = True
+        if adapter.state is not AdapterState.EMPTY:
+            adapter.become(AdapterState.MERGED)
     for path, host, copy in named_copies(model):
         for name, value in copy.cast().items():
             originals[f"{path}.{name}"] = host.get_parameter(name)
             merged = nn.Parameter(value.clone(), requires_grad=False)  # never the master itself
             _set_parameter(model, f"{path}.{name}", merged)
-        copy.enabled = False
+        copy.become(AdapterState.MERGED)
     model.dlora_originals = originals  # type: ignore[assignment]
     warn_of_rounding(losses)
     return model
@@ -120,13 +122,14 @@ def unmerge(model: nn.Module) -> nn.Module:
     if originals is None:
         raise UsageError("unmerge: this model is not merged")
     for path, host, adapter in named_adapters(model):
-        adapter.merged = False
+        if adapter.state is not AdapterState.EMPTY:
+            adapter.become(AdapterState.ON)
         names = [name for name in WEIGHT_NAMES if f"{path}.{name}" in originals]
         restore_weight(host, {name: originals.pop(f"{path}.{name}") for name in names})
     for path, original in originals.items():
         _set_parameter(model, path, original)
     for _, _, copy in named_copies(model):
-        copy.enabled = True
+        copy.become(AdapterState.ON)
     return model
 
 
@@ -153,6 +156,9 @@ def _check_mergeable(model: nn.Module) -> None:
     attachment_of(model)
     if "dlora_originals" in model.__dict__:
         raise UsageError("merge: this model is merged already")
+    for path, _, adapter in named_adapters(model):
+        if adapter.state not in (AdapterState.ON, AdapterState.EMPTY):
+            raise UsageError(f"merge: the adapter of {path} {adapter.state.value}")
     for path, host, _ in named_adapters(model):
         name = next(name for name in WEIGHT_NAMES if name in host._parameters)
         if type(host.get_parameter(name).data) is not Tensor:

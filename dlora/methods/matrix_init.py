@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dlora.lora.attach import attachment_of, named_adapters
+from dlora.lora.attach import attachment_of, end_start, named_adapters
 from dlora.lora.layers import AdaptedLayer
 from dlora.lora.variants import LoraAdapter
 from dlora.lora.whole_weights import WholeWeights
@@ -132,7 +132,7 @@ def start_from_matrices(
     }
     for layer, owner in zip(layers, chosen, strict=True):
         left += _start(layer, found.get(layer.path), owner, topology, wire)
-    attachment_of(model).unstarted = False
+    end_start(model)
     return _done(model, layers, left, began)
 
 

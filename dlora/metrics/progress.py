@@ -9,14 +9,10 @@ from typing import Any
 
 
 class StepDisplay:
-    """Shows step, loss, tokens per second and memory. Silent on ranks other than 0.
+    """Shows step, loss, tokens per second and memory. Silent on ranks other than 0."""
 
-    Args:
-        budget: at the end of an AdaLoRA run; its lines hold the scheduled one.
-    """
-
-    def __init__(self, total: int, done: int, enabled: bool, budget: int | None = None) -> None:
-        self._total, self._enabled, self._budget = total, enabled, budget
+    def __init__(self, total: int, done: int, enabled: bool) -> None:
+        self._total, self._enabled = total, enabled
         self._bar: Any = None
         if enabled and sys.stdout.isatty():
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -43,14 +39,14 @@ class StepDisplay:
         if self._bar is not None:
             self._bar.stop()
 
-    def update(self, record: dict[str, Any]) -> None:
-        """Show the figures of a metrics line."""
+    def update(self, record: dict[str, Any], of_method: str = "") -> None:
+        """Show the figures of a metrics line, and a method's own."""
         figures = (
             f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  "
             f"{record['peak_memory_bytes'] / 1e6:,.0f} MB"
         )
-        if "budget" in record:
-            figures += f"  budget {record['budget']:,} -> {self._budget:,}"
+        if of_method:
+            figures += f"  {of_method}"
         if "eval_loss" in record:
             figures += f"  held-out {record['eval_loss']:.4f}"
         if self._bar is not None:

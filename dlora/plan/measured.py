@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dlora.api import TrainedReplica
+from dlora.methods.trained_replica import TrainedReplica
 from dlora.sharding.engines.storage import held_bytes
 
 
@@ -20,11 +20,11 @@ class Measured:
 
     Attributes:
         wire: sent per step once what stays gathered has come: the median from the third step on,
-            with AdaLoRA as long as nothing has been removed.
+            as long as the method has cut no parameters.
         base: of W0, held.
         replica: of A, B, gradients and optimizer state.
         peak: the most, of the rank that had most.
-        pruned: whether AdaLoRA removed a part of `replica`, which is planned for the beginning.
+        pruned: whether the method cut a part of `replica`, which is planned for the beginning.
     """
 
     wire: float
@@ -45,15 +45,15 @@ def measure(
     Args:
         records: lines of the metrics, one for each step.
     """
-    steady, allocator = records[2:] or records, replica.allocator
-    if allocator is not None:
-        steady = [r for r in steady if r["step"] <= allocator.schedule.last] or steady
+    steady, resized = records[2:] or records, replica.method.resized_after
+    if resized is not None:
+        steady = [r for r in steady if r["step"] <= resized] or steady
     return Measured(
         wire=statistics.median(record["wire_bytes"] for record in steady),
         base=held_bytes(model),
         replica=_storage_bytes(_kept(replica, optimizer)),
         peak=max(record["peak_memory_bytes"] for record in records),
-        pruned=allocator is not None and allocator.is_shrunk,
+        pruned=resized is not None,
     )
 
 

@@ -19,7 +19,6 @@ from typing import Any
 import torch.distributed as dist
 from torch.optim import Optimizer
 
-from dlora.api import TrainedReplica
 from dlora.checkpoint import format as checkpoints
 from dlora.checkpoint.format import Checkpoint
 from dlora.checkpoint.host_copy import capture
@@ -28,7 +27,7 @@ from dlora.checkpoint.snapshot import Snapshots
 from dlora.config.load import Config
 from dlora.errors import UsageError
 from dlora.hooks import NO_HOOKS, Committed, Hooks, Saved, nothing
-from dlora.methods.adalora_report import RankHistory
+from dlora.methods.trained_replica import TrainedReplica
 from dlora.metrics.log import complete
 from dlora.runtime.ranks import Runtime
 from dlora.sharding.replica.optimizer_state import ReplicaError
@@ -47,9 +46,6 @@ class CheckpointManager:
     Args:
         start: the step that it goes on from.
         hooks: told of saves, and of peers that are lost.
-
-    Attributes:
-        masks: what AdaLoRA's masks were.
     """
 
     def __init__(
@@ -66,7 +62,6 @@ class CheckpointManager:
         self._replica, self._optimizer, self._start = replica, optimizer, start
         self._root = output_directory(config) / "checkpoints"
         self._remote, self._hooks = remote_of(config), hooks
-        self.masks = RankHistory(self._root.parent, replica.allocator)
         self._snapshots = Snapshots()
         self._record: dict[str, Any] = {}  # of the snapshot's step
         self._lock = threading.Lock()  # while a snapshot is written or read
@@ -85,12 +80,11 @@ class CheckpointManager:
         replica = self._replica
         committed: Committed = nothing
         if self._runtime.main or replica.share.collective_saves:
-            states, allocation = replica.states(self._optimizer), replica.allocation()
-            captured = capture(replica, states, self._state(step), allocation, replica.frozen)
+            captured = capture(replica, state=self._state(step), **self._beside())
             if captured is not None:
                 self.settle()
                 with self._said_of_disk(step):
-                    self.masks.write(until=step)
+                    self.write_method_files(step)
                 self._pending = self._writer.submit(self._write_behind, captured)
                 committed = self._pending.result
         self._hooks.saved(record, committed)
@@ -116,7 +110,7 @@ class CheckpointManager:
         """
         if not self._replica.share.collective_saves:
             with self._lock:
-                self._snapshots.take(step, self._replica, self._optimizer)
+                self._snapshots.take(step, self._replica, **self._beside())
                 self._record = record
 
     def commit(self, *, ending: bool) -> str:
@@ -134,7 +128,7 @@ class CheckpointManager:
             try:
                 checkpoints.verify(directory)
             except UsageError:
-                self.masks.write(until=step)
+                self.write_method_files(step)
                 self._push(self._write(snapshot.checkpoint(self._state(step))))
             every = self._config.output.log_every
             if ending and every and step % every == 0 and self._record["step"] == step:
@@ -170,6 +164,19 @@ class CheckpointManager:
             self._hooks.lost()
             return 1
         return status
+
+    def write_method_files(self, step: int) -> None:
+        """The files that the adapters' method writes into the run's directory, up to a step."""
+        self._replica.method.write_files(self._root.parent, until=step)
+
+    def _beside(self) -> dict[str, Any]:
+        """What a checkpoint has beside what is trained."""
+        replica = self._replica
+        return {
+            "states": replica.states(self._optimizer),
+            "record": replica.method.record(),
+            "frozen": replica.frozen,
+        }
 
     def _nothing(self) -> str:
         if self._replica.share.collective_saves:

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dlora.api import TrainedReplica
 from dlora.checkpoint import format as checkpoints
 from dlora.checkpoint.format import Checkpoint
 from dlora.checkpoint.host_copy import restore
@@ -21,7 +20,8 @@ from dlora.checkpoint.remote import remote_of
 from dlora.config.load import Config, dump_yaml
 from dlora.errors import UsageError
 from dlora.io.files import unused_name, write_atomically
-from dlora.methods.adalora_report import PICTURE, RANKS
+from dlora.lora.variants import VARIANTS
+from dlora.methods.trained_replica import TrainedReplica
 from dlora.metrics.log import MetricsLog
 from dlora.runtime.ranks import Runtime
 from dlora.training.find_checkpoint import output_directory
@@ -59,8 +59,7 @@ def resume(
             runtime, states.get(file, {}), checkpoint and checkpoint.states.get(file, {})
         )
 
-    if replica.allocator is not None:
-        replica.allocator.take_up(step, described["allocation"])
+    replica.method.load_record(step, described["record"])
     _check_states(states, replica, optimizer)
     restore(
         _shared(runtime, described["tensors"], checkpoint and checkpoint.tensors),
@@ -69,8 +68,9 @@ def resume(
         optimizer,
         replica.frozen,
     )
-    if replica.allocator is not None:
-        replica.allocator.load_averages(shared("scorer"))
+    for file in states:
+        if file != "optimizer":
+            replica.method.load_tensors(file, shared(file))
     runtime.say(f"resuming after step {step}")
     return step
 
@@ -121,7 +121,8 @@ def open_directory(
     found = preparation.start
     own = found and Path(found.directory).resolve().parent == (directory / "checkpoints").resolve()
     if not own:
-        for name in ("checkpoints", "metrics.jsonl", RANKS, PICTURE, "tensorboard"):
+        of_methods = [name for variant in VARIANTS.values() for name in variant.run_files]
+        for name in dict.fromkeys(["checkpoints", "metrics.jsonl", *of_methods, "tensorboard"]):
             _set_aside(directory / name)
     else:
         checkpoints.set_aside_after(start, directory / "checkpoints")
@@ -157,7 +158,7 @@ def _described(checkpoint: Checkpoint) -> dict[str, Any]:
         "step": checkpoint.state["step"],
         "tensors": of(checkpoint.tensors),
         "states": {file: of(tensors) for file, tensors in checkpoint.states.items()},
-        "allocation": checkpoint.allocation,
+        "record": checkpoint.record,
     }
 
 

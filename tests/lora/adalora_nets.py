@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dlora import AdaLoraConfig, attach, shard
-from dlora.api import TrainedReplica
 from dlora.lora.attach import named_adapters
+from dlora.methods.trained_replica import TrainedReplica
 
 LAYERS = ("l1", "l2", "l3")
 
@@ -132,7 +132,7 @@ def regulariser(layers: dict[str, nn.Module], kept: dict[str, Tensor] | None = N
 
 def kept_of(run: Ours) -> dict[str, list[int]]:
     """The triplets of each module that the last mask left."""
-    return run.replica.allocator.record()["kept"]
+    return run.replica.method.record()["kept"]
 
 
 def stepped_alone(run: Ours, gradients: dict[str, Tensor]) -> dict[str, Tensor]:

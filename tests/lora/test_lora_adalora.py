@@ -17,6 +17,7 @@ from dlora import AdaLoraConfig, attach, disabled, merge, unmerge
 from dlora.lora.adalora import orthogonality
 from dlora.lora.attach import attachment_of, named_adapters
 from dlora.lora.dropout import SampleKeys
+from dlora.lora.states import AdapterState
 
 N, M, R, ROWS, TOKENS, VOCABULARY = 5, 7, 3, 2, 4, 6
 KEYS = SampleKeys(seed=0, step=3, ids=(11, 12), lengths=(4, 3))
@@ -39,7 +40,7 @@ def host(kind: str, *, r: int = R, dropout: float = 0.0, dtype: Any = torch.floa
     adapter = model[0].adapter
     if r < R:
         adapter.shrink(torch.arange(r))
-        adapter.enabled = True  # it would stand back, and there would be nothing to test
+        adapter.state = AdapterState.ON  # it would stand back, and there would be nothing to test
     return model
 
 
@@ -233,7 +234,7 @@ def test_modules_that_have_no_triplet_left_stand_back() -> None:
     x, _ = data(0)
     y = model(x)
     y.sum().backward()
-    assert not model.l2.adapter.enabled and model.l1.adapter.lora_A.grad.any()
+    assert model.l2.adapter.state is AdapterState.EMPTY and model.l1.adapter.lora_A.grad.any()
     assert model.l2.adapter.lora_A.grad is None
     plain = net()
     for path in ("l1", "l3"):

@@ -21,7 +21,7 @@ def test_shrinking_keeps_the_parameters_and_cuts_the_moments() -> None:
         first = state["exp_avg"] * 0.9 + 0.1 * p.grad
         moments[name] = (first, state["exp_avg_sq"] * 0.999 + 0.001 * p.grad.square())
     run.optimizer.step()
-    assert run.replica.allocator.is_shrunk
+    assert run.replica.method.is_shrunk
     left = kept_of(run)
     for name, p in run.model.named_parameters():
         if name not in parameters:
@@ -46,7 +46,7 @@ def test_it_trains_on_with_old_losses_alive() -> None:
         losses.append(mse(run.model, t))
         run.step(losses[-1])
         before = {name: p.detach().clone() for name, p in run.replica.named.items()}
-    assert run.replica.allocator.step == 20
+    assert run.replica.method.step == 20
     losses.append(mse(run.model, 21))
     run.step(losses[-1])
     for name, p in run.replica.named.items():

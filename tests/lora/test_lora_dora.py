@@ -28,6 +28,7 @@ from dlora import (
 )
 from dlora.lora.attach import attachment_of, named_adapters, trainable_parameters
 from dlora.lora.dropout import SampleKeys
+from dlora.lora.states import AdapterState
 from dlora.optim.groups import parameter_groups
 from dlora.optim.lora_pro import LoraPro
 from dlora.quant.linear import pack, unpacked
@@ -99,7 +100,7 @@ def rows(host: Any, weight: Tensor) -> Tensor:
 def plain(host: Any, x: Tensor, dropped: Tensor, trained: dict[str, Tensor]) -> Tensor:
     """base(x) + (μ/n − 1)⊙(W0 drop(x)) + (μ/n)⊙s·B A drop(x), each product by torch's own layer."""
     base = copy.deepcopy(host)
-    base.adapter.enabled = False
+    base.adapter.become(AdapterState.OFF)
     weight = host.weight.detach()
     delta = 2 * trained["lora_B"] @ trained["lora_A"]
     n = (rows(host, weight) + delta.detach()).norm(dim=1)

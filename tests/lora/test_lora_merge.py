@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dlora import LoraConfig, UsageError, attach, disabled, merge, unmerge
 from dlora.lora.attach import named_adapters
 from dlora.lora.merge import merged_weight
+from dlora.lora.states import AdapterState
 from dlora.lora.variants.adalora import AdaLoraAdapter, AdaLoraConfig
 
 EVERYTHING = {
@@ -223,5 +224,5 @@ def test_unmerging_leaves_off_what_adalora_left_no_rank() -> None:
         assert isinstance(adapter, AdaLoraAdapter)
         adapter.shrink(torch.tensor([], dtype=torch.long))
     unmerge(merge(model))
-    assert not any(adapter.enabled for _, _, adapter in named_adapters(model))
+    assert all(a.state is AdapterState.EMPTY for _, _, a in named_adapters(model))
     assert torch.equal(model(x), expected)
