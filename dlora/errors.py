@@ -1,4 +1,11 @@
-"""The one exception that means "the user can fix this": it becomes one line and exit status 2."""
+"""The one exception that means "the user can fix this", and how lists and types are written in it.
+
+A `UsageError` becomes one line on standard error and exit status 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class UsageError(ValueError):
@@ -24,3 +31,14 @@ class LaterError(UsageError):
 
     def __init__(self, key: str, value: object):
         super().__init__(f"{key}: {value} is planned for later and does not work yet")
+
+
+def and_more(names: Sequence[str], limit: int = 3) -> str:
+    """The first `limit` names, and how many more there are: `"a, b, c and 4 more"`."""
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def dtype_name(dtype: object) -> str:
+    """A torch dtype as configurations name it: `"bfloat16"`."""
+    return str(dtype).removeprefix("torch.")

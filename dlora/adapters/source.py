@@ -23,7 +23,7 @@ from dlora.adapters.save_load import CONFIG, WEIGHTS, check_numbers, read_config
 from dlora.adapters.settings import lora_config
 from dlora.checkpoint import format as checkpoint
 from dlora.config.load import load
-from dlora.errors import UsageError
+from dlora.errors import UsageError, and_more
 from dlora.io.files import inside, read_object
 from dlora.io.safetensors import FLOATS, StoredTensor, stored_tensors
 from dlora.lora.attach import (
@@ -89,8 +89,7 @@ class AdapterSource:
         missing = [key for name, key in keys.items() if name not in self._tensors]
         if missing or stored:
             what, some = ("lacks", missing) if missing else ("has the unexpected", list(stored))
-            more = f" and {len(some) - 1} more" if len(some) > 1 else ""
-            raise UsageError(f"{self.file} does not fit the base: it {what} {some[0]}{more}")
+            raise UsageError(f"{self.file} does not fit the base: it {what} {and_more(some, 1)}")
         for name, tensor in self._tensors.items():
             expected = tuple(slots[keys[name]].shape)
             if tensor.shape != expected or tensor.dtype not in FLOATS:
@@ -133,13 +132,13 @@ class AdapterSource:
 
         The adapter is filled for as long as its formulas take, so that one is in memory at a time.
         """
-        host: Any = model.get_submodule(path)
-        self._fill(host.adapter, path, dtype)
+        layer: Any = model.get_submodule(path)
+        self._fill(layer.adapter, path, dtype)
         try:
-            delta = host.as_stored(host, host.adapter.delta())
-            return delta, scale_of_rows(host, host.adapter, delta, slices)
+            delta = layer.as_stored(layer, layer.adapter.delta())
+            return delta, scale_of_rows(layer, layer.adapter, delta, slices)
         finally:
-            host.adapter.to("meta")
+            layer.adapter.to("meta")
 
     def check_base_copy(self, name: str, pairs: list[tuple[Tensor, Tensor]] | Iterator) -> None:
         """Refuse where PEFT's copy of W0 and the base's differ by more than one's rounding."""

@@ -14,7 +14,7 @@ from dlora.errors import UsageError
 from dlora.lora.config import LoraConfig
 from dlora.lora.dropout import DropoutStream
 from dlora.lora.init import INITS, Initialisation
-from dlora.lora.layers import CHILD, ModulesToSaveCopy, ModulesToSaveLayer, adapt_, host_kind
+from dlora.lora.layers import CHILD, ModulesToSaveCopy, ModulesToSaveLayer, adapt_, layer_kind
 from dlora.lora.states import AdapterState
 from dlora.lora.targets import saved_paths, target_paths
 from dlora.lora.variants import VARIANTS, LoraAdapter
@@ -96,17 +96,17 @@ def attachment_of(model: nn.Module) -> Attachment:
 
 
 def named_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, LoraAdapter]]:
-    """(path, host, adapter) of every module with A and B, in the model's order."""
+    """(path, layer, adapter) of every module with A and B, in the model's order."""
     for path in attachment_of(model).adapted:
-        host = model.get_submodule(path)
-        yield path, host, host.get_submodule(CHILD)  # type: ignore[misc]
+        layer = model.get_submodule(path)
+        yield path, layer, layer.get_submodule(CHILD)  # type: ignore[misc]
 
 
 def named_copies(model: nn.Module) -> Iterator[tuple[str, nn.Module, ModulesToSaveCopy]]:
-    """(path, host, trained copy) of every one of `modules_to_save`."""
+    """(path, layer, trained copy) of every one of `modules_to_save`."""
     for path in attachment_of(model).saved:
-        host = model.get_submodule(path)
-        yield path, host, host.get_submodule(CHILD)  # type: ignore[misc]
+        layer = model.get_submodule(path)
+        yield path, layer, layer.get_submodule(CHILD)  # type: ignore[misc]
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -169,7 +169,7 @@ def load_record(model: nn.Module, record: Any) -> None:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is its base: every host computes as if nothing had been attached.
+    """Inside, the model is its base: every layer computes as if nothing had been attached.
 
     Raises:
         UsageError: the model is merged, and what it computes without adapters is not its base.
@@ -200,7 +200,7 @@ def _check_free(module: nn.Module, path: str) -> None:
 
 def _check_start(module: nn.Module, path: str, config: LoraConfig, residual: bool) -> None:
     """See that the module has what its adapter is to start from."""
-    kind, init, r = host_kind(module), INITS[config.init_lora_weights], config.r_for(path)
+    kind, init, r = layer_kind(module), INITS[config.init_lora_weights], config.r_for(path)
     assert kind is not None  # target_paths has checked
     if init.needs != "nothing" and is_packed(module) and not residual:
         raise UsageError(
@@ -223,7 +223,7 @@ def _check_whole(module: nn.Module, path: str) -> None:
 
 
 def _attach_adapter(module: nn.Module, path: str, attachment: Attachment, residual: bool) -> None:
-    kind, config = host_kind(module), attachment.config
+    kind, config = layer_kind(module), attachment.config
     assert kind is not None  # target_paths has checked
     m, n = kind.shape(module)
     init = attachment.init
@@ -249,7 +249,7 @@ def _attach_adapter(module: nn.Module, path: str, attachment: Attachment, residu
 
 
 def _kernel(module: nn.Module) -> tuple[int, ...]:
-    kind = host_kind(module)
+    kind = layer_kind(module)
     return kind.kernel(module) if kind else ()
 
 

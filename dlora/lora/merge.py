@@ -48,7 +48,7 @@ def merged_weight(weight: Tensor, delta: Tensor, dtype: torch.dtype | None = Non
 
 
 def scale_of_rows(
-    host: AdaptedLayer,
+    layer: AdaptedLayer,
     adapter: LoraAdapter,
     delta: Tensor,
     slices: Iterable[tuple[int, int, Tensor]],
@@ -56,7 +56,7 @@ def scale_of_rows(
     """d of each element's row, seen in the shape of ΔW; None for ones.
 
     Args:
-        delta: ΔW as the host stores its weight.
+        delta: ΔW as the layer stores its weight.
         slices: (first, last, W0[first:last]) along the first dim, all of W0 in their order.
     """
     if not adapter.rescales_rows:
@@ -65,7 +65,7 @@ def scale_of_rows(
         (weight.to(delta.dtype) + delta[first:last]).square_().flatten(1)
         for first, last, weight in slices
     )
-    if host.transposed:  # a row of W0 is a column of what is stored
+    if layer.transposed:  # a row of W0 is a column of what is stored
         squares = sum((part.sum(0) for part in sums), torch.zeros(()).to(delta))
         return adapter.row_scale(squares.sqrt()).expand_as(delta)
     scale = adapter.row_scale(torch.cat([part.sum(1) for part in sums]).sqrt())
@@ -94,19 +94,19 @@ def merge(model: nn.Module) -> nn.Module:
     _check_mergeable(model)
     losses: dict[str, float] = {}
     originals: dict[str, nn.Parameter] = {}
-    for path, host, adapter in named_adapters(model):
-        assert isinstance(host, AdaptedLayer)
-        weight, delta = unpacked(host), host.as_stored(host, adapter.addend())
-        scale = scale_of_rows(host, adapter, delta, [(0, len(weight), weight)])
+    for path, layer, adapter in named_adapters(model):
+        assert isinstance(layer, AdaptedLayer)
+        weight, delta = unpacked(layer), layer.as_stored(layer, adapter.addend())
+        scale = scale_of_rows(layer, adapter, delta, [(0, len(weight), weight)])
         result = merged_weight(weight, change_of(weight, delta, scale))
         losses[path] = result.loss
-        taken = replace_weight(host, result.weight)
+        taken = replace_weight(layer, result.weight)
         originals |= {f"{path}.{name}": parameter for name, parameter in taken.items()}
         if adapter.state is not AdapterState.EMPTY:
             adapter.become(AdapterState.MERGED)
-    for path, host, copy in named_copies(model):
+    for path, layer, copy in named_copies(model):
         for name, value in copy.cast().items():
-            originals[f"{path}.{name}"] = host.get_parameter(name)
+            originals[f"{path}.{name}"] = layer.get_parameter(name)
             merged = nn.Parameter(value.clone(), requires_grad=False)  # never the master itself
             _set_parameter(model, f"{path}.{name}", merged)
         copy.become(AdapterState.MERGED)
@@ -121,11 +121,11 @@ def unmerge(model: nn.Module) -> nn.Module:
     originals = model.__dict__.pop("dlora_originals", None)
     if originals is None:
         raise UsageError("unmerge: this model is not merged")
-    for path, host, adapter in named_adapters(model):
+    for path, layer, adapter in named_adapters(model):
         if adapter.state is not AdapterState.EMPTY:
             adapter.become(AdapterState.ON)
         names = [name for name in WEIGHT_NAMES if f"{path}.{name}" in originals]
-        restore_weight(host, {name: originals.pop(f"{path}.{name}") for name in names})
+        restore_weight(layer, {name: originals.pop(f"{path}.{name}") for name in names})
     for path, original in originals.items():
         _set_parameter(model, path, original)
     for _, _, copy in named_copies(model):
@@ -159,9 +159,9 @@ def _check_mergeable(model: nn.Module) -> None:
     for path, _, adapter in named_adapters(model):
         if adapter.state not in (AdapterState.ON, AdapterState.EMPTY):
             raise UsageError(f"merge: the adapter of {path} {adapter.state.value}")
-    for path, host, _ in named_adapters(model):
-        name = next(name for name in WEIGHT_NAMES if name in host._parameters)
-        if type(host.get_parameter(name).data) is not Tensor:
+    for path, layer, _ in named_adapters(model):
+        name = next(name for name in WEIGHT_NAMES if name in layer._parameters)
+        if type(layer.get_parameter(name).data) is not Tensor:
             raise UsageError(
                 f"merge: {path}.{name} is sharded; save the adapter and use dlora.export --merge"
             )

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dlora.errors import and_more
 from dlora.lora.attach import attachment_of, end_start, named_adapters
 from dlora.lora.layers import AdaptedLayer
 from dlora.lora.variants import LoraAdapter
@@ -34,7 +35,7 @@ class Layer(NamedTuple):
     """An adapted module."""
 
     path: str
-    host: nn.Module
+    module: nn.Module
     adapter: LoraAdapter
 
     @property
@@ -67,7 +68,7 @@ class Started(NamedTuple):
             return f"init_lora_weights: {self.name}: {done}"
         return (
             f"init_lora_weights: {self.name}: {done}; {len(self.left)} start as usual, whose "
-            f"matrix lacks rank: {', '.join(self.left[:3])}{', …' if len(self.left) > 3 else ''}"
+            f"matrix lacks rank: {and_more(self.left)}"
         )
 
 
@@ -95,15 +96,15 @@ def start_from_weights(
     for start in range(0, len(layers), topology.world):
         batch, own = layers[start : start + topology.world], None
         for rank, layer in enumerate(batch):
-            with whole_weights(layer.host) as weights:
+            with whole_weights(layer.module) as weights:
                 if rank == topology.rank:
                     own = weights["weight"].clone()
                 del weights  # before the next one is gathered
         found: list[Factors | None] = [None] * len(batch)
         if own is not None:
             mine = batch[topology.rank]
-            assert isinstance(mine.host, AdaptedLayer)
-            found[topology.rank] = _factors(model, mine, mine.host.as_product(own))
+            assert isinstance(mine.module, AdaptedLayer)
+            found[topology.rank] = _factors(model, mine, mine.module.as_product(own))
             del own
         for rank, layer in enumerate(batch):
             left += _start(layer, found[rank], rank, topology, wire)

@@ -12,10 +12,10 @@ from causal_models import relative_error
 from torch import Tensor, nn
 
 from dlora import AdaLoraConfig, LoraConfig, UsageError, attach, shard
-from dlora.lora.method_state import MethodState
 from dlora.lora.adalora import importance
 from dlora.lora.adalora.budget import best
 from dlora.lora.attach import named_adapters
+from dlora.lora.method_state import MethodState
 from dlora.sharding.replica.optimizer_state import ReplicaError
 
 PHASES = {"total_step": 30, "tinit": 4, "tfinal": 8, "deltaT": 3}
@@ -264,7 +264,7 @@ def test_optimizers_hold_no_allocator_alive() -> None:
     run = Ours.start(adapted(**PHASES))
     alive = weakref.ref(run.replica.method)
     run.step(mse(run.model, 1))
-    run.replica.method = None
+    run.replica.method = MethodState()
     gc.collect()
     assert alive() is None
     run.step(mse(run.model, 2))

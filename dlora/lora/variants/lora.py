@@ -35,15 +35,15 @@ class PlainLora(NamedTuple):
 
 
 class LoraAdapter(Stateful, nn.Module):
-    """A and B of one base module. A child that is never called: its host asks it for the product.
+    """A and B of one base module. A child that is never called: its layer asks it for the product.
 
     Being never called keeps it out of every wrapper that hooks `forward` (FSDP2, ZeRO-3), so A and
     B stay whole plain tensors whatever happens to the base. Variants derive from it.
 
     Args:
-        m, n: rows and columns of the host's weight seen as [out, in]; for an embedding, the width
+        m, n: rows and columns of the layer's weight seen as [out, in]; for an embedding, the width
             of a row and the number of rows.
-        path: the host's path in the model; keys the dropout masks.
+        path: the layer's path in the model; keys the dropout masks.
         offset: training does not start at B·A = 0, and what it starts at is subtracted.
         residual: as the attribute.
         dtype: of the masters A and B, float32 or float64.
@@ -187,7 +187,7 @@ class LoraAdapter(Stateful, nn.Module):
         """x [..., c, *space], weight [m, c, *kernel] → y [..., m, *space]; n is c times the kernel.
 
         Args:
-            convolve: (x, weight, bias) → y, with the host's stride and padding.
+            convolve: (x, weight, bias) → y, with the layer's stride and padding.
         """
         A, B = self.factors()
         channels = 1 - weight.ndim
@@ -222,7 +222,7 @@ class LoraAdapter(Stateful, nn.Module):
         return (B @ A) * scaling
 
     def addend(self) -> Tensor:
-        """What merging adds to the host's weight, [m, n]: ΔW, or s·B·A beside a residual."""
+        """What merging adds to the layer's weight, [m, n]: ΔW, or s·B·A beside a residual."""
         if not self.residual:
             return self.delta()
         return (self.lora_B.detach() @ self.lora_A.detach()) * self.scaling
@@ -253,7 +253,9 @@ class LoraAdapter(Stateful, nn.Module):
             UsageError: no run with this method writes that.
         """
         if record is not None:
-            raise UsageError(f"method: {cls.variant} has no state, and the checkpoint records one")
+            raise UsageError(
+                f"method: {cls.settings.method} has no state, and the checkpoint records one"
+            )
 
     def load_record(self, record: Any) -> None:
         """Take the shapes that a checkpoint's record says, where no replica owns the parameters."""
