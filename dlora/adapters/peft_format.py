@@ -59,17 +59,16 @@ def peft_slots(model: nn.Module) -> dict[str, Tensor]:
 
 
 def plain_forms(model: nn.Module) -> dict[str, PlainLora]:
-    """The plain LoRA of every adapted module by path, without those that AdaLoRA left no rank.
+    """The plain LoRA of every adapted module by path, without those that a method pruned to rank 0.
 
-    Any other that seems to have none has been emptied (partitioned, say), and is not left out.
+    Any other of rank 0 has lost its tensors (they are partitioned, say), and is not left out.
 
     Raises:
-        UsageError: none has any.
+        UsageError: none has any rank.
     """
-    forms = {path: adapter.as_lora() for path, _, adapter in named_adapters(model)}
-    if attachment_of(model).config.method != "adalora":
-        return forms  # an empty one has lost its tensors, and is not pruned
-    left = {path: form for path, form in forms.items() if form.r}
+    found = [(path, adapter, adapter.as_lora()) for path, _, adapter in named_adapters(model)]
+    forms = {path: form for path, _, form in found}
+    left = {path: form for path, adapter, form in found if form.r or not adapter.prunes}
     if forms and not left:
         raise UsageError(
             "save_adapter: every singular value is 0, so there is no adapter to write; train first"

@@ -9,8 +9,6 @@ from adalora_nets import LAYERS, adapted, data, net, randomize
 from causal_models import causal_model, relative_error, token_ids
 from test_lora_autograd import saved_for_backward
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from dlora import AdaLoraConfig, attach, disabled, merge, unmerge
@@ -52,24 +50,9 @@ def inputs(kind: str) -> Tensor:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("r", [R, 1, 0])
-@pytest.mark.parametrize("kind", [k for k in HOSTS if k != "embedding with padding"])
-def test_gradients_equal_finite_differences(kind: str, r: int, dropout: float) -> None:
-    model, x = host(kind, r=r, dropout=dropout), inputs(kind)
-    factors = {f"0.adapter.{name}": p for name, p in model[0].adapter.named_parameters()}
-
-    def f(*given: Tensor) -> Tensor:
-        values = dict(zip(factors, given[-3:], strict=True))
-        with attachment_of(model).stream.keyed(KEYS):
-            return functional_call(model, values, (given[0] if len(given) > 3 else x,))
-
-    with_x = [x] if x.requires_grad else []
-    assert torch.autograd.gradcheck(f, (*with_x, *factors.values()))
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("kind", HOSTS)
-def test_layer_equals_plain_autograd(kind: str, dropout: float) -> None:
-    model, x = host(kind, dropout=dropout), inputs(kind)
+def test_layer_equals_plain_autograd(kind: str, r: int, dropout: float) -> None:
+    model, x = host(kind, r=r, dropout=dropout), inputs(kind)
     base, adapter = model[0], model[0].adapter
     factors = list(adapter.parameters())
     A, B, E = adapter.lora_A, adapter.lora_B, adapter.lora_E
@@ -102,22 +85,6 @@ def test_backward_keeps_x_once_and_one_z_for_each_layer(dtype: torch.dtype) -> N
     assert x.untyped_storage().data_ptr() in {t.untyped_storage().data_ptr() for t in kept}
     assert sorted(shapes) == sorted([(ROWS * TOKENS, N), *[(ROWS * TOKENS, R)] * 3])
     assert {t.dtype for t in kept} == {dtype}
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
-def test_activation_checkpointing_changes_no_bit(reentrant: bool, dropout: float) -> None:
-    model = randomize(adapted(lora_dropout=dropout))
-    found = []
-    for recompute in (False, True):
-        model.zero_grad()
-        torch.manual_seed(1)
-        x = data(0)[0].requires_grad_()
-        y = checkpoint(model, x, use_reentrant=reentrant) if recompute else model(x)
-        y.square().sum().backward()
-        found.append([x.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
-    assert len(found[0]) == 1 + 9
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -209,11 +176,9 @@ def test_eval_mode_sees_the_pruned_model_between_masks() -> None:
         assert relative_error(scaling * B @ A, adapter.delta()) < 1e-6
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_merge_unmerge_and_disabled(masked: bool) -> None:
+def test_a_masked_model_merges_and_unmerges() -> None:
     model = randomize(adapted())
-    if masked:
-        pruned(model)
+    pruned(model)
     x, _ = data(0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with disabled(model):

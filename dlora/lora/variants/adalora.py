@@ -112,6 +112,7 @@ class AdaLoraAdapter(LoraAdapter):
 
     settings = AdaLoraConfig
     variant = "adalora"
+    prunes = True
     state_class = "dlora.methods.adalora:RankAllocator"
     run_files = ("ranks.json", "ranks.png")
 

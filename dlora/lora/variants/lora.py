@@ -52,6 +52,7 @@ class LoraAdapter(Stateful, nn.Module):
         needs_weight: `see_weight` is to be called before the first use.
         keeps_output: forward keeps a tensor of the size of the output for backward.
         rescales_rows: it amounts to diag(d)·(W0 + ΔW), with d from `row_scale`.
+        prunes: the method may leave a module no rank, so that it has no part in the plain LoRA.
         state_class: what the method computes and saves beside A, B and the optimizer; one that
             needs all ranks is named `"module:class"`, since nothing here knows process groups.
         run_files: names of the files that the method writes into a run's directory.
@@ -66,6 +67,7 @@ class LoraAdapter(Stateful, nn.Module):
     needs_weight: ClassVar[bool] = False
     keeps_output: ClassVar[bool] = False
     rescales_rows: ClassVar[bool] = False
+    prunes: ClassVar[bool] = False
     state_class: ClassVar[type[MethodState] | str] = MethodState
     run_files: ClassVar[tuple[str, ...]] = ()
 
