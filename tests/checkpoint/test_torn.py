@@ -300,7 +300,7 @@ def rewritten(name: str, text: str) -> Callable[[Path], None]:
 
 STATE, MANIFEST, SETTINGS = "state.json", "manifest.json", "config.yaml"
 OF_STATE = {"bytes": 1, "sha256": "0"}
-TRIPLETS = "method: not what a run with adalora writes"
+TRIPLETS = "method: does not list triplets by module"
 FORGERIES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no step": (edited(STATE, "step", to="four"), "state.json: step: a number of steps"),
     "negative step": (edited(STATE, "step", to=-1), "state.json: step: a number of steps"),

@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from adalora_nets import LAYERS, Ours, adapted, data, kept_of, mse, net, randomize, stepped_alone
+from adalora_nets import Ours, adapted, data, kept_of, mse, net, randomize
 from causal_models import relative_error
-from torch import Tensor, nn
+from torch import nn
 
 from dlora import AdaLoraConfig, LoraConfig, UsageError, attach, shard
 from dlora.lora.adalora import importance
-from dlora.lora.adalora.budget import best
 from dlora.lora.attach import named_adapters
 from dlora.lora.method_state import MethodState
 from dlora.sharding.replica.optimizer_state import ReplicaError
@@ -42,40 +41,6 @@ def test_the_kept_count_is_the_budget_after_every_mask(kind: str) -> None:
         assert math.isfinite(figures["orth_loss"])
     assert sorted(allocator.masks) == [6, 9, 12, 15, 18, 21, 22]
     assert allocator.masks[22] == allocator.ranks == {p: len(v) for p, v in run.values().items()}
-
-
-def test_masks_follow_the_averages_over_all_modules() -> None:
-    """The best by S = s(λ) + mean s(P) + mean s(Q), of averages that this test keeps itself."""
-    run = Ours.start(adapted(**PHASES))
-    averages = {name: torch.zeros(2, *p.shape) for name, p in run.replica.named.items()}
-    for t in range(1, 22):
-        mse(run.model, t).backward()
-        run.replica.reduce_gradients()
-        gradients = {name: p.grad.clone() for name, p in run.replica.named.items()}
-        allocator = run.replica.method
-        masked = allocator.schedule.masks(t)
-        # The weights after the step and before the mask: another optimizer on copies makes it.
-        stepped = stepped_alone(run, gradients) if masked else None
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-        for name, p in run.replica.named.items():
-            w = stepped[name] if stepped else p.detach()
-            average, uncertainty = averages[name]
-            product = (w * gradients[name]).abs()
-            average.mul_(0.85).add_(product, alpha=0.15)
-            uncertainty.mul_(0.85).add_((product - average).abs(), alpha=0.15)
-        if masked:
-            keep = best(scores_of(averages), allocator.schedule.budget(t)).view(3, -1)
-            expected = {p: k.nonzero().view(-1).tolist() for p, k in zip(LAYERS, keep, strict=True)}
-            assert kept_of(run) == expected, t
-
-
-def scores_of(averages: dict[str, Tensor]) -> Tensor:
-    scores = []
-    for path in LAYERS:
-        A, B, E = (averages[f"{path}.adapter.lora_{x}"].prod(0) for x in "ABE")
-        scores.append(E.view(-1) + A.mean(1) + B.mean(0))
-    return torch.cat(scores)
 
 
 def by_hand(values: dict[str, list[float]], **settings: Any) -> Ours:

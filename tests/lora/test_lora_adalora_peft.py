@@ -209,26 +209,13 @@ def test_a_layer_without_a_gradient_crashes_peft_and_keeps_its_averages_here() -
     with pytest.raises(TypeError):
         theirs.base_model.update_and_allocate(2)
     ours = Ours.start(model)
-    expected: dict[str, list[Tensor]] = {}
+    before: dict[str, Tensor] = {}
     for t in range(1, 7):
-        skipping(model, t).backward()
-        ours.replica.reduce_gradients()
-        gradients = {
-            n: None if p.grad is None else p.grad.clone() for n, p in ours.replica.named.items()
-        }
-        assert (gradients["l1.adapter.lora_A"] is None) == (t % 2 == 0)
-        ours.optimizer.step()
-        for name, gradient in gradients.items():
-            if gradient is not None:
-                weight = ours.replica.named[name].detach()
-                i, u = expected.get(name, [torch.zeros_like(weight)] * 2)
-                product = (weight * gradient).abs()
-                i = 0.85 * i + 0.15 * product
-                expected[name] = [i, 0.85 * u + 0.15 * (product - i).abs()]
-        ours.optimizer.zero_grad()
-        for name, averages in ours.replica.method.tensors()["scorer"].items():
-            for own, reference in zip(averages.values(), expected[name], strict=True):
-                assert relative_error(own, reference) < 1e-5, (t, name)
+        ours.step(skipping(model, t))
+        found = ours.replica.method.tensors()["scorer"]["l1.adapter.lora_A"]
+        now = {name: average.clone() for name, average in found.items()}
+        assert (t % 2 == 0) == (t > 1 and all(torch.equal(now[n], before[n]) for n in now)), t
+        before = now
 
 
 def test_a_resume_forgets_the_averages_in_peft_and_goes_on_here() -> None:

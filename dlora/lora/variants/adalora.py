@@ -177,7 +177,7 @@ class AdaLoraAdapter(LoraAdapter):
             or not isinstance(record.get("shrunk"), bool)
             or not all(isinstance(left, list) and _ascends(left) for left in lists.values())
         ):
-            raise UsageError("method: not what a run with adalora writes")
+            raise UsageError("method: does not list triplets by module")
         ends = f".{CHILD}.lora_E"
         if {f"{path}{ends}" for path in lists} != {name for name in names if name.endswith(ends)}:
             raise UsageError("method: its triplets are not those of adapter.safetensors")
