@@ -67,7 +67,7 @@ def shard(
         resident: share of W0, 0 to 1, that stays gathered from its first use on: frozen weights are
             read-only, so this trades memory for bytes on the wire.
         optimizer_state: `"replicated"` (as is `"auto"`), or `"divided"`: each rank's optimizer
-            keeps the state of 1/ranks of the elements of A and B. Call `replica.drive(optimizer)`
+            has the state of 1/ranks of the elements of A and B. Call `replica.drive(optimizer)`
             once; its steps are collective then, and end with whole values on every rank. It must
             treat each element alone, as AdamW and SGD do (`LoraPro` does not; `drive` spreads its
             pairs over the ranks of a replicated replica). After `reduce_gradients` a rank has the

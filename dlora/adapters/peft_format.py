@@ -1,6 +1,6 @@
 """PEFT's files of an attached model: names of tensors, and `adapter_config.json`.
 
-    LORA      base_model.model.<path>.lora_{A,B}.weight     what any adapter comes down to
+    LORA      base_model.model.<path>.lora_{A,B}.weight     the plain form of any adapter
               base_model.model.<path>.lora_magnitude_vector beside them in a DoRA
     ADALORA   base_model.model.<path>.lora_{A,B,E}          AdaLoRA's own form
 
@@ -77,8 +77,8 @@ def plain_forms(model: nn.Module) -> dict[str, PlainLora]:
 
 
 def lora_files(model: nn.Module, base: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """`adapter_config.json` and tensors of the LoRA that the model's adapters come down to: a plain
-    one, or a DoRA, which no plain one equals.
+    """`adapter_config.json` and tensors of the model's adapters in their plain form, or as a DoRA,
+    which has no plain form.
 
     Args:
         base: name or path of the base, recorded.

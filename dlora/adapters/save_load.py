@@ -1,7 +1,7 @@
 """Adapters on disk, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
 Stock PEFT loads what is written here, and what it writes is loaded here; see `peft_format.py` for
-what the files hold.
+what is in the files.
 """
 
 from __future__ import annotations

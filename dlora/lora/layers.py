@@ -1,8 +1,8 @@
 """Adapted layers: base modules that carry an adapter, and how each kind asks it for its product.
 
-A layer keeps its identity. Its class is replaced by a subclass that has the same parameters under
-the same names and an extra child, `adapter`; nothing is wrapped, so `q_proj.weight` stays
-`q_proj.weight` and base checkpoints, wrapping policies and hooks keep working.
+A layer stays the same object. Its class is replaced by a subclass that has the same parameters
+under the same names and an extra child, `adapter`; nothing is wrapped, so `q_proj.weight` stays
+`q_proj.weight`, and base checkpoints, wrapping policies and hooks work as before.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ class ModulesToSaveCopy(Stateful, nn.Module):
 
 
 class ModulesToSaveLayer:
-    """A module of `modules_to_save`: computes with its trained copy, keeps the frozen original."""
+    """A module of `modules_to_save`: computes with its trained copy, next to the frozen original."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.adapter.state is not AdapterState.ON:

@@ -81,7 +81,7 @@ def change_of(weight: Tensor, delta: Tensor, scale: Tensor | None) -> Tensor:
 def merge(model: nn.Module) -> nn.Module:
     """Replace every adapted W0 by W0 + ΔW and switch the adapters off, in place.
 
-    The original parameters are kept aside whole (one copy of the adapted weights), so that
+    The original parameters are stored whole (one copy of the adapted weights), so that
     `unmerge` restores them bit for bit. A tied weight is untied: only the adapted side changes. A
     packed W0 is what it stands for, in the dtype that it had before it was packed, and never packed
     again: that would round most of ΔW away.
@@ -117,7 +117,11 @@ def merge(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def unmerge(model: nn.Module) -> nn.Module:
-    """Put back the parameters that `merge` kept aside and switch the adapters on again."""
+    """Restore the parameters that `merge` replaced, and switch the adapters on again.
+
+    Raises:
+        UsageError: the model is not merged.
+    """
     originals = model.__dict__.pop("dlora_originals", None)
     if originals is None:
         raise UsageError("unmerge: this model is not merged")
@@ -140,7 +144,7 @@ def warn_of_rounding(losses: dict[str, float]) -> None:
 
 
 def rounding_line(losses: dict[str, float], dtype: str) -> str | None:
-    """What to say of merges into `dtype`, of which some lost more than 1 % of ΔW to rounding."""
+    """The warning about merges into `dtype` that lost more than 1 % of ΔW to rounding, or None."""
     lossy = {path: loss for path, loss in losses.items() if loss > LOSS_WORTH_A_WARNING}
     if not lossy:
         return None

@@ -23,7 +23,7 @@ def show_weights(
 ) -> None:
     """Show every adapter that needs it the weight of its layer; nothing on the meta device.
 
-    One weight is whole at a time. Collective where the base is sharded: every rank goes through the
+    One weight is whole at a time. Collective where the base is sharded: every rank takes the
     modules in the same order.
 
     Args:

@@ -164,7 +164,7 @@ class RankAllocator(MethodState):
             module.adapter.kept = on_device[module.place]
 
     def _shrink(self, optimizer: Optimizer | None) -> None:
-        """Only what is left goes on: in memory, in the optimizer's state and on the wire."""
+        """Cut the pruned triplets out of parameters, the optimizer's state and the wire."""
         cuts = {
             module.prefix + name: cut
             for module, triplets in zip(self._modules, self._left, strict=True)

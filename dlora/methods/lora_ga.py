@@ -7,7 +7,7 @@
     pass 3    Y = G·P                               Q = one of Y
     pass 4    Z = Gᵀ·Q                              G ≈ Q·Zᵀ
 
-A pass is a forward and backward over the batches: a layer's input is kept as autograd keeps it, and
+A pass is a forward and backward over the batches: autograd stores a layer's input as usual, and
 its product is added up as soon as the gradient of its output is there. One sum over ranks ends the
 pass. So the result does not depend on how the batches are divided, but for rounding. It is exact
 where the rank of G is at most q, and otherwise what a randomised decomposition with one power

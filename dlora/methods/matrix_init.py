@@ -1,12 +1,12 @@
 """How adapters start from whole matrices: W0, or what is known of its gradient.
 
     layers, the dearest first, in rounds of one for each rank
-    a round    gather W0 of each layer in turn; its owner keeps a copy, the others let go
+    a round    gather W0 of each layer in turn; its owner copies it, the others free it
                all owners factorise at the same time
                A0, B0 of each layer: broadcast from its owner
 
 One factorisation for each layer in all, of which every rank gets the same bits. Of a sharded base a
-rank holds one whole W0 beside the one that is being gathered.
+rank has one whole W0 beside the one that is being gathered.
 """
 
 from __future__ import annotations

@@ -130,11 +130,11 @@ class AdaLoraAdapter(LoraAdapter):
         self.lora_E.zero_()
 
     def singular_values(self) -> Tensor:
-        """λ [r, 1]; in eval mode only of triplets that are kept."""
+        """λ [r, 1]; in eval mode 0 for pruned triplets."""
         return self.lora_E if self.training else self._pruned()
 
     def as_lora(self) -> PlainLora:
-        """A = (λQ) and B = P of the triplets that are kept and whose λ is not 0."""
+        """A = (λQ) and B = P of the triplets that are not pruned and whose λ is not 0."""
         values = self._pruned().detach()
         there = values.view(-1).nonzero().view(-1)
         A = (self.lora_A.detach() * values)[there]

@@ -22,7 +22,7 @@ from dlora.quant.linear import Weight
 
 
 class PlainLora(NamedTuple):
-    """What any adapter comes down to: ΔW = scaling·B·A with A [r, n], B [m, r]; r may be 0."""
+    """The plain form of any adapter: ΔW = scaling·B·A with A [r, n], B [m, r]; r may be 0."""
 
     A: Tensor
     B: Tensor
@@ -35,10 +35,11 @@ class PlainLora(NamedTuple):
 
 
 class LoraAdapter(Stateful, nn.Module):
-    """A and B of one base module. A child that is never called: its layer asks it for the product.
+    """A and B of one base module: a child whose `forward` is never called.
 
-    Being never called keeps it out of every wrapper that hooks `forward` (FSDP2, ZeRO-3), so A and
-    B stay whole plain tensors whatever happens to the base. Variants derive from it.
+    Its layer calls `linear`, `embedding` or `convolution` instead. So no wrapper that hooks
+    `forward` (FSDP2, ZeRO-3) sees it, and A and B stay whole plain tensors whatever the engine does
+    with the base. Variants derive from it.
 
     Args:
         m, n: rows and columns of the layer's weight seen as [out, in]; for an embedding, the width
@@ -50,7 +51,7 @@ class LoraAdapter(Stateful, nn.Module):
 
     Attributes:
         needs_weight: `see_weight` is to be called before the first use.
-        keeps_output: forward keeps a tensor of the size of the output for backward.
+        keeps_output: forward stores a tensor of the size of the output for backward.
         rescales_rows: it amounts to diag(d)·(W0 + ΔW), with d from `row_scale`.
         prunes: the method may leave a module no rank, so that it has no part in the plain LoRA.
         state_class: what the method computes and saves beside A, B and the optimizer; one that
@@ -159,7 +160,7 @@ class LoraAdapter(Stateful, nn.Module):
             tensor.copy_(B)
 
     def see_weight(self, weight: Tensor) -> None:
-        """Told W0 [m, n], whole and not packed, once; it is not to be kept."""
+        """Read W0 [m, n], whole and unpacked, once, before the first use; do not store it."""
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         """x [..., n], weight [m, n], packed or not → y [..., m]."""
@@ -260,7 +261,7 @@ class LoraAdapter(Stateful, nn.Module):
             )
 
     def load_record(self, record: Any) -> None:
-        """Take the shapes that a checkpoint's record says, where no replica owns the parameters."""
+        """Resize the parameters, which no replica owns, as a checkpoint's record says."""
 
     def extra_repr(self) -> str:
         factor = self._parameters.get("lora_A")  # ZeRO-3 takes it out of sight while it looks
