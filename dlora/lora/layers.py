@@ -247,7 +247,7 @@ class ModulesToSaveCopy(Stateful, nn.Module):
 
 
 class ModulesToSaveLayer:
-    """A module of `modules_to_save`: computes with its trained copy, next to the frozen original."""
+    """A module of `modules_to_save`: computes with its trained copy beside the frozen original."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.adapter.state is not AdapterState.ON:
