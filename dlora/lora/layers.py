@@ -219,7 +219,7 @@ def layer_kind(module: nn.Module) -> type[AdaptedLayer] | None:
     return next((kind for kind in LAYERS if kind.accepts(module)), None)
 
 
-class ModulesToSaveCopy(Stateful, nn.Module):
+class ModulesToSaveCopy(Stateful):
     """The trainable masters of one of `modules_to_save`: a tree of parameters like the base's.
 
     Like an adapter it is never called; its layer computes with the masters in place of its own

@@ -5,6 +5,8 @@ from __future__ import annotations
 from enum import Enum
 from typing import ClassVar
 
+from torch import nn
+
 from dlora.errors import UsageError
 
 
@@ -35,7 +37,7 @@ _FOLLOWING = {
 }
 
 
-class Stateful:
+class Stateful(nn.Module):
     """A child of an adapted layer that is in one of the states.
 
     Attributes:

@@ -84,8 +84,8 @@ def check_adapter(model: nn.Module, directory: str) -> None:
     path = inside(Path(directory).expanduser(), WEIGHTS)
     tensors = stored_tensors(path)
     shapes = {key: stored.shape for key, stored in tensors.items()}
-    for path, _, _ in named_adapters(model):
-        shapes.pop(f"{PREFIX}{path}.base_layer.weight", None)
+    for adapted, _, _ in named_adapters(model):
+        shapes.pop(f"{PREFIX}{adapted}.base_layer.weight", None)
     check_shapes(path, shapes, peft_slots(model))
     check_numbers(tensors)
 

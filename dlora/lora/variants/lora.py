@@ -34,7 +34,7 @@ class PlainLora(NamedTuple):
         return self.A.shape[0]
 
 
-class LoraAdapter(Stateful, nn.Module):
+class LoraAdapter(Stateful):
     """A and B of one base module: a child whose `forward` is never called.
 
     Its layer calls `linear`, `embedding` or `convolution` instead. So no wrapper that hooks
