@@ -39,7 +39,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dlora import AdaLoraConfig, LoraConfig, attach, shard
-from dlora.api import TrainedReplica
+from dlora.methods.adalora import RankAllocator
+from dlora.methods.trained_replica import TrainedReplica
 
 INIT_R, TARGET_R, ALPHA, GAMMA = 12, 8, 32, 0.1
 LONG = 1_000_000  # steps: more than anybody makes here
@@ -114,19 +115,19 @@ def dlora(name: str, batch: torch.Tensor, meter: Meter) -> Row:
     numel = len(replica.values)
     meter.exact["adapter_parameters"] = numel
     meter.exact["replica_bytes"] = replica_bytes(replica)
-    allocator = replica.allocator
-    if allocator is not None:
-        averages = sum(a.nbytes for kinds in allocator.averages().values() for a in kinds.values())
+    allocator = replica.method
+    if isinstance(allocator, RankAllocator):
+        averages = averages_bytes(allocator)
         meter.exact["triplets"] = sum(allocator.ranks.values())
         meter.exact["averages_bytes"] = averages
         meter.exact["averages_bytes_per_parameter"] = averages / numel
-        for moment in ("regularise", "after_step"):
+        for moment in ("before_reduce", "after_step"):
             setattr(allocator, moment, meter.timed(getattr(allocator, moment)))
     row = meter.metered(adapted(model, replica, batch), replica)
     for _ in range(WARM_UP):
         row.step()
-    if name == "final":
-        averages = sum(a.nbytes for kinds in allocator.averages().values() for a in kinds.values())
+    if name == "final" and isinstance(allocator, RankAllocator):
+        averages = averages_bytes(allocator)
         meter.exact["after_shrinking"] = {
             "adapter_parameters": len(replica.values),
             "replica_bytes": replica_bytes(replica),
@@ -134,6 +135,11 @@ def dlora(name: str, batch: torch.Tensor, meter: Meter) -> Row:
             "averages_bytes": averages,
         }
     return row
+
+
+def averages_bytes(allocator: RankAllocator) -> int:
+    """Bytes of the scorer's averages of this rank."""
+    return sum(a.nbytes for kinds in allocator.tensors()["scorer"].values() for a in kinds.values())
 
 
 def replica_bytes(replica: TrainedReplica) -> int:

@@ -31,8 +31,8 @@ from timing import alternate, peak_memory
 from transformers import AutoModelForCausalLM
 
 from dlora import AdaLoraConfig, FloraConfig, LoraConfig, attach, quantize, shard
-from dlora.api import TrainedReplica
 from dlora.base.model import find_base
+from dlora.methods.trained_replica import TrainedReplica
 from dlora.optim.eight_bit import adamw8bit
 from dlora.optim.lora_pro import LoraPro
 from dlora.sharding.engines.storage import held_bytes

@@ -35,7 +35,7 @@ from timing import alternate, peak_memory
 from torch.distributed.device_mesh import init_device_mesh
 
 from dlora import LoraConfig, attach
-from dlora.api import replicate
+from dlora.methods.trained_replica import replicate
 from dlora.sharding.engines.protocol import build_engine
 from dlora.sharding.engines.storage import held_bytes
 from dlora.sharding.topology import Placement, Topology

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dlora import LoraConfig, attach, quantize, shard
-from dlora.api import TrainedReplica
+from dlora.methods.trained_replica import TrainedReplica
 from dlora.sharding.engines.storage import held_bytes
 
 SHAPE = {

@@ -1,177 +1,23 @@
-"""The calls of a training loop of one's own: joins the two halves, holds neither."""
+"""The calls of a training loop of one's own: `attach`, `shard` and `start_from_gradients`."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 
 from dlora.errors import UsageError
-from dlora.lora.attach import attach as attach_adapters
-from dlora.lora.attach import (
-    attachment_of,
-    frozen_tensors,
-    named_adapters,
-    trainable_parameters,
-)
-from dlora.lora.config import LoraConfig
-from dlora.lora.init import INITS
-from dlora.lora.variants.adalora import AdaLoraConfig
-from dlora.lora.whole_weights import plain_weights
-from dlora.methods.adalora import RankAllocator
+from dlora.methods.attach import attach, warn_of_left
 from dlora.methods.lora_ga import GradientEstimate, LossOf
-from dlora.methods.matrix_init import Started, start_from_weights
-from dlora.optim.groups import parameter_groups
-from dlora.optim.lora_pro import Pair
-from dlora.sharding.counts import whole_number
+from dlora.methods.matrix_init import Started
+from dlora.methods.trained_replica import TrainedReplica, replica_of, replicate
 from dlora.sharding.engines.gather_groups import frozen_groups, worth_holding
-from dlora.sharding.engines.protocol import Engine, build_engine, is_divided, sharded_by
-from dlora.sharding.replica.optimizer_state import States, state_is_divided, states_of
-from dlora.sharding.replica.replica import Reduced, Replica
+from dlora.sharding.engines.protocol import build_engine, sharded_by
+from dlora.sharding.replica.optimizer_state import state_is_divided
 from dlora.sharding.topology import Topology, resolve_placement
 
-_RECORD = "dlora_replica"
-
-
-class TrainedReplica(Replica):
-    """The replica of a model's adapters together with the engine that holds its base.
-
-    Attributes:
-        allocator: AdaLoRA's, which goes along with every step; None for other adapters.
-    """
-
-    def __init__(self, engine: Engine, model: nn.Module, *, divided: bool = False) -> None:
-        super().__init__(engine.topology, engine.wire, divided=divided)
-        self.engine, self._model = engine, model
-        self.allocator: RankAllocator | None = None
-
-    def reduce_gradients(
-        self, tokens: int | Tensor | None = None, sums: Sequence[float] = (), each: int = 0
-    ) -> Reduced:
-        """See `Replica.reduce_gradients`; the step's passes are over, so W0 is freed as well."""
-        self.release()
-        if self.named and attachment_of(self._model).unstarted:
-            raise UsageError(
-                "init_lora_weights: lora_ga starts from gradients; call "
-                "dlora.start_from_gradients(model, batches, loss_of) before the first step"
-            )
-        if self.allocator is not None:
-            self.allocator.regularise(1 if tokens is None else whole_number(tokens))
-        return super().reduce_gradients(tokens, sums, each)
-
-    def leave_out(self, optimizer: Optimizer) -> None:
-        """In the place of an optimizer step that is not made: AdaLoRA's schedule goes on."""
-        if self.allocator is not None:
-            self.allocator.advance(optimizer)
-
-    def release(self) -> None:
-        """Free what passes without a reduction after them (evaluation) left gathered of W0."""
-        self.engine.release(self._model)
-
-    @property
-    def frozen(self) -> dict[str, Tensor]:
-        """What the adapters have beside what is trained: the factors of their offsets, by name."""
-        return frozen_tensors(self._model)
-
-    def states(self, optimizer: Optimizer) -> dict[str, States]:
-        """What this rank keeps beside the adapters, by the name of its file in a checkpoint."""
-        kept = {"optimizer": states_of(optimizer, self.optimized)}
-        return kept | ({"scorer": self.allocator.averages()} if self.allocator else {})
-
-    def allocation(self) -> dict[str, Any] | None:
-        """What a checkpoint records of AdaLoRA's triplets."""
-        return self.allocator.record() if self.allocator else None
-
-    @property
-    def final_budget(self) -> int | None:
-        """What AdaLoRA's budget comes to."""
-        return self.allocator.schedule.final if self.allocator else None
-
-    def figures(self) -> dict[str, Any]:
-        """What a line of the metrics holds of the last step beside the loss."""
-        return self.allocator.figures() if self.allocator else {}
-
-    @property
-    def pairs(self) -> list[Pair]:
-        """A and B of every adapter with its scale, for `dlora.optim.lora_pro.LoraPro`.
-
-        Raises:
-            UsageError: an adapter has a factor beside these.
-        """
-        found = []
-        for path, _, adapter in named_adapters(self._model):
-            pair = Pair(adapter.lora_A, adapter.lora_B, adapter.scaling)
-            for name, other in adapter.named_parameters():
-                # A magnitude, one number for each row of the host's weight, acts on their product.
-                is_magnitude = other.ndim == 1 and other.numel() in pair.sizes[:2]
-                if other is not pair.A and other is not pair.B and not is_magnitude:
-                    raise UsageError(f"LoraPro: the adapter at {path} has {name} beside A and B")
-            found.append(pair)
-        return found
-
-    def parameter_groups(
-        self, lr: float, *, loraplus_lr_ratio: float = 1.0, weight_decay: float = 0.0
-    ) -> list[dict[str, Any]]:
-        """Groups for a torch optimizer; see `dlora.optim.groups.parameter_groups`.
-
-        They are the same on every rank. Where the optimizer state is divided they hold this rank's
-        parts of the parameters, grouped as the whole ones are.
-        """
-        groups = parameter_groups(
-            self.named, lr=lr, loraplus_lr_ratio=loraplus_lr_ratio, weight_decay=weight_decay
-        )
-        optimized = {id(whole): self.optimized[name] for name, whole in self.named.items()}
-        for group in groups:
-            group["params"] = [optimized[id(whole)] for whole in group["params"]]
-        return groups
-
-
-def attach(model: nn.Module, config: LoraConfig) -> nn.Module:
-    """Put adapters on `model` in place, before or after `shard`, and return the model.
-
-    After `shard` it is collective: rank 0's A and B are broadcast. So it is wherever there is a
-    process group with an initialisation that starts from W0, whose layers are spread over ranks.
-    One that starts from gradients waits for `start_from_gradients`. See `dlora.lora.attach.attach`.
-
-    Raises:
-        UsageError: as there, or A and B start from a W0 that `shard` has not seen the parts of.
-    """
-    attach_unstarted(model, config)
-    init = attachment_of(model).init
-    attachment_of(model).unstarted = init.needs == "gradient"
-    if init.needs == "weight" and next(model.parameters()).device.type != "meta":
-        _warn_of_left(start_adapters(model))
-    return model
-
-
-def attach_unstarted(model: nn.Module, config: LoraConfig, *, residual: bool = False) -> None:
-    """`attach`, but that A and B are as drawn also where they are to start from a matrix.
-
-    Args:
-        residual: the base was packed without what they start from.
-    """
-    replica: TrainedReplica | None = model.__dict__.get(_RECORD)
-    needs = INITS[config.init_lora_weights].needs
-    if replica is None and needs == "weight" and any(map(is_divided, model.parameters())):
-        raise UsageError(
-            f"init_lora_weights: {config.init_lora_weights} starts from whole weights, and this "
-            "base is sharded; call dlora.shard first"
-        )
-    whole_weights = replica.engine.gather_module if replica else None
-    attach_adapters(model, config, whole_weights=whole_weights, residual=residual)
-    if replica is not None:
-        _take_over(replica, model)
-
-
-def start_adapters(model: nn.Module) -> Started:
-    """Start the adapters of a model from its W0, divided or whole. Collective."""
-    replica: TrainedReplica | None = model.__dict__.get(_RECORD)
-    if replica is None:
-        return start_from_weights(model, Topology.current(), plain_weights("init_lora_weights"))
-    return start_from_weights(model, replica.topology, replica.engine.gather_module, replica.wire)
+__all__ = ["attach", "shard", "start_from_gradients"]
 
 
 def start_from_gradients(model: nn.Module, batches: Iterable[Any], loss_of: LossOf) -> Started:
@@ -188,14 +34,14 @@ def start_from_gradients(model: nn.Module, batches: Iterable[Any], loss_of: Loss
         UsageError: the adapters do not start from gradients, there are none, or a rank has no
             batches.
     """
-    replica: TrainedReplica | None = model.__dict__.get(_RECORD)
+    replica = replica_of(model)
     topology = replica.topology if replica else Topology.current()
     estimate = GradientEstimate(model, topology, replica.wire if replica else None)
     estimate.run(list(batches), loss_of)
     if replica is not None:
         replica.release()
     started = estimate.start()
-    _warn_of_left(started)
+    warn_of_left(started)
     return started
 
 
@@ -221,7 +67,7 @@ def shard(
         resident: share of W0, 0 to 1, that stays gathered from its first use on: frozen weights are
             read-only, so this trades memory for bytes on the wire.
         optimizer_state: `"replicated"` (as is `"auto"`), or `"divided"`: each rank's optimizer
-            keeps the state of 1/ranks of the elements of A and B. Call `replica.drive(optimizer)`
+            has the state of 1/ranks of the elements of A and B. Call `replica.drive(optimizer)`
             once; its steps are collective then, and end with whole values on every rank. It must
             treat each element alone, as AdamW and SGD do (`LoraPro` does not; `drive` spreads its
             pairs over the ranks of a replicated replica). After `reduce_gradients` a rank has the
@@ -251,39 +97,3 @@ def shard(
             if room > -1:
                 replica.engine.hold(model, [group.path])
     return replica
-
-
-def replicate(model: nn.Module, engine: Engine, *, divided: bool = False) -> TrainedReplica:
-    """Hand the frozen base of `model` to an engine and make its adapters, if any, a replica.
-
-    What `shard` does once the engine is chosen; for callers that loaded the base through an engine.
-    """
-    named = trainable_parameters(model) if hasattr(model, "dlora") else {}
-    for name, parameter in named.items():
-        if is_divided(parameter):
-            raise UsageError(
-                f"shard: {name} is divided over ranks; attach after the base is sharded (after "
-                "deepspeed.initialize), or keep the adapters out (fully_shard's ignored_params)"
-            )
-    if not named:
-        model.requires_grad_(False)
-    engine.shard(model, ignored=named.values())
-    engine.after_load(model)
-    replica = TrainedReplica(engine, model, divided=divided)
-    model.__dict__[_RECORD] = replica
-    if named:
-        _take_over(replica, model)
-    return replica
-
-
-def _warn_of_left(started: Started) -> None:
-    if started.left:
-        warnings.warn(str(started), stacklevel=3)
-
-
-def _take_over(replica: TrainedReplica, model: nn.Module) -> None:
-    named = trainable_parameters(model)
-    replica.own(named)
-    replica.engine.set_trainable(model, named.values())
-    if isinstance(attachment_of(model).config, AdaLoraConfig):
-        replica.allocator = RankAllocator(model, replica)

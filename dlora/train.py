@@ -120,7 +120,7 @@ class Run:
                 self.context, checkpoints
             )  # the run may have ended between its last two files
         log, status, trouble = self.open_log(), None, None
-        display = StepDisplay(self.total_steps, self.start, self.ranks.main, replica.final_budget)
+        display = StepDisplay(self.total_steps, self.start, self.ranks.main)
         committing = stop.committing(checkpoints.commit_alone)
         with checkpoints.writing(), display, committing, self.hang.watching():
             for step in range(self.start, self.total_steps):
@@ -140,14 +140,14 @@ class Run:
                 reduced = replica.reduce_gradients(tokens, sums=scalars, each=peak_kib)
                 loss_sum, saves, *stops = reduced.sums
 
-                # 4  clip, schedule, step (after which AdaLoRA scores and masks by itself)
+                # 4  clip, schedule, step (after which the method's state follows)
                 loss = loss_sum / max(reduced.tokens, 1)
                 norm = float(replica.clip(config.optimizer.max_grad_norm or math.inf))
                 lr = self.set_lr(step)
                 if is_finite(loss, norm):
                     self.optimizer.step()
                 else:
-                    replica.leave_out(self.optimizer)
+                    replica.skip_step(self.optimizer)
                 replica.zero_grad()
 
                 # 5  watch, log, save
@@ -169,7 +169,7 @@ class Run:
                     record["eval_loss"] = held_out_loss(self.context)
                 if evaluated or due(done, config.output.log_every):
                     log.write(record)
-                    display.update(record)
+                    display.update(record, replica.method.progress())
                 asked = status is not None or saves > 0
                 if asked or due(done, config.output.save_every, last=last):
                     checkpoints.save(done, record)
@@ -178,8 +178,8 @@ class Run:
                 if trouble or (status is not None and not last):
                     break
         if last and self.ranks.main:
-            checkpoints.masks.write(until=done)
-            checkpoints.masks.draw(log, console.info)
+            checkpoints.write_method_files(done)
+            replica.method.report(self.directory, log, console.info)
         log.close()
         if trouble:
             console.error(f"stopped after step {done}: {trouble}")
@@ -197,7 +197,6 @@ class Run:
         log: Any = SilentLog()
         if self.ranks.main:
             log = open_directory(self.context, self.start)
-            self.checkpoints.masks.take_up(self.start)
         if self.start == 0:
             print_samples(self.context, "before training")
             if self.evaluates:
@@ -233,7 +232,7 @@ class Run:
             "peak_memory_bytes": max(reduced.each) << 10,
             "wire_bytes": self.replica.wire.take(),
             "batch_hash": batch_hash(ids),
-            **self.replica.figures(),
+            **self.replica.method.metrics(),
         }
 
     def beat(self) -> None:

@@ -6,7 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: groups of tests s
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ranks import Pools
 
 # Long files start first, so that no core waits for the last one.
 LONG_FIRST = ("launchers", "training", "test_readme", "sharding", "methods", "checkpoint")
+RunWords = Callable[..., list[str]]
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
@@ -72,6 +73,22 @@ def words(saved_models: "SavedModels", tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="session")
 def saved_models(tmp_path_factory: pytest.TempPathFactory) -> "SavedModels":
     return SavedModels(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def run_words(saved_models: "SavedModels", tmp_path_factory: pytest.TempPathFactory) -> RunWords:
+    """`run_words(directory, **settings)`: words for `dlora.train` with 24 chats, a tiny model and
+    `BASE_SETTINGS`, where `settings` do not say otherwise."""
+    from run_training import command_line
+    from tiny import save_chats
+
+    data = save_chats(tmp_path_factory.mktemp("data") / "chats.jsonl", 24)
+
+    def words(directory: Path, *, model: str = "llama", **settings: object) -> list[str]:
+        common = {"model__path": saved_models(model), "data__train": str(data)}
+        return command_line(**common | {"output__dir": str(directory)} | settings)
+
+    return words
 
 
 class SavedModels:

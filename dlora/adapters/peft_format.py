@@ -1,6 +1,6 @@
 """PEFT's files of an attached model: names of tensors, and `adapter_config.json`.
 
-    LORA      base_model.model.<path>.lora_{A,B}.weight     what any adapter comes down to
+    LORA      base_model.model.<path>.lora_{A,B}.weight     the plain form of any adapter
               base_model.model.<path>.lora_magnitude_vector beside them in a DoRA
     ADALORA   base_model.model.<path>.lora_{A,B,E}          AdaLoRA's own form
 
@@ -26,7 +26,7 @@ from dlora.lora.attach import (
     named_copies,
     trainable_parameters,
 )
-from dlora.lora.layers import CHILD, AdaptedLayer, ConvolutionHost
+from dlora.lora.layers import CHILD, AdaptedConvolution, AdaptedLayer
 from dlora.lora.variants import LoraAdapter, PlainLora
 from dlora.lora.variants.adalora import AdaLoraAdapter, AdaLoraConfig
 from dlora.lora.variants.dora import DoraAdapter
@@ -39,8 +39,8 @@ _RANK_EPSILON = 1e-5  # PEFT scales AdaLoRA by lora_alpha / (init_r + this)
 def peft_names(model: nn.Module) -> dict[str, str]:
     """PEFT's key of each trainable parameter of a LoRA or DoRA, by its name in the model."""
     names: dict[str, str] = {}
-    for path, host, adapter in named_adapters(model):
-        for factor, key in _keys(path, host, adapter).items():
+    for path, layer, adapter in named_adapters(model):
+        for factor, key in _keys(path, layer, adapter).items():
             names[f"{path}.{CHILD}.{factor}"] = key
     return names | _copy_names(model)
 
@@ -49,9 +49,9 @@ def peft_slots(model: nn.Module) -> dict[str, Tensor]:
     """The live tensors of a model with a LoRA or DoRA under PEFT's keys."""
     parameters = trainable_parameters(model)
     slots = {key: parameters[name].detach() for name, key in peft_names(model).items()}
-    for path, host, adapter in named_adapters(model):
-        for factor, key in _keys(path, host, adapter).items():
-            slots[key] = _shaped(host, factor, slots[key])
+    for path, layer, adapter in named_adapters(model):
+        for factor, key in _keys(path, layer, adapter).items():
+            slots[key] = _shaped(layer, factor, slots[key])
     return slots
 
 
@@ -59,17 +59,16 @@ def peft_slots(model: nn.Module) -> dict[str, Tensor]:
 
 
 def plain_forms(model: nn.Module) -> dict[str, PlainLora]:
-    """The plain LoRA of every adapted module by path, without those that AdaLoRA left no rank.
+    """The plain LoRA of every adapted module by path, without those that a method pruned to rank 0.
 
-    Any other that seems to have none has been emptied (partitioned, say), and is not left out.
+    Any other of rank 0 has lost its tensors (they are partitioned, say), and is not left out.
 
     Raises:
-        UsageError: none has any.
+        UsageError: none has any rank.
     """
-    forms = {path: adapter.as_lora() for path, _, adapter in named_adapters(model)}
-    if attachment_of(model).config.method != "adalora":
-        return forms  # an empty one has lost its tensors, and is not pruned
-    left = {path: form for path, form in forms.items() if form.r}
+    found = [(path, adapter, adapter.as_lora()) for path, _, adapter in named_adapters(model)]
+    forms = {path: form for path, _, form in found}
+    left = {path: form for path, adapter, form in found if form.r or not adapter.prunes}
     if forms and not left:
         raise UsageError(
             "save_adapter: every singular value is 0, so there is no adapter to write; train first"
@@ -78,21 +77,21 @@ def plain_forms(model: nn.Module) -> dict[str, PlainLora]:
 
 
 def lora_files(model: nn.Module, base: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """`adapter_config.json` and tensors of the LoRA that the model's adapters come down to: a plain
-    one, or a DoRA, which no plain one equals.
+    """`adapter_config.json` and tensors of the model's adapters in their plain form, or as a DoRA,
+    which has no plain form.
 
     Args:
         base: name or path of the base, recorded.
     """
     forms, config = plain_forms(model), attachment_of(model).config
     tensors: dict[str, Tensor] = {}
-    for path, host, adapter in named_adapters(model):
+    for path, layer, adapter in named_adapters(model):
         if path in forms:
             parts = {"lora_A": forms[path].A, "lora_B": forms[path].B}
             if isinstance(adapter, DoraAdapter):
                 parts[MAGNITUDE] = adapter.lora_magnitude_vector.detach()
-            for name, key in _keys(path, host, adapter).items():
-                tensors[key] = _shaped(host, name, parts[name])
+            for name, key in _keys(path, layer, adapter).items():
+                tensors[key] = _shaped(layer, name, parts[name])
     sizes: dict[str, Any] = {
         "r": config.r,
         "lora_alpha": config.lora_alpha,
@@ -128,10 +127,10 @@ def adalora_files(model: nn.Module, base: str | None) -> tuple[dict[str, Any], d
     tensors: dict[str, Tensor] = {}
     pattern: dict[str, list[bool]] = {}
     adapted = []
-    for path, host, adapter in named_adapters(model):
+    for path, layer, adapter in named_adapters(model):
         assert isinstance(adapter, AdaLoraAdapter)
-        if isinstance(host, AdaptedLayer) and (host.is_embedding or host.kernel(host)):
-            what = "embedding" if host.is_embedding else "convolution"
+        if isinstance(layer, AdaptedLayer) and (layer.is_embedding or layer.kernel(layer)):
+            what = "embedding" if layer.is_embedding else "convolution"
             raise UsageError(f"peft_type: PEFT's ADALORA has no form for the {what} {path}")
         left = adapter.triplets()
         correction = adapter.scaling * (config.init_r + _RANK_EPSILON) / config.lora_alpha
@@ -212,9 +211,9 @@ def _in_saved(path: str, attachment: Attachment) -> bool:
     return any(f"{path}.".startswith(f"{saved}.") for saved in attachment.saved)
 
 
-def _keys(path: str, host: nn.Module, adapter: LoraAdapter) -> dict[str, str]:
+def _keys(path: str, layer: nn.Module, adapter: LoraAdapter) -> dict[str, str]:
     """PEFT's keys of the factors of a LoRA and of DoRA's magnitudes, by their names here."""
-    embedding = isinstance(host, AdaptedLayer) and host.is_embedding
+    embedding = isinstance(layer, AdaptedLayer) and layer.is_embedding
     key = "lora_embedding_{}" if embedding else "lora_{}.weight"
     keys = {f"lora_{factor}": f"{PREFIX}{path}.{key.format(factor)}" for factor in "AB"}
     if isinstance(adapter, DoraAdapter):
@@ -222,15 +221,15 @@ def _keys(path: str, host: nn.Module, adapter: LoraAdapter) -> dict[str, str]:
     return keys
 
 
-def _shaped(host: nn.Module, factor: str, tensor: Tensor) -> Tensor:
+def _shaped(layer: nn.Module, factor: str, tensor: Tensor) -> Tensor:
     """A tensor as PEFT stores it: of a convolution A is a kernel, B one of size 1, and a magnitude
     broadcasts against the output.
     """
-    if not isinstance(host, ConvolutionHost):
+    if not isinstance(layer, AdaptedConvolution):
         return tensor
     if factor == "lora_A":
-        return host.as_stored(host, tensor)
-    places = [1 for _ in host.kernel(host)]
+        return layer.as_stored(layer, tensor)
+    places = [1 for _ in layer.kernel(layer)]
     if factor == MAGNITUDE:
         return tensor.reshape(1, -1, *places)
     return tensor.reshape(*tensor.shape, *places)
@@ -259,5 +258,5 @@ def _written(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _stored_transposed(model: nn.Module) -> bool:
     """PEFT's `fan_in_fan_out`: the adapted layers are Conv1D (an embedding does not count)."""
-    hosts = [host for _, host, _ in named_adapters(model)]
-    return any(h.transposed and not h.is_embedding for h in hosts if isinstance(h, AdaptedLayer))
+    layers = [layer for _, layer, _ in named_adapters(model)]
+    return any(h.transposed and not h.is_embedding for h in layers if isinstance(h, AdaptedLayer))

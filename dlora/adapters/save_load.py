@@ -1,7 +1,7 @@
 """Adapters on disk, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
 Stock PEFT loads what is written here, and what it writes is loaded here; see `peft_format.py` for
-what the files hold.
+what is in the files.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from dlora.adapters.peft_format import PREFIX, adalora_files, lora_files, peft_slots
-from dlora.api import attach
 from dlora.errors import UsageError, and_more
 from dlora.io.files import inside, read_object, write_atomically
 from dlora.io.safetensors import FLOATS, StoredTensor, stored_tensors
 from dlora.lora.attach import attachment_of, frozen_tensors, named_adapters
 from dlora.lora.config import LoraConfig
-from dlora.lora.layers import host_kind
+from dlora.lora.layers import layer_kind
 from dlora.lora.targets import target_paths
+from dlora.methods.attach import attach
 from dlora.quant.linear import is_packed
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -210,7 +210,7 @@ def _check_ranks(
 ) -> None:
     """See that every r is that of a tensor, before anything of its size is made."""
     for path in target_paths(model, config):
-        kind = host_kind(model.get_submodule(path))
+        kind = layer_kind(model.get_submodule(path))
         name = "lora_embedding_A" if kind and kind.is_embedding else "lora_A.weight"
         stored, r = tensors.get(key := f"{PREFIX}{path}.{name}"), config.r_for(path)
         if stored is not None and stored.shape[:1] != (r,):
@@ -237,10 +237,10 @@ def _take_base_copies(
     Returns (stored, the model's) by key.
     """
     found = {}
-    for path, host, _ in named_adapters(model):
+    for path, layer, _ in named_adapters(model):
         key = f"{PREFIX}{path}.base_layer.weight"
-        if key in tensors and not is_packed(host):
-            found[key] = (tensors.pop(key), host.get_parameter("weight").detach())
+        if key in tensors and not is_packed(layer):
+            found[key] = (tensors.pop(key), layer.get_parameter("weight").detach())
     return found
 
 

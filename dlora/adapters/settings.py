@@ -12,7 +12,6 @@ from dlora.config.load import Config
 from dlora.errors import UsageError
 from dlora.lora.config import LoraConfig
 from dlora.lora.variants import VARIANTS
-from dlora.lora.variants.adalora import AdaLoraConfig
 
 
 def lora_config(config: Config, earlier: LoraConfig | None = None) -> LoraConfig:
@@ -37,10 +36,8 @@ def lora_config(config: Config, earlier: LoraConfig | None = None) -> LoraConfig
 
 def scheduled(lora: LoraConfig, total_steps: int) -> LoraConfig:
     """The settings, once it is known how many optimizer steps the run has."""
-    if not isinstance(lora, AdaLoraConfig):
-        return lora
     with keyed_by("adapter"):
-        return replace(lora, total_step=total_steps)
+        return lora.for_steps(total_steps)
 
 
 @contextmanager

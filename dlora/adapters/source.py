@@ -30,14 +30,14 @@ from dlora.io.safetensors import FLOATS, StoredTensor, stored_tensors
 from dlora.lora.attach import (
     adapter_tensors,
     attach,
+    load_record,
     named_adapters,
     named_copies,
 )
 from dlora.lora.config import LoraConfig
 from dlora.lora.layers import CHILD
 from dlora.lora.merge import scale_of_rows
-from dlora.lora.variants import LoraAdapter
-from dlora.methods.adalora import keep_triplets
+from dlora.lora.variants import VARIANTS, LoraAdapter
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class AdapterSource:
     config: LoraConfig
     base: BaseReference
     is_checkpoint: bool
-    allocation: dict[str, Any] | None = None  # the triplets that AdaLoRA has left
+    record: dict[str, Any] | None = None  # of a checkpoint: what its method records
     _tensors: dict[str, StoredTensor] = field(default_factory=dict)  # by name in the model
     _shapes: dict[str, torch.Size] = field(default_factory=dict)  # that the model has them in
     # PEFT stores W0 of adapted embeddings too: where, by the parameter's name
@@ -75,8 +75,7 @@ class AdapterSource:
             attach(model, self.config)
         except UsageError as error:
             raise UsageError(f"{self.directory} does not fit the base: {error}") from None
-        if self.allocation is not None:
-            keep_triplets(model, self.allocation)
+        load_record(model, self.record)
         stored = stored_tensors(self.file)
         parameters = adapter_tensors(model)
         keys = {name: name for name in parameters} if self.is_checkpoint else peft_names(model)
@@ -133,13 +132,13 @@ class AdapterSource:
 
         The adapter is filled for as long as its formulas take, so that one is in memory at a time.
         """
-        host: Any = model.get_submodule(path)
-        self._fill(host.adapter, path, dtype)
+        layer: Any = model.get_submodule(path)
+        self._fill(layer.adapter, path, dtype)
         try:
-            delta = host.as_stored(host, host.adapter.delta())
-            return delta, scale_of_rows(host, host.adapter, delta, slices)
+            delta = layer.as_stored(layer, layer.adapter.delta())
+            return delta, scale_of_rows(layer, layer.adapter, delta, slices)
         finally:
-            host.adapter.to("meta")
+            layer.adapter.to("meta")
 
     def check_base_copy(self, name: str, pairs: list[tuple[Tensor, Tensor]] | Iterator) -> None:
         """Refuse where PEFT's copy of W0 and the base's differ by more than one's rounding."""
@@ -199,16 +198,23 @@ def _from_checkpoint(directory: Path) -> AdapterSource:
     elsewhere = ["--sharding.engine", "fsdp2", "--sharding.cpu_offload", "false"]
     config = load(directory / "config.yaml", elsewhere)
     lora = saved_lora(read_object(directory / "state.json"))
+    settings = lora or lora_config(config)
+    record = checkpoint.method_record(directory)
+    try:
+        names = stored_tensors(directory / checkpoint.ADAPTER)
+        VARIANTS[settings.variant].check_record(record, names)
+    except UsageError as error:
+        raise UsageError(f"{directory / 'manifest.json'}: {error}") from None
     model = config.model
     base = BaseReference(model.path, model.revision, model.dtype, model.cache_dir)
     file = directory / "adapter.safetensors"
     return AdapterSource(
         directory,
         file,
-        lora or lora_config(config),
+        settings,
         base,
         is_checkpoint=True,
-        allocation=checkpoint.allocation(directory),
+        record=record,
     )
 
 

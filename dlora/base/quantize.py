@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dlora.errors import UsageError, and_more
-from dlora.lora.layers import AdaptedLayer, host_kind
+from dlora.lora.layers import AdaptedLayer, layer_kind
 from dlora.lora.targets import linear_paths
 from dlora.quant.formats import FORMATS
 from dlora.quant.linear import CODES, SCALES, Packing, is_packed, pack
@@ -88,7 +88,7 @@ def quantize(model: nn.Module, quantization: str) -> Quantized:
         elif uses[id(module.weight)] > 1:
             left[path] = "it shares its weight"
         else:
-            kind: Any = host_kind(module) or AdaptedLayer
+            kind: Any = layer_kind(module) or AdaptedLayer
             pack(module, quantization, transposed=kind.transposed)
             packed.append(path)
             weights, nbytes = weights + k * n, nbytes + k * (fmt.code_bytes(n) + fmt.scale_bytes(n))

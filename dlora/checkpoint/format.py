@@ -4,11 +4,11 @@
         adapter.safetensors      A, B and trained copies under their names in the model, and the
                                  frozen A0, B0 of adapters that start from a matrix
         optimizer.safetensors    `<parameter>.<state>`, as the optimizer stores it
-        scorer.safetensors       of AdaLoRA: `<parameter>.<average>`
+        <state>.safetensors      of a method with a state of its own: `<parameter>.<name>`
         state.json               step, schedule, random state, data cursor
         config.yaml              the resolved configuration
-        manifest.json            sizes and SHA-256 of the files above and of itself, versions; of
-                                 AdaLoRA the remaining triplets, which imply its tensors' shapes
+        manifest.json            sizes and SHA-256 of the files above and of itself, versions; and
+                                 `method`: what a method with a state records beside tensors
 
 One rank writes it without a collective, because every rank has the whole state; only an optimizer
 state that is divided over ranks is sent to rank 0 first. A directory gets its name last, so that
@@ -39,7 +39,7 @@ from dlora.io.files import clear, inside, read_object, sync, unused_name, write_
 
 FORMAT = 2  # 1 had no hash of the manifest
 FILES = {"adapter.safetensors", "optimizer.safetensors", "state.json", "config.yaml"}
-STATES = ("optimizer", "scorer")
+ADAPTER = "adapter.safetensors"
 LATEST = "latest"
 STEP_DIRECTORY = re.compile(r"step-(\d{6,})")
 
@@ -49,16 +49,16 @@ class Checkpoint:
     """The content of a checkpoint in host memory.
 
     Attributes:
-        tensors: the trained tensors, and the frozen ones of the adapters.
-        states: {name of the file, `optimizer` or `scorer`: {`<parameter>.<state>`: tensor}}.
-        state: the content of `state.json`.
-        allocation: the remaining triplets of AdaLoRA.
+        tensors: what is trained, and what is frozen beside it.
+        states: of the optimizer and of the method, by the name of their file.
+        state: `state.json`.
+        record: what the method records beside tensors, as JSON.
     """
 
     tensors: dict[str, Tensor]
     states: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
-    allocation: dict[str, Any] | None = None
+    record: dict[str, Any] | None = None
 
 
 def write(
@@ -104,8 +104,8 @@ def write(
             for name, content in files.items()
         },
     }
-    if checkpoint.allocation is not None:
-        manifest["triplets"] = checkpoint.allocation
+    if checkpoint.record is not None:
+        manifest["method"] = checkpoint.record
     manifest["sha256"] = _digest_of(manifest)
     try:
         for name, content in (files | {"manifest.json": _json(manifest)}).items():
@@ -165,34 +165,29 @@ def read(directory: Path) -> Checkpoint:
             that does not exist.
     """
     files = verify(directory)
-    tensors = _tensors(directory / "adapter.safetensors")
+    tensors = _tensors(directory / ADAPTER)
     states = {}
-    for name in (n for n in STATES if f"{n}.safetensors" in files):
+    for name in (
+        n.removesuffix(".safetensors") for n in files if n.endswith(".safetensors") and n != ADAPTER
+    ):
         states[name] = _tensors(directory / f"{name}.safetensors")
         for key in states[name]:
             if key.rpartition(".")[0] not in tensors:
                 raise UsageError(f"{directory / name}.safetensors: {key} belongs to no tensor")
     state = read_object(directory / "state.json")
-    return Checkpoint(tensors, states, state, allocation(directory))
+    return Checkpoint(tensors, states, state, method_record(directory))
 
 
-def allocation(directory: Path) -> dict[str, Any] | None:
-    """The remaining triplets of AdaLoRA in a checkpoint's manifest; None for other adapters.
+def method_record(directory: Path) -> dict[str, Any] | None:
+    """What a checkpoint's manifest records of the adapters' method; None where that is nothing.
+
+    Its content is checked by `LoraAdapter.check_record`.
 
     Raises:
-        UsageError: they are not ascending numbers by module, or the manifest is damaged.
+        UsageError: the manifest is damaged.
     """
-    found = _manifest(directory).get("triplets")
-    if found is None:
-        return None
-    lists = found.get("kept") if isinstance(found, dict) else None
-    if (
-        not isinstance(lists, dict)
-        or not isinstance(found.get("shrunk"), bool)
-        or not all(isinstance(left, list) and _ascends(left) for left in lists.values())
-    ):
-        raise UsageError(f"{directory / 'manifest.json'}: triplets: not what a run writes")
-    return found
+    manifest = _manifest(directory)
+    return manifest.get("method", manifest.get("triplets"))  # its name in dlora 0.1's first files
 
 
 def verify(directory: Path, names: Collection[str] | None = None) -> Collection[str]:
@@ -303,8 +298,3 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{path}: is damaged or no safetensors file: {error}") from None
-
-
-def _ascends(numbers: list[Any]) -> bool:
-    """Whether they are whole numbers ≥ 0, strictly ascending."""
-    return all(type(n) is int and n >= 0 for n in numbers) and numbers == sorted({*numbers})

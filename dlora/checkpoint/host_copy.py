@@ -18,7 +18,7 @@ def capture(
     replica: Replica,
     states: Mapping[str, States],
     state: dict[str, Any],
-    allocation: dict[str, Any] | None = None,
+    record: dict[str, Any] | None = None,
     frozen: Mapping[str, Tensor] | None = None,
 ) -> Checkpoint | None:
     """Copy the trained tensors and their states to host memory.
@@ -30,7 +30,7 @@ def capture(
     Args:
         states: {name of the file: states of this rank}.
         state: the content of `state.json`.
-        allocation: the remaining triplets of AdaLoRA.
+        record: what the adapters' method records beside tensors, for the manifest.
         frozen: the frozen tensors of the adapters.
 
     Returns:
@@ -48,7 +48,7 @@ def capture(
         return None
     kept = {**replica.named, **(frozen or {})}
     tensors = {name: _host(tensor.detach()) for name, tensor in kept.items()}
-    return Checkpoint(tensors, whole, state, allocation)
+    return Checkpoint(tensors, whole, state, record)
 
 
 def restore(

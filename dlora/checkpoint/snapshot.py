@@ -38,14 +38,15 @@ class Snapshots:
         self,
         step: int,
         replica: Replica,
+        *,
         states: Mapping[str, States],
-        allocation: dict[str, Any] | None = None,
-        frozen: Mapping[str, Tensor] | None = None,
+        record: dict[str, Any] | None,
+        frozen: Mapping[str, Tensor],
     ) -> None:
-        """Copy what a checkpoint after `step` steps holds, over the older of the two snapshots.
+        """Copy what a checkpoint after `step` steps has, over the older of the two snapshots.
 
-        On a GPU the copy may still be on its way when this returns. The arguments are those of
-        `dlora.checkpoint.host_copy.capture`.
+        On a GPU the copy may still be on its way when this returns. The other arguments are those
+        of `dlora.checkpoint.host_copy.capture`.
         """
         tensors = {(ADAPTER, name): p.detach() for name, p in replica.named.items()}
         for file, kept in states.items():
@@ -54,8 +55,8 @@ class Snapshots:
         files = [ADAPTER, *states]
         self._newer.wait()  # the only whole one from here on
         if self._frozen is None:
-            self._frozen = {n: t.to("cpu", copy=True) for n, t in (frozen or {}).items()}
-        self._older.fill(step, tensors, files, allocation, self._frozen)
+            self._frozen = {n: t.to("cpu", copy=True) for n, t in frozen.items()}
+        self._older.fill(step, tensors, files, record, self._frozen)
         self._older, self._newer = self._newer, self._older
 
     def newest(self) -> Snapshot | None:
@@ -69,12 +70,12 @@ class Snapshot:
 
     step: int
     files: dict[str, dict[str, Tensor]]
-    allocation: dict[str, Any] | None
+    record: dict[str, Any] | None
 
     def checkpoint(self, state: dict[str, Any]) -> Checkpoint:
         """The same as `dlora.checkpoint.host_copy.capture` gives right after the step."""
         states = {file: tensors for file, tensors in self.files.items() if file != ADAPTER}
-        return Checkpoint(self.files[ADAPTER], states, state, self.allocation)
+        return Checkpoint(self.files[ADAPTER], states, state, self.record)
 
 
 @dataclass
@@ -93,7 +94,7 @@ class _Buffer:
         step: int,
         tensors: dict[Key, Tensor],
         files: list[str],
-        allocation: dict[str, Any] | None,
+        record: dict[str, Any] | None,
         frozen: dict[str, Tensor],
     ) -> None:
         self.snapshot, self.arrived = None, None
@@ -115,7 +116,7 @@ class _Buffer:
         for (file, name), view in self.views.items():
             content[file][name] = view
         content[ADAPTER] |= frozen
-        self.snapshot = Snapshot(step, content, allocation)
+        self.snapshot = Snapshot(step, content, record)
 
     def content(self) -> Snapshot | None:
         """The snapshot, if its copy is finished."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ from dlora.errors import UsageError
 from dlora.lora.config import LoraConfig
 from dlora.lora.dropout import DropoutStream
 from dlora.lora.init import INITS, Initialisation
-from dlora.lora.layers import CHILD, ModulesToSaveCopy, ModulesToSaveLayer, adapt_, host_kind
+from dlora.lora.layers import CHILD, ModulesToSaveCopy, ModulesToSaveLayer, adapt_, layer_kind
+from dlora.lora.states import AdapterState
 from dlora.lora.targets import saved_paths, target_paths
 from dlora.lora.variants import VARIANTS, LoraAdapter
 from dlora.lora.whole_weights import WholeWeights, plain_weights, show_weights
@@ -22,17 +24,12 @@ from dlora.quant.linear import is_packed
 
 @dataclass
 class Attachment:
-    """What `attach` did to a model; kept on the model as `model.dlora`.
-
-    Attributes:
-        unstarted: it still waits for the gradients that its adapters are to start from.
-    """
+    """What `attach` did to a model; stored on the model as `model.dlora`."""
 
     config: LoraConfig
     adapted: list[str] = field(default_factory=list)
     saved: list[str] = field(default_factory=list)
     stream: DropoutStream = field(default_factory=DropoutStream)
-    unstarted: bool = False
 
     @property
     def init(self) -> type[Initialisation]:
@@ -99,17 +96,17 @@ def attachment_of(model: nn.Module) -> Attachment:
 
 
 def named_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, LoraAdapter]]:
-    """(path, host, adapter) of every module with A and B, in the model's order."""
+    """(path, layer, adapter) of every module with A and B, in the model's order."""
     for path in attachment_of(model).adapted:
-        host = model.get_submodule(path)
-        yield path, host, host.get_submodule(CHILD)  # type: ignore[misc]
+        layer = model.get_submodule(path)
+        yield path, layer, layer.get_submodule(CHILD)  # type: ignore[misc]
 
 
 def named_copies(model: nn.Module) -> Iterator[tuple[str, nn.Module, ModulesToSaveCopy]]:
-    """(path, host, trained copy) of every one of `modules_to_save`."""
+    """(path, layer, trained copy) of every one of `modules_to_save`."""
     for path in attachment_of(model).saved:
-        host = model.get_submodule(path)
-        yield path, host, host.get_submodule(CHILD)  # type: ignore[misc]
+        layer = model.get_submodule(path)
+        yield path, layer, layer.get_submodule(CHILD)  # type: ignore[misc]
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -136,31 +133,59 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**trainable_parameters(model), **frozen_tensors(model)}
 
 
-def host_children(model: nn.Module) -> list[LoraAdapter | ModulesToSaveCopy]:
+def await_start(model: nn.Module) -> None:
+    """Let all adapters wait for a start from gradients."""
+    for _, _, adapter in named_adapters(model):
+        adapter.state = AdapterState.UNSTARTED
+
+
+def end_start(model: nn.Module) -> None:
+    """Let all adapters train from what A and B are now."""
+    for _, _, adapter in named_adapters(model):
+        if adapter.state is AdapterState.UNSTARTED:
+            adapter.become(AdapterState.ON)
+
+
+def is_unstarted(model: nn.Module) -> bool:
+    """Whether adapters wait for a start from gradients."""
+    return any(a.state is AdapterState.UNSTARTED for _, _, a in named_adapters(model))
+
+
+def children_of(model: nn.Module) -> list[LoraAdapter | ModulesToSaveCopy]:
     """All adapters and trained copies."""
     return [child for _, _, child in named_adapters(model)] + [
         child for _, _, child in named_copies(model)
     ]
 
 
+def load_record(model: nn.Module, record: Any) -> None:
+    """Give adapters that no replica owns the shapes of a checkpoint, from what it records of the
+    method; nothing where it records nothing (None).
+    """
+    if record is not None:
+        for _, _, adapter in named_adapters(model):
+            adapter.load_record(record)
+
+
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is its base: every host computes as if nothing had been attached.
+    """Inside, the model is its base: every layer computes as if nothing had been attached.
 
     Raises:
         UsageError: the model is merged, and what it computes without adapters is not its base.
     """
     if "dlora_originals" in model.__dict__:
         raise UsageError("disabled: this model is merged; call dlora.unmerge first")
-    children = host_children(model)
-    before = [child.enabled for child in children]
-    for child in children:
-        child.enabled = False
+    idle = (AdapterState.OFF, AdapterState.EMPTY)
+    before = [(c, c.state) for c in children_of(model) if c.state not in idle]
+    for child, _ in before:
+        child.become(AdapterState.OFF)
     try:
         yield
     finally:
-        for child, enabled in zip(children, before, strict=True):
-            child.enabled = enabled
+        for child, state in before:
+            if child.state is AdapterState.OFF:
+                child.become(state)
 
 
 def _check_free(module: nn.Module, path: str) -> None:
@@ -175,7 +200,7 @@ def _check_free(module: nn.Module, path: str) -> None:
 
 def _check_start(module: nn.Module, path: str, config: LoraConfig, residual: bool) -> None:
     """See that the module has what its adapter is to start from."""
-    kind, init, r = host_kind(module), INITS[config.init_lora_weights], config.r_for(path)
+    kind, init, r = layer_kind(module), INITS[config.init_lora_weights], config.r_for(path)
     assert kind is not None  # target_paths has checked
     if init.needs != "nothing" and is_packed(module) and not residual:
         raise UsageError(
@@ -198,7 +223,7 @@ def _check_whole(module: nn.Module, path: str) -> None:
 
 
 def _attach_adapter(module: nn.Module, path: str, attachment: Attachment, residual: bool) -> None:
-    kind, config = host_kind(module), attachment.config
+    kind, config = layer_kind(module), attachment.config
     assert kind is not None  # target_paths has checked
     m, n = kind.shape(module)
     init = attachment.init
@@ -214,17 +239,17 @@ def _attach_adapter(module: nn.Module, path: str, attachment: Attachment, residu
         dtype=_master_dtype(module),
         device=device,
         offset=init.needs != "nothing",
+        residual=residual and init.needs == "weight" and is_packed(module),
         **config.shapes_for(path, _kernel(module)),
     )
     if device.type != "meta":
         adapter.reset(is_embedding=kind.is_embedding, init=init)
-    adapter.residual = residual and init.needs == "weight" and is_packed(module)
     adapter.train(module.training)
     adapt_(module, kind, adapter)
 
 
 def _kernel(module: nn.Module) -> tuple[int, ...]:
-    kind = host_kind(module)
+    kind = layer_kind(module)
     return kind.kernel(module) if kind else ()
 
 

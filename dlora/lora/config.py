@@ -111,6 +111,10 @@ class LoraConfig:
             if problem := INITS[self.init_lora_weights].check(r):
                 raise UsageError(f"init_lora_weights: {problem}")
 
+    def for_steps(self, total_steps: int) -> LoraConfig:
+        """The same settings, once it is known how many optimizer steps the run has."""
+        return self
+
     def r_for(self, path: str) -> int:
         """The LoRA rank of the module at `path`."""
         return _first_match(self.rank_pattern, path, self.r)

@@ -1,4 +1,4 @@
-"""The low-rank product as one autograd function per host: here alone LoRA does arithmetic.
+"""The low-rank product as one autograd function per layer: here alone LoRA does arithmetic.
 
         x [T, n] ──────────── W0 [m, n] ───────────┐
             │                                      + ── y [T, m]
@@ -200,7 +200,7 @@ def convolution(
     """W0 ∗ x + b + s·(B E)·(A ∗ drop(x)): A is a kernel of r channels, B mixes them at each place.
 
     x [..., c, *space], weight [m, c, *kernel], A [r, n], B [m, r] with n = c·∏ kernel, so that
-    ΔW = s·B·E·A has the elements of W0 in their order. `convolve` is the host's own product, with
+    ΔW = s·B·E·A has the elements of W0 in their order. `convolve` is the layer's own product, with
     its stride and padding. This is PEFT's form of LoRA for a convolution. y lies in memory as the
     base's product does: channels last where that is.
     """

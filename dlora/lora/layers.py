@@ -1,8 +1,8 @@
-"""Hosts: base modules that carry an adapter, and how each kind asks it for its product.
+"""Adapted layers: base modules that carry an adapter, and how each kind asks it for its product.
 
-A host keeps its identity. Its class is replaced by a subclass that has the same parameters under
-the same names and an extra child, `adapter`; nothing is wrapped, so `q_proj.weight` stays
-`q_proj.weight` and base checkpoints, wrapping policies and hooks keep working.
+A layer stays the same object. Its class is replaced by a subclass that has the same parameters
+under the same names and an extra child, `adapter`; nothing is wrapped, so `q_proj.weight` stays
+`q_proj.weight`, and base checkpoints, wrapping policies and hooks work as before.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlora.lora.states import AdapterState, Stateful
 from dlora.quant.linear import PackedMixin, frozen_weight
 
 CHILD = "adapter"
 
 
 class AdaptedLayer:
-    """What all hosts share; `adapter` computes, the host says on which weight."""
+    """What all kinds share; `adapter` computes, the layer says on which weight."""
 
     is_embedding = False
     transposed = False  # True where the weight is stored [in, out]
@@ -44,7 +45,7 @@ class AdaptedLayer:
 
     @classmethod
     def as_stored(cls, module: Any, delta: Tensor) -> Tensor:
-        """ΔW [m, n] as the weight of a host is stored."""
+        """ΔW [m, n] as the weight of a layer is stored."""
         return delta.t() if cls.transposed else delta
 
     @classmethod
@@ -67,7 +68,7 @@ class AdaptedLayer:
         return left.t() @ (right @ basis)
 
 
-class LinearHost(AdaptedLayer):
+class AdaptedLinear(AdaptedLayer):
     """`nn.Linear`: weight [out, in], packed or not."""
 
     @staticmethod
@@ -85,7 +86,7 @@ class LinearHost(AdaptedLayer):
         return self.adapter.linear(x, frozen_weight(self), self.bias)
 
 
-class Conv1DHost(AdaptedLayer):
+class AdaptedConv1D(AdaptedLayer):
     """transformers' `Conv1D` (GPT-2), known by its attributes: weight [in, out], y = x W + b."""
 
     transposed = True
@@ -111,7 +112,7 @@ class Conv1DHost(AdaptedLayer):
         return self.adapter.linear(x, frozen_weight(self).t(), self.bias)
 
 
-class EmbeddingHost(AdaptedLayer):
+class AdaptedEmbedding(AdaptedLayer):
     """`nn.Embedding`: weight [V, dim]; ΔW of row v is s·B·A[:, v], so (m, n) = (dim, V)."""
 
     is_embedding = True
@@ -147,7 +148,7 @@ class EmbeddingHost(AdaptedLayer):
         return rows.index_add_(0, ids_T, dy_Tm @ basis)
 
 
-class ConvolutionHost(AdaptedLayer):
+class AdaptedConvolution(AdaptedLayer):
     """`nn.Conv1d`, `2d` or `3d`: weight [out, in, *kernel], of which n is all but the first.
 
     Of a grouped or dilated convolution, or one that pads with other than zeros, PEFT's form is no
@@ -189,7 +190,12 @@ class ConvolutionHost(AdaptedLayer):
 
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-HOSTS: tuple[type[AdaptedLayer], ...] = (LinearHost, Conv1DHost, EmbeddingHost, ConvolutionHost)
+LAYERS: tuple[type[AdaptedLayer], ...] = (
+    AdaptedLinear,
+    AdaptedConv1D,
+    AdaptedEmbedding,
+    AdaptedConvolution,
+)
 
 
 def obstacle(module: nn.Module) -> str | None:
@@ -208,21 +214,22 @@ def obstacle(module: nn.Module) -> str | None:
     return None
 
 
-def host_kind(module: nn.Module) -> type[AdaptedLayer] | None:
-    """The kind of host that `module` can become, or None."""
-    return next((kind for kind in HOSTS if kind.accepts(module)), None)
+def layer_kind(module: nn.Module) -> type[AdaptedLayer] | None:
+    """The kind of adapted layer that `module` can become, or None."""
+    return next((kind for kind in LAYERS if kind.accepts(module)), None)
 
 
-class ModulesToSaveCopy(nn.Module):
+class ModulesToSaveCopy(Stateful):
     """The trainable masters of one of `modules_to_save`: a tree of parameters like the base's.
 
-    Like an adapter it is never called; its host computes with the masters in place of its own
+    Like an adapter it is never called; its layer computes with the masters in place of its own
     parameters, cast to the base's dtype.
     """
 
+    what = "trained copy"
+
     def __init__(self, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
         super().__init__()
-        self.enabled = True
         self._dtypes = {path: weight.dtype for path, weight in weights.items()}
         for path, weight in weights.items():
             *owners, name = path.split(".")
@@ -240,10 +247,10 @@ class ModulesToSaveCopy(nn.Module):
 
 
 class ModulesToSaveLayer:
-    """A module of `modules_to_save`: computes with its trained copy, keeps the frozen original."""
+    """A module of `modules_to_save`: computes with its trained copy beside the frozen original."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self.adapter.enabled:
+        if self.adapter.state is not AdapterState.ON:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         with _substituted(self, self.adapter.cast()):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -266,8 +273,8 @@ def _substituted(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None
 
 
 @functools.cache
-def hosted_class(base: Any, kind: Any) -> type:
-    """The subclass of `base` whose forward is `kind`'s. Cached: equal hosts share one class."""
+def adapted_class(base: Any, kind: Any) -> type:
+    """The subclass of `base` whose forward is `kind`'s. Cached: equal layers share one class."""
     return type(f"Adapted{base.__name__}", (kind, base), {"__module__": base.__module__})
 
 
@@ -275,4 +282,4 @@ def adapt_(module: nn.Module, kind: type, child: nn.Module) -> None:
     """Give `module` the child and the class, in place."""
     module.add_module(CHILD, child)
     base: Any = type(module)
-    module.__class__ = hosted_class(base, kind)
+    module.__class__ = adapted_class(base, kind)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dlora.errors import UsageError
 from dlora.lora.attach import attachment_of, named_adapters, named_copies
 from dlora.lora.layers import AdaptedLayer
+from dlora.lora.states import AdapterState
 from dlora.lora.variants import LoraAdapter
 from dlora.quant.linear import WEIGHT_NAMES, replace_weight, restore_weight, unpacked
 
@@ -47,7 +48,7 @@ def merged_weight(weight: Tensor, delta: Tensor, dtype: torch.dtype | None = Non
 
 
 def scale_of_rows(
-    host: AdaptedLayer,
+    layer: AdaptedLayer,
     adapter: LoraAdapter,
     delta: Tensor,
     slices: Iterable[tuple[int, int, Tensor]],
@@ -55,7 +56,7 @@ def scale_of_rows(
     """d of each element's row, seen in the shape of ΔW; None for ones.
 
     Args:
-        delta: ΔW as the host stores its weight.
+        delta: ΔW as the layer stores its weight.
         slices: (first, last, W0[first:last]) along the first dim, all of W0 in their order.
     """
     if not adapter.rescales_rows:
@@ -64,7 +65,7 @@ def scale_of_rows(
         (weight.to(delta.dtype) + delta[first:last]).square_().flatten(1)
         for first, last, weight in slices
     )
-    if host.transposed:  # a row of W0 is a column of what is stored
+    if layer.transposed:  # a row of W0 is a column of what is stored
         squares = sum((part.sum(0) for part in sums), torch.zeros(()).to(delta))
         return adapter.row_scale(squares.sqrt()).expand_as(delta)
     scale = adapter.row_scale(torch.cat([part.sum(1) for part in sums]).sqrt())
@@ -80,7 +81,7 @@ def change_of(weight: Tensor, delta: Tensor, scale: Tensor | None) -> Tensor:
 def merge(model: nn.Module) -> nn.Module:
     """Replace every adapted W0 by W0 + ΔW and switch the adapters off, in place.
 
-    The original parameters are kept aside whole (one copy of the adapted weights), so that
+    The original parameters are stored whole (one copy of the adapted weights), so that
     `unmerge` restores them bit for bit. A tied weight is untied: only the adapted side changes. A
     packed W0 is what it stands for, in the dtype that it had before it was packed, and never packed
     again: that would round most of ΔW away.
@@ -93,21 +94,22 @@ def merge(model: nn.Module) -> nn.Module:
     _check_mergeable(model)
     losses: dict[str, float] = {}
     originals: dict[str, nn.Parameter] = {}
-    for path, host, adapter in named_adapters(model):
-        assert isinstance(host, AdaptedLayer)
-        weight, delta = unpacked(host), host.as_stored(host, adapter.addend())
-        scale = scale_of_rows(host, adapter, delta, [(0, len(weight), weight)])
+    for path, layer, adapter in named_adapters(model):
+        assert isinstance(layer, AdaptedLayer)
+        weight, delta = unpacked(layer), layer.as_stored(layer, adapter.addend())
+        scale = scale_of_rows(layer, adapter, delta, [(0, len(weight), weight)])
         result = merged_weight(weight, change_of(weight, delta, scale))
         losses[path] = result.loss
-        taken = replace_weight(host, result.weight)
+        taken = replace_weight(layer, result.weight)
         originals |= {f"{path}.{name}": parameter for name, parameter in taken.items()}
-        adapter.merged = True
-    for path, host, copy in named_copies(model):
+        if adapter.state is not AdapterState.EMPTY:
+            adapter.become(AdapterState.MERGED)
+    for path, layer, copy in named_copies(model):
         for name, value in copy.cast().items():
-            originals[f"{path}.{name}"] = host.get_parameter(name)
+            originals[f"{path}.{name}"] = layer.get_parameter(name)
             merged = nn.Parameter(value.clone(), requires_grad=False)  # never the master itself
             _set_parameter(model, f"{path}.{name}", merged)
-        copy.enabled = False
+        copy.become(AdapterState.MERGED)
     model.dlora_originals = originals  # type: ignore[assignment]
     warn_of_rounding(losses)
     return model
@@ -115,18 +117,23 @@ def merge(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def unmerge(model: nn.Module) -> nn.Module:
-    """Put back the parameters that `merge` kept aside and switch the adapters on again."""
+    """Restore the parameters that `merge` replaced, and switch the adapters on again.
+
+    Raises:
+        UsageError: the model is not merged.
+    """
     originals = model.__dict__.pop("dlora_originals", None)
     if originals is None:
         raise UsageError("unmerge: this model is not merged")
-    for path, host, adapter in named_adapters(model):
-        adapter.merged = False
+    for path, layer, adapter in named_adapters(model):
+        if adapter.state is not AdapterState.EMPTY:
+            adapter.become(AdapterState.ON)
         names = [name for name in WEIGHT_NAMES if f"{path}.{name}" in originals]
-        restore_weight(host, {name: originals.pop(f"{path}.{name}") for name in names})
+        restore_weight(layer, {name: originals.pop(f"{path}.{name}") for name in names})
     for path, original in originals.items():
         _set_parameter(model, path, original)
     for _, _, copy in named_copies(model):
-        copy.enabled = True
+        copy.become(AdapterState.ON)
     return model
 
 
@@ -137,7 +144,7 @@ def warn_of_rounding(losses: dict[str, float]) -> None:
 
 
 def rounding_line(losses: dict[str, float], dtype: str) -> str | None:
-    """What to say of merges into `dtype`, of which some lost more than 1 % of ΔW to rounding."""
+    """The warning about merges into `dtype` that lost more than 1 % of ΔW to rounding, or None."""
     lossy = {path: loss for path, loss in losses.items() if loss > LOSS_WORTH_A_WARNING}
     if not lossy:
         return None
@@ -153,9 +160,12 @@ def _check_mergeable(model: nn.Module) -> None:
     attachment_of(model)
     if "dlora_originals" in model.__dict__:
         raise UsageError("merge: this model is merged already")
-    for path, host, _ in named_adapters(model):
-        name = next(name for name in WEIGHT_NAMES if name in host._parameters)
-        if type(host.get_parameter(name).data) is not Tensor:
+    for path, _, adapter in named_adapters(model):
+        if adapter.state not in (AdapterState.ON, AdapterState.EMPTY):
+            raise UsageError(f"merge: the adapter of {path} {adapter.state.value}")
+    for path, layer, _ in named_adapters(model):
+        name = next(name for name in WEIGHT_NAMES if name in layer._parameters)
+        if type(layer.get_parameter(name).data) is not Tensor:
             raise UsageError(
                 f"merge: {path}.{name} is sharded; save the adapter and use dlora.export --merge"
             )

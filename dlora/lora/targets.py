@@ -10,7 +10,7 @@ from torch import nn
 
 from dlora.errors import UsageError
 from dlora.lora.config import LoraConfig
-from dlora.lora.layers import Conv1DHost, LinearHost, host_kind, obstacle
+from dlora.lora.layers import AdaptedConv1D, AdaptedLinear, layer_kind, obstacle
 
 
 def target_paths(model: nn.Module, config: LoraConfig) -> list[str]:
@@ -28,7 +28,7 @@ def target_paths(model: nn.Module, config: LoraConfig) -> list[str]:
     else:
         paths = _matching(modules, targets, saved)
         for path in paths:
-            _check_can_host(path, modules)
+            _check_adaptable(path, modules)
     if not paths and not saved:
         raise UsageError(f"target_modules: {targets!r} matches no linear layer of this model")
     for key, pattern in (
@@ -75,7 +75,7 @@ def _all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
     return [
         path
         for path, module in modules.items()
-        if host_kind(module) in (LinearHost, Conv1DHost)
+        if layer_kind(module) in (AdaptedLinear, AdaptedConv1D)
         and module is not head
         and not _in_attention_kernel(path, modules)
     ]
@@ -104,9 +104,9 @@ def _matching(
     return [p for p in modules if p in found and not _inside(p, saved)]
 
 
-def _check_can_host(path: str, modules: dict[str, nn.Module]) -> None:
+def _check_adaptable(path: str, modules: dict[str, nn.Module]) -> None:
     module = modules[path]
-    if host_kind(module) is None:
+    if layer_kind(module) is None:
         why = (
             obstacle(module)
             or "Linear, Conv1D, Embedding and Conv1d, 2d, 3d can, with their own forward"

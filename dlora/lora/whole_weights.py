@@ -21,24 +21,24 @@ WholeWeights = Callable[[nn.Module], AbstractContextManager[dict[str, Tensor]]]
 def show_weights(
     named: Iterable[tuple[str, nn.Module, LoraAdapter]], whole_weights: WholeWeights | None
 ) -> None:
-    """Show every adapter that needs it the weight of its host; nothing on the meta device.
+    """Show every adapter that needs it the weight of its layer; nothing on the meta device.
 
-    One weight is whole at a time. Collective where the base is sharded: every rank goes through the
+    One weight is whole at a time. Collective where the base is sharded: every rank takes the
     modules in the same order.
 
     Args:
-        named: (path, host, adapter), as `named_adapters` yields them.
+        named: (path, layer, adapter), as `named_adapters` yields them.
         whole_weights: as of `attach`.
 
     Raises:
         UsageError: the base is sharded, and there is no `gather_module`.
     """
-    for path, host, adapter in named:
+    for path, layer, adapter in named:
         if not adapter.needs_weight or adapter.lora_A.is_meta:
             continue
-        assert isinstance(host, AdaptedLayer)
-        with (whole_weights or plain_weights(f"attach: {path}"))(host) as weights:
-            adapter.see_weight(host.as_product(_dense(host, weights)))
+        assert isinstance(layer, AdaptedLayer)
+        with (whole_weights or plain_weights(f"attach: {path}"))(layer) as weights:
+            adapter.see_weight(layer.as_product(_dense(layer, weights)))
 
 
 def plain_weights(what: str) -> WholeWeights:
@@ -58,8 +58,8 @@ def plain_weights(what: str) -> WholeWeights:
     return plain
 
 
-def _dense(host: Any, weights: dict[str, Tensor]) -> Tensor:
-    """The weight as its host stores it; a packed one in the dtype that it had."""
-    if not is_packed(host):
+def _dense(layer: Any, weights: dict[str, Tensor]) -> Tensor:
+    """The weight as its layer stores it; a packed one in the dtype that it had."""
+    if not is_packed(layer):
         return weights["weight"]
-    return host.packing.whole(weights[CODES], weights[SCALES], host.packing.dtype)
+    return layer.packing.whole(weights[CODES], weights[SCALES], layer.packing.dtype)

@@ -5,33 +5,35 @@
     after the last mask    A, B and E shrink to the triplets that are left
 
 Gradients are global means by then, so every rank computes the same averages of its share of the
-elements. Both moments come by themselves: the first with `reduce_gradients`, the second with the
-step of whatever optimizer holds the adapters.
+elements. The replica calls both: the first in `reduce_gradients`, the second after the step of
+whatever optimizer has the adapters' parameters.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from dlora.errors import UsageError
 from dlora.lora.adalora import orthogonality
 from dlora.lora.adalora.budget import best
 from dlora.lora.attach import attachment_of, named_adapters
+from dlora.lora.method_state import MethodState, Tensors
 from dlora.lora.variants.adalora import TRIPLET_DIM, AdaLoraAdapter, AdaLoraConfig
+from dlora.methods import adalora_report
 from dlora.methods.adalora_scores import Triplets, TripletScores
-from dlora.sharding.replica.optimizer_state import ReplicaError, States
+from dlora.sharding.replica.optimizer_state import ReplicaError
 from dlora.sharding.replica.replica import Replica
 
+SCORER = "scorer"  # the file of the averages in a checkpoint
 
-class RankAllocator:
+
+class RankAllocator(MethodState):
     """Scores, masks and finally removes triplets, once per optimizer step.
 
     Args:
@@ -68,15 +70,17 @@ class RankAllocator:
         self.masks: dict[int, dict[str, int]] = {}
         self.orth_loss = torch.zeros(())
         self._reductions = 0
-        _follow(self)
 
     # -- the two moments of a step --------------------------------------------------------------
 
-    def regularise(self, weight: int) -> None:
-        """Add `weight` times the gradient of γ·R to this rank's gradients, before the reduction.
+    def before_reduce(self, tokens: int) -> None:
+        """Add `tokens` times the gradient of γ·R to this rank's gradients.
 
-        R is the same on every rank. With a rank's number of target tokens as its weight, the mean
-        over all tokens of all ranks contains the gradient of γ·R exactly once.
+        R is the same on every rank, so that the mean over all tokens of all ranks contains the
+        gradient of γ·R exactly once.
+
+        Raises:
+            ReplicaError: gradients were reduced twice, and no optimizer made a step in between.
         """
         self._reductions += 1
         if self._reductions > 2 and self.step == 0:
@@ -95,19 +99,21 @@ class RankAllocator:
                 factor = module.adapter.get_parameter(name).detach()
                 gradient = self._replica.gradient(module.prefix + name)
                 dim = TRIPLET_DIM[name]
-                norms.append(orthogonality.add_gradient(factor, dim, gradient, each * weight))
+                norms.append(orthogonality.add_gradient(factor, dim, gradient, each * tokens))
         self.orth_loss = each * torch.stack(norms).sum()
 
     @torch.no_grad()
-    def after_step(self, optimizer: Optimizer) -> None:
-        """Score, mask and shrink, as the schedule says of this step."""
-        if self._scores is not None and self.schedule.scores(self.step + 1):
-            self._scores.follow()
-        self.advance(optimizer)
+    def after_step(self, optimizer: Optimizer, *, skipped: bool = False) -> None:
+        """Score, mask and shrink, as the schedule says of this step; a skipped one is not scored.
 
-    @torch.no_grad()
-    def advance(self, optimizer: Optimizer) -> None:
-        """Mask and shrink, as the schedule says of this step, by the scores that there are."""
+        Raises:
+            ReplicaError: the optimizer has some of the adapters' tensors only, so that a step of
+                all of them would count twice.
+        """
+        if not self._is_stepped_by(optimizer):
+            return
+        if self._scores is not None and not skipped and self.schedule.scores(self.step + 1):
+            self._scores.follow()
         self.step += 1
         if self._scores is None:
             return
@@ -116,12 +122,8 @@ class RankAllocator:
         if self.step == self.schedule.last:
             self._shrink(optimizer)
 
-    def is_stepped_by(self, optimizer: Optimizer) -> bool:
-        """Whether an optimizer holds the adapters.
-
-        Raises:
-            ReplicaError: it holds some of them only: a step of all would be counted twice.
-        """
+    def _is_stepped_by(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer has the adapters' tensors."""
         names = self._replica.optimized
         own = {id(names[m.prefix + name]) for m in self._modules for name in TRIPLET_DIM}
         held = own & {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -162,7 +164,7 @@ class RankAllocator:
             module.adapter.kept = on_device[module.place]
 
     def _shrink(self, optimizer: Optimizer | None) -> None:
-        """Only what is left goes on: in memory, in the optimizer's state and on the wire."""
+        """Cut the pruned triplets out of parameters, the optimizer's state and the wire."""
         cuts = {
             module.prefix + name: cut
             for module, triplets in zip(self._modules, self._left, strict=True)
@@ -173,7 +175,7 @@ class RankAllocator:
             module.adapter.shrunk()
         self._scores = None
 
-    # -- what is seen and kept ------------------------------------------------------------------
+    # -- metrics, checkpoints, files --------------------------------------------------------------
 
     @property
     def is_shrunk(self) -> bool:
@@ -181,12 +183,17 @@ class RankAllocator:
         return self._scores is None
 
     @property
+    def resized_after(self) -> int | None:
+        """The step of the last mask, once it has fallen."""
+        return self.schedule.last if self.is_shrunk else None
+
+    @property
     def ranks(self) -> dict[str, int]:
         """Triplets of each module that the last mask left."""
         return {m.path: len(left) for m, left in zip(self._modules, self._left, strict=True)}
 
-    def figures(self) -> dict[str, Any]:
-        """What a line of the metrics holds of the step."""
+    def metrics(self) -> dict[str, Any]:
+        """γ·R, the scheduled budget, and the triplets (and parameters) that there are."""
         ranks = list(self.ranks.values())
         spent = sum(r * cost for r, cost in zip(ranks, self._unit_costs, strict=True))
         figures = {
@@ -196,22 +203,26 @@ class RankAllocator:
         }
         return figures | ({"kept_params": spent} if self.config.budget_unit == "params" else {})
 
-    def averages(self) -> States:
-        """This rank's share of the scorer's averages, by parameter and name."""
-        return self._scores.states() if self._scores else {}
+    def progress(self) -> str:
+        """The scheduled budget, and where it ends."""
+        return f"budget {self.schedule.budget(self.step):,} -> {self.schedule.final:,}"
+
+    def tensors(self) -> dict[str, Tensors]:
+        """This rank's share of the scorer's averages."""
+        return {SCORER: self._scores.states() if self._scores else {}}
 
     def record(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside tensors: the triplets that are left, of the init_r."""
+        """The triplets that are left, of the init_r, and whether the others are cut away."""
         named = zip(self._modules, self._left, strict=True)
         return {
             "shrunk": self.is_shrunk,
             "kept": {module.path: left.tolist() for module, left in named},
         }
 
-    def take_up(self, step: int, record: Mapping[str, Any]) -> None:
-        """Go on after `step` with the masks, and where it had shrunk the shapes, of a checkpoint.
+    def load_record(self, step: int, record: Mapping[str, Any]) -> None:
+        """Continue with the masks, and where it had shrunk the shapes, of a checkpoint.
 
-        Before its tensors are loaded; an optimizer must not have any state yet.
+        An optimizer must not have any state yet.
         """
         self.step = step
         keep = torch.zeros(sum(m.adapter.r for m in self._modules), dtype=torch.bool)
@@ -221,42 +232,19 @@ class RankAllocator:
         if record["shrunk"]:
             self._shrink(None)
 
-    def load_averages(self, averages: Iterable[tuple[str, Tensor]]) -> None:
-        """Take over the averages, (`<parameter>.<name>`, whole tensor), of a checkpoint."""
-        if self._scores:
-            self._scores.load(averages)
+    def load_tensors(self, file: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        if file == SCORER and self._scores:
+            self._scores.load(tensors)
+        super().load_tensors(file, tensors)
 
+    def write_files(self, directory: Path, until: int) -> None:
+        """`ranks.json`: the masks up to a step, with those of earlier starts of the run."""
+        own = {step: ranks for step, ranks in list(self.masks.items()) if step <= until}
+        earlier = adalora_report.read_masks(directory, until=until)
+        adalora_report.write_masks(directory, earlier | own)
 
-def keep_triplets(model: nn.Module, record: Mapping[str, Any]) -> None:
-    """Give adapters that no replica owns the masks or shapes that a checkpoint records.
-
-    Raises:
-        UsageError: it records a triplet that its module never had.
-    """
-    for path, _, adapter in named_adapters(model):
-        left = record["kept"].get(path)
-        if left is None or not isinstance(adapter, AdaLoraAdapter):
-            continue  # another run's: whoever compares the two says so
-        if left and left[-1] >= adapter.r:
-            raise UsageError(
-                f"the checkpoint keeps triplet {left[-1]} of {path}, which has {adapter.r}"
-            )
-        if record["shrunk"]:
-            adapter.shrink(torch.tensor(left, dtype=torch.int64))
-        else:
-            adapter.kept = torch.zeros(adapter.r, dtype=torch.bool)
-            adapter.kept[left] = True
-
-
-def _follow(allocator: RankAllocator) -> None:
-    """Let every step of the optimizer that holds the adapters end with `after_step`."""
-    alive = weakref.ref(allocator)
-
-    def after(optimizer: Optimizer, *_: Any) -> None:
-        found = alive()
-        if found is None:
-            handle.remove()
-        elif found.is_stepped_by(optimizer):
-            found.after_step(optimizer)
-
-    handle = register_optimizer_step_post_hook(after)
+    def report(self, directory: Path, log: Any, say: Callable[[str], None]) -> None:
+        """The picture of the last mask, as a file and in the log."""
+        figure = adalora_report.heat_map(self.ranks, self.config.init_r)
+        log.figure("ranks", figure, self.step)
+        say(f"ranks: {adalora_report.write_picture(directory, figure)}")

@@ -8,45 +8,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dlora.io.files import write_atomically
-from dlora.methods.adalora import RankAllocator
+from dlora.lora.variants.adalora import AdaLoraAdapter
 
-RANKS, PICTURE = "ranks.json", "ranks.png"
+RANKS, PICTURE = AdaLoraAdapter.run_files
 Masks = dict[int, dict[str, int]]
-
-
-class RankHistory:
-    """`ranks.json` of a run, and its picture; nothing where no ranks are allocated.
-
-    Args:
-        directory: of the run.
-    """
-
-    def __init__(self, directory: Path, allocator: RankAllocator | None) -> None:
-        self._directory, self._allocator = directory, allocator
-
-    def take_up(self, step: int) -> None:
-        """Go on after a step: the masks up to it, of earlier starts, are this run's as well."""
-        if self._allocator is not None:
-            self._allocator.masks |= read_masks(self._directory, until=step)
-
-    def write(self, until: int) -> None:
-        """Write the masks up to a step, with those that only the file knows."""
-        if self._allocator is not None:
-            masks = {s: m for s, m in list(self._allocator.masks.items()) if s <= until}
-            write_masks(self._directory, read_masks(self._directory, until=until) | masks)
-
-    def draw(self, log: Any, say: Callable[[str], None]) -> None:
-        """The picture of the last mask, as a file and in the log; for the rank that writes."""
-        allocator = self._allocator
-        if allocator is not None:
-            figure = heat_map(allocator.ranks, allocator.config.init_r)
-            log.figure("ranks", figure, allocator.step)
-            say(f"ranks: {write_picture(self._directory, figure)}")
 
 
 def read_masks(directory: Path, *, until: int) -> Masks:

@@ -1,4 +1,4 @@
-"""AdaLoRA's averages and scores of what a replica's adapters hold.
+"""AdaLoRA's averages and scores of the elements of a replica's adapters.
 
 Every rank follows the elements of its share: all of them, or its part of them where the optimizer
 state is divided. One sum over ranks makes the scores whole, the same bits everywhere.
@@ -39,7 +39,7 @@ class Triplets:
 
 
 class TripletScores:
-    """The averages that a rank keeps, all 0 at first, and the scores made of them."""
+    """The averages of a rank's elements, all 0 at first, and the scores made of them."""
 
     def __init__(
         self, modules: Sequence[Triplets], replica: Replica, config: AdaLoraConfig
@@ -53,7 +53,7 @@ class TripletScores:
         self._averages = {kind: replica.share.values.new_zeros(numel) for kind in kinds}
 
     def follow(self) -> None:
-        """Take in this step's weights and gradients; modules without a gradient keep theirs."""
+        """Update the averages of modules that had a gradient in this step."""
         share, averages = self._replica.share, self._flat()
         for here in self._runs() if averages else ():
             importance.follow(

@@ -7,7 +7,7 @@
     pass 3    Y = G·P                               Q = one of Y
     pass 4    Z = Gᵀ·Q                              G ≈ Q·Zᵀ
 
-A pass is a forward and backward over the batches: a host's input is kept as autograd keeps it, and
+A pass is a forward and backward over the batches: autograd stores a layer's input as usual, and
 its product is added up as soon as the gradient of its output is there. One sum over ranks ends the
 pass. So the result does not depend on how the batches are divided, but for rounding. It is exact
 where the rank of G is at most q, and otherwise what a randomised decomposition with one power
@@ -129,7 +129,7 @@ class GradientEstimate:
         training = {module: module.training for module in self.model.modules()}
         self.model.eval()
         handles = [
-            layer.host.register_forward_hook(self._watch(layer, transposed), with_kwargs=True)
+            layer.module.register_forward_hook(self._watch(layer, transposed), with_kwargs=True)
             for layer in self.layers
         ]
         try:
@@ -153,9 +153,9 @@ class GradientEstimate:
 
     @torch.no_grad()
     def _fold(self, layer: Layer, transposed: bool, x: Tensor, dy: Tensor) -> None:
-        assert isinstance(layer.host, AdaptedLayer)
+        assert isinstance(layer.module, AdaptedLayer)
         basis = self._bases[layer.path]
-        product = layer.host.gradient_times(layer.host, x, dy, basis, transposed=transposed)
+        product = layer.module.gradient_times(layer.module, x, dy, basis, transposed=transposed)
         self._sums[layer.path] += product
 
     def _in_step(self, batches: Sequence[Any]) -> Iterator[tuple[Any, float]]:

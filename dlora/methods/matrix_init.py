@@ -1,12 +1,12 @@
 """How adapters start from whole matrices: W0, or what is known of its gradient.
 
     layers, the dearest first, in rounds of one for each rank
-    a round    gather W0 of each layer in turn; its owner keeps a copy, the others let go
+    a round    gather W0 of each layer in turn; its owner copies it, the others free it
                all owners factorise at the same time
                A0, B0 of each layer: broadcast from its owner
 
 One factorisation for each layer in all, of which every rank gets the same bits. Of a sharded base a
-rank holds one whole W0 beside the one that is being gathered.
+rank has one whole W0 beside the one that is being gathered.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dlora.lora.attach import attachment_of, named_adapters
+from dlora.errors import and_more
+from dlora.lora.attach import attachment_of, end_start, named_adapters
 from dlora.lora.layers import AdaptedLayer
 from dlora.lora.variants import LoraAdapter
 from dlora.lora.whole_weights import WholeWeights
@@ -34,7 +35,7 @@ class Layer(NamedTuple):
     """An adapted module."""
 
     path: str
-    host: nn.Module
+    module: nn.Module
     adapter: LoraAdapter
 
     @property
@@ -67,7 +68,7 @@ class Started(NamedTuple):
             return f"init_lora_weights: {self.name}: {done}"
         return (
             f"init_lora_weights: {self.name}: {done}; {len(self.left)} start as usual, whose "
-            f"matrix lacks rank: {', '.join(self.left[:3])}{', …' if len(self.left) > 3 else ''}"
+            f"matrix lacks rank: {and_more(self.left)}"
         )
 
 
@@ -95,15 +96,15 @@ def start_from_weights(
     for start in range(0, len(layers), topology.world):
         batch, own = layers[start : start + topology.world], None
         for rank, layer in enumerate(batch):
-            with whole_weights(layer.host) as weights:
+            with whole_weights(layer.module) as weights:
                 if rank == topology.rank:
                     own = weights["weight"].clone()
                 del weights  # before the next one is gathered
         found: list[Factors | None] = [None] * len(batch)
         if own is not None:
             mine = batch[topology.rank]
-            assert isinstance(mine.host, AdaptedLayer)
-            found[topology.rank] = _factors(model, mine, mine.host.as_product(own))
+            assert isinstance(mine.module, AdaptedLayer)
+            found[topology.rank] = _factors(model, mine, mine.module.as_product(own))
             del own
         for rank, layer in enumerate(batch):
             left += _start(layer, found[rank], rank, topology, wire)
@@ -132,7 +133,7 @@ def start_from_matrices(
     }
     for layer, owner in zip(layers, chosen, strict=True):
         left += _start(layer, found.get(layer.path), owner, topology, wire)
-    attachment_of(model).unstarted = False
+    end_start(model)
     return _done(model, layers, left, began)
 
 

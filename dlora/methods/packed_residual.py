@@ -37,11 +37,11 @@ class Residuals:
         self._stored = StoredWeights(base, skeleton)
         attach(self._model, lora)
         self._layers = {}
-        for path, host, adapter in named_adapters(self._model):
+        for path, module, adapter in named_adapters(self._model):
             adapter.to_empty(device="cpu")
             for tensor in adapter.state_dict().values():
                 tensor.zero_()
-            self._layers[path] = Layer(path, host, adapter)
+            self._layers[path] = Layer(path, module, adapter)
 
     def factorise(self, topology: Topology) -> Started:
         """Make them of the weights in the base's files, each on one rank. Collective."""
@@ -64,10 +64,10 @@ class Residuals:
         """
         if path not in self._layers:
             return weights
-        host, adapter = self._layers[path].host, self._layers[path].adapter
-        assert isinstance(host, AdaptedLayer)
+        module, adapter = self._layers[path].module, self._layers[path].adapter
+        assert isinstance(module, AdaptedLayer)
         A0, B0 = (factor.double() for factor in adapter.offsets().values())
-        one, other = (A0.t(), B0.t()) if host.transposed else (B0, A0)
+        one, other = (A0.t(), B0.t()) if module.transposed else (B0, A0)
         product = one[first : first + len(weights)] @ other
         return (weights.double() - adapter.scaling * product).float()
 
@@ -81,8 +81,8 @@ class Residuals:
 
     def _matrix(self, layer: Layer) -> Tensor:
         """W0 [m, n] of a layer, from the files."""
-        assert isinstance(layer.host, AdaptedLayer)
-        shape = layer.host.get_parameter("weight").shape
+        assert isinstance(layer.module, AdaptedLayer)
+        shape = layer.module.get_parameter("weight").shape
         weight = torch.empty(shape, dtype=self._base.dtype)
         self._stored.read(f"{layer.path}.weight", 0, weight.view(-1))
-        return layer.host.as_product(weight)
+        return layer.module.as_product(weight)

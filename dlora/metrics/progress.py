@@ -51,26 +51,23 @@ class StepDisplay(_Bar):
 
     Off a terminal a line is printed for the first step, the last one and evaluated ones; for others
     where `LINE_SECONDS` have passed since the last line.
-
-    Args:
-        budget: at the end of an AdaLoRA run; its lines show the scheduled one.
     """
 
-    def __init__(self, total: int, done: int, enabled: bool, budget: int | None = None) -> None:
+    def __init__(self, total: int, done: int, enabled: bool) -> None:
         super().__init__(total, done, enabled, "step {task.completed}/{task.total}")
-        self._total, self._start, self._enabled, self._budget = total, done, enabled, budget
+        self._total, self._start, self._enabled = total, done, enabled
         self._began, self._printed = time.monotonic(), -math.inf
 
-    def update(self, record: dict[str, Any]) -> None:
-        """Show the figures of a metrics line."""
+    def update(self, record: dict[str, Any], of_method: str = "") -> None:
+        """Show the figures of a metrics line, and a method's own."""
         step, now = record["step"], time.monotonic()
         figures = (
             f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} target tokens/s  "
             f"{record['all_tokens_per_second']:,.0f} tokens/s in all  "
             f"{record['peak_memory_bytes'] / 1e6:,.0f} MB"
         )
-        if "budget" in record:
-            figures += f"  budget {record['budget']:,} -> {self._budget:,}"
+        if of_method:
+            figures += f"  {of_method}"
         if "eval_loss" in record:
             figures += f"  held-out {record['eval_loss']:.4f}"
         if self._show(step, figures) or not self._enabled:

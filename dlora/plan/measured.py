@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dlora.methods.trained_replica import TrainedReplica
 from dlora.sharding.engines.storage import held_bytes
-from dlora.sharding.replica.replica import Replica
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,11 @@ class Measured:
 
     Attributes:
         wire: sent per step once what stays gathered has come: the median from the third step on,
-            with AdaLoRA as long as nothing has been removed.
+            as long as the method has cut no parameters.
         base: of W0, held.
         replica: of A, B, gradients and optimizer state.
         peak: the most, of the rank that had most.
-        pruned: whether AdaLoRA removed a part of `replica`, which is planned for the beginning.
+        pruned: whether the method cut a part of `replica`, which is planned for the beginning.
     """
 
     wire: float
@@ -36,33 +36,28 @@ class Measured:
 
 def measure(
     model: nn.Module,
-    replica: Replica,
+    replica: TrainedReplica,
     optimizer: Optimizer,
     records: Sequence[Mapping[str, Any]],
-    *,
-    last_mask: int | None = None,
-    pruned: bool = False,
 ) -> Measured:
     """The figures of a run that is over.
 
     Args:
         records: lines of the metrics, one for each step.
-        last_mask: the step of AdaLoRA's last mask; after it, less may be sent.
-        pruned: whether AdaLoRA removed a part of the replica.
     """
-    steady = records[2:] or records
-    if last_mask is not None:
-        steady = [r for r in steady if r["step"] <= last_mask] or steady
+    steady, resized = records[2:] or records, replica.method.resized_after
+    if resized is not None:
+        steady = [r for r in steady if r["step"] <= resized] or steady
     return Measured(
         wire=statistics.median(record["wire_bytes"] for record in steady),
         base=held_bytes(model),
         replica=_storage_bytes(_kept(replica, optimizer)),
         peak=max(record["peak_memory_bytes"] for record in records),
-        pruned=pruned,
+        pruned=resized is not None,
     )
 
 
-def _kept(replica: Replica, optimizer: Optimizer) -> Iterable[Tensor]:
+def _kept(replica: TrainedReplica, optimizer: Optimizer) -> Iterable[Tensor]:
     for parameter in (*replica.named.values(), *replica.optimized.values()):
         yield parameter.detach()
         if parameter.grad is not None:

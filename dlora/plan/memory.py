@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from dlora.plan.activations import Trace
-from dlora.plan.adalora import is_triplet_factor
 from dlora.plan.gathers import Unit
+from dlora.plan.method import MethodPlan
 from dlora.plan.state import share_of, state_of
 from dlora.plan.workload import Workload
 from dlora.runtime.memory import HOLES
@@ -42,7 +42,7 @@ class Memory:
         loss_gathered: the same while the loss is computed.
         adapters: values and gradients of A, B and trained copies.
         offsets: A0 and B0 of adapters that start from a matrix.
-        state: of the optimizer, and of AdaLoRA's scorer.
+        state: of the optimizer, and of the adapters' method.
         snapshots: the two of A, B and state and the one of the offsets, where they are in the same
             memory.
         activations: what a micro-batch takes.
@@ -108,6 +108,7 @@ def memory_of(
     divided: bool,
     device: str,
     offsets: int = 0,
+    method: MethodPlan = MethodPlan(),  # noqa: B008 - frozen
 ) -> Memory:
     """The memory of a rank.
 
@@ -118,6 +119,7 @@ def memory_of(
         divided: whether the optimizer state is divided over ranks.
         device: `"cuda"` or `"cpu"`: where the model is.
         offsets: bytes of what adapters have beside `trained`.
+        method: what their method stores.
     """
     units = list(units)
     share, size = share_of(workload.optimizer, divided), placement.shard_size
@@ -128,10 +130,8 @@ def memory_of(
     always = sum(unit.nbytes for unit in units if unit.always) if size > 1 else 0
     shard = sum(unit.gathered if size > 1 else unit.nbytes for unit in units) // size
     whole = item * sum(parameter.numel() for parameter in trained.values())
-    scored = {name: p for name, p in trained.items() if is_triplet_factor(name)}
-    averages = workload.averages * item if scored else 0
-    scorer = averages * share.elements(scored, topology) if averages else 0
-    kept = state.whole + averages * sum(p.numel() for p in scored.values())
+    of_method = [share.elements(named, topology) for named in method.copies]
+    kept = state.whole + item * sum(p.numel() for named in method.copies for p in named.values())
     # Then no rank has all of it to take a snapshot of.
     collective = divided or (workload.optimizer.name == "lora_pro" and topology.world > 1)
     saving = max(8 * stepped, 2 * (whole + kept + offsets)) if device == "cpu" else 0
@@ -143,7 +143,7 @@ def memory_of(
         loss_gathered=0,
         adapters=item * (values + gradients),
         offsets=offsets,
-        state=state.held + scorer,
+        state=state.held + item * sum(of_method),
         snapshots=0 if device != "cpu" or collective else 2 * (whole + kept) + offsets,
         activations=activations,
         saving=max(saving, state.stepping),

@@ -11,6 +11,7 @@ from torch import nn
 from dlora.lora.attach import frozen_tensors
 from dlora.plan.gathers import Unit, in_order_of_worth, units_of
 from dlora.plan.memory import Memory, memory_of
+from dlora.plan.method import method_plan
 from dlora.plan.trace import trace
 from dlora.plan.traffic import Traffic, traffic_of
 from dlora.plan.workload import Workload
@@ -89,6 +90,7 @@ class Subject:
         self.activations = trace(
             skeleton, workload.rows, workload.tokens, checkpointing=workload.checkpointing
         )
+        self._method = method_plan(skeleton)
         self._units: dict[tuple[Any, int], tuple[Unit, ...]] = {}
 
     def units(self, placement: Placement) -> tuple[Unit, ...]:
@@ -128,9 +130,10 @@ class Subject:
                 activations=self.activations,
                 offsets=sum(t.nbytes for t in frozen_tensors(self.skeleton).values()),
                 device=self.device,
+                method=self._method,
                 **common,
             ),
-            traffic=traffic_of(units, held, self.trained, **common),
+            traffic=traffic_of(units, held, self.trained, summed=self._method.summed, **common),
             **common,
         )
 

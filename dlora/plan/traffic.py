@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from dlora.plan.adalora import score_bytes
 from dlora.plan.gathers import Unit
 from dlora.plan.state import share_of, state_of
 from dlora.plan.workload import Workload
 from dlora.sharding.comm_bytes import ring_gather_bytes
-from dlora.sharding.replica.hierarchical_reduce import is_hierarchical, reduction_bytes
+from dlora.sharding.replica.hierarchical_reduce import is_hierarchical, padded, reduction_bytes
+from dlora.sharding.replica.optimizer_state import item
 from dlora.sharding.topology import Placement, Topology
 
 
@@ -42,7 +42,7 @@ class Sent:
 @dataclass(frozen=True)
 class Traffic:
     """Per optimizer step: gathers of W0 (in steady state) and the reduction, with what an optimizer
-    that is spread over ranks sends after it; of one audit; and of one of AdaLoRA's masks.
+    that is spread over ranks sends after it; of one audit; and of one sum of the method's own.
     """
 
     gathers: Sent
@@ -70,20 +70,26 @@ def traffic_of(
     topology: Topology,
     workload: Workload,
     divided: bool,
+    summed: int = 0,
 ) -> Traffic:
-    """The traffic of a rank; see `dlora.plan.memory.memory_of` for the arguments."""
+    """The traffic of a rank; see `dlora.plan.memory.memory_of` for the arguments.
+
+    Args:
+        summed: elements of the sum over ranks that the adapters' method makes at some steps.
+    """
     size = placement.shard_size
     coming = (unit for unit in units if not (unit.always or unit.path in held))
     gathers = sum(unit.times * ring_gather_bytes(unit.gathered, size) for unit in coming)
     optimizer = workload.optimizer
     reduced = share_of(optimizer, divided).wire_bytes(trained, topology)
     reduced += state_of(optimizer, trained, topology, divided).wire
+    own = reduction_bytes(padded(summed, topology) * item(trained), topology) if summed else 0.0
     checksums = ring_gather_bytes(8 * topology.world, topology.world)
     return Traffic(
         gathers=_in_a_ring(gathers, size, topology),
         reduction=_in_two_levels(reduced, topology),
         audit=_in_a_ring(checksums, topology.world, topology),
-        mask=_in_two_levels(score_bytes(trained, topology), topology),
+        mask=_in_two_levels(own, topology),
     )
 
 

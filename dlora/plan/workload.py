@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from dlora.config.load import Config, OptimizerConfig
 from dlora.data.collate import PAD_TO
-from dlora.lora.adalora.importance import IMPORTANCES
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,6 @@ class Workload:
         micro_batches: forward passes.
         optimizer: what keeps a state of A and B.
         checkpointing: activations are recomputed in backward.
-        averages: that AdaLoRA's scorer keeps of each element of A, B and E.
     """
 
     rows: int
@@ -26,7 +24,6 @@ class Workload:
     micro_batches: int
     optimizer: OptimizerConfig
     checkpointing: bool
-    averages: int = 0
 
 
 def workload_of(config: Config, world: int, longest: int | None = None) -> Workload:
@@ -35,7 +32,6 @@ def workload_of(config: Config, world: int, longest: int | None = None) -> Workl
     Args:
         longest: tokens of the data's longest sequence; without data, what `data.max_length` allows.
     """
-    adapter = config.adapter
     sequences, size = config.train.global_batch_size, config.train.micro_batch_size
     micro_batches = -(-sequences // (world * size))
     return Workload(
@@ -44,5 +40,4 @@ def workload_of(config: Config, world: int, longest: int | None = None) -> Workl
         micro_batches=micro_batches,
         optimizer=config.optimizer,
         checkpointing=config.sharding.activation_checkpointing,
-        averages=len(IMPORTANCES[adapter.importance]) if adapter.method == "adalora" else 0,
     )

@@ -10,15 +10,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dlora.adapters.save_load import load_adapter
-from dlora.api import TrainedReplica, attach_unstarted, replicate, start_adapters
 from dlora.config.load import EIGHT_BIT, Config
 from dlora.data import deal
 from dlora.data.collate import Batch, collate
 from dlora.hooks import Hooks
 from dlora.lora.attach import attachment_of
 from dlora.lora.init import INITS
+from dlora.methods.attach import attach_unstarted, start_adapters
 from dlora.methods.lora_ga import PASSES, GradientEstimate
 from dlora.methods.packed_residual import Residuals
+from dlora.methods.trained_replica import TrainedReplica, replicate
 from dlora.objectives import chunked_loss as targets
 from dlora.optim.eight_bit import adamw8bit
 from dlora.optim.lora_pro import LoraPro

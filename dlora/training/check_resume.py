@@ -28,7 +28,7 @@ FREE_KEYS = {
 }
 FREE_SECTIONS = {"sharding", "output"}
 # Settings of an adapter that come from elsewhere in the configuration.
-SAID_AS = {"total_step": "train.max_steps or train.epochs (adalora's schedule spans all steps)"}
+SAID_AS = {"total_step": "train.max_steps or train.epochs (the method's schedule spans all steps)"}
 
 
 def check_resume(

@@ -25,7 +25,6 @@ from dlora.checkpoint.remote import RemoteCheckpoints, remote_of
 from dlora.checkpoint.snapshot import Snapshots
 from dlora.errors import UsageError
 from dlora.hooks import Committed, Saved, nothing
-from dlora.methods.adalora_report import RankHistory
 from dlora.metrics.log import complete
 from dlora.runtime.console import console
 from dlora.runtime.failure import found_report
@@ -44,16 +43,12 @@ class CheckpointManager:
 
     Args:
         start: the step that it resumes after.
-
-    Attributes:
-        masks: AdaLoRA's masks.
     """
 
     def __init__(self, context: RunContext, start: int) -> None:
         self._context, self._start = context, start
         self._root = context.directory / "checkpoints"
         self._remote = remote_of(context.config)
-        self.masks = RankHistory(context.directory, context.replica.allocator)
         self._snapshots = Snapshots()
         self._record: dict[str, Any] = {}  # of the snapshot's step
         self._lock = threading.Lock()  # while a snapshot is written or read
@@ -73,12 +68,11 @@ class CheckpointManager:
         replica = self._context.replica
         committed: Committed = nothing
         if self._context.ranks.main or replica.share.collective_saves:
-            states, allocation = replica.states(self._context.optimizer), replica.allocation()
-            captured = capture(replica, states, self._state(step), allocation, replica.frozen)
+            captured = capture(replica, state=self._state(step), **self._beside())
             if captured is not None:
                 self.settle()
                 with self._warning_of_disk(step):
-                    self.masks.write(until=step)
+                    self.write_method_files(step)
                 self._pending = self._writer.submit(self._write_behind, captured)
                 committed = self._pending.result
         self._context.hooks.saved(record, committed)
@@ -104,9 +98,8 @@ class CheckpointManager:
         """
         replica = self._context.replica
         if not replica.share.collective_saves:
-            states, allocation = replica.states(self._context.optimizer), replica.allocation()
             with self._lock:
-                self._snapshots.take(step, replica, states, allocation, replica.frozen)
+                self._snapshots.take(step, replica, **self._beside())
                 self._record = record
 
     def commit(self, *, ending: bool) -> str:
@@ -125,7 +118,7 @@ class CheckpointManager:
                 checkpoints.verify(directory)
             except UsageError:
                 self._context.lock.check()
-                self.masks.write(until=step)
+                self.write_method_files(step)
                 self._push(self._write(snapshot.checkpoint(self._state(step))))
             every = self._context.config.output.log_every
             if ending and every and step % every == 0 and self._record["step"] == step:
@@ -166,6 +159,19 @@ class CheckpointManager:
     def publish(self, adapter: Path) -> None:
         """Copy the adapter, which was just written, to `output.remote`."""
         self._copy(adapter.name, lambda remote: remote.put(adapter))
+
+    def write_method_files(self, step: int) -> None:
+        """Write the files that the adapters' method has in the run's directory, up to a step."""
+        self._context.replica.method.write_files(self._context.directory, until=step)
+
+    def _beside(self) -> dict[str, Any]:
+        """The content of a checkpoint beside the trained tensors."""
+        replica = self._context.replica
+        return {
+            "states": replica.states(self._context.optimizer),
+            "record": replica.method.record(),
+            "frozen": replica.frozen,
+        }
 
     def _nothing_to_commit(self) -> str:
         if self._context.replica.share.collective_saves:

@@ -57,8 +57,8 @@ def check_placement(config: Config, topology: Topology) -> None:
 def check_dropout(model: nn.Module) -> None:
     """See that there is something for `adapter.lora_dropout` to act on; a look-up has no input."""
     dropout = attachment_of(model).config.lora_dropout
-    hosts = [host for _, host, _ in named_adapters(model)]
-    if dropout and all(isinstance(host, AdaptedLayer) and host.is_embedding for host in hosts):
+    layers = [layer for _, layer, _ in named_adapters(model)]
+    if dropout and all(isinstance(layer, AdaptedLayer) and layer.is_embedding for layer in layers):
         raise UsageError(
             f"adapter.lora_dropout: {dropout} cannot act: it drops inputs of linear layers, and "
             "none of them is adapted"
@@ -70,8 +70,8 @@ def check_gradients(model: nn.Module) -> None:
     attachment, head = attachment_of(model), model_parts(model).head
     if attachment.init.needs != "gradient":
         return
-    for path, host, _ in named_adapters(model):
-        if host is head:
+    for path, layer, _ in named_adapters(model):
+        if layer is head:
             raise UsageError(
                 f"adapter.target_modules: {path} is the output head, of whose logits only some "
                 "exist at a time, so there is no gradient for lora_ga to start it from"
@@ -83,8 +83,8 @@ def check_adapter(model: nn.Module, directory: str) -> None:
     path = inside(Path(directory).expanduser(), WEIGHTS)
     tensors = stored_tensors(path)
     shapes = {key: stored.shape for key, stored in tensors.items()}
-    for host, _, _ in named_adapters(model):
-        shapes.pop(f"{PREFIX}{host}.base_layer.weight", None)
+    for adapted, _, _ in named_adapters(model):
+        shapes.pop(f"{PREFIX}{adapted}.base_layer.weight", None)
     check_shapes(path, shapes, peft_slots(model))
     check_numbers(tensors)
 

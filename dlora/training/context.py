@@ -8,9 +8,9 @@ from pathlib import Path
 from torch import nn
 from torch.optim import Optimizer
 
-from dlora.api import TrainedReplica
 from dlora.config.load import Config
 from dlora.hooks import Hooks
+from dlora.methods.trained_replica import TrainedReplica
 from dlora.runtime.ranks import Ranks
 from dlora.runtime.run_lock import RunLock
 from dlora.training.prepare import Preparation

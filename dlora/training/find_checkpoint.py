@@ -21,7 +21,7 @@ from dlora.errors import UsageError
 from dlora.io.files import read_object
 from dlora.io.safetensors import stored_tensors
 from dlora.lora.config import LoraConfig
-from dlora.lora.layers import CHILD
+from dlora.lora.variants import VARIANTS
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class ResumePoint:
         state: its `state.json`.
         settings: its `config.yaml`.
         shapes: of the adapters' tensors, by name.
-        allocation: the triplets that AdaLoRA had left.
+        record: what its method recorded beside tensors.
     """
 
     directory: str
     state: dict[str, Any]
     settings: dict[str, Any]
     shapes: dict[str, list[int]]
-    allocation: dict[str, Any] | None = None
+    record: dict[str, Any] | None = None
 
     @property
     def step(self) -> int:
@@ -111,8 +111,8 @@ def _opened(directory: Path) -> ResumePoint:
         raise UsageError(f"{path}: cannot be read: {error}") from None
     settings, _ = parse_yaml(text, str(path))
     state = read_object(directory / "state.json")
-    allocation = checkpoints.allocation(directory)
-    resumed = ResumePoint(str(directory), state, settings, shapes, allocation)
+    record = checkpoints.method_record(directory)
+    resumed = ResumePoint(str(directory), state, settings, shapes, record)
     for file, problem in _strange(resumed):
         raise UsageError(f"{directory / file}: {problem}, which no run writes")
     return resumed
@@ -130,8 +130,9 @@ def _strange(resumed: ResumePoint) -> Iterator[tuple[str, str]]:
     ):
         if not isinstance(value, types):
             yield "state.json", f"{key} is {value!r}"
+    lora = None
     try:
-        saved_lora(state)
+        lora = saved_lora(state)
     except UsageError as error:
         yield "state.json", str(error).removeprefix("state.json: ")
     sections = settings if isinstance(settings, dict) else {"": settings}
@@ -143,10 +144,10 @@ def _strange(resumed: ResumePoint) -> Iterator[tuple[str, str]]:
         value = sections.get("sharding", {}).get(name, option.default)
         if value not in get_args(option.type):
             yield "config.yaml", f"{option.key} is {value!r}"
-    kept = resumed.allocation["kept"] if resumed.allocation else ()
-    counted = {name for name in resumed.shapes if name.endswith(f".{CHILD}.lora_E")}
-    if counted != {f"{path}.{CHILD}.lora_E" for path in kept}:
-        yield "manifest.json", "triplets are not those of adapter.safetensors"
+    try:
+        VARIANTS[lora.variant if lora else "lora"].check_record(resumed.record, resumed.shapes)
+    except UsageError as error:
+        yield "manifest.json", str(error)
 
 
 def state_at(

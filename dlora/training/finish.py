@@ -26,15 +26,8 @@ def finish(
     print_samples(context, "after training")
     if context.ranks.main and (line := held_out_line(context.directory)):
         console.info(line)
-    status, allocator = save_result(context, checkpoints), context.replica.allocator
-    measured = measure(
-        context.model,
-        context.replica,
-        context.optimizer,
-        records,
-        last_mask=allocator.schedule.last if allocator else None,
-        pruned=allocator is not None and allocator.is_shrunk,
-    )
+    status = save_result(context, checkpoints)
+    measured = measure(context.model, context.replica, context.optimizer, records)
     console.info(comparison(context.prepared.budget, measured, context.ranks.device.type))
     return status
 

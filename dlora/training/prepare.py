@@ -15,9 +15,8 @@ from dlora.base.model import BaseModel, check_experts_divide, find_base
 from dlora.base.quantize import Quantized
 from dlora.config.load import Config
 from dlora.data import Dataset, Sampler, check_source, load_examples
-from dlora.lora.attach import adapter_tensors, attach, trainable_parameters
+from dlora.lora.attach import adapter_tensors, attach, load_record, trainable_parameters
 from dlora.lora.config import LoraConfig
-from dlora.methods.adalora import keep_triplets
 from dlora.objectives.chunked_loss import model_parts
 from dlora.plan.choose import Decision, capacity_of, decide
 from dlora.plan.plan import Plan, Subject
@@ -170,8 +169,6 @@ def _decision(
     earlier = earlier_placement(resumed.settings, resumed.state) if resumed else None
     settings = settle(config, earlier, world)
     workload = workload_of(config, world, longest)
-    if resumed is not None and resumed.allocation is not None and resumed.allocation["shrunk"]:
-        workload = replace(workload, averages=0)  # nothing is scored any more
     decision = decide(
         Subject(
             skeleton,
@@ -224,8 +221,7 @@ def _adapted(
     quantized = base.pack(skeleton)
     with keyed_by("adapter"):
         attach(skeleton, lora, residual=True)
-    if resumed is not None and resumed.allocation is not None:
-        keep_triplets(skeleton, resumed.allocation)
+    load_record(skeleton, resumed.record if resumed else None)
     check_dropout(skeleton)
     check_gradients(skeleton)
     if config.adapter.path is not None and resumed is None:

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dlora.api import TrainedReplica
 from dlora.checkpoint import format as checkpoints
 from dlora.checkpoint.format import Checkpoint
 from dlora.checkpoint.host_copy import restore
@@ -21,7 +20,8 @@ from dlora.checkpoint.remote import remote_of
 from dlora.config.load import Config, dump_yaml
 from dlora.errors import UsageError, dtype_name
 from dlora.io.files import unused_name, write_atomically
-from dlora.methods.adalora_report import PICTURE, RANKS
+from dlora.lora.variants import VARIANTS
+from dlora.methods.trained_replica import TrainedReplica
 from dlora.metrics.log import MetricsLog
 from dlora.runtime.agreement import agree, broadcast
 from dlora.runtime.console import console
@@ -55,8 +55,7 @@ def resume(context: RunContext) -> int:
     def shared(file: str) -> Iterator[tuple[str, Tensor]]:
         return _shared(ranks, states.get(file, {}), checkpoint and checkpoint.states.get(file, {}))
 
-    if replica.allocator is not None:
-        replica.allocator.take_up(step, described["allocation"])
+    replica.method.load_record(step, described["record"])
     _check_states(states, replica, optimizer)
     restore(
         _shared(ranks, described["tensors"], checkpoint and checkpoint.tensors),
@@ -65,8 +64,9 @@ def resume(context: RunContext) -> int:
         optimizer,
         replica.frozen,
     )
-    if replica.allocator is not None:
-        replica.allocator.load_averages(shared("scorer"))
+    for file in states:
+        if file != "optimizer":
+            replica.method.load_tensors(file, shared(file))
     console.info(f"resuming after step {step}")
     return step
 
@@ -117,7 +117,8 @@ def open_directory(context: RunContext, start: int) -> MetricsLog:
     if resumed and Path(resumed.directory).resolve().parent == root.resolve():
         checkpoints.set_aside_after(start, root)
     else:
-        for name in ("checkpoints", "metrics.jsonl", RANKS, PICTURE, "tensorboard"):
+        of_methods = [name for variant in VARIANTS.values() for name in variant.run_files]
+        for name in ["checkpoints", "metrics.jsonl", *dict.fromkeys(of_methods), "tensorboard"]:
             _set_aside(directory / name)
     if (remote := remote_of(config)) is not None:
         remote.set_aside(start)
@@ -151,7 +152,7 @@ def _described(checkpoint: Checkpoint) -> dict[str, Any]:
         "step": checkpoint.state["step"],
         "tensors": of(checkpoint.tensors),
         "states": {file: of(tensors) for file, tensors in checkpoint.states.items()},
-        "allocation": checkpoint.allocation,
+        "record": checkpoint.record,
     }
 
 

@@ -88,7 +88,7 @@ class UnusedWatch:
     def see(self, named: Mapping[str, Tensor], present: Mapping[str, bool]) -> str | None:
         """Look at which tensors had a gradient on some rank; why the run has to end, or None.
 
-        One without elements has none to have: AdaLoRA has left it no rank.
+        One without elements has none to have: its method has pruned it to rank 0.
         """
         if self._left == 0:
             return None

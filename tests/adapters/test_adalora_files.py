@@ -20,7 +20,6 @@ from dlora import (
     load_adapter,
 )
 from dlora import save_adapter as save
-from dlora.api import replicate
 from dlora.checkpoint import format as checkpoint
 from dlora.checkpoint.host_copy import capture
 from dlora.config.load import (
@@ -34,6 +33,7 @@ from dlora.config.load import (
 from dlora.export.command import main
 from dlora.lora.attach import named_adapters, trainable_parameters
 from dlora.methods import adalora_report as ranks_file
+from dlora.methods.trained_replica import replicate
 from dlora.metrics.log import MetricsLog
 from dlora.sharding.engines.protocol import build_engine
 from dlora.sharding.topology import Topology, resolve_placement
@@ -203,7 +203,7 @@ def checkpoint_of(base: Path, root: Path, steps: int) -> tuple[Path, nn.Module]:
     )
     lora = {"method": "adalora", **asdict(model.dlora.config)}
     state = {"step": steps, "total_steps": 6, "adapter": lora}
-    content = capture(replica, replica.states(optimizer), state, replica.allocation())
+    content = capture(replica, replica.states(optimizer), state, replica.method.record())
     assert content is not None
     directory = checkpoint.write(content, root / "checkpoints", dump_yaml(config), 2)
     return directory, model.eval()

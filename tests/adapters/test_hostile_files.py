@@ -20,7 +20,7 @@ from dlora import AdaLoraConfig, attach, load_adapter
 from dlora.base.model import BaseModel, BaseWeights, find_base
 from dlora.export import command as export
 from dlora.io.files import inside
-from dlora.methods.adalora import keep_triplets
+from dlora.lora.attach import load_record
 
 FACTOR = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
 
@@ -209,4 +209,4 @@ def test_a_triplet_that_never_was(base: Path):
     model = loaded(base)
     attach(model, AdaLoraConfig(init_r=3, target_r=2, target_modules=["q_proj"]))
     record = {"shrunk": True, "kept": {path: [0, 3] for path in model.dlora.adapted}}
-    assert "keeps triplet 3 of model.layers.0" in one_line(lambda: keep_triplets(model, record))
+    assert "keeps triplet 3 of model.layers.0" in one_line(lambda: load_record(model, record))

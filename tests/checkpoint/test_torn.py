@@ -75,7 +75,7 @@ def config_of(root: Path, resume: str = "auto") -> Config:
 
 def same(one: Checkpoint, other: Checkpoint) -> bool:
     def raw(c: Checkpoint) -> list[Any]:
-        return [save(c.tensors), {n: save(s) for n, s in c.states.items()}, c.state, c.allocation]
+        return [save(c.tensors), {n: save(s) for n, s in c.states.items()}, c.state, c.record]
 
     return raw(one) == raw(other)
 
@@ -300,7 +300,7 @@ def rewritten(name: str, text: str) -> Callable[[Path], None]:
 
 STATE, MANIFEST, SETTINGS = "state.json", "manifest.json", "config.yaml"
 OF_STATE = {"bytes": 1, "sha256": "0"}
-TRIPLETS = "triplets: not what a run writes"
+TRIPLETS = "method: does not list triplets by module"
 FORGERIES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no step": (edited(STATE, "step", to="four"), "state.json: step: a number of steps"),
     "negative step": (edited(STATE, "step", to=-1), "state.json: step: a number of steps"),
@@ -330,12 +330,12 @@ FORGERIES: dict[str, tuple[Callable[[Path], None], str]] = {
     "root": (edited(MANIFEST, "files", "/etc/hostname", to=OF_STATE), "is not the name of a file"),
     "itself": (edited(MANIFEST, "files", "", to=OF_STATE), "'' is not the name of a file in it"),
     "format": (edited(MANIFEST, "format", to=[2]), "checkpoint format [2] is unknown"),
-    "triplets": (edited(MANIFEST, "triplets", to=3), TRIPLETS),
-    "kept": (edited(MANIFEST, "triplets", "kept", PATHS[0], to=["0"]), TRIPLETS),
-    "twice": (edited(MANIFEST, "triplets", "kept", PATHS[0], to=[1, 1]), TRIPLETS),
-    "disorder": (edited(MANIFEST, "triplets", "kept", PATHS[0], to=[2, 1]), TRIPLETS),
-    "below 0": (edited(MANIFEST, "triplets", "kept", PATHS[0], to=[-1]), TRIPLETS),
-    "other modules": (edited(MANIFEST, "triplets", "kept", to={}), "are not those of adapter."),
+    "record": (edited(MANIFEST, "method", to=3), TRIPLETS),
+    "kept": (edited(MANIFEST, "method", "kept", PATHS[0], to=["0"]), TRIPLETS),
+    "twice": (edited(MANIFEST, "method", "kept", PATHS[0], to=[1, 1]), TRIPLETS),
+    "disorder": (edited(MANIFEST, "method", "kept", PATHS[0], to=[2, 1]), TRIPLETS),
+    "below 0": (edited(MANIFEST, "method", "kept", PATHS[0], to=[-1]), TRIPLETS),
+    "other modules": (edited(MANIFEST, "method", "kept", to={}), "are not those of adapter."),
 }  # fmt: skip
 
 
@@ -358,7 +358,7 @@ def test_a_manifest_of_other_triplets_is_not_believed(whole: Path, tmp_path: Pat
     root = Path(shutil.copytree(whole, tmp_path / "run"))
     newer = root / "checkpoints" / STEPS[1]
     manifest = json.loads((newer / MANIFEST).read_text())
-    manifest["triplets"]["kept"][PATHS[1]] = [0, 2]
+    manifest["method"]["kept"][PATHS[1]] = [0, 2]
     (newer / MANIFEST).write_text(json.dumps(manifest))
     assert "manifest.json: does not match its SHA-256" in refusal(root, newer)
     del manifest["sha256"]

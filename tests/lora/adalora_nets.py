@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dlora import AdaLoraConfig, attach, shard
-from dlora.api import TrainedReplica
 from dlora.lora.attach import named_adapters
+from dlora.methods.trained_replica import TrainedReplica
 
 LAYERS = ("l1", "l2", "l3")
 
@@ -132,16 +132,4 @@ def regulariser(layers: dict[str, nn.Module], kept: dict[str, Tensor] | None = N
 
 def kept_of(run: Ours) -> dict[str, list[int]]:
     """The triplets of each module that the last mask left."""
-    return run.replica.allocator.record()["kept"]
-
-
-def stepped_alone(run: Ours, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The adapters as the next step of AdamW makes them, before any mask; changes nothing."""
-    copies = {name: p.detach().clone() for name, p in run.replica.named.items()}
-    optimizer = torch.optim.AdamW(copies.values(), lr=1e-2, weight_decay=0.0)
-    for name, one in copies.items():
-        one.grad = gradients[name]
-        state = run.optimizer.state[run.replica.named[name]]
-        optimizer.state[one] = {slot: value.clone() for slot, value in state.items()}
-    optimizer.step()
-    return copies
+    return run.replica.method.record()["kept"]

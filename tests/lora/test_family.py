@@ -6,15 +6,16 @@ one, which each adapter starts from.
 """
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import peft
 import pytest
 import torch
 from causal_models import randomize, relative_error
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from dlora import LoraConfig, UsageError, disabled, merge, save_adapter, unmerge
@@ -84,9 +85,9 @@ def config_of(case: str) -> LoraConfig:
     return config
 
 
-def attached(case: str, model: nn.Module) -> nn.Module:
+def attached(case: str, model: nn.Module, **changes: Any) -> nn.Module:
     """With adapters, at the start of training."""
-    config = config_of(case)
+    config = replace(config_of(case), **changes)
     torch.manual_seed(2)
     attach(model, config)
     init = INITS[config.init_lora_weights]
@@ -103,9 +104,9 @@ def attached(case: str, model: nn.Module) -> nn.Module:
     return model
 
 
-def trained(case: str, host: str) -> nn.Module:
+def trained(case: str, host: str, **changes: Any) -> nn.Module:
     """After a few steps."""
-    model = attached(case, net(host)).train()
+    model = attached(case, net(host), **changes).train()
     optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=0.1)
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -234,6 +235,52 @@ def test_every_trained_tensor_has_a_gradient_after_two_steps(case: str, host: st
         assert parameter.grad is not None and parameter.grad.any(), name
         assert parameter.grad.isfinite().all(), name
         assert parameter.grad.dtype == parameter.dtype == torch.float32
+
+
+@on_every_host
+def test_a_recomputed_forward_with_dropout_gives_the_same_bits(case: str, host: str) -> None:
+    model, found = trained(case, host, lora_dropout=0.3).train(), []
+    for reentrant in (None, False, True):
+        x = inputs(host, 5)
+        x = x.requires_grad_() if x.is_floating_point() else x
+        model.zero_grad()
+        torch.manual_seed(6)
+        y = model(x) if reentrant is None else checkpoint(model, x, use_reentrant=reentrant)
+        if not y.requires_grad:
+            continue  # ids alone: a reentrant checkpoint needs an input with a gradient
+        y.square().mean().backward()
+        parameters = [x, *trainable_parameters(model).values()]
+        found.append([y.detach(), *(p.grad for p in parameters if p.grad is not None)])
+    assert len(found) >= 2
+    assert all(
+        torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other, strict=True)
+    )
+
+
+@on_every_host
+def test_half_precision_keeps_the_masters_whole(case: str, host: str) -> None:
+    """A bfloat16 base, and autocast: the output is near the float32 one, and so are gradients."""
+
+    def run(dtype: torch.dtype, autocast: bool) -> list[Tensor]:
+        model = trained(case, host)
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+        x = inputs(host, 5)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = model(x.to(dtype) if x.is_floating_point() else x)
+        y.float().square().sum().backward()
+        gradients = [p.grad for p in trainable_parameters(model).values()]
+        assert {g.dtype for g in gradients} == {torch.float32}
+        assert y.dtype == (torch.bfloat16 if autocast else dtype)
+        return [y.float(), *gradients]
+
+    wanted = run(torch.float32, False)
+    for dtype, autocast in ((torch.bfloat16, False), (torch.float32, True)):
+        got = run(dtype, autocast)
+        assert relative_error(got[0], wanted[0]) < 2e-2
+        for gradient, expected in zip(got[1:], wanted[1:], strict=True):
+            assert relative_error(gradient, expected) < 0.1
 
 
 @on_every_host

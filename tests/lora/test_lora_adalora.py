@@ -9,14 +9,13 @@ from adalora_nets import LAYERS, adapted, data, net, randomize
 from causal_models import causal_model, relative_error, token_ids
 from test_lora_autograd import saved_for_backward
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from dlora import AdaLoraConfig, attach, disabled, merge, unmerge
 from dlora.lora.adalora import orthogonality
 from dlora.lora.attach import attachment_of, named_adapters
 from dlora.lora.dropout import SampleKeys
+from dlora.lora.states import AdapterState
 
 N, M, R, ROWS, TOKENS, VOCABULARY = 5, 7, 3, 2, 4, 6
 KEYS = SampleKeys(seed=0, step=3, ids=(11, 12), lengths=(4, 3))
@@ -39,7 +38,7 @@ def host(kind: str, *, r: int = R, dropout: float = 0.0, dtype: Any = torch.floa
     adapter = model[0].adapter
     if r < R:
         adapter.shrink(torch.arange(r))
-        adapter.enabled = True  # it would stand back, and there would be nothing to test
+        adapter.state = AdapterState.ON  # it would stand back, and there would be nothing to test
     return model
 
 
@@ -51,24 +50,9 @@ def inputs(kind: str) -> Tensor:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("r", [R, 1, 0])
-@pytest.mark.parametrize("kind", [k for k in HOSTS if k != "embedding with padding"])
-def test_gradients_equal_finite_differences(kind: str, r: int, dropout: float) -> None:
-    model, x = host(kind, r=r, dropout=dropout), inputs(kind)
-    factors = {f"0.adapter.{name}": p for name, p in model[0].adapter.named_parameters()}
-
-    def f(*given: Tensor) -> Tensor:
-        values = dict(zip(factors, given[-3:], strict=True))
-        with attachment_of(model).stream.keyed(KEYS):
-            return functional_call(model, values, (given[0] if len(given) > 3 else x,))
-
-    with_x = [x] if x.requires_grad else []
-    assert torch.autograd.gradcheck(f, (*with_x, *factors.values()))
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("kind", HOSTS)
-def test_layer_equals_plain_autograd(kind: str, dropout: float) -> None:
-    model, x = host(kind, dropout=dropout), inputs(kind)
+def test_layer_equals_plain_autograd(kind: str, r: int, dropout: float) -> None:
+    model, x = host(kind, r=r, dropout=dropout), inputs(kind)
     base, adapter = model[0], model[0].adapter
     factors = list(adapter.parameters())
     A, B, E = adapter.lora_A, adapter.lora_B, adapter.lora_E
@@ -103,22 +87,6 @@ def test_backward_keeps_x_once_and_one_z_for_each_layer(dtype: torch.dtype) -> N
     assert {t.dtype for t in kept} == {dtype}
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
-def test_activation_checkpointing_changes_no_bit(reentrant: bool, dropout: float) -> None:
-    model = randomize(adapted(lora_dropout=dropout))
-    found = []
-    for recompute in (False, True):
-        model.zero_grad()
-        torch.manual_seed(1)
-        x = data(0)[0].requires_grad_()
-        y = checkpoint(model, x, use_reentrant=reentrant) if recompute else model(x)
-        y.square().sum().backward()
-        found.append([x.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
-    assert len(found[0]) == 1 + 9
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_it_starts_as_its_base_with_gaussian_factors(dtype: torch.dtype) -> None:
     model = adapted(net(dtype))
@@ -131,16 +99,6 @@ def test_it_starts_as_its_base_with_gaussian_factors(dtype: torch.dtype) -> None
         assert adapter.lora_E.shape == (6, 1) and not adapter.lora_E.any()
         for factor in (adapter.lora_A, adapter.lora_B):
             assert 0.015 < factor.std() < 0.025
-
-
-def test_permuting_triplets_changes_nothing_but_their_order() -> None:
-    model = randomize(adapted())
-    x, _ = data(0)
-    before = model(x)
-    order = torch.tensor([3, 0, 5, 1, 2, 4])
-    for _, _, adapter in named_adapters(model):
-        adapter.shrink(order)
-    assert relative_error(model(x), before) < 1e-6
 
 
 # -- the regulariser ------------------------------------------------------------------------------
@@ -208,11 +166,9 @@ def test_eval_mode_sees_the_pruned_model_between_masks() -> None:
         assert relative_error(scaling * B @ A, adapter.delta()) < 1e-6
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_merge_unmerge_and_disabled(masked: bool) -> None:
+def test_a_masked_model_merges_and_unmerges() -> None:
     model = randomize(adapted())
-    if masked:
-        pruned(model)
+    pruned(model)
     x, _ = data(0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with disabled(model):
@@ -233,7 +189,7 @@ def test_modules_that_have_no_triplet_left_stand_back() -> None:
     x, _ = data(0)
     y = model(x)
     y.sum().backward()
-    assert not model.l2.adapter.enabled and model.l1.adapter.lora_A.grad.any()
+    assert model.l2.adapter.state is AdapterState.EMPTY and model.l1.adapter.lora_A.grad.any()
     assert model.l2.adapter.lora_A.grad is None
     plain = net()
     for path in ("l1", "l3"):

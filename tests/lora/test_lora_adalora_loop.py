@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from adalora_nets import LAYERS, Ours, adapted, data, kept_of, mse, net, randomize, stepped_alone
+from adalora_nets import Ours, adapted, data, kept_of, mse, net, randomize
 from causal_models import relative_error
-from torch import Tensor, nn
+from torch import nn
 
 from dlora import AdaLoraConfig, LoraConfig, UsageError, attach, shard
 from dlora.lora.adalora import importance
-from dlora.lora.adalora.budget import best
 from dlora.lora.attach import named_adapters
+from dlora.lora.method_state import MethodState
 from dlora.sharding.replica.optimizer_state import ReplicaError
 
 PHASES = {"total_step": 30, "tinit": 4, "tfinal": 8, "deltaT": 3}
@@ -23,7 +23,7 @@ PHASES = {"total_step": 30, "tinit": 4, "tfinal": 8, "deltaT": 3}
 @pytest.mark.parametrize("kind", ["uncertainty", "sensitivity", "magnitude"])
 def test_the_kept_count_is_the_budget_after_every_mask(kind: str) -> None:
     run = Ours.start(adapted(importance=kind, **PHASES))
-    allocator = run.replica.allocator
+    allocator = run.replica.method
     schedule = allocator.schedule
     assert (schedule.initial, schedule.final) == (18, 9)
     for t in range(1, 31):
@@ -35,46 +35,12 @@ def test_the_kept_count_is_the_budget_after_every_mask(kind: str) -> None:
                 == schedule.budget(t)
                 == sum(int(values.count_nonzero()) for values in run.values().values())
             )
-        figures = allocator.figures()
+        figures = allocator.metrics()
         assert figures["kept_ranks"] == sum(allocator.ranks.values())
         assert figures["budget"] == schedule.budget(t)
         assert math.isfinite(figures["orth_loss"])
     assert sorted(allocator.masks) == [6, 9, 12, 15, 18, 21, 22]
     assert allocator.masks[22] == allocator.ranks == {p: len(v) for p, v in run.values().items()}
-
-
-def test_masks_follow_the_averages_over_all_modules() -> None:
-    """The best by S = s(λ) + mean s(P) + mean s(Q), of averages that this test keeps itself."""
-    run = Ours.start(adapted(**PHASES))
-    averages = {name: torch.zeros(2, *p.shape) for name, p in run.replica.named.items()}
-    for t in range(1, 22):
-        mse(run.model, t).backward()
-        run.replica.reduce_gradients()
-        gradients = {name: p.grad.clone() for name, p in run.replica.named.items()}
-        allocator = run.replica.allocator
-        masked = allocator.schedule.masks(t)
-        # The weights after the step and before the mask: another optimizer on copies makes it.
-        stepped = stepped_alone(run, gradients) if masked else None
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-        for name, p in run.replica.named.items():
-            w = stepped[name] if stepped else p.detach()
-            average, uncertainty = averages[name]
-            product = (w * gradients[name]).abs()
-            average.mul_(0.85).add_(product, alpha=0.15)
-            uncertainty.mul_(0.85).add_((product - average).abs(), alpha=0.15)
-        if masked:
-            keep = best(scores_of(averages), allocator.schedule.budget(t)).view(3, -1)
-            expected = {p: k.nonzero().view(-1).tolist() for p, k in zip(LAYERS, keep, strict=True)}
-            assert kept_of(run) == expected, t
-
-
-def scores_of(averages: dict[str, Tensor]) -> Tensor:
-    scores = []
-    for path in LAYERS:
-        A, B, E = (averages[f"{path}.adapter.lora_{x}"].prod(0) for x in "ABE")
-        scores.append(E.view(-1) + A.mean(1) + B.mean(0))
-    return torch.cat(scores)
 
 
 def by_hand(values: dict[str, list[float]], **settings: Any) -> Ours:
@@ -96,7 +62,7 @@ def test_magnitude_keeps_the_largest_singular_values_of_either_sign() -> None:
         "l2": [4.0],
         "l3": [-1.0, 1.0, 2.0],
     }
-    assert run.replica.allocator.averages() == {}
+    assert run.replica.method.tensors()["scorer"] == {}
 
 
 def test_sensitivity_is_that_of_the_last_step() -> None:
@@ -106,7 +72,7 @@ def test_sensitivity_is_that_of_the_last_step() -> None:
         run.replica.reduce_gradients()
         gradients = {name: p.grad.clone() for name, p in run.replica.named.items()}
         run.optimizer.step()
-        averages = run.replica.allocator.averages()
+        averages = run.replica.method.tensors()["scorer"]
         for name, p in run.replica.named.items():
             assert torch.equal(averages[name]["exp_avg_ipt"], (p * gradients[name]).abs())
             assert averages[name].keys() == set(importance.IMPORTANCES["sensitivity"])
@@ -115,13 +81,13 @@ def test_sensitivity_is_that_of_the_last_step() -> None:
 
 def test_params_are_never_overspent_and_nothing_left_out_would_fit() -> None:
     run = Ours.start(adapted(budget_unit="params", **PHASES))
-    allocator, costs = run.replica.allocator, {"l1": 49, "l2": 57, "l3": 33}  # m + n + 1
+    allocator, costs = run.replica.method, {"l1": 49, "l2": 57, "l3": 33}  # m + n + 1
     assert allocator.schedule.initial == 6 * sum(costs.values())
     assert allocator.schedule.final == 3 * sum(costs.values())
     for t in range(1, 31):
         run.step(mse(run.model, t))
         spent = sum(costs[path] * rank for path, rank in allocator.ranks.items())
-        assert allocator.figures()["kept_params"] == spent
+        assert allocator.metrics()["kept_params"] == spent
         if allocator.schedule.masks(t):
             left = allocator.schedule.budget(t) - spent
             assert 0 <= left < min(costs[p] for p, rank in allocator.ranks.items() if rank < 6)
@@ -130,7 +96,7 @@ def test_params_are_never_overspent_and_nothing_left_out_would_fit() -> None:
 def test_wide_matrices_pay_what_they_cost() -> None:
     values = {"l1": [4.0, 4, 4, 4], "l2": [5.0, 5, 5, 5], "l3": [3.0, 3, 3, 3]}
     kept = {
-        unit: by_hand(values, importance="magnitude", budget_unit=unit).replica.allocator.ranks
+        unit: by_hand(values, importance="magnitude", budget_unit=unit).replica.method.ranks
         for unit in ("triplets", "params")
     }
     assert kept["triplets"] == {"l1": 2, "l2": 4, "l3": 0}  # 326 parameters
@@ -172,11 +138,11 @@ def test_the_regulariser_counts_once_whatever_the_accumulation(pieces: int) -> N
             norms.append(torch.linalg.matrix_norm(gram - torch.eye(6, dtype=torch.float64)))
     regulariser = 0.7 * torch.stack(norms).mean()
     ((reference(x) - y).square().sum() / 16 + regulariser).backward()
-    assert relative_error(run.replica.allocator.orth_loss, regulariser) < 1e-12
+    assert relative_error(run.replica.method.orth_loss, regulariser) < 1e-12
     for name, gradient in found.items():
         assert relative_error(gradient, reference.get_parameter(name).grad) < 1e-11, name
     run.optimizer.step()
-    for name, averages in run.replica.allocator.averages().items():  # and scored once
+    for name, averages in run.replica.method.tensors()["scorer"].items():  # and scored once
         product = (run.replica.named[name] * found[name]).abs()
         assert relative_error(averages["exp_avg_ipt"], 0.15 * product) < 1e-12
 
@@ -184,7 +150,7 @@ def test_the_regulariser_counts_once_whatever_the_accumulation(pieces: int) -> N
 def test_orthonormal_and_empty_factors_give_no_nan() -> None:
     values = {"l1": [4.0, 4, 4, 4], "l2": [5.0, 5, 5, 5], "l3": [0.0, 0, 0, 0]}
     run = by_hand(values, importance="magnitude", orth_reg_weight=0.5)
-    assert run.replica.allocator.ranks == {"l1": 2, "l2": 4, "l3": 0}
+    assert run.replica.method.ranks == {"l1": 2, "l2": 4, "l3": 0}
     with torch.no_grad():
         for _, _, adapter in named_adapters(run.model):
             nn.init.eye_(adapter.lora_A)
@@ -192,9 +158,9 @@ def test_orthonormal_and_empty_factors_give_no_nan() -> None:
     run.optimizer.param_groups[0]["lr"] = 1e-2
     for t in range(3):
         run.step(mse(run.model, t))
-        assert math.isfinite(run.replica.allocator.figures()["orth_loss"])
+        assert math.isfinite(run.replica.method.metrics()["orth_loss"])
         assert run.replica.values.isfinite().all()
-        assert (run.replica.allocator.orth_loss == 0) == (t == 0)
+        assert (run.replica.method.orth_loss == 0) == (t == 0)
 
 
 # -- what a loop must and must not do -------------------------------------------------------------
@@ -253,17 +219,17 @@ def test_steps_of_other_optimizers_do_not_count() -> None:
         run.step(mse(run.model, t))
         plain(torch.ones(2)).sum().backward()
         optimizer.step()
-    assert (run.replica.allocator.step, other.replica.allocator.step) == (3, 0)
+    assert (run.replica.method.step, other.replica.method.step) == (3, 0)
     lora = net()
     attach(lora, LoraConfig(r=2))
-    assert shard(lora).allocator is None
+    assert type(shard(lora).method) is MethodState
 
 
 def test_optimizers_hold_no_allocator_alive() -> None:
     run = Ours.start(adapted(**PHASES))
-    alive = weakref.ref(run.replica.allocator)
+    alive = weakref.ref(run.replica.method)
     run.step(mse(run.model, 1))
-    run.replica.allocator = None
+    run.replica.method = MethodState()
     gc.collect()
     assert alive() is None
     run.step(mse(run.model, 2))

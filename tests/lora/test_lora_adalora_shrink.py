@@ -1,10 +1,7 @@
 """After the last mask only what is left goes on: in the parameters and in the optimizer's state."""
 
 import torch
-from adalora_nets import Ours, adapted, data, kept_of, mse, stepped_alone
-from causal_models import relative_error
-
-from dlora.lora.attach import named_adapters
+from adalora_nets import Ours, adapted, kept_of, mse
 
 
 def test_shrinking_keeps_the_parameters_and_cuts_the_moments() -> None:
@@ -21,7 +18,7 @@ def test_shrinking_keeps_the_parameters_and_cuts_the_moments() -> None:
         first = state["exp_avg"] * 0.9 + 0.1 * p.grad
         moments[name] = (first, state["exp_avg_sq"] * 0.999 + 0.001 * p.grad.square())
     run.optimizer.step()
-    assert run.replica.allocator.is_shrunk
+    assert run.replica.method.is_shrunk
     left = kept_of(run)
     for name, p in run.model.named_parameters():
         if name not in parameters:
@@ -46,29 +43,8 @@ def test_it_trains_on_with_old_losses_alive() -> None:
         losses.append(mse(run.model, t))
         run.step(losses[-1])
         before = {name: p.detach().clone() for name, p in run.replica.named.items()}
-    assert run.replica.allocator.step == 20
+    assert run.replica.method.step == 20
     losses.append(mse(run.model, 21))
     run.step(losses[-1])
     for name, p in run.replica.named.items():
         assert p.numel() == 0 or not torch.equal(p, before[name]), name
-
-
-def test_shrinking_changes_no_logit_and_the_rest_is_gone() -> None:
-    """After the last mask the shrunk model computes what the masked one would."""
-    run = Ours.start(adapted(total_step=20, tfinal=10))
-    for t in range(1, 10):
-        run.step(mse(run.model, t))
-    mse(run.model, 10).backward()
-    run.replica.reduce_gradients()
-    gradients = {name: p.grad.clone() for name, p in run.replica.named.items()}
-    copies = stepped_alone(run, gradients)
-    run.optimizer.step()
-    reference = adapted()
-    with torch.no_grad():
-        for name, copy in copies.items():
-            reference.get_parameter(name).copy_(copy)
-        for path, _, adapter in named_adapters(reference):
-            gone = sorted(set(range(6)) - set(kept_of(run)[path]))
-            adapter.lora_E[gone] = 0
-    x, _ = data(0)
-    assert relative_error(run.model(x), reference(x)) < 1e-6

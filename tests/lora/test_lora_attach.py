@@ -8,7 +8,6 @@ import pytest
 import torch
 from causal_models import causal_model, randomize, randomize_trainable
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from dlora import LoraConfig, UsageError, attach, disabled
 from dlora.lora.attach import trainable_parameters
@@ -280,12 +279,6 @@ def test_settings_out_of_range_name_the_field(case: str) -> None:
         LoraConfig(**settings)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
-
-
-def test_conv1d_is_known_by_its_attributes() -> None:
-    model = nn.Sequential(Conv1D(6, 4))
-    attach(model, LoraConfig(r=2))
-    assert (model[0].adapter.lora_A.shape, model[0].adapter.lora_B.shape) == ((2, 4), (6, 2))
 
 
 def test_attaching_on_the_meta_device_makes_no_tensor() -> None:

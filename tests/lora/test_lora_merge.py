@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dlora import LoraConfig, UsageError, attach, disabled, merge, unmerge
 from dlora.lora.attach import named_adapters
 from dlora.lora.merge import merged_weight
+from dlora.lora.states import AdapterState
 from dlora.lora.variants.adalora import AdaLoraAdapter, AdaLoraConfig
 
 EVERYTHING = {
@@ -33,16 +34,6 @@ def logits(model: nn.Module) -> Tensor:
     return model(token_ids()).logits
 
 
-@pytest.mark.parametrize("kind", EVERYTHING)
-def test_merged_logits_equal_unmerged_ones(kind: str) -> None:
-    model = adapted(kind)
-    with disabled(model):
-        base = logits(model)
-    unmerged = logits(model)
-    assert relative_error(unmerged, base) > 0.1  # there is something to merge
-    assert relative_error(logits(merge(model)), unmerged) < 1e-5
-
-
 @quiet
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", EVERYTHING)
@@ -51,6 +42,8 @@ def test_unmerge_restores_every_bit(kind: str, dtype: torch.dtype) -> None:
     before = {name: (p, p.detach().clone()) for name, p in model.named_parameters()}
     expected = logits(model)
     merge(model)
+    if dtype == torch.float32:
+        assert relative_error(logits(model), expected) < 1e-5
     for path in (*model.dlora.adapted, *model.dlora.saved):
         weight = model.get_submodule(path).weight
         assert not torch.equal(weight, before.get(f"{path}.weight", (None, weight[:0]))[1]), path
@@ -156,13 +149,6 @@ def test_merged_copies_of_modules_to_save_are_not_the_masters() -> None:
     assert torch.equal(logits(model), expected)
 
 
-def test_merge_keeps_what_the_adapters_hold() -> None:
-    model = adapted("llama")
-    before = {path: adapter.delta() for path, _, adapter in named_adapters(model)}
-    merge(model)
-    assert all(torch.equal(a.delta(), before[path]) for path, _, a in named_adapters(model))
-
-
 @pytest.mark.parametrize(
     ("calls", "message"),
     [
@@ -223,5 +209,5 @@ def test_unmerging_leaves_off_what_adalora_left_no_rank() -> None:
         assert isinstance(adapter, AdaLoraAdapter)
         adapter.shrink(torch.tensor([], dtype=torch.long))
     unmerge(merge(model))
-    assert not any(adapter.enabled for _, _, adapter in named_adapters(model))
+    assert all(a.state is AdapterState.EMPTY for _, _, a in named_adapters(model))
     assert torch.equal(model(x), expected)

@@ -62,7 +62,7 @@ def watched(argv: list[str], crash_in: int | None = None) -> dict[str, Any]:
         mask, and bytes of averages kept here.
     """
     run = prepared_run(argv)
-    replica, allocator = run.replica, run.replica.allocator
+    replica, allocator = run.replica, run.replica.method
     seen: dict[str, Any] = {"masks": {}, "nonzero": {}, "averages": {}, "step": 0}
 
     def see() -> None:
@@ -71,7 +71,11 @@ def watched(argv: list[str], crash_in: int | None = None) -> dict[str, Any]:
             seen["masks"][step] = allocator.record()["kept"]
             values = [p for name, p in replica.named.items() if name.endswith("lora_E")]
             seen["nonzero"][step] = sum(int(value.count_nonzero()) for value in values)
-        kept = [average for slots in allocator.averages().values() for average in slots.values()]
+        kept = [
+            average
+            for slots in allocator.tensors()["scorer"].values()
+            for average in slots.values()
+        ]
         seen["averages"][step] = 4 * sum(average.numel() for average in kept)
         if step == crash_in:
             raise Crash

@@ -85,13 +85,13 @@ def train(when: str, gamma: float, unit: str, divided: bool) -> dict[str, Any]:
     optimizer = replica.drive(torch.optim.AdamW(replica.parameter_groups(lr=SETTINGS["lr"])))
     for group in optimizer.param_groups:
         group["weight_decay"] = SETTINGS["weight_decay"]
-    allocator = replica.allocator
+    allocator = replica.method
     assert allocator is not None
     seen: dict[str, Any] = {"values": [], "averages": [], "masks": {}, "orth": []}
 
     def see() -> None:
         seen["values"].append({n: p.detach().clone() for n, p in replica.named.items()})
-        gathered = replica.share.whole(allocator.averages(), everywhere=True)
+        gathered = replica.share.whole(allocator.tensors()["scorer"], everywhere=True)
         seen["averages"].append({f"{name}.{kind}": a.clone() for name, kind, a in gathered})
         if allocator.step in allocator.masks:
             seen["masks"][allocator.step] = allocator.record()["kept"]

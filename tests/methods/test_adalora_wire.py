@@ -7,8 +7,7 @@ import pytest
 from allocations import ADALORA, INITIAL, after_each_step
 from collectives import CollectiveLog
 from ranks import Pools
-from run_training import command_line, figures, prepared_run
-from tiny import save_chats
+from run_training import figures, prepared_run
 
 from dlora.sharding.replica.hierarchical_reduce import padded
 
@@ -56,7 +55,7 @@ def logged(argv: list[str]) -> dict[str, Any]:
 )
 def test_one_sum_for_each_mask(
     pools: Pools,
-    saved_models: Any,
+    run_words: Any,
     tmp_path: Path,
     engine: str,
     base: str,
@@ -65,10 +64,8 @@ def test_one_sum_for_each_mask(
     state: str,
 ) -> None:
     """4 bytes for each triplet in ring-equivalent bytes, and nothing for the regulariser."""
-    argv = command_line(
-        model__path=saved_models("llama"),
-        data__train=str(save_chats(tmp_path / "chats.jsonl", 24)),
-        output__dir=str(tmp_path / "run"),
+    argv = run_words(
+        tmp_path / "run",
         sharding__engine=engine,
         sharding__base=base,
         sharding__optimizer_state=state,

@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import Pools
-from run_training import command_line, figures, relative_error, same_bits, train
+from run_training import figures, relative_error, same_bits, train
 from safetensors.torch import load_file
 from test_own_loop import BASES
 from test_quantized_methods import held_out, logits_after
 from test_resume import crashed
-from tiny import VOCABULARY, save_chats
+from tiny import VOCABULARY
 
 from dlora import LoraConfig, UsageError, attach, shard
 from dlora.adapters.save_load import WEIGHTS
@@ -35,21 +35,20 @@ RUN = {"adapter__use_dora": True, "adapter__lora_dropout": 0.1, "optimizer__lora
     ],
 )
 def test_a_run_is_that_of_one_process_and_what_peft_computes(
-    pools: Pools, saved_models: Any, tmp_path: Path, engine: str, name: str, world: int
+    pools: Pools,
+    saved_models: Any,
+    run_words: Any,
+    tmp_path: Path,
+    engine: str,
+    name: str,
+    world: int,
 ) -> None:
     model = saved_models("blocks")
-    chats = save_chats(tmp_path / "chats.jsonl", 24)
 
     def words(directory: str, **settings: Any) -> list[str]:
-        return command_line(
-            model__path=model,
-            model__quantization=name,
-            data__train=str(chats),
-            output__dir=str(tmp_path / directory),
-            output__save_every=STEPS,
-            train__max_steps=STEPS,
-            **RUN | settings,
-        )
+        common = {"output__save_every": STEPS, "train__max_steps": STEPS}
+        common |= RUN | {"model__quantization": name} | settings
+        return run_words(tmp_path / directory, model="blocks", **common)
 
     pools(1).run(train, words("one"))
     where = {"sharding__engine": engine, "sharding__base": "world"}
@@ -66,20 +65,12 @@ def test_a_run_is_that_of_one_process_and_what_peft_computes(
     assert same_bits(*map(load_file, files))
 
 
-def test_a_run_goes_on_from_its_checkpoint(pools: Pools, saved_models: Any, tmp_path: Path) -> None:
+def test_a_run_goes_on_from_its_checkpoint(pools: Pools, run_words: Any, tmp_path: Path) -> None:
     """Norms come from W0 again, magnitudes from the checkpoint; on the other engine as well."""
-    chats = save_chats(tmp_path / "chats.jsonl", 24)
 
     def words(directory: str, **settings: Any) -> list[str]:
-        return command_line(
-            model__path=saved_models("llama"),
-            data__train=str(chats),
-            output__dir=str(tmp_path / directory),
-            output__save_every=2,
-            train__max_steps=4,
-            sharding__base="world",
-            **RUN | settings,
-        )
+        common = {"output__save_every": 2, "train__max_steps": 4, "sharding__base": "world"}
+        return run_words(tmp_path / directory, **common | RUN | settings)
 
     expected = pools(1).run(train, words("whole"))[0]["tensors"]
     assert pools(2).run(crashed, words("run"), 3) == ["crashed"] * 2

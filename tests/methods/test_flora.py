@@ -11,9 +11,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from causal_models import relative_error
 from ranks import Pools
-from run_training import command_line, figures, same_bits, train
+from run_training import figures, same_bits, train
 from test_resume import crashed
-from tiny import save_chats
 from transformers import AutoModelForCausalLM
 from unet import TARGETS, noisy, unet
 
@@ -101,20 +100,17 @@ def test_sharded_convolutions_are_those_of_one_process(
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_run_of_flora_is_one_process_and_resumed_exactly(
-    pools: Pools, saved_models: Any, tmp_path: Path
+    pools: Pools, saved_models: Any, run_words: Any, tmp_path: Path
 ) -> None:
-    def words(name: str, **settings: Any) -> list[str]:
-        return command_line(
-            model__path=saved_models("llama"),
+    def words(name: str) -> list[str]:
+        return run_words(
+            tmp_path / name,
             adapter__method="flora",
             adapter__flora_r_out=3,
             adapter__lora_dropout=0.1,
             optimizer__loraplus_lr_ratio=4,
-            data__train=str(save_chats(tmp_path / "chats.jsonl", 24)),
-            output__dir=str(tmp_path / name),
             output__save_every=3,
             train__max_steps=8,
-            **settings,
         )
 
     one = pools(1).run(train, words("one"))[0]

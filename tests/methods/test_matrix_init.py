@@ -11,13 +11,12 @@ import torch
 import torch.distributed as dist
 from ranks import Pools
 from run_training import (
-    command_line,
     figures,
     relative_error,
     same_bits,
     train,
 )
-from tiny import VOCABULARY, save_chats
+from tiny import VOCABULARY
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -236,22 +235,13 @@ def test_what_cannot_start_is_refused_on_every_rank(pools: Pools, saved_models: 
 
 
 @pytest.fixture
-def command(saved_models: Any, tmp_path: Path) -> Callable[..., list[str]]:
-    """command(directory, **settings): the words of a run."""
-    data = save_chats(tmp_path / "chats.jsonl", 24)
-
-    def of(directory: Path, **settings: Any) -> list[str]:
-        common = {
-            "model__path": saved_models("llama"),
-            "data__train": str(data),
-            "output__dir": str(directory),
-            "output__save_every": SAVED,
-            "train__max_steps": STEPS,
-            "adapter__lora_dropout": 0.1,
-        }
-        return command_line(**common | settings)
-
-    return of
+def command(run_words: Any) -> Callable[..., list[str]]:
+    settings = {
+        "output__save_every": SAVED,
+        "train__max_steps": STEPS,
+        "adapter__lora_dropout": 0.1,
+    }
+    return lambda directory, **others: run_words(directory, **settings | others)
 
 
 def test_the_output_head_has_no_gradient_to_start_from(command: Any, tmp_path: Path) -> None:

@@ -8,9 +8,8 @@ import pytest
 import torch
 from peft import PeftModel
 from ranks import Pools
-from run_training import command_line, figures, prepared_run, same_bits, train
+from run_training import figures, prepared_run, same_bits, train
 from test_quantized_sharded import whole
-from tiny import save_chats
 from torch import Tensor
 
 from dlora.base.quantize import quantize
@@ -22,21 +21,12 @@ STEPS = 4
 IDS = torch.arange(12)[None]
 
 
-@pytest.fixture(scope="module")
-def command(saved_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    data = save_chats(tmp_path_factory.mktemp("data") / "chats.jsonl", 24)
-
+@pytest.fixture
+def command(run_words: Any) -> Any:
     def of(directory: Path, name: str, init: str, **settings: Any) -> list[str]:
-        common = {
-            "model__path": saved_models("blocks"),
-            "model__quantization": name,
-            "adapter__init_lora_weights": init,
-            "data__train": str(data),
-            "output__dir": str(directory),
-            "train__max_steps": STEPS,
-            "output__save_every": 2,
-        }
-        return command_line(**common | settings)
+        common = {"model__quantization": name, "adapter__init_lora_weights": init}
+        common |= {"train__max_steps": STEPS, "output__save_every": 2}
+        return run_words(directory, model="blocks", **common | settings)
 
     return of
 

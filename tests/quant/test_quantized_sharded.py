@@ -12,11 +12,12 @@ from run_training import relative_error
 from tiny import VOCABULARY
 from torch import Tensor
 
-from dlora.api import attach, replicate
 from dlora.base.model import find_base
 from dlora.base.quantize import quantize
 from dlora.lora.attach import named_adapters
 from dlora.lora.config import LoraConfig
+from dlora.methods.attach import attach
+from dlora.methods.trained_replica import replicate
 from dlora.quant.formats import FORMATS
 from dlora.sharding.engines.protocol import build_engine
 from dlora.sharding.engines.storage import held_bytes

@@ -173,7 +173,7 @@ def test_files_of_a_checkpoint(whole: Any) -> None:
         scorer = load_file(directory / "scorer.safetensors")
         manifest = json.loads((directory / "manifest.json").read_text())
         assert "scorer.safetensors" in manifest["files"]
-        triplets = manifest["triplets"]
+        triplets = manifest["method"]
         kept = wanted["masks"].get(max((m for m in MASKS if m <= step), default=0))
         assert triplets["kept"] == (kept or {module: [0, 1, 2, 3] for module in triplets["kept"]})
         assert len(triplets["kept"]) == MODULES

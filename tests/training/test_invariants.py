@@ -12,9 +12,10 @@ from run_training import command_line, prepared_run
 from tiny import VOCABULARY, save_chats
 from torch import Tensor
 
-from dlora.api import attach, replicate
 from dlora.base.model import DTYPES, find_base
 from dlora.lora.config import LoraConfig
+from dlora.methods.attach import attach
+from dlora.methods.trained_replica import replicate
 from dlora.sharding.engines.protocol import build_engine
 from dlora.sharding.topology import Topology, resolve_placement
 

@@ -17,6 +17,7 @@ from run_training import figures, prepared_run
 
 from dlora.checkpoint import format as checkpoint
 from dlora.lora.attach import named_adapters
+from dlora.lora.states import AdapterState
 from dlora.training.watchdogs import FiniteWatch
 
 STEPS = 6
@@ -104,7 +105,7 @@ def half_used(argv: list[str]) -> tuple[int, int]:
     """A run in which one adapter takes no part; (status, steps made)."""
     run = prepared_run(argv)
     _, _, adapter = next(named_adapters(run.model))
-    adapter.enabled = False
+    adapter.become(AdapterState.OFF)
     return run.train(), len(run.records)
 
 

@@ -9,7 +9,8 @@ Source: Zhang et al. 2023, https://arxiv.org/abs/2303.10512.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +21,9 @@ from dlora.lora.adalora.budget import BUDGET_UNITS, BudgetSchedule
 from dlora.lora.adalora.importance import IMPORTANCES
 from dlora.lora.config import LoraConfig
 from dlora.lora.init import Initialisation
+from dlora.lora.layers import CHILD
+from dlora.lora.method_state import PlannedState
+from dlora.lora.states import AdapterState
 from dlora.lora.variants.lora import LoraAdapter, PlainLora
 
 TRIPLET_DIM = {"lora_A": 0, "lora_B": 1, "lora_E": 0}  # the dim that counts triplets
@@ -85,6 +89,10 @@ class AdaLoraConfig(LoraConfig):
         object.__setattr__(self, "r", self.init_r)
         super().__post_init__()
 
+    def for_steps(self, total_steps: int) -> AdaLoraConfig:
+        """The same with T, which the schedule spans."""
+        return replace(self, total_step=total_steps)
+
     def schedule(self, initial: int, final: int) -> BudgetSchedule:
         """The schedule from a budget to another; needs `total_step`."""
         if self.total_step is None:
@@ -96,6 +104,7 @@ class AdaLoraAdapter(LoraAdapter):
     """P, λ and Q of one base module.
 
     Attributes:
+        final: whether the parameters have been cut after the last mask; nothing is scored then.
         kept: [r] bool, the triplets that the last mask left; None before the first one. In training
             a pruned λ may grow again until the next mask; in eval mode it counts as 0, so that what
             is evaluated, merged and saved is the pruned model.
@@ -103,11 +112,15 @@ class AdaLoraAdapter(LoraAdapter):
 
     settings = AdaLoraConfig
     variant = "adalora"
+    prunes = True
+    state_class = "dlora.methods.adalora:RankAllocator"
+    run_files = ("ranks.json", "ranks.png")
 
     def __init__(self, *, r: int, dtype: torch.dtype, device: torch.device, **others: Any) -> None:
         super().__init__(r=r, dtype=dtype, device=device, **others)
         self.lora_E = nn.Parameter(torch.empty(r, 1, dtype=dtype, device=device))
         self.kept: Tensor | None = None
+        self.final = False
 
     @torch.no_grad()
     def reset(self, *, is_embedding: bool, init: type[Initialisation]) -> None:
@@ -117,11 +130,11 @@ class AdaLoraAdapter(LoraAdapter):
         self.lora_E.zero_()
 
     def singular_values(self) -> Tensor:
-        """λ [r, 1]; in eval mode only of triplets that are kept."""
+        """λ [r, 1]; in eval mode 0 for pruned triplets."""
         return self.lora_E if self.training else self._pruned()
 
     def as_lora(self) -> PlainLora:
-        """A = (λQ) and B = P of the triplets that are kept and whose λ is not 0."""
+        """A = (λQ) and B = P of the triplets that are not pruned and whose λ is not 0."""
         values = self._pruned().detach()
         there = values.view(-1).nonzero().view(-1)
         A = (self.lora_A.detach() * values)[there]
@@ -146,9 +159,47 @@ class AdaLoraAdapter(LoraAdapter):
         return {name: (dim, indices) for name, dim in TRIPLET_DIM.items()}
 
     def shrunk(self) -> None:
-        """Told that the parameters have been cut; with no triplet left there is no adapter."""
-        self.kept = None
-        self.enabled = self.enabled and self.r > 0
+        """Note that the parameters have been cut; with no triplet left there is no adapter."""
+        self.kept, self.final = None, True
+        if self.r == 0:
+            self.become(AdapterState.EMPTY)
+
+    def planned_state(self, config: AdaLoraConfig) -> PlannedState:
+        """The averages of each element, until the last mask, and one score for each triplet."""
+        averages = 0 if self.final else len(IMPORTANCES[config.importance])
+        return PlannedState(dict.fromkeys(TRIPLET_DIM, averages), summed=self.r)
+
+    @classmethod
+    def check_record(cls, record: Any, names: Collection[str]) -> None:
+        lists = record.get("kept") if isinstance(record, dict) else None
+        if (
+            not isinstance(lists, dict)
+            or not isinstance(record.get("shrunk"), bool)
+            or not all(isinstance(left, list) and _ascends(left) for left in lists.values())
+        ):
+            raise UsageError("method: does not list triplets by module")
+        ends = f".{CHILD}.lora_E"
+        if {f"{path}{ends}" for path in lists} != {name for name in names if name.endswith(ends)}:
+            raise UsageError("method: its triplets are not those of adapter.safetensors")
+
+    def load_record(self, record: Any) -> None:
+        """Mask the triplets that a checkpoint had pruned, or cut them where it had.
+
+        Raises:
+            UsageError: it has a triplet left that this module never had.
+        """
+        left = record["kept"].get(self.path)
+        if left is None:
+            return  # the record of another run: the comparison of the two names what differs
+        if left and left[-1] >= self.r:
+            raise UsageError(
+                f"the checkpoint keeps triplet {left[-1]} of {self.path}, which has {self.r}"
+            )
+        if record["shrunk"]:
+            self.shrink(torch.tensor(left, dtype=torch.int64))
+        else:
+            self.kept = torch.zeros(self.r, dtype=torch.bool)
+            self.kept[left] = True
 
     def _pruned(self) -> Tensor:
         if self.kept is None:
@@ -159,3 +210,8 @@ class AdaLoraAdapter(LoraAdapter):
 def _check_whole(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise UsageError(f"{name}: must be a whole number of at least {least}, not {value!r}")
+
+
+def _ascends(numbers: list[Any]) -> bool:
+    """Whether they are whole numbers from 0 on, each once and in order."""
+    return all(type(n) is int and n >= 0 for n in numbers) and numbers == sorted({*numbers})

@@ -5,20 +5,24 @@ Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685; rsLoRA, https://arxiv.
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from collections.abc import Collection
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from dlora.errors import UsageError
 from dlora.lora import functional
 from dlora.lora.config import LoraConfig
 from dlora.lora.dropout import DropoutStream
 from dlora.lora.init import Initialisation
+from dlora.lora.method_state import MethodState, PlannedState
+from dlora.lora.states import AdapterState, Stateful
 from dlora.quant.linear import Weight
 
 
 class PlainLora(NamedTuple):
-    """What any adapter comes down to: ΔW = scaling·B·A with A [r, n], B [m, r]; r may be 0."""
+    """The plain form of any adapter: ΔW = scaling·B·A with A [r, n], B [m, r]; r may be 0."""
 
     A: Tensor
     B: Tensor
@@ -30,27 +34,33 @@ class PlainLora(NamedTuple):
         return self.A.shape[0]
 
 
-class LoraAdapter(nn.Module):
-    """A and B of one base module. A child that is never called: its host asks it for the product.
+class LoraAdapter(Stateful):
+    """A and B of one base module: a child whose `forward` is never called.
 
-    Being never called keeps it out of every wrapper that hooks `forward` (FSDP2, ZeRO-3), so A and
-    B stay whole plain tensors whatever happens to the base. Variants derive from it.
+    Its layer calls `linear`, `embedding` or `convolution` instead. So no wrapper that hooks
+    `forward` (FSDP2, ZeRO-3) sees it, and A and B stay whole plain tensors whatever the engine does
+    with the base. Variants derive from it.
 
     Args:
-        m, n: rows and columns of the host's weight seen as [out, in]; for an embedding, the width
+        m, n: rows and columns of the layer's weight seen as [out, in]; for an embedding, the width
             of a row and the number of rows.
-        path: the host's path in the model; keys the dropout masks.
+        path: the layer's path in the model; keys the dropout masks.
         offset: training does not start at B·A = 0, and what it starts at is subtracted.
+        residual: as the attribute.
         dtype: of the masters A and B, float32 or float64.
 
     Attributes:
         needs_weight: `see_weight` is to be called before the first use.
-        keeps_output: forward keeps a tensor of the size of the output for backward.
+        keeps_output: forward stores a tensor of the size of the output for backward.
         rescales_rows: it amounts to diag(d)·(W0 + ΔW), with d from `row_scale`.
+        prunes: the method may leave a module no rank, so that it has no part in the plain LoRA.
+        state_class: what the method computes and saves beside A, B and the optimizer; one that
+            needs all ranks is named `"module:class"`, since nothing here knows process groups.
+        run_files: names of the files that the method writes into a run's directory.
         offset_A, offset_B: A₀ [r, n] and B₀ [m, r], frozen, whose product is subtracted; None where
             training starts at B·A = 0 anyway.
-        residual: the host's weight is W0 less s·B₀·A₀ already, as that of a packed base may be.
-        merged: the host's weight is W0 + ΔW for now.
+        residual: the layer's weight is W0 less s·B₀·A₀ already, as that of a packed base may be.
+        state: what the layer computes with for now.
     """
 
     settings: ClassVar[type[LoraConfig]] = LoraConfig
@@ -58,6 +68,9 @@ class LoraAdapter(nn.Module):
     needs_weight: ClassVar[bool] = False
     keeps_output: ClassVar[bool] = False
     rescales_rows: ClassVar[bool] = False
+    prunes: ClassVar[bool] = False
+    state_class: ClassVar[type[MethodState] | str] = MethodState
+    run_files: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -72,13 +85,14 @@ class LoraAdapter(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
         offset: bool = False,
+        residual: bool = False,
     ) -> None:
         super().__init__()
         self.lora_A = nn.Parameter(torch.empty(r, n, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.empty(m, r, dtype=dtype, device=device))
         self.scaling, self.dropout, self.path = scaling, dropout, path
         self.stream = stream
-        self.enabled, self.merged, self.residual = True, False, False
+        self.residual = residual
         self.offset_A: Tensor | None
         self.offset_B: Tensor | None
         self.register_buffer("offset_A", torch.zeros_like(self.lora_A.data) if offset else None)
@@ -106,20 +120,22 @@ class LoraAdapter(nn.Module):
 
             B·A − B₀·A₀ = [B − B₀ | B₀]·[A ; A − A₀]
 
-        Where the host holds the residual they are what it lacks: A and B, or A₀ and B₀ of an
-        adapter that is switched off.
+        Where the layer's weight is the residual they are what it lacks: A and B, or A₀ and B₀ of
+        an adapter that is switched off.
         """
         if not self.residual:
             return self.update_factors()
-        if self.enabled:
+        if self.state is not AdapterState.OFF:
             return self.lora_A, self.lora_B
         assert self.offset_A is not None and self.offset_B is not None
         return self.offset_A, self.offset_B
 
     @property
     def active(self) -> bool:
-        """Whether the host's weight alone does not do."""
-        return (self.enabled or self.residual) and not self.merged
+        """Whether the layer computes with more than its weight."""
+        if self.state is AdapterState.OFF:
+            return self.residual
+        return self.state in (AdapterState.ON, AdapterState.UNSTARTED)
 
     def update_factors(self) -> tuple[Tensor, Tensor]:
         """The factors of ΔW, of what is added to W0."""
@@ -144,7 +160,7 @@ class LoraAdapter(nn.Module):
             tensor.copy_(B)
 
     def see_weight(self, weight: Tensor) -> None:
-        """Told W0 [m, n], whole and not packed, once; it is not to be kept."""
+        """Read W0 [m, n], whole and unpacked, once, before the first use; do not store it."""
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         """x [..., n], weight [m, n], packed or not → y [..., m]."""
@@ -174,7 +190,7 @@ class LoraAdapter(nn.Module):
         """x [..., c, *space], weight [m, c, *kernel] → y [..., m, *space]; n is c times the kernel.
 
         Args:
-            convolve: (x, weight, bias) → y, with the host's stride and padding.
+            convolve: (x, weight, bias) → y, with the layer's stride and padding.
         """
         A, B = self.factors()
         channels = 1 - weight.ndim
@@ -194,7 +210,7 @@ class LoraAdapter(nn.Module):
 
     def kept_inputs(self, x: Tensor) -> tuple[Tensor | None, float]:
         """(mask shaped like x, False where dropout zeroes, and 1/(1 − p)); no mask means all."""
-        if not self.training or not self.enabled or self.dropout == 0:
+        if not self.training or self.state is AdapterState.OFF or self.dropout == 0:
             return None, 1.0
         return self.stream.keep_mask(x, self.dropout, self.path), 1 / (1 - self.dropout)
 
@@ -209,7 +225,7 @@ class LoraAdapter(nn.Module):
         return (B @ A) * scaling
 
     def addend(self) -> Tensor:
-        """What merging adds to the host's weight, [m, n]: ΔW, or s·B·A beside a residual."""
+        """What merging adds to the layer's weight, [m, n]: ΔW, or s·B·A beside a residual."""
         if not self.residual:
             return self.delta()
         return (self.lora_B.detach() @ self.lora_A.detach()) * self.scaling
@@ -217,6 +233,35 @@ class LoraAdapter(nn.Module):
     def row_scale(self, norms: Tensor) -> Tensor:
         """d [m], where `rescales_rows`, from the norms [m] of the rows of W0 + ΔW."""
         raise NotImplementedError
+
+    # -- what a method with a state of its own overrides -----------------------------------------
+
+    def planned_state(self, config: Any) -> PlannedState:
+        """What the state of this adapter's method takes, for the plan.
+
+        Args:
+            config: the settings that it was attached with.
+        """
+        return PlannedState()
+
+    @classmethod
+    def check_record(cls, record: Any, names: Collection[str]) -> None:
+        """Check what a checkpoint stores of the method as JSON, before anything is made of it.
+
+        Args:
+            record: None where the checkpoint has none.
+            names: of the checkpoint's adapter tensors.
+
+        Raises:
+            UsageError: no run with this method writes that.
+        """
+        if record is not None:
+            raise UsageError(
+                f"method: {cls.settings.method} has no state, and the checkpoint records one"
+            )
+
+    def load_record(self, record: Any) -> None:
+        """Resize the parameters, which no replica owns, as a checkpoint's record says."""
 
     def extra_repr(self) -> str:
         factor = self._parameters.get("lora_A")  # ZeRO-3 takes it out of sight while it looks

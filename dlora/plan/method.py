@@ -1,0 +1,37 @@
+"""What the adapters' method stores and sends beside A, B and the optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from dlora.lora.attach import attachment_of, named_adapters
+from dlora.lora.layers import CHILD
+
+
+@dataclass(frozen=True)
+class MethodPlan:
+    """Of all adapters.
+
+    Attributes:
+        copies: one entry for each tensor that is stored of every parameter in it, by name.
+        summed: elements of the method's own sum over ranks.
+    """
+
+    copies: tuple[dict[str, nn.Parameter], ...] = ()
+    summed: int = 0
+
+
+def method_plan(skeleton: nn.Module) -> MethodPlan:
+    """What the adapter classes say of a model with adapters; see `LoraAdapter.planned_state`."""
+    copies: list[dict[str, nn.Parameter]] = []
+    summed, config = 0, attachment_of(skeleton).config
+    for path, _, adapter in named_adapters(skeleton):
+        planned = adapter.planned_state(config)
+        summed += planned.summed
+        for name, count in planned.copies.items():
+            copies += [{} for _ in range(count - len(copies))]
+            for named in copies[:count]:
+                named[f"{path}.{CHILD}.{name}"] = adapter.get_parameter(name)
+    return MethodPlan(tuple(copies), summed)
