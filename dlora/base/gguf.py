@@ -130,7 +130,7 @@ def _convert(
         )
         with _reading(path), contextlib.redirect_stderr(io.StringIO()):  # a progress bar
             tokenizer = AutoTokenizer.from_pretrained(folder, **place)
-            model, found = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 **place,
                 dtype=dtype,
@@ -138,6 +138,7 @@ def _convert(
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
+    model, found = loaded
     check_loaded(str(path), found)
     if unused := sorted(found["unexpected_keys"]):
         announce(f"{path.name}: the model has no place for {and_more(unused, 3)}; left out")
