@@ -138,7 +138,7 @@ def dlora(name: str, batch: torch.Tensor, meter: Meter) -> Row:
 
 def replica_bytes(replica: TrainedReplica) -> int:
     """Bytes of the two flat buffers: values, and gradients with their tail."""
-    share = replica.share
+    share = replica.strategy
     return sum(t.untyped_storage().nbytes() for t in (share.values, share.gradients))
 
 

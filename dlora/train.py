@@ -38,6 +38,7 @@ from dlora.training.resume import open_directory, resume
 from dlora.training.startup import enter, import_late_ones, prepared
 from dlora.training.watchdogs import FiniteWatch, HangWatch, UnusedWatch, is_finite
 
+STOP_FLAGS = ("terminated", "interrupted")  # what `StopRequest.poll` returns
 TRIM_EVERY = 10  # optimizer steps between two returns of freed host memory
 
 
@@ -142,11 +143,12 @@ class Run:
                     tokens += batch.num_targets
 
                 # 3  one reduction: gradients become the mean over all target tokens of all ranks
-                sums = [float(loss_sum), float(self.hooks.should_save()), *stop.poll()]
-                reduced = replica.reduce_gradients(tokens, sums=sums, each=self.meter.peak() >> 10)
+                scalars = {"loss": float(loss_sum), "save": float(self.hooks.should_save())}
+                scalars |= zip(STOP_FLAGS, stop.poll(), strict=True)
+                reduced = replica.reduce_gradients(tokens, scalars=scalars, each=self.meter.peak())
 
                 # 4  clip, schedule, step (after which AdaLoRA scores and masks by itself)
-                loss = reduced.sums[0] / max(reduced.tokens, 1)
+                loss = reduced.scalars["loss"] / max(reduced.tokens, 1)
                 norm = float(replica.clip(config.optimizer.max_grad_norm or math.inf))
                 lr = self.set_lr(step)
                 if is_finite(loss, norm):
@@ -171,7 +173,7 @@ class Run:
                     "tokens": reduced.tokens,
                     "step_seconds": seconds,
                     "tokens_per_second": reduced.tokens / seconds,
-                    "peak_memory_bytes": max(reduced.each) << 10,
+                    "peak_memory_bytes": max(reduced.each),
                     "wire_bytes": replica.wire.take(),
                     "batch_hash": batch_hash(ids),
                     **replica.figures(),
@@ -181,14 +183,16 @@ class Run:
                     replica.named, replica.present
                 )
                 self.records.append(record)
-                status = 1 if trouble else exit_status(reduced.sums[2:])
+                status = (
+                    1 if trouble else exit_status([reduced.scalars[flag] for flag in STOP_FLAGS])
+                )
                 evaluated = self.evaluates and due(done, config.output.eval_every, last=last)
                 if evaluated:
                     record["eval_loss"] = self.evaluate()
                 if evaluated or due(done, config.output.log_every):
                     log.write(record)
                     display.update(record)
-                asked = status is not None or reduced.sums[1] > 0
+                asked = status is not None or reduced.scalars["save"] > 0
                 if asked or due(done, config.output.save_every, last=last):
                     keeper.save(done, record)
 

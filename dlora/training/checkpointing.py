@@ -84,7 +84,7 @@ class CheckpointManager:
         """
         replica = self._replica
         committed: Committed = nothing
-        if self._runtime.main or replica.share.collective_saves:
+        if self._runtime.main or replica.strategy.collective_saves:
             states, allocation = replica.states(self._optimizer), replica.allocation()
             captured = capture(replica, states, self._state(step), allocation, replica.frozen)
             if captured is not None:
@@ -114,7 +114,7 @@ class CheckpointManager:
 
         There is none where ranks keep different optimizer states: no rank has all of it.
         """
-        if not self._replica.share.collective_saves:
+        if not self._replica.strategy.collective_saves:
             with self._lock:
                 self._snapshots.take(step, self._replica, self._optimizer)
                 self._record = record
@@ -172,7 +172,7 @@ class CheckpointManager:
         return status
 
     def _nothing(self) -> str:
-        if self._replica.share.collective_saves:
+        if self._replica.strategy.collective_saves:
             return "no rank holds all of the optimizer state, so the last save is what there is"
         there = f"; step {self._start} is committed" if self._start else ""
         return f"no step was made since the start{there}"

@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 import torch
 from ranks import Pools
-from test_divided import divided, flat
 from torch import Tensor
-from toy import batch, own_rank, replicated
+from toy import batch, divided, flat, own_rank, replicated
 
 from dlora import UsageError, shard
 from dlora.sharding.replica.optimizer_state import states_of
@@ -79,14 +78,14 @@ def refused(case: str) -> str:
     model.losses(x, y, spare=True).sum().backward()
     try:
         if case == "whole tensors":
-            replica.drive(torch.optim.SGD(model.parameters()))
-        if case == "not driven":
+            replica.attach_optimizer(torch.optim.SGD(model.parameters()))
+        if case == "not attached":
             torch.optim.SGD(replica.optimized.values())
             replica.reduce_gradients()
-        optimizer = replica.drive(Norms(replica.optimized.values()))
+        optimizer = replica.attach_optimizer(Norms(replica.optimized.values()))
         replica.reduce_gradients()
         optimizer.step()
-        list(replica.share.whole(states_of(optimizer, replica.optimized)))
+        list(replica.strategy.gather_full(states_of(optimizer, replica.optimized)))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
@@ -95,11 +94,14 @@ def refused(case: str) -> str:
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("not driven", "ReplicaError: the optimizer state is divided over ranks, and its steps .*"),
+        (
+            "not attached",
+            "ReplicaError: the optimizer state is divided over ranks, and its steps .*",
+        ),
         ("whole tensors", r"ReplicaError: .*; give it replica\.parameter_groups\(\.\.\.\)"),
         (
             "shapes",
-            r"UsageError: sharding\.optimizer_state: .* this one keeps norms of shape \[2, 3\] .*",
+            r"UsageError: sharding\.optimizer_state: .* this one has norms of shape \[2, 3\] .*",
         ),
     ],
 )

@@ -67,7 +67,7 @@ def spread(moments: str, dtype: torch.dtype) -> tuple[Chain, Replica, LoraPro]:
     model, replica = Chain(dtype), Replica(Topology.current())
     replica.own(dict(model.named_parameters()))
     optimizer = optimizer_of(model, moments)
-    replica.drive(optimizer)
+    replica.attach_optimizer(optimizer)
     return model, replica, optimizer
 
 
@@ -263,7 +263,7 @@ def test_moved_parameters_are_bound_again(pools: Pools) -> None:
 def stranger() -> str:
     _, replica, _ = spread("low", torch.float64)
     with pytest.raises(ReplicaError) as stopped:
-        replica.drive(optimizer_of(Chain(torch.float64), "low"))
+        replica.attach_optimizer(optimizer_of(Chain(torch.float64), "low"))
     return str(stopped.value)
 
 
