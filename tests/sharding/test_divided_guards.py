@@ -14,6 +14,10 @@ from dlora.sharding.replica.optimizer_state import states_of
 from dlora.sharding.replica.replica import ReplicaError
 
 
+def moved_each() -> list[Tensor]:
+    return [moved(w) for w in ("never", "before backward", "after backward", "before the step")]
+
+
 def moved(when: str) -> Tensor:
     """Steps of AdamW; in the second all tensors move, as `.to(device)` moves them."""
     (model, replica, optimizer), rank = divided(), own_rank()
@@ -34,9 +38,8 @@ def moved(when: str) -> Tensor:
 
 
 def test_moved_parameters_are_bound_again(pools: Pools) -> None:
-    wanted = pools(2).run(moved, "never")[0]
-    for when in ("before backward", "after backward", "before the step"):
-        assert all(torch.equal(got, wanted) for got in pools(2).run(moved, when)), when
+    for unmoved, *others in pools(2).run(moved_each):
+        assert all(torch.equal(got, unmoved) for got in others)
 
 
 def flipped() -> str:
@@ -91,25 +94,21 @@ def refused(case: str) -> str:
     return "nothing"
 
 
-@pytest.mark.parametrize(
-    ("case", "message"),
-    [
-        (
-            "not attached",
-            "ReplicaError: the optimizer state is divided over ranks, and its steps .*",
-        ),
-        ("whole tensors", r"ReplicaError: .*; give it replica\.parameter_groups\(\.\.\.\)"),
-        (
-            "shapes",
-            r"UsageError: sharding\.optimizer_state: .* this one has norms of shape \[2, 3\] .*",
-        ),
-    ],
-)
-def test_what_would_go_wrong_is_refused_on_every_rank(
-    pools: Pools, case: str, message: str
-) -> None:
-    for told in pools(2).run(refused, case):
-        assert re.fullmatch(message, told, re.DOTALL)
+REFUSED = {
+    "not attached": "ReplicaError: the optimizer state is divided over ranks, and its steps .*",
+    "whole tensors": r"ReplicaError: .*; give it replica\.parameter_groups\(\.\.\.\)",
+    "shapes": r"UsageError: sharding\.optimizer_state: .* this one has norms of shape \[2, 3\] .*",
+}
+
+
+def refused_each() -> list[str]:
+    return [refused(case) for case in REFUSED]
+
+
+def test_what_would_go_wrong_is_refused_on_every_rank(pools: Pools) -> None:
+    for told in pools(2).run(refused_each):
+        for message, line in zip(REFUSED.values(), told, strict=True):
+            assert re.fullmatch(message, line, re.DOTALL), line
 
 
 def test_an_unknown_setting_is_refused() -> None:
