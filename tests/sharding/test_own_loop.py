@@ -114,8 +114,16 @@ def one_process(
     return pools(1).run(own_loop, *arguments)[0]
 
 
-@pytest.mark.parametrize("by_tokens", [False, True])
-@pytest.mark.parametrize("attach_first", [True, False])
+@pytest.mark.parametrize(
+    ("attach_first", "by_tokens"),
+    [
+        (True, False),
+        (False, True),
+        # 2 s each: both orders and both kinds of mean are in the others
+        pytest.param(True, True, marks=pytest.mark.full),
+        pytest.param(False, False, marks=pytest.mark.full),
+    ],
+)
 @pytest.mark.parametrize(
     ("world", "base"), [(1, "sharded by dlora"), *((2, base) for base in BASES)]
 )
