@@ -144,7 +144,7 @@ def averages_bytes(allocator: RankAllocator) -> int:
 
 def replica_bytes(replica: TrainedReplica) -> int:
     """Bytes of the two flat buffers: values, and gradients with their tail."""
-    share = replica.share
+    share = replica.strategy
     return sum(t.untyped_storage().nbytes() for t in (share.values, share.gradients))
 
 

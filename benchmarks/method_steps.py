@@ -52,10 +52,10 @@ METHODS: dict[str, LoraConfig] = {
     "adamw8bit": LoraConfig(r=R),
 }
 OPTIMIZERS: dict[str, Callable[[TrainedReplica], torch.optim.Optimizer]] = {
-    "lora_pro": lambda replica: replica.drive(
+    "lora_pro": lambda replica: replica.attach_optimizer(
         LoraPro(replica.parameter_groups(lr=1e-4), replica.pairs)
     ),
-    "adamw8bit": lambda replica: replica.drive(
+    "adamw8bit": lambda replica: replica.attach_optimizer(
         adamw8bit(replica.parameter_groups(lr=1e-4), paged=False)
     ),
 }

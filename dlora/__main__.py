@@ -14,6 +14,7 @@ COMMANDS = {
     "export": "an adapter or checkpoint → plain PEFT LoRA, or a merged model",
     "generate": "try an adapter, or a base, on a prompt",
 }
+MODULES = {"plan": "dlora.plan.command", "export": "dlora.export.command"}  # packages
 
 
 def run(argv: list[str]) -> int:
@@ -30,7 +31,7 @@ def run(argv: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    return importlib.import_module(f"dlora.{command}").main(rest)
+    return importlib.import_module(MODULES.get(command, f"dlora.{command}")).main(rest)
 
 
 def main() -> None:

@@ -8,12 +8,14 @@ from typing import Any
 from torch import nn
 
 from dlora.errors import UsageError
+from dlora.lora.attach import trainable_parameters
 from dlora.methods.attach import attach, warn_of_left
 from dlora.methods.lora_ga import GradientEstimate, LossOf
 from dlora.methods.matrix_init import Started
 from dlora.methods.trained_replica import TrainedReplica, replica_of, replicate
+from dlora.plan.own_loop import cheapest_base
 from dlora.sharding.engines.gather_groups import frozen_groups, worth_holding
-from dlora.sharding.engines.protocol import build_engine, sharded_by
+from dlora.sharding.engines.protocol import build_engine, engine_class, sharded_by
 from dlora.sharding.replica.optimizer_state import state_is_divided
 from dlora.sharding.topology import Topology, resolve_placement
 
@@ -56,22 +58,25 @@ def shard(
 ) -> TrainedReplica:
     """Distribute the frozen base of `model` over ranks and make its adapters a replica.
 
-    Collective. A base that is sharded already is left as it is. Without an initialised process
-    group there is one process, and nothing is distributed.
+    Collective. A base that is sharded already stays as it is, whatever `engine` and `base` say.
+    Without an initialised process group there is one process, and nothing is distributed.
 
     Args:
         engine: `"fsdp2"` or `"zero3"`.
-        base: where W0 lives: `"none"` (a whole copy on each rank), `"node"` or `"world"`. `"auto"`
-            is `"world"`: what a loop of one's own needs beside W0 is not known here.
+        base: where W0 is stored: `"none"` (a whole copy on each rank), `"node"` or `"world"`.
+            `"auto"` is the cheapest of these that fits, as in YAML. The activations of your loop
+            are not known here, so W0, A and B with an AdamW state may take half of the memory that
+            is free; name the base where you know better. `replica.engine.placement` has the choice.
         ranks_per_node: overrides LOCAL_WORLD_SIZE.
         resident: share of W0, 0 to 1, that stays gathered from its first use on: frozen weights are
             read-only, so this trades memory for bytes on the wire.
         optimizer_state: `"replicated"` (as is `"auto"`), or `"divided"`: each rank's optimizer
-            has the state of 1/ranks of the elements of A and B. Call `replica.drive(optimizer)`
-            once; its steps are collective then, and end with whole values on every rank. It must
-            treat each element alone, as AdamW and SGD do (`LoraPro` does not; `drive` spreads its
-            pairs over the ranks of a replicated replica). After `reduce_gradients` a rank has the
-            mean gradient of its part only, and `.grad` of the parameters themselves is None.
+            stores the state of 1/ranks of the elements of A and B. Call
+            `replica.attach_optimizer(optimizer)` once; its steps are collective then, and end with
+            whole values on every rank. It must treat each element alone, as AdamW and SGD do.
+            (`LoraPro` does not: on a replicated replica `attach_optimizer` distributes its pairs
+            over ranks.) After `reduce_gradients` a rank has the mean gradient of its part only, and
+            `.grad` of the parameters themselves is None.
 
     Raises:
         UsageError: a setting is unknown or does not fit the ranks, or something else has divided
@@ -84,9 +89,10 @@ def shard(
         )
     topology = Topology.current(ranks_per_node)
     divided_by = sharded_by(model)
-    where = "world" if base == "auto" else base
-    placement = resolve_placement(divided_by or engine, where, topology)
     divided = state_is_divided(optimizer_state)
+    if base == "auto":
+        base = "world" if divided_by else _cheapest_base(model, engine, topology)
+    placement = resolve_placement(divided_by or engine, base, topology)
     built = build_engine(placement, topology, sharded=divided_by)
     replica = replicate(model, built, divided=divided)
     if resident:
@@ -95,5 +101,16 @@ def shard(
         for group in worth_holding(groups, model):
             room -= group.nbytes
             if room > -1:
-                replica.engine.hold(model, [group.path])
+                replica.engine.keep_gathered(model, [group.path])
     return replica
+
+
+def _cheapest_base(model: nn.Module, engine: str, topology: Topology) -> str:
+    """The base that `auto` stands for, of a model that is whole on every rank. Collective."""
+    groups = engine_class(resolve_placement(engine, "world", topology)).groups(model)
+    largest = max((group.nbytes for group in groups), default=0)
+    trained = trainable_parameters(model) if hasattr(model, "dlora") else {}
+    adapters = sum(p.nbytes for p in trained.values())
+    frozen = sum(p.nbytes for p in model.parameters()) - adapters
+    device = next(model.parameters()).device
+    return cheapest_base(frozen, largest, adapters, device, topology)

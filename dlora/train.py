@@ -39,6 +39,7 @@ from dlora.training.resume import open_directory, resume
 from dlora.training.startup import enter, import_late_ones, lock_output, prepared
 from dlora.training.watchdogs import FiniteWatch, HangWatch, UnusedWatch, is_finite
 
+STOP_FLAGS = ("terminated", "interrupted")  # what `StopRequest.poll` returns
 TRIM_EVERY = 10  # optimizer steps between two returns of freed host memory
 
 
@@ -135,13 +136,12 @@ class Run:
                 loss_sum, tokens = self.passes(step, mine)
 
                 # 3  one reduction: gradients become the mean over all target tokens of all ranks
-                scalars = [loss_sum, float(self.hooks.should_save()), *stop.poll()]
-                peak_kib = self.meter.peak() >> 10
-                reduced = replica.reduce_gradients(tokens, sums=scalars, each=peak_kib)
-                loss_sum, saves, *stops = reduced.sums
+                scalars = {"loss": loss_sum, "save": float(self.hooks.should_save())}
+                scalars |= zip(STOP_FLAGS, stop.poll(), strict=True)
+                reduced = replica.reduce_gradients(tokens, scalars=scalars, each=self.meter.peak())
 
                 # 4  clip, schedule, step (after which the method's state follows)
-                loss = loss_sum / max(reduced.tokens, 1)
+                loss = reduced.scalars["loss"] / max(reduced.tokens, 1)
                 norm = float(replica.clip(config.optimizer.max_grad_norm or math.inf))
                 lr = self.set_lr(step)
                 if is_finite(loss, norm):
@@ -163,14 +163,16 @@ class Run:
                 checkpoints.snapshot(done, record)
                 self.records.append(record)
                 trouble = self.trouble(record, ids)
-                status = 1 if trouble else exit_status(stops)
+                status = (
+                    1 if trouble else exit_status([reduced.scalars[flag] for flag in STOP_FLAGS])
+                )
                 evaluated = self.evaluates and due(done, config.output.eval_every, last=last)
                 if evaluated:
                     record["eval_loss"] = held_out_loss(self.context)
                 if evaluated or due(done, config.output.log_every):
                     log.write(record)
                     display.update(record, replica.method.progress())
-                asked = status is not None or saves > 0
+                asked = status is not None or reduced.scalars["save"] > 0
                 if asked or due(done, config.output.save_every, last=last):
                     checkpoints.save(done, record)
 
@@ -229,7 +231,7 @@ class Run:
             "step_seconds": seconds,
             "tokens_per_second": reduced.tokens / seconds,
             "all_tokens_per_second": all_tokens / seconds,
-            "peak_memory_bytes": max(reduced.each) << 10,
+            "peak_memory_bytes": max(reduced.each),
             "wire_bytes": self.replica.wire.take(),
             "batch_hash": batch_hash(ids),
             **self.replica.method.metrics(),

@@ -39,12 +39,12 @@ def capture(
     whole = {
         file: {
             f"{name}.{slot}": _host(value)
-            for name, slot, value in replica.share.whole(kept)
+            for name, slot, value in replica.strategy.gather_full(kept)
             if replica.named[name].numel()
         }
         for file, kept in states.items()
     }
-    if replica.share.collective_saves and replica.topology.rank != 0:
+    if replica.strategy.collective_saves and replica.topology.rank != 0:
         return None
     kept = {**replica.named, **(frozen or {})}
     tensors = {name: _host(tensor.detach()) for name, tensor in kept.items()}
@@ -69,7 +69,7 @@ def restore(
             places[name].copy_(value)
     for key, value in states:
         name, _, slot = key.rpartition(".")
-        own = replica.share.part(name, value)
+        own = replica.strategy.local_part(name, value)
         if own is not None:
             parameter = replica.optimized[name]
             kept = optimizer.state[parameter].get(slot)

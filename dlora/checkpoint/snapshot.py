@@ -50,7 +50,7 @@ class Snapshots:
         """
         tensors = {(ADAPTER, name): p.detach() for name, p in replica.named.items()}
         for file, kept in states.items():
-            for name, slot, state in replica.share.whole(kept):
+            for name, slot, state in replica.strategy.gather_full(kept):
                 tensors[file, f"{name}.{slot}"] = state
         files = [ADAPTER, *states]
         self._newer.wait()  # the only whole one from here on

@@ -47,8 +47,11 @@ _SENTENCE_END = re.compile(
 def builtin_records(name: str) -> list[dict[str, Any]]:
     """The chat records of `builtin:<name>`, in a fixed order.
 
-    name: "docstrings" or "docstrings-heldout". Raises UsageError when the interpreter carries no
-    source text of its library.
+    Args:
+        name: "docstrings" or "docstrings-heldout".
+
+    Raises:
+        UsageError: the interpreter has no source text of its library.
     """
     held_out = name == "docstrings-heldout"
     return [

@@ -1,4 +1,4 @@
-"""A conversation as the model's own chat template writes it, and where the answers stand in it.
+"""A conversation as the model's own chat template writes it, and where the answers are in it.
 
 What is trained on, between [ and ], for ChatML:
 
@@ -6,7 +6,7 @@ What is trained on, between [ and ], for ChatML:
 
 A span runs from what the model itself has to write first (behind the generation prompt) to the end
 of the end-of-turn token. It is found in characters by rendering the conversation once more with a
-marker in place of the answer: what stands around the marker stands around the answer. Whatever a
+marker in place of the answer: the text around the marker is the text around the answer. Whatever a
 template does to an answer beyond trimming it is refused, so no wrong token is ever a target.
 """
 
@@ -31,7 +31,7 @@ _MARKER = "\ue0d1\ue0ca\ue0d1"
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class TargetSpan:
     """Characters [start, end) of a text that are targets."""
 
     start: int
@@ -44,16 +44,19 @@ class Rendered:
     """A text to tokenize, and its targets in order; without spans every token is a target."""
 
     text: str
-    spans: tuple[Span, ...] | None
+    spans: tuple[TargetSpan, ...] | None
     append_eos: bool  # the text has no end-of-turn token at its end: the EOS id follows, a target
 
 
 class ChatRenderer:
     """Renders conversations with a tokenizer's chat template.
 
-    tokenizer: a fast tokenizer of transformers.
-    key: the configuration's name of the data set, for errors.
-    Raises UsageError when the tokenizer has no chat template.
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        key: the configuration's name of the data set, for errors.
+
+    Raises:
+        UsageError: the tokenizer has no chat template.
     """
 
     def __init__(self, tokenizer: Any, key: str):
@@ -79,8 +82,10 @@ class ChatRenderer:
     def render(self, conversation: Conversation) -> Rendered:
         """The whole conversation, with a span for every answer.
 
-        Messages behind the last answer carry no loss and are left out. Raises RecordError when the
-        template refuses the conversation or changes an answer.
+        Messages behind the last answer have no loss and are left out.
+
+        Raises:
+            RecordError: the template refuses the conversation or changes an answer.
         """
         last = max(i for i, turn in enumerate(conversation) if turn["role"] == "assistant")
         conversation = conversation[: last + 1]
@@ -93,7 +98,7 @@ class ChatRenderer:
         # With an EOS to come, what the template prints behind the answer would stand in between.
         return Rendered(text[: spans[-1].end] if append_eos else text, tuple(spans), append_eos)
 
-    def _span(self, text: str, conversation: Conversation, i: int) -> Span:
+    def _span(self, text: str, conversation: Conversation, i: int) -> TargetSpan:
         marked = conversation.copy()
         marked[i] = {**marked[i], "content": _MARKER}
         before, found, after = self._apply(marked).partition(_MARKER)
@@ -117,7 +122,7 @@ class ChatRenderer:
         else:
             start, end = self._reasoning(text, conversation[: i + 1], prompt, tail)
         stop, ends_turn = self._turn_end(text, end, tail)
-        return Span(start, stop, ends_turn)
+        return TargetSpan(start, stop, ends_turn)
 
     def _prompt(self, text: str, history: Conversation) -> str | None:
         """What the model is given to write the next answer, if `text` begins with it."""

@@ -18,11 +18,13 @@ class Batch:
     There is no attention mask: what is causal looks to the left only, where no padding is, and
     padded positions carry no target. So attention takes its causal path, without a mask tensor.
 
-    input_ids: [B, S] int64.
-    targets: [B, S] int64; targets[b, t] is the id that position t must predict (labels shifted left
-        by one), -100 where there is no loss.
-    ids, lengths: the sequences' ids in the data set and their tokens without padding.
-    num_targets: targets that are not -100.
+    Attributes:
+        input_ids: [B, S] int64.
+        targets: [B, S] int64; targets[b, t] is the id that position t must predict (labels shifted
+            left by one), -100 where there is no loss.
+        ids: the sequences' ids in the data set.
+        lengths: their tokens without padding.
+        num_targets: targets that are not -100.
     """
 
     input_ids: Tensor

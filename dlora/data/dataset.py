@@ -49,10 +49,13 @@ class Report:
 class Dataset(Sequence[Example]):
     """Examples by position: `dataset[i].id == i`.
 
-    input_ids, labels: int32 [T], all sequences one after the other.
-    starts: int64 [N + 1], where each begins.
-    fingerprint: SHA-256 (hex) over every sequence in order: its id and its length as little-endian
-        int64, its input_ids, its labels as little-endian int32. Equal on ranks with equal data.
+    Attributes:
+        input_ids: int32 [T], all sequences one after the other.
+        labels: int32 [T], likewise.
+        starts: int64 [N + 1], where each begins.
+        fingerprint: SHA-256 (hex) over every sequence in order: its id and its length as
+            little-endian int64, its input_ids and its labels as little-endian int32. Equal on
+            ranks with equal data.
     """
 
     def __init__(
@@ -112,13 +115,17 @@ def load_examples(
 ) -> Dataset:
     """Reads and encodes a data source.
 
-    source: a file, a glob, a list of either, or "builtin:docstrings[-heldout]".
-    key: "data.train" or "data.eval", for errors.
-    format: a name in FORMATS; the builtin source takes "chat".
-    tokenizer: a fast tokenizer of transformers, with a chat template unless format is "text".
-    max_length: tokens; what is longer is cut on the right, and dropped if no target is left.
-    on_error: "stop" at a record that cannot be used, or "skip" and count it.
-    Raises UsageError, one line with file and line, for whatever the user can put right.
+    Args:
+        source: a file, a glob, a list of either, or "builtin:docstrings[-heldout]".
+        key: "data.train" or "data.eval", for errors.
+        format: a name in FORMATS; the builtin source takes "chat".
+        tokenizer: a fast tokenizer of transformers, with a chat template unless format is "text".
+        max_length: in tokens; longer sequences are cut on the right, and dropped if no target is
+            left.
+        on_error: "stop" at a record that cannot be used, or "skip" and count it.
+
+    Raises:
+        UsageError: with file and line: something that the user can correct.
     """
     faults = Faults(skip=on_error == "skip")
     contents = _contents(source, key, format, faults)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dlora.data.chat import Rendered, Span
+from dlora.data.chat import Rendered, TargetSpan
 from dlora.errors import UsageError
 
 NO_TARGET = -100
@@ -25,8 +25,10 @@ Int32Array = npt.NDArray[np.int32]
 class Example:
     """One sequence of the data set.
 
-    id: its position in the data set, whatever the world size; `dataset[id]` is this example.
-    input_ids, labels: int32 [S], read-only, not shifted, -100 where there is no loss.
+    Attributes:
+        id: its position in the data set, whatever the world size; `dataset[id]` is this example.
+        input_ids: int32 [S], read-only.
+        labels: int32 [S], read-only, not shifted, -100 where there is no loss.
     """
 
     id: int
@@ -49,10 +51,14 @@ def count_targets(labels: Int32Array) -> int:
 class Encoder:
     """Tokenizes rendered texts.
 
-    tokenizer: a fast tokenizer of transformers; a slow one has no character offsets: UsageError.
-    special_tokens: let the tokenizer add its own around each text, such as a BOS. Plain texts want
-        them; a chat template writes them itself.
-    key: the configuration's name of the data set, for errors.
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        special_tokens: let the tokenizer add its own around each text, such as a BOS. Plain texts
+            want them; a chat template writes them itself.
+        key: the configuration's name of the data set, for errors.
+
+    Raises:
+        UsageError: the tokenizer is a slow one, which has no character offsets.
     """
 
     def __init__(self, tokenizer: Any, *, special_tokens: bool, key: str):
@@ -109,7 +115,7 @@ class Encoder:
 
     @staticmethod
     def _tokens(
-        span: Span, starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]
+        span: TargetSpan, starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]
     ) -> tuple[int, int]:
         """The token range [first, stop) that touches the span's characters.
 

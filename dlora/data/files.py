@@ -51,10 +51,13 @@ def read_records(
 ) -> Iterator[Record]:
     """The records of a data source, in the order of files and lines.
 
-    source: a file, a glob, a list of either, or "builtin:docstrings[-heldout]".
-    key: the configuration's name for it, put in front of every error.
-    faults: gets what is wrong with single lines; by default that is raised.
-    Raises UsageError for a source that does not exist, is empty or is not JSONL in UTF-8.
+    Args:
+        source: a file, a glob, a list of either, or "builtin:docstrings[-heldout]".
+        key: the configuration's name for it, put in front of every error.
+        faults: collects the errors of single lines; by default they are raised.
+
+    Raises:
+        UsageError: the source does not exist, is empty or is not JSONL in UTF-8.
     """
     faults = faults or Faults()
     if isinstance(source, str) and source.startswith(PREFIX):
@@ -72,8 +75,9 @@ def read_records(
 def resolve(source: str | Sequence[str], key: str) -> list[Path]:
     """The files that a source names, in its order; those of one glob are sorted by name.
 
-    Raises UsageError for an empty list, a glob without a match, a file that is missing, is not a
-    file or is named twice.
+    Raises:
+        UsageError: the list is empty, a glob matches nothing, or a file is missing, is not a file
+            or is named twice.
     """
     patterns = [source] if isinstance(source, str) else list(source)
     if not patterns:

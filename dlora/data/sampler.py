@@ -17,11 +17,14 @@ import numpy.typing as npt
 class Sampler:
     """The global order of a data set's sequences.
 
-    num_examples, global_batch_size: sequences in the data set and per optimizer step, each >= 1.
-        A step larger than the data set holds sequences of several epochs.
-    seed: decides every epoch's permutation.
-    shuffle: False takes the data set's own order in every epoch.
-    max_steps, epochs: exactly one of them. With `epochs` the last step may be smaller.
+    Args:
+        num_examples: sequences in the data set, >= 1.
+        global_batch_size: sequences per optimizer step, >= 1. A step larger than the data set has
+            sequences of several epochs.
+        seed: decides every epoch's permutation.
+        shuffle: False takes the data set's own order in every epoch.
+        max_steps: optimizer steps of the run; exactly one of it and `epochs` is set.
+        epochs: passes over the data set; the last step may be smaller.
     """
 
     def __init__(
@@ -103,7 +106,10 @@ def deal(
 ) -> list[list[list[int]]]:
     """Divides a step's sequences: deal(...)[rank][k] are the ids of that rank's k-th micro-batch.
 
-    ids: G sequences; each turns up once. lengths: by id, `lengths[id]` in tokens.
+    Args:
+        ids: G sequences; each is dealt out once.
+        lengths: by id, `lengths[id]` in tokens.
+
     Every rank gets m = ceil(ceil(G / world_size) / micro_batch_size) micro-batches. The sequences
     are sorted by length, then id, and cut into world_size * m runs whose sizes differ by at most
     one, the larger ones first, where sequences are short. The k-th micro-batches of all ranks are

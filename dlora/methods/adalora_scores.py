@@ -15,7 +15,7 @@ from torch import Tensor
 from dlora.lora.adalora import importance
 from dlora.lora.layers import CHILD
 from dlora.lora.variants.adalora import TRIPLET_DIM, AdaLoraAdapter, AdaLoraConfig
-from dlora.sharding.replica.optimizer_state import Held, States
+from dlora.sharding.replica.optimizer_state import LocalSlice, States
 from dlora.sharding.replica.replica import Replica
 
 
@@ -45,16 +45,16 @@ class TripletScores:
         self, modules: Sequence[Triplets], replica: Replica, config: AdaLoraConfig
     ) -> None:
         self._modules, self._replica, self._config = modules, replica, config
-        held = replica.share.held()
+        held = replica.strategy.local_slices()
         names = [module.prefix + name for module in modules for name in TRIPLET_DIM]
         self._held = {name: held[name] for name in names}
         numel = sum(here.stop - here.start for here in self._held.values())
         kinds = importance.IMPORTANCES[config.importance]
-        self._averages = {kind: replica.share.values.new_zeros(numel) for kind in kinds}
+        self._averages = {kind: replica.strategy.values.new_zeros(numel) for kind in kinds}
 
     def follow(self) -> None:
         """Update the averages of modules that had a gradient in this step."""
-        share, averages = self._replica.share, self._flat()
+        share, averages = self._replica.strategy, self._flat()
         for here in self._runs() if averages else ():
             importance.follow(
                 share.values[here],
@@ -66,7 +66,7 @@ class TripletScores:
 
     def all(self) -> Tensor:
         """S of all triplets: [triplets]. Collective."""
-        values, averages = self._replica.share.values, self._flat()
+        values, averages = self._replica.strategy.values, self._flat()
         elements = importance.element_scores(*averages) if averages else values.abs()
         counted = TRIPLET_DIM if averages else {"lora_E": TRIPLET_DIM["lora_E"]}
         scores = values.new_zeros(sum(module.adapter.r for module in self._modules))
@@ -78,7 +78,7 @@ class TripletScores:
                 )
                 mine = _whole(elements[here.place], here, shape)
                 scores[module.place] += importance.triplet_means(mine, dim)
-        return self._replica.share.join(scores)
+        return self._replica.strategy.combine(scores)
 
     def states(self) -> States:
         """This rank's share of the averages, by parameter and name."""
@@ -97,13 +97,13 @@ class TripletScores:
         """Take over averages, (`<parameter>.<name>`, whole tensor), of a checkpoint."""
         for key, whole in averages:
             name, _, kind = key.rpartition(".")
-            mine = self._replica.share.part(name, whole)
+            mine = self._replica.strategy.local_part(name, whole)
             if mine is not None:
                 self._averages[kind][self._held[name].place].copy_(mine.reshape(-1))
 
     def _flat(self) -> list[Tensor]:
         """The averages, beside the adapters also where `model.to(device)` has moved these."""
-        device = self._replica.share.values.device
+        device = self._replica.strategy.values.device
         for kind, flat in self._averages.items():
             self._averages[kind] = flat.to(device)
         return list(self._averages.values())
@@ -124,7 +124,7 @@ class TripletScores:
             yield slice(first, last)
 
 
-def _whole(part: Tensor, here: Held, shape: torch.Size) -> Tensor:
+def _whole(part: Tensor, here: LocalSlice, shape: torch.Size) -> Tensor:
     """A tensor of the shape with the part at its place, and zeros elsewhere."""
     if here.stop - here.start == shape.numel():
         return part.view(shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -58,7 +58,11 @@ class TrainedReplica(Replica):
             _follow_steps(self)
 
     def reduce_gradients(
-        self, tokens: int | Tensor | None = None, sums: Sequence[float] = (), each: int = 0
+        self,
+        tokens: int | Tensor | None = None,
+        *,
+        scalars: Mapping[str, float] | None = None,
+        each: int = 0,
     ) -> Reduced:
         """See `Replica.reduce_gradients`; the step's passes are over, so W0 is freed as well.
 
@@ -72,15 +76,15 @@ class TrainedReplica(Replica):
                 "dlora.start_from_gradients(model, batches, loss_of) before the first step"
             )
         self.method.before_reduce(1 if tokens is None else whole_number(tokens))
-        return super().reduce_gradients(tokens, sums, each)
+        return super().reduce_gradients(tokens, scalars=scalars, each=each)
 
     def skip_step(self, optimizer: Optimizer) -> None:
         """Call it in place of an optimizer step that is left out: the method's schedule goes on."""
         self.method.after_step(optimizer, skipped=True)
 
     def release(self) -> None:
-        """Free what passes without a reduction after them (evaluation) left gathered of W0."""
-        self.engine.release(self._model)
+        """Free W0 that passes without a reduction after them (evaluation) left gathered."""
+        self.engine.free_gathered(self._model)
 
     @property
     def frozen(self) -> dict[str, Tensor]:

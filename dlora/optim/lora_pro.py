@@ -1,14 +1,14 @@
-"""LoRA-Pro: an optimizer that steps A and B of a pair together, so that W moves as it wants to.
+"""LoRA-Pro: an optimizer that steps A and B of a pair so that W moves as in full fine-tuning.
 
-What h_A, h_B, g̃ are, and how they come from g_A and g_B, is in `dlora/lora/lora_pro.py`. Adam's
-moments stand in one of two places:
+`dlora/lora/lora_pro.py` defines h_A, h_B and g̃, and computes them from g_A and g_B. Adam's
+moments are in one of two places:
 
     low    g_A, g_B ──closed form──> h_A, h_B ──AdamW, moments [r, n] and [m, r]──> A, B
     full   g_A, g_B ──X = 0──> g̃ ──Adam, moments [m, n]──> u ──s·Bᵀu, s·u·Aᵀ, closed form──> A, B
 
 `full` is the paper's: W follows full fine-tuning with Adam as closely as A and B allow, and lr is a
-rate for full fine-tuning (2e-5, say). It keeps two tensors of the size of every adapted weight.
-`low` keeps what AdamW keeps, and its lr is LoRA's. The closed form has to come first there: Adam
+rate for full fine-tuning (2e-5, say). It stores two tensors of the size of every adapted weight.
+`low` stores what AdamW stores, and its lr is LoRA's. The closed form has to come first there: Adam
 takes the scale of B out of g_A, and (BᵀB)⁻¹ after it would divide by what is no longer in it.
 
 Order of a step: gradients are averaged, then clipped as they are, then adjusted. `low` and `full`
@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 
 from dlora.errors import UsageError
 from dlora.lora.lora_pro import Frame, Gram, equivalent, grams, seen
-from dlora.sharding.replica.owned_state import Unit
+from dlora.sharding.replica.owned_state import StepUnit
 
 MOMENTS = ("low", "full")
 
@@ -52,7 +52,7 @@ class Pair(NamedTuple):
 
 
 def pair_cost(m: int, n: int, r: int, moments: str) -> float:
-    """Multiplications of a step of a pair, up to a factor; what ranks get their pairs by."""
+    """Multiplications of a step of a pair, up to a factor, by which pairs are given to ranks."""
     return float(m * n * r if moments == "full" else (m + n + r) * r * r)
 
 
@@ -61,12 +61,12 @@ class LoraPro(Optimizer):
 
     Args:
         params: as of `torch.optim.AdamW`: parameters or groups, as `replica.parameter_groups(lr)`.
-        pairs: those among them that belong together, with their scales: `replica.pairs`.
-        lr, betas, eps, weight_decay: of groups that have none of their own.
+        pairs: (A, B, scale) of every adapter, as `replica.pairs`; A and B are among `params`.
+        lr: default of groups without one; `betas`, `eps` and `weight_decay` likewise.
         moments: `"low"` or `"full"`, see above.
 
-    `replica.drive(optimizer)` spreads the pairs over ranks: each is stepped by one of them, which
-    alone keeps its moments, and steps are collective from then on. Without it every rank steps all.
+    `replica.attach_optimizer(optimizer)` distributes the pairs over ranks: one rank steps each and
+    alone stores its moments, and steps are collective from then on. Without it each rank steps all.
 
     Raises:
         UsageError: `moments` is neither, A and B of a pair have different rates, or they are not
@@ -95,12 +95,12 @@ class LoraPro(Optimizer):
     # -- owned by ranks (`dlora.sharding.replica.owned_state.InUnits`) ---------------------------
 
     @property
-    def units(self) -> list[Unit]:
+    def units(self) -> list[StepUnit]:
         """The pairs with their costs."""
-        return [Unit((p.A, p.B), pair_cost(*p.sizes, self.moments)) for p in self.pairs]
+        return [StepUnit((p.A, p.B), pair_cost(*p.sizes, self.moments)) for p in self.pairs]
 
-    def keep(self, indices: Collection[int]) -> None:
-        """Step these pairs from now on, and no other; the state of others is let go of."""
+    def step_only(self, indices: Collection[int]) -> None:
+        """Step these pairs from now on, and no other; the state of the others is deleted."""
         self._mine = sorted(indices)
         for index in set(range(len(self.pairs))).difference(self._mine):
             for factor in self.pairs[index][:2]:
@@ -108,7 +108,7 @@ class LoraPro(Optimizer):
 
     @property
     def moment_shapes(self) -> dict[nn.Parameter, torch.Size]:
-        """Of the moments that are kept under a parameter of a pair."""
+        """Shapes of the moments that are stored under a parameter of a pair."""
         shapes = {}
         for pair in self.pairs:
             m, n, r = pair.sizes
@@ -120,7 +120,7 @@ class LoraPro(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of every pair that this rank keeps, and of all that is in no pair."""
+        """One step of every pair that this rank steps, and of every tensor that is in no pair."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -155,7 +155,7 @@ class LoraPro(Optimizer):
         _move(pair.B, h_B, group)
 
     def _direction(self, key: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> Tensor:
-        """Adam's m̂ / (√v̂ + ε), of moments that are kept under `key`."""
+        """Adam's m̂ / (√v̂ + ε), of moments that are stored under `key`."""
         state, (beta1, beta2) = self.state[key], group["betas"]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
@@ -181,8 +181,8 @@ class LoraPro(Optimizer):
             if {id(pair.A), id(pair.B)} - groups.keys():
                 raise UsageError(
                     f"LoraPro: {shapes} are not among its parameters; it needs whole tensors, so "
-                    'shard(..., optimizer_state="replicated"): replica.drive(optimizer) spreads '
-                    "the pairs"
+                    'shard(..., optimizer_state="replicated"); replica.attach_optimizer(optimizer) '
+                    "distributes the pairs over ranks"
                 )
             if pair.B.numel() != m * r:
                 raise UsageError(f"LoraPro: {shapes} are no pair")

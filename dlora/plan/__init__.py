@@ -10,7 +10,3 @@
 `python -m dlora.plan --config FILE` prints it for machines that are not at hand; a run plans the
 same way before it reads a weight, and prints planned against measured at its end.
 """
-
-from dlora.plan.command import main
-
-__all__ = ["main"]

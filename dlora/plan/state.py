@@ -12,7 +12,7 @@ from dlora.optim.eight_bit import MAP_BYTES, state_bytes
 from dlora.optim.lora_pro import Pair, pair_cost
 from dlora.sharding.replica.optimizer_state import StateStrategy, count, item
 from dlora.sharding.replica.owned_state import gather_bytes, gathered_elements, owners
-from dlora.sharding.replica.replica import share_class
+from dlora.sharding.replica.replica import strategy_class
 from dlora.sharding.topology import Topology
 
 MOMENTS = {"adamw": 2, "sgd": 0}  # values of the parameter's type, for each element
@@ -49,7 +49,7 @@ def modes(optimizer: OptimizerConfig, setting: str, ranks: int) -> list[bool]:
 
 def share_of(optimizer: OptimizerConfig, divided: bool) -> type[StateStrategy]:
     """How gradients are shared: LoRA-Pro divides its state by pairs, beside whole gradients."""
-    return share_class(divided and optimizer.name != "lora_pro")
+    return strategy_class(divided and optimizer.name != "lora_pro")
 
 
 def state_of(
@@ -65,7 +65,7 @@ def state_of(
     if optimizer.name == "lora_pro":
         return _of_pairs(optimizer.lora_pro_moments, trained, topology, divided)
     each = MOMENTS[optimizer.name] * item(trained)
-    elements = share_class(divided).elements(trained, topology)
+    elements = strategy_class(divided).elements(trained, topology)
     return State(each * elements, each * count(trained))
 
 

@@ -1,4 +1,4 @@
-"""Who is where: ranks, nodes, and the placement of W0 over them."""
+"""Ranks and nodes, and the placement of W0 over them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ BASES = ("none", "node", "world")
 
 @dataclass(frozen=True)
 class Topology:
-    """Ranks in node-major order: node k holds the ranks k·ranks_per_node and following.
+    """Ranks in node-major order: node k has the ranks k·ranks_per_node and following.
 
-    Where a scheduler has put unlike numbers of ranks on machines (Ray: 4 and 2), a node is what
-    divides all of them, so that none reaches over two machines and every rank sees the same ones.
+    Where a scheduler has put unlike numbers of ranks on hosts (Ray: 4 and 2), a node has as many
+    ranks as divide all of these, so that no node spans two hosts and all ranks agree on the nodes.
 
     Attributes:
-        largest: how many ranks the fullest machine has; 0 where that is not known.
+        largest: the most ranks of one host; 0 where that is not known.
     """
 
     rank: int
@@ -32,7 +32,12 @@ class Topology:
 
     @classmethod
     def over(cls, rank: int, here: Sequence[int], ranks_per_node: int | None = None) -> Topology:
-        """Of one rank, from what every rank says of the number of ranks `here`, on its machine."""
+        """The topology of one rank.
+
+        Args:
+            here: by rank, the number of ranks on its host.
+            ranks_per_node: overrides what follows from `here`.
+        """
         if ranks_per_node is not None:
             return cls(rank, len(here), ranks_per_node)
         return cls(rank, len(here), min(math.gcd(*here), len(here)), max(here))
@@ -58,8 +63,8 @@ class Topology:
         rank, world = dist.get_rank(), dist.get_world_size()
         if ranks_per_node is not None:
             return cls(rank, world, min(ranks_per_node, world))
-        # Over the store: a tensor would have to lie on this rank's own device, which with NCCL
-        # alone nobody may have chosen yet.
+        # Over the store: a tensor would have to be on this rank's own device, which with NCCL alone
+        # may not have been chosen yet.
         assert dist.group.WORLD is not None
         store = dist.PrefixStore("dlora/ranks of a node", dist.group.WORLD.get_group_store())
         store.set(str(rank), os.environ.get("LOCAL_WORLD_SIZE", str(world)))
@@ -67,7 +72,7 @@ class Topology:
 
     @property
     def uneven(self) -> bool:
-        """Whether machines have numbers of ranks that have nothing in common."""
+        """Whether hosts have numbers of ranks without a common divisor above 1."""
         return self.world % self.ranks_per_node != 0 or self.ranks_per_node == 1 < self.largest
 
     @property
@@ -81,9 +86,10 @@ class Topology:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where W0 lives: each of `replicas` groups of `shard_size` consecutive ranks holds it once.
+    """Where W0 is stored: each of `replicas` groups of `shard_size` consecutive ranks has it once.
 
-    With `offload` the ranks' parts lie in host memory and are copied to the device when gathered.
+    Attributes:
+        offload: shards are in host memory, and copied to the device when they are gathered.
     """
 
     engine: str

@@ -51,7 +51,7 @@ def build(
     attach_unstarted(model, prepared.lora, residual=residuals is not None)
     if residuals is not None:
         residuals.start(model)
-    engine.hold(model, prepared.budget.resident)
+    engine.keep_gathered(model, prepared.budget.resident)
     if config.adapter.path is not None and prepared.resumed is None:
         load_adapter(model, config.adapter.path)
     if config.sharding.activation_checkpointing:
@@ -134,13 +134,13 @@ def build_optimizer(
     )
     if section.name == "lora_pro":
         optimizer = LoraPro(groups, replica.pairs, moments=section.lora_pro_moments)
-        return replica.drive(optimizer) if prepared.divided else optimizer
+        return replica.attach_optimizer(optimizer) if prepared.divided else optimizer
     if section.name in EIGHT_BIT:
         paged = section.name == "paged_adamw8bit"
         if paged and ranks.device.type == "cpu":
             console.info("warning: optimizer.name: without a GPU paged_adamw8bit is adamw8bit")
             paged = False
-        return replica.drive(adamw8bit(groups, paged=paged))
+        return replica.attach_optimizer(adamw8bit(groups, paged=paged))
     if section.name == "sgd":
-        return replica.drive(torch.optim.SGD(groups))
-    return replica.drive(torch.optim.AdamW(groups, fused=True))
+        return replica.attach_optimizer(torch.optim.SGD(groups))
+    return replica.attach_optimizer(torch.optim.AdamW(groups, fused=True))

@@ -67,7 +67,7 @@ class CheckpointManager:
         """
         replica = self._context.replica
         committed: Committed = nothing
-        if self._context.ranks.main or replica.share.collective_saves:
+        if self._context.ranks.main or replica.strategy.collective_saves:
             captured = capture(replica, state=self._state(step), **self._beside())
             if captured is not None:
                 self.settle()
@@ -97,7 +97,7 @@ class CheckpointManager:
         There is none where the optimizer state is divided: no rank has all of it.
         """
         replica = self._context.replica
-        if not replica.share.collective_saves:
+        if not replica.strategy.collective_saves:
             with self._lock:
                 self._snapshots.take(step, replica, **self._beside())
                 self._record = record
@@ -174,7 +174,7 @@ class CheckpointManager:
         }
 
     def _nothing_to_commit(self) -> str:
-        if self._context.replica.share.collective_saves:
+        if self._context.replica.strategy.collective_saves:
             return "no rank has all of the optimizer state, so the last save is the newest"
         there = f"; step {self._start} is committed" if self._start else ""
         return f"no step was made since the start{there}"

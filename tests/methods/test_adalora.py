@@ -82,7 +82,9 @@ def train(when: str, gamma: float, unit: str, divided: bool) -> dict[str, Any]:
     model, rank = adapted(gamma, unit), own_rank()
     state = "divided" if divided else "replicated"
     replica = shard(model, base="none", optimizer_state=state)
-    optimizer = replica.drive(torch.optim.AdamW(replica.parameter_groups(lr=SETTINGS["lr"])))
+    optimizer = replica.attach_optimizer(
+        torch.optim.AdamW(replica.parameter_groups(lr=SETTINGS["lr"]))
+    )
     for group in optimizer.param_groups:
         group["weight_decay"] = SETTINGS["weight_decay"]
     allocator = replica.method
@@ -91,7 +93,7 @@ def train(when: str, gamma: float, unit: str, divided: bool) -> dict[str, Any]:
 
     def see() -> None:
         seen["values"].append({n: p.detach().clone() for n, p in replica.named.items()})
-        gathered = replica.share.whole(allocator.tensors()["scorer"], everywhere=True)
+        gathered = replica.strategy.gather_full(allocator.tensors()["scorer"], everywhere=True)
         seen["averages"].append({f"{name}.{kind}": a.clone() for name, kind, a in gathered})
         if allocator.step in allocator.masks:
             seen["masks"][allocator.step] = allocator.record()["kept"]

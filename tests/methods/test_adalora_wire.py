@@ -38,7 +38,7 @@ def logged(argv: list[str]) -> dict[str, Any]:
         "steps": steps,
         "numel": sizes,
         "scores": 4 * padded(INITIAL, topology),
-        "reduction": replica.share.wire_bytes(replica.named, topology),
+        "reduction": replica.strategy.wire_bytes(replica.named, topology),
         "padding": topology.ranks_per_node * 4,
     }
 

@@ -32,7 +32,8 @@ def replica_of_model() -> tuple[Any, Any]:
 def test_it_is_bitsandbytes_on_plain_tensors_bit_for_bit(paged: bool) -> None:
     """The same gradients to both: views of a flat buffer, and tensors of their own."""
     model, replica = replica_of_model()
-    optimizer = replica.drive(adamw8bit(replica.parameter_groups(lr=1e-3, **GROUPS), paged=paged))
+    groups = replica.parameter_groups(lr=1e-3, **GROUPS)
+    optimizer = replica.attach_optimizer(adamw8bit(groups, paged=paged))
     twins = {name: nn.Parameter(p.detach().clone()) for name, p in replica.named.items()}
     names = {id(p): name for name, p in replica.named.items()}
     groups = [

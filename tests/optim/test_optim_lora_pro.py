@@ -193,7 +193,7 @@ def test_the_loss_goes_down(moments: str) -> None:
     made = model()
     replica = shard(made)
     lr = 1e-2 if moments == "low" else 2e-3
-    optimizer = replica.drive(
+    optimizer = replica.attach_optimizer(
         LoraPro(replica.parameter_groups(lr=lr), replica.pairs, moments=moments)
     )
     ids, losses = token_ids(), []

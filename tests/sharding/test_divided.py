@@ -3,49 +3,44 @@ process; and what a rank holds and sends of it.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from collectives import CollectiveLog
 from ranks import Pools
-from test_replica import ALL, MAX_NORM, NONE, SOME, STEPS, TOLERANCE, ZEROING
-from torch import Tensor, nn
-from toy import ROWS, Toy, batch, own_rank, replicated
+from torch import nn
+from toy import (
+    ALL,
+    MAX_NORM,
+    NONE,
+    OPTIMIZERS,
+    ROWS,
+    SOME,
+    STEPS,
+    TOLERANCE,
+    ZEROING,
+    Toy,
+    batch,
+    divided,
+    flat,
+    gradients,
+    groups,
+    own_rank,
+    replicated,
+)
 
 from dlora.sharding.replica.replica import Replica
 
 SHAPES = [(1, 1), (2, 2), (3, 3), (4, 2), (4, 1), (3, 2)]  # ranks, ranks per node
 NUMEL = 37
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "AdamW": torch.optim.AdamW,
-    "fused AdamW": functools.partial(torch.optim.AdamW, fused=True),
-    "SGD": functools.partial(torch.optim.SGD, momentum=0.9),
-}
-
-
-def groups(named: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
-    """Two rates, two decays."""
-    return [
-        {"params": [named["A"], named["spare"]], "lr": 0.05, "weight_decay": 0.1},
-        {"params": [named["b"], named["B"]], "lr": 0.2, "weight_decay": 0.0},
-    ]
-
-
-def divided(
-    optimizer: str = "AdamW", dtype: torch.dtype = torch.float64
-) -> tuple[Toy, Replica, torch.optim.Optimizer]:
-    model, replica = replicated(dtype, divided=True)
-    return model, replica, replica.drive(OPTIMIZERS[optimizer](groups(replica.optimized)))
-
-
-def gradients(named: dict[str, nn.Parameter]) -> dict[str, Tensor | None]:
-    return {name: None if p.grad is None else p.grad.clone() for name, p in named.items()}
-
-
-def flat(model: nn.Module) -> Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+# dtype, whether losses are summed over tokens, micro-batches, how gradients are zeroed, optimizer
+CASES = [
+    (torch.float64, True, 1, "replica", "AdamW"),
+    (torch.float32, True, 3, "to none", "fused AdamW"),
+    (torch.float64, False, 2, "to zero", "AdamW"),
+    (torch.float64, False, 2, "to none", "SGD"),
+]
 
 
 def places(replica: Replica) -> dict[str, tuple[int, int]]:
@@ -100,43 +95,35 @@ def reference(
     return seen
 
 
+def train_each() -> list[dict[str, Any]]:
+    return [train(*case) for case in CASES]
+
+
 @pytest.mark.parametrize(("world", "per_node"), SHAPES)
-@pytest.mark.parametrize(
-    ("dtype", "by_tokens", "pieces", "zeroing", "name"),
-    [
-        (torch.float64, True, 1, "replica", "AdamW"),
-        (torch.float32, True, 3, "to none", "fused AdamW"),
-        (torch.float64, False, 2, "to zero", "AdamW"),
-        (torch.float64, False, 2, "to none", "SGD"),
-    ],
-)
-def test_training_equals_one_process(
-    pools: Pools,
-    world: int,
-    per_node: int,
-    dtype: torch.dtype,
-    by_tokens: bool,
-    pieces: int,
-    zeroing: str,
-    name: str,
-) -> None:
-    arguments = (dtype, by_tokens, pieces, zeroing, name)
-    results = pools(world).run(train, *arguments, ranks_per_node=per_node)
-    expected, tolerance = reference(dtype, by_tokens, zeroing, name, world), TOLERANCE[dtype]
-    close = functools.partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance)
+def test_training_equals_one_process(pools: Pools, world: int, per_node: int) -> None:
     offsets = {"A": 0, "b": 15, "B": 20, "spare": 30}
-    for got in results:
-        close(got["values"], expected["values"])
-        assert all(map(torch.equal, got["values"], results[0]["values"]))
-        close(got["norms"], expected["norms"])
-        for mine, whole in zip(got["gradients"], expected["gradients"], strict=True):
-            for tensor, gradient in mine.items():
-                start, stop = (n - offsets[tensor] for n in got["places"].get(tensor, (0, 0)))
-                wanted = whole[tensor] if start < stop else None
-                close(gradient, None if wanted is None else wanted.flatten()[start:stop])
-    held = sorted(place for got in results for place in got["places"].values())
-    assert [start for start, _ in held] == [0, *(stop for _, stop in held[:-1])]
-    assert held[-1][1] == NUMEL
+    by_rank = pools(world).run(train_each, ranks_per_node=per_node)
+    for case, *results in zip(CASES, *by_rank, strict=True):
+        dtype, by_tokens, _, zeroing, name = case
+        expected, tolerance = reference(dtype, by_tokens, zeroing, name, world), TOLERANCE[dtype]
+        close = functools.partial(
+            torch.testing.assert_close,
+            rtol=tolerance,
+            atol=tolerance,
+            msg=lambda text, case=case: f"{case}: {text}",
+        )
+        for got in results:
+            close(got["values"], expected["values"])
+            assert all(map(torch.equal, got["values"], results[0]["values"])), case
+            close(got["norms"], expected["norms"])
+            for mine, whole in zip(got["gradients"], expected["gradients"], strict=True):
+                for tensor, gradient in mine.items():
+                    start, stop = (n - offsets[tensor] for n in got["places"].get(tensor, (0, 0)))
+                    wanted = whole[tensor] if start < stop else None
+                    close(gradient, None if wanted is None else wanted.flatten()[start:stop])
+        stored = sorted(place for got in results for place in got["places"].values())
+        assert [start for start, _ in stored] == [0, *(stop for _, stop in stored[:-1])], case
+        assert stored[-1][1] == NUMEL, case
 
 
 # -- one step -------------------------------------------------------------------------------------
@@ -157,30 +144,32 @@ def absent(where: str, zeroing: str) -> dict[str, Any]:
     return {"values": flat(model), "norm": norm, "steps": steps}
 
 
-@pytest.mark.parametrize("zeroing", ZEROING)
+def absent_each(where: str) -> list[dict[str, Any]]:
+    return [absent(where, zeroing) for zeroing in ZEROING]
+
+
 @pytest.mark.parametrize("where", [ALL, SOME, NONE])
 @pytest.mark.parametrize("world", [1, 3])
-def test_a_tensor_without_gradient_on_some_ranks(
-    pools: Pools, world: int, where: str, zeroing: str
-) -> None:
+def test_a_tensor_without_gradient_on_some_ranks(pools: Pools, world: int, where: str) -> None:
     """With one nowhere the optimizer passes it by: no decay, no moment, no count. Where it was set
     to zero rather than to None it takes part, as with plain torch.
     """
-    model = Toy(torch.float64)
-    optimizer = torch.optim.AdamW(groups(dict(model.named_parameters())))
-    for step in range(2):
-        optimizer.zero_grad(set_to_none=zeroing != "to zero")
-        for rank, (x, y) in enumerate(batch(step, torch.float64)[:world]):
-            takes_part = step == 0 or where == ALL or (where == SOME and rank == 0)
-            (model.losses(x, y, takes_part).sum() / sum(ROWS[:world])).backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
-        optimizer.step()
-    counts = {int(state["step"]) for state in optimizer.state.values()}
-    results = pools(world).run(absent, where, zeroing)
-    for got in results:
-        torch.testing.assert_close(got["values"], flat(model), rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(got["norm"], norm, rtol=1e-12, atol=1e-12)
-    assert set.union(*(got["steps"] for got in results)) == counts
+    by_rank = pools(world).run(absent_each, where)
+    for zeroing, *results in zip(ZEROING, *by_rank, strict=True):
+        model = Toy(torch.float64)
+        optimizer = torch.optim.AdamW(groups(dict(model.named_parameters())))
+        for step in range(2):
+            optimizer.zero_grad(set_to_none=zeroing != "to zero")
+            for rank, (x, y) in enumerate(batch(step, torch.float64)[:world]):
+                takes_part = step == 0 or where == ALL or (where == SOME and rank == 0)
+                (model.losses(x, y, takes_part).sum() / sum(ROWS[:world])).backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+            optimizer.step()
+        for got in results:
+            torch.testing.assert_close(got["values"], flat(model), rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(got["norm"], norm, rtol=1e-12, atol=1e-12)
+        counts = {int(state["step"]) for state in optimizer.state.values()}
+        assert set.union(*(got["steps"] for got in results)) == counts, zeroing
 
 
 # -- what a rank holds and sends ------------------------------------------------------------------
@@ -189,7 +178,7 @@ def test_a_tensor_without_gradient_on_some_ranks(
 def one_step() -> dict[str, Any]:
     """A step under a log of collectives, and the bytes of the moments after it."""
     (model, replica), rank = replicated(torch.float32, divided=True), own_rank()
-    optimizer = replica.drive(torch.optim.AdamW(replica.optimized.values()))
+    optimizer = replica.attach_optimizer(torch.optim.AdamW(replica.optimized.values()))
     x, y = batch(0, torch.float32)[rank]
     model.losses(x, y, spare=True).sum().backward()
     replica.wire.take()
@@ -197,13 +186,13 @@ def one_step() -> dict[str, Any]:
         replica.reduce_gradients(len(x))
         optimizer.step()
     moments = [v for state in optimizer.state.values() for v in state.values() if v.ndim]
-    share = replica.share
+    strategy = replica.strategy
     return {
         "calls": log.calls,
         "counted": replica.wire.take(),
-        "formula": share.wire_bytes(replica.named, replica.topology),
+        "formula": strategy.wire_bytes(replica.named, replica.topology),
         "moments": sum(v.untyped_storage().nbytes() for v in moments),
-        "elements": share.elements(replica.named, replica.topology),
+        "elements": strategy.elements(replica.named, replica.topology),
     }
 
 

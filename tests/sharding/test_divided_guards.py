@@ -6,13 +6,16 @@ from typing import Any
 import pytest
 import torch
 from ranks import Pools
-from test_divided import divided, flat
 from torch import Tensor
-from toy import batch, own_rank, replicated
+from toy import batch, divided, flat, own_rank, replicated
 
 from dlora import UsageError, shard
 from dlora.sharding.replica.optimizer_state import states_of
 from dlora.sharding.replica.replica import ReplicaError
+
+
+def moved_each() -> list[Tensor]:
+    return [moved(w) for w in ("never", "before backward", "after backward", "before the step")]
 
 
 def moved(when: str) -> Tensor:
@@ -35,9 +38,8 @@ def moved(when: str) -> Tensor:
 
 
 def test_moved_parameters_are_bound_again(pools: Pools) -> None:
-    wanted = pools(2).run(moved, "never")[0]
-    for when in ("before backward", "after backward", "before the step"):
-        assert all(torch.equal(got, wanted) for got in pools(2).run(moved, when)), when
+    for unmoved, *others in pools(2).run(moved_each):
+        assert all(torch.equal(got, unmoved) for got in others)
 
 
 def flipped() -> str:
@@ -79,35 +81,34 @@ def refused(case: str) -> str:
     model.losses(x, y, spare=True).sum().backward()
     try:
         if case == "whole tensors":
-            replica.drive(torch.optim.SGD(model.parameters()))
-        if case == "not driven":
+            replica.attach_optimizer(torch.optim.SGD(model.parameters()))
+        if case == "not attached":
             torch.optim.SGD(replica.optimized.values())
             replica.reduce_gradients()
-        optimizer = replica.drive(Norms(replica.optimized.values()))
+        optimizer = replica.attach_optimizer(Norms(replica.optimized.values()))
         replica.reduce_gradients()
         optimizer.step()
-        list(replica.share.whole(states_of(optimizer, replica.optimized)))
+        list(replica.strategy.gather_full(states_of(optimizer, replica.optimized)))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
 
 
-@pytest.mark.parametrize(
-    ("case", "message"),
-    [
-        ("not driven", "ReplicaError: the optimizer state is divided over ranks, and its steps .*"),
-        ("whole tensors", r"ReplicaError: .*; give it replica\.parameter_groups\(\.\.\.\)"),
-        (
-            "shapes",
-            r"UsageError: sharding\.optimizer_state: .* this one keeps norms of shape \[2, 3\] .*",
-        ),
-    ],
-)
-def test_what_would_go_wrong_is_refused_on_every_rank(
-    pools: Pools, case: str, message: str
-) -> None:
-    for told in pools(2).run(refused, case):
-        assert re.fullmatch(message, told, re.DOTALL)
+REFUSED = {
+    "not attached": "ReplicaError: the optimizer state is divided over ranks, and its steps .*",
+    "whole tensors": r"ReplicaError: .*; give it replica\.parameter_groups\(\.\.\.\)",
+    "shapes": r"UsageError: sharding\.optimizer_state: .* this one has norms of shape \[2, 3\] .*",
+}
+
+
+def refused_each() -> list[str]:
+    return [refused(case) for case in REFUSED]
+
+
+def test_what_would_go_wrong_is_refused_on_every_rank(pools: Pools) -> None:
+    for told in pools(2).run(refused_each):
+        for message, line in zip(REFUSED.values(), told, strict=True):
+            assert re.fullmatch(message, line, re.DOTALL), line
 
 
 def test_an_unknown_setting_is_refused() -> None:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from ranks import Pools
 from run_training import relative_error, same_bits
 from tiny import VOCABULARY
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
@@ -113,8 +114,16 @@ def one_process(
     return pools(1).run(own_loop, *arguments)[0]
 
 
-@pytest.mark.parametrize("by_tokens", [False, True])
-@pytest.mark.parametrize("attach_first", [True, False])
+@pytest.mark.parametrize(
+    ("attach_first", "by_tokens"),
+    [
+        (True, False),
+        (False, True),
+        # 2 s each: both orders and both kinds of mean are in the others
+        pytest.param(True, True, marks=pytest.mark.full),
+        pytest.param(False, False, marks=pytest.mark.full),
+    ],
+)
 @pytest.mark.parametrize(
     ("world", "base"), [(1, "sharded by dlora"), *((2, base) for base in BASES)]
 )
@@ -146,6 +155,32 @@ def test_the_loop_gives_what_one_process_gives(
     model = load_adapter(whole(saved_models("llama")), tmp_path / f"rank-{world - 1}")
     saved = {n: p.detach() for n, p in model.named_parameters() if ".adapter." in n}
     assert same_bits(saved, results[0]["adapter"])
+
+
+def chosen(free: list[float]) -> str:
+    """The base that `auto` stands for where each rank has so much free memory, in sizes of W0."""
+    model = nn.Module()
+    model.blocks = nn.ModuleList(nn.Linear(32, 32) for _ in range(16))
+    nbytes = sum(parameter.nbytes for parameter in model.parameters())
+    with pytest.MonkeyPatch.context() as patch:
+        mine = int(free[dist.get_rank()] * nbytes)
+        patch.setattr("dlora.plan.own_loop.free_bytes", lambda *_: mine)
+        return shard(model).engine.placement.base
+
+
+@pytest.mark.parametrize(
+    ("free", "base"),
+    [
+        ([2, 2, 2, 2], "none"),
+        ([2, 2, 0.5, 2], "node"),  # the rank with the least decides
+        ([2, 2, 2, 0.1], "world"),
+    ],
+)
+def test_auto_is_the_cheapest_base_that_fits(pools: Pools, free: list[float], base: str) -> None:
+    """W0 may take half of the memory; on one node there is no `node`."""
+    assert pools(4).run(chosen, free, ranks_per_node=2) == [base] * 4
+    on_one_node = "world" if base == "node" else base
+    assert pools(4).run(chosen, free) == [on_one_node] * 4
 
 
 def partitioned_adapters(path: str) -> None:

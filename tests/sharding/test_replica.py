@@ -4,27 +4,44 @@ A rank's batch is its part of the same rows; parts differ in size. The reference
 from torch.autograd, torch.nn.utils.clip_grad_norm_ and torch.optim on whole batches.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from ranks import Pools
 from torch import Tensor, nn
-from toy import ROWS, Toy, batch, own_rank, replicated
+from toy import (
+    ALL,
+    MAX_NORM,
+    NONE,
+    ROWS,
+    SOME,
+    STEPS,
+    TOLERANCE,
+    ZEROING,
+    Toy,
+    batch,
+    flat,
+    gradients,
+    own_rank,
+    replicated,
+)
 
-from dlora.sharding.replica.replica import Replica
+from dlora.sharding.replica.replica import ReplicaError
 
-STEPS, MAX_NORM, LR = 3, 0.5, 0.05
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+LR = 0.05
 SHAPES = [(1, 1), (2, 2), (3, 3), (4, 4), (4, 2), (4, 1), (3, 2)]  # ranks, ranks per node
-
-Zero = Callable[[Replica, torch.optim.Optimizer], None]
-ZEROING: dict[str, Zero] = {
-    "replica": lambda replica, optimizer: replica.zero_grad(),
-    "to none": lambda replica, optimizer: optimizer.zero_grad(set_to_none=True),
-    "to zero": lambda replica, optimizer: optimizer.zero_grad(set_to_none=False),
-}
+# dtype, whether losses are summed over tokens, micro-batches, how gradients are zeroed
+CASES = [
+    (dtype, *case)
+    for dtype in TOLERANCE
+    for case in [
+        (True, 1, "replica"),
+        (True, 3, "to none"),
+        (False, 1, "to zero"),
+        (False, 2, "to none"),
+    ]
+]
 
 
 # -- training -------------------------------------------------------------------------------------
@@ -41,15 +58,16 @@ def train(dtype: torch.dtype, by_tokens: bool, pieces: int, zeroing: str) -> dic
             loss = model.losses(some_x, some_y, spare=step > 0).sum()
             (loss if by_tokens else loss / len(x)).backward()
         reduced = replica.reduce_gradients(**({"tokens": len(x)} if by_tokens else {}))
-        gradients = {
-            n: None if p.grad is None else p.grad.clone() for n, p in replica.named.items()
-        }
-        seen["gradients"].append(gradients)
+        seen["gradients"].append(gradients(replica.named))
         seen["norms"].append(replica.clip(MAX_NORM))
         seen["tokens"].append(reduced.tokens)
         optimizer.step()
         ZEROING[zeroing](replica, optimizer)
     return seen | {"values": replica.values.detach().clone()}
+
+
+def train_each() -> list[dict[str, Any]]:
+    return [train(*case) for case in CASES]
 
 
 def reference(dtype: torch.dtype, by_tokens: bool, world: int) -> dict[str, Any]:
@@ -60,44 +78,29 @@ def reference(dtype: torch.dtype, by_tokens: bool, world: int) -> dict[str, Any]
     seen: dict[str, Any] = {"gradients": [], "norms": [], "tokens": []}
     for step in range(STEPS):
         parts = [model.losses(x, y, spare=step > 0) for x, y in batch(step, dtype)[:world]]
-        mean = (
-            torch.cat(parts).mean() if by_tokens else torch.stack([p.mean() for p in parts]).mean()
-        )
-        mean.backward()
-        gradients = {n: None if p.grad is None else p.grad.clone() for n, p in named.items()}
-        seen["gradients"].append(gradients)
+        means = torch.stack([part.mean() for part in parts])
+        (torch.cat(parts).mean() if by_tokens else means.mean()).backward()
+        seen["gradients"].append(gradients(named))
         seen["norms"].append(nn.utils.clip_grad_norm_(named.values(), MAX_NORM))
         seen["tokens"].append(sum(ROWS[:world]) if by_tokens else world)
         optimizer.step()
         optimizer.zero_grad()
-    return seen | {"values": torch.cat([p.detach().flatten() for p in named.values()])}
+    return seen | {"values": flat(model)}
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("world", "per_node"), SHAPES)
-@pytest.mark.parametrize(
-    ("by_tokens", "pieces", "zeroing"),
-    [(True, 1, "replica"), (True, 3, "to none"), (False, 1, "to zero"), (False, 2, "to none")],
-)
-def test_training_equals_one_process(
-    pools: Pools,
-    dtype: torch.dtype,
-    world: int,
-    per_node: int,
-    by_tokens: bool,
-    pieces: int,
-    zeroing: str,
-) -> None:
-    results = pools(world).run(train, dtype, by_tokens, pieces, zeroing, ranks_per_node=per_node)
-    expected, tolerance = reference(dtype, by_tokens, world), TOLERANCE[dtype]
-    for got in results:
-        assert torch.equal(got["values"], results[0]["values"])
-        torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+def test_training_equals_one_process(pools: Pools, world: int, per_node: int) -> None:
+    by_rank = pools(world).run(train_each, ranks_per_node=per_node)
+    for case, *results in zip(CASES, *by_rank, strict=True):
+        expected, tolerance = reference(*case[:2], world), TOLERANCE[case[0]]
+        for got in results:
+            assert torch.equal(got["values"], results[0]["values"]), case
+            torch.testing.assert_close(
+                got, expected, rtol=tolerance, atol=tolerance, msg=lambda m, c=case: f"{c}: {m}"
+            )
 
 
 # -- one step -------------------------------------------------------------------------------------
-
-ALL, SOME, NONE = "on all ranks", "on rank 0 only", "on no rank"
 
 
 def absent(where: str, zeroing: str) -> dict[str, Any]:
@@ -117,12 +120,13 @@ def absent(where: str, zeroing: str) -> dict[str, Any]:
     return {"gradient": gradient, "norm": norm, "moved": not torch.equal(model.spare, before)}
 
 
-@pytest.mark.parametrize("zeroing", ["replica", "to none"])
+def absent_each(where: str) -> list[dict[str, Any]]:
+    return [absent(where, zeroing) for zeroing in ("replica", "to none")]
+
+
 @pytest.mark.parametrize("where", [ALL, SOME, NONE])
 @pytest.mark.parametrize("world", [1, 3])
-def test_a_tensor_without_gradient_on_some_ranks(
-    pools: Pools, world: int, where: str, zeroing: str
-) -> None:
+def test_a_tensor_without_gradient_on_some_ranks(pools: Pools, world: int, where: str) -> None:
     """It counts as zero where others have one; with none anywhere the optimizer passes it by."""
     model = Toy(torch.float64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.1)
@@ -134,8 +138,8 @@ def test_a_tensor_without_gradient_on_some_ranks(
         wanted = None if model.spare.grad is None else model.spare.grad.clone()
         norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         optimizer.step()
-    for got in pools(world).run(absent, where, zeroing):
-        expected = {"gradient": wanted, "norm": norm, "moved": where != NONE}
+    expected = {"gradient": wanted, "norm": norm, "moved": where != NONE}
+    for got in (got for results in pools(world).run(absent_each, where) for got in results):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -161,22 +165,29 @@ def by_hand(how: str) -> tuple[Tensor | None, Tensor]:
     return None if model.b.grad is None else model.b.grad.clone(), model.A.grad.clone()
 
 
-@pytest.mark.parametrize(
-    "how", ["assigned", "added in place", "scaled after backward", "taken away"]
-)
-def test_gradients_set_by_hand(pools: Pools, how: str) -> None:
+HOW = ["assigned", "added in place", "scaled after backward", "taken away"]
+
+
+def by_hand_each() -> list[tuple[Tensor | None, Tensor]]:
+    return [by_hand(how) for how in HOW]
+
+
+def test_gradients_set_by_hand(pools: Pools) -> None:
     firsts = [x[0] for x, _ in batch(0, torch.float64)[:2]]
     wanted_a = (sum(firsts) / 2).expand(5, 3)
-    wanted_b = None if how == "taken away" else torch.full((5,), 1.5, dtype=torch.float64)
-    for got in pools(2).run(by_hand, how):
-        torch.testing.assert_close(got, (wanted_b, wanted_a), rtol=1e-12, atol=1e-12)
+    for results in pools(2).run(by_hand_each):
+        for how, got in zip(HOW, results, strict=True):
+            wanted_b = None if how == "taken away" else torch.full((5,), 1.5, dtype=torch.float64)
+            torch.testing.assert_close(got, (wanted_b, wanted_a), rtol=1e-12, atol=1e-12)
 
 
-def travel(tokens: list[int], sums: list[list[float]], each: list[int]) -> tuple[Any, ...]:
+def reduced_scalars(
+    tokens: list[int], scalars: list[dict[str, float]], each: list[int]
+) -> tuple[Any, ...]:
     (model, replica), rank = replicated(torch.float32), own_rank()
     (model.A * tokens[rank]).sum().backward()
-    reduced = replica.reduce_gradients(tokens[rank], sums=sums[rank], each=each[rank])
-    return reduced.tokens, reduced.sums, reduced.each, model.A.grad.unique().tolist()
+    reduced = replica.reduce_gradients(tokens[rank], scalars=scalars[rank], each=each[rank])
+    return reduced.tokens, reduced.scalars, reduced.each, model.A.grad.unique().tolist()
 
 
 @pytest.mark.parametrize("per_node", [3, 1])
@@ -184,24 +195,20 @@ def travel(tokens: list[int], sums: list[list[float]], each: list[int]) -> tuple
     ("tokens", "each"),
     [
         ([3, 0, 5], [0, 7, 4096]),
-        ([2**24 + 1, 2**24 + 3, 2**30 + 5], [2**24 + 1, 2**36 - 1, 2**31 + 3]),
+        ([2**24 + 1, 2**24 + 3, 2**30 + 5], [2**24 + 1, 2**48 - 1, 2**36 + 3]),
     ],
 )
-def test_scalars_travel_with_the_gradients(
+def test_scalars_are_reduced_with_the_gradients(
     pools: Pools, per_node: int, tokens: list[int], each: list[int]
 ) -> None:
-    """Integers arrive exactly where float32 has no more room for them."""
-    sums = [[1.5 * rank + slot for slot in range(16)] for rank in range(3)]
-    wanted = [sum(column) for column in zip(*sums, strict=True)]
-    for got in pools(3).run(travel, tokens, sums, each, ranks_per_node=per_node):
+    """By name; integers arrive exactly where float32 has no more room for them."""
+    scalars = [{f"s{slot}": 1.5 * rank + slot for slot in range(16)} for rank in range(3)]
+    wanted = {name: sum(one[name] for one in scalars) for name in scalars[0]}
+    for got in pools(3).run(reduced_scalars, tokens, scalars, each, ranks_per_node=per_node):
         assert got == (sum(tokens), wanted, each, [1.0])
 
 
-def overfill() -> None:
+def test_too_many_scalars_are_refused() -> None:
     _, replica = replicated()
-    replica.reduce_gradients(sums=[0.0] * 17)
-
-
-def test_too_many_scalars_are_refused(pools: Pools) -> None:
-    with pytest.raises(AssertionError, match="17 scalars do not fit the 16 slots"):
-        pools(1).run(overfill)
+    with pytest.raises(ReplicaError, match="17 scalars do not fit the 16 slots"):
+        replica.reduce_gradients(scalars=dict.fromkeys(map(str, range(17)), 0.0))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from ranks import Pools
 from torch import Tensor, nn
-from toy import Toy, batch, own_rank, replicated
+from toy import OPTIMIZERS, Toy, batch, own_rank, replicated
 
 from dlora.sharding.replica.replica import Replica, ReplicaError
 
@@ -27,11 +27,6 @@ UNITS = {
     "one, and all of spare": {"A": (0, [2]), "b": (0, [2]), "B": (1, [2]), "spare": (0, [])},
     "all of B": {"B": (1, [0, 1, 2, 3, 4])},
 }
-OPTIMIZERS: dict[str, Any] = {
-    "AdamW": torch.optim.AdamW,
-    "fused AdamW": functools.partial(torch.optim.AdamW, fused=True),
-    "SGD": functools.partial(torch.optim.SGD, momentum=0.9),
-}
 SETTINGS = {"lr": 0.05, "weight_decay": 0.1}
 
 
@@ -48,7 +43,7 @@ def spare_in(step: int) -> bool:
 def train(name: str, divided: bool, which: str) -> dict[str, Any]:
     """Steps, a cut, and steps while the last loss of those before it is still alive."""
     (model, replica), rank = replicated(divided=divided), own_rank()
-    optimizer = replica.drive(OPTIMIZERS[name](replica.optimized.values(), **SETTINGS))
+    optimizer = replica.attach_optimizer(OPTIMIZERS[name](replica.optimized.values(), **SETTINGS))
     before = {n: id(p) for n, p in model.named_parameters()}
     seen: dict[str, Any] = {"values": [], "norms": []}
 
@@ -82,7 +77,7 @@ def train(name: str, divided: bool, which: str) -> dict[str, Any]:
 def whole_states(replica: Replica, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state of whole tensors, on every rank."""
     states = {n: optimizer.state.get(p, {}) for n, p in replica.optimized.items()}
-    whole = replica.share.whole(states, everywhere=True)
+    whole = replica.strategy.gather_full(states, everywhere=True)
     return {f"{name}.{slot}": value.clone() for name, slot, value in whole}
 
 
@@ -132,44 +127,46 @@ def cut(model: Toy, optimizer: Any, name: str, which: str) -> tuple[Toy, Any]:
     return selected, fresh
 
 
+CASES = [
+    ("AdamW", "some"),
+    ("fused AdamW", "one, and all of spare"),
+    ("AdamW", "none"),
+    ("SGD", "some"),
+    ("AdamW", "all of B"),
+]
+
+
+def train_each(divided: bool) -> list[dict[str, Any]]:
+    return [train(name, divided, which) for name, which in CASES]
+
+
 @pytest.mark.parametrize(("world", "per_node"), SHAPES)
 @pytest.mark.parametrize("divided", [False, True], ids=["whole", "divided"])
-@pytest.mark.parametrize(
-    ("name", "which"),
-    [
-        ("AdamW", "some"),
-        ("fused AdamW", "one, and all of spare"),
-        ("AdamW", "none"),
-        ("SGD", "some"),
-        ("AdamW", "all of B"),
-    ],
-)
 def test_training_goes_on_with_what_is_left(
-    pools: Pools, world: int, per_node: int, divided: bool, name: str, which: str
+    pools: Pools, world: int, per_node: int, divided: bool
 ) -> None:
-    wanted = reference(name, which, world)
-    results = pools(world).run(train, name, divided, which, ranks_per_node=per_node)
     close = functools.partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
-    for got in results:
-        assert torch.equal(torch.stack(got["norms"]), torch.stack(results[0]["norms"]))
-        for key in ("values", "norms", "cut"):
-            close(got[key], wanted[key])
-        # Of a tensor that has become empty, no rank with a divided state keeps anything.
-        for slot, state in wanted["states"].items():
-            if slot in got["states"] or state.numel() and state.ndim:
-                close(got["states"][slot], state)
-        assert got["states"].keys() <= wanted["states"].keys()
-    held, whole = (
-        [got["held"] for got in results],
-        sum(state.numel() for state in wanted["states"].values() if state.ndim),
-    )
-    assert sum(held) == whole if divided else held == [whole] * world
+    by_rank = pools(world).run(train_each, divided, ranks_per_node=per_node)
+    for case, *results in zip(CASES, *by_rank, strict=True):
+        wanted = reference(*case, world)
+        for got in results:
+            assert torch.equal(torch.stack(got["norms"]), torch.stack(results[0]["norms"])), case
+            for key in ("values", "norms", "cut"):
+                close(got[key], wanted[key], msg=lambda text, case=case: f"{case}: {text}")
+            # Of a tensor that has become empty, no rank with a divided state stores anything.
+            for slot, state in wanted["states"].items():
+                if slot in got["states"] or state.numel() and state.ndim:
+                    close(got["states"][slot], state)
+            assert got["states"].keys() <= wanted["states"].keys(), case
+        stored = [got["held"] for got in results]
+        whole = sum(state.numel() for state in wanted["states"].values() if state.ndim)
+        assert sum(stored) == whole if divided else stored == [whole] * world, case
 
 
 def kept_exactly(divided: bool) -> dict[str, Any]:
     """What a cut does to values and moments, without a step after it."""
     (model, replica), rank = replicated(divided=divided), own_rank()
-    optimizer = replica.drive(torch.optim.AdamW(replica.optimized.values(), **SETTINGS))
+    optimizer = replica.attach_optimizer(torch.optim.AdamW(replica.optimized.values(), **SETTINGS))
     for number in range(2):
         x, y = batch(number, torch.float64)[rank]
         model.losses(x, y, spare=True).sum().backward()

@@ -8,7 +8,7 @@ import torch
 from collectives import CollectiveLog
 from ranks import Pools
 from torch import Tensor, nn
-from toy import ROWS, batch, own_rank
+from toy import batch, own_rank
 
 from dlora.checkpoint.host_copy import capture, restore
 from dlora.optim.lora_pro import LoraPro
@@ -20,6 +20,7 @@ from dlora.sharding.topology import Topology
 SHAPES = [(2, 2), (3, 3), (4, 2), (4, 1), (3, 2)]  # ranks, ranks per node
 PAIRS = {"p": (5, 3, 2), "q": (4, 5, 3), "u": (6, 4, 1), "v": (2, 6, 2)}  # m, n, r
 SCALE, STEPS = 2.0, 4
+MOMENTS = ("low", "full")
 # Elements of each pair, and of its [m, n].
 NUMELS = {name: r * (m + n) for name, (m, n, r) in PAIRS.items()}
 WHOLES = {name: m * n for name, (m, n, _) in PAIRS.items()}
@@ -67,12 +68,16 @@ def spread(moments: str, dtype: torch.dtype) -> tuple[Chain, Replica, LoraPro]:
     model, replica = Chain(dtype), Replica(Topology.current())
     replica.own(dict(model.named_parameters()))
     optimizer = optimizer_of(model, moments)
-    replica.drive(optimizer)
+    replica.attach_optimizer(optimizer)
     return model, replica, optimizer
 
 
 def values(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def same(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
+    return got.keys() == wanted.keys() and all(torch.equal(got[n], wanted[n]) for n in wanted)
 
 
 def one_step(model: Chain, replica: Replica, optimizer: LoraPro, step: int) -> None:
@@ -118,31 +123,34 @@ def reference(moments: str, dtype: torch.dtype, world: int) -> dict[str, Any]:
     return {"values": values(model), "state": state}
 
 
-@pytest.mark.parametrize("moments", ["low", "full"])
+def train_each() -> list[dict[str, Any]]:
+    return [train(moments, torch.float64) for moments in MOMENTS]
+
+
 @pytest.mark.parametrize(("world", "per_node"), [(1, 1), *SHAPES])
-def test_training_equals_one_process(pools: Pools, world: int, per_node: int, moments: str) -> None:
-    """T7, and each state is kept by one rank: all of a pair's by the same."""
-    dtype = torch.float64
-    results = pools(world).run(train, moments, dtype, ranks_per_node=per_node)
-    expected = reference(moments, dtype, world)
+def test_training_equals_one_process(pools: Pools, world: int, per_node: int) -> None:
+    """T7, and each state is stored by one rank: all of a pair's by the same."""
+    by_rank = pools(world).run(train_each, ranks_per_node=per_node)
     close = functools.partial(torch.testing.assert_close, rtol=1e-8, atol=1e-10)
-    for got in results:
-        close(got["values"], expected["values"])
-        assert all(torch.equal(got["values"][n], results[0]["values"][n]) for n in got["values"])
-        assert world == 1 or (got["state"] is None) == (got is not results[0])
-    close(results[0]["state"], expected["state"])
-    for name in PAIRS:
-        factors = ("A", "B") if moments == "low" else ("A",)
-        owner = [{f for f in ("A", "B") if f"{name}_{f}" in got["kept"]} for got in results]
-        assert [kept for kept in owner if kept] == [set(factors)]
-    assert all(got["kept"]["b"] == [1, 4, 4] for got in results)
-    each = NUMELS if moments == "low" else WHOLES
-    kept = [sum(sum(s[1:]) for n, s in got["kept"].items() if n != "b") for got in results]
-    assert sum(kept) == 2 * sum(each.values())
+    for moments, *results in zip(MOMENTS, *by_rank, strict=True):
+        expected = reference(moments, torch.float64, world)
+        for got in results:
+            close(got["values"], expected["values"])
+            assert same(got["values"], results[0]["values"])
+            assert world == 1 or (got["state"] is None) == (got is not results[0])
+        close(results[0]["state"], expected["state"])
+        for name in PAIRS:
+            factors = ("A", "B") if moments == "low" else ("A",)
+            owner = [{f for f in ("A", "B") if f"{name}_{f}" in got["kept"]} for got in results]
+            assert [stored for stored in owner if stored] == [set(factors)]
+        assert all(got["kept"]["b"] == [1, 4, 4] for got in results)
+        each = NUMELS if moments == "low" else WHOLES
+        stored = [sum(sum(s[1:]) for n, s in got["kept"].items() if n != "b") for got in results]
+        assert sum(stored) == 2 * sum(each.values())
 
 
-def wire(moments: str) -> dict[str, Any]:
-    model, replica, optimizer = spread(moments, torch.float32)
+def wire() -> dict[str, Any]:
+    model, replica, optimizer = spread("low", torch.float32)
     x, y = batch(0, torch.float32)[own_rank()]
     model.losses(x, y).sum().backward()
     replica.reduce_gradients(len(x))
@@ -156,7 +164,7 @@ def wire(moments: str) -> dict[str, Any]:
 def test_a_step_ends_with_one_gathering(pools: Pools, world: int, per_node: int) -> None:
     """Of as many values as the rank has that owns most, from each rank; on each level once."""
     two_levels = world == 4 and per_node == 2
-    for result in pools(world).run(wire, "low", ranks_per_node=per_node):
+    for result in pools(world).run(wire, ranks_per_node=per_node):
         assert {call.op for call in result["calls"]} == {"_allgather_base_"}
         assert len(result["calls"]) == (2 if two_levels else 1)
         assert result["counted"] == round(sum(call.sent() for call in result["calls"]))
@@ -179,61 +187,57 @@ def test_owners_are_balanced_and_everywhere_the_same() -> None:
 # -- checkpoints ----------------------------------------------------------------------------------
 
 
-def saved(moments: str) -> Any:
-    """What rank 0 saves after two steps, and the values after four."""
-    model, replica, optimizer = spread(moments, torch.float32)
-    for step in range(2):
-        one_step(model, replica, optimizer, step)
-    checkpoint = capture(replica, kept(replica, optimizer), {})
-    for step in range(2, STEPS):
-        one_step(model, replica, optimizer, step)
-    files = checkpoint and (checkpoint.tensors, checkpoint.states["optimizer"])
-    return files, values(model), state_of(replica, optimizer)
+def saved() -> list[Any]:
+    """What rank 0 saves after two steps, and the values and the state after four."""
+    found = []
+    for moments in MOMENTS:
+        model, replica, optimizer = spread(moments, torch.float32)
+        for step in range(2):
+            one_step(model, replica, optimizer, step)
+        checkpoint = capture(replica, kept(replica, optimizer), {})
+        for step in range(2, STEPS):
+            one_step(model, replica, optimizer, step)
+        files = checkpoint and (checkpoint.tensors, checkpoint.states["optimizer"])
+        found.append((files, values(model), state_of(replica, optimizer)))
+    return found
 
 
-def resumed(moments: str, files: Any) -> Any:
-    model, replica, optimizer = spread(moments, torch.float32)
-    tensors, states = files
-    restore(tensors.items(), states.items(), replica, optimizer)
-    kept = {id(parameter) for parameter in optimizer.state}
-    for step in range(2, STEPS):
-        one_step(model, replica, optimizer, step)
-    assert {id(parameter) for parameter in optimizer.state} == kept
-    return values(model), state_of(replica, optimizer)
+def resumed(saved_files: list[Any]) -> list[Any]:
+    """What is saved right after restoring, and the values and the state after the other steps."""
+    found = []
+    for moments, (tensors, states) in zip(MOMENTS, saved_files, strict=True):
+        model, replica, optimizer = spread(moments, torch.float32)
+        restore(tensors.items(), states.items(), replica, optimizer)
+        restored, own = state_of(replica, optimizer), {id(p) for p in optimizer.state}
+        for step in range(2, STEPS):
+            one_step(model, replica, optimizer, step)
+        assert {id(parameter) for parameter in optimizer.state} == own
+        found.append((restored, values(model), state_of(replica, optimizer)))
+    return found
 
 
-@pytest.mark.parametrize("moments", ["low", "full"])
-def test_a_checkpoint_goes_on_bit_for_bit_and_knows_no_ranks(pools: Pools, moments: str) -> None:
-    [(files, wanted, state), *others] = pools(2).run(saved, moments)
-    assert [other[0] for other in others] == [None]
-    for got, got_state in pools(2).run(resumed, moments, files):
-        assert all(torch.equal(got[name], wanted[name]) for name in wanted)
-        if got_state is not None:
-            assert all(torch.equal(got_state[name], state[name]) for name in state)
+def test_a_checkpoint_goes_on_bit_for_bit_and_knows_no_ranks(pools: Pools) -> None:
+    rank_0, rank_1 = pools(2).run(saved)
+    files = [files for files, _, _ in rank_0]
+    assert [files for files, _, _ in rank_1] == [None] * len(MOMENTS)
+    for rank, results in enumerate(pools(2).run(resumed, files)):
+        for (_, got, state), (_, wanted, wanted_state) in zip(results, rank_0, strict=True):
+            assert same(got, wanted)
+            assert same(state, wanted_state) if rank == 0 else state is None
     # On other ranks it is a run on other rows; that its state arrives is what counts here.
     for world in (1, 3, 4):
-        [(_, got_state), *_] = pools(world).run(resumed, moments, files, ranks_per_node=2)
-        assert got_state.keys() == state.keys()
-        assert all(got_state[name].shape == state[name].shape for name in state)
-        assert all(got_state[name] == STEPS for name in state if name.endswith(".step"))
-
-
-def restored(moments: str, files: Any) -> Any:
-    _, replica, optimizer = spread(moments, torch.float32)
-    restore(files[0].items(), files[1].items(), replica, optimizer)
-    return state_of(replica, optimizer)
-
-
-@pytest.mark.parametrize("moments", ["low", "full"])
-def test_what_was_restored_is_saved_alike(pools: Pools, moments: str) -> None:
-    files = pools(2).run(saved, moments)[0][0]
-    for world in (1, 3, 4):
-        again = pools(world).run(restored, moments, files, ranks_per_node=2)[0]
-        assert again.keys() == files[1].keys()
-        assert all(torch.equal(again[name], tensor) for name, tensor in files[1].items())
+        results, *_ = pools(world).run(resumed, files, ranks_per_node=2)
+        for (restored, _, state), (_, states) in zip(results, files, strict=True):
+            assert same(restored, states)
+            assert state.keys() == states.keys()
+            assert all(state[name] == STEPS for name in state if name.endswith(".step"))
 
 
 # -- guards ---------------------------------------------------------------------------------------
+
+
+def moved_each() -> list[dict[str, Tensor]]:
+    return [moved(when) for when in ("never", "before the step", "after the step")]
 
 
 def moved(when: str) -> dict[str, Tensor]:
@@ -254,16 +258,14 @@ def moved(when: str) -> dict[str, Tensor]:
 
 
 def test_moved_parameters_are_bound_again(pools: Pools) -> None:
-    wanted = pools(2).run(moved, "never")[0]
-    for when in ("before the step", "after the step"):
-        for got in pools(2).run(moved, when):
-            assert all(torch.equal(got[name], wanted[name]) for name in wanted), when
+    for unmoved, *others in pools(2).run(moved_each):
+        assert all(same(got, unmoved) for got in others)
 
 
 def stranger() -> str:
     _, replica, _ = spread("low", torch.float64)
     with pytest.raises(ReplicaError) as stopped:
-        replica.drive(optimizer_of(Chain(torch.float64), "low"))
+        replica.attach_optimizer(optimizer_of(Chain(torch.float64), "low"))
     return str(stopped.value)
 
 
@@ -271,9 +273,3 @@ def test_an_optimizer_of_other_tensors_is_refused(pools: Pools) -> None:
     assert (
         pools(2).run(stranger) == ["the optimizer works on tensors that are not the replica's"] * 2
     )
-
-
-def test_the_rows_suffice() -> None:
-    """The chain's first and last widths are those of the batches."""
-    x, y = batch(0, torch.float64)[0]
-    assert Chain(torch.float64).losses(x, y).shape == (ROWS[0],)

@@ -1,5 +1,9 @@
 """A model of four small tensors under a replica, and batches of unequal size for four ranks."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -8,6 +12,20 @@ from dlora.sharding.replica.replica import Replica
 from dlora.sharding.topology import Topology
 
 ROWS = [5, 2, 9, 4]  # of each rank
+STEPS, MAX_NORM = 3, 0.5
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+ALL, SOME, NONE = "on all ranks", "on rank 0 only", "on no rank"
+Zero = Callable[[Replica, torch.optim.Optimizer], None]
+ZEROING: dict[str, Zero] = {
+    "replica": lambda replica, optimizer: replica.zero_grad(),
+    "to none": lambda replica, optimizer: optimizer.zero_grad(set_to_none=True),
+    "to zero": lambda replica, optimizer: optimizer.zero_grad(set_to_none=False),
+}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "AdamW": torch.optim.AdamW,
+    "fused AdamW": functools.partial(torch.optim.AdamW, fused=True),
+    "SGD": functools.partial(torch.optim.SGD, momentum=0.9),
+}
 
 
 class Toy(nn.Module):
@@ -41,3 +59,27 @@ def replicated(dtype: torch.dtype = torch.float64, *, divided: bool = False) -> 
 
 def own_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def groups(named: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """Two rates, two decays."""
+    return [
+        {"params": [named["A"], named["spare"]], "lr": 0.05, "weight_decay": 0.1},
+        {"params": [named["b"], named["B"]], "lr": 0.2, "weight_decay": 0.0},
+    ]
+
+
+def divided(
+    optimizer: str = "AdamW", dtype: torch.dtype = torch.float64
+) -> tuple[Toy, Replica, torch.optim.Optimizer]:
+    model, replica = replicated(dtype, divided=True)
+    chosen = OPTIMIZERS[optimizer](groups(replica.optimized))
+    return model, replica, replica.attach_optimizer(chosen)
+
+
+def flat(model: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def gradients(named: dict[str, nn.Parameter]) -> dict[str, Tensor | None]:
+    return {name: None if p.grad is None else p.grad.clone() for name, p in named.items()}

@@ -244,13 +244,13 @@ def test_the_plan_is_what_is_sent(
 def own_loop(path: str, optimizer_state: str) -> dict[str, Any]:
     rank, world = dist.get_rank(), dist.get_world_size()
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    replica = shard(model, optimizer_state=optimizer_state)
+    replica = shard(model, base="world", optimizer_state=optimizer_state)
     torch.manual_seed(0)
     attach(model, LoraConfig(r=4, lora_alpha=8, modules_to_save=["model.norm"]))
     groups = replica.parameter_groups(lr=1e-3, loraplus_lr_ratio=4.0, weight_decay=0.1)
     names = {id(parameter): name for name, parameter in replica.optimized.items()}
     grouped = [([names[id(p)] for p in g["params"]], g["lr"], g["weight_decay"]) for g in groups]
-    optimizer = replica.drive(torch.optim.AdamW(groups))
+    optimizer = replica.attach_optimizer(torch.optim.AdamW(groups))
     draw = torch.Generator().manual_seed(0)
     for _ in range(4):
         ids = torch.randint(VOCABULARY, (4, 12), generator=draw).chunk(world)[rank]

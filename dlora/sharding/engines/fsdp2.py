@@ -40,18 +40,20 @@ class Fsdp2:
 
     def __init__(self, placement: Placement, topology: Topology) -> None:
         self.placement, self.topology, self.wire = placement, topology, WireCounter()
-        self._held: set[nn.Module] = set()
+        self._resident: set[nn.Module] = set()
 
     @classmethod
     def groups(cls, skeleton: nn.Module) -> list[Group]:
-        """Those of the plan, or of the units that a sharded model has."""
+        """Those of transformers' plan, or of the `fully_shard` units that a sharded model has."""
         units = {p: m for p, m in skeleton.named_modules() if p and isinstance(m, FSDPModule)}
         rules = {p: KEEP if _stays_after_forward(m) else FREE for p, m in units.items()}
         return groups_of(skeleton, rules or sharding_plan(skeleton))
 
     def load(self, weights: Weights, device: torch.device) -> nn.Module:
-        """transformers shards while it reads, by the plan that `sharding_plan` completes; or the
-        same units are made here, and every rank reads its own rows.
+        """transformers shards while it reads, by the plan that `sharding_plan` completes.
+
+        A base that is read element by element is sharded here into the same units, and every rank
+        reads its own rows.
         """
         if weights.element_wise:
             return self._load_rows(weights, device)
@@ -94,19 +96,19 @@ class Fsdp2:
             if module is model or not isinstance(module, FSDPModule):
                 continue
             if any(parameter in wanted for parameter in module.parameters()):
-                module.set_modules_to_backward_prefetch([module])  # is there already
+                module.set_modules_to_backward_prefetch([module])  # which is gathered already
                 return
 
-    def hold(self, model: nn.Module, paths: Collection[str]) -> None:
+    def keep_gathered(self, model: nn.Module, paths: Collection[str]) -> None:
         for path in paths:
             unit: Any = model.get_submodule(path)
-            self._held.add(unit)
+            self._resident.add(unit)
             unit.set_reshard_after_forward(False, recurse=False)
             unit.set_reshard_after_backward(False, recurse=False)
 
-    def release(self, model: nn.Module) -> None:
+    def free_gathered(self, model: nn.Module) -> None:
         for module in model.modules():
-            if isinstance(module, FSDPModule) and module not in self._held:
+            if isinstance(module, FSDPModule) and module not in self._resident:
                 module.reshard()
 
     @contextmanager
@@ -155,7 +157,7 @@ def _gather_tied_once(model: nn.Module) -> None:
     """Let the root alone gather a weight that it shares with other units.
 
     transformers shards a model before it ties its weights, and so FSDP2 would gather a tied weight
-    once for the embedding and once for the head. The root's weights are there all through a pass.
+    once for the embedding and once for the head. The root's weights stay gathered during a pass.
     """
     if not isinstance(model, FSDPModule):
         return

@@ -1,8 +1,8 @@
-"""What of a sharded base is gathered together, and how often: the plan's arithmetic.
+"""The parameters of a sharded base that are gathered together, and how often: arithmetic only.
 
-    freed   once for forward, and once more for backward if a gradient comes there; per micro-batch
-    kept    once, and then there for all passes until the step ends
-    held    once in the whole run
+    freed   once for forward, and once more for backward if a gradient gets there; per micro-batch
+    kept    once per step, until the step ends
+    held    once in the whole run: it is resident
 
 A group is what one `fully_shard` call manages under FSDP2, and a module's own parameters under
 ZeRO-3.
@@ -29,8 +29,8 @@ class Group:
         path: of the module whose use gathers it.
         parameters: distinct ones, as they are on the meta device.
         freed: after each use; otherwise it is kept for the step.
-        held: it stays gathered from its first use on.
-        by_rows: each rank holds whole rows, and otherwise a range of the flattened elements.
+        held: it is resident: it stays gathered after its first use.
+        by_rows: each rank stores whole rows; otherwise a range of the flattened elements.
         recomputed: activation checkpointing gathers it once more per micro-batch.
     """
 

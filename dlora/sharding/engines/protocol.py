@@ -1,4 +1,4 @@
-"""What an engine is, and which there are. An engine decides where W0 lives, and nothing else.
+"""What an engine is, and which there are. An engine shards and gathers W0, and nothing else.
 
 A new engine is one file: a class with these members, and a line in `ENGINES`.
 """
@@ -22,13 +22,18 @@ from dlora.sharding.topology import Placement, Topology
 
 
 class Weights(Protocol):
-    """Where a base comes from: whole modules, or single elements."""
+    """The stored weights of a base, which are read as whole modules or as single elements.
 
-    skeleton: nn.Module  # the model on the meta device
-    element_wise: bool  # `empty` and `read` alone know how the model is stored
+    Attributes:
+        skeleton: the model on the meta device.
+        element_wise: whether `empty` and `read` must be used, since only they know the format.
+    """
+
+    skeleton: nn.Module
+    element_wise: bool
 
     def from_pretrained(self, **sharding: Any) -> nn.Module:
-        """What transformers' `from_pretrained` makes of the base and these arguments."""
+        """The model as transformers' `from_pretrained` reads it with these arguments."""
 
     def empty(self) -> nn.Module:
         """The model with its buffers in place and its parameters, frozen, on the meta device."""
@@ -38,47 +43,52 @@ class Weights(Protocol):
 
 
 class Engine(Protocol):
-    """Places a frozen base over ranks. All members are called on every rank, in the same order."""
+    """Distributes a frozen base over ranks.
+
+    Every rank calls the members in the same order: `load` or `shard`, `after_load`,
+    `set_trainable`, `keep_gathered`; then `free_gathered` between steps.
+
+    Attributes:
+        wire: counts the bytes that this rank's collectives send.
+    """
 
     placement: Placement
     topology: Topology
-    wire: WireCounter  # counts what this rank's collectives send
+    wire: WireCounter
 
     def __init__(self, placement: Placement, topology: Topology) -> None: ...
 
     @classmethod
     def groups(cls, skeleton: nn.Module) -> list[Group]:
-        """What is gathered together and how often, in the order of the model: for the plan.
+        """The parameters that are gathered together, in the order of the model: for the plan.
 
         Args:
             skeleton: the model on the meta device.
         """
 
     def load(self, weights: Weights, device: torch.device) -> nn.Module:
-        """The model with this rank's part of every parameter; no rank reads more than it needs."""
+        """The model with this rank's shard of every parameter; no rank reads more than it needs."""
 
     def shard(self, model: nn.Module, ignored: Iterable[nn.Parameter]) -> None:
-        """Distribute the parameters of `model` in place, all but `ignored`.
+        """Shard the parameters of `model` in place, all but `ignored`.
 
-        A base that is sharded already is left alone.
+        A base that is sharded already stays as it is.
         """
 
     def after_load(self, model: nn.Module) -> None:
-        """Take over a model whose base is in place: own its storage, count its traffic."""
+        """Prepare a sharded model: its shards own their storage, and its gathers are counted."""
 
     def set_trainable(self, model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
-        """Told what is trained once that is known: no weight before it is needed in backward."""
+        """Use what is trained, once known: backward needs no weight before the first of it."""
 
-    def hold(self, model: nn.Module, paths: Collection[str]) -> None:
-        """Keep the groups at `paths` gathered from their first use on: W0 is read-only."""
+    def keep_gathered(self, model: nn.Module, paths: Collection[str]) -> None:
+        """Make the groups at `paths` resident: they stay gathered after their first use."""
 
-    def release(self, model: nn.Module) -> None:
-        """Between steps: free every gathered weight that forward or backward left behind, but for
-        what is held.
-        """
+    def free_gathered(self, model: nn.Module) -> None:
+        """Between steps: free the weights that passes left gathered, all but resident ones."""
 
     def gather_module(self, module: nn.Module) -> AbstractContextManager[dict[str, Tensor]]:
-        """The whole parameters of one module by path, for as long as the context is open."""
+        """The whole parameters of one module by path, while the context is open."""
 
 
 ENGINES = {
@@ -95,7 +105,7 @@ def engine_class(placement: Placement, sharded: str | None = None) -> type[Engin
         sharded: the engine that divided the base already, if one did.
 
     Raises:
-        UsageError: there is no such engine, or what it stands on is not installed.
+        UsageError: there is no such engine, or a package that it needs is not installed.
     """
     if placement.engine not in ENGINES:  # also where one process needs none
         raise UsageError(f"sharding.engine: {placement.engine!r} is none of {', '.join(ENGINES)}")
@@ -118,7 +128,7 @@ def sharded_by(model: nn.Module) -> str | None:
     """The engine that divided the model's parameters, or None where they are whole.
 
     Raises:
-        UsageError: it was FSDP1, whose flat parameters hold what is frozen and what is not as one.
+        UsageError: it was FSDP1, whose flat parameters mix what is frozen with what is trained.
     """
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise UsageError(
@@ -132,5 +142,5 @@ def sharded_by(model: nn.Module) -> str | None:
 
 
 def is_divided(parameter: nn.Parameter) -> bool:
-    """Whether this rank holds a part of the parameter only."""
+    """Whether this rank stores only a part of the parameter."""
     return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")

@@ -24,35 +24,35 @@ class Replicated:
 
     @classmethod
     def groups(cls, skeleton: nn.Module) -> list[Group]:
-        """One that is there already."""
+        """One, which is resident already."""
         return [Group("", tuple(skeleton.parameters()), freed=False, held=True)]
 
     def load(self, weights: Weights, device: torch.device) -> nn.Module:
         if weights.element_wise:
 
-            def place(meta: nn.Parameter) -> tuple[nn.Parameter, int, Tensor]:
+            def make_shard(meta: nn.Parameter) -> tuple[nn.Parameter, int, Tensor]:
                 values = torch.empty(meta.shape, dtype=meta.dtype, device=device)
                 return nn.Parameter(values, requires_grad=False), 0, values.view(-1)
 
             model = weights.empty()
-            fill(slots_of(model), weights, place)
+            fill(slots_of(model), weights, make_shard)
             return model.to(device)
         return weights.from_pretrained(**({} if device.type == "cpu" else {"device_map": device}))
 
     def shard(self, model: nn.Module, ignored: Iterable[nn.Parameter]) -> None:
-        """Nothing to do."""
+        """Nothing to do: every rank has all of it."""
 
     def after_load(self, model: nn.Module) -> None:
         own_storage(model)
 
     def set_trainable(self, model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
-        """Nothing is gathered."""
+        """Nothing to do: nothing is gathered."""
 
-    def hold(self, model: nn.Module, paths: Collection[str]) -> None:
-        """All is there."""
+    def keep_gathered(self, model: nn.Module, paths: Collection[str]) -> None:
+        """Nothing to do: everything is whole."""
 
-    def release(self, model: nn.Module) -> None:
-        """Nothing was gathered."""
+    def free_gathered(self, model: nn.Module) -> None:
+        """Nothing to do: nothing was gathered."""
 
     @contextmanager
     def gather_module(self, module: nn.Module) -> Iterator[dict[str, Tensor]]:

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from dlora.sharding.engines.protocol import Weights
 
 Slot = tuple[str, nn.Module, str]  # name in the model, module, name in the module
-Place = Callable[[nn.Parameter], tuple[nn.Parameter, int, Tensor]]
+MakeShard = Callable[[nn.Parameter], tuple[nn.Parameter, int, Tensor]]
 
 
 def slots_of(model: nn.Module) -> list[list[Slot]]:
-    """Where each parameter stands; a tied one stands in several places."""
+    """The modules that have each parameter; a tied one has several."""
     slots: dict[int, list[Slot]] = {}
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -22,16 +22,17 @@ def slots_of(model: nn.Module) -> list[list[Slot]]:
     return list(slots.values())
 
 
-def fill(slots: Iterable[list[Slot]], weights: Weights, place: Place) -> None:
-    """Put parameters with values in the place of those on the meta device, one after another.
+def fill(slots: Iterable[list[Slot]], weights: Weights, make_shard: MakeShard) -> None:
+    """Replace parameters on the meta device by ones with values, one after another.
 
     Args:
-        place: makes the parameter for one on the meta device; also tells where in its flattened
-            elements this rank's part begins, and the part [n], which is filled.
+        make_shard: returns, for a parameter on the meta device, the parameter that replaces it,
+            the index in its flattened elements where this rank's part begins, and that part [n],
+            which is filled.
     """
     for same in slots:
         name, module, own_name = same[0]
-        parameter, start, part = place(module.get_parameter(own_name))
+        parameter, start, part = make_shard(module.get_parameter(own_name))
         if part.numel():
             weights.read(name, start, part)
         for _, owner, its_name in same:

@@ -38,7 +38,7 @@ from dlora.sharding.topology import Placement, Topology
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would look for a driver otherwise
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-# DeepSpeed calls torch by a name that is on its way out; a user can do nothing about that.
+# DeepSpeed calls torch by a deprecated name; a user can do nothing about that.
 warnings.filterwarnings("ignore", ".*all_gather_into_tensor` is deprecated", FutureWarning)
 
 import deepspeed  # noqa: E402
@@ -66,14 +66,14 @@ class Zero3:
         """Every rank reads its own elements of each parameter straight into its partition."""
         model, init = weights.empty(), self._init()
 
-        def place(meta: nn.Parameter) -> tuple[nn.Parameter, int, Tensor]:
+        def make_shard(meta: nn.Parameter) -> tuple[nn.Parameter, int, Tensor]:
             values = torch.empty(meta.shape, dtype=meta.dtype, device=device)
             parameter: Any = nn.Parameter(values, requires_grad=False)
             del values  # its pages are never touched, and it is gone before the next one
             _partition(init, parameter)
             return parameter, *_own_part(parameter)
 
-        fill(slots_of(model), weights, place)
+        fill(slots_of(model), weights, make_shard)
         return model.to(device)
 
     def shard(self, model: nn.Module, ignored: Iterable[nn.Parameter]) -> None:
@@ -101,7 +101,7 @@ class Zero3:
                 **_look_ahead(model),
             )
         hooks = self._hooks
-        # A module whose input needs no gradient is not told that its backward is over.
+        # DeepSpeed does not see the end of backward in a module whose input needs no gradient.
         model.register_forward_pre_hook(lambda *_: hooks.release_backward_leftovers())
 
     def after_load(self, model: nn.Module) -> None:
@@ -115,7 +115,7 @@ class Zero3:
             for name in ("all_gather", "all_gather_coalesced"):
                 setattr(parameter, name, self._counted(getattr(parameter, name), parameter))
 
-    def hold(self, model: nn.Module, paths: Collection[str]) -> None:
+    def keep_gathered(self, model: nn.Module, paths: Collection[str]) -> None:
         for path in paths:
             module = model.get_submodule(path)
             for parameter in _partitioned(module.parameters(recurse=False)):
@@ -123,9 +123,9 @@ class Zero3:
                 self._kept.discard(parameter)
 
     def set_trainable(self, model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
-        """Nothing to tell: a module is gathered in backward only if a gradient comes to it."""
+        """Nothing to do: a module is gathered in backward only if a gradient reaches it."""
 
-    def release(self, model: nn.Module) -> None:
+    def free_gathered(self, model: nn.Module) -> None:
         if self._hooks is not None:
             self._hooks.release_backward_leftovers()
         for parameter in _partitioned(model.parameters()):
@@ -178,7 +178,7 @@ def _shard_group(placement: Placement) -> dist.ProcessGroup | None:
 
 
 def _own_part(parameter: Any) -> tuple[int, Tensor]:
-    """Where this rank's part begins, and its elements; of the last ranks some may be padding."""
+    """Where this rank's part begins, and its elements, without padding."""
     part = parameter.ds_tensor
     start = part.ds_numel * dist.get_rank(parameter.ds_process_group)
     stop = min(start + part.ds_numel, parameter.ds_numel)
@@ -194,8 +194,8 @@ def _partition(init: Any, parameter: Any) -> None:
 def _look_ahead(model: nn.Module) -> dict[str, int]:
     """How far DeepSpeed gathers ahead: by the largest module of the blocks.
 
-    Not at all where gathering and computing share the cores. Elsewhere what is still there when
-    forward turns into backward is not gathered again, so that less is sent than planned.
+    Not at all where gathering and computing use the same cores. Elsewhere weights that are still
+    gathered when backward begins are not gathered again, so that less is sent than planned.
     """
     if not PREFETCH:
         return {"prefetch_bucket_size": 0}

@@ -16,11 +16,11 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Difference:
-    """A tensor that is not the same everywhere.
+    """A tensor that differs between ranks.
 
     Attributes:
         usual: a rank with the bits that most ranks have (rank 0's break a tie).
-        others: the ranks that have other ones.
+        others: the ranks that have other bits.
     """
 
     name: str
@@ -59,19 +59,20 @@ def unhealed(
     """The tensors that differ and the ranks that have other bits, in a line; nothing if none do.
 
     Args:
-        healed: told of them once every rank has the usual bits; None leaves them as they are.
+        healed: called with that line once every rank has the usual bits; None leaves them as they
+            are.
     """
     found = differences(named, world, wire)
     more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-    said = "; ".join(map(str, found[:SHOWN])) + more
+    line = "; ".join(map(str, found[:SHOWN])) + more
     if not found or healed is None:
-        return said
+        return line
     with torch.no_grad():
         for difference in found:
             whole = named[difference.name].detach().clone()
             dist.broadcast(whole, src=difference.usual)
             named[difference.name].copy_(whole)
-    healed(said)
+    healed(line)
     return ""
 
 

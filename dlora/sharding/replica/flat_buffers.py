@@ -1,4 +1,4 @@
-"""Flat buffers in which parameters lie end to end."""
+"""Flat buffers in which parameters are laid end to end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def common_kind(named: Named) -> tuple[torch.dtype, torch.device]:
 
 
 def views_of(flat: Tensor, named: Named) -> dict[str, Tensor]:
-    """Views of a flat tensor in the shapes of parameters that lie end to end in it."""
+    """Views of a flat tensor in the shapes of parameters that are laid end to end in it."""
     views, offset = {}, 0
     for name, parameter in named.items():
         views[name] = flat[offset : offset + parameter.numel()].view(parameter.shape)

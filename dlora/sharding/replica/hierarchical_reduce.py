@@ -1,7 +1,7 @@
 """One sum of one flat tensor over all ranks, in the shape of the machine.
 
 On one node it is an all-reduce. Over several nodes of G ranks it is a reduce-scatter inside the
-node, an all-reduce of 1/G across nodes between ranks of equal place, and an all-gather inside the
+node, an all-reduce of 1/G across nodes between ranks of equal index, and an all-gather inside the
 node: each link between nodes then carries 1/G of the tensor per rank, and every rank gets the same
 bits.
 
@@ -46,16 +46,16 @@ def owner(part: int, topology: Topology) -> int:
     """The rank to which `scatter_` brings the part of this number."""
     if not is_hierarchical(topology):
         return part
-    place, node = divmod(part, topology.nodes)
-    return node * topology.ranks_per_node + place
+    index, node = divmod(part, topology.nodes)
+    return node * topology.ranks_per_node + index
 
 
 def part_of(rank: int, topology: Topology) -> int:
     """The number of the part that `scatter_` brings to a rank."""
     if not is_hierarchical(topology):
         return rank
-    node, place = divmod(rank, topology.ranks_per_node)
-    return place * topology.nodes + node
+    node, index = divmod(rank, topology.ranks_per_node)
+    return index * topology.nodes + node
 
 
 class Reduction:
@@ -69,8 +69,8 @@ class Reduction:
             across = [[n * local + i for n in range(nodes)] for i in range(local)]
             self._inside, _ = dist.new_subgroups_by_enumeration(inside)
             self._across, _ = dist.new_subgroups_by_enumeration(across)
-            place = topology.rank % local
-            self._levels = [(self._inside, local, place), (self._across, nodes, topology.node)]
+            index = topology.rank % local
+            self._levels = [(self._inside, local, index), (self._across, nodes, topology.node)]
         elif topology.world > 1:
             self._levels = [(None, topology.world, topology.rank)]
         else:
@@ -98,7 +98,7 @@ class Reduction:
         return whole[: flat.numel()]
 
     def scatter_(self, flat: Tensor) -> None:
-        """Part `part_of(rank)` of flat ← Σ over ranks; the other parts are used up.
+        """Part `part_of(rank)` of flat ← Σ over ranks; the other parts are overwritten.
 
         Its length is `divisible`; so is that of `gather_`.
         """

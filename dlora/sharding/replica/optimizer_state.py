@@ -1,11 +1,12 @@
-"""The seam between a replicated and a divided optimizer state.
+"""How the optimizer's state and work are distributed over ranks: the interface, and the plain case.
 
-                     summed gradients           an optimizer works on      then
-    ReplicatedState  whole, on every rank       the parameters             nothing: all are equal
-    DividedShare    this rank's part of them    1-D views of that part     the values are gathered
+                     summed gradients      an optimizer works on    after a step
+    ReplicatedState  whole on every rank   the parameters           nothing: all ranks are equal
+    OwnedState       whole on every rank   the units it owns        owned values are gathered
+    ShardedState     this rank's part      1-D views of that part   all values are gathered
 
-A share is what one rank keeps of the optimizer's state, and how the rest reaches it. The replica
-and everything above it know this interface only.
+The replica and everything above it know this interface only. A strategy is chosen once, when the
+replica gets its parameters (`replica.strategy_class`).
 """
 
 from __future__ import annotations
@@ -24,11 +25,15 @@ from dlora.sharding.topology import Topology
 
 OPTIMIZER_STATES = ("auto", "replicated", "divided")
 Named = Mapping[str, nn.Parameter]
-States = Mapping[str, Mapping[str, Tensor]]  # name → slot → what this rank keeps
+States = Mapping[str, Mapping[str, Tensor]]  # name → slot → what this rank stores of it
 
 
-class Held(NamedTuple):
-    """Elements [start, stop) of a flattened tensor that a rank has, and where among all it has."""
+class LocalSlice(NamedTuple):
+    """Elements [start, stop) of a flattened tensor that a rank stores.
+
+    Attributes:
+        offset: where they begin in the flat tensor of everything that the rank stores.
+    """
 
     offset: int
     start: int
@@ -36,7 +41,7 @@ class Held(NamedTuple):
 
     @property
     def place(self) -> slice:
-        """Where they are in a flat tensor of all that the rank has."""
+        """Where they are in the flat tensor of everything that the rank stores."""
         return slice(self.offset, self.offset + self.stop - self.start)
 
 
@@ -57,21 +62,23 @@ def state_is_divided(setting: str) -> bool:
 
 
 class StateStrategy(Protocol):
-    """One rank's share of the optimizer's work.
+    """How one rank takes part in the optimizer's work.
 
     Attributes:
-        collective_saves: whether `states` needs all ranks.
+        collective_saves: whether all ranks must take part in `gather_full`.
         optimized: what an optimizer works on, by the names of the parameters.
-        gradients: the flat gradients that this rank's optimizer will use, once they are summed.
+        gradients: the flat gradients that this rank's optimizer uses, once they are summed.
         values: the flat values that go with them.
     """
 
-    collective_saves: bool
     optimized: dict[str, nn.Parameter]
     gradients: Tensor
     values: Tensor
 
     def __init__(self, named: Named, reduction: Reduction) -> None: ...
+
+    @property
+    def collective_saves(self) -> bool: ...
 
     @staticmethod
     def lengths(named: Named, topology: Topology) -> tuple[int, int]:
@@ -79,17 +86,29 @@ class StateStrategy(Protocol):
 
     @staticmethod
     def elements(named: Named, topology: Topology) -> int:
-        """Elements of whose optimizer state a rank holds, at most."""
+        """The most elements whose optimizer state a rank stores."""
 
     @staticmethod
     def wire_bytes(named: Named, topology: Topology) -> float:
         """Ring-equivalent bytes that a rank sends per optimizer step."""
 
-    def bind(self, values: Tensor, buffer: Tensor, gradient_views: Mapping[str, Tensor]) -> None:
-        """Told where the flat buffers are, at first and whenever they have moved."""
+    def attach_buffers(
+        self, values: Tensor, buffer: Tensor, gradient_views: Mapping[str, Tensor]
+    ) -> None:
+        """Use these flat buffers; called at first and whenever they have moved.
 
-    def drive(self, optimizer: Optimizer, before_step: Callable[[], None]) -> None:
-        """Told the optimizer that works on `optimized`."""
+        Args:
+            values: flat, of the first of `lengths`.
+            buffer: of the gradients, flat, of the second.
+            gradient_views: views of `buffer` in the shapes of the parameters, by name.
+        """
+
+    def attach_optimizer(self, optimizer: Optimizer, before_step: Callable[[], None]) -> None:
+        """Use the optimizer that works on `optimized`.
+
+        Args:
+            before_step: called before each of its steps where these become collective.
+        """
 
     def sum_(self, scalars: list[float]) -> list[float]:
         """`gradients` ← Σ over ranks of the gradient buffer; returns Σ of the scalars."""
@@ -101,35 +120,38 @@ class StateStrategy(Protocol):
         """Whether a parameter without `.grad` counts as one whose gradient is zero."""
 
     def zero_grad(self) -> None:
-        """Forget what `finalize_gradients` gave, where it is not the parameters' own `.grad`."""
+        """Remove what `finalize_gradients` set, where it is not the parameters' own `.grad`."""
 
     def norm(self) -> Tensor:
-        """2-norm of the gradients of all ranks' shares, a float64 scalar; the same everywhere."""
+        """2-norm of the gradients over all ranks, a float64 scalar; the same everywhere."""
 
     def scale_(self, factor: Tensor) -> None:
         """`gradients` ← factor · `gradients`."""
 
-    def held(self) -> dict[str, Held]:
-        """What `gradients` and `values` hold of each tensor."""
+    def local_slices(self) -> dict[str, LocalSlice]:
+        """The elements of each tensor that `gradients` and `values` contain."""
 
-    def join(self, flat: Tensor) -> Tensor:
-        """What every rank has computed of its share of all elements, made one: the same bits
-        everywhere. Where all have the same share it is the mean, else the sum. Collective."""
+    def combine(self, flat: Tensor) -> Tensor:
+        """The whole of what each rank has computed from its elements. Collective.
 
-    def whole(
-        self, states: States, *, everywhere: bool = False
-    ) -> Iterator[tuple[str, str, Tensor]]:
-        """(name, slot, whole tensor) of what ranks keep of each element, one after the other.
-
-        Where saves are collective all ranks exhaust it at the same time, and rank 0 alone gets any
-        unless they are wanted `everywhere`.
+        Returns:
+            The same bits everywhere: the mean where all ranks have all elements, else the sum.
         """
 
-    def part(self, name: str, state: Tensor) -> Tensor | None:
-        """What this rank keeps of a state tensor of `name`; None where it keeps none of it."""
+    def gather_full(
+        self, states: States, *, everywhere: bool = False
+    ) -> Iterator[tuple[str, str, Tensor]]:
+        """(name, slot, whole tensor) of what ranks store for each element, one after the other.
+
+        Where saves are collective, all ranks exhaust it at the same time, and rank 0 alone gets the
+        tensors unless they are wanted `everywhere`.
+        """
+
+    def local_part(self, name: str, state: Tensor) -> Tensor | None:
+        """This rank's part of a whole state tensor of `name`; None where it stores none of it."""
 
     def rebuild_layout(self) -> None:
-        """Told that the shapes of the parameters have changed; `bind` follows."""
+        """Follow changed shapes of the parameters; `attach_buffers` comes next."""
 
 
 class ReplicatedState:
@@ -138,7 +160,9 @@ class ReplicatedState:
     buffer  [ gradients | scalars | padding ]
     """
 
-    collective_saves = False
+    @property
+    def collective_saves(self) -> bool:
+        return False
 
     def __init__(self, named: Named, reduction: Reduction) -> None:
         self.optimized = dict(named)
@@ -157,12 +181,14 @@ class ReplicatedState:
     def wire_bytes(named: Named, topology: Topology) -> float:
         return reduction_bytes(ReplicatedState.lengths(named, topology)[1] * item(named), topology)
 
-    def bind(self, values: Tensor, buffer: Tensor, gradient_views: Mapping[str, Tensor]) -> None:
+    def attach_buffers(
+        self, values: Tensor, buffer: Tensor, gradient_views: Mapping[str, Tensor]
+    ) -> None:
         numel = count(self.optimized)
         self.gradients, self.values = buffer[:numel], values[:numel]
         self._buffer, self._views = buffer, gradient_views
 
-    def drive(self, optimizer: Optimizer, before_step: Callable[[], None]) -> None:
+    def attach_optimizer(self, optimizer: Optimizer, before_step: Callable[[], None]) -> None:
         """Equal steps on equal tensors: nothing to do."""
 
     def sum_(self, scalars: list[float]) -> list[float]:
@@ -180,7 +206,7 @@ class ReplicatedState:
         return False
 
     def zero_grad(self) -> None:
-        """They are the parameters' own."""
+        """Nothing to do: they are the parameters' own."""
 
     def norm(self) -> Tensor:
         return torch.linalg.vector_norm(self.gradients, dtype=torch.float64)
@@ -188,28 +214,28 @@ class ReplicatedState:
     def scale_(self, factor: Tensor) -> None:
         self.gradients.mul_(factor)
 
-    def held(self) -> dict[str, Held]:
+    def local_slices(self) -> dict[str, LocalSlice]:
         places, offset = {}, 0
         for name, parameter in self.optimized.items():
-            places[name] = Held(offset, 0, parameter.numel())
+            places[name] = LocalSlice(offset, 0, parameter.numel())
             offset += parameter.numel()
         return places
 
-    def join(self, flat: Tensor) -> Tensor:
+    def combine(self, flat: Tensor) -> Tensor:
         return self._reduction.sum_of(flat) / self._reduction.topology.world
 
-    def whole(
+    def gather_full(
         self, states: States, *, everywhere: bool = False
     ) -> Iterator[tuple[str, str, Tensor]]:
         for name, slots in states.items():
             for slot, state in slots.items():
                 yield name, slot, state
 
-    def part(self, name: str, state: Tensor) -> Tensor | None:
+    def local_part(self, name: str, state: Tensor) -> Tensor | None:
         return state
 
     def rebuild_layout(self) -> None:
-        """Nothing depends on shapes but what `bind` is given."""
+        """Nothing depends on shapes but what `attach_buffers` gets."""
 
 
 def states_of(optimizer: Optimizer, optimized: Named) -> States:

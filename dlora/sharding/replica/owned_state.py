@@ -1,34 +1,38 @@
-"""An optimizer's work spread over ranks in units: tensors that have to be stepped together.
+"""An optimizer's work distributed over ranks in units: tensors that are stepped together.
 
     gradients   whole on every rank            (as where everything is replicated)
-    a unit      stepped by one rank, its owner, which alone keeps the state of it
+    a unit      stepped by one rank, its owner, which alone stores its optimizer state
     values      of the units, gathered from their owners at the end of each step
     the rest    tensors that are in no unit: stepped by every rank alike
 
-It is for optimizers that look at several whole tensors at once, or whose work or state for one unit
-is large. Owners are chosen so that the largest sum of costs is small: the dearest unit first, each
-to the rank that has least so far.
+It is for optimizers that need several whole tensors at once, or whose work or state for one unit
+is large. Owners are chosen so that the largest sum of costs is small: the most expensive unit
+first, each to the rank that has least so far.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dlora.sharding.replica.flat_shards import done, texts
+from dlora.sharding.replica.flat_shards import RankRange
 from dlora.sharding.replica.hierarchical_reduce import Reduction, part_of, reduction_bytes
 from dlora.sharding.replica.optimizer_state import Named, ReplicaError, ReplicatedState, States
+from dlora.sharding.replica.state_gathering import gather_ranges, kinds_by_rank
 from dlora.sharding.topology import Topology
 
 
-class Unit(NamedTuple):
-    """Parameters that one rank steps together, and what that costs, in any unit of measure."""
+class StepUnit(NamedTuple):
+    """Parameters that one rank steps together.
+
+    Attributes:
+        cost: of a step, in any measure; ranks get units of about equal cost.
+    """
 
     parameters: tuple[nn.Parameter, ...]
     cost: float
@@ -39,18 +43,23 @@ class InUnits(Protocol):
     """An optimizer that can leave some of its work to other ranks.
 
     Attributes:
-        units: what cannot be divided; parameters that are in none are not spread.
+        units: what one rank steps as a whole; parameters that are in none are stepped by all.
     """
 
     @property
-    def units(self) -> Sequence[Unit]: ...
+    def units(self) -> Sequence[StepUnit]: ...
 
-    def keep(self, indices: Collection[int]) -> None:
+    def step_only(self, indices: Collection[int]) -> None:
         """Step these units from now on, and no other."""
 
 
 def owners(costs: Sequence[float], ranks: int) -> list[int]:
-    """The rank that gets each unit; the same wherever it is asked."""
+    """The rank that gets each unit, by index; the same on every rank.
+
+    Args:
+        costs: of the units.
+        ranks: how many share them.
+    """
     load = [0.0] * ranks
     chosen = [0] * len(costs)
     for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
@@ -74,18 +83,24 @@ def gather_bytes(nbytes: int, topology: Topology) -> float:
     return reduction_bytes(nbytes, topology) / 2
 
 
-class SpreadShare(ReplicatedState):
-    """Gradients are whole on every rank; each rank steps the units that it owns."""
+class OwnedState(ReplicatedState):
+    """Gradients are whole on every rank; each rank steps the units that it owns.
 
-    collective_saves = True
+    An optimizer that does not work in units steps everything on every rank, as in its base class.
+    """
 
     def __init__(self, named: Named, reduction: Reduction) -> None:
         super().__init__(named, reduction)
-        self._owner: dict[str, int] = {}
+        self._owner: dict[str, int] = {}  # of the tensors that are in units
 
-    def drive(self, optimizer: Optimizer, before_step: Callable[[], None]) -> None:
-        """Choose owners; from now on each step ends with gathering what they stepped."""
-        assert isinstance(optimizer, InUnits)
+    @property
+    def collective_saves(self) -> bool:
+        return bool(self._owner)
+
+    def attach_optimizer(self, optimizer: Optimizer, before_step: Callable[[], None]) -> None:
+        """Choose owners of its units; from now on each step ends with gathering these."""
+        if not isinstance(optimizer, InUnits):
+            return
         topology, units = self._reduction.topology, optimizer.units
         names = {id(parameter): name for name, parameter in self.optimized.items()}
         chosen = owners([unit.cost for unit in units], topology.world)
@@ -96,35 +111,33 @@ class SpreadShare(ReplicatedState):
                 self._owner[names[id(parameter)]] = rank
         sizes = [self.optimized[name].numel() for name in self._owner]
         self._length = gathered_elements(sizes, list(self._owner.values()), topology)
-        optimizer.keep([i for i, rank in enumerate(chosen) if rank == topology.rank])
+        optimizer.step_only([i for i, rank in enumerate(chosen) if rank == topology.rank])
         optimizer.register_step_pre_hook(lambda *_: before_step())
         optimizer.register_step_post_hook(lambda *_: self._gather())
 
-    def part(self, name: str, state: Tensor) -> Tensor | None:
+    def local_part(self, name: str, state: Tensor) -> Tensor | None:
         rank = self._reduction.topology.rank
         return state if self._owner.get(name, rank) == rank else None
 
-    def whole(
+    def gather_full(
         self, states: States, *, everywhere: bool = False
     ) -> Iterator[tuple[str, str, Tensor]]:
-        """States without dims, such as a count of steps, go with the description of the others."""
-        topology = self._reduction.topology
-        device = next(iter(self.optimized.values())).device
-        mine = json.dumps({name: _described(slots) for name, slots in states.items()})
-        by_rank = [json.loads(text) for text in texts(mine, topology, device)]
-        bring = _on_every_rank if everywhere else _on_rank_0
+        if not self._owner:
+            yield from super().gather_full(states)
+            return
+        topology, gets = self._reduction.topology, everywhere or self._reduction.topology.rank == 0
+        by_rank = kinds_by_rank(states, topology, self.values.device)
         for name in self.optimized:
             owner = self._owner.get(name, 0)
-            for slot, (dtype, shape, value) in by_rank[owner].get(name, {}).items():
-                if value is not None:
-                    state = torch.tensor(value, dtype=getattr(torch, dtype))
-                elif topology.rank == owner:
-                    state = states[name][slot].contiguous()
-                else:
-                    state = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
-                if value is None and topology.world > 1:
-                    bring(state, owner, topology)
-                if everywhere or topology.rank == 0:
+            for slot, kind in by_rank[owner].get(name, {}).items():
+                state = torch.tensor(kind.value or 0, dtype=kind.torch_dtype)
+                if kind.value is None:
+                    mine = states[name][slot].reshape(-1) if topology.rank == owner else None
+                    like = self.values.new_empty(0, dtype=kind.torch_dtype)
+                    ranges = [RankRange(owner, 0, math.prod(kind.shape))]
+                    flat = gather_ranges(mine, ranges, like, topology, everywhere=everywhere)
+                    state = flat.view(kind.shape) if gets else flat
+                if gets:
                     yield name, slot, state
 
     @torch.no_grad()
@@ -148,28 +161,3 @@ class SpreadShare(ReplicatedState):
         for name, place in places.items():
             if self._owner[name] != topology.rank:
                 self.optimized[name].copy_(place)
-
-
-def _on_every_rank(state: Tensor, owner: int, topology: Topology) -> None:
-    dist.broadcast(state, src=owner)
-
-
-def _on_rank_0(state: Tensor, owner: int, topology: Topology) -> None:
-    if owner == 0:
-        return
-    if topology.rank == owner:
-        done([dist.P2POp(dist.isend, state, 0)])
-    elif topology.rank == 0:
-        done([dist.P2POp(dist.irecv, state, owner)])
-
-
-def _described(slots: Mapping[str, Tensor]) -> dict[str, list[Any]]:
-    """slot → [dtype, shape, value of what has no dims]."""
-    return {
-        slot: [
-            str(state.dtype).removeprefix("torch."),
-            list(state.shape),
-            None if state.ndim else state.item(),
-        ]
-        for slot, state in slots.items()
-    }

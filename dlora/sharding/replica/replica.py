@@ -4,16 +4,17 @@
     grads   [ g0 | g1 | g2 | … ]     gradients are views of it
 
 One buffer each, so that an optimizer step needs one reduction whatever the accumulation, one clip
-and one checksum. With the gradients goes one slot per tensor for its presence, the number of ranks
-that had a gradient for it: a tensor without one anywhere keeps `grad is None`, so that an optimizer
-skips it. Scalars that a step wants summed (loss, tokens, flags) travel along as well. How they are
-summed, and whose optimizer steps what, is the share's (`share.py`).
+and one checksum. The gradients are reduced together with one slot per tensor for its presence, the
+number of ranks that had a gradient for it: a tensor without one anywhere has `grad is None`, so
+that an optimizer skips it. Scalars that a step wants summed (loss, tokens, flags) are in the same
+reduction. The state strategy (`optimizer_state.py`) decides how the sum is made, and which rank's
+optimizer steps what.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -32,18 +33,29 @@ from dlora.sharding.replica.optimizer_state import (
     StateStrategy,
     count,
 )
-from dlora.sharding.replica.owned_state import InUnits, SpreadShare
+from dlora.sharding.replica.owned_state import OwnedState
 from dlora.sharding.replica.resize import Cuts, cut_states, cut_values, put_states, replace_data
-from dlora.sharding.replica.sharded_state import DividedShare
-from dlora.sharding.replica.step_scalars import SUMS, Reduced, read_tail, tail
+from dlora.sharding.replica.sharded_state import ShardedState
+from dlora.sharding.replica.step_scalars import (
+    MOST_SCALARS,
+    Reduced,
+    pack_tail,
+    unpack_tail,
+)
 from dlora.sharding.topology import Topology
 
 AUDIT_EVERY = 10  # optimizer steps between two comparisons of checksums
 
 
-def share_class(divided: bool) -> type[StateStrategy]:
-    """How the optimizer's work is shared among ranks."""
-    return DividedShare if divided else ReplicatedState
+def strategy_class(divided: bool, world: int = 1) -> type[StateStrategy]:
+    """How the optimizer's state and work are distributed over `world` ranks.
+
+    Without `divided`, an optimizer that works in units still steps each on one of several ranks;
+    buffers and reductions are the same as of `ReplicatedState`.
+    """
+    if divided:
+        return ShardedState
+    return OwnedState if world > 1 else ReplicatedState
 
 
 class Replica:
@@ -54,13 +66,14 @@ class Replica:
         divided: whether the optimizer state is divided over ranks.
 
     Attributes:
-        share: what this rank keeps of the optimizer state, once there are parameters.
-        present: the parameters that had a gradient on some rank, as of the last reduction.
-        healed: told of tensors that an audit has healed; None: it stops there.
+        strategy: how the optimizer state is distributed, once there are parameters.
+        present: whether each parameter had a gradient on some rank, as of the last reduction.
+        healed: called with a line on the tensors that an audit has repaired; None: an audit that
+            finds a difference raises.
         wire: counts the bytes that this rank's collectives send.
     """
 
-    share: StateStrategy
+    strategy: StateStrategy
 
     def __init__(
         self, topology: Topology, wire: WireCounter | None = None, *, divided: bool = False
@@ -80,11 +93,14 @@ class Replica:
                 on one device.
         """
         self.named = dict(named)
-        self.share = share_class(self.divided)(self.named, self._reduction)
+        strategy = strategy_class(self.divided, self.topology.world)
+        self.strategy = strategy(self.named, self._reduction)
         self._allocate()
         self.present = dict.fromkeys(self.named, False)
         for name, parameter in self.named.items():
-            parameter.register_post_accumulate_grad_hook(functools.partial(self._keep, name))
+            parameter.register_post_accumulate_grad_hook(
+                functools.partial(self._after_backward, name)
+            )
         if self.topology.world > 1:
             dist.broadcast(self._values, src=0)
 
@@ -96,28 +112,28 @@ class Replica:
     @property
     def optimized(self) -> dict[str, nn.Parameter]:
         """What an optimizer works on: the parameters, or 1-D parts of them where it is divided."""
-        return self.share.optimized if self.named else {}
+        return self.strategy.optimized if self.named else {}
 
-    def drive(self, optimizer: Optimizer) -> Optimizer:
-        """Connect the optimizer that works on `optimized`; returns it.
+    def attach_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """Connect the optimizer that works on `optimized`; returns it. Call it once.
 
         Where its state is divided, a step is collective from now on: it ends with gathering the
-        values, so that every rank has them whole. So it is with an optimizer that steps its
-        parameters in units (`spread.py`), which are spread over the ranks. Otherwise nothing
-        changes.
+        values, so that every rank has them whole. The same holds for an optimizer that works in
+        units (`owned_state.InUnits`), each of which one rank steps. For others nothing changes.
         """
-        if isinstance(optimizer, InUnits) and not self.divided and self.topology.world > 1:
-            self.share = SpreadShare(self.named, self._reduction)
-            self.share.bind(self._values, self._buffer, self._gradient_views)
-        self.share.drive(optimizer, self._check_bound)
+        self.strategy.attach_optimizer(optimizer, self._check_bound)
         return optimizer
+
+    def drive(self, optimizer: Optimizer) -> Optimizer:
+        """The earlier name of `attach_optimizer`."""
+        return self.attach_optimizer(optimizer)
 
     @torch.no_grad()
     def resize(self, cuts: Cuts, optimizer: Optimizer | None = None) -> None:
-        """Keep some rows or columns of parameters and drop the others; gradients are forgotten.
+        """Keep some rows or columns of parameters and delete the others, and all gradients.
 
-        The `Parameter` objects stay; what an optimizer keeps of each element is cut alike. Every
-        rank asks for the same; it is collective where the optimizer state is divided.
+        The `Parameter` objects stay; an optimizer's state of each element is cut alike. Every rank
+        must pass the same cuts; it is collective where the optimizer state is divided.
 
         Args:
             cuts: by name, a dim and the indices along it that stay.
@@ -125,18 +141,22 @@ class Replica:
         self._check_bound()
         values = cut_values(self.named, cuts)
         if optimizer:
-            states = cut_states(self.share, self._reduction, self.named, cuts, optimizer)
+            states = cut_states(self.strategy, self._reduction, self.named, cuts, optimizer)
         for name, value in values.items():
             replace_data(self.named[name], value)
-        self.share.rebuild_layout()
+        self.strategy.rebuild_layout()
         self._allocate()
         if optimizer:
-            put_states(states, optimizer, self.share.optimized)
+            put_states(states, optimizer, self.strategy.optimized)
 
     # -- one optimizer step ---------------------------------------------------------------------
 
     def reduce_gradients(
-        self, tokens: int | Tensor | None = None, sums: Sequence[float] = (), each: int = 0
+        self,
+        tokens: int | Tensor | None = None,
+        *,
+        scalars: Mapping[str, float] | None = None,
+        each: int = 0,
     ) -> Reduced:
         """Replace every gradient by its mean over ranks: one reduction, the same bits everywhere.
 
@@ -147,29 +167,31 @@ class Replica:
             tokens: with losses summed over this rank's target tokens since the last step, their
                 number; gradients then become Σ grad / Σ tokens, the mean over all target tokens of
                 all ranks. Without it they become Σ grad / world.
-            sums: up to 16 scalars to be summed over ranks along the way.
-            each: an integer ≥ 0 (below 2^36) of this rank that all ranks want to see.
+            scalars: up to 16 numbers by name, which are summed over ranks in the same reduction;
+                every rank must give the same names in the same order.
+            each: an integer ≥ 0, below 2^48, of this rank, which every rank gets.
 
         Raises:
-            ReplicaError: adapters are missing or were cast, or (every 10th time) they differ
-                between ranks; see `audit`.
+            ReplicaError: adapters are missing or were cast, there are too many scalars, or (every
+                10th time) the adapters differ between ranks; see `audit`.
             UsageError: `tokens` is no whole number.
         """
         if not self.named:
             raise ReplicaError("there is nothing to reduce: attach adapters first")
-        if len(sums) > SUMS:
+        given = dict(scalars or {})
+        if len(given) > MOST_SCALARS:
             raise ReplicaError(
-                f"{len(sums)} scalars do not fit the {SUMS} slots beside the gradients"
+                f"{len(given)} scalars do not fit the {MOST_SCALARS} slots beside the gradients"
             )
         self._check_bound()
         self._collect()
         rank, world = self.topology.rank, self.topology.world
-        mine = tail(1 if tokens is None else whole_number(tokens), sums, each, rank, world)
-        received = self.share.sum_([*map(float, self._present.values()), *mine])
-        reduced = read_tail(received[len(self.named) :], len(sums), world)
+        mine = pack_tail(1 if tokens is None else whole_number(tokens), given, each, rank, world)
+        received = self.strategy.sum_([*map(float, self._present.values()), *mine])
+        reduced = unpack_tail(received[len(self.named) :], list(given), world)
         ranks_with = dict(zip(self.named, received, strict=False))
         self.present = {name: ranks > 0 for name, ranks in ranks_with.items()}
-        self.share.finalize_gradients(self.present, max(reduced.tokens, 1))
+        self.strategy.finalize_gradients(self.present, max(reduced.tokens, 1))
         self.reductions += 1
         if self.reductions % AUDIT_EVERY == 0:
             self.audit()
@@ -184,7 +206,7 @@ class Replica:
         if not self.named:
             raise ReplicaError("there is nothing to clip: attach adapters first")
         norm = self.gradient_norm()
-        self.share.scale_((max_norm / (norm + 1e-6)).clamp(max=1.0).to(norm.dtype))
+        self.strategy.scale_((max_norm / (norm + 1e-6)).clamp(max=1.0).to(norm.dtype))
         return norm
 
     def gradient_norm(self) -> Tensor:
@@ -192,16 +214,16 @@ class Replica:
 
         float64 because the last bit must not depend on how a rank's hardware orders the sum.
         """
-        return self.share.norm().to(self._buffer.dtype)
+        return self.strategy.norm().to(self._buffer.dtype)
 
     def zero_grad(self) -> None:
-        """Forget all gradients; `optimizer.zero_grad()` does as well."""
+        """Remove all gradients; `optimizer.zero_grad()` does as well."""
         self._check_bound()  # `.to()` moves gradients too, out of the buffer
         self._buffer[: self.numel].zero_()
         for name, parameter in self.named.items():
             parameter.grad = self._gradient_views[name]
             self._present[name] = False
-        self.share.zero_grad()
+        self.strategy.zero_grad()
 
     def gradient(self, name: str) -> Tensor:
         """This rank's gradient of a parameter, to be added to before the reduction.
@@ -220,14 +242,14 @@ class Replica:
     @property
     def gradients(self) -> Tensor:
         """The flat gradients that this rank's optimizer uses: [numel], or its part of them."""
-        return self.share.gradients
+        return self.strategy.gradients
 
     # -- guarding the promise -------------------------------------------------------------------
 
     def audit(self) -> None:
         """Compare a checksum of every tensor over all ranks; 8 bytes per rank unless they differ.
 
-        With `healed` set, tensors that differ become what most ranks have, and it is told of them.
+        With `healed` set, tensors that differ are set to what most ranks have, and it is called.
 
         Raises:
             ReplicaError: on every rank, naming the tensors and the ranks that differ.
@@ -242,7 +264,7 @@ class Replica:
         """Buffers for the parameters as they are, and the parameters in them."""
         dtype, device = common_kind(self.named)
         self.numel = count(self.named)
-        values, gradients = self.share.lengths(self.named, self.topology)
+        values, gradients = self.strategy.lengths(self.named, self.topology)
         self._values = torch.zeros(values, dtype=dtype, device=device)
         self._buffer = torch.zeros(gradients, dtype=dtype, device=device)
         self._present = dict.fromkeys(self.named, False)
@@ -252,7 +274,7 @@ class Replica:
         """Make parameters views of `values`, and prepare the views for gradients."""
         self._value_views = views_of(self._values, self.named)
         self._gradient_views = views_of(self._buffer, self.named)
-        self.share.bind(self._values, self._buffer, self._gradient_views)
+        self.strategy.attach_buffers(self._values, self._buffer, self._gradient_views)
         for name, parameter in self.named.items():
             self._value_views[name].copy_(parameter.detach())
             parameter.data = self._value_views[name]
@@ -270,17 +292,17 @@ class Replica:
                 f"the adapters were cast from {self._values.dtype} to {dtype}; cast the base only, "
                 "before dlora.attach"
             )
-        held = {n: p.grad for n, p in self.named.items()}
+        gradients = {n: p.grad for n, p in self.named.items()}
         self._values = torch.zeros_like(self._values, device=device)
         self._buffer = self._buffer.to(device, copy=True)
         self._bind()
-        for name, gradient in held.items():
+        for name, gradient in gradients.items():
             if gradient is not None:
                 self._gradient_views[name].copy_(gradient)
                 self.named[name].grad = self._gradient_views[name]
 
-    def _keep(self, name: str, parameter: nn.Parameter) -> None:
-        """After autograd accumulated a gradient: it lives in the buffer, and it exists."""
+    def _after_backward(self, name: str, parameter: nn.Parameter) -> None:
+        """After autograd accumulated a gradient: move it into the buffer, and mark it present."""
         if parameter.data_ptr() != self._value_views[name].data_ptr():
             self._check_bound()
         view = self._gradient_views[name]
@@ -291,12 +313,12 @@ class Replica:
         self._present[name] = True
 
     def _collect(self) -> None:
-        """Bring in gradients that were set by hand, and clear those that are absent."""
+        """Copy gradients that were set by hand into the buffer, and zero those that are absent."""
         for name, parameter in self.named.items():
             view = self._gradient_views[name]
             if parameter.grad is None:
                 view.zero_()
-                self._present[name] = self.share.has_gradient(name)
+                self._present[name] = self.strategy.has_gradient(name)
             elif parameter.grad.data_ptr() != view.data_ptr():
                 view.copy_(parameter.grad)
                 self._present[name] = True

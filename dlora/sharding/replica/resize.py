@@ -1,4 +1,4 @@
-"""Parameters of which only some rows or columns stay, and what an optimizer keeps of those."""
+"""Parameters that keep only some rows or columns, and the optimizer state of these."""
 
 from __future__ import annotations
 
@@ -16,29 +16,35 @@ Cuts = Mapping[str, tuple[int, Tensor]]  # by name: a dim, and the indices along
 
 
 def cut_values(named: Named, cuts: Cuts) -> dict[str, Tensor]:
-    """What stays of the parameters that are cut, in storage of its own."""
+    """The rows or columns that stay of the parameters that are cut, in storage of their own."""
     return {name: named[name].detach().index_select(*cut) for name, cut in cuts.items()}
 
 
 def cut_states(
-    share: StateStrategy, reduction: Reduction, named: Named, cuts: Cuts, optimizer: Optimizer
+    strategy: StateStrategy,
+    reduction: Reduction,
+    named: Named,
+    cuts: Cuts,
+    optimizer: Optimizer,
 ) -> list[tuple[str, str, Tensor | None]]:
-    """(name, slot, this rank's share after the cut) of an optimizer's state.
+    """(name, slot, this rank's part after the cut) of an optimizer's state.
 
-    Collective where the state is divided: who has what moves between ranks, one tensor at a time.
+    Collective where the state is divided: tensors move to other ranks, one whole one at a time.
     """
     after = {
         name: nn.Parameter(_cut(parameter.detach().to("meta"), cuts.get(name)))
         for name, parameter in named.items()
     }
-    future = type(share)(after, reduction)
+    future = type(strategy)(after, reduction)
     states: list[tuple[str, str, Tensor | None]] = []
-    for name, slot, whole in share.whole(states_of(optimizer, share.optimized), everywhere=True):
-        if share.collective_saves:
+    for name, slot, whole in strategy.gather_full(
+        states_of(optimizer, strategy.optimized), everywhere=True
+    ):
+        if strategy.collective_saves:
             reduction.wire.add(ring_gather_bytes(whole.nbytes, reduction.topology.world))
         if whole.shape == named[name].shape:
             whole = _cut(whole, cuts.get(name))
-        part = future.part(name, whole)
+        part = future.local_part(name, whole)
         states.append((name, slot, None if part is None else part.clone()))
     return states
 
@@ -55,7 +61,7 @@ def put_states(
 
 
 def replace_data(parameter: nn.Parameter, value: Tensor) -> None:
-    """Give a parameter data of another shape.
+    """Set a parameter's data to one of another shape.
 
     Autograd remembers the shape of a leaf for as long as any graph through it is alive (a loop's
     last `loss` is enough) and would refuse gradients of the new one. It forgets when the dtype

@@ -1,13 +1,13 @@
 """Optimizer state divided over ranks, for adapters whose state does not fit on each of them.
 
-    gradients  [ g0 | g1 | g2 … | padding ]   reduce-scattered: of N equal parts each rank gets one
+    gradients  [ g0 | g1 | g2 … | padding ]   reduce-scattered: each rank gets one of N equal parts
     values     [ p0 | p1 | p2 … | padding ]   stepped part by part, then all-gathered
 
-The two halves send what one all-reduce sends. Scalars go in a small one of their own, together with
-the part's Σ g², of which the norm is made. An optimizer gets, for each tensor, a 1-D parameter that
-is a view of the part's elements of it, empty where the part has none: so groups are alike on all
-ranks, and an optimizer that treats each element alone (AdamW, SGD) computes what it would on whole
-tensors.
+The two halves send what one all-reduce sends. Scalars have a small reduction of their own, together
+with the part's Σ g², from which the norm is computed. An optimizer gets, for each tensor, a 1-D
+parameter that is a view of the part's elements of it, empty where the part has none. So groups are
+alike on all ranks, and an optimizer that treats each element alone (AdamW, SGD) computes what it
+would on whole tensors.
 """
 
 from __future__ import annotations
@@ -18,34 +18,43 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dlora.sharding.replica.flat_shards import Parts, gathered
+from dlora.errors import UsageError
+from dlora.sharding.replica.flat_shards import FlatShards
 from dlora.sharding.replica.hierarchical_reduce import (
     Reduction,
     divisible,
     part_of,
     reduction_bytes,
 )
-from dlora.sharding.replica.optimizer_state import Held, Named, ReplicaError, States, count, item
+from dlora.sharding.replica.optimizer_state import (
+    LocalSlice,
+    Named,
+    ReplicaError,
+    States,
+    count,
+    item,
+)
+from dlora.sharding.replica.state_gathering import StateKind, gather_ranges, kinds_by_rank
 from dlora.sharding.replica.step_scalars import tail_length
 from dlora.sharding.topology import Topology
 
 
-class DividedShare:
+class ShardedState:
     """The optimizer's work on one of N parts."""
 
     collective_saves = True
 
     def __init__(self, named: Named, reduction: Reduction) -> None:
         self._named, self._reduction = named, reduction
-        self._driven = False
+        self._has_optimizer = False
         self.optimized: dict[str, nn.Parameter] = {}
         self.rebuild_layout()
 
     def rebuild_layout(self) -> None:
         topology = self._reduction.topology
-        self._parts = Parts(self._named, topology)
-        first = part_of(topology.rank, topology) * self._parts.size
-        self._own = slice(first, first + self._parts.size)
+        self._shards = FlatShards(self._named, topology)
+        first = part_of(topology.rank, topology) * self._shards.size
+        self._own = slice(first, first + self._shards.size)
 
     @staticmethod
     def lengths(named: Named, topology: Topology) -> tuple[int, int]:
@@ -62,37 +71,39 @@ class DividedShare:
         scalars = torch.float64.itemsize * _scalars(named, topology)
         return reduction_bytes(flat, topology) + reduction_bytes(scalars, topology)
 
-    def bind(self, values: Tensor, buffer: Tensor, gradient_views: Mapping[str, Tensor]) -> None:
+    def attach_buffers(
+        self, values: Tensor, buffer: Tensor, gradient_views: Mapping[str, Tensor]
+    ) -> None:
         self._values, self._buffer = values, buffer
         self.gradients, self.values = buffer[self._own], values[self._own]
         self._gradient_parts, offset = {}, 0
         for name, parameter in self._named.items():
-            here = self._parts.here(name)
-            span = slice(offset + here.start, offset + here.stop)
-            self._gradient_parts[name] = buffer[span]
-            part = self.optimized.setdefault(name, nn.Parameter(values[span]))
+            local = self._shards.local(name)
+            own = slice(offset + local.start, offset + local.stop)
+            self._gradient_parts[name] = buffer[own]
+            part = self.optimized.setdefault(name, nn.Parameter(values[own]))
             had_gradient, part.grad = part.grad is not None, None
-            part.data = values[span]
+            part.data = values[own]
             part.grad = self._gradient_parts[name] if had_gradient else None
             offset += parameter.numel()
 
-    def drive(self, optimizer: Optimizer, before_step: Callable[[], None]) -> None:
+    def attach_optimizer(self, optimizer: Optimizer, before_step: Callable[[], None]) -> None:
         """From now on each of its steps ends with gathering the values."""
         whole = {id(parameter) for parameter in self._named.values()}
         if any(id(p) in whole for group in optimizer.param_groups for p in group["params"]):
             raise ReplicaError(
-                "the optimizer holds whole tensors while its state is to be divided over ranks; "
+                "the optimizer has whole tensors while its state is to be divided over ranks; "
                 "give it replica.parameter_groups(...)"
             )
         optimizer.register_step_pre_hook(lambda *_: before_step())
         optimizer.register_step_post_hook(lambda *_: self._reduction.gather_(self._values))
-        self._driven = True
+        self._has_optimizer = True
 
     def sum_(self, scalars: list[float]) -> list[float]:
-        if not self._driven:
+        if not self._has_optimizer:
             raise ReplicaError(
                 "the optimizer state is divided over ranks, and its steps end with a collective: "
-                "call replica.drive(optimizer) once, before the first step"
+                "call replica.attach_optimizer(optimizer) once, before the first step"
             )
         self._reduction.scatter_(self._buffer)
         length = _scalars(self._named, self._reduction.topology)
@@ -112,7 +123,7 @@ class DividedShare:
         self._norm = self._norm / divisor
 
     def has_gradient(self, name: str) -> bool:
-        """`optimizer.zero_grad(set_to_none=False)` keeps gradients, and makes them zero."""
+        """Whether its part has one: `optimizer.zero_grad(set_to_none=False)` makes it zero."""
         return self.optimized[name].grad is not None
 
     def zero_grad(self) -> None:
@@ -126,27 +137,72 @@ class DividedShare:
         self.gradients.mul_(factor)
         self._norm = self._norm * factor
 
-    def held(self) -> dict[str, Held]:
-        places, offset = {}, 0
+    def local_slices(self) -> dict[str, LocalSlice]:
+        slices, offset = {}, 0
         for name in self._named:
-            here = self._parts.here(name)
-            places[name] = Held(offset, here.start, here.stop)
-            offset += here.stop - here.start
-        return places
+            local = self._shards.local(name)
+            slices[name] = LocalSlice(offset, local.start, local.stop)
+            offset += local.stop - local.start
+        return slices
 
-    def join(self, flat: Tensor) -> Tensor:
+    def combine(self, flat: Tensor) -> Tensor:
         return self._reduction.sum_of(flat)
 
-    def whole(
+    def gather_full(
         self, states: States, *, everywhere: bool = False
     ) -> Iterator[tuple[str, str, Tensor]]:
-        return gathered(self._parts, self._named, states, everywhere=everywhere)
+        """See `StateStrategy`; states without dims are those of a tensor's first part.
 
-    def part(self, name: str, state: Tensor) -> Tensor | None:
-        here = self._parts.here(name)
-        if here.start == here.stop:
+        Raises:
+            UsageError: on every rank: a state is not one number for each element.
+            ReplicaError: on every rank: ranks have different states of one tensor.
+        """
+        topology = self._reduction.topology
+        gets = everywhere or topology.rank == 0
+        for name, slots in self._agreed_kinds(states).items():
+            parameter, local = self._named[name].detach(), self._shards.local(name)
+            for slot, kind in slots.items():
+                if kind.value is None:
+                    mine = states[name][slot] if local.stop > local.start else None
+                    like = parameter.new_empty(0, dtype=kind.torch_dtype)
+                    ranges = self._shards.ranges(name)
+                    flat = gather_ranges(mine, ranges, like, topology, everywhere=everywhere)
+                    if gets:
+                        yield name, slot, flat.view(parameter.shape)
+                elif gets:
+                    yield name, slot, torch.tensor(kind.value, dtype=kind.torch_dtype)
+
+    def local_part(self, name: str, state: Tensor) -> Tensor | None:
+        local = self._shards.local(name)
+        if local.start == local.stop:
             return None
-        return state.reshape(-1)[here.start : here.stop] if state.ndim else state
+        return state.reshape(-1)[local.start : local.stop] if state.ndim else state
+
+    def _agreed_kinds(self, states: States) -> dict[str, dict[str, StateKind]]:
+        """The kinds of state of each tensor, once it is clear that its ranks agree."""
+        device = self._values.device
+        by_rank = kinds_by_rank(states, self._reduction.topology, device)
+        agreed = {}
+        for name in self._named:
+            found = {}
+            for rank, start, stop in self._shards.ranges(name):
+                slots = by_rank[rank].get(name, {})
+                for slot, kind in slots.items():
+                    if kind.value is None and kind.shape != [stop - start]:
+                        raise UsageError(
+                            "sharding.optimizer_state: divided needs an optimizer that treats each "
+                            f"element alone; this one has {slot} of shape {kind.shape} for {name}"
+                        )
+                found[rank] = {slot: (kind.dtype, kind.value) for slot, kind in slots.items()}
+            first = next(iter(found), 0)
+            for rank, described in found.items():
+                if described != found[first]:
+                    raise ReplicaError(
+                        f"ranks {first} and {rank} have different optimizer states of {name}: "
+                        f"{found[first]} and {described}"
+                    )
+            agreed[name] = by_rank[first].get(name, {}) if found else {}
+        return agreed
 
 
 def _scalars(named: Named, topology: Topology) -> int:

@@ -1,57 +1,62 @@
-"""Scalars that travel with the gradients of a step, as a list of floats to be summed over ranks.
+"""Scalars that are reduced with the gradients of a step, packed into a list of floats to be summed.
 
-    [ tokens | sums | each of rank 0 | each of rank 1 | … ]
+    [ tokens | scalars | integer of rank 0 | integer of rank 1 | … ]
 
-Integers travel as two limbs, so that their sums are exact in float32 too: below 2^36.
+float32 has exact integers up to 2^24, so an integer is sent as two limbs: `tokens`, whose limbs are
+added up over ranks, in base 2^12 (exact below 2^36), and the integers of ranks, which only their
+own rank writes, in base 2^24 (exact below 2^48: bytes of memory, say).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-SUMS = 16  # scalars that may travel with the gradients
-_LIMB = 4096
+MOST_SCALARS = 16
+_SUMMED_LIMB, _OWN_LIMB = 1 << 12, 1 << 24
 
 
 @dataclass(frozen=True)
 class Reduced:
-    """What travelled with the gradients of one step; the same on every rank.
+    """The scalars that were reduced with the gradients of one step; the same on every rank.
 
     Attributes:
         tokens: Σ tokens over ranks; the number of ranks where none were given.
-        sums: Σ over ranks of the scalars given.
-        each: by rank, the integer that it gave.
+        scalars: Σ over ranks of each scalar, by name.
+        each: the integer of each rank, by rank.
     """
 
     tokens: int
-    sums: list[float]
+    scalars: dict[str, float]
     each: list[int]
 
 
 def tail_length(world: int) -> int:
     """Number of floats."""
-    return 2 + SUMS + 2 * world
+    return 2 + MOST_SCALARS + 2 * world
 
 
-def tail(tokens: int, sums: Sequence[float], each: int, rank: int, world: int) -> list[float]:
-    """One rank's addend."""
-    scalars = [0.0] * tail_length(world)
-    scalars[:2] = divmod(tokens, _LIMB)
-    scalars[2 : 2 + len(sums)] = sums
-    scalars[2 + SUMS + 2 * rank : 4 + SUMS + 2 * rank] = divmod(each, _LIMB)
-    return scalars
+def pack_tail(
+    tokens: int, scalars: Mapping[str, float], each: int, rank: int, world: int
+) -> list[float]:
+    """One rank's addend, of `tail_length`; every rank must name the same scalars in one order."""
+    tail = [0.0] * tail_length(world)
+    tail[:2] = divmod(tokens, _SUMMED_LIMB)
+    tail[2 : 2 + len(scalars)] = scalars.values()
+    own = 2 + MOST_SCALARS + 2 * rank
+    tail[own : own + 2] = divmod(each, _OWN_LIMB)
+    return tail
 
 
-def read_tail(total: Sequence[float], sums: int, world: int) -> Reduced:
-    """What the sum over ranks says; `sums` is the number of scalars that were given."""
-    ranks = total[2 + SUMS :]
+def unpack_tail(total: Sequence[float], names: Sequence[str], world: int) -> Reduced:
+    """The scalars from the sum over ranks; `names` are those given to `pack_tail`."""
+    ranks = total[2 + MOST_SCALARS :]
     return Reduced(
-        tokens=_joined(total[:2]),
-        sums=list(total[2 : 2 + sums]),
-        each=[_joined(ranks[2 * rank : 2 * rank + 2]) for rank in range(world)],
+        tokens=_joined(total[:2], _SUMMED_LIMB),
+        scalars=dict(zip(names, total[2:], strict=False)),
+        each=[_joined(ranks[2 * rank : 2 * rank + 2], _OWN_LIMB) for rank in range(world)],
     )
 
 
-def _joined(limbs: Sequence[float]) -> int:
-    return round(limbs[0]) * _LIMB + round(limbs[1])
+def _joined(limbs: Sequence[float], base: int) -> int:
+    return round(limbs[0]) * base + round(limbs[1])
