@@ -3,8 +3,8 @@
     python benchmarks/saving.py [--steps 60] [--rounds 3]
 
 Stall: `configs/quickstart.yaml` over two ranks with `save_every: 10`. Seconds of rank 0's training
-thread in `CheckpointManager.save` (a due save) and in `CheckpointManager.snapshot` (the host snapshot
-of every step), spread over the steps, in parts of the median step.
+thread in `CheckpointManager.save` (a due save) and in `CheckpointManager.snapshot` (the copy of
+every step in host memory), spread over the steps, in parts of the median step.
 Restart: all processes of that run get SIGKILL, and the same command starts at once. Seconds to the
 line of its next step, beside those of a start in an empty directory.
 """
