@@ -42,6 +42,7 @@ NAME = ".lock"
 BEAT_SECONDS = 5.0
 STALE_SECONDS = 20.0  # without a beat, after which the run of another host counts as dead
 LEASE_SECONDS = 120.0  # in which a server forgets the locks of a host that died; NFS 4 takes 90
+FILE_BYTES = 1024  # of the padded text
 Owner = dict[str, str]
 
 
@@ -89,8 +90,10 @@ class RunLock:
         try:
             self._wait_until_free()
             me = {"pid": os.getpid(), "host": _host(), "kernel": _kernel(), "run": _run()}
-            os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, json.dumps({**me, "token": self.token}).encode(), 0)
+            # In one write over what is there: who reads an empty file takes it for a free one.
+            text = json.dumps({**me, "token": self.token}).ljust(FILE_BYTES)
+            os.pwrite(self._descriptor, text.encode(), 0)
+            os.ftruncate(self._descriptor, len(text))
         except BaseException:
             self._close()
             raise

@@ -21,7 +21,7 @@ from dlora.checkpoint.remote import RemoteCheckpoints
 from dlora.errors import TransientError, UsageError
 from dlora.runtime.console import console
 from dlora.runtime.exit_status import exit_with
-from dlora.runtime.run_lock import NAME, RunLock
+from dlora.runtime.run_lock import FILE_BYTES, NAME, RunLock
 from dlora.train import main
 
 Capsys = pytest.CaptureFixture[str]
@@ -66,7 +66,8 @@ def test_a_second_run_is_refused_before_it_writes_or_fetches(
     with pytest.raises(SystemExit) as ended:
         exit_with(main)
     assert ended.value.code == 2
-    [line] = capsys.readouterr().err.splitlines()
+    errors = capsys.readouterr().err.splitlines()  # beside transformers' progress bars
+    [line] = [text for text in errors if "dlora: error: " in text]
     where = f"process {holder.pid} on {os.uname().nodename} is running in {tmp_path};"
     assert line.startswith(f"dlora: error: output.dir: {where}")
     assert tree(tmp_path) == before
@@ -183,6 +184,12 @@ def test_an_earlier_start_of_the_same_run_passes(
         RunLock(tmp_path, beat_seconds=0.2).take()
 
 
+def replace(path: Path, text: str) -> None:
+    """In one write, as a lock does."""
+    with path.open("r+") as file:
+        file.write(text.ljust(FILE_BYTES))
+
+
 def test_of_two_that_wait_the_second_is_refused_for_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,7 +201,7 @@ def test_of_two_that_wait_the_second_is_refused_for_the_first(
     waits: list[str] = []
     monkeypatch.setattr(console, "info", waits.append)
     refused = pytest.raises(UsageError, match="process 8 on third-host is running in")
-    with repeated(lambda: waits and path.write_text(first)), refused:  # once this one waits
+    with repeated(lambda: waits and replace(path, first)), refused:  # once this one waits
         RunLock(tmp_path, beat_seconds=0.2, stale_seconds=20).take()
     assert "process 7 on other-host was running here" in waits[0]
 
