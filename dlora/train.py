@@ -25,7 +25,7 @@ from dlora.optim.schedule import lr_factor, set_lr
 from dlora.plan.measured import measure
 from dlora.plan.report import comparison, lines_of
 from dlora.runtime.exit_status import exit_with
-from dlora.runtime.memory import MemoryMeter, trim, without_holes
+from dlora.runtime.memory import MemoryMeter, unmap_large_blocks
 from dlora.runtime.ranks import Runtime
 from dlora.runtime.run_lock import locked
 from dlora.runtime.stop_signals import StopRequest, exit_status
@@ -37,8 +37,6 @@ from dlora.training.prepare import Preparation
 from dlora.training.resume import open_directory, resume
 from dlora.training.startup import enter, import_late_ones, prepared
 from dlora.training.watchdogs import FiniteWatch, HangWatch, UnusedWatch, is_finite
-
-TRIM_EVERY = 10  # optimizer steps between two returns of freed host memory
 
 
 def main(argv: list[str], hooks: Hooks = NO_HOOKS) -> int:
@@ -86,8 +84,8 @@ class Run:
         )
         self.unused = UnusedWatch(allowed=config.train.allow_unused)
         self.hang = HangWatch(config.sharding.timeout_seconds)
-        if config.sharding.memory_budget_gb is not None and runtime.device.type == "cpu":
-            without_holes()
+        if runtime.device.type == "cpu":
+            unmap_large_blocks()
         torch.manual_seed(config.train.seed)
         self.model, self.replica = build(config, runtime, preparation)
         self.optimizer = build_optimizer(config, runtime, preparation, self.replica)
@@ -160,8 +158,6 @@ class Run:
                 last = done == self.total_steps
                 if last:
                     replica.audit()  # as the replica does by itself at every 10th reduction
-                if due(done, TRIM_EVERY, last=last):
-                    trim()
                 seconds = time.perf_counter() - began
                 record = {
                     "step": done,

@@ -17,7 +17,7 @@ from dlora.base.quantize import Quantized, quantize_as_set
 from dlora.errors import UsageError
 from dlora.runtime.memory import trim
 from dlora.sharding.engines.protocol import Engine
-from dlora.sharding.engines.storage import dropping_mapped_pages, own_storage
+from dlora.sharding.engines.storage import own_storage
 from dlora.sharding.topology import Placement
 
 DTYPES = {
@@ -92,9 +92,8 @@ class BaseModel:
         """
         weights = BaseWeights(self, left)
         check_experts_divide(weights.skeleton, engine.placement)
-        with dropping_mapped_pages():
-            model = engine.load(weights, device)
-            own_storage(model)
+        model = engine.load(weights, device)
+        own_storage(model)
         trim()  # blocks that were read and cast are free, and the heap would keep them
         return model.requires_grad_(False)
 

@@ -22,11 +22,11 @@ from dlora.plan.adalora import is_triplet_factor
 from dlora.plan.gathers import Unit
 from dlora.plan.state import share_of, state_of
 from dlora.plan.workload import Workload
-from dlora.runtime.memory import HOLES
 from dlora.sharding.topology import Placement, Topology
 
 # What a process takes that no tensor here accounts for. CPU: the interpreter's growth, gloo's
 # buffers, scratch of matrix products. CUDA: context, NCCL's buffers, workspaces of cuBLAS.
+HOLES = 1 / 16
 PROCESS = {"cpu": 60 * 10**6, "cuda": 1_200 * 10**6}
 
 

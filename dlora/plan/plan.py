@@ -87,7 +87,11 @@ class Subject:
         self.skeleton, self.trained = skeleton, trained
         self.workload, self.device, self.check = workload, device, check
         self.activations = trace(
-            skeleton, workload.rows, workload.tokens, checkpointing=workload.checkpointing
+            skeleton,
+            workload.rows,
+            workload.tokens,
+            checkpointing=workload.checkpointing,
+            targets=workload.targets,
         )
         self._units: dict[tuple[Any, int], tuple[Unit, ...]] = {}
 

@@ -21,7 +21,6 @@ from dlora.methods.packed_residual import Residuals
 from dlora.objectives import chunked_loss as targets
 from dlora.optim.eight_bit import adamw8bit
 from dlora.optim.lora_pro import LoraPro
-from dlora.runtime.memory import trim_before
 from dlora.runtime.ranks import Runtime
 from dlora.sharding.engines.protocol import build_engine
 from dlora.training.prepare import Preparation
@@ -49,8 +48,6 @@ def build(
     if config.sharding.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     targets.install(model)
-    if runtime.device.type == "cpu":
-        trim_before(targets.model_parts(model).head)
     if preparation.start is None and residuals is None:
         start(config, runtime, preparation, model, replica)
     model.train()

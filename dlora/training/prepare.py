@@ -131,7 +131,7 @@ def prepare(
             "slower than float32"
         )
     announce(_said_of_steps(sampler, config.train.global_batch_size))
-    decision = _decision(config, skeleton, topology, train.report.longest, around, start)
+    decision = _decision(config, skeleton, topology, train, sampler, around, start)
     if decision.plan.divided:
         announce(
             f"optimizer state: divided, 1/{topology.world} on each rank, so a save needs all "
@@ -161,7 +161,8 @@ def _decision(
     config: Config,
     skeleton: Any,
     topology: Topology,
-    longest: int,
+    data: Dataset,
+    sampler: Sampler,
     around: Surroundings,
     start: ResumePoint | None,
 ) -> Decision:
@@ -169,7 +170,7 @@ def _decision(
     section, world = config.sharding, topology.world
     earlier = earlier_placement(start.settings, start.state) if start else None
     settings = settle(config, earlier, world)
-    workload = workload_of(config, world, longest)
+    workload = workload_of(config, world, data, sampler)
     if start is not None and start.allocation is not None and start.allocation["shrunk"]:
         workload = replace(workload, averages=0)  # nothing is scored any more
     decision = decide(
