@@ -69,7 +69,7 @@ def _anonymous(statm: bytes) -> int:
     return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
 
-def unmap_large_blocks(nbytes: int = 4 << 20) -> None:
+def unmap_large_blocks(nbytes: int = 1 << 20) -> None:
     """Make glibc return every freed block of `nbytes` and more to the kernel at once.
 
     By itself it raises this limit to 32 MB as blocks are freed. Gathered layers then come from its
