@@ -40,7 +40,7 @@ def measure(step: Callable[[], None]) -> tuple[float, int]:
 
 
 def peak_memory(build: Callable[[torch.Tensor], Row], batch: torch.Tensor) -> tuple[Row, int]:
-    """Build a row and run it three times; anonymous bytes above those before, sampled at the peak."""
+    """Build a row and run it three times; most anonymous bytes above those before, sampled."""
     gc.collect()
     trim()
     before, row = anonymous_bytes(), build(batch)
