@@ -25,7 +25,7 @@ from dlora.optim.schedule import lr_factor, set_lr
 from dlora.plan.measured import measure
 from dlora.plan.report import comparison, lines_of
 from dlora.runtime.exit_status import exit_with
-from dlora.runtime.memory import MemoryMeter, unmap_large_blocks
+from dlora.runtime.memory import MemoryMeter, trim, unmap_large_blocks
 from dlora.runtime.ranks import Runtime
 from dlora.runtime.run_lock import locked
 from dlora.runtime.stop_signals import StopRequest, exit_status
@@ -158,6 +158,7 @@ class Run:
                 last = done == self.total_steps
                 if last:
                     replica.audit()  # as the replica does by itself at every 10th reduction
+                trim()  # holes that this step's sequence lengths left do not fit the next step's
                 seconds = time.perf_counter() - began
                 record = {
                     "step": done,

@@ -84,8 +84,9 @@ def unmap_large_blocks(nbytes: int = 1 << 20) -> None:
 def trim() -> None:
     """Return free pages of the C library's heap to the kernel; elsewhere than on glibc do nothing.
 
-    Worth a call where much was freed that will not be needed again, as after loading: glibc returns
-    only the end of its heap by itself.
+    Worth a call where much was freed: glibc returns only the end of its heap by itself. After every
+    step, since sequences of ever new lengths leave ever new holes: without it a run of 24 steps
+    grew to 1.5 times its tensors' bytes.
     """
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim is not None:
