@@ -24,9 +24,9 @@ from dlora.plan.state import share_of, state_of
 from dlora.plan.workload import Workload
 from dlora.sharding.topology import Placement, Topology
 
-# Free bytes that an allocator cannot use, of those that come and go between steps. What stays has
-# its place from the start. Runs of the demo model on two ranks have 0.04 to 0.3.
-HOLES = 1 / 5
+# Free bytes that an allocator cannot use, of those that come and go in a step. What stays has its
+# place from the start.
+HOLES = 1 / 16
 # What a process takes that no tensor here accounts for. CPU: the interpreter's growth, gloo's
 # buffers, scratch of matrix products. CUDA: context, NCCL's buffers, workspaces of cuBLAS.
 PROCESS = {"cpu": 60 * 10**6, "cuda": 1_200 * 10**6}
