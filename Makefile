@@ -7,7 +7,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Python compiles a module when it is first imported; pip would compile all of torch's.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 TORCH_INDEX ?=
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 
@@ -49,7 +50,7 @@ $(BIN)/python:
 		{ rm -rf $(VENV); echo "cannot make $(VENV): install the package python3-venv (or: pip install virtualenv)" >&2; exit 1; }
 
 $(VENV)/.installed: $(BIN)/python pyproject.toml setup.py constraints.txt
-	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(if $(TORCH_INDEX),$(PIP) --index-url $(TORCH_INDEX) torch)
 	$(PIP) --editable .
 	@touch $@
 

@@ -12,7 +12,7 @@ from network import sent_bytes
 from rows import Row
 from torch import nn
 
-from dlora.runtime.memory import private_bytes, trim
+from dlora.runtime.memory import anonymous_bytes, trim
 
 
 def alternate(
@@ -40,16 +40,16 @@ def measure(step: Callable[[], None]) -> tuple[float, int]:
 
 
 def peak_memory(build: Callable[[torch.Tensor], Row], batch: torch.Tensor) -> tuple[Row, int]:
-    """Build a row and run it three times; private bytes above those before, sampled at the peak."""
+    """Build a row and run it three times; most anonymous bytes above those before, sampled."""
     gc.collect()
     trim()
-    before, row = private_bytes(), build(batch)
+    before, row = anonymous_bytes(), build(batch)
     peak = 0
     hooks = []
 
     def sample(*_: object) -> None:
         nonlocal peak
-        peak = max(peak, private_bytes() - before)
+        peak = max(peak, anonymous_bytes() - before)
 
     handle = nn.modules.module.register_module_forward_hook(sample)
     hooks.append(handle)

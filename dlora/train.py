@@ -40,7 +40,6 @@ from dlora.training.startup import enter, import_late_ones, lock_output, prepare
 from dlora.training.watchdogs import FiniteWatch, HangWatch, UnusedWatch, is_finite
 
 STOP_FLAGS = ("terminated", "interrupted")  # what `StopRequest.poll` returns
-TRIM_EVERY = 10  # optimizer steps between two returns of freed host memory
 
 
 def main(argv: list[str], hooks: Hooks = NO_HOOKS) -> int:
@@ -154,18 +153,16 @@ class Run:
                 done, last = step + 1, step + 1 == self.total_steps
                 if last:
                     replica.audit()  # as the replica does by itself at every 10th reduction
-                if due(done, TRIM_EVERY, last=last):
-                    trim()
                 self.lock.check()
+                trim()  # holes that this step's sequence lengths left do not fit the next step's
                 seconds = time.perf_counter() - began
                 record = {"step": done, "loss": loss, "grad_norm": norm, "lr": lr}
                 record |= self.figures(ids, reduced, seconds)
                 checkpoints.snapshot(done, record)
                 self.records.append(record)
                 trouble = self.trouble(record, ids)
-                status = (
-                    1 if trouble else exit_status([reduced.scalars[flag] for flag in STOP_FLAGS])
-                )
+                stops = [reduced.scalars[flag] for flag in STOP_FLAGS]
+                status = 1 if trouble else exit_status(stops)
                 evaluated = self.evaluates and due(done, config.output.eval_every, last=last)
                 if evaluated:
                     record["eval_loss"] = held_out_loss(self.context)

@@ -22,7 +22,7 @@ from dlora.base.weight_files import are_local, check_files, check_loaded
 from dlora.errors import UsageError
 from dlora.runtime.memory import trim
 from dlora.sharding.engines.protocol import Engine
-from dlora.sharding.engines.storage import dropping_mapped_pages, own_storage
+from dlora.sharding.engines.storage import own_storage
 from dlora.sharding.topology import Placement
 
 DTYPES = {
@@ -96,10 +96,9 @@ class BaseModel(BaseSource):
         """
         weights = BaseWeights(self, left)
         check_experts_divide(weights.skeleton, engine.placement)
-        with dropping_mapped_pages():
-            model = engine.load(weights, device)
-            own_storage(model)
-        trim()  # blocks that were read and cast are free, but still part of the heap
+        model = engine.load(weights, device)
+        own_storage(model)
+        trim()  # blocks that were read and cast are free, and the heap would keep them
         return model.requires_grad_(False)
 
     def check_stored(self, skeleton: Any) -> None:

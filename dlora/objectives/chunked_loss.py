@@ -10,6 +10,7 @@ only that gradient [targets, hidden] outlives a chunk.
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -73,79 +74,104 @@ class ChunkedTargetLoss(torch.autograd.Function):
         return None, scaled[0], None, None, None, None, *scaled[1:]
 
 
-def target_loss(head: nn.Module, logits: Logits, hidden: Tensor, targets: Tensor) -> Tensor:
+def install(model: nn.Module) -> None:
+    """Let a causal language model compute `model(..., targets=[rows, tokens])` → Σ cross entropy.
+
+    Without `targets` the model's own forward runs. The *root's* forward is extended, so that the
+    hooks of a sharded base gather and free its weights as usual. The head's forward takes the loss
+    as an argument, so that it is called once, with its weight gathered, whatever the chunks.
+
+    Raises:
+        UsageError: the model is no decoder with an output head.
+    """
+    parts, own_forward = model_parts(model), model.forward
+
+    def forward(self: Any, *args: Any, targets: Tensor | None = None, **kwargs: Any) -> Any:
+        if targets is None:
+            return own_forward(*args, **kwargs)
+        hidden = parts.decoder(*args, use_cache=False, **kwargs)[0]
+        return target_loss(parts, hidden, targets)
+
+    def head_forward(self: Any, hidden: Tensor, loss: Any = None) -> Tensor:
+        return type(self).forward(self, hidden) if loss is None else loss(hidden)
+
+    model.forward = types.MethodType(forward, model)
+    parts.head.forward = types.MethodType(head_forward, parts.head)
+
+
+def target_loss(parts: Parts, hidden: Tensor, targets: Tensor) -> Tensor:
     """Σ cross entropy over the positions with a target, float32 (float64 for a float64 model).
 
-    Args:
-        head: the output head, called once so that whatever gathers its weight does so.
-        logits: hidden [chunk, H] and where its rows stand in the batch [chunk, 2] (row, token) →
-            logits [chunk, V], inside the head's forward.
-        hidden: [rows, tokens, H]; targets: [rows, tokens], −100 where there is none.
-
     Without any target the result is 0 with zero gradients, so that ranks stay in step.
+
+    Args:
+        hidden: [rows, tokens, H].
+        targets: [rows, tokens], −100 where there is none.
     """
     positions = (targets != IGNORED).nonzero()
     h, t = hidden[tuple(positions.T)], targets[tuple(positions.T)]
+    head = parts.head
     vocabulary = getattr(head, "out_features", None) or getattr(head, "nf", 0) or 1 << 16
     chunk = max(1, CHUNK_BYTES // (4 * int(vocabulary)))
     trained = [p for p in head.parameters() if p.requires_grad]
     needs_grad = torch.is_grad_enabled() and (h.requires_grad or bool(trained))
 
-    def forward_in_chunks(_: Any, rows: Tensor) -> Tensor:
-        return ChunkedTargetLoss.apply(logits, rows, t, positions, chunk, needs_grad, *trained)
+    def loss(rows: Tensor) -> Tensor:
+        arguments = (parts.logits, rows, t, positions, chunk, needs_grad, *trained)
+        return ChunkedTargetLoss.apply(*arguments)
 
-    own_forward = head.__dict__.get("forward")
-    head.forward = types.MethodType(forward_in_chunks, head)
-    try:
-        return head(h)
-    finally:
-        if own_forward is None:
-            del head.forward
-        else:
-            head.forward = own_forward
+    return head(h, loss=loss)
 
 
-def install(model: nn.Module) -> None:
-    """Teach a causal language model `model(..., targets=[rows, tokens])` → Σ cross entropy.
-
-    Without `targets` the model's own forward runs. It is the *root's* forward that is extended, so
-    that a sharded base is gathered and freed by the hooks that it already has.
-
-    Raises:
-        UsageError: the model is no decoder with an output head.
-    """
-    parts = model_parts(model)
-    original = model.forward
-
-    def forward(self: Any, *args: Any, targets: Tensor | None = None, **kwargs: Any) -> Any:
-        if targets is None:
-            return original(*args, **kwargs)
-        hidden = parts.decoder(*args, use_cache=False, **kwargs)[0]
-        return target_loss(parts.head, parts.logits, hidden, targets)
-
-    model.forward = types.MethodType(forward, model)
+# What a model does to its logits, by the attribute of its configuration that says so.
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_DIVISOR = "logits_scaling"
+_DIVIDED = re.compile("granite|minicpm3")  # others multiply by an attribute of that name
+_KNOWN = {*_CAPS, _DIVISOR, "logit_scale", "lm_head_multiplier"}
+_OTHERWISE = {"prophetnet": "several streams of hidden states"}  # of no attribute
+_ON_LOGITS = re.compile(r"^(?!(attn|moe|router|num|output_router)_).*(logit|lm_head_)")
 
 
 class Parts:
-    """The decoder and the head of a causal language model, and what it does to logits between."""
+    """The decoder and the head of a causal language model, and what it does to logits.
+
+    Attributes:
+        unknown: the attribute of the configuration that does something to logits that is not known
+            here; empty if there is none.
+    """
 
     def __init__(self, model: nn.Module, decoder: nn.Module, head: nn.Module) -> None:
         self.decoder, self.head = decoder, head
-        config = getattr(model, "config", None)
-        caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-        self._cap = next((cap for name in caps if (cap := getattr(config, name, None))), None)
+        config: Any = getattr(model, "config", None)
+        self._cap = next((cap for name in _CAPS if (cap := getattr(config, name, None))), None)
         scale = getattr(model, "logit_scale", None) or 1.0  # Cohere
         scale *= getattr(decoder, "lm_head_multiplier", None) or 1.0  # Falcon-H1
-        self._scale = scale / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
+        self._scale = scale / (getattr(config, _DIVISOR, None) or 1.0)  # Granite
+        acting = [
+            name
+            for name, value in vars(config).items()
+            if _ON_LOGITS.match(name) and value not in (None, False, True, 0, 1)
+        ]
+        known = _KNOWN if _DIVIDED.match(config.model_type) else _KNOWN - {_DIVISOR}
+        unknown = [name for name in acting if name not in known]
+        self.unknown = [*unknown, _OTHERWISE.get(config.model_type, "")][0]
 
     def logits(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """The head's own forward (adapter included), then the model's scale and soft cap."""
+        """The head's own forward (adapter included), then the model's scale and soft cap.
+
+        Args:
+            hidden: [chunk, H].
+            positions: [chunk, 2], the (row, token) of each in the batch.
+
+        Returns:
+            [chunk, V].
+        """
         stream = getattr(getattr(self.head, CHILD, None), "stream", None)
         with stream.at(positions) if stream is not None else nullcontext():
             return self.finish(type(self.head).forward(self.head, hidden))
 
     def finish(self, logits: Tensor) -> Tensor:
-        """What the model does to its head's output."""
+        """Scale and cap the head's output as the model does."""
         logits = logits * self._scale if self._scale != 1.0 else logits
         return torch.tanh(logits / self._cap) * self._cap if self._cap else logits
 
@@ -166,58 +192,18 @@ def model_parts(model: Any) -> Parts:
     if getattr(model.config, "is_encoder_decoder", False):
         raise UsageError(f"model.path: {type(model).__name__} is an encoder-decoder model")
     parts = Parts(model, decoder, head)
-    others = [n for n, child in model.named_children() if child not in (decoder, head)]
-    others = [n for n in others if any(True for _ in model.get_submodule(n).parameters())]
-    if others or head not in model.children() or not _is_whole(model, parts):
+    others = [
+        name
+        for name, child in model.named_children()
+        if child not in (decoder, head) and any(True for _ in child.parameters())
+    ]
+    if head not in model.children() or others or parts.unknown:
         raise UsageError(
             f"model.path: {type(model).__name__} does more than decoder, output head and a scale "
-            "or soft cap of the logits, so its loss cannot be computed in chunks"
+            f"or soft cap of the logits ({[*others, parts.unknown][0] or 'its head'}), so its loss "
+            "cannot be computed in chunks"
         )
     return parts
-
-
-class _Decoder(nn.Module):
-    """Stands in for a decoder, its inner modules and what it returns: a given hidden state."""
-
-    def __init__(self, decoder: nn.Module, hidden: Tensor) -> None:
-        super().__init__()
-        self.__dict__.update(original=decoder, last_hidden_state=hidden)
-
-    def forward(self, *_: Any, **__: Any) -> _Decoder:
-        return self
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self.original, name, None)
-        return self if isinstance(value, nn.Module) else value
-
-    def __getitem__(self, index: Any) -> Any:
-        return (self.last_hidden_state,)[index]
-
-
-class _Head(nn.Identity):
-    """Stands in for an output head: its logits are the hidden state."""
-
-    weight = torch.zeros(())
-
-
-def _is_whole(model: nn.Module, parts: Parts) -> bool:
-    """Whether `parts.finish` is all that the model's own forward does beside decoder and head.
-
-    Asks a twin of the model in which both pass numbers through, so that no weight is touched: the
-    model may be on the meta device or sharded.
-    """
-    hidden = torch.linspace(-60, 60, 24).view(1, 3, 8)
-    stand_ins = {parts.decoder: _Decoder(parts.decoder, hidden), parts.head: _Head()}
-    twin = object.__new__(type(model))
-    twin.__dict__.update(model.__dict__)
-    twin._modules = {name: stand_ins.get(m, m) for name, m in model._modules.items()}  # type: ignore
-    ids = torch.zeros(1, 3, dtype=torch.int64)
-    with torch.no_grad():
-        try:
-            logits = type(model).forward(twin, input_ids=ids).logits
-        except Exception:  # it does something that cannot be seen through
-            return False
-    return logits.shape == hidden.shape and torch.allclose(logits, parts.finish(hidden))
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

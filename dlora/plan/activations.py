@@ -10,7 +10,7 @@ from torch import nn
 
 from dlora.base.quantize import FrozenMatrix, frozen_matrices
 from dlora.lora.variants import LoraAdapter
-from dlora.objectives import chunked_loss as targets
+from dlora.objectives.chunked_loss import CHUNK_BYTES, model_parts
 from dlora.sharding.engines.gather_groups import block_lists
 
 _COPIES = 5  # of a chunk of float32 logits, while its gradient is computed
@@ -35,13 +35,15 @@ class Trace:
     estimated: str = ""
 
 
-def estimate(skeleton: Any, tokens: int, checkpointing: bool, reason: str) -> Trace:
+def estimate(
+    skeleton: Any, tokens: int, checkpointing: bool, reason: str, targets: int | None = None
+) -> Trace:
     """The figures of `tokens` tokens from shapes alone.
 
     Every weight [.., out, in] of a block saves its input and its output, which for a Llama is 0.9
     of what it does. The stacked weights of experts count for as many experts as see a token.
     """
-    head = targets.model_parts(skeleton).head
+    head = model_parts(skeleton).head
     experts = getattr(skeleton.config, "num_experts_per_tok", None) or 1
     blocks = [b for p in block_lists(skeleton) for b in skeleton.get_submodule(p).children()]
     matrices = [list(frozen_matrices(block)) for block in blocks]
@@ -56,13 +58,14 @@ def estimate(skeleton: Any, tokens: int, checkpointing: bool, reason: str) -> Tr
     head_size = sum(p.numel() for p in head.parameters())
     widest: Any = max(head.parameters(), key=lambda p: p.ndim)
     hidden = tokens * min(widest.shape) * widest.element_size()
+    chunk = min(CHUNK_BYTES, 4 * max(widest.shape) * (tokens if targets is None else targets))
     beside = [_kept_by_adapters(block) * widest.element_size() for block in blocks]
     each = [matrices + kept for matrices, kept in zip(each, beside, strict=True)]
     saved = len(blocks) * hidden if checkpointing else tokens * sum(each)
     return Trace(
         saved=saved,
         blocks=saved + tokens * max(each, default=0) + transient,
-        loss=saved + 3 * hidden + _COPIES * targets.CHUNK_BYTES,
+        loss=saved + 3 * hidden + _COPIES * chunk,
         flops=tokens * ((6 if checkpointing else 4) * weights + 4 * head_size + 6 * trained),
         estimated=reason,
     )

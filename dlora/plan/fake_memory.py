@@ -21,7 +21,7 @@ class LiveBytes(TorchDispatchMode):
 
     Under a `FakeTensorMode` no operation computes anything, and all of them follow shapes and
     lifetimes exactly, autograd's and activation checkpointing's included. What depends on values is
-    taken at its worst: `nonzero` finds every element.
+    taken at its worst: `nonzero` finds every element, but of a tensor given to `mark`.
 
     Args:
         known: tensors that are there anyway, and do not count.
@@ -37,9 +37,16 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self._known = [tensor.untyped_storage() for tensor in known]  # alive, so no key is reused
         self._sizes = {storage._cdata: 0 for storage in self._known}
+        self._targets: dict[int, int] = {}
         self._phase = ""
         self.now, self.flops = 0, 0
         self.peaks = {"": 0}
+
+    def mark(self, tensor: Tensor, count: int) -> Tensor:
+        """From now on, `count` elements of `tensor` are unequal to what it is compared with."""
+        self._known.append(tensor.untyped_storage())  # alive, so that no other one has its key
+        self._targets[self._known[-1]._cdata] = count
+        return tensor
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -60,9 +67,12 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is aten.nonzero.default:
-            result = args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.int64)
+            found = self._targets.get(args[0].untyped_storage()._cdata, args[0].numel())
+            result = args[0].new_empty((found, args[0].ndim), dtype=torch.int64)
         else:
             result = func(*args, **kwargs)
+        if func is aten.ne.Scalar and args[0].untyped_storage()._cdata in self._targets:
+            self.mark(result, self._targets[args[0].untyped_storage()._cdata])
         count = _FLOPS.get(func._overloadpacket)
         if count is not None:
             self.flops += count(*args, **kwargs, out_val=result)

@@ -38,7 +38,7 @@ def units_of(
     ranks: int,
     workload: Workload,
 ) -> tuple[Unit, ...]:
-    """The frozen groups of a model over `ranks` ranks.
+    """The frozen groups of a model over `ranks` ranks, in the order of `groups`.
 
     A freed group is gathered once per forward, once more for backward where a gradient comes to it,
     and once more where recomputation asks for it; a kept one once per step.
@@ -62,11 +62,6 @@ def units_of(
             )
         )
     return tuple(units)
-
-
-def in_order_of_worth(units: Collection[Unit]) -> list[Unit]:
-    """What can be held, most bytes saved per byte held first; ties in the order of the model."""
-    return sorted((unit for unit in units if not unit.always), key=lambda unit: -unit.times)
 
 
 def _order(skeleton: nn.Module, trained: Collection[str]) -> tuple[int, dict[str, int]]:

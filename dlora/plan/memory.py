@@ -22,9 +22,11 @@ from dlora.plan.gathers import Unit
 from dlora.plan.method import MethodPlan
 from dlora.plan.state import share_of, state_of
 from dlora.plan.workload import Workload
-from dlora.runtime.memory import HOLES
 from dlora.sharding.topology import Placement, Topology
 
+# Free bytes that an allocator cannot use, of those that come and go in a step. What stays has its
+# place from the start.
+HOLES = 1 / 16
 # What a process takes that no tensor here accounts for. CPU: the interpreter's growth, gloo's
 # buffers, scratch of matrix products. CUDA: context, NCCL's buffers, workspaces of cuBLAS.
 PROCESS = {"cpu": 60 * 10**6, "cuda": 1_200 * 10**6}
@@ -72,7 +74,12 @@ class Memory:
     def in_use(self) -> int:
         """Most bytes of tensors at one time."""
         always = self.base_held + self.resident + self.replica + self.offsets + self.snapshots
-        return always + max(
+        return always + self.passing
+
+    @property
+    def passing(self) -> int:
+        """Most bytes at one time of tensors that a step makes and frees again."""
+        return max(
             self.activations.blocks + self.base_gathered,
             self.activations.loss + self.loss_gathered,
             self.saving,
@@ -81,7 +88,7 @@ class Memory:
     @property
     def allowance(self) -> int:
         """For the process, and for the holes that an allocator leaves between tensors."""
-        return self.process + round(HOLES * (self.in_use + self.process))
+        return self.process + round(HOLES * self.passing)
 
     @property
     def peak(self) -> int:

@@ -9,13 +9,13 @@ from typing import Any
 from torch import nn
 
 from dlora.lora.attach import frozen_tensors
-from dlora.plan.gathers import Unit, in_order_of_worth, units_of
+from dlora.plan.gathers import Unit, units_of
 from dlora.plan.memory import Memory, memory_of
 from dlora.plan.method import method_plan
 from dlora.plan.trace import trace
 from dlora.plan.traffic import Traffic, traffic_of
 from dlora.plan.workload import Workload
-from dlora.sharding.engines.gather_groups import frozen_groups
+from dlora.sharding.engines.gather_groups import frozen_groups, worth_holding
 from dlora.sharding.engines.protocol import engine_class
 from dlora.sharding.topology import Placement, Topology
 
@@ -88,18 +88,24 @@ class Subject:
         self.skeleton, self.trained = skeleton, trained
         self.workload, self.device, self.check = workload, device, check
         self.activations = trace(
-            skeleton, workload.rows, workload.tokens, checkpointing=workload.checkpointing
+            skeleton,
+            workload.rows,
+            workload.tokens,
+            checkpointing=workload.checkpointing,
+            targets=workload.targets,
         )
         self._method = method_plan(skeleton)
         self._units: dict[tuple[Any, int], tuple[Unit, ...]] = {}
 
     def units(self, placement: Placement) -> tuple[Unit, ...]:
-        """The groups of a placement's engine."""
+        """The groups of a placement's engine: those worth most when resident come first."""
         engine, ranks = engine_class(placement), placement.shard_size
         if (engine, ranks) not in self._units:
             groups = frozen_groups(engine.groups(self.skeleton))
+            ranked = worth_holding(groups, self.skeleton)
+            ranked += [group for group in groups if group.held]
             self._units[engine, ranks] = units_of(
-                groups, self.skeleton, self.trained, ranks, self.workload
+                ranked, self.skeleton, self.trained, ranks, self.workload
             )
         return self._units[engine, ranks]
 
@@ -142,13 +148,14 @@ class Subject:
     ) -> Plan:
         """The plan that holds as many layers as fit `budget` bytes beside all else.
 
-        In the order of worth each is taken that still fits. Where nothing fits, none is.
+        Each is taken that still fits, in the order of `shard(resident=…)`. Where nothing fits, none
+        is.
         """
         plan = self.plan(placement, topology, divided=divided)
         if placement.shard_size == 1:
             return plan
         units, held = self.units(placement), set[str]()
-        for unit in in_order_of_worth(units):
+        for unit in (unit for unit in units if not unit.always):
             with_it = plan.memory.holding(units, {*held, unit.path})
             if with_it.peak <= budget:
                 held.add(unit.path)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dlora.objectives import chunked_loss as targets
+from dlora.objectives import chunked_loss
 from dlora.plan.activations import Trace, estimate
 from dlora.plan.fake_memory import LiveBytes
 from dlora.sharding.engines.gather_groups import block_lists
@@ -28,26 +28,37 @@ from dlora.sharding.engines.gather_groups import block_lists
 _FEW = 3  # blocks that are enough to know what one more adds
 
 
-def trace(skeleton: nn.Module, rows: int, tokens: int, *, checkpointing: bool) -> Trace:
-    """The figures of a micro-batch of `rows` sequences of `tokens` tokens, all of them targets.
+def trace(
+    skeleton: nn.Module,
+    rows: int,
+    tokens: int,
+    *,
+    checkpointing: bool,
+    targets: int | None = None,
+) -> Trace:
+    """The figures of a micro-batch of `rows` sequences of `tokens` tokens.
 
     Args:
         skeleton: the model on the meta device with adapters attached; left as it is.
         checkpointing: with activation checkpointing.
+        targets: tokens that are targets; None: all of them.
     """
+    targets = rows * tokens if targets is None else targets
     try:
         alike = _alike_blocks(skeleton)
         if alike is None:
-            return _traced(copy.deepcopy(skeleton), rows, tokens, checkpointing)
+            return _traced(copy.deepcopy(skeleton), rows, tokens, checkpointing, targets)
         path, number = alike
         traces = []
         for count in (_FEW - 1, _FEW):
             with _shortened(skeleton, path, count):
-                traces.append(_traced(copy.deepcopy(skeleton), rows, tokens, checkpointing))
+                traces.append(
+                    _traced(copy.deepcopy(skeleton), rows, tokens, checkpointing, targets)
+                )
         return _extrapolated(traces[0], traces[1], number - _FEW)
     except Exception as error:  # whatever a model's code does that only real values allow
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-        return estimate(skeleton, rows * tokens, checkpointing, reason)
+        return estimate(skeleton, rows * tokens, checkpointing, reason, targets)
 
 
 def _extrapolated(fewer: Trace, few: Trace, more: int) -> Trace:
@@ -60,15 +71,15 @@ def _extrapolated(fewer: Trace, few: Trace, more: int) -> Trace:
     )
 
 
-def _traced(twin: Any, rows: int, tokens: int, checkpointing: bool) -> Trace:
+def _traced(twin: Any, rows: int, tokens: int, checkpointing: bool, targets: int) -> Trace:
     """Run a copy of the skeleton, which is used up."""
     if twin.config._attn_implementation not in ("eager", "sdpa"):
         twin.set_attn_implementation("sdpa")  # fused ones save the same, and need a GPU
     twin.train()
     if checkpointing:
         twin.activation_checkpointing_enable({"use_reentrant": False})
-    head = targets.model_parts(twin).head
-    targets.install(twin)
+    head = chunked_loss.model_parts(twin).head
+    chunked_loss.install(twin)
     fake = FakeTensorMode()
     known = _make_fake(twin, fake)
     with fake:
@@ -80,7 +91,8 @@ def _traced(twin: Any, rows: int, tokens: int, checkpointing: bool) -> Trace:
     _mark_loss(head, live)
     with fake, live, _one_sequence_in_a_row():
         ids = torch.zeros(rows, tokens, dtype=torch.int64)
-        loss = twin(input_ids=ids, targets=torch.zeros_like(ids))
+        marked = live.mark(torch.zeros_like(ids), targets)
+        loss = twin(input_ids=ids, targets=marked)
         saved = live.now
         loss.backward()
     return Trace(saved, live.peaks[""], live.peaks["loss"], live.flops)

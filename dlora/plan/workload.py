@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 from dlora.config.load import Config, OptimizerConfig
+from dlora.data import Dataset, Sampler, deal
 from dlora.data.collate import PAD_TO
+from dlora.data.encode import count_targets
+
+EXACT_SEQUENCES = 50_000  # of a run whose micro-batches are all looked at, in about a second
 
 
 @dataclass(frozen=True)
@@ -15,8 +20,9 @@ class Workload:
     Attributes:
         rows, tokens: sequences of the largest micro-batch, and their padded length.
         micro_batches: forward passes.
-        optimizer: what keeps a state of A and B.
+        optimizer: what has a state of A and B.
         checkpointing: activations are recomputed in backward.
+        targets: most target tokens of a micro-batch; None: every token may be one.
     """
 
     rows: int
@@ -24,20 +30,52 @@ class Workload:
     micro_batches: int
     optimizer: OptimizerConfig
     checkpointing: bool
+    targets: int | None = None
 
 
-def workload_of(config: Config, world: int, longest: int | None = None) -> Workload:
+def workload_of(
+    config: Config, world: int, data: Dataset | None = None, sampler: Sampler | None = None
+) -> Workload:
     """The workload of a run on `world` ranks.
 
     Args:
-        longest: tokens of the data's longest sequence; without data, what `data.max_length` allows.
+        data, sampler: what the run trains on, and in which order. Without them every sequence may
+            have `data.max_length` tokens, all of them targets.
     """
     sequences, size = config.train.global_batch_size, config.train.micro_batch_size
     micro_batches = -(-sequences // (world * size))
+    rows = -(-sequences // (world * micro_batches))
+    tokens, targets = _padded(config.data.max_length), None
+    if data is not None and sampler is not None:
+        if sampler.sequences(sampler.total_steps) <= EXACT_SEQUENCES:
+            rows, tokens, targets = _largest_micro_batch(data, sampler, world, size)
+        else:  # then one of the longest sequences alone is likely to come
+            tokens = _padded(data.report.longest)
     return Workload(
-        rows=-(-sequences // (world * micro_batches)),
-        tokens=-(-(longest or config.data.max_length) // PAD_TO) * PAD_TO,
+        rows=rows,
+        tokens=tokens,
         micro_batches=micro_batches,
         optimizer=config.optimizer,
         checkpointing=config.sharding.activation_checkpointing,
+        targets=targets,
     )
+
+
+def _largest_micro_batch(
+    data: Dataset, sampler: Sampler, world: int, size: int
+) -> tuple[int, int, int]:
+    """(rows, padded tokens) of the run's largest micro-batch, and most targets of any."""
+    lengths, rows, tokens, most = data.lengths, 1, PAD_TO, 0
+    targets_of = cache(lambda i: count_targets(data[i].labels))
+    for step in range(sampler.total_steps):
+        for micros in deal(sampler.step(step), lengths, world, size):
+            for ids in filter(None, micros):
+                padded = _padded(max(int(lengths[i]) for i in ids))
+                if len(ids) * padded > rows * tokens:
+                    rows, tokens = len(ids), padded
+                most = max(most, sum(map(targets_of, ids)))
+    return rows, tokens, most
+
+
+def _padded(tokens: int) -> int:
+    return -(-tokens // PAD_TO) * PAD_TO

@@ -1,13 +1,9 @@
-"""The memory meter: peak bytes of this process since the meter started.
+"""The memory meter: the most bytes that this process used since the meter started.
 
-On CUDA it is what the allocator held at most. On a CPU it is private memory (resident and not
-shared, which leaves mapped checkpoint files and libraries out) above the value after imports,
-sampled by a thread, because Linux keeps no peak of it.
-
-The same thread keeps the C library's heap from holding much more than what is in use. Weights that
-come and go between activations that stay leave holes, and the next weight does not fit into them:
-glibc's heap has been seen at twice the bytes in use. Near the peak, holes are handed back to the
-kernel.
+On CUDA it reports the allocator's peak. On a CPU it reports anonymous memory above the value after
+imports. Anonymous memory is what no file backs: clean pages of mapped checkpoint files and of
+libraries are page cache, which the kernel may drop at any time, and do not count. Linux records no
+peak of it, so a thread samples it.
 """
 
 from __future__ import annotations
@@ -16,143 +12,82 @@ import ctypes
 import os
 import threading
 import weakref
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
-HOLES = 1 / 16  # of the peak: fewer bytes are not worth the handing back and taking again
-_EVERY_SECONDS = 0.02
-_NEAR = 0.95  # of the peak: below it, holes do no harm
+_SAMPLE_SECONDS = 0.01  # shorter than a forward of one block of any model whose memory matters
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 _STATM = Path("/proc/self/statm")
-_M_MMAP_THRESHOLD = -3
 
 
 class MemoryMeter:
     """Start it after imports and before anything large exists."""
 
     def __init__(self) -> None:
-        self._base = private_bytes()
+        self._start = anonymous_bytes()
         self._peak = 0
-        if not torch.cuda.is_available():
-            watch = threading.Thread(
-                target=_watch, args=(weakref.ref(self),), name="dlora-memory", daemon=True
-            )
-            watch.start()
+        if not torch.cuda.is_available() and _STATM.exists():
+            threading.Thread(
+                target=_sample, args=(weakref.ref(self),), name="dlora-memory", daemon=True
+            ).start()
 
     def peak(self) -> int:
-        """Highest bytes so far."""
+        """Return the most bytes so far."""
         if torch.cuda.is_available():
             return torch.cuda.max_memory_allocated()
-        self._see(private_bytes())
+        self._record(anonymous_bytes())
         return self._peak
 
-    def _see(self, private: int) -> float:
-        """Take a sample; its part of the peak."""
-        now = private - self._base
-        self._peak = max(self._peak, now)
-        return now / max(self._peak, 1)
+    def _record(self, now: int) -> None:
+        self._peak = max(self._peak, now - self._start)
 
 
-def _watch(meter: weakref.ref[MemoryMeter]) -> None:
-    """Until nobody has the meter any more."""
-    in_use, pause = _heap_reader(), threading.Event()
-    if not _STATM.exists():
-        return
+def _sample(meter: weakref.ref[MemoryMeter]) -> None:
+    """Sample until the meter is garbage; the thread alone does not keep it alive."""
+    pause = threading.Event()
     with _STATM.open("rb", buffering=0) as statm:
-
-        def private() -> int:
-            return _private(os.pread(statm.fileno(), 256, 0))
-
-        def beside_heap() -> int:
-            """Holes, and a rest that is steady. The heap may change while it is read."""
-            return min(private() - in_use() for _ in range(3))
-
-        steady = beside_heap()
-        while not pause.wait(_EVERY_SECONDS) and (watched := meter()) is not None:
-            near = watched._see(private()) > _NEAR
-            few = HOLES * watched._peak
-            del watched
-            if near and beside_heap() > steady + few:
-                trim()
-                steady = max(steady, beside_heap())  # what cannot be handed back
+        while not pause.wait(_SAMPLE_SECONDS) and (sampled := meter()) is not None:
+            sampled._record(_anonymous(os.pread(statm.fileno(), 256, 0)))
+            del sampled
 
 
-def trim() -> None:
-    """Hand free heap pages back to the kernel.
+def anonymous_bytes() -> int:
+    """Return the resident bytes of this process that neither a file nor shared memory backs.
 
-    Sequences of ever new lengths fragment glibc's heap, which then grows long after the live
-    tensors stopped to. Elsewhere than on glibc it does nothing.
+    They equal `Anonymous` in /proc/self/smaps_rollup, for which the kernel walks every page (some
+    ms for some GB); statm costs microseconds. Without /proc it is 0.
     """
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if malloc_trim is not None:
-        malloc_trim(0)
+    try:
+        return _anonymous(_STATM.read_bytes())
+    except OSError:
+        return 0
 
 
-def trim_before(module: nn.Module) -> None:
-    """`trim` whenever `module` is about to run with gradients.
-
-    For an output head: that is when activations are complete and the logits still to come.
-    """
-
-    def hook(*_: Any) -> None:
-        if torch.is_grad_enabled():
-            trim()
-
-    module.register_forward_pre_hook(hook)
+def _anonymous(statm: bytes) -> int:
+    _, resident, shared, *_ = map(int, statm.split())
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
 
-def without_holes(nbytes: int = 1 << 20) -> None:
-    """From now on, every tensor of `nbytes` and more goes back to the kernel when it is freed.
+def unmap_large_blocks(nbytes: int = 1 << 20) -> None:
+    """Make glibc return every freed block of `nbytes` and more to the kernel at once.
 
-    Then a peak on the CPU is what is in use and nothing else, at the cost of the kernel's clearing
-    of every new page: some tenths of the time of a step.
+    By itself it raises this limit to 32 MB as blocks are freed. Gathered layers then come from its
+    heap and leave holes between the activations that stay: a run took half as much again as its
+    tensors did. Clearing new pages costs some hundredths of a step. Elsewhere it does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, nbytes)
 
 
-def private_bytes() -> int:
-    """Resident bytes of this process that are not backed by a file or shared memory.
+def trim() -> None:
+    """Return free pages of the C library's heap to the kernel; elsewhere than on glibc do nothing.
 
-    Equals the `Private_Dirty` of smaps_rollup for a process that shares no written pages, at a
-    thousandth of its cost. Without /proc it is 0.
+    Worth a call where much was freed: glibc returns only the end of its heap by itself. After every
+    step, since sequences of ever new lengths leave ever new holes: without it a run of 24 steps
+    grew to 1.5 times its tensors' bytes.
     """
-    try:
-        return _private(_STATM.read_bytes())
-    except OSError:
-        return 0
-
-
-def _private(statm: bytes) -> int:
-    _, resident, shared, *_ = map(int, statm.split())
-    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
-
-
-class _HeapFigures(ctypes.Structure):
-    """`struct mallinfo2` of glibc 2.33 and later."""
-
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in (
-            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
-            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
-        )
-    ]
-
-
-def _heap_reader() -> Callable[[], int]:
-    """Reads the bytes that the heap has handed out; all there is where it does not tell."""
-    mallinfo = getattr(ctypes.PyDLL(None), "mallinfo2", None)  # too short to let go of the GIL
-    if mallinfo is None:
-        return private_bytes
-    mallinfo.restype = _HeapFigures
-
-    def in_use() -> int:
-        figures = mallinfo()
-        return figures.uordblks + figures.hblkhd
-
-    return in_use
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)

@@ -24,7 +24,7 @@ from dlora.objectives import chunked_loss as targets
 from dlora.optim.eight_bit import adamw8bit
 from dlora.optim.lora_pro import LoraPro
 from dlora.runtime.console import console
-from dlora.runtime.memory import trim_before, without_holes
+from dlora.runtime.memory import unmap_large_blocks
 from dlora.runtime.ranks import Ranks
 from dlora.runtime.run_lock import RunLock
 from dlora.sharding.engines.protocol import build_engine
@@ -36,8 +36,8 @@ def build(
     config: Config, ranks: Ranks, prepared: Preparation, lock: RunLock, hooks: Hooks
 ) -> RunContext:
     """The parts of a run: the sharded base with its adapters, their replica and its optimizer."""
-    if config.sharding.memory_budget_gb is not None and ranks.device.type == "cpu":
-        without_holes()
+    if ranks.device.type == "cpu":
+        unmap_large_blocks()
     torch.manual_seed(config.train.seed)
     engine = build_engine(prepared.placement, prepared.topology)
     residuals = residuals_of(config, prepared)
@@ -57,8 +57,6 @@ def build(
     if config.sharding.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     targets.install(model)
-    if ranks.device.type == "cpu":
-        trim_before(targets.model_parts(model).head)
     if prepared.resumed is None and residuals is None:
         initialise(config, ranks, prepared, model, replica)
     model.train()

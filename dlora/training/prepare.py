@@ -130,7 +130,7 @@ def prepare(
             "slower than float32"
         )
     announce(_steps_line(sampler, config.train.global_batch_size))
-    decision = _decision(config, skeleton, topology, train.report.longest, around, resumed)
+    decision = _decision(config, skeleton, topology, train, sampler, around, resumed)
     if decision.plan.divided:
         announce(
             f"optimizer state: divided, 1/{topology.world} on each rank, so a save needs all "
@@ -160,7 +160,8 @@ def _decision(
     config: Config,
     skeleton: Any,
     topology: Topology,
-    longest: int,
+    data: Dataset,
+    sampler: Sampler,
     around: Surroundings,
     resumed: ResumePoint | None,
 ) -> Decision:
@@ -168,7 +169,7 @@ def _decision(
     section, world = config.sharding, topology.world
     earlier = earlier_placement(resumed.settings, resumed.state) if resumed else None
     settings = settle(config, earlier, world)
-    workload = workload_of(config, world, longest)
+    workload = workload_of(config, world, data, sampler)
     decision = decide(
         Subject(
             skeleton,

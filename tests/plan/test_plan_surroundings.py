@@ -3,12 +3,18 @@
 import os
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from dlora.config.load import parse
+from dlora.data import Dataset, Sampler, deal
+from dlora.data.collate import collate
+from dlora.data.dataset import Report
+from dlora.data.encode import NO_TARGET
 from dlora.plan.capacity import free_bytes
 from dlora.plan.choose import capacity_of
+from dlora.plan.workload import workload_of
 from dlora.training.earlier_placement import Earlier, earlier_placement, settle
 
 CPU = torch.device("cpu")
@@ -31,6 +37,30 @@ def test_a_budget_stands_above_what_is_free() -> None:
     assert budget is not None and (budget.nbytes, budget.is_budget) == (2_500_000_000, True)
     assert free is not None and free.nbytes < 10**9 and not free.is_budget
     assert unknown is None
+
+
+@pytest.mark.parametrize(("world", "size"), [(1, 4), (2, 2), (3, 4)])
+def test_the_largest_micro_batch_is_that_of_the_run(world: int, size: int) -> None:
+    """Of its sequences in its order, and not the longest of all the data."""
+    generator = np.random.default_rng(0)
+    lengths = [*generator.integers(9, 90, 60), 200]
+    starts = np.cumsum([0, *lengths])
+    ids = np.zeros(starts[-1], dtype=np.int32)
+    labels = np.where(generator.random(len(ids)) < 0.3, 1, NO_TARGET).astype(np.int32)
+    data = Dataset(ids, labels, starts, Report(61, 61, 0, 0, 0, max(lengths), 256))
+    sampler = Sampler(60, 12, seed=3, shuffle=True, max_steps=4)
+    words = ["--model.path=m", "--data.train=d.jsonl", "--output.dir=o"]
+    words += ["--train.global_batch_size=12", f"--train.micro_batch_size={size}"]
+    workload = workload_of(parse(words, prog="dlora.train").config, world, data, sampler)
+    batches = [
+        collate([data[i] for i in micro], pad_id=0)
+        for step in range(4)
+        for micros in deal(sampler.step(step), data.lengths, world, size)
+        for micro in micros
+    ]
+    assert workload.rows * workload.tokens == max(batch.targets.numel() for batch in batches)
+    assert workload.targets == max(batch.num_targets for batch in batches)
+    assert workload.tokens < 200
 
 
 # words of the command line, ranks, what is settled: engine, base, optimizer state

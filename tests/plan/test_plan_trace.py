@@ -54,17 +54,19 @@ def model_of(
     return model
 
 
-def allocated(model: nn.Module, rows: int = ROWS, tokens: int = TOKENS) -> tuple[int, int]:
+def allocated(
+    model: nn.Module, rows: int = ROWS, tokens: int = TOKENS, few: int | None = None
+) -> tuple[int, int]:
     """(alive between forward and backward, most alive) as torch's profiler sees the allocator."""
     targets.install(model)
     model.train()
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
-    run(model, rows, tokens)  # what is made once is there now
+    run(model, rows, tokens, few)  # what is made once is there now
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
-        run(model, rows, tokens)
+        run(model, rows, tokens, few)
     events = list(profile.profiler.kineto_results.events())  # type: ignore[union-attr]
     [turn] = [event.start_ns() for event in events if event.name() == "backward begins"]
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
@@ -77,9 +79,12 @@ def allocated(model: nn.Module, rows: int = ROWS, tokens: int = TOKENS) -> tuple
     return saved, most
 
 
-def run(model: nn.Module, rows: int, tokens: int) -> None:
+def run(model: nn.Module, rows: int, tokens: int, few: int | None = None) -> None:
     ids = torch.randint(model.config.vocab_size, (rows, tokens))
-    loss = model(input_ids=ids, targets=ids.clone())
+    marked = ids.clone()
+    if few is not None:
+        marked.view(-1)[few:] = targets.IGNORED
+    loss = model(input_ids=ids, targets=marked)
     with torch.profiler.record_function("backward begins"):
         loss.backward()
 
@@ -96,6 +101,16 @@ def test_bytes_are_those_of_a_real_pass(name: str, dtype: torch.dtype, recompute
     assert planned.estimated == ""
     assert max(planned.blocks, planned.loss) == pytest.approx(most, rel=0.005)
     assert planned.saved == pytest.approx(saved, abs=6000 * LAYERS)  # random states, not traced
+
+
+def test_tokens_that_are_no_targets_have_no_logits() -> None:
+    arguments = ("llama", torch.bfloat16)
+    planned = trace(model_of(*arguments, "meta"), ROWS, TOKENS, checkpointing=False, targets=20)
+    whole = trace(model_of(*arguments, "meta"), ROWS, TOKENS, checkpointing=False)
+    _, most = allocated(model_of(*arguments, "cpu"), few=20)
+    assert planned.estimated == ""
+    assert planned.loss < whole.loss and planned.saved == whole.saved
+    assert max(planned.blocks, planned.loss) == pytest.approx(most, rel=0.005)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

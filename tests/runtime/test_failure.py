@@ -1,13 +1,9 @@
 """A rank that cannot go on reports it, and whatever waits or watches ends in its time."""
 
-import threading
-import time
-
 import pytest
 import torch.distributed as dist
 
 from dlora.runtime import failure
-from dlora.runtime.memory import MemoryMeter
 
 
 def test_a_key_is_waited_for_so_long_and_no_longer() -> None:
@@ -26,20 +22,3 @@ def test_a_report_ends_the_wait_for_a_key() -> None:
     with pytest.raises(RuntimeError, match="another rank has failed"):
         failure.wait(store, "ready/1", 600)
     assert failure.read(store) == ("the disk is full", True)
-
-
-def watching() -> int:
-    return sum(thread.name == "dlora-memory" for thread in threading.enumerate())
-
-
-def test_a_meter_watches_as_long_as_somebody_has_it() -> None:
-    """Not as long as the process, in which run may follow run."""
-    before, meter = watching(), MemoryMeter()
-    assert watching() == before + 1
-    held = bytearray(1) * (50 << 20)
-    assert meter.peak() >= len(held)
-    del meter
-    deadline = time.monotonic() + 30
-    while watching() > before:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

@@ -44,25 +44,25 @@ def save_llama(directory: Path, dtype: torch.dtype, quantization: str) -> tuple[
     return sum(p.nbytes for p in model.parameters()), max(sizes)
 
 
-def private_bytes() -> int:
+def anonymous_bytes() -> int:
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
 
 
 def most_held_while_loading(path: str, name: str, quantization: str) -> tuple[int, int]:
-    """Private bytes above those after all imports: (at most while loading, when it is done)."""
+    """Anonymous bytes above those after all imports: (at most while loading, when it is done)."""
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import dlora.train  # noqa: F401
 
     topology = Topology.current()
     engine = build_engine(resolve_placement(name, "world", topology), topology)
-    before, most, done = private_bytes(), 0, threading.Event()
+    before, most, done = anonymous_bytes(), 0, threading.Event()
 
     def watch() -> None:
         nonlocal most
         while not done.wait(SAMPLE_SECONDS):
-            most = max(most, private_bytes())
+            most = max(most, anonymous_bytes())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -70,7 +70,7 @@ def most_held_while_loading(path: str, name: str, quantization: str) -> tuple[in
     model = base.load(engine, torch.device("cpu"))
     done.set()
     watcher.join()
-    after = private_bytes()
+    after = anonymous_bytes()
     del model
     return most - before, after - before
 

@@ -1,25 +1,17 @@
 """After loading: every shard owns its memory, and no checkpoint file stays mapped.
 
 A loader that slices a memory-mapped checkpoint leaves views: a shard of 1/N keeps the whole file
-mapped, and pages that were read stay in this process's memory beside the copies made of them.
+mapped.
 """
 
 from __future__ import annotations
 
-import ctypes
-import sys
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-
-_MADV_DONTNEED = 4
-_EVERY_SECONDS = 0.01
 
 
 @torch.no_grad()
@@ -37,44 +29,6 @@ def own_storage(model: nn.Module) -> None:
         for name, buffer in module.named_buffers(recurse=False):
             if not _owns(buffer):
                 module._buffers[name] = buffer.clone()
-
-
-@contextmanager
-def dropping_mapped_pages() -> Iterator[None]:
-    """While open, hand pages of mapped checkpoint files back to the kernel soon after their use.
-
-    The pages stay in the page cache and are mapped again when touched, so this only bounds what
-    counts as this process's memory. Mappings are known by what safetensors asks of torch, and are
-    kept until the end: an address that was unmapped could be other memory by the time it is given
-    back, and that would be lost. Where the kernel has no such call it does nothing.
-    """
-    if not sys.platform.startswith("linux"):
-        yield
-        return
-    stop = threading.Event()
-    mapped: list[Any] = []
-    map_file = torch.UntypedStorage.from_file
-    madvise = ctypes.CDLL(None).madvise
-    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-
-    def remembered(*args: Any, **kwargs: Any) -> Any:
-        mapped.append(map_file(*args, **kwargs))
-        return mapped[-1]
-
-    def watch() -> None:
-        while not stop.wait(_EVERY_SECONDS):
-            for storage in list(mapped):
-                madvise(storage.data_ptr(), storage.nbytes(), _MADV_DONTNEED)
-
-    watcher = threading.Thread(target=watch, name="dlora-mapped-pages", daemon=True)
-    torch.UntypedStorage.from_file = remembered  # type: ignore[method-assign]
-    watcher.start()
-    try:
-        yield
-    finally:
-        torch.UntypedStorage.from_file = map_file  # type: ignore[method-assign]
-        stop.set()
-        watcher.join()
 
 
 def held_bytes(model: nn.Module) -> int:

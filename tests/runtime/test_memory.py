@@ -1,0 +1,57 @@
+"""The meter counts anonymous memory: what the kernel calls so, and no page of a mapped file."""
+
+import mmap
+import threading
+import time
+from pathlib import Path
+
+from dlora.runtime.memory import MemoryMeter, anonymous_bytes
+
+MB = 1 << 20
+
+
+def kernels_figure() -> int:
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
+
+
+def test_it_is_the_kernel_s_figure() -> None:
+    held = bytearray(b"x") * (50 * MB)
+    assert abs(anonymous_bytes() - kernels_figure()) < 2 * MB
+    assert anonymous_bytes() > len(held)
+
+
+def test_pages_of_a_mapped_file_do_not_count(tmp_path: Path) -> None:
+    """Until they are written to, as those of a private mapping may be."""
+    path = tmp_path / "weights"
+    path.write_bytes(b"x" * (50 * MB))
+    meter = MemoryMeter()
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
+        assert sum(mapped[:: mmap.PAGESIZE]) > 0
+        assert meter.peak() < 10 * MB
+        for page in range(0, len(mapped), mmap.PAGESIZE):
+            mapped[page] = 0
+        assert meter.peak() >= 50 * MB
+
+
+def test_a_peak_between_two_questions_counts() -> None:
+    meter = MemoryMeter()
+    held = bytearray(b"x") * (50 * MB)
+    time.sleep(0.2)
+    del held
+    assert meter.peak() >= 50 * MB
+
+
+def sampling() -> int:
+    return sum(thread.name == "dlora-memory" for thread in threading.enumerate())
+
+
+def test_a_meter_samples_as_long_as_somebody_has_it() -> None:
+    """Not as long as the process, in which run may follow run."""
+    before, meter = sampling(), MemoryMeter()
+    assert sampling() == before + 1
+    del meter
+    deadline = time.monotonic() + 30
+    while sampling() > before:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
