@@ -29,7 +29,7 @@ from dlora.runtime.memory import MemoryMeter, trim, without_holes
 from dlora.runtime.ranks import Runtime
 from dlora.runtime.run_lock import locked
 from dlora.runtime.stop_signals import StopRequest, exit_status
-from dlora.training.build import build, build_optimizer
+from dlora.training.build import build, build_optimizer, objective_of
 from dlora.training.checkpointing import RESUMES, CheckpointManager
 from dlora.training.evaluate import held_out_loss, sample_answers
 from dlora.training.find_checkpoint import output_directory, stop_file
@@ -89,6 +89,7 @@ class Run:
         if config.sharding.memory_budget_gb is not None and runtime.device.type == "cpu":
             without_holes()
         torch.manual_seed(config.train.seed)
+        self.objective = objective_of(config)
         self.model, self.replica = build(config, runtime, preparation)
         self.optimizer = build_optimizer(config, runtime, preparation, self.replica)
         self.total_steps = preparation.sampler.total_steps
@@ -136,7 +137,7 @@ class Run:
                         [prepared.train[i] for i in micro], prepared.pad_id, runtime.device
                     )
                     with self.sample_keys(step, batch):
-                        summed = model(input_ids=batch.input_ids, targets=batch.targets)
+                        summed = self.objective.loss(model, batch)
                         summed.backward()
                     loss_sum += summed.detach()
                     tokens += batch.num_targets

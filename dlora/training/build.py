@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from dlora.adapters.save_load import load_adapter
 from dlora.api import TrainedReplica, attach_unstarted, replicate, start_adapters
-from dlora.config.load import EIGHT_BIT, Config
+from dlora.config.load import Config
 from dlora.data import deal
 from dlora.data.collate import Batch, collate
 from dlora.lora.attach import attachment_of
@@ -19,8 +18,9 @@ from dlora.lora.init import INITS
 from dlora.methods.lora_ga import PASSES, GradientEstimate
 from dlora.methods.packed_residual import Residuals
 from dlora.objectives import chunked_loss as targets
-from dlora.optim.eight_bit import adamw8bit
-from dlora.optim.lora_pro import LoraPro
+from dlora.objectives.objective import Objective
+from dlora.optim.rule import Rule
+from dlora.registry import room
 from dlora.runtime.memory import trim_before
 from dlora.runtime.ranks import Runtime
 from dlora.sharding.engines.protocol import build_engine
@@ -34,8 +34,8 @@ def build(
     engine = build_engine(preparation.placement, preparation.topology)
     residuals = residuals_of(config, runtime, preparation)
     model = preparation.base.load(engine, runtime.device, residuals and residuals.left)
-    by_element = preparation.divided and config.optimizer.name != "lora_pro"
-    replica = replicate(model, engine, divided=by_element)
+    by_pairs = room("optim")[config.optimizer.name].says["divides"] == "pairs"
+    replica = replicate(model, engine, divided=preparation.divided and not by_pairs)
     if config.sharding.audit == "heal":
         replica.healed = lambda found: runtime.say(
             f"warning: the adapters differed: {found}; healed"
@@ -91,7 +91,8 @@ def start(
             f"init_lora_weights: lora_ga: estimating gradients on {sequences} sequences, in "
             f"{PASSES} passes"
         )
-        estimate.run(list(_first_batches(config, runtime, preparation)), _summed_loss)
+        batches = list(_first_batches(config, runtime, preparation))
+        estimate.run(batches, objective_of(config).loss)
         replica.release()
         runtime.say(str(estimate.start()))
 
@@ -108,9 +109,10 @@ def _first_batches(config: Config, runtime: Runtime, preparation: Preparation) -
             yield collate([train[i] for i in micro], preparation.pad_id, runtime.device)
 
 
-def _summed_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Over the target tokens, as in training."""
-    return model(input_ids=batch.input_ids, targets=batch.targets)
+def objective_of(config: Config) -> Objective:
+    """What `train.objective` minimises."""
+    name = config.train.objective
+    return room("objectives")[name].load()(getattr(config, name, None))
 
 
 def build_optimizer(
@@ -123,15 +125,8 @@ def build_optimizer(
         loraplus_lr_ratio=section.loraplus_lr_ratio,
         weight_decay=section.weight_decay,
     )
-    if section.name == "lora_pro":
-        optimizer = LoraPro(groups, replica.pairs, moments=section.lora_pro_moments)
-        return replica.drive(optimizer) if preparation.divided else optimizer
-    if section.name in EIGHT_BIT:
-        paged = section.name == "paged_adamw8bit"
-        if paged and runtime.device.type == "cpu":
-            runtime.say("warning: optimizer.name: without a GPU paged_adamw8bit is adamw8bit")
-            paged = False
-        return replica.drive(adamw8bit(groups, paged=paged))
-    if section.name == "sgd":
-        return replica.drive(torch.optim.SGD(groups))
-    return replica.drive(torch.optim.AdamW(groups, fused=True))
+    rule: type[Rule] = room("optim")[section.name].load()
+    optimizer = rule.build(groups, replica.pairs, section, runtime.device, runtime.say)
+    if rule.divides == "pairs" and not preparation.divided:
+        return optimizer
+    return replica.drive(optimizer)

@@ -54,7 +54,7 @@ class LoraAdapter(nn.Module):
     """
 
     settings: ClassVar[type[LoraConfig]] = LoraConfig
-    variant: ClassVar[str] = "lora"
+    name: ClassVar[str] = "lora"
     needs_weight: ClassVar[bool] = False
     keeps_output: ClassVar[bool] = False
     rescales_rows: ClassVar[bool] = False
