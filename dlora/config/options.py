@@ -1,7 +1,7 @@
 """From what the user wrote to a value of the option's type, or one line that says what is wrong.
 
-    word of the command line  ──YAML──>  value  ──the members of the type, one by one──>  value
-    value in a file           ───────────────>  ────────────────────────────────────────>
+word of the command line  ──YAML──>  value  ──the members of the type, one by one──>  value
+value in a file           ───────────────>  ────────────────────────────────────────>
 """
 
 import difflib
@@ -73,7 +73,11 @@ def _fitted(type_: Any, value: Any, given: Given | None = None) -> Any:
         return {name: _first(kinds, item) for name, item in value.items()}
     elif get_origin(type_) is list and isinstance(value, list):
         return [_first(get_args(type_), item) for item in value]
-    elif type_ is type(None) and value is None and not (given and given.value == ""):
+    elif (
+        type_ is type(None)
+        and value is None
+        and (given is None or given.value is None or given.value.strip())
+    ):
         return None
     elif type_ is bool and isinstance(value, bool) or type_ is str and isinstance(value, str):
         return value
@@ -102,7 +106,6 @@ def show(value: object) -> str:
     short = reprlib.Repr()
     short.maxstring = short.maxother = 80
     return short.repr(value)
-
 
 
 def unknown(key: str, names: Collection[str], where: str = "", prefix: str = "") -> UsageError:

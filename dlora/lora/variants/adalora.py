@@ -103,7 +103,7 @@ class AdaLoraAdapter(LoraAdapter):
     name = "adalora"
     unused = {
         "rank_pattern": "adalora starts every module alike, at adapter.init_r and with lambda = 0",
-        "init_lora_weights": "adalora starts every module at adapter.init_r and with lambda = 0",
+        "init_lora_weights": "adalora starts every module alike, at adapter.init_r and with lambda = 0",
     }
     instead = {"r": "init_r"}
 
