@@ -23,7 +23,7 @@ class Given(NamedTuple):
     is_word: bool = False  # a word of the command line: a string whatever the type
 
 
-class _Unfit(ValueError):
+class _UnfitError(ValueError):
     """A value is not of a type."""
 
 
@@ -38,7 +38,7 @@ def convert(opt: Option, given: Given) -> Any:
         if member is not str:
             try:
                 return _fitted(member, value, given)
-            except _Unfit:
+            except _UnfitError:
                 continue
     if str in members(opt.accepted):  # last: any word is one
         text = given.value
@@ -87,16 +87,16 @@ def _fitted(type_: Any, value: Any, given: Given | None = None) -> Any:
                 return type_(value)
         except (ValueError, OverflowError):
             pass
-    raise _Unfit
+    raise _UnfitError
 
 
 def _first(kinds: tuple[Any, ...], value: Any) -> Any:
     for kind in kinds:
         try:
             return _fitted(kind, value)
-        except _Unfit:
+        except _UnfitError:
             continue
-    raise _Unfit
+    raise _UnfitError
 
 
 def show(value: object) -> str:

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 class Batch(Protocol):
     """One micro-batch: ids and targets [rows, tokens]; a target is −100 where there is none."""
 
-    input_ids: Tensor
-    targets: Tensor
+    @property
+    def input_ids(self) -> Tensor: ...
+
+    @property
+    def targets(self) -> Tensor: ...
 
 
 class Objective(Protocol):

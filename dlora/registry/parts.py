@@ -52,10 +52,12 @@ class Part:
     Attributes:
         name: what picks it.
         module, cls: where it is.
-        says: the class's literal attributes. Read here are: `offered`, False where something else
-            than its name picks it; `requires`, {package: what pip installs}; `unused`, {option of the section: why it does nothing beside this part};
-            `instead`, {option: the one that this part has in its place}; `clashes`, [(key, "==" or
-            "!=", value, why)], settings that this part does not go with.
+        says: the class's literal attributes. Read here and in `dlora.config` are:
+            `offered`, False where something else than its name picks it;
+            `requires`, {package: what pip installs};
+            `unused`, {option of the section: why it does nothing beside this part};
+            `instead`, {option of the section: the one that this part has in its place};
+            `clashes`, ((key, "==" or "!=", value, why), ...), what it does not go with.
         options: of the file.
     """
 
