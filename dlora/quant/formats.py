@@ -1,6 +1,7 @@
 """The formats of packed weights by name, and unpacking as one operator of torch.
 
-A format is one file of this folder: a class with the members of `Format`. `dlora.registry` finds it.
+A format is one file of this folder, a class with the members of `Format`, which `dlora.registry`
+finds by its `name`.
 """
 
 from __future__ import annotations

@@ -216,7 +216,7 @@ def check_options(settings: Any) -> None:
                 wanted = f"none of {wanted.removeprefix('one of ')}"
                 raise UsageError(f"{name}: {value!r} is {wanted}")
             raise UsageError(f"{name}: expected {wanted}, got {value!r}")
-        for problem in opt.problems(value):
+        for problem in opt.problems(value) if value not in ([], ()) else ():
             raise UsageError(problem)
 
 

@@ -102,8 +102,8 @@ class AdaLoraAdapter(LoraAdapter):
     settings = AdaLoraConfig
     name = "adalora"
     unused = {
-        "rank_pattern": "adalora starts every module alike, at adapter.init_r and with lambda = 0",
-        "init_lora_weights": "adalora starts every module alike, at adapter.init_r and with lambda = 0",
+        "rank_pattern": "adalora starts every module alike, at adapter.init_r",
+        "init_lora_weights": "adalora starts every module alike, with lambda = 0",
     }
     instead = {"r": "init_r"}
 
