@@ -36,7 +36,7 @@ class Rule(Protocol):
 
         Args:
             groups: as of any torch optimizer, with lr and weight decay.
-            pairs: A and B of every adapter, with its scale.
+            pairs: A and B of every adapter, with its scale, for a rule that divides by pairs.
             section: the `optimizer` section, with the options of the rule's file.
             say: prints a line on rank 0.
         """

@@ -126,7 +126,8 @@ def build_optimizer(
         weight_decay=section.weight_decay,
     )
     rule: type[Rule] = room("optim")[section.name].load()
-    optimizer = rule.build(groups, replica.pairs, section, runtime.device, runtime.say)
+    pairs = replica.pairs if rule.divides == "pairs" else []  # a method may have others beside them
+    optimizer = rule.build(groups, pairs, section, runtime.device, runtime.say)
     if rule.divides == "pairs" and not preparation.divided:
         return optimizer
     return replica.drive(optimizer)
