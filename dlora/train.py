@@ -30,7 +30,7 @@ from dlora.runtime.ranks import Ranks
 from dlora.runtime.run_lock import RunLock
 from dlora.runtime.stop_signals import StopRequest, exit_status
 from dlora.sharding.replica.step_scalars import Reduced
-from dlora.training.build import build
+from dlora.training.build import build, objective_of
 from dlora.training.checkpointing import RESUMES, CheckpointManager
 from dlora.training.evaluate import held_out_loss, print_samples
 from dlora.training.finish import finish, save_result
@@ -97,6 +97,7 @@ class Run:
         self.losses = FiniteWatch(self.directory / "nonfinite.json" if ranks.main else None)
         self.unused = UnusedWatch(allowed=config.train.allow_unused)
         self.hang = HangWatch(config.sharding.timeout_seconds)
+        self.objective = objective_of(config)
         self.context = build(config, ranks, preparation, lock, hooks)
         self.model, self.replica = self.context.model, self.context.replica
         self.optimizer = self.context.optimizer
@@ -213,7 +214,7 @@ class Run:
             examples = [self.prepared.train[i] for i in ids]
             batch = collate(examples, self.prepared.pad_id, self.ranks.device)
             with self.sample_keys(step, batch):
-                summed = self.model(input_ids=batch.input_ids, targets=batch.targets)
+                summed = self.objective.loss(self.model, batch)
                 summed.backward()
             loss += summed.detach()
             tokens += batch.num_targets

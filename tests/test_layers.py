@@ -19,6 +19,7 @@ IMPORT_SECONDS = 2.0  # of processor time, for `import dlora` without torch's ow
 
 # room → what it may import of dlora, beside itself and `errors`
 TABLE = {
+    "registry": "",
     "quant": "registry",
     "lora": "quant registry",
     "sharding": "registry",
@@ -30,7 +31,7 @@ TABLE = {
     "io": "runtime.memory",
     "metrics": "io",
     "base": "io quant lora sharding runtime",
-    "methods": "base lora sharding io",
+    "methods": "base lora sharding io optim",
     "checkpoint": "sharding io config lora",
     "adapters": "checkpoint lora methods quant io config",
     "plan": "adapters base config data lora methods objectives optim runtime sharding",
@@ -44,7 +45,8 @@ LIBRARIES = {
     "quant": "torch bitsandbytes",
     "lora": "torch",
     "sharding": "torch deepspeed",
-    "config": "yaml jsonargparse fsspec",
+    "config": "yaml fsspec",
+    "registry": "",
 }
 # package → the only files that may import it
 OWNERS = {

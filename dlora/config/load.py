@@ -1,9 +1,9 @@
 """The configuration: every option of dlora once, with type, default, meaning and range.
 
-`config_sections.py` holds one frozen dataclass per section of the YAML file. `parse` reads a
-command line and its file, `load` a file; what they return has passed `validate` of
-`config_checks.py`. How options are declared and read is in `config_options.py` and `config_cli.py`.
-This module itself loads neither torch, transformers nor jsonargparse.
+`sections.py` has one frozen dataclass per section of the YAML file. `parse` reads a command line
+and its file, `load` a file; what they return has passed `validate` of `validate.py`. How options
+are declared is in `dlora.registry`; how they are read, in `sources.py` (where a value stands),
+`options.py` (what it means) and `strict_yaml.py`. Nothing here loads torch.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from dlora.config.options import Given, Option, convert, option, schema_of
+from dlora.config.options import Given, convert
 from dlora.config.sections import (
     SCHEMA,
     SECTIONS,
@@ -29,11 +29,11 @@ from dlora.config.sections import (
     value_of,
 )
 from dlora.config.sources import print_help, read_file, scan_argv
-from dlora.config.validate import EIGHT_BIT, validate
+from dlora.config.validate import parts_of, validate
 from dlora.errors import UsageError
+from dlora.registry import Option, option, options_of
 
 __all__ = [
-    "EIGHT_BIT",
     "SCHEMA",
     "SECTIONS",
     "AdapterConfig",
@@ -51,6 +51,7 @@ __all__ = [
     "load",
     "option",
     "parse",
+    "parts_of",
     "to_dict",
     "validate",
     "value_of",
@@ -81,7 +82,7 @@ def parse(argv: Sequence[str], prog: str, extra: type | None = None) -> Options:
     `option`: its field `gpus_per_node` is `--gpus-per-node`, and its instance is `Options.extra`.
     One of type bool is a switch, which takes no value.
     """
-    extras = schema_of(extra, lambda name: name.replace("_", "-")) if extra else {}
+    extras = options_of(extra, lambda name: name.replace("_", "-")) if extra else {}
     flags = {key: opt.doc for key, opt in extras.items() if opt.type is bool}
     valued = {key: opt for key, opt in {**extras, **SCHEMA}.items() if key not in flags}
     if {"-h", "--help"} & set(argv):
@@ -135,11 +136,12 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
 def dump_yaml(config: Config) -> str:
     """The resolved configuration, which loads back to an equal one.
 
-    That is why it leaves out the two options whose mere presence would contradict another one.
+    That is why it leaves out options whose mere presence would contradict another one.
     """
     sections = to_dict(config)
     if config.train.governed_by == "epochs":
         del sections["train"]["max_steps"]
-    if config.adapter.method == "adalora":
-        del sections["adapter"]["r"]
+    for key, part in parts_of(config):
+        for name in part.says.get("instead", ()):
+            del sections[key.partition(".")[0]][name]
     return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True, width=2**20)

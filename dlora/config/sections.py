@@ -1,16 +1,20 @@
-"""The sections of a configuration: every option once, with type, default, meaning and range."""
+"""The sections of a configuration: every option once, with type, default, meaning and range.
+
+What belongs to one method, initialisation, optimizer, … is declared in its own file, and so are the
+options of any adapter, in `lora/config.py`; `carries` gives the sections a field for each of them.
+"""
 
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
 
-from dlora.config.options import Option, option, required, schema_of
+from dlora.registry import Option, carries, option, options_of, required, room
 
+T = TypeVar("T")
 Attention = Literal[
     "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"
 ]
-InitLoraWeights = Literal[True, "gaussian", "orthogonal", "pissa", "milora", "lora_ga"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,67 +25,32 @@ class ModelConfig:
     revision: str | None = option(None, "branch, tag or commit of a hub model")
     trust_remote_code: bool = option(False, "run the Python code that comes with the model")
     cache_dir: str = option("~/.cache/dlora", "holds converted bases; printed when written to")
-    dtype: Literal["bfloat16", "float16", "float32"] = option(
-        "bfloat16", "storage and compute type of W0"
+    dtype: Literal["bfloat16", "float32"] = option(
+        "bfloat16", "storage and compute type of W0", later=("float16",)
     )
-    quantization: Literal["none", "nf4", "nf4-dq", "int8"] = option("none", "packed storage of W0")
+    quantization: str = option("none", "packed storage of W0", room="quant")
     attn_implementation: Attention = option("sdpa", "transformers' attention kernel")
 
 
 @dataclass(frozen=True, kw_only=True)
+@carries("lora.config", "lora.init", "lora.variants")
 class AdapterConfig:
     """What is trained beside W0; names and meanings are PEFT's."""
 
-    method: Literal["lora", "adalora", "flora"] = option("lora", "the form of the adapter")
+    method: str = option("lora", "the form of the adapter", room="lora.variants")
     path: str | None = option(None, "start from this adapter instead of a fresh one")
-    r: int = option(16, "LoRA rank: A is r x in, B is out x r", ge=1)
-    lora_alpha: int | float = option(32, "the update is scaled by lora_alpha / r", gt=0)
-    lora_dropout: float = option(0.0, "dropout on the adapter's input", ge=0, lt=1)
-    target_modules: str | list[str] = option(
-        "all-linear", "all-linear, a list of names, or a regular expression"
-    )
-    use_rslora: bool = option(False, "scale by lora_alpha / sqrt(r) instead")
-    use_dora: bool = option(False, "weight-decomposed LoRA: a trained magnitude per output")
-    init_lora_weights: InitLoraWeights = option(
-        True,
-        "true: A is Kaiming-uniform and B zero; pissa, milora: of W0; lora_ga: of its gradient",
-    )
-    lora_ga_gamma: float = option(16.0, "lora_ga: a larger one makes a smaller start", gt=0)
-    lora_ga_batches: int = option(
-        2, "lora_ga: the gradient is estimated on the sequences of so many first steps", ge=1
-    )
-    rank_pattern: dict[str, int] = option({}, "r by module name or regular expression", ge=1)
-    alpha_pattern: dict[str, int | float] = option(
-        {}, "lora_alpha by module name or regular expression", gt=0
-    )
-    modules_to_save: list[str] = option([], "modules trained and saved in full")
-    flora_r_out: int | None = option(None, "flora: the core is r x this; null: r x r", ge=1)
-    flora_kernel_r: int | None = option(
-        None, "flora: rank of each dim of a convolution's kernel; null: its size", ge=1
-    )
-    init_r: int = option(12, "adalora: rank at the start", ge=1)
-    target_r: int = option(8, "adalora: mean rank at the end", ge=1)
-    tinit: int = option(0, "adalora: steps before the first pruning", ge=0)
-    tfinal: int = option(0, "adalora: steps after the last pruning", ge=0)
-    deltaT: int = option(1, "adalora: steps between two prunings", ge=1)  # noqa: N815 - PEFT's name
-    beta1: float = option(0.85, "adalora: smoothing of the sensitivity", ge=0, lt=1)
-    beta2: float = option(0.85, "adalora: smoothing of the uncertainty", ge=0, lt=1)
-    orth_reg_weight: float = option(0.5, "adalora: weight of the orthogonality penalty", ge=0)
-    importance: Literal["uncertainty", "sensitivity", "magnitude"] = option(
-        "uncertainty",
-        "adalora: what judges a triplet: averages of sensitivity and uncertainty, sensitivity in "
-        "the mask's step, or |lambda|",
-    )
-    budget_unit: Literal["triplets", "params"] = option(
-        "triplets", "adalora: what budgets count; params: wide matrices pay what they cost"
-    )
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """An option that one of the sources above declares."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardingConfig:
     """Where W0 lives among the ranks."""
 
-    engine: Literal["fsdp2", "zero3"] = option("fsdp2", "what shards and gathers W0")
+    engine: str = option("fsdp2", "what shards and gathers W0", room="sharding.engines")
     base: Literal["auto", "none", "node", "world"] = option(
         "auto", "sharded over the world, over a node, or none: a whole copy per rank"
     )
@@ -110,40 +79,41 @@ class DataConfig:
 
     train: str | list[str] = required("file, list of files, glob, or builtin:docstrings")
     eval: str | list[str] | None = option(None, "likewise; also builtin:docstrings-heldout")
-    format: Literal["chat", "alpaca", "sharegpt", "text", "preference"] = option(
-        "chat", "layout of a record"
+    format: Literal["chat", "alpaca", "sharegpt", "text"] = option(
+        "chat", "layout of a record", later=("preference",)
     )
     max_length: int = option(1024, "longest sequence, in tokens", ge=2)
     shuffle: bool = option(True, "a new order each epoch, drawn from train.seed")
-    packing: bool = option(False, "several sequences in one row")
+    packing: bool = option(False, "several sequences in one row; true comes later", later=(True,))
     on_error: Literal["stop", "skip"] = option(
         "stop", "at a record that cannot be used: stop and name its line, or skip and count it"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
+@carries("optim")
 class OptimizerConfig:
     """How A and B are updated."""
 
-    name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "lora_pro", "sgd"] = option(
-        "adamw", "the update rule"
-    )
+    name: str = option("adamw", "the update rule", room="optim")
     lr: float = option(2e-4, "peak learning rate, of A where the two differ", ge=0)
-    lora_pro_moments: Literal["low", "full"] = option(
-        "low", "lora_pro: moments of the sizes of A and B, or of W as in the paper, at its lr"
-    )
     loraplus_lr_ratio: float = option(1.0, "LoRA+: lr of B over lr of A", gt=0)
     weight_decay: float = option(0.0, "decay of A and B towards zero", ge=0)
     schedule: Literal["cosine", "linear", "constant"] = option("cosine", "lr after warm-up")
     warmup_ratio: float = option(0.03, "share of the steps in which lr rises", ge=0, le=1)
     max_grad_norm: float = option(1.0, "clip the gradient norm to this; 0: no clipping", ge=0)
 
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """An option that a file of `optim` declares."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How much is trained, and on what objective."""
 
-    objective: Literal["sft", "dpo"] = option("sft", "the loss")
+    objective: str = option("sft", "the loss", room="objectives", later=("dpo",))
     max_steps: int = option(200, "optimizer steps in all", ge=1)
     epochs: int | None = option(None, "passes over the data, set instead of max_steps", ge=1)
     global_batch_size: int = option(32, "sequences per optimizer step, over all ranks", ge=1)
@@ -190,7 +160,20 @@ class OutputConfig:
         return None if self.stop_file is None else Path(self.stop_file).expanduser()
 
 
+def _sections_of_objectives(cls: type[T]) -> type[T]:
+    """Add a section for every objective that has options, under the objective's name."""
+    for name, part in room("objectives").items():
+        if part.options:
+            made = [(o.name, o.type, o.field("objectives", (name,))) for o in part.options]
+            section = make_dataclass(str(name), made, frozen=True, kw_only=True)
+            section.__doc__ = f"How train.objective: {name} counts."
+            cls.__annotations__[str(name)] = section
+            setattr(cls, str(name), field(default_factory=section))
+    return cls
+
+
 @dataclass(frozen=True, kw_only=True)
+@_sections_of_objectives
 class Config:
     """All sections, and which dotted keys the user set (in the file or on the command line)."""
 
@@ -209,7 +192,7 @@ SECTIONS: dict[str, type] = {
 }
 SCHEMA: dict[str, Option] = {}  # by dotted key, in the order of the contract
 for _name, _section in SECTIONS.items():
-    SCHEMA |= schema_of(_section, f"{_name}.{{}}".format)
+    SCHEMA |= options_of(_section, f"{_name}.{{}}".format)
 
 
 def value_of(config: Config, key: str) -> Any:

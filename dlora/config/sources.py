@@ -14,9 +14,10 @@ from typing import Any
 
 import yaml
 
-from dlora.config.options import Given, Option, plain, show, unknown
+from dlora.config.options import Given, show, unknown
 from dlora.config.strict_yaml import line_of, parse_yaml
 from dlora.errors import UsageError
+from dlora.registry import Option, plain
 
 
 def read_file(path: str | Path, schema: Mapping[str, Option]) -> dict[str, Given]:
@@ -92,9 +93,6 @@ def scan_argv(
     return given
 
 
-# Types ------------------------------------------------------------------------------------------
-
-
 def print_help(
     prog: str,
     schema: Mapping[str, Option],
@@ -109,7 +107,7 @@ def print_help(
     groups = {name: parser.add_argument_group(name, doc) for name, doc in sections.items()}
     for key, opt in schema.items():
         default = "required" if opt.default is MISSING else f"default: {plain(opt.default)}"
-        doc = f"{opt.doc} (type: {opt.spelling}{opt.range and ', ' + opt.range}, {default})"
+        doc = f"{opt.help} (type: {opt.spelling}{opt.range and ', ' + opt.range}, {default})"
         group = groups.get(key.partition(".")[0], parser)
         group.add_argument(f"--{key}", metavar="VALUE", help=doc.replace("%", "%%"))
     parser.print_help()

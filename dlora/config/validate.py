@@ -1,7 +1,8 @@
 """What a configuration may say, as far as that needs neither model nor data.
 
-Two tables say what a value may ask for: `BUILT` lists the choices that work so far, `INERT` the
-options that do nothing beside certain others. Each check yields one clause per problem.
+`INERT` lists options that do nothing beside certain others; what a method, an optimizer, … says of
+the options beside it is declared in its file, see `dlora.registry.Part`. Each check yields one
+clause per problem.
 """
 
 import importlib.util
@@ -11,20 +12,10 @@ from collections.abc import Callable, Iterator
 
 import fsspec
 
-from dlora.config.options import plain, show
+from dlora.config.options import show
 from dlora.config.sections import SCHEMA, Config, is_set, value_of
 from dlora.errors import LaterError, UsageError
-
-# What works so far. Any other choice of these keys is refused as "later": delete what gets built.
-BUILT: dict[str, tuple[object, ...]] = {
-    "model.dtype": ("bfloat16", "float32"),
-    "data.format": ("chat", "alpaca", "sharegpt", "text"),
-    "data.packing": (False,),
-    "train.objective": ("sft",),
-}
-
-
-EIGHT_BIT = ("adamw8bit", "paged_adamw8bit")
+from dlora.registry import ROOMS, Part, plain, room
 
 
 def _is_gguf(c: Config) -> bool:
@@ -48,55 +39,21 @@ INERT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
         "the adapter at adapter.path decides it",
     ),
     (
-        "adapter.lora_ga_gamma adapter.lora_ga_batches",
-        lambda c: c.adapter.init_lora_weights != "lora_ga",
-        "adapter.init_lora_weights is not lora_ga",
-    ),
-    (
-        "adapter.init_r adapter.target_r adapter.tinit adapter.tfinal adapter.deltaT "
-        "adapter.beta1 adapter.beta2 adapter.orth_reg_weight adapter.importance "
-        "adapter.budget_unit",
-        lambda c: c.adapter.method != "adalora",
-        "adapter.method is not adalora",
-    ),
-    (
-        "adapter.rank_pattern adapter.init_lora_weights",
-        lambda c: c.adapter.method == "adalora",
-        "adalora starts every module alike, at adapter.init_r and with lambda = 0",
-    ),
-    (
-        "adapter.flora_r_out adapter.flora_kernel_r",
-        lambda c: c.adapter.method != "flora",
-        "adapter.method is not flora",
-    ),
-    (
-        "adapter.init_lora_weights",
-        lambda c: c.adapter.method == "flora",
-        "flora starts with its core at 0",
-    ),
-    (
-        "adapter.beta1 adapter.beta2",
-        lambda c: c.adapter.method == "adalora" and c.adapter.importance != "uncertainty",
-        "only adapter.importance: uncertainty averages over steps",
-    ),
-    (
         "output.eval_every",
         lambda c: c.data.eval is None and c.output.eval_every != 0,  # 0 asks for nothing
         "data.eval is null",
     ),
-    (
-        "optimizer.lora_pro_moments",
-        lambda c: c.optimizer.name != "lora_pro",
-        "optimizer.name is not lora_pro",
-    ),
-    (
-        "optimizer.loraplus_lr_ratio",
-        lambda c: c.optimizer.name == "lora_pro",
-        "lora_pro's updates of A and B are one update of W, at one rate",
-    ),
     ("sharding.cpu_offload", lambda c: c.sharding.engine != "zero3", "only zero3 offloads W0"),
     ("output.resume_force", lambda c: c.output.resume == "none", "output.resume is none"),
 )
+
+
+def parts_of(config: Config) -> Iterator[tuple[str, Part]]:
+    """The parts that a configuration picks, by the key that picks each."""
+    for name, key in ROOMS.items():
+        part = room(name).get(value_of(config, key))
+        if part is not None:
+            yield key, part
 
 
 def validate(config: Config) -> None:
@@ -133,59 +90,69 @@ def _bad_patterns(config: Config) -> Iterator[str]:
 
 
 def _contradictions(config: Config) -> Iterator[str]:
-    name, divided = config.optimizer.name, config.sharding.optimizer_state == "divided"
-    if divided and name in EIGHT_BIT:
-        yield (
-            f"sharding.optimizer_state: divided does not go with optimizer.name: {name}, whose "
-            "moments share scales block by block, and are a quarter of adamw's anyway"
-        )
-    if config.adapter.method == "adalora" and name in EIGHT_BIT:
-        yield (
-            f"optimizer.name: {name} keeps moments in blocks that share a scale, and these cannot "
-            "be cut where adapter.method: adalora prunes"
-        )
-    if name == "lora_pro" and config.adapter.method != "lora":
-        yield (
-            "optimizer.name: lora_pro steps pairs of A and B, and adapter.method: "
-            f"{config.adapter.method} has more than these"
-        )
-    if config.adapter.use_dora and config.adapter.method != "lora":
+    adapter, quantization = config.adapter, config.model.quantization
+    init = adapter.init_lora_weights
+    needs = room("lora.init")[init].says.get("needs")
+    for key, part in parts_of(config):
+        for other, relation, value, why in part.says.get("clashes", ()):
+            if (value_of(config, other) == value) == (relation == "=="):
+                said = plain(value_of(config, other))
+                yield f"{other}: {said} does not go with {key}: {part.name}, {why}"
+        section = key.partition(".")[0]
+        for name, own in part.says.get("instead", {}).items():
+            if is_set(config, f"{section}.{name}"):
+                yield (
+                    f"{section}.{name}: {part.name} starts from {section}.{own}, set that instead"
+                )
+    if adapter.use_dora and adapter.method != "lora":
         yield (
             "adapter.use_dora: a magnitude goes with a plain LoRA, not with adapter.method: "
-            f"{config.adapter.method}"
+            f"{adapter.method}"
         )
-    quantization, init = config.model.quantization, config.adapter.init_lora_weights
-    if quantization != "none" and init == "lora_ga":
+    if quantization != "none" and needs == "gradient":
         yield (
-            f"adapter.init_lora_weights: lora_ga needs gradients of W0, and model.quantization: "
-            f"{quantization} packs it; estimate and train on a 16-bit base"
+            f"adapter.init_lora_weights: {init} needs gradients of W0, and "
+            f"model.quantization: {quantization} packs it; estimate and train on a 16-bit base"
         )
-    elif quantization != "none" and init in ("pissa", "milora") and config.adapter.use_dora:
+    elif quantization != "none" and needs == "weight" and adapter.use_dora:
         yield (
-            f"adapter.use_dora: of a base that {quantization} packs without what {init} starts "
-            "from there are no rows to take magnitudes of; leave one of the three out"
+            f"adapter.use_dora: of a base that {quantization} packs without what {init} "
+            "starts from there are no rows to take magnitudes of; leave one of the three out"
         )
-    if config.adapter.method == "adalora" and is_set(config, "adapter.r"):
-        yield "adapter.r: adalora starts from adapter.init_r, set that instead"
-    if config.adapter.method != "lora" and config.adapter.path is not None:
+    if adapter.method != "lora" and adapter.path is not None:
         yield (
-            f"adapter.path: an adapter on disk is a plain LoRA, and {config.adapter.method} starts "
-            "afresh"
+            f"adapter.path: an adapter on disk is a plain LoRA, and {adapter.method} starts afresh"
         )
     if config.train.governed_by == "epochs" and is_set(config, "train.max_steps"):
         yield "train.max_steps and train.epochs are both set, keep one"
 
 
 def _cannot_act(config: Config) -> Iterator[str]:
+    for key, why in _inert(config):
+        if (value := value_of(config, key)) != SCHEMA[key].default:
+            yield f"{key}: {show(value)} cannot act: {why}"
+
+
+def _inert(config: Config) -> Iterator[tuple[str, str]]:
+    """Options that do nothing, and why."""
     for keys, when, why in INERT:
-        for key in keys.split() if when(config) else ():
-            if (value := value_of(config, key)) != SCHEMA[key].default:
-                yield f"{key}: {show(value)} cannot act: {why}"
+        yield from ((key, why) for key in keys.split() if when(config))
+    for key, part in parts_of(config):
+        section = key.partition(".")[0]
+        yield from ((f"{section}.{n}", why) for n, why in part.says.get("unused", {}).items())
+    for key, opt in SCHEMA.items():
+        if opt.owners and value_of(config, ROOMS[opt.room]) not in opt.owners:
+            yield key, f"{ROOMS[opt.room]} is not {' or '.join(map(plain, opt.owners))}"
+            continue
+        for name, wanted in opt.when.items():
+            other = f"{key.rpartition('.')[0]}.{name}"
+            if value_of(config, other) != wanted:
+                yield key, f"{other} is not {plain(wanted)}"
 
 
 def _not_built(config: Config) -> Iterator[str]:
-    for key, built in BUILT.items():
-        if (value := value_of(config, key)) not in built:
+    for key, opt in SCHEMA.items():
+        if (value := value_of(config, key)) in opt.later:
             yield str(LaterError(key, plain(value)))
 
 
@@ -195,8 +162,7 @@ def _not_installed(config: Config) -> Iterator[str]:
             fsspec.get_filesystem_class(fsspec.core.split_protocol(url)[0] or "file")
         except (ImportError, ValueError) as error:
             yield f"output.remote: {url}: {error}"
-    if config.sharding.engine == "zero3" and importlib.util.find_spec("deepspeed") is None:
-        yield "sharding.engine: zero3 needs deepspeed: pip install 'dlora[zero3]'"
-    name = config.optimizer.name
-    if name in EIGHT_BIT and importlib.util.find_spec("bitsandbytes") is None:
-        yield f"optimizer.name: {name} needs bitsandbytes: pip install 'dlora[quant]'"
+    for _, part in parts_of(config):
+        for package in part.says.get("requires", {}):
+            if importlib.util.find_spec(package) is None:
+                yield part.missing(package)

@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from dlora.errors import UsageError
 from dlora.lora.init import INITS
-
-# Beyond any use, and within what arithmetic bears: an adapter may come from a stranger.
-MOST_R, MOST_ALPHA = 2**16, 2.0**40
+from dlora.registry import carries, check_options, option
 
 
 @dataclass(frozen=True)
+@carries("lora.init")
 class LoraConfig:
     """A low-rank update ΔW = s·B·A of each target weight W0 [m, n], with A [r, n] and B [m, r].
 
@@ -30,12 +29,14 @@ class LoraConfig:
         use_dora: a trained magnitude for each row of W0 + ΔW, https://arxiv.org/abs/2402.09353.
         init_lora_weights: how A and B start, by the name of a file in `dlora.lora.init`; `True` is
             A Kaiming-uniform and B zero.
-        lora_ga_gamma: γ of LoRA-GA: its start is of the size 1/γ.
         rank_pattern, alpha_pattern: regular expression → r or α for the modules whose path matches
             `(.*\\.)?(expression)$`; the first match in the order given wins.
         modules_to_save: modules trained whole, in a float32 copy beside the frozen original: those
             whose path ends with one of these names (`norm` is `input_layernorm` too, as in PEFT).
             They get no adapter.
+
+    The options of the initialisations, such as `lora_ga_gamma`, are fields too. The largest r and α
+    are beyond any use, and within what arithmetic bears: an adapter may come from a stranger.
 
     Raises:
         UsageError: a value is out of range; the message names the field.
@@ -45,38 +46,31 @@ class LoraConfig:
 
     method: ClassVar[str] = "lora"  # names the adapter's form, see `dlora.lora.variants`
 
-    r: int = 16
-    lora_alpha: float = 32
-    lora_dropout: float = 0.0
-    target_modules: str | tuple[str, ...] | list[str] = "all-linear"
-    use_rslora: bool = False
-    use_dora: bool = False
-    init_lora_weights: bool | str = True
-    lora_ga_gamma: float = 16.0
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    modules_to_save: tuple[str, ...] | list[str] = ()
+    r: int = option(16, "LoRA rank: A is r x in, B is out x r", ge=1, le=65536)
+    lora_alpha: int | float = option(
+        32, "the update is scaled by lora_alpha / r", gt=0, le=1099511627776.0
+    )
+    lora_dropout: float = option(0.0, "dropout on the adapter's input", ge=0, lt=1)
+    target_modules: str | list[str] = option(
+        "all-linear", "all-linear, a list of names, or a regular expression"
+    )
+    use_rslora: bool = option(False, "scale by lora_alpha / sqrt(r) instead")
+    use_dora: bool = option(False, "weight-decomposed LoRA: a trained magnitude per output")
+    init_lora_weights: bool | str = option(
+        True,
+        "true: A is Kaiming-uniform and B zero; pissa, milora: of W0; lora_ga: of its gradient",
+        room="lora.init",
+    )
+    rank_pattern: dict[str, int] = option(
+        {}, "r by module name or regular expression", ge=1, le=65536
+    )
+    alpha_pattern: dict[str, int | float] = option(
+        {}, "lora_alpha by module name or regular expression", gt=0, le=1099511627776.0
+    )
+    modules_to_save: list[str] = option([], "modules trained and saved in full")
 
     def __post_init__(self) -> None:
-        for name, r in [("r", self.r), *_entries("rank_pattern", self.rank_pattern)]:
-            if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-                raise UsageError(f"{name}: a LoRA rank must be a positive integer, not {r!r}")
-            if r > MOST_R:
-                raise UsageError(f"{name}: a LoRA rank is at most {MOST_R}, not {r}")
-        for name, alpha in [
-            ("lora_alpha", self.lora_alpha),
-            *_entries("alpha_pattern", self.alpha_pattern),
-        ]:
-            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not alpha > 0:
-                raise UsageError(f"{name}: must be a positive number, not {alpha!r}")
-            if alpha > MOST_ALPHA:
-                raise UsageError(f"{name}: is at most {MOST_ALPHA:g}, not {alpha}")
-        if not 0 < self.lora_ga_gamma < math.inf:
-            raise UsageError(
-                f"lora_ga_gamma: must be a positive number, not {self.lora_ga_gamma!r}"
-            )
-        if not 0 <= self.lora_dropout < 1:
-            raise UsageError(f"lora_dropout: must lie in [0, 1), not {self.lora_dropout!r}")
+        check_options(self)
         if not self.target_modules and not self.modules_to_save:
             raise UsageError("target_modules: is empty, so nothing would be trained")
         patterns = [("rank_pattern", key) for key in self.rank_pattern]
@@ -102,9 +96,6 @@ class LoraConfig:
             raise UsageError(
                 f"use_dora: a magnitude goes with a plain LoRA, not with {self.method}"
             )
-        if self.init_lora_weights not in INITS:
-            known = ", ".join(str(name) for name in INITS)
-            raise UsageError(f"init_lora_weights: {self.init_lora_weights!r} is none of {known}")
         if self.init_lora_weights is not True and self.method != "lora":
             raise UsageError(f"init_lora_weights: {self.method} has a start of its own")
         for r in {self.r, *self.rank_pattern.values()}:
@@ -138,10 +129,6 @@ class LoraConfig:
         """s = α/r, or α/√r with `use_rslora`, of the module at `path`."""
         r = self.r_for(path)
         return self.alpha_for(path) / (math.sqrt(r) if self.use_rslora else r)
-
-
-def _entries(name: str, pattern: Mapping) -> list[tuple[str, object]]:
-    return [(f"{name}[{key!r}]", value) for key, value in pattern.items()]
 
 
 def _first_match(pattern: Mapping, path: str, default):

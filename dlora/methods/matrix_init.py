@@ -140,8 +140,7 @@ def start_from_matrices(
 def _factors(model: nn.Module, layer: Layer, matrix: Tensor) -> Factors | None:
     attachment, adapter = attachment_of(model), layer.adapter
     init, config = attachment.init, attachment.config
-    settings = {name: getattr(config, name) for name in init.settings}
-    return init.factors(matrix, adapter.r, adapter.scaling, **settings)
+    return init.factors(matrix, adapter.r, adapter.scaling, **init.options_from(config))
 
 
 def _start(

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from dlora.optim.rule import Groups
+
 WHOLE_BELOW = 4096  # elements
 BLOCK = 256
 MAP_BYTES = 2 * 256 * 4  # what the codes of the two moments stand for
@@ -53,3 +55,45 @@ def adamw8bit(groups: list[dict[str, Any]], *, paged: bool) -> Optimizer:
         for i, parameter in enumerate(group["params"]):
             optimizer.init_state(group, parameter, g, i)
     return optimizer
+
+
+class AdamW8bit:
+    """The rule `adamw8bit`."""
+
+    name = "adamw8bit"
+    moments = 2
+    divides = "nothing"
+    requires = {"bitsandbytes": "'dlora[quant]'"}
+    clashes = (
+        (
+            "sharding.optimizer_state",
+            "==",
+            "divided",
+            "whose moments share scales block by block, and are a quarter of adamw's anyway",
+        ),
+        (
+            "adapter.method",
+            "==",
+            "adalora",
+            "whose moments share scales block by block, and cannot be cut where adalora prunes",
+        ),
+    )
+
+    @staticmethod
+    def build(groups: Groups, *_: Any) -> Optimizer:
+        """Its state is on the device of the parameters."""
+        return adamw8bit(groups, paged=False)
+
+
+class PagedAdamW8bit(AdamW8bit):
+    """The rule `paged_adamw8bit`."""
+
+    name = "paged_adamw8bit"
+
+    @staticmethod
+    def build(groups: Groups, *others: Any) -> Optimizer:
+        """Its state moves between device and host as CUDA needs."""
+        *_, device, say = others
+        if device.type == "cpu":
+            say("warning: optimizer.name: without a GPU paged_adamw8bit is adamw8bit")
+        return adamw8bit(groups, paged=device.type != "cpu")

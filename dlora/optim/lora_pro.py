@@ -23,7 +23,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +32,37 @@ from torch.optim import Optimizer
 
 from dlora.errors import UsageError
 from dlora.lora.lora_pro import Frame, Gram, equivalent, grams, seen
+from dlora.optim.rule import Groups
+from dlora.registry import option
 from dlora.sharding.replica.owned_state import StepUnit
 
 MOMENTS = ("low", "full")
+
+
+@dataclass(frozen=True)
+class LoraProOptions:
+    """Where the moments are."""
+
+    lora_pro_moments: Literal["low", "full"] = option(
+        "low", "moments of the sizes of A and B, or of W as in the paper, at its lr"
+    )
+
+
+class LoraProRule:
+    """The rule `lora_pro`."""
+
+    name = "lora_pro"
+    moments = 2
+    divides = "pairs"
+    unused = {
+        "loraplus_lr_ratio": "lora_pro's updates of A and B are one update of W, at one rate",
+    }
+    clashes = (("adapter.method", "!=", "lora", "which steps pairs of A and B and nothing else"),)
+
+    @staticmethod
+    def build(groups: Groups, pairs: Sequence[Any], section: Any, *_: Any) -> Optimizer:
+        """`LoraPro`, with the moments where the section puts them."""
+        return LoraPro(groups, pairs, moments=section.lora_pro_moments)
 
 
 class Pair(NamedTuple):

@@ -15,7 +15,6 @@ from dlora.base.gguf import gguf_skeleton
 from dlora.base.model import DTYPES, check_experts_divide, find_base, quiet_libraries
 from dlora.base.quantize import quantize_as_set
 from dlora.config.load import Config, parse
-from dlora.config.options import option
 from dlora.errors import UsageError
 from dlora.lora.attach import attach, trainable_parameters
 from dlora.objectives.chunked_loss import model_parts
@@ -28,9 +27,8 @@ from dlora.plan.speed import Speeds, step_time
 from dlora.plan.state import modes
 from dlora.plan.tables import Survey, as_json, as_text
 from dlora.plan.workload import workload_of
+from dlora.registry import option, room
 from dlora.sharding.topology import Topology
-
-ENGINES = {"fsdp2": "torch", "zero3": "deepspeed"}  # and what each stands on
 
 
 @dataclass(frozen=True)
@@ -141,12 +139,14 @@ def survey(config: Config, machines: Machines) -> Survey:
     )
     others = [
         candidate
-        for engine, needs in ENGINES.items()
-        if engine != section.engine and importlib.util.find_spec(needs) is not None
+        for engine, part in room("sharding.engines").items()
+        if engine != section.engine
+        and part.says.get("offered", True)
+        and all(map(importlib.util.find_spec, part.says.get("requires", ())))
         for candidate in candidates_of(
             subject,
             topology,
-            engine=engine,
+            engine=str(engine),
             base=section.base,
             capacity=capacity,
             divided=modes(config.optimizer, section.optimizer_state, topology.world)[0],

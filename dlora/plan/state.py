@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from dlora.config.load import EIGHT_BIT, OptimizerConfig
+from dlora.config.load import OptimizerConfig
 from dlora.optim.eight_bit import MAP_BYTES, state_bytes
 from dlora.optim.lora_pro import Pair, pair_cost
+from dlora.registry import room
 from dlora.sharding.replica.optimizer_state import StateStrategy, count, item
 from dlora.sharding.replica.owned_state import gather_bytes, gathered_elements, owners
 from dlora.sharding.replica.replica import strategy_class
 from dlora.sharding.topology import Topology
 
-MOMENTS = {"adamw": 2, "sgd": 0}  # values of the parameter's type, for each element
 _SCRATCH = 4  # tensors of the size of one W at a time, where the moments have that
 
 
@@ -42,14 +43,15 @@ def modes(optimizer: OptimizerConfig, setting: str, ranks: int) -> list[bool]:
     """
     if setting != "auto":
         return [setting == "divided"]
-    if ranks == 1 or optimizer.name in EIGHT_BIT:
+    divides = _rule(optimizer)["divides"]
+    if ranks == 1 or divides == "nothing":
         return [False]
-    return [True] if optimizer.name == "lora_pro" else [False, True]
+    return [True] if divides == "pairs" else [False, True]
 
 
 def share_of(optimizer: OptimizerConfig, divided: bool) -> type[StateStrategy]:
     """How gradients are shared: LoRA-Pro divides its state by pairs, beside whole gradients."""
-    return strategy_class(divided and optimizer.name != "lora_pro")
+    return strategy_class(divided and _rule(optimizer)["divides"] != "pairs")
 
 
 def state_of(
@@ -59,14 +61,19 @@ def state_of(
     divided: bool,
 ) -> State:
     """The state for A, B and trained copies, by name."""
-    if optimizer.name in EIGHT_BIT:
+    if (divides := _rule(optimizer)["divides"]) == "nothing":
         held = sum(state_bytes(p.numel()) for p in trained.values())
         return State(held + MAP_BYTES, held + MAP_BYTES * len(trained))
-    if optimizer.name == "lora_pro":
+    if divides == "pairs":
         return _of_pairs(optimizer.lora_pro_moments, trained, topology, divided)
-    each = MOMENTS[optimizer.name] * item(trained)
+    each = _rule(optimizer)["moments"] * item(trained)
     elements = strategy_class(divided).elements(trained, topology)
     return State(each * elements, each * count(trained))
+
+
+def _rule(optimizer: OptimizerConfig) -> Mapping[str, Any]:
+    """What the optimizer's file says of itself, see `dlora.optim.rule.Rule`."""
+    return room("optim")[optimizer.name].says
 
 
 def _of_pairs(

@@ -1,29 +1,24 @@
 """The formats of packed weights by name, and unpacking as one operator of torch.
 
-A format is one file: a class with the members of `Format`, and a line in `FORMATS`.
+A format is one file of this folder, a class with the members of `Format`, which `dlora.registry`
+finds by its `name`.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from dlora.quant.int8 import Int8
-from dlora.quant.nf4 import Nf4
+from dlora.registry import room
 
 
 class Format(Protocol):
     """How rows of a weight are packed. Rows never depend on one another."""
 
-    @property
-    def name(self) -> str:
-        """The value of `model.quantization`."""
-
-    @property
-    def block(self) -> int:
-        """Weights of a row that share a scale; a row must divide by it."""
+    name: ClassVar[str]  # the value of `model.quantization`
+    block: ClassVar[int]  # weights of a row that share a scale; a row must divide by it
 
     def code_bytes(self, n: int) -> int:
         """Bytes of the codes of a row of n weights."""
@@ -41,11 +36,7 @@ class Format(Protocol):
         """The weights of the rows, [k, n]: computed in float32, then rounded to `dtype`."""
 
 
-FORMATS: dict[str, Format] = {
-    "nf4": Nf4("nf4"),
-    "nf4-dq": Nf4("nf4-dq", double=True),
-    "int8": Int8(),
-}
+FORMATS: dict[str, Format] = {str(name): part.load()() for name, part in room("quant").items()}
 
 
 @torch.library.custom_op("dlora::unpack", mutates_args=())

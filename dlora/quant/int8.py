@@ -11,7 +11,6 @@ Source: Dettmers et al. 2022, https://arxiv.org/abs/2208.07339, section 2.1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -21,11 +20,10 @@ from dlora.quant.dequantize import chunk_rows
 from dlora.quant.rows import as_bytes, from_bytes
 
 
-@dataclass(frozen=True)
 class Int8:
     """The format `int8`."""
 
-    name: str = "int8"
+    name: ClassVar[str] = "int8"
     block: ClassVar[int] = 1
 
     def code_bytes(self, n: int) -> int:

@@ -16,7 +16,6 @@ Source: Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, section 3 and ap
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -37,13 +36,12 @@ _MIDDLES = (LEVELS[1:] + LEVELS[:-1]) / 2
 _PAIRS = torch.stack([LEVELS.repeat_interleave(16), LEVELS.repeat(16)], dim=1)  # by byte
 
 
-@dataclass(frozen=True)
 class Nf4:
-    """The format `nf4`, or with `double` `nf4-dq`."""
+    """The format `nf4`: scales in bfloat16."""
 
-    name: str
-    double: bool = False
+    name: ClassVar[str] = "nf4"
     block: ClassVar[int] = 64
+    double: ClassVar[bool] = False
 
     def code_bytes(self, n: int) -> int:
         """Of a row of n weights."""
@@ -80,3 +78,10 @@ class Nf4:
         else:
             blocks = from_bytes(scales, torch.bfloat16).float()
         return levels_times_scales(codes, blocks, _PAIRS, self.block, dtype)
+
+
+class Nf4Dq(Nf4):
+    """The format `nf4-dq`: scales in 8 bits."""
+
+    name = "nf4-dq"
+    double = True

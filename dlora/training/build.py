@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from dlora.adapters.save_load import load_adapter
-from dlora.config.load import EIGHT_BIT, Config
+from dlora.config.load import Config
 from dlora.data import deal
 from dlora.data.collate import Batch, collate
 from dlora.hooks import Hooks
@@ -21,8 +21,9 @@ from dlora.methods.lora_ga import PASSES, GradientEstimate
 from dlora.methods.packed_residual import Residuals
 from dlora.methods.trained_replica import TrainedReplica, replicate
 from dlora.objectives import chunked_loss as targets
-from dlora.optim.eight_bit import adamw8bit
-from dlora.optim.lora_pro import LoraPro
+from dlora.objectives.objective import Objective
+from dlora.optim.rule import Rule
+from dlora.registry import room
 from dlora.runtime.console import console
 from dlora.runtime.memory import unmap_large_blocks
 from dlora.runtime.ranks import Ranks
@@ -42,8 +43,8 @@ def build(
     engine = build_engine(prepared.placement, prepared.topology)
     residuals = residuals_of(config, prepared)
     model = prepared.base.load(engine, ranks.device, residuals and residuals.left)
-    by_element = prepared.divided and config.optimizer.name != "lora_pro"
-    replica = replicate(model, engine, divided=by_element)
+    by_pairs = room("optim")[config.optimizer.name].says["divides"] == "pairs"
+    replica = replicate(model, engine, divided=prepared.divided and not by_pairs)
     if config.sharding.audit == "heal":
         replica.healed = lambda found: console.info(
             f"warning: the adapters differed: {found}; healed"
@@ -98,7 +99,8 @@ def initialise(
             f"init_lora_weights: lora_ga: estimating gradients on {sequences} sequences, in "
             f"{PASSES} passes"
         )
-        estimate.run(list(_first_batches(config, ranks, prepared)), _summed_loss)
+        batches = list(_first_batches(config, ranks, prepared))
+        estimate.run(batches, objective_of(config).loss)
         replica.release()
         console.info(str(estimate.start()))
 
@@ -115,9 +117,10 @@ def _first_batches(config: Config, ranks: Ranks, prepared: Preparation) -> Itera
             yield collate([train[i] for i in micro], prepared.pad_id, ranks.device)
 
 
-def _summed_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Over the target tokens, as in training."""
-    return model(input_ids=batch.input_ids, targets=batch.targets)
+def objective_of(config: Config) -> Objective:
+    """What `train.objective` minimises."""
+    name = config.train.objective
+    return room("objectives")[name].load()(getattr(config, name, None))
 
 
 def build_optimizer(
@@ -130,15 +133,9 @@ def build_optimizer(
         loraplus_lr_ratio=section.loraplus_lr_ratio,
         weight_decay=section.weight_decay,
     )
-    if section.name == "lora_pro":
-        optimizer = LoraPro(groups, replica.pairs, moments=section.lora_pro_moments)
-        return replica.attach_optimizer(optimizer) if prepared.divided else optimizer
-    if section.name in EIGHT_BIT:
-        paged = section.name == "paged_adamw8bit"
-        if paged and ranks.device.type == "cpu":
-            console.info("warning: optimizer.name: without a GPU paged_adamw8bit is adamw8bit")
-            paged = False
-        return replica.attach_optimizer(adamw8bit(groups, paged=paged))
-    if section.name == "sgd":
-        return replica.attach_optimizer(torch.optim.SGD(groups))
-    return replica.attach_optimizer(torch.optim.AdamW(groups, fused=True))
+    rule: type[Rule] = room("optim")[section.name].load()
+    pairs = replica.pairs if rule.divides == "pairs" else []  # a method may have others beside them
+    optimizer = rule.build(groups, pairs, section, ranks.device, console.info)
+    if rule.divides == "pairs" and not prepared.divided:
+        return optimizer
+    return replica.attach_optimizer(optimizer)

@@ -296,7 +296,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "excluded": (edit_config(exclude_modules=["x"]), "exclude_modules: ['x'] is not"),
     "pissa": (edit_config(init_lora_weights="pissa"), "'pissa' rewrites the base"),
     "olora": (edit_config(init_lora_weights="olora"), "'olora' rewrites the base"),
-    "bad rank": (edit_config(r=0), f"{CONFIG}: r: a LoRA rank must be a positive integer"),
+    "bad rank": (edit_config(r=0), f"{CONFIG}: r: must be >= 1"),
     "no targets": (edit_config(target_modules=None), f"{CONFIG}: target_modules: is empty"),
     "other base": (edit_config(target_modules=["qkv"]), "'qkv' matches no module"),
     "missing tensor": (edit_tensors(lambda t: t.pop(KEY)), f"lacks {KEY}"),

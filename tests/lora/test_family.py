@@ -20,8 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dlora import LoraConfig, UsageError, disabled, merge, save_adapter, unmerge
 from dlora.adapters.settings import lora_config
-from dlora.config.load import AdapterConfig, Config, DataConfig, ModelConfig, OutputConfig
-from dlora.config.sections import InitLoraWeights
+from dlora.config.load import SCHEMA, AdapterConfig, Config, DataConfig, ModelConfig, OutputConfig
 from dlora.config.validate import BUILT
 from dlora.lora.attach import attach, named_adapters, trainable_parameters
 from dlora.lora.init import INITS
@@ -134,7 +133,7 @@ def test_it_is_set_in_the_configuration(case: str) -> None:
     wanted = config_of(case)
     options = {field.name for field in fields(AdapterConfig)}
     assert {field.name for field in fields(wanted)} - FILLED_IN <= options
-    assert wanted.init_lora_weights in get_args(InitLoraWeights)
+    assert wanted.init_lora_weights in get_args(SCHEMA["adapter.init_lora_weights"].type)
     assert not {"adapter.method", "adapter.use_dora", "adapter.init_lora_weights"} & BUILT.keys()
     chosen = {name: getattr(wanted, name) for name in ("use_dora", "init_lora_weights")}
     config = Config(
@@ -144,7 +143,7 @@ def test_it_is_set_in_the_configuration(case: str) -> None:
         output=OutputConfig(dir="out"),
     )
     found = lora_config(config)
-    assert type(found) is type(wanted) and found.variant == wanted.variant
+    assert type(found) is type(wanted) and found.name == wanted.name
     assert found.init_lora_weights == wanted.init_lora_weights
 
 

@@ -251,15 +251,15 @@ def test_what_cannot_work_is_refused_in_one_line(case: str) -> None:
 
 
 OUT_OF_RANGE: dict[str, tuple[dict[str, Any], str]] = {
-    "r zero": ({"r": 0}, "r: a LoRA rank must be a positive integer, not 0"),
+    "r zero": ({"r": 0}, "r: must be >= 1 and <= 65536, got 0"),
     "r negative": ({"r": -4}, "r: "),
     "r float": ({"r": 4.0}, "r: "),
     "r bool": ({"r": True}, "r: "),
     "rank pattern": ({"rank_pattern": {"q": 0}}, "rank_pattern['q']: "),
-    "alpha zero": ({"lora_alpha": 0}, "lora_alpha: must be a positive number"),
+    "alpha zero": ({"lora_alpha": 0}, "lora_alpha: must be > 0"),
     "alpha nan": ({"lora_alpha": float("nan")}, "lora_alpha: "),
     "alpha pattern": ({"alpha_pattern": {"q": -1}}, "alpha_pattern['q']: "),
-    "dropout one": ({"lora_dropout": 1.0}, "lora_dropout: must lie in [0, 1)"),
+    "dropout one": ({"lora_dropout": 1.0}, "lora_dropout: must be >= 0 and < 1"),
     "dropout negative": ({"lora_dropout": -0.1}, "lora_dropout: "),
     "no targets": ({"target_modules": []}, "target_modules: is empty"),
     "expression": ({"target_modules": "q_proj("}, "target_modules: 'q_proj(' is not a regular"),

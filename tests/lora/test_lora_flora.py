@@ -264,9 +264,9 @@ def test_patterns_and_ranks_reach_every_factor() -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "r_out": ({"flora_r_out": 0}, "flora_r_out: a rank must be a positive integer or null, not 0"),
-    "kernel": ({"flora_kernel_r": 1.5}, "flora_kernel_r: a rank must be"),
-    "bool": ({"flora_r_out": True}, "flora_r_out: a rank must be"),
+    "r_out": ({"flora_r_out": 0}, "flora_r_out: must be >= 1, got 0"),
+    "kernel": ({"flora_kernel_r": 1.5}, "flora_kernel_r: expected int or null"),
+    "bool": ({"flora_r_out": True}, "flora_r_out: expected int or null"),
     "init": ({"init_lora_weights": "gaussian"}, "init_lora_weights: flora has a start of its own"),
     "dora": ({"use_dora": True}, "use_dora: a magnitude goes with a plain LoRA, not with flora"),
     "no kernel": (

@@ -325,7 +325,7 @@ def test_random_starts_are_distributed_as_peft_s(name: str) -> None:
             {"init_lora_weights": "milora", "rank_pattern": {"down_proj": 41}},
             "rank_pattern: model.layers.0.mlp.down_proj",
         ),
-        ({"lora_ga_gamma": 0.0}, "lora_ga_gamma: must be a positive"),
+        ({"lora_ga_gamma": 0.0}, "lora_ga_gamma: must be > 0"),
     ],
 )
 def test_a_rank_that_the_matrix_does_not_have_is_refused(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from dataclasses import fields
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,13 @@ class Initialisation:
     name: ClassVar[str | bool]
     needs: ClassVar[Needs] = "nothing"
     directions: ClassVar[int] = 0  # singular ones of the matrix, for each of the LoRA rank
-    settings: ClassVar[tuple[str, ...]] = ()  # fields of `LoraConfig` that `factors` wants as well
+    options: ClassVar[type | None] = None  # a dataclass; its fields are `LoraConfig`'s as well
+
+    @classmethod
+    def options_from(cls, config: Any) -> dict[str, Any]:
+        """What a `LoraConfig` sets of its options."""
+        own = fields(cls.options) if cls.options else ()
+        return {f.name: getattr(config, f.name) for f in own}
 
     @classmethod
     def check(cls, r: int) -> str | None:
@@ -62,6 +69,6 @@ class Initialisation:
 
         Args:
             scaling: s of ΔW = s·B·A.
-            settings: those that the class lists.
+            settings: its options.
         """
         raise NotImplementedError

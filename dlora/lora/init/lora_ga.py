@@ -14,10 +14,23 @@ directions and the "stable" scale of its code.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from dlora.lora.init.base import Initialisation
 from dlora.lora.init.svd import triplets
+from dlora.registry import option
+
+
+@dataclass(frozen=True)
+class LoraGAOptions:
+    """γ, and what the gradient is estimated on."""
+
+    lora_ga_gamma: float = option(16.0, "a larger one makes a smaller start", gt=0)
+    lora_ga_batches: int = option(
+        2, "the gradient is estimated on the sequences of so many first steps", ge=1
+    )
 
 
 class LoraGA(Initialisation):
@@ -26,7 +39,7 @@ class LoraGA(Initialisation):
     name = "lora_ga"
     needs = "gradient"
     directions = 2
-    settings = ("lora_ga_gamma",)
+    options = LoraGAOptions
 
     @classmethod
     def factors(

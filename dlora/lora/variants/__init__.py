@@ -21,6 +21,6 @@ def _found() -> Iterator[type[LoraAdapter]]:
                 yield value
 
 
-VARIANTS: dict[str, type[LoraAdapter]] = {kind.variant: kind for kind in _found()}
+VARIANTS: dict[str, type[LoraAdapter]] = {kind.name: kind for kind in _found()}
 
 __all__ = ["VARIANTS", "LoraAdapter", "PlainLora"]

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from dlora.errors import UsageError
-from dlora.lora.adalora.budget import BUDGET_UNITS, BudgetSchedule
+from dlora.lora.adalora.budget import BudgetSchedule
 from dlora.lora.adalora.importance import IMPORTANCES
 from dlora.lora.config import LoraConfig
 from dlora.lora.init import Initialisation
@@ -25,6 +25,7 @@ from dlora.lora.layers import CHILD
 from dlora.lora.method_state import PlannedState
 from dlora.lora.states import AdapterState
 from dlora.lora.variants.lora import LoraAdapter, PlainLora
+from dlora.registry import option
 
 TRIPLET_DIM = {"lora_A": 0, "lora_B": 1, "lora_E": 0}  # the dim that counts triplets
 
@@ -52,42 +53,40 @@ class AdaLoraConfig(LoraConfig):
 
     method: ClassVar[str] = "adalora"
 
-    init_r: int = 12
-    target_r: int = 8
+    init_r: int = option(12, "rank at the start", ge=1)
+    target_r: int = option(8, "mean rank at the end", ge=1)
     total_step: int | None = None
-    tinit: int = 0
-    tfinal: int = 0
-    deltaT: int = 1  # noqa: N815 - PEFT's name
-    beta1: float = 0.85
-    beta2: float = 0.85
-    orth_reg_weight: float = 0.5
-    importance: str = "uncertainty"
-    budget_unit: str = "triplets"
+    tinit: int = option(0, "steps before the first pruning", ge=0)
+    tfinal: int = option(0, "steps after the last pruning", ge=0)
+    deltaT: int = option(1, "steps between two prunings", ge=1)  # noqa: N815 - PEFT's name
+    beta1: float = option(
+        0.85, "smoothing of the sensitivity", ge=0, lt=1, when={"importance": "uncertainty"}
+    )
+    beta2: float = option(
+        0.85, "smoothing of the uncertainty", ge=0, lt=1, when={"importance": "uncertainty"}
+    )
+    orth_reg_weight: float = option(0.5, "weight of the orthogonality penalty", ge=0)
+    importance: Literal["uncertainty", "sensitivity", "magnitude"] = option(
+        "uncertainty",
+        "what judges a triplet: averages of sensitivity and uncertainty, sensitivity in the mask's "
+        "step, or |lambda|",
+    )
+    budget_unit: Literal["triplets", "params"] = option(
+        "triplets", "what budgets count; params: wide matrices pay what they cost"
+    )
 
     def __post_init__(self) -> None:
-        for name in ("init_r", "target_r", "deltaT"):
-            _check_whole(name, getattr(self, name), 1)
-        for name in ("tinit", "tfinal"):
-            _check_whole(name, getattr(self, name), 0)
+        if self.rank_pattern:
+            raise UsageError("rank_pattern: adalora gives every module init_r to start with")
+        object.__setattr__(self, "r", self.init_r if isinstance(self.init_r, int) else 1)
+        super().__post_init__()
         if self.target_r > self.init_r:
             raise UsageError(
                 f"target_r: {self.target_r} is more than the init_r {self.init_r} that it starts at"
             )
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UsageError(f"{name}: must lie in [0, 1), not {getattr(self, name)!r}")
-        if not self.orth_reg_weight >= 0:
-            raise UsageError(f"orth_reg_weight: must be at least 0, not {self.orth_reg_weight!r}")
-        for name, known in (("importance", IMPORTANCES), ("budget_unit", BUDGET_UNITS)):
-            if getattr(self, name) not in known:
-                raise UsageError(f"{name}: {getattr(self, name)!r} is none of {', '.join(known)}")
-        if self.rank_pattern:
-            raise UsageError("rank_pattern: adalora gives every module init_r to start with")
         if self.total_step is not None:
             _check_whole("total_step", self.total_step, 1)
             self.schedule(1, 1)
-        object.__setattr__(self, "r", self.init_r)
-        super().__post_init__()
 
     def for_steps(self, total_steps: int) -> AdaLoraConfig:
         """The same with T, which the schedule spans."""
@@ -111,10 +110,15 @@ class AdaLoraAdapter(LoraAdapter):
     """
 
     settings = AdaLoraConfig
-    variant = "adalora"
+    name = "adalora"
     prunes = True
     state_class = "dlora.methods.adalora:RankAllocator"
     run_files = ("ranks.json", "ranks.png")
+    unused = {
+        "rank_pattern": "adalora starts every module alike, at adapter.init_r",
+        "init_lora_weights": "adalora starts every module alike, with lambda = 0",
+    }
+    instead = {"r": "init_r"}
 
     def __init__(self, *, r: int, dtype: torch.dtype, device: torch.device, **others: Any) -> None:
         super().__init__(r=r, dtype=dtype, device=device, **others)

@@ -26,7 +26,8 @@ class DoraAdapter(LoraAdapter):
         base_squares: ‖W0_j‖² [m], frozen. Both are of no use before `see_weight`.
     """
 
-    variant = "dora"
+    name = "dora"
+    offered = False  # `adapter.use_dora` picks it
     needs_weight = True
     keeps_output = True
     rescales_rows = True

@@ -30,6 +30,7 @@ from dlora.lora import functional
 from dlora.lora.config import LoraConfig
 from dlora.lora.init import Initialisation
 from dlora.lora.variants.lora import LoraAdapter
+from dlora.registry import option
 
 _PLACES, _RANKS = "xyz", "pqs"  # of the kernel's dims in a formula
 
@@ -49,15 +50,10 @@ class FloraConfig(LoraConfig):
 
     method: ClassVar[str] = "flora"
 
-    flora_r_out: int | None = None
-    flora_kernel_r: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("flora_r_out", "flora_kernel_r"):
-            r = getattr(self, name)
-            if r is not None and (isinstance(r, bool) or not isinstance(r, int) or r < 1):
-                raise UsageError(f"{name}: a rank must be a positive integer or null, not {r!r}")
-        super().__post_init__()
+    flora_r_out: int | None = option(None, "the core is r x this; null: r x r", ge=1)
+    flora_kernel_r: int | None = option(
+        None, "rank of each dim of a convolution's kernel; null: its size", ge=1
+    )
 
     def shapes_for(self, path: str, kernel: tuple[int, ...]) -> dict[str, Any]:
         r_out = self.flora_r_out or self.r_for(path)
@@ -83,7 +79,8 @@ class FloraAdapter(LoraAdapter):
     """
 
     settings = FloraConfig
-    variant = "flora"
+    name = "flora"
+    unused = {"init_lora_weights": "flora starts with its core at 0"}
 
     def __init__(
         self,

@@ -64,7 +64,7 @@ class LoraAdapter(Stateful):
     """
 
     settings: ClassVar[type[LoraConfig]] = LoraConfig
-    variant: ClassVar[str] = "lora"
+    name: ClassVar[str] = "lora"
     needs_weight: ClassVar[bool] = False
     keeps_output: ClassVar[bool] = False
     rescales_rows: ClassVar[bool] = False

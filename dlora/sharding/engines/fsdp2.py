@@ -38,6 +38,8 @@ from dlora.sharding.topology import Placement, Topology
 class Fsdp2:
     """Engine for `engine: fsdp2` with W0 over the ranks of a node or of the world."""
 
+    name = "fsdp2"
+
     def __init__(self, placement: Placement, topology: Topology) -> None:
         self.placement, self.topology, self.wire = placement, topology, WireCounter()
         self._resident: set[nn.Module] = set()

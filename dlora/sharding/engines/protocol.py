@@ -1,14 +1,13 @@
 """What an engine is, and which there are. An engine shards and gathers W0, and nothing else.
 
-A new engine is one file: a class with these members, and a line in `ENGINES`.
+A new engine is one file of this folder: a class with these members. `dlora.registry` finds it.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from dlora.errors import UsageError
+from dlora.registry import room
 from dlora.sharding.comm_bytes import WireCounter
 from dlora.sharding.engines.gather_groups import Group
 from dlora.sharding.topology import Placement, Topology
@@ -52,6 +52,7 @@ class Engine(Protocol):
         wire: counts the bytes that this rank's collectives send.
     """
 
+    name: ClassVar[str]  # the value of `sharding.engine`
     placement: Placement
     topology: Topology
     wire: WireCounter
@@ -91,13 +92,6 @@ class Engine(Protocol):
         """The whole parameters of one module by path, while the context is open."""
 
 
-ENGINES = {
-    "replicated": "dlora.sharding.engines.replicated:Replicated",
-    "fsdp2": "dlora.sharding.engines.fsdp2:Fsdp2",
-    "zero3": "dlora.sharding.engines.zero3:Zero3",
-}
-
-
 def engine_class(placement: Placement, sharded: str | None = None) -> type[Engine]:
     """The engine of a placement; `replicated` where W0 is not divided at all.
 
@@ -107,16 +101,12 @@ def engine_class(placement: Placement, sharded: str | None = None) -> type[Engin
     Raises:
         UsageError: there is no such engine, or a package that it needs is not installed.
     """
-    if placement.engine not in ENGINES:  # also where one process needs none
-        raise UsageError(f"sharding.engine: {placement.engine!r} is none of {', '.join(ENGINES)}")
+    engines = room("sharding.engines")
+    if placement.engine not in engines:  # also where one process needs none
+        known = ", ".join(map(str, engines))
+        raise UsageError(f"sharding.engine: {placement.engine!r} is none of {known}")
     name = sharded or ("replicated" if placement.shard_size == 1 else placement.engine)
-    module, _, cls = ENGINES[name].partition(":")
-    try:
-        return getattr(importlib.import_module(module), cls)
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"sharding.engine: {name} needs {error.name}: pip install 'dlora[{name}]'"
-        ) from error
+    return engines[name].load()
 
 
 def build_engine(placement: Placement, topology: Topology, sharded: str | None = None) -> Engine:

@@ -19,6 +19,9 @@ from dlora.sharding.topology import Placement, Topology
 class Replicated:
     """Engine for `base: none` and for one process."""
 
+    name = "replicated"
+    offered = False  # where W0 is not divided, whatever `sharding.engine` is
+
     def __init__(self, placement: Placement, topology: Topology) -> None:
         self.placement, self.topology, self.wire = placement, topology, WireCounter()
 

@@ -52,6 +52,9 @@ _SHM_OP = "deepspeed_shm_comm"
 class Zero3:
     """Engine for `engine: zero3` with W0 over the ranks of a node or of the world."""
 
+    name = "zero3"
+    requires = {"deepspeed": "'dlora[zero3]'"}
+
     def __init__(self, placement: Placement, topology: Topology) -> None:
         self.placement, self.topology, self.wire = placement, topology, WireCounter()
         self._hooks: DeepSpeedZeRoOffload | None = None

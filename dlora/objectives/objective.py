@@ -1,0 +1,41 @@
+"""What an objective is: a sum over target tokens, for one micro-batch.
+
+A new objective is one file of this folder with a class that has these members. `dlora.registry`
+finds it by its `name`. Options that the file declares become a section of that name.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+
+
+class Batch(Protocol):
+    """One micro-batch: ids and targets [rows, tokens]; a target is −100 where there is none."""
+
+    @property
+    def input_ids(self) -> Tensor: ...
+
+    @property
+    def targets(self) -> Tensor: ...
+
+
+class Objective(Protocol):
+    """What is minimised.
+
+    Args:
+        section: its options; None where its file declares none.
+    """
+
+    name: ClassVar[str]  # the value of `train.objective`
+
+    def __init__(self, section: Any) -> None: ...
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Σ over the batch's target tokens, a scalar with a gradient.
+
+        The run divides by the number of target tokens of all ranks. `model(input_ids=…, targets=…)`
+        is the summed cross entropy in chunks, and `model(input_ids=…)` gives all logits. Called on
+        every rank as often, also for a batch without a target; the model is called once.
+        """

@@ -1,0 +1,21 @@
+"""Supervised fine-tuning: Σ −log p(target) over the target tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from dlora.objectives.objective import Batch
+
+
+class Sft:
+    """Cross entropy, in chunks (`dlora.objectives.chunked_loss`)."""
+
+    name = "sft"
+
+    def __init__(self, section: Any) -> None:
+        """It has no options."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return model(input_ids=batch.input_ids, targets=batch.targets)

@@ -1,0 +1,146 @@
+"""A method, an initialisation, an objective, a format, an optimizer, an engine is one added file.
+
+Each test adds one file to a copy of the package, names it in YAML and runs it on two ranks.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny import save_chats, save_model
+from toys import FILES
+from transformers import AutoModelForCausalLM
+
+import dlora
+
+PACKAGE = Path(dlora.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("base")
+    save_model(directory / "model", "blocks")
+    save_chats(directory / "chats.jsonl", 8)
+    return directory
+
+
+def copy_with(directory: Path, file: str) -> Path:
+    """A copy of the package with one file more; the folder to import it from."""
+    shutil.copytree(PACKAGE, directory / "dlora", ignore=shutil.ignore_patterns("__pycache__"))
+    assert not (directory / "dlora" / file).exists()
+    (directory / "dlora" / file).write_text(FILES[file], "utf-8")
+    return directory
+
+
+def run_file(base: Path, directory: Path, **chosen: Any) -> Path:
+    """A YAML file of a short run in `directory`/run, with the sections `chosen` merged in."""
+    sections: dict[str, Any] = {
+        "model": {"path": str(base / "model"), "dtype": "float32"},
+        "adapter": {"r": 2},
+        "sharding": {"base": "world"},
+        "data": {"train": str(base / "chats.jsonl")},
+        "optimizer": {"lr": 2e-3},
+        "train": {"max_steps": 2, "global_batch_size": 4},
+        "output": {"dir": str(directory / "run"), "tensorboard": False, "save_every": 0},
+    }
+    for name, options in chosen.items():
+        sections[name] = sections.get(name, {}) | options
+    file = directory / "run.yaml"
+    file.write_text(yaml.safe_dump(sections))
+    return file
+
+
+def start(package: Path, file: Path) -> subprocess.Popen[str]:
+    words = ["--standalone", "--nproc-per-node", "2", "-m", "dlora.train", "--config", str(file)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *words],
+        env={**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"},
+        cwd=file.parent,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def finished(process: "subprocess.Popen[str]") -> str:
+    """What it printed; it has to have succeeded."""
+    told, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, told[-4000:]
+    return told
+
+
+def adapter_of(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "run/adapter/adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_a_method(base: Path, tmp_path: Path, engine: str) -> None:
+    """It trains, is killed after a save, resumes bit for bit, and stock PEFT loads it."""
+    package = copy_with(tmp_path / "package", "lora/variants/gated.py")
+    chosen: dict[str, Any] = {
+        "adapter": {"method": "gated", "gate": 1.5},
+        "sharding": {"engine": engine, "base": "world"},
+        "train": {"max_steps": 8, "global_batch_size": 4},
+    }
+    ends = {}
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        output = {"dir": str(tmp_path / name / "run"), "tensorboard": False, "save_every": 2}
+        file = run_file(base, tmp_path / name, output=output, **chosen)
+        process = start(package, file)
+        if name == "killed":
+            saved = tmp_path / name / "run/checkpoints/step-000002"
+            while not saved.exists() and process.poll() is None:
+                time.sleep(0.01)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            assert saved.exists() and not (tmp_path / name / "run/adapter").exists()
+            process = start(package, file)
+        finished(process)
+        ends[name] = adapter_of(tmp_path / name)
+    assert ends["whole"].keys() == ends["killed"].keys()
+    assert all(torch.equal(ends["whole"][key], ends["killed"][key]) for key in ends["whole"])
+    config = yaml.safe_load((tmp_path / "whole/run/config.yaml").read_text())
+    assert config["adapter"]["gate"] == 1.5
+    base_model = AutoModelForCausalLM.from_pretrained(base / "model", dtype=torch.float32)
+    ids = torch.arange(3, 40)[None]
+    plain = base_model(ids).logits
+    adapted = PeftModel.from_pretrained(base_model, str(tmp_path / "whole/run/adapter"))
+    assert not torch.equal(adapted(ids).logits, plain)
+
+
+CHOSEN: dict[str, dict[str, Any]] = {
+    "lora/init/halves.py": {"adapter": {"r": 2, "init_lora_weights": "halves", "halves_size": 0.5}},
+    "objectives/smooth.py": {
+        "train": {"objective": "smooth", "max_steps": 2, "global_batch_size": 4},
+        "smooth": {"epsilon": 0.2},
+    },
+    "quant/half.py": {"model": {"quantization": "half"}},
+    "optim/signed.py": {"optimizer": {"name": "signed", "lr": 1e-3, "signed_decay": 0.01}},
+    "sharding/engines/whole.py": {"sharding": {"engine": "whole", "base": "world"}},
+}
+
+
+@pytest.mark.parametrize("file", CHOSEN)
+def test_another_part(base: Path, tmp_path: Path, file: str) -> None:
+    """It trains from YAML, its options are listed in the resolved configuration."""
+    package = copy_with(tmp_path / "package", file)
+    finished(start(package, run_file(base, tmp_path, **CHOSEN[file])))
+    config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    for section, options in CHOSEN[file].items():
+        assert options.items() <= config[section].items()
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+    assert any(bool(tensor.any()) for tensor in adapter_of(tmp_path).values())
