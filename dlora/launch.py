@@ -15,6 +15,15 @@ import time
 from datetime import timedelta
 from typing import Any, NoReturn
 
+import torch.distributed as dist
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import DEFAULT_PORT
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+from torch.distributed.run import parse_min_max_nnodes
+
 from dlora.errors import TransientError, UsageError
 from dlora.runtime.exit_status import exit_with
 
@@ -34,10 +43,6 @@ torchrun --help lists its options, dlora train --help those of a run."""
 
 def main(argv: list[str]) -> int:
     """Start the workers and wait for them; returns the exit status."""
-    from torch.distributed import run as torchrun
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous import RendezvousError
 
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
@@ -65,7 +70,6 @@ def main(argv: list[str]) -> int:
 
 def status_of(error: Any) -> int:
     """Of the first worker that failed, or else of the signal that came, as a shell has it."""
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     failed = error if isinstance(error, ChildFailedError) else error.__context__
     if not isinstance(failed, ChildFailedError):
@@ -76,10 +80,6 @@ def status_of(error: Any) -> int:
 
 def part(args: Any) -> None:
     """Wait for the agents of all nodes to come here, PARTING_SECONDS at most; a signal ends it."""
-    import torch.distributed as dist
-    from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import DEFAULT_PORT
-    from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
-    from torch.distributed.run import parse_min_max_nnodes
 
     least, most = parse_min_max_nnodes(args.nnodes)
     if args.rdzv_backend != "c10d" or not least == most > 1:
@@ -106,7 +106,6 @@ def agent_options(agent: list[str], training: list[str]) -> Any:
     Raises:
         UsageError: it does not understand one, or something stands there that is none.
     """
-    from torch.distributed import run as torchrun
 
     def refuse(message: str) -> NoReturn:
         raise UsageError(f"{message} (torchrun --help lists its options)")

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -48,9 +51,6 @@ class Trial:
 
 def table(trials: Sequence[Trial], metric: str) -> None:
     """Print the trials, the best first."""
-    from rich.console import Console
-    from rich.table import Table
-
     keys = keys_of(trials)
     shown = Table(*keys, metric, "step", "seconds", "")
     for trial in trials:

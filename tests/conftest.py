@@ -12,25 +12,32 @@ from typing import Any
 
 import pytest
 from ranks import Pools
+from xdist.scheduler.loadscope import LoadScopeScheduling
 
 # Long files start first, so that no core waits for the last one.
 LONG_FIRST = ("launchers", "training", "test_readme", "sharding", "methods", "checkpoint")
 RunWords = Callable[..., list[str]]
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked `full` run only where `-m` names them; each file runs in one process.
+class OneProcessAFile(LoadScopeScheduling):
+    """Tests of a file run in one process, and so do all that need Ray: they share one cluster."""
 
-    All tests that need Ray share one cluster, and so one process.
-    """
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        return "ray" if "test_ray_" in file else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneProcessAFile:
+    """The scheduler of `pytest -n`."""
+    return OneProcessAFile(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `full` run only where `-m` names them."""
     if "full" not in config.option.markexpr:
         left_out = [item for item in items if item.get_closest_marker("full")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not item.get_closest_marker("full")]
-    for item in items:
-        group = "ray" if "ray" in getattr(item, "fixturenames", ()) else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=_turn)
 
 

@@ -34,9 +34,9 @@ TABLE = {
     "methods": "base lora sharding io optim",
     "checkpoint": "sharding io config lora",
     "adapters": "checkpoint lora methods quant io config",
-    "plan": "adapters base config data lora methods objectives optim runtime sharding",
+    "plan": "adapters base config data lora methods objectives optim registry runtime sharding",
     "training": "adapters base checkpoint config data hooks io lora methods metrics objectives "
-    "optim plan quant runtime sharding api",
+    "optim plan quant registry runtime sharding",
     "export": "adapters base io lora metrics runtime cli",
     "launchers": "train config hooks",
 }
@@ -56,6 +56,7 @@ OWNERS = {
 }
 # What may be imported inside a function: heavy packages, and those that only an extra installs.
 HEAVY = {"transformers", "torch.utils.tensorboard", "matplotlib", "ray", "deepspeed"}
+HEAVY |= {"launchers.ray_stop", "launchers.ray_worker"}  # they import ray
 OPTIONAL = {"bitsandbytes", "pathspec", "s3fs", "huggingface_hub", "aiohttp"}
 
 

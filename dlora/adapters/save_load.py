@@ -189,7 +189,7 @@ def read_config(directory: str | Path) -> LoraConfig:
             use_dora=bool(raw.get("use_dora")),
             rank_pattern=raw.get("rank_pattern") or {},
             alpha_pattern=raw.get("alpha_pattern") or {},
-            modules_to_save=modules_to_save,
+            modules_to_save=list(modules_to_save),
         )
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None

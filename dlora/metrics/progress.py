@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
 LINE_SECONDS = 5.0  # between two plain lines
 
 
@@ -17,14 +19,6 @@ class _Bar:
     def __init__(self, total: int, done: int = 0, wanted: bool = True, words: str = "") -> None:
         self._bar: Any = None
         if wanted and sys.stdout.isatty():
-            from rich.progress import (
-                BarColumn,
-                DownloadColumn,
-                Progress,
-                TextColumn,
-                TimeRemainingColumn,
-            )
-
             figures = [TextColumn(words), BarColumn(), TextColumn("{task.fields[figures]}")]
             columns = figures if words else [BarColumn(), DownloadColumn()]
             self._bar = Progress(*columns, TimeRemainingColumn())

@@ -1,4 +1,4 @@
-"""What one file adds to dlora: a method, an initialisation, an objective, a format, an engine, …
+"""What one file adds to dlora: a method, a start, an objective, a format, an optimizer, an engine.
 
     dlora/ROOM/NAME.py                                   ──room──>  {name: Part}, nothing imported
       class Gated(LoraAdapter):

@@ -101,7 +101,7 @@ def room(name: str) -> dict[str | bool, Part]:
         of_class: dict[str, dict[str, Any]] = {}  # a class says what its bases in the file say
         options = tuple(found for cls in classes for found in _options(cls))
         for cls in classes:
-            says = {}
+            says: dict[str, Any] = {}
             for base in map(ast.unparse, cls.bases):
                 says |= of_class.get(base, {})
             says |= dict(_literals(cls))

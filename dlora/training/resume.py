@@ -135,7 +135,7 @@ def resolved_yaml(config: Config, prepared: Preparation) -> str:
     """The configuration with the placement that was chosen."""
     sharding = replace(
         config.sharding,
-        engine=prepared.placement.engine,  # type: ignore[arg-type]
+        engine=prepared.placement.engine,
         base=prepared.placement.base,  # type: ignore[arg-type]
         optimizer_state="divided" if prepared.divided else "replicated",
     )
