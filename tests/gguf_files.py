@@ -166,6 +166,60 @@ def tiny_lfm2(path: Path, types: tuple = (F32, GGMLQuantizationType.Q8_0)) -> Pa
     return write_gguf(path, "lfm2", numbers, tensors, types)
 
 
+def tiny_qwen35moe(path: Path, kinds: tuple[GGMLQuantizationType, ...] = ()) -> Path:
+    """The native path with stacked experts, reordered heads and a block that the model lacks."""
+    linear = {
+        "attn_norm": (HIDDEN,),
+        "post_attention_norm": (HIDDEN,),
+        "attn_qkv": (128, HIDDEN),
+        "attn_gate": (64, HIDDEN),
+        "ssm_alpha": (4, HIDDEN),
+        "ssm_beta": (4, HIDDEN),
+        "ssm_a": (4,),
+        "ssm_dt.bias": (4,),
+        "ssm_norm": (16,),
+        "ssm_conv1d": (128, 4),
+        "ssm_out": (HIDDEN, 64),
+    }
+    attention = {name: shape for name, shape in ATTENTION.items() if name != "ffn_norm"}
+    attention |= {"attn_q": (2 * HIDDEN, HIDDEN), "post_attention_norm": (HIDDEN,)}
+    attention |= {"attn_q_norm": (16,), "attn_k_norm": (16,)}
+    experts = {
+        "ffn_gate_inp": (4, HIDDEN),
+        "ffn_gate_exps": (4, 32, HIDDEN),
+        "ffn_up_exps": (4, 32, HIDDEN),
+        "ffn_down_exps": (4, HIDDEN, 32),
+        "ffn_gate_inp_shexp": (HIDDEN,),
+        "ffn_gate_shexp": (32, HIDDEN),
+        "ffn_up_shexp": (32, HIDDEN),
+        "ffn_down_shexp": (HIDDEN, 32),
+    }
+    numbers = COMMON | {
+        "block_count": 3,
+        "nextn_predict_layers": 1,
+        "full_attention_interval": 2,
+        "attention.key_length": 16,
+        "ssm.conv_kernel": 4,
+        "ssm.state_size": 16,
+        "ssm.group_count": 2,
+        "ssm.time_step_rank": 4,
+        "ssm.inner_size": 64,
+        "rope.dimension_sections": [1, 1, 0, 0],
+        "rope.dimension_count": 4,
+        "expert_count": 4,
+        "expert_used_count": 2,
+        "expert_feed_forward_length": 32,
+        "expert_shared_feed_forward_length": 32,
+    }
+    del numbers["feed_forward_length"]
+    tensors = layered(linear | experts, attention | experts, {"nextn.eh_proj": (64, 128)})
+    tensors["blk.0.ssm_a"] = tensors.pop("blk.0.ssm_a.weight")
+    tensors["output.weight"] = (VOCABULARY, HIDDEN)
+    decay = -np.linspace(0.5, 4, 4, dtype=np.float32)  # stored as -exp(A_log)
+    kinds = kinds or (GGMLQuantizationType.Q8_0,)
+    return write_gguf(path, "qwen35moe", numbers, tensors, kinds, values={"blk.0.ssm_a": decay})
+
+
 def tiny_bloom(path: Path, twin: str) -> Path:
     """A tied model whose file repeats the output layer: `equal` to the embedding or `other`."""
     pair = {"weight": (HIDDEN,), "bias": (HIDDEN,)}

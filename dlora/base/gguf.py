@@ -117,6 +117,8 @@ def _convert(
     place: dict[str, Any] = {"gguf_file": str(path), "local_files_only": True}
     with _parsed_once():
         skeleton = gguf_skeleton(path, dtype)
+        with _reading(path):
+            unplaced = _unplaced(path, skeleton)
         nbytes = sum(p.numel() for p in skeleton.parameters()) * dtype.itemsize
         free = shutil.disk_usage(folder).free
         if nbytes > free:
@@ -140,7 +142,7 @@ def _convert(
             )
     model, found = loaded
     check_loaded(str(path), found)
-    if unused := sorted(found["unexpected_keys"]):
+    if unused := sorted({*found["unexpected_keys"], *unplaced}):
         announce(f"{path.name}: the model has no place for {and_more(unused, 3)}; left out")
     _make_plain(model, skeleton, tokenizer)
     try:
@@ -156,6 +158,38 @@ def _convert(
     for file in folder.glob("*.safetensors"):  # safetensors made them for this user only
         shutil.copymode(folder / "config.json", file)
     (folder / FILE_LIST).write_text(json.dumps(_sizes(folder), indent=2))
+
+
+def _unplaced(path: Path, skeleton: Any) -> list[str]:
+    """Tensors of the file that transformers would leave out without a word.
+
+    Raises:
+        UsageError: parts of one parameter have different types, of which transformers reads one.
+    """
+    from transformers.integrations.gguf import GGUF_ARCHS
+    from transformers.modeling_gguf_pytorch_utils import (
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+    )
+
+    reader = gguf.GGUFReader(str(path))
+    types = {tensor.name: tensor.tensor_type for tensor in reader.tensors}
+    architecture = reader.fields["general.architecture"].contents()
+    if architecture not in GGUF_ARCHS:  # read by name; the newer reader lists the others itself
+        processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=skeleton.config)
+        places = get_gguf_hf_weights_map(skeleton, processor)
+        return [name for name in types if not {name, name.rpartition(".")[0]} & places.keys()]
+    for gate in (name for name in types if name.endswith("ffn_gate_exps.weight")):
+        up = gate.replace("ffn_gate", "ffn_up")
+        if types.get(up, types[gate]) != types[gate]:
+            raise UsageError(
+                f"model.path: {path}: {gate} ({types[gate].name}) and {up} ({types[up].name}) make "
+                "one parameter and have different types; quantize both alike"
+            )
+    layers = skeleton.config.get_text_config().num_hidden_layers  # later blocks predict more tokens
+    blocks = {name: name.split(".")[1] for name in types if name.startswith("blk.")}
+    return [name for name, block in blocks.items() if int(block) >= layers]
 
 
 def _make_plain(model: Any, skeleton: Any, tokenizer: Any) -> None:

@@ -47,6 +47,10 @@ def test_file_errors(tmp_path):
     numbers = gguf_files.COMMON | {"vocab_size": gguf_files.VOCABULARY}
     gguf_files.write_gguf(path, "llama", numbers, lacking)
     assert_refused(path, cache_dir, "model.path", "hold no model.layers.1.", "8 more")
+    mixed = (gguf_files.F32, GGMLQuantizationType.Q8_0)
+    assert_refused(
+        gguf_files.tiny_qwen35moe(path, mixed), cache_dir, "model.path", "different types"
+    )
     unknown = (GGMLQuantizationType.Q8_1,)
     assert_refused(tiny(path, types=unknown), cache_dir, "model.path", "Q8_1")
     assert_refused(gguf_files.tiny_lfm2(path, unknown), cache_dir, "model.path", "9")

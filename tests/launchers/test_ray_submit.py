@@ -176,7 +176,7 @@ def test_what_is_forwarded(place: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (["--num-workers", "2:1"], "num-workers: 2 is more than 1"),
         (["--num-workers", "many"], "num-workers: expected N or MIN:MAX, got 'many'"),
         (["--working-dir", "nowhere"], "working-dir: nowhere is no directory"),
-        (["--resources", '{"CPU": 0}'], "resources: must be > 0"),
+        (["--resources", '{"CPU": 0}'], "resources['CPU']: must be > 0"),
         (["--check"], "--check belongs to dlora.train"),
         (["--adress", "x"], "--adress"),
     ],
