@@ -29,7 +29,7 @@ BESIDE_GPU = {"requests": (4, 32), "limits": (8, 64)}
 # What a cluster calls otherwise than the machine that plans.
 PLACES = {"model.path", "model.revision", "model.cache_dir", "output.dir"}
 RAY = (
-    *("python", "-m", "launchers.ray_train", "--config", "{config}"),
+    *("python", "-m", "dlora.launchers.ray_train", "--config", "{config}"),
     *("--output.dir", "/runs/rayjob", "--num-workers", "{ranks}", "--use-gpu"),
     *("--storage", "/runs/ray", "--max-failures", "3"),
 )

@@ -17,7 +17,7 @@ from launchers.ray_train import Workers
 
 GPU = "nvidia.com/gpu"
 LAUNCH = ["tini", "--", "dlora", "launch"]
-RAY = ["python", "-m", "launchers.ray_train"]
+RAY = ["python", "-m", "dlora.launchers.ray_train"]
 
 
 def check(docs: list[Document]) -> list[str]:

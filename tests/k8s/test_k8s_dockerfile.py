@@ -9,7 +9,7 @@ from importlib.metadata import files
 from k8s_manifests import K8S, ROOT, documents, installed, pods
 from k8s_policy import USER
 
-from dlora.config import load
+from dlora.config.load import load
 
 TEXT = (K8S / "Dockerfile").read_text(encoding="utf-8")
 IGNORE = (K8S / "Dockerfile.dockerignore").read_text(encoding="utf-8")
