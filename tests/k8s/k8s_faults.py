@@ -33,7 +33,9 @@ POD = {  # the pod template of each kind
 }
 OVERLAY = dict.fromkeys(("TrainJob", "TrainingRuntime"), "trainjob") | {"Job": "cpu-demo"}
 ARGS = ["--config", "/etc/dlora/cluster.yaml", "--output.dir", "/runs/jobset"]
-RAY = "python -m dlora.launchers.ray_train --config /etc/dlora/cluster.yaml --output.dir /runs/rayjob"
+RAY = (
+    "python -m dlora.launchers.ray_train --config /etc/dlora/cluster.yaml --output.dir /runs/rayjob"
+)
 
 
 def planted(kind: str, path: str, value: Any) -> list[Document]:

@@ -5,14 +5,13 @@ A new engine is one file of this folder: a class with these members. `dlora.regi
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 
 from dlora.errors import UsageError
 from dlora.registry import room
@@ -120,7 +119,10 @@ def sharded_by(model: nn.Module) -> str | None:
     Raises:
         UsageError: it was FSDP1, whose flat parameters mix what is frozen with what is trained.
     """
-    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+    if any(
+        _is(module, "torch.distributed.fsdp", "FullyShardedDataParallel")
+        for module in model.modules()
+    ):
         raise UsageError(
             "shard: this model is wrapped by FSDP1 (FullyShardedDataParallel); give dlora the bare "
             "model, or one sharded by fully_shard"
@@ -133,4 +135,12 @@ def sharded_by(model: nn.Module) -> str | None:
 
 def is_divided(parameter: nn.Parameter) -> bool:
     """Whether this rank stores only a part of the parameter."""
-    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
+    return _is(parameter, "torch.distributed.tensor", "DTensor") or hasattr(parameter, "ds_id")
+
+
+def _is(value: object, module: str, name: str) -> bool:
+    """`isinstance` without the import, which takes longer than the rest of dlora's: whoever made
+    such an object has imported its module.
+    """
+    kind = getattr(sys.modules.get(module), name, None)
+    return kind is not None and isinstance(value, kind)
