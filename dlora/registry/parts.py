@@ -77,9 +77,9 @@ class Part:
         try:
             return getattr(importlib.import_module(self.module), self.cls)
         except ModuleNotFoundError as error:
-            if error.name not in self.says.get("requires", {}):
+            if (package := error.name or "") not in self.says.get("requires", {}):
                 raise
-            raise UsageError(self.missing(error.name)) from error
+            raise UsageError(self.missing(package)) from error
 
     def missing(self, package: str) -> str:
         """What to do where `package` is not installed."""
