@@ -202,7 +202,7 @@ def test_attention_kernels_keep_their_weights() -> None:
 @pytest.mark.parametrize(
     ("name", "before", "told"),
     [
-        ("nf3", lambda model: None, "quantization: 'nf3' is none of nf4, nf4-dq, int8"),
+        ("nf3", lambda model: None, "quantization: 'nf3' is none of int8, nf4, nf4-dq"),
         ("nf4", lambda model: attach(model, LoraConfig()), "quantize: this model carries adapters"),
         ("nf4", lambda model: quantize(model, "int8"), "quantize: this model is packed already"),
     ],

@@ -78,8 +78,9 @@ class AdaLoraConfig(LoraConfig):
     def __post_init__(self) -> None:
         if self.rank_pattern:
             raise UsageError("rank_pattern: adalora gives every module init_r to start with")
-        object.__setattr__(self, "r", self.init_r if isinstance(self.init_r, int) else 1)
+        object.__setattr__(self, "r", 1)  # so that a wrong init_r is reported under its own name
         super().__post_init__()
+        object.__setattr__(self, "r", self.init_r)
         if self.target_r > self.init_r:
             raise UsageError(
                 f"target_r: {self.target_r} is more than the init_r {self.init_r} that it starts at"
