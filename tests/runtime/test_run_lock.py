@@ -262,7 +262,7 @@ from dlora.train import main
 
 RunLock.__init__.__kwdefaults__.update(beat_seconds=0.1, stale_seconds=0.5)
 
-def update(display, record):
+def update(display, record, of_method=""):
     if record["step"] == 3:
         time.sleep(1)  # the save of step 2 is written by then
         os.kill(os.getpid(), signal.SIGSTOP)
