@@ -120,14 +120,17 @@ def test_a_method(base: Path, tmp_path: Path, engine: str) -> None:
 
 
 EXPORTED = """
-import sys, torch
-from safetensors.torch import save_file
+import json, sys, torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-from dlora import load_adapter
+from dlora import attach
+from dlora.checkpoint.state import saved_lora
 from dlora.export.command import main
 base, checkpoint, to = sys.argv[1:]
 assert main(["--adapter", checkpoint, "--base", base, "--to", to]) == 0
-model = load_adapter(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), checkpoint)
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+attach(model, saved_lora(json.load(open(checkpoint + "/state.json"))))
+model.load_state_dict(load_file(checkpoint + "/adapter.safetensors"), strict=False)
 with torch.no_grad():
     save_file({"logits": model(torch.arange(3, 40)[None]).logits}, to + "/logits.safetensors")
 """
