@@ -12,6 +12,7 @@ from dlora.config.load import Config
 from dlora.errors import UsageError
 from dlora.lora.config import LoraConfig
 from dlora.lora.variants import VARIANTS
+from dlora.registry import room
 
 
 def lora_config(config: Config, earlier: LoraConfig | None = None) -> LoraConfig:
@@ -27,11 +28,11 @@ def lora_config(config: Config, earlier: LoraConfig | None = None) -> LoraConfig
             if earlier is not None and not Path(section.path).expanduser().is_dir():
                 return replace(earlier, lora_dropout=section.lora_dropout)
             return replace(read_config(section.path), lora_dropout=section.lora_dropout)
-        kind = VARIANTS[section.method].settings
-        names = {field.name for field in fields(kind)} & set(vars(section))
-        if section.method == "adalora":
-            names -= {"r", "rank_pattern"}  # of which there is nothing to set
-        return kind(**{name: getattr(section, name) for name in names})
+        variant = VARIANTS[section.method]
+        names = {field.name for field in fields(variant.settings)} & set(vars(section))
+        says = room("lora.variants")[section.method].says
+        names -= {*says.get("unused", {}), *says.get("instead", {})}  # there is nothing to set
+        return variant.settings(**{name: getattr(section, name) for name in names})
 
 
 def scheduled(lora: LoraConfig, total_steps: int) -> LoraConfig:

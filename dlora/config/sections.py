@@ -47,6 +47,7 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+@carries("sharding.engines")
 class ShardingConfig:
     """Where W0 lives among the ranks."""
 
@@ -57,7 +58,6 @@ class ShardingConfig:
     ranks_per_node: int | None = option(
         None, "ranks that share a node; null: as the launcher says", ge=1
     )
-    cpu_offload: bool = option(False, "zero3: keep the ranks' parts of W0 in host memory")
     optimizer_state: Literal["auto", "replicated", "divided"] = option(
         "auto",
         "replicated: on every rank, saves need no collective; divided: 1/ranks of it on each, for "
@@ -71,6 +71,11 @@ class ShardingConfig:
         "stop", "where A or B differ between ranks: stop, or give all the bits that most ranks have"
     )
     timeout_seconds: float = option(600.0, "a collective that takes longer ends the run", gt=0)
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """An option that an engine's file declares."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,7 +43,6 @@ INERT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
         lambda c: c.data.eval is None and c.output.eval_every != 0,  # 0 asks for nothing
         "data.eval is null",
     ),
-    ("sharding.cpu_offload", lambda c: c.sharding.engine != "zero3", "only zero3 offloads W0"),
     ("output.resume_force", lambda c: c.output.resume == "none", "output.resume is none"),
 )
 

@@ -20,7 +20,7 @@ from torch import nn
 from dlora.plan.activations import Trace
 from dlora.plan.gathers import Unit
 from dlora.plan.method import MethodPlan
-from dlora.plan.state import share_of, state_of
+from dlora.plan.state import divides, share_of, state_of
 from dlora.plan.workload import Workload
 from dlora.sharding.topology import Placement, Topology
 
@@ -140,7 +140,7 @@ def memory_of(
     of_method = [share.elements(named, topology) for named in method.copies]
     kept = state.whole + item * sum(p.numel() for named in method.copies for p in named.values())
     # Then no rank has all of it to take a snapshot of.
-    collective = divided or (workload.optimizer.name == "lora_pro" and topology.world > 1)
+    collective = divided or (divides(workload.optimizer) == "pairs" and topology.world > 1)
     saving = max(8 * stepped, 2 * (whole + kept + offsets)) if device == "cpu" else 0
     memory = Memory(
         base_total=sum(unit.nbytes for unit in units),

@@ -51,7 +51,7 @@ def modes(optimizer: OptimizerConfig, setting: str, ranks: int) -> list[bool]:
 
 def share_of(optimizer: OptimizerConfig, divided: bool) -> type[StateStrategy]:
     """How gradients are shared: LoRA-Pro divides its state by pairs, beside whole gradients."""
-    return strategy_class(divided and _rule(optimizer)["divides"] != "pairs")
+    return strategy_class(divided and divides(optimizer) != "pairs")
 
 
 def state_of(
@@ -61,18 +61,23 @@ def state_of(
     divided: bool,
 ) -> State:
     """The state for A, B and trained copies, by name."""
-    if (divides := _rule(optimizer)["divides"]) == "nothing":
+    if divides(optimizer) == "nothing":
         held = sum(state_bytes(p.numel()) for p in trained.values())
         return State(held + MAP_BYTES, held + MAP_BYTES * len(trained))
-    if divides == "pairs":
+    if divides(optimizer) == "pairs":
         return _of_pairs(optimizer.lora_pro_moments, trained, topology, divided)
     each = _rule(optimizer)["moments"] * item(trained)
     elements = strategy_class(divided).elements(trained, topology)
     return State(each * elements, each * count(trained))
 
 
+def divides(optimizer: OptimizerConfig) -> str:
+    """What of the optimizer's state ranks deal out, see `dlora.optim.rule.Rule`."""
+    return str(_rule(optimizer)["divides"])
+
+
 def _rule(optimizer: OptimizerConfig) -> Mapping[str, Any]:
-    """What the optimizer's file says of itself, see `dlora.optim.rule.Rule`."""
+    """What the optimizer's file says of itself."""
     return room("optim")[optimizer.name].says
 
 

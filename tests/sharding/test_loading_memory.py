@@ -1,5 +1,6 @@
 """Invariant 7: while it reads a base, a rank holds its share, a layer, and little else."""
 
+import gc
 import threading
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dlora.base.model import find_base
 from dlora.base.quantize import quantize
+from dlora.runtime.memory import trim
 from dlora.sharding.engines.protocol import build_engine
 from dlora.sharding.topology import Topology, resolve_placement
 
@@ -57,6 +59,8 @@ def most_held_while_loading(path: str, name: str, quantization: str) -> tuple[in
 
     topology = Topology.current()
     engine = build_engine(resolve_placement(name, "world", topology), topology)
+    gc.collect()
+    trim()  # what imports left free would be returned while the base is read, and hide its bytes
     before, most, done = anonymous_bytes(), 0, threading.Event()
 
     def watch() -> None:

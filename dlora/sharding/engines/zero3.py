@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dlora.errors import UsageError
+from dlora.registry import option
 from dlora.sharding.comm_bytes import WireCounter, ring_gather_bytes
 from dlora.sharding.engines.gather_groups import (
     Group,
@@ -47,6 +48,12 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus  # noqa:
 
 PREFETCH = torch.cuda.is_available()
 _SHM_OP = "deepspeed_shm_comm"
+
+
+class Zero3Options:
+    """Where the shards are."""
+
+    cpu_offload: bool = option(False, "keep the ranks' parts of W0 in host memory")
 
 
 class Zero3:
