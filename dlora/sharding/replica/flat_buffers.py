@@ -1,11 +1,130 @@
-"""Flat buffers in which parameters are laid end to end."""
+"""Flat buffers in which parameters and their gradients are laid end to end.
+
+values     [ p0 | p1 | p2 | … ]     parameters are views of it
+gradients  [ g0 | g1 | g2 | … ]     gradients are views of it
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dlora.sharding.replica.optimizer_state import Named, ReplicaError
+
+
+class FlatBuffers:
+    """Binds parameters to views of the buffers, however they are moved or get their gradients.
+
+    Args:
+        named: parameters of one dtype, on one device.
+        lengths: elements of the two buffers, at least the parameters' own.
+        on_bind: called with (values, gradients, views of the gradients by name) now and whenever
+            the buffers have moved.
+
+    Attributes:
+        present: whether this rank has a gradient of each parameter since the last `zero_`.
+
+    Raises:
+        ReplicaError: there is no parameter, or they differ in dtype or device.
+    """
+
+    def __init__(
+        self,
+        named: Named,
+        lengths: tuple[int, int],
+        on_bind: Callable[[Tensor, Tensor, Mapping[str, Tensor]], None],
+    ) -> None:
+        dtype, device = common_kind(named)
+        self._named, self._on_bind = named, on_bind
+        self.values, self.gradients = (torch.zeros(n, dtype=dtype, device=device) for n in lengths)
+        self.present = dict.fromkeys(named, False)
+        self._bind()
+
+    def check(self) -> None:
+        """Bind parameters again that `model.to(device)` moved away.
+
+        Raises:
+            ReplicaError: their dtype was changed.
+        """
+        if all(p.data_ptr() == self._value_views[n].data_ptr() for n, p in self._named.items()):
+            return
+        dtype, device = common_kind(self._named)
+        if dtype != self.values.dtype:
+            raise ReplicaError(
+                f"the adapters were cast from {self.values.dtype} to {dtype}; cast the base only, "
+                "before dlora.attach"
+            )
+        gradients = {n: p.grad for n, p in self._named.items()}
+        self.values = torch.zeros_like(self.values, device=device)
+        self.gradients = self.gradients.to(device, copy=True)
+        self._bind()
+        for name, gradient in gradients.items():
+            if gradient is not None:
+                self._take(name, gradient)
+
+    def after_backward(self, name: str, parameter: nn.Parameter) -> None:
+        """After autograd accumulated a gradient: move it into the buffer, and mark it present."""
+        if parameter.data_ptr() != self._value_views[name].data_ptr():
+            self.check()
+        if parameter.grad is not None:
+            self._take(name, parameter.grad)
+        self.present[name] = True
+
+    def gradient(self, name: str) -> Tensor:
+        """The gradient of a parameter, to be added to; present from now on, zero if it was not."""
+        self.check()
+        parameter, view = self._named[name], self._gradient_views[name]
+        if parameter.grad is None:
+            parameter.grad = view.zero_()
+        else:
+            self._take(name, parameter.grad)
+        self.present[name] = True
+        return view
+
+    def collect(self, is_zero: Callable[[str], bool]) -> None:
+        """Copy gradients that were set by hand into the buffer, and zero those that are absent.
+
+        Args:
+            is_zero: whether a parameter without `.grad` counts as one whose gradient is zero.
+        """
+        for name, parameter in self._named.items():
+            view = self._gradient_views[name]
+            if parameter.grad is None:
+                view.zero_()
+                self.present[name] = is_zero(name)
+            elif parameter.grad.data_ptr() != view.data_ptr():
+                view.copy_(parameter.grad)
+                self.present[name] = True
+            elif not self.present[name]:
+                # No backward pass came by, yet the view may have been written to.
+                self.present[name] = bool(view.any())
+
+    def zero_(self, numel: int) -> None:
+        """Every gradient, the first `numel` elements, becomes zero and absent."""
+        self.check()  # `.to()` moves gradients too, out of the buffer
+        self.gradients[:numel].zero_()
+        for name, parameter in self._named.items():
+            parameter.grad = self._gradient_views[name]
+            self.present[name] = False
+
+    def _bind(self) -> None:
+        """Make parameters views of `values`, and prepare the views for gradients."""
+        self._value_views = _views(self.values, self._named)
+        self._gradient_views = _views(self.gradients, self._named)
+        self._on_bind(self.values, self.gradients, self._gradient_views)
+        for name, parameter in self._named.items():
+            self._value_views[name].copy_(parameter.detach())
+            parameter.data = self._value_views[name]
+            parameter.grad = None
+
+    def _take(self, name: str, gradient: Tensor) -> None:
+        """Make `.grad` the view of the buffer, with this gradient in it."""
+        view = self._gradient_views[name]
+        if gradient.data_ptr() != view.data_ptr():
+            view.copy_(gradient)
+            self._named[name].grad = view
 
 
 def common_kind(named: Named) -> tuple[torch.dtype, torch.device]:
@@ -23,10 +142,8 @@ def common_kind(named: Named) -> tuple[torch.dtype, torch.device]:
     return next(iter(kinds))
 
 
-def views_of(flat: Tensor, named: Named) -> dict[str, Tensor]:
+def _views(flat: Tensor, named: Named) -> dict[str, Tensor]:
     """Views of a flat tensor in the shapes of parameters that are laid end to end in it."""
-    views, offset = {}, 0
-    for name, parameter in named.items():
-        views[name] = flat[offset : offset + parameter.numel()].view(parameter.shape)
-        offset += parameter.numel()
-    return views
+    lengths = [parameter.numel() for parameter in named.values()]
+    parts = flat[: sum(lengths)].split(lengths)
+    return {name: part.view(named[name].shape) for name, part in zip(named, parts, strict=True)}

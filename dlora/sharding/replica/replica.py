@@ -1,14 +1,11 @@
 """The replica: trainable parameters that are whole, plain and bit-identical on every rank.
 
-    values  [ p0 | p1 | p2 | … ]     parameters are views of it
-    grads   [ g0 | g1 | g2 | … ]     gradients are views of it
-
-One buffer each, so that an optimizer step needs one reduction whatever the accumulation, one clip
-and one checksum. The gradients are reduced together with one slot per tensor for its presence, the
-number of ranks that had a gradient for it: a tensor without one anywhere has `grad is None`, so
-that an optimizer skips it. Scalars that a step wants summed (loss, tokens, flags) are in the same
-reduction. The state strategy (`optimizer_state.py`) decides how the sum is made, and which rank's
-optimizer steps what.
+They lie in one flat buffer, their gradients in another (`flat_buffers.py`), so that an optimizer
+step needs one reduction whatever the accumulation, one clip and one checksum. The gradients are
+reduced together with one slot per tensor for its presence, the number of ranks that had a gradient
+for it: a tensor without one anywhere has `grad is None`, so that an optimizer skips it. Scalars
+that a step wants summed (loss, tokens, flags) are in the same reduction. The state strategy
+(`optimizer_state.py`) decides how the sum is made, and which rank's optimizer steps what.
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ from torch.optim import Optimizer
 from dlora.sharding.comm_bytes import WireCounter
 from dlora.sharding.counts import whole_number
 from dlora.sharding.replica.audit import unhealed
-from dlora.sharding.replica.flat_buffers import common_kind, views_of
+from dlora.sharding.replica.flat_buffers import FlatBuffers
 from dlora.sharding.replica.hierarchical_reduce import Reduction
 from dlora.sharding.replica.optimizer_state import (
     Named,
@@ -102,12 +99,12 @@ class Replica:
                 functools.partial(self._after_backward, name)
             )
         if self.topology.world > 1:
-            dist.broadcast(self._values, src=0)
+            dist.broadcast(self._buffers.values, src=0)
 
     @property
     def values(self) -> Tensor:
         """[numel] the flat values; each parameter is a view of them."""
-        return self._values[: self.numel]
+        return self._buffers.values[: self.numel]
 
     @property
     def optimized(self) -> dict[str, nn.Parameter]:
@@ -121,7 +118,7 @@ class Replica:
         values, so that every rank has them whole. The same holds for an optimizer that works in
         units (`owned_state.InUnits`), each of which one rank steps. For others nothing changes.
         """
-        self.strategy.attach_optimizer(optimizer, self._check_bound)
+        self.strategy.attach_optimizer(optimizer, lambda: self._buffers.check())
         return optimizer
 
     def drive(self, optimizer: Optimizer) -> Optimizer:
@@ -138,7 +135,7 @@ class Replica:
         Args:
             cuts: by name, a dim and the indices along it that stay.
         """
-        self._check_bound()
+        self._buffers.check()
         values = cut_values(self.named, cuts)
         if optimizer:
             states = cut_states(self.strategy, self._reduction, self.named, cuts, optimizer)
@@ -183,11 +180,11 @@ class Replica:
             raise ReplicaError(
                 f"{len(given)} scalars do not fit the {MOST_SCALARS} slots beside the gradients"
             )
-        self._check_bound()
-        self._collect()
+        self._buffers.check()
+        self._buffers.collect(self.strategy.has_gradient)
         rank, world = self.topology.rank, self.topology.world
         mine = pack_tail(1 if tokens is None else whole_number(tokens), given, each, rank, world)
-        received = self.strategy.sum_([*map(float, self._present.values()), *mine])
+        received = self.strategy.sum_([*map(float, self._buffers.present.values()), *mine])
         reduced = unpack_tail(received[len(self.named) :], list(given), world)
         ranks_with = dict(zip(self.named, received, strict=False))
         self.present = {name: ranks > 0 for name, ranks in ranks_with.items()}
@@ -214,15 +211,11 @@ class Replica:
 
         float64 because the last bit must not depend on how a rank's hardware orders the sum.
         """
-        return self.strategy.norm().to(self._buffer.dtype)
+        return self.strategy.norm().to(self.values.dtype)
 
     def zero_grad(self) -> None:
         """Remove all gradients; `optimizer.zero_grad()` does as well."""
-        self._check_bound()  # `.to()` moves gradients too, out of the buffer
-        self._buffer[: self.numel].zero_()
-        for name, parameter in self.named.items():
-            parameter.grad = self._gradient_views[name]
-            self._present[name] = False
+        self._buffers.zero_(self.numel)
         self.strategy.zero_grad()
 
     def gradient(self, name: str) -> Tensor:
@@ -230,14 +223,7 @@ class Replica:
 
         It counts as present from then on, and is zero where there was none.
         """
-        self._check_bound()
-        parameter, view = self.named[name], self._gradient_views[name]
-        if parameter.grad is None:
-            view.zero_()
-        elif parameter.grad.data_ptr() != view.data_ptr():
-            view.copy_(parameter.grad)
-        parameter.grad, self._present[name] = view, True
-        return view
+        return self._buffers.gradient(name)
 
     @property
     def gradients(self) -> Tensor:
@@ -258,70 +244,11 @@ class Replica:
         if found:
             raise ReplicaError(f"the adapters are no longer the same on every rank: {found}")
 
-    # -- the buffers ----------------------------------------------------------------------------
-
     def _allocate(self) -> None:
         """Buffers for the parameters as they are, and the parameters in them."""
-        dtype, device = common_kind(self.named)
         self.numel = count(self.named)
-        values, gradients = self.strategy.lengths(self.named, self.topology)
-        self._values = torch.zeros(values, dtype=dtype, device=device)
-        self._buffer = torch.zeros(gradients, dtype=dtype, device=device)
-        self._present = dict.fromkeys(self.named, False)
-        self._bind()
-
-    def _bind(self) -> None:
-        """Make parameters views of `values`, and prepare the views for gradients."""
-        self._value_views = views_of(self._values, self.named)
-        self._gradient_views = views_of(self._buffer, self.named)
-        self.strategy.attach_buffers(self._values, self._buffer, self._gradient_views)
-        for name, parameter in self.named.items():
-            self._value_views[name].copy_(parameter.detach())
-            parameter.data = self._value_views[name]
-            parameter.grad = None
-
-    def _check_bound(self) -> None:
-        """Re-bind parameters that `model.to(device)` moved away; refuse a changed dtype."""
-        if all(
-            p.data_ptr() == self._value_views[name].data_ptr() for name, p in self.named.items()
-        ):
-            return
-        dtype, device = common_kind(self.named)
-        if dtype != self._values.dtype:
-            raise ReplicaError(
-                f"the adapters were cast from {self._values.dtype} to {dtype}; cast the base only, "
-                "before dlora.attach"
-            )
-        gradients = {n: p.grad for n, p in self.named.items()}
-        self._values = torch.zeros_like(self._values, device=device)
-        self._buffer = self._buffer.to(device, copy=True)
-        self._bind()
-        for name, gradient in gradients.items():
-            if gradient is not None:
-                self._gradient_views[name].copy_(gradient)
-                self.named[name].grad = self._gradient_views[name]
+        lengths = self.strategy.lengths(self.named, self.topology)
+        self._buffers = FlatBuffers(self.named, lengths, self.strategy.attach_buffers)
 
     def _after_backward(self, name: str, parameter: nn.Parameter) -> None:
-        """After autograd accumulated a gradient: move it into the buffer, and mark it present."""
-        if parameter.data_ptr() != self._value_views[name].data_ptr():
-            self._check_bound()
-        view = self._gradient_views[name]
-        gradient = parameter.grad
-        if gradient is not None and gradient.data_ptr() != view.data_ptr():
-            view.copy_(gradient)
-            parameter.grad = view
-        self._present[name] = True
-
-    def _collect(self) -> None:
-        """Copy gradients that were set by hand into the buffer, and zero those that are absent."""
-        for name, parameter in self.named.items():
-            view = self._gradient_views[name]
-            if parameter.grad is None:
-                view.zero_()
-                self._present[name] = self.strategy.has_gradient(name)
-            elif parameter.grad.data_ptr() != view.data_ptr():
-                view.copy_(parameter.grad)
-                self._present[name] = True
-            elif not self._present[name]:
-                # No backward pass came by, yet the view may have been written to.
-                self._present[name] = bool(view.any())
+        self._buffers.after_backward(name, parameter)
