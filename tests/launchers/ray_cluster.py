@@ -96,6 +96,15 @@ class Cluster:
         """As if its machine had lost its power: SIGKILL to all that it runs."""
         end(self.nodes.pop())
 
+    @contextlib.contextmanager
+    def without_second(self) -> Iterator[None]:
+        """It is lost, and for the block nobody takes its place."""
+        self.kill_second()
+        yield
+        while self._alive() > 1:
+            time.sleep(POLL_SECONDS)
+        self.add_second()
+
     def stop(self) -> None:
         for node in reversed(self.nodes):
             left = below(node)  # what it runs and may leave behind

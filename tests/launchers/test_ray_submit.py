@@ -77,12 +77,15 @@ def test_a_job_is_followed_to_its_end(ray: Cluster, place: Path) -> None:
 
 
 def test_a_job_s_status_is_the_run_s(ray: Cluster, place: Path) -> None:
-    made = ray.run(
-        "launchers.ray_submit", *words(ray, place, "--adapter.target_modules", '["nowhere"]')
-    )
+    """A mistake that only the workers can see is told once, and nothing is started again."""
+    bad = place / "seen/bad.jsonl"
+    bad.write_text('{"messages": 3}\n')
+    made = ray.run("launchers.ray_submit", *words(ray, place, "--data.train", str(bad)))
     assert made.returncode == 2, made.stdout + made.stderr
-    assert "dlora: error: adapter.target_modules" in made.stdout
-    assert starts_in(made.stdout + made.stderr) == 1
+    printed = made.stdout + made.stderr
+    told = {line for line in printed.splitlines() if "dlora: error: " in line}
+    assert len(told) == 1 and f"{bad}:1" in told.pop()
+    assert starts_in(printed) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Four trials of one configuration under Ray Tune; and spaces that no trial is started for."""
+"""Trials of one configuration under Ray Tune; and spaces that no trial is started for."""
 
 import json
 from importlib import import_module
@@ -11,8 +11,6 @@ from tiny import save_chats
 
 from dlora.config.load import SCHEMA, UsageError
 from launchers.ray_sweep import configuration, main, read_space
-
-SPACE = {"adapter.r": [2, 4], "optimizer.lr": [1e-3, 3e-3]}
 
 
 @pytest.fixture(scope="module")
@@ -27,31 +25,34 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def test_a_grid_of_four(ray: Cluster, run_file: Path) -> None:
-    root = run_file.parent
-    made = ray.run("launchers.ray_sweep", "--config", str(run_file), "--space", json.dumps(SPACE))
+@pytest.mark.parametrize("rates", [[3e-3], pytest.param([1e-3, 3e-3], marks=pytest.mark.full)])
+def test_a_grid(ray: Cluster, run_file: Path, rates: list[float]) -> None:
+    ranks, root = [2, 4], run_file.parent / f"grid-{len(rates)}"
+    space = json.dumps({"adapter.r": ranks, "optimizer.lr": rates})
+    where = ["--config", str(run_file), "--output.dir", str(root)]
+    made = ray.run("launchers.ray_sweep", *where, "--space", space)
     assert made.returncode == 0, made.stdout + made.stderr
-    trials = json.loads((root / "swept/sweep.json").read_text())
+    trials = json.loads((root / "sweep.json").read_text())
     values = [(t["values"]["adapter.r"], t["values"]["optimizer.lr"]) for t in trials]
-    assert sorted(values) == [(r, lr) for r in SPACE["adapter.r"] for lr in SPACE["optimizer.lr"]]
+    assert sorted(values) == [(r, lr) for r in ranks for lr in rates]
     assert [t["figure"] for t in trials] == sorted(t["figure"] for t in trials)
     assert {t["step"] for t in trials} == {6} and not any(t["error"] for t in trials)
     for trial in trials:  # each is the run that its directory says
         [directory] = [
             path.parent
-            for path in root.glob("swept/*/config.yaml")
+            for path in root.glob("*/config.yaml")
             if f"r: {trial['values']['adapter.r']}\n" in path.read_text()
             and f"lr: {trial['values']['optimizer.lr']}\n" in path.read_text()
         ]
         lines = [json.loads(t) for t in (directory / "metrics.jsonl").read_text().splitlines()]
         assert lines[-1]["eval_loss"] == pytest.approx(trial["figure"], rel=1e-9)
         assert (directory / "adapter/adapter_model.safetensors").is_file()
-    assert (root / "swept/sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert (root / "sweep.png").read_bytes().startswith(b"\x89PNG")
     for trial in trials:
         assert f"{trial['figure']:.4f}" in made.stdout
 
 
-@pytest.mark.full  # 80 s: six trials; the grid of four is always run
+@pytest.mark.full  # 80 s: six trials; a grid is always run
 def test_draws_and_early_ends(ray: Cluster, run_file: Path) -> None:
     space = {"adapter.r": {"choice": [2, 4]}, "optimizer.lr": {"loguniform": [1e-6, 1e-2]}}
     root, steps = run_file.parent / "drawn", 24
