@@ -8,7 +8,6 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,23 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from programs import free_ports
 
 ROOT = Path(__file__).parents[2]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 START_SECONDS, STOP_SECONDS, POLL_SECONDS = 240.0, 20.0, 0.1
 STARTS = 3
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, all of them different, and below those that the kernel hands
-    out: another test's connection may take one of those before Ray does."""
-    found: list[int] = []
-    while len(found) < count:
-        port = 10000 + secrets.randbelow(10000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("0.0.0.0", port))
-            found += [port] * (port not in found)
-    return found
 
 
 class Cluster:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray_cluster import free_ports
+from programs import free_ports
 from run_files import tiny_run
 
 ROOT = Path(__file__).parents[2]

@@ -4,19 +4,17 @@ Each test adds one file to a copy of the package, names it in YAML and runs it o
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import yaml
 from peft import PeftModel
+from programs import kill, start, status
 from safetensors.torch import load_file
 from tiny import save_chats, save_model
 from toys import FILES
@@ -61,24 +59,13 @@ def run_file(base: Path, directory: Path, **chosen: Any) -> Path:
     return file
 
 
-def start(package: Path, file: Path) -> subprocess.Popen[str]:
-    words = ["--standalone", "--nproc-per-node", "2", "-m", "dlora.train", "--config", str(file)]
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", *words],
-        env={**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"},
-        cwd=file.parent,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+def train(package: Path, file: Path) -> list[ForkServerProcess]:
+    """Two ranks that have started on the run of a file."""
+    return start(2, ["dlora.train", "--config", str(file)], file.with_suffix(".log"), package)
 
 
-def finished(process: "subprocess.Popen[str]") -> str:
-    """What it printed; it has to have succeeded."""
-    told, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, told[-4000:]
-    return told
+def finish(ranks: list[ForkServerProcess], file: Path) -> None:
+    assert status(ranks) == 0, file.with_suffix(".log").read_text()[-4000:]
 
 
 def adapter_of(directory: Path) -> dict[str, torch.Tensor]:
@@ -92,31 +79,28 @@ def test_a_method(base: Path, tmp_path: Path, engine: str) -> None:
     chosen: dict[str, Any] = {
         "adapter": {"method": "gated", "gate": 1.5},
         "sharding": {"engine": engine, "base": "world"},
-        "train": {"max_steps": 60, "global_batch_size": 4},
+        "train": {"max_steps": 24, "global_batch_size": 4},
     }
     ends = {}
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
         output = {"dir": str(tmp_path / name / "run"), "tensorboard": False, "save_every": 4}
         file = run_file(base, tmp_path / name, output=output, **chosen)
-        process = start(package, file)
+        ranks = train(package, file)
         if name == "killed":
             saved = tmp_path / name / "run/checkpoints"
-            while not list(saved.glob("step-*")) and process.poll() is None:
+            while not list(saved.glob("step-*")) and all(r.exitcode is None for r in ranks):
                 time.sleep(0.01)
-            agent = psutil.Process(process.pid)  # its ranks have sessions of their own
-            for victim in (agent, *agent.children(recursive=True)):
-                victim.kill()
-            process.communicate()
+            kill(ranks)
             assert list(saved.glob("step-*")) and not (tmp_path / name / "run/adapter").exists()
-            process = start(package, file)
-        finished(process)
+            ranks = train(package, file)
+        finish(ranks, file)
         ends[name] = adapter_of(tmp_path / name)
     assert ends["whole"].keys() == ends["killed"].keys()
     assert all(torch.equal(ends["whole"][key], ends["killed"][key]) for key in ends["whole"])
     config = yaml.safe_load((tmp_path / "whole/run/config.yaml").read_text())
     assert config["adapter"]["gate"] == 1.5
-    check_exported(package, base / "model", tmp_path / "whole/run/checkpoints/step-000060")
+    check_exported(package, base / "model", tmp_path / "whole/run/checkpoints/step-000024")
 
 
 EXPORTED = """
@@ -139,10 +123,10 @@ with torch.no_grad():
 def check_exported(package: Path, base: Path, checkpoint: Path) -> None:
     """What is exported has, in stock PEFT, the logits of the checkpoint's own form."""
     to = checkpoint.parents[2] / "exported"
-    words = [sys.executable, "-c", EXPORTED, str(base), str(checkpoint), str(to)]
-    environment = {**os.environ, "PYTHONPATH": str(package)}
-    made = subprocess.run(words, env=environment, cwd=to.parent, text=True, capture_output=True)
-    assert made.returncode == 0, made.stderr[-3000:]
+    (package / "exported.py").write_text(EXPORTED)
+    log = to.with_suffix(".log")
+    words = ["exported", str(base), str(checkpoint), str(to)]
+    assert status(start(1, words, log, package)) == 0, log.read_text()[-3000:]
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
@@ -169,7 +153,8 @@ CHOSEN: dict[str, dict[str, Any]] = {
 def usual(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     """The adapter of the same run with the parts that dlora has."""
     directory = tmp_path_factory.mktemp("usual")
-    finished(start(PACKAGE.parent, run_file(base, directory)))
+    file = run_file(base, directory)
+    finish(train(PACKAGE.parent, file), file)
     return adapter_of(directory)
 
 
@@ -179,7 +164,8 @@ def test_another_part(
 ) -> None:
     """It trains from YAML and acts, and its options are listed in the resolved configuration."""
     package = copy_with(tmp_path / "package", file)
-    finished(start(package, run_file(base, tmp_path, **CHOSEN[file])))
+    written = run_file(base, tmp_path, **CHOSEN[file])
+    finish(train(package, written), written)
     config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
     for section, options in CHOSEN[file].items():
         assert options.items() <= config[section].items()
