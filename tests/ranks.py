@@ -7,7 +7,7 @@ A worker imports the function by the name of its module. Each call gets a proces
 (gloo on the loopback, a file as its store), a random state that differs between ranks, and a time
 limit. What a rank prints lies in a file and is shown when a call fails; then all workers are ended,
 and the next call starts new ones. Workers are forked from a server that has imported torch,
-transformers and DeepSpeed once, except `fresh` ones, whose memory can be measured.
+transformers, DeepSpeed and PEFT once, except `fresh` ones, whose memory can be measured.
 """
 
 import faulthandler
@@ -31,6 +31,9 @@ PRELOADED = [
     "transformers.models.llama.modeling_llama",
     "dlora.train",
     "dlora.sharding.engines.zero3",
+    "dlora.quant.formats",
+    "peft",  # with bitsandbytes: longer than all others, and many test files import it
+    "pytest",
 ]
 LIMIT_SECONDS = 240.0
 GRACE_SECONDS = 2.0  # in which the other ranks may fail as well, before they are ended
