@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from plan_table import check_plan_was_kept
 from tracked import copy_tracked
 
 ROOT = Path(__file__).parents[1]
@@ -104,6 +105,7 @@ def test_make_train_does_what_the_readme_promises(quickstart: str, tree: Path) -
     for promised in ("W0 ", "A and B", "wire, per step", "before training", "after training"):
         assert promised in quickstart
     assert "adapter: runs/quickstart/adapter" in quickstart
+    check_plan_was_kept(quickstart)
     records = read_metrics(tree, "quickstart")
     before = records[0]["eval_loss"]
     after = records[-1]["eval_loss"]
