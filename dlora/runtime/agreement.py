@@ -88,7 +88,10 @@ def _verdict(ranks: Ranks, topic: str) -> tuple[str, bool] | None:
         if trouble is None and fingerprint == reports[0][1]:
             continue
         if trouble is None:
-            message, passes = f"{topic}: rank {rank} sees something else than rank 0", False
+            message, passes = (
+                f"{topic}: rank {rank} differs from rank 0; do all hosts have the same files?",
+                False,
+            )
         else:
             message, passes = trouble
             message = f"rank {rank}: {message}" if rank else message

@@ -55,7 +55,7 @@ def test_losing_only_what_carries_no_loss_is_not_shortening(make_tokenizer: Any,
 
 
 def test_nothing_left_is_an_error_with_counts(make_tokenizer: Any, jsonl: Any):
-    expected = "data.train: none of 2 records keeps a target token within data.max_length 5; raise"
+    expected = "data.train: none of 2 records has a target token within data.max_length 5; raise"
     with pytest.raises(UsageError, match=expected):
         load(jsonl(chat("Hi", "yes"), chat("a", "b")), make_tokenizer(), max_length=5)
 
