@@ -88,10 +88,7 @@ def _verdict(ranks: Ranks, topic: str) -> tuple[str, bool] | None:
         if trouble is None and fingerprint == reports[0][1]:
             continue
         if trouble is None:
-            message, passes = (
-                f"{topic}: rank {rank} differs from rank 0; do all hosts have the same files?",
-                False,
-            )
+            message, passes = f"{topic}: rank {rank} differs from rank 0; compare their files", False
         else:
             message, passes = trouble
             message = f"rank {rank}: {message}" if rank else message
