@@ -34,5 +34,5 @@ def spelled(field: str) -> str:
 
 
 def word(name: str, value: str | None) -> str:
-    """An option as one word."""
+    """An option as one word of a command line."""
     return f"--{name}" if value is None else f"--{name}={value}"

@@ -77,6 +77,9 @@ class BaseModel(BaseSource):
     def pack(self, skeleton: nn.Module) -> Quantized | None:
         """Pack the weights of a skeleton, in place, as `load` packs those of the model.
 
+        Returns:
+            What was packed; None with `quantization` `"none"`.
+
         Raises:
             UsageError: no layer can be packed.
         """

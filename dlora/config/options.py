@@ -109,7 +109,7 @@ def show(value: object) -> str:
 
 
 def unknown(key: str, names: Collection[str], where: str = "", prefix: str = "") -> UsageError:
-    """The refusal of a key that is none of `names`, with the key that was probably meant."""
+    """The error for a `key` that is not in `names`, with the keys that may have been meant."""
     section, _, name = key.rpartition(".")
     guesses = [n for n in names if n.rpartition(".")[2] == name or key.startswith(n + ".")]
     siblings = [n for n in names if n.startswith(section + ".")]

@@ -207,5 +207,5 @@ def value_of(config: Config, key: str) -> Any:
 
 
 def is_set(config: Config, key: str) -> bool:
-    """Whether the user chose `key`; a `Config` built in Python shows only what left its default."""
+    """Whether the user set `key`; in a `Config` built in Python: whether it is not the default."""
     return key in config.user_set or value_of(config, key) != SCHEMA[key].default

@@ -21,7 +21,7 @@ from dlora.registry import Option, plain
 
 
 def read_file(path: str | Path, schema: Mapping[str, Option]) -> dict[str, Given]:
-    """The values in a YAML or JSON file of sections, each with its file and line."""
+    """The values in a YAML or JSON file of sections by dotted key, each with its file and line."""
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -39,7 +39,7 @@ class DropoutStream:
 
     @contextmanager
     def keyed(self, keys: SampleKeys) -> Iterator[None]:
-        """Draw masks from `keys`; holds for forward *and* backward, which may recompute."""
+        """Draw masks from `keys`; open for forward *and* backward, which may recompute."""
         previous, self._keys = self._keys, keys
         try:
             yield

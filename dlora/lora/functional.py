@@ -1,10 +1,10 @@
-"""The low-rank product as one autograd function per layer: here alone LoRA does arithmetic.
+"""The low-rank product as one autograd function per layer: all of LoRA's arithmetic.
 
         x [T, n] ──────────── W0 [m, n] ───────────┐
             │                                      + ── y [T, m]
             └─ drop ── A [r, n] ── z [T, r] ── s·B·diag(E) [m, r]
 
-Shapes stand behind the names: T tokens, n = in_features, m = out_features, r = LoRA rank, V = rows
+Names end with their shapes: T tokens, n = in_features, m = out_features, r = LoRA rank, V = rows
 of an embedding. Everything is computed in the dtype of x, which is that of W0 unless W0 is packed;
 A and B are masters of a higher precision that are cast on the way in, and their gradients are cast
 back on the way out. A packed W0 is de-quantised once in forward and once in backward, each time for
@@ -238,5 +238,5 @@ def dropped(x_Tn: Tensor, keep: Tensor | None, keep_scale: float) -> Tensor:
 
 
 def scaled(gradient: Tensor, master: Tensor, scaling: float) -> Tensor:
-    """Cast to the master's dtype before scaling, so that s costs no precision."""
+    """s·gradient in the master's dtype; cast before it is scaled, so that s costs no precision."""
     return gradient.to(master.dtype).mul_(scaling)

@@ -25,7 +25,7 @@ LOSS_WORTH_A_WARNING = 0.01
 
 @dataclass(frozen=True)
 class Merged:
-    """One merged weight and the share of ΔW that rounding to the base's dtype took from it."""
+    """One merged weight, and the share of ΔW that was lost in rounding to its dtype."""
 
     weight: Tensor
     loss: float

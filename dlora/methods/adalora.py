@@ -41,10 +41,10 @@ class RankAllocator(MethodState):
         replica: owns its adapters.
 
     Attributes:
-        step: t, optimizer steps that have been made.
+        step: t, the number of optimizer steps made.
         schedule: of the budget, over all modules, in `budget_unit`.
         ranks: of each module, as the last mask left them.
-        masks: the same for every mask of this start, by step.
+        masks: {step: ranks} of every mask since this start of the run.
         orth_loss: γ·R of the last reduction, a scalar.
     """
 
@@ -179,7 +179,7 @@ class RankAllocator(MethodState):
 
     @property
     def is_shrunk(self) -> bool:
-        """Whether what was pruned is gone; nothing is scored any more then."""
+        """Whether pruned triplets have been cut away; nothing is scored any more then."""
         return self._scores is None
 
     @property
@@ -220,9 +220,9 @@ class RankAllocator(MethodState):
         }
 
     def load_record(self, step: int, record: Mapping[str, Any]) -> None:
-        """Continue with the masks, and where it had shrunk the shapes, of a checkpoint.
+        """Continue with the masks of a checkpoint, and with its shapes if it had shrunk.
 
-        An optimizer must not have any state yet.
+        To be called before an optimizer has any state.
         """
         self.step = step
         keep = torch.zeros(sum(m.adapter.r for m in self._modules), dtype=torch.bool)

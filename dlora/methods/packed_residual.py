@@ -44,11 +44,11 @@ class Residuals:
             self._layers[path] = Layer(path, module, adapter)
 
     def factorise(self, topology: Topology) -> Started:
-        """Make them of the weights in the base's files, each on one rank. Collective."""
+        """Compute them from the weights in the base's files, each on one rank. Collective."""
         return start_from_matrices(self._model, topology, self._matrix)
 
     def read(self, checkpoint: Path, topology: Topology) -> None:
-        """Take them from a checkpoint that rank 0 alone may have. Collective."""
+        """Read them from a checkpoint that only rank 0 needs to have. Collective."""
         file = checkpoint / "adapter.safetensors"
         stored: Mapping[str, StoredTensor] = stored_tensors(file) if topology.rank == 0 else {}
         for name, tensor in frozen_tensors(self._model).items():
@@ -60,7 +60,7 @@ class Residuals:
     def left(self, path: str, first: int, weights: Tensor) -> Tensor:
         """What is left of the rows of a weight from `first` on, [k, n] as stored, in float32.
 
-        In float64 until then, so that a row is the same whichever rows are taken with it.
+        Computed in float64, so that a row does not depend on the rows beside it.
         """
         if path not in self._layers:
             return weights
@@ -73,7 +73,7 @@ class Residuals:
 
     @torch.no_grad()
     def start(self, model: nn.Module) -> None:
-        """Start the adapters of a model that was loaded less these; the others stay as drawn."""
+        """Start the adapters of a model that was loaded without s·B0·A0; others stay as drawn."""
         for path, _, adapter in named_adapters(model):
             A0, B0 = self._layers[path].adapter.offsets().values()
             if bool(B0.any()):

@@ -23,19 +23,19 @@ MAP_BYTES = 2 * 256 * 4  # what the codes of the two moments stand for
 
 
 def state_bytes(numel: int) -> int:
-    """Of one tensor, without the two maps, which all tensors share."""
+    """Bytes of state of a tensor of `numel` elements, without the maps that all tensors share."""
     if numel < WHOLE_BELOW:
         return 8 * numel
     return 2 * numel + 8 * -(-numel // BLOCK)
 
 
 def adamw8bit(groups: list[dict[str, Any]], *, paged: bool) -> Optimizer:
-    """The optimizer of these groups, its state in place, so that a checkpoint can be put there.
+    """Build the optimizer, with its state allocated, so that a checkpoint can be loaded into it.
 
     Its rule is that of `bitsandbytes.optim.AdamW8bit` or `PagedAdamW8bit`; only the count of steps
     is a tensor, as in torch's optimizers.
     """
-    # It says which kernels of other packages it did without.
+    # It reports which kernels of other packages are not installed.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
 

@@ -67,9 +67,7 @@ class LoraProRule:
 
 
 class Pair(NamedTuple):
-    """ΔW = scaling·B·A, with A [r, n] and B [m, r]; of convolutions, dims from the second on are
-    one.
-    """
+    """ΔW = scaling·B·A, with A [r, n] and B [m, r], also of a convolution, flattened."""
 
     A: nn.Parameter
     B: nn.Parameter
@@ -198,7 +196,7 @@ class LoraPro(Optimizer):
         root = state["exp_avg_sq"].sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
         return torch.div(state["exp_avg"], root, out=root).div_(1 - beta1**step)
 
-    # -- what it is given -----------------------------------------------------------------------
+    # -- checks of arguments --------------------------------------------------------------------
 
     def _groups(self) -> dict[int, dict[str, Any]]:
         return {id(p): group for group in self.param_groups for p in group["params"]}

@@ -17,7 +17,7 @@ aten: Any = torch.ops.aten
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside, every storage that an operation makes counts from then on until it is freed.
+    """Inside, every storage counts from the operation that makes it until it is freed.
 
     Under a `FakeTensorMode` no operation computes anything, and all of them follow shapes and
     lifetimes exactly, autograd's and activation checkpointing's included. What depends on values is

@@ -17,10 +17,10 @@ class Unit:
 
     Attributes:
         nbytes: of its parameters.
-        gathered: while it is gathered, padding included.
-        times: gathers per optimizer step, unless it is held.
+        gathered: bytes while it is gathered, padding included.
+        times: gathers per optimizer step, unless it is resident.
         freed: after each use; otherwise it stays until the step ends.
-        always: the engine holds it anyway.
+        always: the engine keeps it gathered in any case.
     """
 
     path: str

@@ -24,8 +24,7 @@ from dlora.plan.state import divides, share_of, state_of
 from dlora.plan.workload import Workload
 from dlora.sharding.topology import Placement, Topology
 
-# Free bytes that an allocator cannot use, of those that come and go in a step. What stays has its
-# place from the start.
+# Free bytes that an allocator cannot use, as a share of those that come and go in a step.
 HOLES = 1 / 16
 # What a process takes that no tensor here accounts for. CPU: the interpreter's growth, gloo's
 # buffers, scratch of matrix products. CUDA: context, NCCL's buffers, workspaces of cuBLAS.
@@ -49,7 +48,7 @@ class Memory:
             memory.
         activations: what a micro-batch takes.
         saving: most that clipping, a step or a save takes between two passes.
-        process: what it takes beside tensors, stated and not computed.
+        process: what it takes beside tensors; a constant.
     """
 
     base_total: int
@@ -139,7 +138,7 @@ def memory_of(
     whole = item * sum(parameter.numel() for parameter in trained.values())
     of_method = [share.elements(named, topology) for named in method.copies]
     kept = state.whole + item * sum(p.numel() for named in method.copies for p in named.values())
-    # Then no rank has all of it to take a snapshot of.
+    # Then no rank has the whole state, so there are no snapshots.
     collective = divided or (divides(workload.optimizer) == "pairs" and topology.world > 1)
     saving = max(8 * stepped, 2 * (whole + kept + offsets)) if device == "cpu" else 0
     memory = Memory(

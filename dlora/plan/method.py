@@ -12,7 +12,7 @@ from dlora.lora.layers import CHILD
 
 @dataclass(frozen=True)
 class MethodPlan:
-    """Of all adapters.
+    """The sum over all adapters.
 
     Attributes:
         copies: one entry for each tensor that is stored of every parameter in it, by name.

@@ -50,7 +50,7 @@ class Part:
     """A class of a room, as its file declares it.
 
     Attributes:
-        name: what picks it.
+        name: the value in the configuration that picks it.
         module, cls: where it is.
         says: the class's literal attributes. Read here and in `dlora.config` are:
             `offered`, False where something else than its name picks it;
@@ -82,7 +82,7 @@ class Part:
             raise UsageError(self.missing(package)) from error
 
     def missing(self, package: str) -> str:
-        """What to do where `package` is not installed."""
+        """The error for a `package` that is not installed."""
         install = self.says["requires"][package]
         return f"{ROOMS[self.room]}: {self.name} needs {package}: pip install {install}"
 
@@ -206,7 +206,7 @@ def check_options(settings: Any) -> None:
     """Check type and range of every option of a dataclass's instance.
 
     Raises:
-        UsageError: the first that is wrong, by its name.
+        UsageError: the first value that is wrong; the message begins with the option's name.
     """
     for name, opt in options_of(type(settings)).items():
         value = getattr(settings, name)

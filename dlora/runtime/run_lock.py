@@ -70,7 +70,7 @@ class RunLock:
         self._is_seen = not token or f'"{token}"' in self._text()
         self._beat_seconds, self._stale_seconds = beat_seconds, stale_seconds
         self._lease_seconds = lease_seconds
-        self._checked = _now()  # when the directory was surely ours
+        self._checked = _now()  # when the directory was ours for certain
         self._over = threading.Event()
         self._descriptor = -1
 
@@ -90,7 +90,7 @@ class RunLock:
         try:
             self._wait_until_free()
             me = {"pid": os.getpid(), "host": _host(), "kernel": _kernel(), "run": _run()}
-            # In one write over what is there: who reads an empty file takes it for a free one.
+            # In one write over the old text: an empty file would count as free.
             text = json.dumps({**me, "token": self.token}).ljust(FILE_BYTES)
             os.pwrite(self._descriptor, text.encode(), 0)
             os.ftruncate(self._descriptor, len(text))
@@ -101,10 +101,10 @@ class RunLock:
         threading.Thread(target=self._beat, name="dlora-lock", daemon=True).start()
 
     def release(self) -> None:
-        """Let another run have it."""
+        """Release the lock."""
         self._over.set()
         if self._descriptor >= 0:
-            # Where the directory is gone, that is not how the run ends.
+            # A directory that is gone must not change how the run ends.
             with contextlib.suppress(OSError):
                 if self._is_ours():
                     os.ftruncate(self._descriptor, 0)
@@ -112,10 +112,10 @@ class RunLock:
                 self._close()
 
     def check(self) -> None:
-        """See that no other run has taken the directory over; call it before every write there.
+        """Check that no other run has taken the directory over; call it before every write there.
 
         Raises:
-            TransientError: one has, while this process stood still.
+            TransientError: one has, while this process was suspended.
         """
         now = _now()
         if now - self._checked < self._stale_seconds:

@@ -1,4 +1,4 @@
-"""What a rank saves of a run: at its due steps, and when its peers are lost.
+"""What a rank saves of a run: at the steps that are due, and when peers are lost.
 
 save      the step that was just made, copied at once and written by a thread; rank 0 alone,
           unless the optimizer state is divided over ranks
@@ -86,7 +86,7 @@ class CheckpointManager:
             self.settle()
 
     def settle(self) -> None:
-        """Wait for what is being written."""
+        """Wait until the save in progress, if any, is written."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -127,7 +127,7 @@ class CheckpointManager:
         return f"step {step} is committed in {directory}; {RESUMES}"
 
     def commit_alone(self, *, ending: bool) -> str:
-        """`commit`, for a rank whose peers are no help; an error becomes the line."""
+        """`commit` for a rank that has lost its peers: an error becomes the line."""
         try:
             line = self.commit(ending=ending)
         except Exception as error:

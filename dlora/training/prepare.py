@@ -38,7 +38,7 @@ from dlora.training.find_checkpoint import ResumePoint
 
 @dataclass(frozen=True)
 class Preparation:
-    """What `prepare` found out; no weights."""
+    """What `prepare` found out; it has no weights."""
 
     base: BaseModel
     tokenizer: Any
@@ -78,7 +78,7 @@ class Preparation:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What ranks have to know alike before they plan, so that all of them plan the same.
+    """What has to be equal on all ranks, so that all of them plan the same.
 
     Attributes:
         device: `"cpu"` or `"cuda"`.
@@ -215,7 +215,7 @@ def _base(config: Config, announce: Callable[[str], None]) -> BaseModel:
 def _adapted(
     config: Config, base: BaseModel, lora: LoraConfig, resumed: ResumePoint | None
 ) -> tuple[nn.Module, Quantized | None]:
-    """The base on the meta device with its adapters, once all that can be seen of it is right."""
+    """The base on the meta device with its adapters, after all checks of names and shapes."""
     skeleton = base.skeleton()
     base.check_stored(skeleton)
     model_parts(skeleton)
