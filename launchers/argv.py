@@ -29,7 +29,7 @@ def names_of(*options: type) -> set[str]:
 
 
 def spelled(field: str) -> str:
-    """`num_workers` as it stands on a command line."""
+    """A field's name on a command line: `num_workers` → `num-workers`."""
     return field.replace("_", "-")
 
 

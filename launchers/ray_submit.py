@@ -148,7 +148,7 @@ def files_of(root: Path, key: str, path: str) -> Iterator[str]:
         return
     steps = Path(os.path.normpath(path)).parts
     if not steps:
-        return  # the directory itself, of which some things are left out for good
+        return  # the directory itself, of which some files are always left out
     if steps[0] == "..":  # links may lead out: Ray packs their targets
         raise UsageError(f"{key}: {path} is not inside the working directory {root}")
     try:
@@ -193,6 +193,7 @@ def has_token() -> bool:
 
 
 def first_line(error: Exception) -> str:
+    """The first line of an exception's text."""
     return str(error).strip().partition("\n")[0]
 
 

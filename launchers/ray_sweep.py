@@ -5,8 +5,8 @@
 
 SPACE is YAML or JSON, or a file of it: keys of the configuration, each with a list (all of its
 values, a grid) or a distribution to draw from: `uniform`, `loguniform` or `randint` with [low,
-high], `choice` with a list. The grid is run once for each sample. A trial's figures come with its
-saves: at every evaluation, or every `output.save_every` steps where there is none. `asha` ends
+high], `choice` with a list. The grid is run once for each sample. A trial reports its figures with
+its saves: at every evaluation, or every `output.save_every` steps where there is none. `asha` ends
 trials that are behind then. Each trial is a run of launchers.ray_train's in `output.dir/TRIAL`; the
 table at the end is in `output.dir/sweep.json` as well, its plot in `sweep.png`.
 
@@ -181,7 +181,7 @@ def run(
     words: dict[str, str | None], sweep: Sweep, space: Space, root: Path, max_steps: int
 ) -> list[Trial]:
     """Let Ray Tune run all trials; returns them, the best first."""
-    # A save that answers a notice comes without an evaluation.
+    # A save before a node's announced removal has no evaluation.
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
     from ray import tune
     from ray.tune.search import BasicVariantGenerator

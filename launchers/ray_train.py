@@ -6,7 +6,7 @@
 Ray places the workers, starts them again when one is lost, and changes their number between MIN and
 MAX; the global batch, the order of the data and the result stay what they are. Rank 0 fetches the
 newest checkpoint that verifies from the storage, or from `output.remote` where that is set,
-wherever it comes up. The same command, with the same storage and name, goes on from there.
+on whatever node it is. The same command, with the same storage and name, resumes from there.
 
 Exit status: 0 done, 2 a wrong configuration (one line, no restarts), 143 and 130 after a stop by
 SIGTERM or Ctrl-C, which commits first, 1 anything else.
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
         raise UsageError("--check is an option of dlora.train, which reads the same configuration")
     workers = options.extra
     config, place = placed(options.config, workers)
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # steps look alike to it
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # it would drop lines of steps as duplicates
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     from . import ray_stop, ray_worker  # noqa: F401

@@ -4,8 +4,8 @@
     dlora.train.main ──each save──> ray.train.report: a line of the metrics, a pointer
 
 dlora itself copies checkpoints to the storage, prunes them once a newer one has arrived, and takes
-the newest that verifies from there. Ray's checkpoint of each is a pointer, one file that says where
-dlora's lies: the form that Ray recommends for those that it does not copy.
+the newest that verifies from there. Ray's checkpoint of each is a pointer, one file with the place
+of dlora's: the form that Ray recommends for those that it does not copy.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ PACE_SECONDS = 5.0  # that a save waits for the report of the previous one
 GOING_SECONDS = 60.0  # in which Ray notices that a node is gone
 POLLED_SECONDS = 5.0  # in which Ray Train looks at its workers again
 MOST_WAITING = 32  # questions and reports that the run may be ahead of Ray
-POINTER = "checkpoint.json"  # what Ray's checkpoint holds: {"uri": of dlora's, "step": of it}
+POINTER = "checkpoint.json"  # the content of Ray's checkpoint: {"uri": of dlora's, "step": of it}
 
 
 class Ungrouped(TorchConfig):
@@ -68,7 +68,7 @@ class _Ungrouped(Backend):
 
 @dataclass
 class Verdict:
-    """How a rank ended: an exit status, and of status 2 the line that says why."""
+    """How a rank ended: its exit status, and for status 2 the error line."""
 
     status: int
     error: str = ""
@@ -154,8 +154,8 @@ def free_port() -> int:
 class Reports:
     """Reports to Ray, and questions to it, while the run continues.
 
-    All of it but the stop is a barrier over Ray's ranks, so each rank has to come to the same ones
-    in the same order. One thread keeps the order of the run's steps. The run itself waits for it at
+    All but the stop are barriers over Ray's ranks, so each rank has to enter the same ones in the
+    same order. One thread keeps the order of the run's steps. The run itself waits for it at
     its end, and where it is `MOST_WAITING` of them ahead: of steps that are faster than Ray, or
     while a checkpoint goes to its storage.
 

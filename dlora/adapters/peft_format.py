@@ -4,8 +4,8 @@
               base_model.model.<path>.lora_magnitude_vector beside them in a DoRA
     ADALORA   base_model.model.<path>.lora_{A,B,E}          AdaLoRA's own form
 
-Embeddings have `lora_embedding_A` without `.weight`, and modules trained whole stand under their
-own names.
+Embeddings have `lora_embedding_A` without `.weight`, and modules trained whole have their own
+names.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def peft_slots(model: nn.Module) -> dict[str, Tensor]:
 def plain_forms(model: nn.Module) -> dict[str, PlainLora]:
     """The plain LoRA of every adapted module by path, without those that a method pruned to rank 0.
 
-    Any other of rank 0 has lost its tensors (they are partitioned, say), and is not left out.
+    Any other of rank 0 is included: its tensors are missing, as where they are partitioned.
 
     Raises:
         UsageError: every adapter has rank 0.

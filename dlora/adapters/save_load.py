@@ -50,7 +50,7 @@ _READ = {  # PEFT's keys that have a meaning here, with the value that means "no
 }
 # PEFT's initialisations that leave W0 unchanged; the others change the base.
 _INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
-_KINDS: dict[str, tuple[type, ...]] = {  # what JSON may hold where `LoraConfig` does not look
+_KINDS: dict[str, tuple[type, ...]] = {  # types that `LoraConfig` does not check
     "lora_dropout": (float, int),
     "target_modules": (str, list),
     "modules_to_save": (list,),
@@ -211,7 +211,7 @@ def check_numbers(tensors: Mapping[str, StoredTensor]) -> None:
 def _check_ranks(
     model: nn.Module, config: LoraConfig, file: Path, tensors: Mapping[str, StoredTensor]
 ) -> None:
-    """See that every r is that of a tensor, before anything of its size is made."""
+    """Check that every r is that of a stored tensor, before tensors of that size are allocated."""
     for path in target_paths(model, config):
         kind = layer_kind(model.get_submodule(path))
         name = "lora_embedding_A" if kind and kind.is_embedding else "lora_A.weight"
@@ -248,7 +248,7 @@ def _take_base_copies(
 
 
 def _same_base(stored: StoredTensor, base: Tensor) -> bool:
-    """Equal but for a cast; of a sharded weight only the shape can be seen without a collective."""
+    """Equal but for a cast; of a sharded weight only the shape is compared: no collective."""
     if stored.shape != base.shape or stored.dtype not in FLOATS:
         return False
     if type(base) is not Tensor or base.device.type == "meta":

@@ -105,7 +105,7 @@ class AdapterSource:
 
     @torch.no_grad()
     def load_into(self, model: nn.Module) -> None:
-        """Fill the adapters of a model that `attach_to` has seen.
+        """Fill the adapters of a model after `attach_to`.
 
         Raises:
             UsageError: the adapter was trained on other embeddings than the model's.

@@ -174,7 +174,7 @@ class BaseWeights:
     def empty(self) -> nn.Module:
         """The packed model with parameters on the meta device and real buffers.
 
-        The same as transformers' `from_pretrained` does once every parameter has been read.
+        It does what transformers' `from_pretrained` does after reading the parameters.
         """
         from transformers import GenerationConfig
 

@@ -2,7 +2,7 @@
 
 `sections.py` has one frozen dataclass per section of the YAML file. `parse` reads a command line
 and its file, `load` a file; what they return has passed `validate` of `validate.py`. How options
-are declared is in `dlora.registry`; how they are read, in `sources.py` (where a value stands),
+are declared is in `dlora.registry`; how they are read, in `sources.py` (where a value is found),
 `options.py` (what it means) and `strict_yaml.py`. Nothing here loads torch.
 """
 

@@ -48,7 +48,7 @@ def convert(opt: Option, given: Given) -> Any:
 
 
 def _parsed(opt: Option, word: str) -> Any:
-    """A word as YAML reads it; as it is where that fails, as in `[qv]_proj$`."""
+    """A word as YAML reads it; unchanged if YAML cannot, as `[qv]_proj$`."""
     try:
         return parse_yaml(word, opt.key)[0]
     except UsageError:

@@ -1,4 +1,4 @@
-"""YAML and JSON text, read strictly: safe, and with an error for a key that stands there twice."""
+"""YAML and JSON text, read strictly: safe, and with an error for duplicate keys."""
 
 from typing import Any
 

@@ -201,8 +201,8 @@ def convolution(
 
     x [..., c, *space], weight [m, c, *kernel], A [r, n], B [m, r] with n = c·∏ kernel, so that
     ΔW = s·B·E·A has the elements of W0 in their order. `convolve` is the layer's own product, with
-    its stride and padding. This is PEFT's form of LoRA for a convolution. y lies in memory as the
-    base's product does: channels last where that is.
+    its stride and padding. This is PEFT's form of LoRA for a convolution. y has the
+    memory format of the base's product, such as channels last.
     """
     single = x.ndim < weight.ndim
     x_Nc = x.unsqueeze(0) if single else x

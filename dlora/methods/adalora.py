@@ -1,6 +1,6 @@
 """AdaLoRA on a replica: one budget of triplets over all matrices, and the same mask on every rank.
 
-    before the reduction   the regulariser's gradient is added: it comes out once, not once per rank
+    before the reduction   the regulariser's gradient is added, so that the mean contains it once
     after optimizer.step   averages follow w and g ─> scores, one sum over ranks ─> mask ─> λ = 0
     after the last mask    A, B and E shrink to the triplets that are left
 
@@ -103,11 +103,11 @@ class RankAllocator(MethodState):
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer, *, skipped: bool = False) -> None:
-        """Score, mask and shrink, as the schedule says of this step; a skipped one is not scored.
+        """Score, mask and shrink, as scheduled for this step; a skipped step is not scored.
 
         Raises:
-            ReplicaError: the optimizer has some of the adapters' tensors only, so that a step of
-                all of them would count twice.
+            ReplicaError: the optimizer has only some of the adapters' tensors, so that one step of
+                all would count twice.
         """
         if not self._is_stepped_by(optimizer):
             return
@@ -147,7 +147,7 @@ class RankAllocator(MethodState):
         self.masks[self.step] = self.ranks
 
     def _places(self) -> Tensor:
-        """Where the λ of all triplets lie in the replica's values."""
+        """Indices of the λ of all triplets in the replica's values."""
         numels = [p.numel() for p in self._replica.named.values()]
         first = dict(zip(self._replica.named, [0, *accumulate(numels)], strict=False))
         starts = [first[f"{module.prefix}lora_E"] for module in self._modules]

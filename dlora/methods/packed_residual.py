@@ -1,11 +1,11 @@
 """A base that is packed after what its adapters start from has been taken out of it.
 
     W0 from the files ── factorised, on one rank ── A₀, B₀, broadcast
-    rows of W0 from the files ── less those of s·B₀·A₀ ── packed, on the rank that holds them
+    rows of W0 from the files ── less those of s·B₀·A₀ ── packed, on the rank that stores them
 
 Packing W0 itself would round away in its largest directions what PiSSA then trains. The base of
-such a run is what the packed residual stands for, plus s·B₀·A₀: that is what the model computes
-with its adapters off, and what the adapter's files are an update of.
+such a run is the unpacked residual plus s·B₀·A₀: the model computes with that when its adapters are
+off, and the adapter's files are an update of it.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from dlora.io.files import write_atomically
 
 
 class MetricsLog:
-    """Appends to `<directory>/metrics.jsonl`; after a resume every step stands in it once.
+    """Appends to `<directory>/metrics.jsonl`; after a resume it has every step once.
 
     Args:
         after: the step that the run starts from; lines of later steps are dropped first, and all of

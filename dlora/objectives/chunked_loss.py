@@ -123,7 +123,7 @@ def target_loss(parts: Parts, hidden: Tensor, targets: Tensor) -> Tensor:
     return head(h, loss=loss)
 
 
-# What a model does to its logits, by the attribute of its configuration that says so.
+# Attributes of a configuration that scale or cap the logits.
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _DIVISOR = "logits_scaling"
 _DIVIDED = re.compile("granite|minicpm3")  # others multiply by an attribute of that name

@@ -2,7 +2,7 @@
 
 State of a tensor of N elements: two codes of one byte each, and two float32 scales for each 256 of
 them, 2.03 bytes a parameter where AdamW has 8. Tensors below 4096 elements keep float32 moments.
-With `paged` the codes lie in memory that CUDA moves to the host and back as it needs to.
+With `paged` the codes are in memory that CUDA moves to the host and back as needed.
 
 Source: Dettmers et al. 2022, https://arxiv.org/abs/2110.02861.
 """
@@ -19,7 +19,7 @@ from dlora.optim.rule import Groups
 
 WHOLE_BELOW = 4096  # elements
 BLOCK = 256
-MAP_BYTES = 2 * 256 * 4  # what the codes of the two moments stand for
+MAP_BYTES = 2 * 256 * 4  # the values of the codes of both moments
 
 
 def state_bytes(numel: int) -> int:

@@ -95,7 +95,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _fused_on_cpu(count: Callable[..., int], causal: int) -> Callable[..., int]:
-    """`count`, halved where the argument number `causal` says that half of the scores are masked.
+    """`count`, halved if the argument number `causal` is true: half of the scores are masked.
 
     Fused kernels skip those, and the figure is to bound the time from below.
     """

@@ -1,6 +1,6 @@
 """Bytes per rank.
 
-all the time    share of W0 │ layers that are held │ A, B, gradients │ optimizer state
+all the time    share of W0 │ resident layers │ A, B, gradients │ optimizer state
                 the factors of frozen offsets, of adapters that start from a matrix
                 on a CPU: two snapshots of A, B and state, and one of the offsets
 and the most of
@@ -37,8 +37,8 @@ class Memory:
 
     Attributes:
         base_total: W0, once.
-        base_held: this rank's share of W0, padding included, and what the engine always holds.
-        resident: layers that the plan holds gathered beside the share.
+        base_held: this rank's share of W0, padding included, and what the engine always gathers.
+        resident: layers that the plan keeps gathered beside the share.
         base_gathered: most of W0 that is gathered at one time beside these, in the blocks.
         loss_gathered: the same while the loss is computed.
         adapters: values and gradients of A, B and trained copies.
@@ -159,10 +159,9 @@ def memory_of(
 
 
 def most_gathered(coming: Iterable[Unit]) -> tuple[int, int]:
-    """Most bytes of W0 that are gathered at one time of units that are not held: in the blocks, and
-    at the loss.
+    """Most bytes of W0 gathered at one time beside resident units: in the blocks, at the loss.
 
-    What an engine keeps for the step is there all the time. In the blocks one layer computes and
+    What an engine keeps for the step counts all the time. In the blocks one layer computes and
     the next one arrives; at the loss there is the buffer in which the last one arrived.
     """
     coming = list(coming)

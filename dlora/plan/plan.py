@@ -48,7 +48,7 @@ class Plan:
 
     @property
     def base_held(self) -> int:
-        """Bytes of W0 that a rank holds between steps once all that stays has come."""
+        """Bytes of W0 on a rank between steps, once resident layers are gathered."""
         return self.memory.base_held + self.memory.resident
 
     @property
@@ -146,7 +146,7 @@ class Subject:
     def plan_within(
         self, placement: Placement, topology: Topology, budget: int, *, divided: bool = False
     ) -> Plan:
-        """The plan that holds as many layers as fit `budget` bytes beside all else.
+        """The plan with as many resident layers as fit `budget` bytes beside all else.
 
         In the order of `shard(resident=…)`, every layer is taken that still fits.
         """

@@ -11,7 +11,7 @@ from dlora.sharding.replica.replica import AUDIT_EVERY
 
 
 def lines_of(decision: Decision, *, is_open: bool) -> list[str]:
-    """The budget as it is printed before the first step.
+    """The lines of the plan that are printed before the first step.
 
     Args:
         is_open: whether the placement was chosen here, so that the reason is printed.

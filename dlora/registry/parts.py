@@ -98,7 +98,7 @@ def room(name: str) -> dict[str | bool, Part]:
     for path in sorted(PACKAGE.joinpath(*name.split(".")).glob("*.py")):
         module = f"{PACKAGE.name}.{name}.{path.stem}"
         classes = _classes(path)
-        of_class: dict[str, dict[str, Any]] = {}  # a class says what its bases in the file say
+        of_class: dict[str, dict[str, Any]] = {}  # classes inherit from their bases in the file
         options = tuple(found for cls in classes for found in _options(cls))
         for cls in classes:
             says: dict[str, Any] = {}

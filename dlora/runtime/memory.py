@@ -76,8 +76,8 @@ def _anonymous(statm: bytes) -> int:
 def unmap_large_blocks(nbytes: int = 1 << 20) -> None:
     """Make glibc return every freed block of `nbytes` and more to the kernel at once.
 
-    By itself it raises this limit to 32 MB as blocks are freed. Gathered layers then come from its
-    heap and leave holes between the activations that stay: a run took half as much again as its
+    By itself it raises this limit to 32 MB as blocks are freed. Gathered layers are then on its
+    heap, and leave holes between the activations that stay: a run took half as much again as its
     tensors did. Clearing new pages costs some hundredths of a step. Elsewhere it does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

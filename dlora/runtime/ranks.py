@@ -89,7 +89,7 @@ class Ranks:
             ) from error
 
     def _missing(self, timeout: timedelta) -> str:
-        """The ranks that do not come, with their hosts; nothing where all of them do."""
+        """The ranks that did not join, with their hosts; "" if all did."""
         assert self.store is not None
         keys = {rank: f"joining/{rank}" for rank in range(self.world)}
         self.store.set(keys[self.rank], "")

@@ -9,9 +9,9 @@ locks end at their host does not show the lock of a run that lives, and a server
 of a host that died. The boot id tells kernels apart: a pod that starts again on another node has
 the name of the one before.
 
-A run whose heartbeat stopped, as under SIGSTOP, may find another run in the directory when it goes
-on. So every write asks `check` first, which reads the token once the heartbeat is old enough for a
-takeover.
+A run whose heartbeat stopped, as under SIGSTOP, may find another run in the directory when it
+continues. So every write asks `check` first, which reads the token once the heartbeat is old enough
+for a takeover.
 
 Whatever starts a run's ranks again may name the run in DLORA_RUN_ID (Ray's launcher does): an
 earlier start of it may still live on a host that was cut off, and is waited for; another run there
@@ -129,7 +129,7 @@ class RunLock:
         self._checked = now
 
     def _is_ours(self) -> bool:
-        """Whether no other run has written or emptied the file; one that is gone is nobody's."""
+        """Whether no other run has written or emptied the file; a deleted one counts as ours."""
         is_there = self._is_seen and self._path.exists()
         return not is_there or f'"{self.token}"' in self._text()
 
@@ -186,7 +186,7 @@ class RunLock:
         self._descriptor = -1
 
     def _owner(self) -> Owner | None:
-        """Who has or had the lock; None where the file names nobody."""
+        """Who has or had the lock; None if the file does not say."""
         try:
             found = json.loads(self._text())
             return {key: str(found.get(key, "")) for key in ("pid", "host", "kernel", "run")}

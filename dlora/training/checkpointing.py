@@ -33,7 +33,7 @@ from dlora.training.context import RunContext
 from dlora.training.find_checkpoint import state_at
 from dlora.training.resume import resolved_yaml
 
-# Words of gloo and torch where a peer, or the way to it, is gone.
+# Texts of gloo's and torch's errors when the connection to a peer is lost.
 _LOST = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 RESUMES = "the same command resumes from there"
 
@@ -59,8 +59,7 @@ class CheckpointManager:
     def save(self, step: int, record: dict[str, Any]) -> None:
         """Commit a checkpoint: rank 0 alone, unless the optimizer state is divided over ranks.
 
-        Where the disk refuses it, a warning is logged and the run goes on; the next save tries
-        again.
+        If the write fails, a warning is logged and the run continues; the next save tries again.
 
         Args:
             record: the step's line of the metrics.

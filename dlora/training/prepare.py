@@ -69,7 +69,7 @@ class Preparation:
 
     @property
     def fingerprint(self) -> str:
-        """Equal on ranks that are about to train the same, in the same way."""
+        """A text that is equal on ranks with the same data, settings and plan."""
         data = [self.train.fingerprint, self.eval.fingerprint if self.eval else ""]
         data.append(self.base_identity or "")
         chosen = [self.placement, self.divided, self.budget.resident]
@@ -194,7 +194,7 @@ def _decision(
 def _base(config: Config, announce: Callable[[str], None]) -> BaseModel:
     """The base that the `model` section names."""
     if config.model.path.endswith(".gguf"):
-        # Its tokenizer comes with the conversion, and a typo in the data must not wait for that.
+        # Its tokenizer needs the conversion, and an error in the data should not wait for that.
         for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
             if source is not None:
                 check_source(

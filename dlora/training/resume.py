@@ -76,7 +76,7 @@ def _check_states(
 ) -> None:
     """Check that the states of optimizer and method have the form that a run writes.
 
-    Torch takes over a state of any shape, and fails or broadcasts steps later.
+    Torch accepts a state of any shape, and fails or broadcasts it some steps later.
 
     Raises:
         UsageError: a shape or dtype is another, on every rank alike.

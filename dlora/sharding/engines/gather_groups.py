@@ -120,7 +120,7 @@ def groups_of(skeleton: Any, plan: dict[str, str]) -> list[Group]:
     ]
     taken: set[int] = set()
     groups = []
-    # Inner modules first: an outer group holds what no inner one took.
+    # Inner modules first: an outer group has what no inner one took.
     for path, module, rule in sorted(listed, key=lambda item: -item[0].count(".")):
         groups.append(Group(path, _untaken(module.parameters(), taken), rule == FREE))
     root = Group("", _untaken(skeleton.parameters(), taken), freed=False)
