@@ -100,7 +100,7 @@ def test_answer_stops_at_the_last_position(bases, capsys):
     words = ["--base", str(bases("gpt2")), "--dtype", "float32"]
     assert main([*words, "--prompt", "x" * 200, "--max-new-tokens", "500"]) == 0
     assert "at most 256" in capsys.readouterr().err
-    with pytest.raises(UsageError, match="the base takes 256"):
+    with pytest.raises(UsageError, match="the base takes at most 256"):
         main([*words, "--prompt", "x" * 300])
 
 

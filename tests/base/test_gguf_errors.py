@@ -41,7 +41,7 @@ def test_file_errors(tmp_path):
     )
     wide = {"embedding_length": 128}
     assert_refused(
-        tiny(path, numbers=wide), cache_dir, "holds model.embed_tokens.weight as [262, 64]"
+        tiny(path, numbers=wide), cache_dir, "has model.embed_tokens.weight as [262, 64]"
     )
     lacking = gguf_files.layered(gguf_files.ATTENTION | gguf_files.DENSE)
     numbers = gguf_files.COMMON | {"vocab_size": gguf_files.VOCABULARY}

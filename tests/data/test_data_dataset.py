@@ -135,5 +135,5 @@ def test_more_records_than_one_call_of_the_tokenizer(make_tokenizer: Any, jsonl:
 def test_unknown_formats_and_formats_that_cannot_act(make_tokenizer: Any, jsonl: Any):
     with pytest.raises(UsageError, match=r"data.format: 'csv' is unknown; expected one of"):
         load("x", make_tokenizer(), "csv")
-    with pytest.raises(UsageError, match=r"data.train builtin:docstrings holds chats"):
+    with pytest.raises(UsageError, match=r"data.train builtin:docstrings contains chats"):
         load("builtin:docstrings", make_tokenizer(), "alpaca")

@@ -66,7 +66,7 @@ def test_the_permutation_is_fixed_for_all_time():
 
 @pytest.mark.parametrize("t", [-1, 3])
 def test_there_is_no_step_outside_the_run(t: int):
-    with pytest.raises(IndexError, match=f"step {t} of a run of 3 steps"):
+    with pytest.raises(IndexError, match=f"step {t} is outside of a run of 3 steps"):
         Sampler(5, 2, 0, True, max_steps=3).step(t)
 
 

@@ -204,7 +204,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
         {"target_modules": [], "modules_to_save": ["head"]},
         "set on the",
     ),
-    "child called adapter": (occupied, {}, "head has an attribute named 'adapter'"),
+    "child called adapter": (occupied, {}, "head already has an attribute named 'adapter'"),
     "rank pattern": (
         Net,
         {"rank_pattern": {"k_proj": 2}},

@@ -352,7 +352,9 @@ def test_gradients_are_for_those_that_start_from_them() -> None:
         start_from_gradients(model, [IDS], summed_loss)
     idle = model_of("llama")
     attach(idle, LoraConfig(r=4, init_lora_weights="lora_ga"))
-    with pytest.raises(UsageError, match="start_from_gradients: some rank has no batches"):
+    with pytest.raises(
+        UsageError, match="start_from_gradients: every rank needs a batch, and some have none"
+    ):
         start_from_gradients(idle, [], summed_loss)
     table = idle.get_input_embeddings()  # of which no adapted layer is a part
     with pytest.raises(UsageError, match="lora_ga: all gradients, as that of"):
