@@ -33,7 +33,7 @@ from . import NAME
 from .argv import names_of, word, words_of
 from .ray_train import Workers, check_options, place_of
 
-# Left out of the package: what is large, what is made anew there, and what is nobody's business.
+# Not copied: what is large, what is made anew there, and what is secret.
 EXCLUDED = (
     *(".env*", ".netrc", ".pypirc", ".git-credentials", "*.pem", "*.key", "id_*", "kubeconfig"),
     *(".aws", ".ssh", ".kube", ".ray", ".config"),
@@ -53,27 +53,27 @@ class Submission(Workers):
     """How the job is submitted; the others are launchers.ray_train's."""
 
     address: str = option("http://127.0.0.1:8265", CONNECTION)
-    working_dir: str = option(".", "what the job's processes get a copy of, and start in")
-    exclude: list[str] = option([], f"patterns left out, as in .gitignore, beside {EXCLUDED}")
+    working_dir: str = option(".", "directory that the job's processes get a copy of")
+    exclude: list[str] = option([], f"patterns not to copy, as in .gitignore, beside {EXCLUDED}")
     env: dict[str, str] = option(
-        {}, 'of the job\'s processes, as {"NCCL_DEBUG": "INFO"}; no secrets'
+        {}, 'environment of the job\'s processes, as {"NCCL_DEBUG": "INFO"}; no secrets'
     )
     submission_id: str | None = option(None, "the job's name; null: Ray makes one")
-    no_auth: bool = option(False, "the cluster wants no token")
-    no_wait: bool = option(False, "submit and return: nothing is printed of the job")
+    no_auth: bool = option(False, "the cluster needs no token")
+    no_wait: bool = option(False, "submit and return, without printing the job's log")
 
 
 def main(argv: list[str]) -> int:
     """Submit and follow; returns the job's exit status."""
     options = parse(argv, prog=f"{NAME}.ray_submit", extra=Submission)
     if options.check:
-        raise UsageError("--check belongs to dlora.train, which understands the same configuration")
+        raise UsageError("--check is an option of dlora.train, which reads the same configuration")
     wanted: Submission = options.extra
     check_options(options.config, wanted)
     place_of(options.config, wanted, submitted=True)
     root = Path(wanted.working_dir).expanduser()
     if not root.is_dir():
-        raise UsageError(f"working-dir: {root} is no directory")
+        raise UsageError(f"working-dir: {root} is not a directory")
     excluded = [*EXCLUDED, *wanted.exclude]
     words = forwarded(argv, root)
     check_packed(options.config, words, root, excluded)
@@ -89,25 +89,25 @@ def main(argv: list[str]) -> int:
             },
         )
     except ConnectionError as error:
-        raise TransientError(f"the job was not taken: {first_line(error)}") from None
+        raise TransientError(f"the cluster did not accept the job: {first_line(error)}") from None
     except (RuntimeError, ValueError) as error:
-        raise UsageError(f"the job was not taken: {first_line(error)}") from None
+        raise UsageError(f"the cluster did not accept the job: {first_line(error)}") from None
     print(f"submitted {job} to {wanted.address}", flush=True)
     return 0 if wanted.no_wait else Following(client, job, wanted.address).status()
 
 
 def forwarded(argv: list[str], root: Path) -> list[str]:
-    """The words of launchers.ray_train, and the configuration's path as seen from `root`.
+    """The options of launchers.ray_train, with the configuration's path relative to `root`.
 
     Raises:
-        UsageError: the configuration does not lie in `root`.
+        UsageError: the configuration is not inside `root`.
     """
     kept, own = [], names_of(Submission)
     for name, value in words_of(argv, Submission):
         if name == "config" and value is not None:
             file, packed = Path(value).resolve(), root.resolve()
             if not file.is_relative_to(packed):
-                raise UsageError(f"config: {value} does not lie in the working directory {root}")
+                raise UsageError(f"config: {value} is not inside the working directory {root}")
             value = str(file.relative_to(packed))
         if name not in own:
             kept.append(word(name, value))
@@ -115,10 +115,10 @@ def forwarded(argv: list[str], root: Path) -> list[str]:
 
 
 def check_packed(config: Config, words: list[str], root: Path, excluded: Iterable[str]) -> None:
-    """See that what is named by a relative path gets into the package.
+    """Check that what a relative path names is copied to the cluster.
 
     Raises:
-        UsageError: it is left out, by `excluded` or by an ignore file, which Ray heeds as well.
+        UsageError: it is left out, by `excluded` or by an ignore file, which Ray obeys as well.
     """
     import pathspec
 
@@ -133,13 +133,13 @@ def check_packed(config: Config, words: list[str], root: Path, excluded: Iterabl
         for file in files_of(root, key, path):
             if left_out.match_file(file):
                 raise UsageError(
-                    f"{key}: {file} is left out of what is sent to the cluster; name a path that "
-                    "its nodes see, or a hub id"
+                    f"{key}: {file} is not copied to the cluster (ignored or excluded); name a "
+                    "path that its nodes see, or a hub id"
                 )
 
 
 def files_of(root: Path, key: str, path: str) -> Iterator[str]:
-    """What a relative path or pattern names below a directory, seen from there.
+    """The files below `root` that a relative path or pattern names, relative to it.
 
     Raises:
         UsageError: it leads out of the directory, or is no pattern.
@@ -148,9 +148,9 @@ def files_of(root: Path, key: str, path: str) -> Iterator[str]:
         return
     steps = Path(os.path.normpath(path)).parts
     if not steps:
-        return  # the directory itself, of which some things are left out for good
+        return  # the directory itself, of which some files are always left out
     if steps[0] == "..":  # links may lead out: Ray packs their targets
-        raise UsageError(f"{key}: {path} does not lie in the working directory {root}")
+        raise UsageError(f"{key}: {path} is not inside the working directory {root}")
     try:
         matches = sorted(root.glob(path))
     except ValueError as error:
@@ -161,16 +161,16 @@ def files_of(root: Path, key: str, path: str) -> Iterator[str]:
 
 
 def connect(wanted: Submission) -> Any:
-    """A client of the cluster.
+    """Connect to the cluster; returns Ray's client.
 
     Raises:
         UsageError: there is no token, or it is the wrong one.
-        TransientError: nobody answers.
+        TransientError: the cluster does not answer.
     """
     if not wanted.no_auth and not has_token():
         raise UsageError(
-            "address: there is no token: RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH gives the "
-            "cluster's, and --no-auth says that it wants none"
+            "address: no token found; set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, or add --no-auth "
+            "if the cluster needs none"
         )
     os.environ["RAY_AUTH_MODE"] = "disabled" if wanted.no_auth else "token"
     from ray.exceptions import AuthenticationError
@@ -185,7 +185,7 @@ def connect(wanted: Submission) -> Any:
 
 
 def has_token() -> bool:
-    """Whether there is one where Ray looks; without, Ray ends the process."""
+    """Whether a token is where Ray looks for it; without one, Ray ends the process."""
     if os.environ.get("RAY_AUTH_TOKEN"):
         return True
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
@@ -193,6 +193,7 @@ def has_token() -> bool:
 
 
 def first_line(error: Exception) -> str:
+    """The first line of an exception's text."""
     return str(error).strip().partition("\n")[0]
 
 
@@ -205,8 +206,10 @@ class Following:
         self._failing = math.inf  # since when the cluster has not answered
 
     def status(self) -> int:
-        """Its exit status once it has ended; 130 where it was stopped or left alone, and 1 where
-        the cluster no longer answers."""
+        """Follow the job to its end; returns its exit status.
+
+        130 if it was stopped or left running, 1 if the cluster no longer answers.
+        """
         from aiohttp import ClientError  # Ray's own client's
 
         is_again = False
@@ -225,7 +228,7 @@ class Following:
                 if now - self._failing >= SILENT_SECONDS:
                     print(
                         f"dlora: error: {self._address} no longer answers ({first_line(error)}); "
-                        f"{self._job} goes on without this program",
+                        f"{self._job} continues without this program",
                         file=sys.stderr,
                         flush=True,
                     )
@@ -235,7 +238,7 @@ class Following:
                     return 130
 
     async def _follow(self) -> None:
-        """Print what comes, without what was printed before."""
+        """Print the log as it grows, without what was printed before."""
         passed = 0
         async for text in self._client.tail_job_logs(self._job):
             new = text[max(0, self._printed - passed) :]
@@ -251,25 +254,25 @@ class Following:
         return 0 if info.status.value == "SUCCEEDED" else info.driver_exit_code or 1
 
     def ask(self) -> bool:
-        """Ask what Ctrl-C meant; whether to go on following."""
+        """Ask what to do after Ctrl-C; returns whether to follow on."""
         how = f"ray job logs --address {self._address} --follow {self._job}"
         if not sys.stdin.isatty():
-            print(f"\n{self._job} goes on without this program; {how}", flush=True)
+            print(f"\n{self._job} continues without this program; {how}", flush=True)
             return False
         try:
-            answer = input(f"\nstop {self._job}? [y] stop, [l] leave it running, [N] go on: ")
+            answer = input(f"\nstop {self._job}? [y] stop, [l] leave it running, [N] follow on: ")
         except (EOFError, KeyboardInterrupt):
             answer = "l"
         if answer.strip().lower().startswith("y"):
             try:
                 self._client.stop_job(self._job)
             except (OSError, RuntimeError) as error:
-                print(f"{self._job} was not told to stop: {first_line(error)}", flush=True)
+                print(f"{self._job} could not be stopped: {first_line(error)}", flush=True)
             else:
-                print("stopping; submitted again it goes on from its last checkpoint", flush=True)
+                print("stopping; submit it again to resume from its last checkpoint", flush=True)
             return True
         if answer.strip().lower().startswith("l"):
-            print(f"{self._job} goes on; {how}", flush=True)
+            print(f"{self._job} continues; {how}", flush=True)
             return False
         return True
 

@@ -5,8 +5,8 @@
 
 SPACE is YAML or JSON, or a file of it: keys of the configuration, each with a list (all of its
 values, a grid) or a distribution to draw from: `uniform`, `loguniform` or `randint` with [low,
-high], `choice` with a list. The grid is run once for each sample. A trial's figures come with its
-saves: at every evaluation, or every `output.save_every` steps where there is none. `asha` ends
+high], `choice` with a list. The grid is run once for each sample. A trial reports its figures with
+its saves: at every evaluation, or every `output.save_every` steps where there is none. `asha` ends
 trials that are behind then. Each trial is a run of launchers.ray_train's in `output.dir/TRIAL`; the
 table at the end is in `output.dir/sweep.json` as well, its plot in `sweep.png`.
 
@@ -40,19 +40,19 @@ Space = dict[str, Any]
 class Sweep(Workers):
     """What is tried; the others are launchers.ray_train's, for each trial."""
 
-    space: str = option("{}", "keys and what they may be: YAML or JSON, or a file of it")
-    samples: int = option(1, "times that the grid is run, each with other draws", ge=1)
-    scheduler: Literal["none", "asha"] = option("none", "asha: trials that are behind end early")
-    metric: Literal["eval_loss", "loss"] = option("eval_loss", "the figure to make small")
-    max_concurrent: int = option(0, "trials at one time; 0: as many as there is room for", ge=0)
-    sweep_seed: int = option(0, "of the draws")
+    space: str = option("{}", "values or a distribution of each key: YAML, JSON, or a file of it")
+    samples: int = option(1, "how often the grid is run, each time with new draws", ge=1)
+    scheduler: Literal["none", "asha"] = option("none", "asha: stop trials early that are behind")
+    metric: Literal["eval_loss", "loss"] = option("eval_loss", "the metric to minimise")
+    max_concurrent: int = option(0, "trials at the same time; 0: as many as fit the cluster", ge=0)
+    sweep_seed: int = option(0, "seed of the draws")
 
 
 def main(argv: list[str]) -> int:
     """Run the sweep; returns the exit status."""
     options = parse(argv, prog=f"{NAME}.ray_sweep", extra=Sweep)
     if options.check:
-        raise UsageError("--check belongs to dlora.train, which understands the same configuration")
+        raise UsageError("--check is an option of dlora.train, which reads the same configuration")
     config, sweep = options.config, options.extra
     space = read_space(sweep.space)
     own = names_of(Sweep)
@@ -69,10 +69,10 @@ def main(argv: list[str]) -> int:
 
 
 def read_space(given: str) -> Space:
-    """The space that `--space` names or holds.
+    """Read the space of `--space`, or of the file that it names.
 
     Raises:
-        UsageError: it is no mapping of keys of the configuration to lists or distributions.
+        UsageError: it is not a mapping of configuration keys to lists or distributions.
     """
     try:
         text = Path(given).read_text() if Path(given).suffix in (".yaml", ".json") else given
@@ -83,12 +83,12 @@ def read_space(given: str) -> Space:
         raise UsageError('space: expected {"section.key": [values] or {"loguniform": [low, high]}}')
     for key, values in space.items():
         if key not in SCHEMA:
-            raise UsageError(f"space: {key} is no key of the configuration")
+            raise UsageError(f"space: {key} is not a key of the configuration")
         values = space[key] = numbers(values) if SCHEMA[key].type is float else values
         if isinstance(values, dict) and len(values) == 1:
             [(kind, values)] = values.items()
             if kind not in (*RANGES, "choice"):
-                raise UsageError(f"space: {key}: {kind} is none of {', '.join(RANGES)}, choice")
+                raise UsageError(f"space: {key}: {kind} is not one of {', '.join(RANGES)}, choice")
             if kind in RANGES and not is_range(values, above_zero=kind == "loguniform"):
                 raise UsageError(f"space: {key}: {kind} needs [low, high], low below high")
             if kind != "choice" and SCHEMA[key].type is int and kind != "randint":
@@ -101,7 +101,7 @@ def read_space(given: str) -> Space:
 
 
 def numbers(given: Any) -> Any:
-    """The same with 1e-5 as a number, which YAML takes for a word where JSON does not."""
+    """`given` with strings such as 1e-5 as floats: YAML, unlike JSON, reads them as strings."""
     if isinstance(given, dict):
         return {kind: numbers(values) for kind, values in given.items()}
     if isinstance(given, list):
@@ -120,28 +120,28 @@ def is_range(values: Any, *, above_zero: bool) -> bool:
 
 
 def check(config: Config, sweep: Sweep, words: Mapping[str, str | None], space: Space) -> None:
-    """See that every value that may come up is one that a run takes, before any run is started.
+    """Check, before any run is started, that a run accepts every value of the space.
 
     Raises:
-        UsageError: one is not; a key stands twice; or nobody would compute the metric.
+        UsageError: it does not; a key is set twice; or no run would compute the metric.
     """
     check_options(config, sweep)
     if sweep.name or config.output.remote:
         raise UsageError(
-            f"{'name' if sweep.name else 'output.remote'}: trials would share it; each has its own "
-            "in output.dir, or in --storage"
+            f"{'name' if sweep.name else 'output.remote'}: remove it, since trials would share it; "
+            "each gets its own in output.dir, or in --storage"
         )
     if sweep.scheduler == "asha" and (
         config.train.epochs or {"train.epochs", "train.max_steps"} & space.keys()
     ):
-        raise UsageError("scheduler: asha compares trials by their steps: train.max_steps, unswept")
+        raise UsageError("scheduler: asha compares trials by step; fix train.max_steps")
     if sweep.scheduler == "asha" and told_every(config) >= config.train.max_steps:
         raise UsageError(
-            "scheduler: asha compares trials as they go: data.eval with output.eval_every, or else "
-            "output.save_every, below train.max_steps"
+            "scheduler: asha compares trials while they run; set data.eval with output.eval_every, "
+            "or else output.save_every, below train.max_steps"
         )
     if twice := sorted(words.keys() & space.keys()):
-        raise UsageError(f"space: {twice[0]} is on the command line as well")
+        raise UsageError(f"space: {twice[0]} is on the command line as well; set it in one place")
     if sweep.metric == "eval_loss" and not evaluates(config):
         raise UsageError("metric: eval_loss needs data.eval and output.eval_every above 0")
     if evaluates(config) and "output.save_every" in words.keys() | space.keys():
@@ -157,8 +157,7 @@ def check(config: Config, sweep: Sweep, words: Mapping[str, str | None], space: 
 def configuration(
     words: Mapping[str, str | None], values: Mapping[str, Any], directory: Path
 ) -> Config:
-    """That of a trial: it saves, and so tells Ray of its figures, whenever it evaluates; without
-    evaluations as it is told, or once at the end."""
+    """The configuration of a trial, which reports to Ray at each save; see `told_every`."""
     given = [word(name, value) for name, value in words.items() if name != "output.dir"]
     tried = [word(key, v if isinstance(v, str) else json.dumps(v)) for key, v in values.items()]
     options = parse([*given, *tried, f"--output.dir={directory}"], f"{NAME}.ray_sweep", Workers)
@@ -167,21 +166,22 @@ def configuration(
 
 
 def told_every(config: Config) -> int:
-    """Steps between two saves, with which Ray is told of a trial's figures."""
+    """Steps between two saves: those of evaluation or, without one, of saves; else all steps."""
     output = config.output
     every = output.eval_every if evaluates(config) else output.save_every
     return every or config.train.max_steps
 
 
 def evaluates(config: Config) -> bool:
+    """Whether a run evaluates."""
     return bool(config.data.eval) and config.output.eval_every > 0
 
 
 def run(
     words: dict[str, str | None], sweep: Sweep, space: Space, root: Path, max_steps: int
 ) -> list[Trial]:
-    """Let Ray Tune run all trials; the best first."""
-    # A save that answers a notice comes without an evaluation.
+    """Let Ray Tune run all trials; returns them, the best first."""
+    # A save before a node's announced removal has no evaluation.
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
     from ray import tune
     from ray.tune.search import BasicVariantGenerator
@@ -228,7 +228,7 @@ def run(
 
 
 def room(sweep: Sweep) -> int:
-    """Trials that the cluster has room for at one time."""
+    """The number of trials that the cluster has room for at the same time."""
     import ray
 
     if not ray.is_initialized():
@@ -242,7 +242,7 @@ def room(sweep: Sweep) -> int:
 
 
 def _drawn(tune: Any, values: Any) -> Any:
-    """What Ray Tune calls it."""
+    """A list or distribution as Ray Tune's object."""
     if isinstance(values, list):
         return tune.grid_search(values)
     [(kind, given)] = values.items()

@@ -48,9 +48,9 @@ _READ = {  # PEFT's keys that have a meaning here, with the value that means "no
     "monteclora_config": None,
     "velora_config": None,
 }
-# PEFT's initialisations that leave W0 as it is; the others' files are relative to another base.
+# PEFT's initialisations that leave W0 unchanged; the others change the base.
 _INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
-_KINDS: dict[str, tuple[type, ...]] = {  # what JSON may hold where `LoraConfig` does not look
+_KINDS: dict[str, tuple[type, ...]] = {  # types that `LoraConfig` does not check
     "lora_dropout": (float, int),
     "target_modules": (str, list),
     "modules_to_save": (list,),
@@ -77,10 +77,10 @@ def save_adapter(
             `"ADALORA"`: AdaLoRA's own form, of the triplets that are left.
 
     Raises:
-        UsageError: nothing is attached, a tensor is empty, or there is no such form of it.
+        UsageError: nothing is attached, a tensor is empty, or `peft_type` does not fit the adapter.
     """
     if peft_type not in FORMS:
-        raise UsageError(f"peft_type: {peft_type!r} is none of {', '.join(FORMS)}")
+        raise UsageError(f"peft_type: expected one of {', '.join(FORMS)}, got {peft_type!r}")
     name = base_model_name_or_path or getattr(getattr(model, "config", None), "name_or_path", None)
     settings, tensors = FORMS[peft_type](model, name)
     for key, tensor in tensors.items():
@@ -96,10 +96,13 @@ def save_adapter(
 def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     """Load an adapter that dlora or PEFT wrote; attaches it first where nothing is attached.
 
+    Returns:
+        `model`.
+
     Raises:
         UsageError: a file is missing or damaged, is no LoRA, uses something that dlora does not
-            have, holds what is no finite number, or does not fit the model; the message names the
-            file and the key.
+            have, contains NaN or infinite values, or does not fit the model; the message names
+            the file and the key.
     """
     directory = Path(directory).expanduser()
     config, file = read_config(directory), inside(directory, WEIGHTS)
@@ -110,14 +113,14 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
         attach(model, config)
     if (method := attachment_of(model).config.method) != "lora":
         raise UsageError(
-            f"load_adapter: {directory} is a plain LoRA, and the model carries {method}; load it "
-            "into a model without adapters"
+            f"load_adapter: {directory} is a plain LoRA, but the model has {method} adapters; load "
+            "it into a model without adapters"
         )
     if frozen_tensors(model):
         init = attachment_of(model).config.init_lora_weights
         raise UsageError(
-            f"load_adapter: the model's adapters start with {init}, from which the plain LoRA in "
-            f"{directory} does not go on; load it into a model without adapters"
+            f"load_adapter: the model's adapters were initialised with {init}, so they cannot take "
+            f"over the plain LoRA in {directory}; load it into a model without adapters"
         )
     expected = peft_slots(model)
     base_copies = _take_base_copies(model, tensors)
@@ -132,8 +135,8 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
         if not math.isclose(adapter.scaling, config.scaling_for(path)):
             raise UsageError(
                 f"{directory / CONFIG}: lora_alpha, r and use_rslora scale {path} by "
-                f"{config.scaling_for(path):g}, but the adapter attached here is scaled by "
-                f"{adapter.scaling:g}"
+                f"{config.scaling_for(path):g}, but the attached adapter is scaled by "
+                f"{adapter.scaling:g}; attach it with the same settings"
             )
     with torch.no_grad():
         for key, slot in expected.items():
@@ -160,7 +163,7 @@ def read_config(directory: str | Path) -> LoraConfig:
     """The `LoraConfig` of an adapter directory; see `load_adapter` for the errors."""
     path = inside(Path(directory).expanduser(), CONFIG)
     if not path.exists():
-        raise UsageError(f"{path}: there is no such file, so {directory} is no adapter")
+        raise UsageError(f"{path}: file not found, so {directory} is not an adapter directory")
     raw = read_object(path)
     if raw.get("peft_type") != "LORA":
         kind = raw.get("peft_type")
@@ -169,7 +172,7 @@ def read_config(directory: str | Path) -> LoraConfig:
         value = raw.get(key)
         items = value if isinstance(value, list) else ()
         if not isinstance(value, (*kinds, type(None))) or any(type(i) is not str for i in items):
-            raise UsageError(f"{path}: {key}: {value!r} is of no type that PEFT writes there")
+            raise UsageError(f"{path}: {key}: {value!r} has an unexpected type")
     for key, unused in _READ.items():
         if raw.get(key, unused) not in (unused, None, [], {}):
             raise UsageError(f"{path}: {key}: {raw[key]!r} is not supported")
@@ -208,14 +211,14 @@ def check_numbers(tensors: Mapping[str, StoredTensor]) -> None:
 def _check_ranks(
     model: nn.Module, config: LoraConfig, file: Path, tensors: Mapping[str, StoredTensor]
 ) -> None:
-    """See that every r is that of a tensor, before anything of its size is made."""
+    """Check that every r is that of a stored tensor, before tensors of that size are allocated."""
     for path in target_paths(model, config):
         kind = layer_kind(model.get_submodule(path))
         name = "lora_embedding_A" if kind and kind.is_embedding else "lora_A.weight"
         stored, r = tensors.get(key := f"{PREFIX}{path}.{name}"), config.r_for(path)
         if stored is not None and stored.shape[:1] != (r,):
             raise UsageError(
-                f"{file}: {key} has shape {list(stored.shape)}, and r is {r} in {CONFIG}"
+                f"{file}: {key} has shape {list(stored.shape)}, but r is {r} in {CONFIG}"
             )
         if stored is None:
             raise UsageError(f"{file}: lacks {key}")
@@ -245,7 +248,7 @@ def _take_base_copies(
 
 
 def _same_base(stored: StoredTensor, base: Tensor) -> bool:
-    """Equal but for a cast; of a sharded weight only the shape can be seen without a collective."""
+    """Equal but for a cast; of a sharded weight only the shape is compared: no collective."""
     if stored.shape != base.shape or stored.dtype not in FLOATS:
         return False
     if type(base) is not Tensor or base.device.type == "meta":

@@ -74,8 +74,11 @@ def write(
     Several ranks may write the same step at the same time: one of them gives it its name.
 
     Args:
+        config_yaml: the content of `config.yaml`.
+        keep_last: how many checkpoints to keep.
+        rank: of the writer, for the temporary name.
         check: called before anything is written and before the checkpoint gets its name; raises
-            where the directory belongs to another run by then.
+            if another run has taken the directory by then.
 
     Returns:
         Its directory, `root/step-NNNNNN`.
@@ -173,7 +176,7 @@ def read(directory: Path) -> Checkpoint:
         states[name] = _tensors(directory / f"{name}.safetensors")
         for key in states[name]:
             if key.rpartition(".")[0] not in tensors:
-                raise UsageError(f"{directory / name}.safetensors: {key} belongs to no tensor")
+                raise UsageError(f"{directory / name}.safetensors: {key} is of no trained tensor")
     state = read_object(directory / "state.json")
     return Checkpoint(tensors, states, state, method_record(directory))
 
@@ -247,13 +250,13 @@ def _check_step(directory: Path) -> None:
     path = directory / "state.json"
     step, named = read_object(path).get("step"), STEP_DIRECTORY.fullmatch(directory.name)
     if type(step) is not int or step < 0:
-        raise UsageError(f"{path}: step: a number of steps was expected, not {step!r}")
+        raise UsageError(f"{path}: step: expected a number of steps, got {step!r}")
     if named and int(named[1]) != step:
-        raise UsageError(f"{path}: is of step {step}, and the directory has another step's name")
+        raise UsageError(f"{path}: step is {step}, but the directory has another step's name")
 
 
 def newest(root: Path, warn: Any = print, check: Callable[[Path], object] = verify) -> Path | None:
-    """The newest checkpoint under `root` that verifies.
+    """The newest checkpoint under `root` that verifies; None if there is none.
 
     Args:
         warn: called with a line for each one that is skipped.
@@ -297,4 +300,4 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UsageError(f"{path}: is damaged or no safetensors file: {error}") from None
+        raise UsageError(f"{path}: is damaged or not a safetensors file: {error}") from None

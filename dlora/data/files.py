@@ -1,7 +1,7 @@
 """Finding and reading what `data.train` and `data.eval` name: JSONL files.
 
-Every error is a UsageError of one line: `key: file:line: what is wrong, what is expected`. One that
-lies in a single record goes to `Faults`, which stops at it or counts it; any other is raised.
+Every error is a UsageError of one line: `key: file:line: what is wrong, what is expected`. One of
+a single record goes to `Faults`, which stops at it or counts it; any other is raised.
 """
 
 import glob
@@ -14,13 +14,13 @@ from typing import Any, BinaryIO
 from dlora.data.builtin import NAMES, PREFIX, builtin_records
 from dlora.errors import UsageError
 
-LONGEST_LINE = 16 << 20  # bytes; beyond any text that is trained on, and it would be held whole
+LONGEST_LINE = 16 << 20  # bytes; longer than any training text, and a line is read whole
 PIECE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A JSON object and where it stands, such as "data.train: chats.jsonl:12"."""
+    """A JSON object and its place, such as "data.train: chats.jsonl:12"."""
 
     value: dict[str, Any]
     where: str
@@ -28,7 +28,7 @@ class Record:
 
 @dataclass(slots=True)
 class Faults:
-    """What becomes of records that cannot be used: `data.on_error`.
+    """The treatment of records that cannot be used: `data.on_error`.
 
     skip: leave them out; otherwise the first one ends the run.
     count, first: how many were left out, and what the first one's error says.
@@ -64,7 +64,7 @@ def read_records(
         name = source.removeprefix(PREFIX)
         if name not in NAMES:
             known = " or ".join(PREFIX + known for known in NAMES)
-            raise UsageError(f"{key}: there is no {source}; expected {known}")
+            raise UsageError(f"{key}: unknown data set {source}; expected {known}")
         for i, value in enumerate(builtin_records(name)):
             yield Record(value, f"{key}: {source}:{i + 1}")
         return
@@ -88,8 +88,8 @@ def resolve(source: str | Sequence[str], key: str) -> list[Path]:
         for path in _matches(pattern, key):
             if path.resolve() in seen:
                 raise UsageError(
-                    f"{key}: {path} is named twice, by {seen[path.resolve()]!r} and by {pattern!r};"
-                    " every file counts once"
+                    f"{key}: {path} is named twice, by {seen[path.resolve()]!r} and by "
+                    f"{pattern!r}; name every file once"
                 )
             seen[path.resolve()] = pattern
             paths.append(path)
@@ -98,20 +98,20 @@ def resolve(source: str | Sequence[str], key: str) -> list[Path]:
 
 def _matches(pattern: str, key: str) -> list[Path]:
     if not isinstance(pattern, str) or not pattern.strip():
-        raise UsageError(f"{key}: {pattern!r} is no file name; expected a path or a glob")
+        raise UsageError(f"{key}: {pattern!r} is not a file name; expected a path or a glob")
     if pattern.startswith(PREFIX):
-        raise UsageError(f"{key}: {pattern} stands alone; it cannot be one of a list")
+        raise UsageError(f"{key}: {pattern} cannot be one of a list; name it alone")
     path = Path(pattern).expanduser()
     if glob.has_magic(pattern) and not path.exists():
         found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))  # noqa: PTH207 - absolute or not
         files = [match for match in found if match.is_file()]
         if not files:
-            raise UsageError(f"{key}: no file matches {pattern} (seen from {Path.cwd()})")
+            raise UsageError(f"{key}: no file matches {pattern} (working directory {Path.cwd()})")
         return files
     if path.is_dir():
         raise UsageError(f"{key}: {path} is a directory; expected a file or a glob: {path}/*.jsonl")
     if not path.exists():
-        raise UsageError(f"{key}: {path} does not exist (seen from {Path.cwd()})")
+        raise UsageError(f"{key}: {path} does not exist (working directory {Path.cwd()})")
     if not path.is_file():
         raise UsageError(f"{key}: {path} is not a regular file; every rank reads it by itself")
     return [path]
@@ -134,14 +134,14 @@ def _read_file(path: Path, key: str, faults: Faults) -> Iterator[Record]:
     except OSError as error:
         raise UsageError(f"{key}: {path}: {error.strerror or error}") from None
     if not filled:
-        state = "is an empty file" if path.stat().st_size == 0 else "holds blank lines only"
+        state = "is an empty file" if path.stat().st_size == 0 else "contains only blank lines"
         raise UsageError(f"{key}: {path} {state}; expected one JSON object per line")
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
     """The lines of a file; of one that is too long, as much as shows that it is.
 
-    Lines end at "\\n" and nowhere else: JSON strings may hold U+2028 and the like as they are.
+    Lines end at "\\n" and nowhere else: JSON strings may contain U+2028 and the like.
     """
     while line := file.readline(LONGEST_LINE + 1):
         yield line
@@ -174,7 +174,7 @@ def _parse(text: str, where: str) -> dict[str, Any]:
             "expected one whole JSON object per line"
         ) from None
     except (RecursionError, ValueError) as error:  # nested too deeply, or an endless number
-        raise UsageError(f"{where}: JSON that Python cannot hold ({error})") from None
+        raise UsageError(f"{where}: JSON that Python cannot represent ({error})") from None
     if not isinstance(value, dict):
         raise UsageError(
             f"{where}: a JSON {type(value).__name__}, not an object; expected one "

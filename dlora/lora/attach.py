@@ -24,7 +24,13 @@ from dlora.quant.linear import is_packed
 
 @dataclass
 class Attachment:
-    """What `attach` did to a model; stored on the model as `model.dlora`."""
+    """What `attach` did to a model; stored on the model as `model.dlora`.
+
+    Attributes:
+        adapted: paths of the modules with an adapter.
+        saved: paths of the modules that are trained whole.
+        stream: where the adapters' dropout masks come from.
+    """
 
     config: LoraConfig
     adapted: list[str] = field(default_factory=list)
@@ -53,13 +59,13 @@ def attach(
         model: any `nn.Module`, sharded or not.
         whole_weights: context that yields the whole parameters of a module by path; needed on a
             sharded base, for `modules_to_save` and for adapters that are made of W0.
-        residual: packed weights are (or will be) less what adapters start from.
+        residual: packed weights are (or will be) the residual W0 − s·B0·A0.
 
     Raises:
-        UsageError: nothing matches, a match cannot carry an adapter, or adapters are there already.
+        UsageError: nothing matches, a match cannot carry an adapter, or the model has adapters.
     """
     if hasattr(model, "dlora"):
-        raise UsageError("attach: this model carries adapters already")
+        raise UsageError("attach: this model already has adapters")
     adapted, saved = target_paths(model, config), saved_paths(model, config)
     for path in (*adapted, *saved):
         _check_free(model.get_submodule(path), path)
@@ -88,10 +94,10 @@ def attach(
 
 
 def attachment_of(model: nn.Module) -> Attachment:
-    """The record that `attach` left on the model."""
+    """The record that `attach` left on the model; a `UsageError` if there is none."""
     attachment = getattr(model, "dlora", None)
     if not isinstance(attachment, Attachment):
-        raise UsageError("this model carries no dlora adapters; call dlora.attach first")
+        raise UsageError("this model has no dlora adapters; call dlora.attach first")
     return attachment
 
 
@@ -120,7 +126,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What adapters have beside what is trained, by full names: the factors of their offsets."""
+    """The frozen tensors of the adapters by full names: the factors of their offsets."""
     return {
         f"{path}.{CHILD}.{name}": tensor
         for path, _, adapter in named_adapters(model)
@@ -129,25 +135,25 @@ def frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All that makes up the adapters, by full names: what is trained, then what is frozen."""
+    """All tensors of the adapters by full names: the trained ones, then the frozen ones."""
     return {**trainable_parameters(model), **frozen_tensors(model)}
 
 
 def await_start(model: nn.Module) -> None:
-    """Let all adapters wait for a start from gradients."""
+    """Mark all adapters as waiting for `dlora.start_from_gradients`."""
     for _, _, adapter in named_adapters(model):
         adapter.state = AdapterState.UNSTARTED
 
 
 def end_start(model: nn.Module) -> None:
-    """Let all adapters train from what A and B are now."""
+    """Mark all adapters as started, from the present A and B."""
     for _, _, adapter in named_adapters(model):
         if adapter.state is AdapterState.UNSTARTED:
             adapter.become(AdapterState.ON)
 
 
 def is_unstarted(model: nn.Module) -> bool:
-    """Whether adapters wait for a start from gradients."""
+    """Whether adapters wait for `dlora.start_from_gradients`."""
     return any(a.state is AdapterState.UNSTARTED for _, _, a in named_adapters(model))
 
 
@@ -159,8 +165,10 @@ def children_of(model: nn.Module) -> list[LoraAdapter | ModulesToSaveCopy]:
 
 
 def load_record(model: nn.Module, record: Any) -> None:
-    """Give adapters that no replica owns the shapes of a checkpoint, from what it records of the
-    method; nothing where it records nothing (None).
+    """Resize adapters, before a replica owns them, to the shapes of a checkpoint.
+
+    Args:
+        record: of the method, in the checkpoint; None: the shapes are those of `attach`.
     """
     if record is not None:
         for _, _, adapter in named_adapters(model):
@@ -172,7 +180,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     """Inside, the model is its base: every layer computes as if nothing had been attached.
 
     Raises:
-        UsageError: the model is merged, and what it computes without adapters is not its base.
+        UsageError: the model is merged, so without adapters it is not its base.
     """
     if "dlora_originals" in model.__dict__:
         raise UsageError("disabled: this model is merged; call dlora.unmerge first")
@@ -190,22 +198,22 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 def _check_free(module: nn.Module, path: str) -> None:
     if hasattr(module, CHILD):
-        raise UsageError(f"attach: {path} has an attribute named {CHILD!r} already")
+        raise UsageError(f"attach: {path} already has an attribute named {CHILD!r}")
     if "forward" in module.__dict__:
         raise UsageError(
             f"attach: {path} has a forward set on the instance (as accelerate's hooks do), which "
-            "would pass the adapter by; remove it first"
+            "would bypass the adapter; remove it first"
         )
 
 
 def _check_start(module: nn.Module, path: str, config: LoraConfig, residual: bool) -> None:
-    """See that the module has what its adapter is to start from."""
+    """Check that the module has the weight that its adapter starts from."""
     kind, init, r = layer_kind(module), INITS[config.init_lora_weights], config.r_for(path)
     assert kind is not None  # target_paths has checked
     if init.needs != "nothing" and is_packed(module) and not residual:
         raise UsageError(
-            f"init_lora_weights: {init.name} starts from a weight, and that of {path} is packed; "
-            "train on a 16-bit base, or start as usual"
+            f"init_lora_weights: {init.name} needs the weight of {path}, which is packed; use a "
+            "16-bit base, or init_lora_weights: true"
         )
     if problem := init.check_shape(*kind.shape(module), r):
         key = "r" if r == config.r else "rank_pattern"
@@ -218,7 +226,7 @@ def _check_whole(module: nn.Module, path: str) -> None:
         inner = f"{path}.{packed[0]}" if packed[0] else path
         raise UsageError(
             f"modules_to_save: the weight of {inner} is packed, and packed weights cannot be "
-            "trained; adapt the layer instead, or quantize nothing"
+            "trained; adapt the layer instead, or do not quantize the base"
         )
 
 
@@ -261,8 +269,8 @@ def _master_dtype(module: nn.Module) -> torch.dtype:
 def _forbid_fused_inference(model: nn.Module) -> None:
     """torch's fused encoder layer reads weights past `forward` in eval mode, so past the adapter.
 
-    It stands back from layers that carry a hook, which is the documented way to switch it off; but
-    the stack around them goes on to pack padded batches into nested tensors, which only it reads.
+    It is not used for layers with a hook, which is the documented way to switch it off. The stack
+    around them still packs padded batches into nested tensors, which only the fused layer reads.
     """
     for module in model.modules():
         if not any(hasattr(child, CHILD) for child in module.modules()):

@@ -35,8 +35,8 @@ class LoraConfig:
             whose path ends with one of these names (`norm` is `input_layernorm` too, as in PEFT).
             They get no adapter.
 
-    The options of the initialisations, such as `lora_ga_gamma`, are fields too. The largest r and α
-    are beyond any use, and within what arithmetic bears: an adapter may come from a stranger.
+    The options of the initialisations, such as `lora_ga_gamma`, are fields too. The bounds of r
+    and α keep arithmetic finite also for adapters from unknown sources.
 
     Raises:
         UsageError: a value is out of range; the message names the field.
@@ -58,7 +58,7 @@ class LoraConfig:
     use_dora: bool = option(False, "weight-decomposed LoRA: a trained magnitude per output")
     init_lora_weights: bool | str = option(
         True,
-        "true: A is Kaiming-uniform and B zero; pissa, milora: of W0; lora_ga: of its gradient",
+        "true: A is Kaiming-uniform and B zero; pissa, milora: from W0; lora_ga: from its gradient",
         room="lora.init",
     )
     rank_pattern: dict[str, int] = option(
@@ -93,17 +93,15 @@ class LoraConfig:
 
     def _check_form(self) -> None:
         if self.use_dora and self.method != "lora":
-            raise UsageError(
-                f"use_dora: a magnitude goes with a plain LoRA, not with {self.method}"
-            )
+            raise UsageError(f"use_dora: DoRA needs a plain LoRA, not {self.method}")
         if self.init_lora_weights is not True and self.method != "lora":
-            raise UsageError(f"init_lora_weights: {self.method} has a start of its own")
+            raise UsageError(f"init_lora_weights: {self.method} has its own initialisation")
         for r in {self.r, *self.rank_pattern.values()}:
             if problem := INITS[self.init_lora_weights].check(r):
                 raise UsageError(f"init_lora_weights: {problem}")
 
     def for_steps(self, total_steps: int) -> LoraConfig:
-        """The same settings, once it is known how many optimizer steps the run has."""
+        """These settings for a run of `total_steps` optimizer steps."""
         return self
 
     def r_for(self, path: str) -> int:
@@ -115,7 +113,7 @@ class LoraConfig:
         return _first_match(self.alpha_pattern, path, self.lora_alpha)
 
     def shapes_for(self, path: str, kernel: tuple[int, ...]) -> dict[str, Any]:
-        """What the adapter of the module at `path` takes beside m, n and r.
+        """Arguments of the adapter class for the module at `path`, beside m, n and r.
 
         Args:
             kernel: sizes of a convolution's kernel; empty for a product.
@@ -123,7 +121,7 @@ class LoraConfig:
         return {}
 
     def check_kernels(self, kernels: list[tuple[int, ...]]) -> None:
-        """See that what is set of kernels can act on those of the adapted modules."""
+        """Raise a `UsageError` if an option on kernels can act on none of the adapted modules."""
 
     def scaling_for(self, path: str) -> float:
         """s = α/r, or α/√r with `use_rslora`, of the module at `path`."""

@@ -45,7 +45,11 @@ def target_paths(model: nn.Module, config: LoraConfig) -> list[str]:
 
 
 def saved_paths(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Paths of the modules that are trained whole."""
+    """Paths of the modules that are trained whole.
+
+    Raises:
+        UsageError: a name matches no module, one without parameters, or one inside another match.
+    """
     modules = {path: module for path, module in model.named_modules() if path}
     paths: list[str] = []
     for name in config.modules_to_save:
@@ -60,7 +64,7 @@ def saved_paths(model: nn.Module, config: LoraConfig) -> list[str]:
         paths += matches
     for path in paths:
         if _inside(path.rpartition(".")[0], set(paths)):
-            raise UsageError(f"modules_to_save: {path} lies inside another module that it matches")
+            raise UsageError(f"modules_to_save: {path} is inside another module that it matches")
     return list(dict.fromkeys(paths))
 
 
@@ -89,7 +93,7 @@ def _output_head(model: nn.Module) -> nn.Module | None:
 def _matching(
     modules: dict[str, nn.Module], targets: str | Iterable[str], saved: set[str]
 ) -> list[str]:
-    """What an expression or the names mean; as in PEFT, `modules_to_save` go before."""
+    """What an expression or the names mean; as in PEFT, `modules_to_save` take precedence."""
     is_regex = isinstance(targets, str)
     found: set[str] = set()
     for entry in [targets] if isinstance(targets, str) else targets:
@@ -99,7 +103,7 @@ def _matching(
         if not meant:
             raise UsageError(f"{named} matches no module{_candidates(entry, modules)}")
         if all(_inside(p, saved) for p in meant):
-            raise UsageError(f"{named} matches only what modules_to_save trains whole")
+            raise UsageError(f"{named} matches only modules that modules_to_save trains already")
         found |= meant
     return [p for p in modules if p in found and not _inside(p, saved)]
 
@@ -137,4 +141,4 @@ def _candidates(name: str, paths: Iterable[str]) -> str:
     near = difflib.get_close_matches(name.rpartition(".")[2], tails, n=3)
     if near:
         return f"; did you mean {', '.join(near)}?"
-    return f"; there are {', '.join(tails[:12])}" if tails else ""
+    return f"; names in this model: {', '.join(tails[:12])}" if tails else ""

@@ -31,7 +31,7 @@ Logits = Callable[[Tensor, Tensor], Tensor]
 
 
 class ChunkedTargetLoss(torch.autograd.Function):
-    """Σ cross entropy of `logits(hidden)`; see the module. `parameters`: the head's, trained."""
+    """Σ cross entropy of `logits(hidden)`; `parameters` are the head's that are trained."""
 
     @staticmethod
     def forward(
@@ -123,12 +123,12 @@ def target_loss(parts: Parts, hidden: Tensor, targets: Tensor) -> Tensor:
     return head(h, loss=loss)
 
 
-# What a model does to its logits, by the attribute of its configuration that says so.
+# Attributes of a configuration that scale or cap the logits.
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _DIVISOR = "logits_scaling"
 _DIVIDED = re.compile("granite|minicpm3")  # others multiply by an attribute of that name
 _KNOWN = {*_CAPS, _DIVISOR, "logit_scale", "lm_head_multiplier"}
-_OTHERWISE = {"prophetnet": "several streams of hidden states"}  # of no attribute
+_OTHERWISE = {"prophetnet": "several streams of hidden states"}  # that no attribute shows
 _ON_LOGITS = re.compile(r"^(?!(attn|moe|router|num|output_router)_).*(logit|lm_head_)")
 
 
@@ -187,7 +187,7 @@ def model_parts(model: Any) -> Parts:
     decoder = getattr(model, "base_model", None)
     if head is None or decoder is None or decoder is model:
         raise UsageError(
-            f"model.path: {type(model).__name__} is no causal language model with an output head"
+            f"model.path: {type(model).__name__} is not a causal language model with an output head"
         )
     if getattr(model.config, "is_encoder_decoder", False):
         raise UsageError(f"model.path: {type(model).__name__} is an encoder-decoder model")

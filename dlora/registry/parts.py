@@ -7,7 +7,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
 
 from dlora.errors import UsageError
 from dlora.registry.options import Option, is_of, members, option
@@ -50,7 +50,7 @@ class Part:
     """A class of a room, as its file declares it.
 
     Attributes:
-        name: what picks it.
+        name: the value in the configuration that picks it.
         module, cls: where it is.
         says: the class's literal attributes. Read here and in `dlora.config` are:
             `offered`, False where something else than its name picks it;
@@ -82,7 +82,7 @@ class Part:
             raise UsageError(self.missing(package)) from error
 
     def missing(self, package: str) -> str:
-        """What to do where `package` is not installed."""
+        """The error for a `package` that is not installed."""
         install = self.says["requires"][package]
         return f"{ROOMS[self.room]}: {self.name} needs {package}: pip install {install}"
 
@@ -98,7 +98,7 @@ def room(name: str) -> dict[str | bool, Part]:
     for path in sorted(PACKAGE.joinpath(*name.split(".")).glob("*.py")):
         module = f"{PACKAGE.name}.{name}.{path.stem}"
         classes = _classes(path)
-        of_class: dict[str, dict[str, Any]] = {}  # a class says what its bases in the file say
+        of_class: dict[str, dict[str, Any]] = {}  # classes inherit from their bases in the file
         options = tuple(found for cls in classes for found in _options(cls))
         for cls in classes:
             says: dict[str, Any] = {}
@@ -206,16 +206,12 @@ def check_options(settings: Any) -> None:
     """Check type and range of every option of a dataclass's instance.
 
     Raises:
-        UsageError: the first that is wrong, by its name.
+        UsageError: the first value that is wrong; the message begins with the option's name.
     """
     for name, opt in options_of(type(settings)).items():
         value = getattr(settings, name)
         if not any(is_of(value, member) for member in members(opt.accepted)):
-            wanted = opt.spelling
-            if get_origin(opt.type) is Literal:
-                wanted = f"none of {wanted.removeprefix('one of ')}"
-                raise UsageError(f"{name}: {value!r} is {wanted}")
-            raise UsageError(f"{name}: expected {wanted}, got {value!r}")
+            raise UsageError(f"{name}: expected {opt.spelling}, got {value!r}")
         for problem in opt.problems(value) if value not in ([], ()) else ():
             raise UsageError(problem)
 

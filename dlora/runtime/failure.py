@@ -26,7 +26,7 @@ from dlora.errors import TransientError, UsageError
 from dlora.runtime.exit_status import PrintedError, PrintedTransientError, as_printed, print_error
 from dlora.runtime.ranks import Ranks
 
-ANSWER_SECONDS = 5.0  # in which a store answers, if its host is there
+ANSWER_SECONDS = 5.0  # in which a store answers, if its host is alive
 _KEY = "failure"
 
 
@@ -128,6 +128,6 @@ def wait(store: dist.Store, key: str, seconds: float) -> None:
         if time.monotonic() > until:
             raise dist.DistStoreError(f"{key} is not in the store after {seconds:g} s")
         if store.check([_KEY]):
-            raise RuntimeError(f"{key} will not come: another rank has failed")
+            raise RuntimeError(f"{key} will not be set: another rank has failed")
         time.sleep(pause)
         pause = min(2 * pause, 0.25)

@@ -50,7 +50,7 @@ class Topology:
             ranks_per_node: overrides LOCAL_WORLD_SIZE, as when one machine stands in for several.
 
         Raises:
-            UsageError: the launcher started several processes, and there is no process group: each
+            UsageError: the launcher started several processes without a process group, so that each
                 would train an adapter of its own.
         """
         if not dist.is_initialized():
@@ -77,10 +77,12 @@ class Topology:
 
     @property
     def nodes(self) -> int:
+        """Number of nodes."""
         return -(-self.world // self.ranks_per_node)
 
     @property
     def node(self) -> int:
+        """Index of this rank's node."""
         return self.rank // self.ranks_per_node
 
 
@@ -105,20 +107,20 @@ def resolve_placement(
     """Turn the two settings into group sizes.
 
     Raises:
-        UsageError: `base` is unknown, no number of ranks divides those of every node where that
-            matters, or there is nothing to offload.
+        UsageError: `base` is unknown, the ranks do not divide into equal nodes (`node`), or W0 is
+            not sharded, so that it cannot be offloaded.
     """
     if base not in BASES:
-        raise UsageError(f"sharding.base: {base!r} is none of {', '.join(BASES)}")
+        raise UsageError(f"sharding.base: expected one of {', '.join(BASES)}, got {base!r}")
     if base == "node" and topology.uneven:
         found = f"{topology.world} ranks do not divide into nodes of {topology.ranks_per_node}"
         if topology.largest > 1:
-            found = f"one has {topology.largest}, and others a number with nothing in common"
+            found = f"one has {topology.largest}, and others a number without a common divisor"
         raise UsageError(
             f"sharding.base: node needs a number that divides the ranks of every node, but {found}"
         )
     sizes = {"none": 1, "node": topology.ranks_per_node, "world": topology.world}
     size = sizes[base]
     if offload and size == 1:
-        raise UsageError("sharding.cpu_offload needs W0 divided over two ranks or more")
+        raise UsageError("sharding.cpu_offload: needs W0 sharded over two ranks or more")
     return Placement(engine, base, size, topology.world // size, offload)

@@ -1,7 +1,6 @@
-"""What does not fit together, reported in one line before a weight is read.
+"""Checks of what has to fit together, before a weight is read; a failure is a `UsageError`.
 
-Each takes what `prepare` has at hand: the configuration, data sets, and the model on the meta
-device.
+They see what `prepare` has: the configuration, data sets, and the model on the meta device.
 """
 
 from __future__ import annotations
@@ -27,11 +26,10 @@ from dlora.sharding.topology import Topology, resolve_placement
 
 
 def check_output(config: Config) -> None:
-    """See that `output.dir` can be made or written to, and that nothing asks the run to stop at
-    once; for the rank that writes."""
+    """Check, on the rank that writes, that `output.dir` is writable and no stop file exists."""
     stop = config.output.stop_path
     if stop is not None and stop.exists():
-        raise UsageError(f"output.stop_file: {stop} is there already; remove it to start the run")
+        raise UsageError(f"output.stop_file: {stop} already exists; remove it to start the run")
     wanted = config.output.directory.absolute()
     existing = next(path for path in (wanted, *wanted.parents) if path.exists())
     if not existing.is_dir():
@@ -41,45 +39,45 @@ def check_output(config: Config) -> None:
 
 
 def check_ranks_per_node(config: Config, world: int) -> None:
-    """See that `sharding.ranks_per_node` can act on so many ranks."""
+    """Check that `sharding.ranks_per_node` is at most the number of ranks."""
     wanted = config.sharding.ranks_per_node
     if wanted is not None and wanted > world:
         raise UsageError(f"sharding.ranks_per_node: {wanted} is more than the {world} rank(s)")
 
 
 def check_placement(config: Config, topology: Topology) -> None:
-    """See that the placement that the user wants, if any, fits the ranks."""
+    """Check that the placement, if the user set one, fits the ranks."""
     section = config.sharding
     if section.base != "auto":
         resolve_placement(section.engine, section.base, topology, offload=section.cpu_offload)
 
 
 def check_dropout(model: nn.Module) -> None:
-    """See that there is something for `adapter.lora_dropout` to act on; a look-up has no input."""
+    """Check that `adapter.lora_dropout` can act: it does not apply to embeddings."""
     dropout = attachment_of(model).config.lora_dropout
     layers = [layer for _, layer, _ in named_adapters(model)]
     if dropout and all(isinstance(layer, AdaptedLayer) and layer.is_embedding for layer in layers):
         raise UsageError(
-            f"adapter.lora_dropout: {dropout} cannot act: it drops inputs of linear layers, and "
+            f"adapter.lora_dropout: {dropout} cannot act: it drops inputs of linear layers, but "
             "none of them is adapted"
         )
 
 
 def check_gradients(model: nn.Module) -> None:
-    """See that there are gradients of all adapted weights where adapters start from them."""
+    """Check that every adapted weight has a gradient, if adapters start from gradients."""
     attachment, head = attachment_of(model), model_parts(model).head
     if attachment.init.needs != "gradient":
         return
     for path, layer, _ in named_adapters(model):
         if layer is head:
             raise UsageError(
-                f"adapter.target_modules: {path} is the output head, of whose logits only some "
-                "exist at a time, so there is no gradient for lora_ga to start it from"
+                f"adapter.target_modules: {path} is the output head, whose loss is computed in "
+                "chunks, so lora_ga gets no gradient of it; leave it out"
             )
 
 
 def check_adapter(model: nn.Module, directory: str) -> None:
-    """See that an adapter's file fits an attached model and is finite; as `load_adapter` does."""
+    """Check, as `load_adapter` does, that an adapter's file fits a model and is finite."""
     path = inside(Path(directory).expanduser(), WEIGHTS)
     tensors = stored_tensors(path)
     shapes = {key: stored.shape for key, stored in tensors.items()}
@@ -90,7 +88,7 @@ def check_adapter(model: nn.Module, directory: str) -> None:
 
 
 def check_sequences(data: Mapping[str, Dataset | None], tokenizer: Any, model: Any) -> None:
-    """See that the model has an embedding for every token, and a position where it learned them.
+    """Check that the model has an embedding for every token, and learned every position.
 
     Args:
         data: data sets by their keys.
@@ -102,19 +100,19 @@ def check_sequences(data: Mapping[str, Dataset | None], tokenizer: Any, model: A
         if dataset.largest_id >= rows:
             token = tokenizer.convert_ids_to_tokens(dataset.largest_id)
             raise UsageError(
-                f"{key}: holds the token {dataset.largest_id} ({token!r}), and the model's "
+                f"{key}: contains the token {dataset.largest_id} ({token!r}), but the model's "
                 f"embedding has {rows} rows; its tokenizer knows tokens that model.path does not"
             )
         longest = dataset.report.longest
         if positions is not None and longest > positions:
             raise UsageError(
-                f"data.max_length: {key} holds a sequence of {longest} tokens, and the model has "
-                f"learned {positions} positions; set data.max_length to {positions} or less"
+                f"data.max_length: {key} contains a sequence of {longest} tokens, but the model "
+                f"has learned {positions} positions; set data.max_length to {positions} or less"
             )
 
 
 def pad_token(tokenizer: Any, model: Any) -> int:
-    """Token of padded positions; they are masked, so any that the model has an embedding for."""
+    """The token of padded positions: any that has an embedding, since they have no target."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(t for t in candidates if t is not None and t < embedding_rows(model))
 

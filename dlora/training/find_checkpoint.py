@@ -48,7 +48,7 @@ class ResumePoint:
 
     @property
     def lora(self) -> LoraConfig | None:
-        """What was attached."""
+        """The adapter settings of the checkpoint; None if it has none."""
         return saved_lora(self.state)
 
 
@@ -82,23 +82,23 @@ def find_checkpoint(
     directory = Path(wanted).expanduser()
     if not directory.is_dir():
         raise UsageError(
-            f"output.resume: there is no checkpoint {wanted} (auto, none, or the path of one)"
+            f"output.resume: checkpoint {wanted} does not exist (auto, none, or a path)"
         )
     return _opened(directory)
 
 
 def _newest(root: Path, announce: Callable[[str], None]) -> ResumePoint | None:
-    """The newest checkpoint on the disk that can be gone on from."""
+    """The newest checkpoint on the disk from which a run can resume."""
     found: list[ResumePoint] = []
     checkpoints.newest(root, announce, lambda directory: found.append(_opened(directory)))
     return found[0] if found else None
 
 
 def _opened(directory: Path) -> ResumePoint:
-    """A checkpoint that verifies and holds what a run writes.
+    """Open a checkpoint, and check that it verifies and contains what a run writes.
 
     Raises:
-        UsageError: it does not; the file is named.
+        UsageError: it does not; the message names the file.
     """
     files = checkpoints.verify(directory)
     tensors = {n: stored_tensors(directory / n) for n in files if n.endswith(".safetensors")}
@@ -114,7 +114,7 @@ def _opened(directory: Path) -> ResumePoint:
     record = checkpoints.method_record(directory)
     resumed = ResumePoint(str(directory), state, settings, shapes, record)
     for file, problem in _strange(resumed):
-        raise UsageError(f"{directory / file}: {problem}, which no run writes")
+        raise UsageError(f"{directory / file}: {problem}, which a run never writes")
     return resumed
 
 
@@ -138,7 +138,7 @@ def _strange(resumed: ResumePoint) -> Iterator[tuple[str, str]]:
     sections = settings if isinstance(settings, dict) else {"": settings}
     for name, options in sections.items():
         if not isinstance(options, dict):
-            yield "config.yaml", f"{name or 'all of it'} is {options!r}"
+            yield "config.yaml", f"{name or 'the whole file'} is {options!r}"
     for name in ("engine", "base", "optimizer_state"):  # a resume takes them over
         option = SCHEMA[f"sharding.{name}"]
         value = sections.get("sharding", {}).get(name, option.default)

@@ -37,8 +37,8 @@ def resume(context: RunContext) -> int:
     or stores more of the optimizer's state than its own.
 
     Raises:
-        UsageError: on every rank, if the checkpoint is damaged by now or has another form of
-            state than the optimizer.
+        UsageError: on every rank, if the checkpoint is damaged or its state does not fit the
+            optimizer.
     """
     ranks, replica, optimizer = context.ranks, context.replica, context.optimizer
 
@@ -74,9 +74,9 @@ def resume(context: RunContext) -> int:
 def _check_states(
     states: Mapping[str, Mapping[str, Any]], replica: TrainedReplica, optimizer: Optimizer
 ) -> None:
-    """See that the optimizer's and scorer's state has the form that a run writes.
+    """Check that the states of optimizer and method have the form that a run writes.
 
-    Torch takes over a state of any shape, and fails or broadcasts steps later.
+    Torch accepts a state of any shape, and fails or broadcasts it some steps later.
 
     Raises:
         UsageError: a shape or dtype is another, on every rank alike.
@@ -87,7 +87,7 @@ def _check_states(
             name, _, slot = key.rpartition(".")
             parameter = replica.named.get(name)
             if parameter is None:
-                raise UsageError(f"output.resume: {file}.safetensors: {name} is not trained")
+                raise UsageError(f"output.resume: {file}.safetensors: {name} is not trained here")
             stored = optimizer.state.get(parameter, {}).get(slot)
             wanted = [list(parameter.shape), dtype_name(parameter.dtype)]
             if isinstance(stored, Tensor):  # of an optimizer that makes its state at once
