@@ -23,7 +23,7 @@ TABLE = {
     "quant": "registry",
     "lora": "quant registry",
     "sharding": "registry",
-    "data": "",
+    "data": "registry",
     "objectives": "lora registry",
     "optim": "lora sharding registry",
     "config": "registry",
@@ -33,7 +33,7 @@ TABLE = {
     "base": "io quant lora sharding runtime",
     "methods": "base lora sharding io optim",
     "checkpoint": "sharding io config lora",
-    "adapters": "checkpoint lora methods quant io config",
+    "adapters": "checkpoint lora methods quant io config registry",
     "plan": "adapters base config data lora methods objectives optim registry runtime sharding",
     "training": "adapters base checkpoint config data hooks io lora methods metrics objectives "
     "optim plan quant registry runtime sharding",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dlora.adapters.save_load import read_config
 from dlora.config.load import Config
+from dlora.config.sections import AdapterConfig
 from dlora.errors import UsageError
 from dlora.lora.config import LoraConfig
 from dlora.lora.variants import VARIANTS
@@ -31,7 +32,10 @@ def lora_config(config: Config, earlier: LoraConfig | None = None) -> LoraConfig
         variant = VARIANTS[section.method]
         names = {field.name for field in fields(variant.settings)} & set(vars(section))
         says = room("lora.variants")[section.method].says
-        names -= {*says.get("unused", {}), *says.get("instead", {})}  # `settings` has no such field
+        names -= {
+            *says.get("unused", {}),
+            *says.get("instead", {}),
+        }  # the method has no use for them
         return variant.settings(**{name: getattr(section, name) for name in names})
 
 
@@ -48,6 +52,6 @@ def keyed_by(section: str) -> Iterator[None]:
         yield
     except UsageError as error:
         field = str(error).partition(":")[0].partition("[")[0]
-        if not any(field in kind.settings.__dataclass_fields__ for kind in VARIANTS.values()):
+        if field not in AdapterConfig.__dataclass_fields__:
             raise
         raise UsageError(f"{section}.{error}") from None

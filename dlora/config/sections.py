@@ -85,9 +85,7 @@ class DataConfig:
 
     train: str | list[str] = required("file, list of files, glob, or builtin:docstrings")
     eval: str | list[str] | None = option(None, "as train; also builtin:docstrings-heldout")
-    format: Literal["chat", "alpaca", "sharegpt", "text"] = option(
-        "chat", "layout of a record", later=("preference",)
-    )
+    format: str = option("chat", "layout of a record", room="data.formats", later=("preference",))
     max_length: int = option(1024, "longest sequence, in tokens", ge=2)
     shuffle: bool = option(True, "a new order each epoch, drawn from train.seed")
     packing: bool = option(False, "several sequences in one row; true comes later", later=(True,))

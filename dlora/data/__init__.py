@@ -1,7 +1,7 @@
 """Records → conversations → token sequences → steps → micro-batches, in this order.
 
 files.py     finds and reads JSONL files      builtin.py   a data set every machine has
-formats.py   a record as a conversation       chat.py      a conversation as text, with its answers
+formats/     a record as a conversation       chat.py      a conversation as text, with its answers
 encode.py    text as ids and labels           dataset.py   all of it: `load_examples`
 sampler.py   the order, and the dealing       collate.py   tensors (the only file with torch)
 
@@ -11,7 +11,7 @@ own part of every step.
 
 from dlora.data.dataset import Dataset, Report, check_source, load_examples
 from dlora.data.encode import NO_TARGET, Example
-from dlora.data.formats import FORMATS, record_format
+from dlora.data.formats import FORMATS
 from dlora.data.sampler import Sampler, batch_hash, deal
 
 __all__ = [
@@ -25,5 +25,4 @@ __all__ = [
     "check_source",
     "deal",
     "load_examples",
-    "record_format",
 ]

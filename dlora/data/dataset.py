@@ -188,7 +188,7 @@ def _contents(
         )
     for record in read_records(source, key, faults):
         try:
-            content = FORMATS[format](record.value)
+            content = FORMATS[format].read(record.value)
         except RecordError as error:
             faults.add(UsageError(f"{record.where}: {error}"))
         else:

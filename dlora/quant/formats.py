@@ -11,7 +11,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from dlora.registry import room
+from dlora.registry import Parts
 
 
 class Format(Protocol):
@@ -36,7 +36,7 @@ class Format(Protocol):
         """The weights of the rows, [k, n]: computed in float32, then rounded to `dtype`."""
 
 
-FORMATS: dict[str, Format] = {str(name): part.load()() for name, part in room("quant").items()}
+FORMATS: Parts[Format] = Parts("quant", make=lambda cls: cls())
 
 
 @torch.library.custom_op("dlora::unpack", mutates_args=())

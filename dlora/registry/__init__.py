@@ -14,12 +14,13 @@ of the file's parts. `Part.load` imports the class.
 """
 
 from dlora.registry.options import Option, option, plain, required
-from dlora.registry.parts import ROOMS, Part, carries, check_options, options_of, room
+from dlora.registry.parts import ROOMS, Part, Parts, carries, check_options, options_of, room
 
 __all__ = [
     "ROOMS",
     "Option",
     "Part",
+    "Parts",
     "carries",
     "check_options",
     "option",

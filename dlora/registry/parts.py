@@ -4,7 +4,7 @@ import ast
 import functools
 import importlib
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
@@ -19,6 +19,7 @@ PACKAGE = Path(__file__).parents[1]
 ROOMS = {
     "lora.variants": "adapter.method",
     "lora.init": "adapter.init_lora_weights",
+    "data.formats": "data.format",
     "objectives": "train.objective",
     "quant": "model.quantization",
     "sharding.engines": "sharding.engine",
@@ -109,6 +110,38 @@ def room(name: str) -> dict[str | bool, Part]:
             if "name" in says:
                 parts[says["name"]] = Part(name, says["name"], module, cls.name, says, options)
     return parts
+
+
+class Parts(MutableMapping[Any, T]):
+    """The parts of a room by name, each of them imported when somebody asks for it.
+
+    So a file whose package is not installed is in nobody's way. A program may add classes of its
+    own under names of their own; a configuration file knows only those that are files of the room.
+
+    Args:
+        name: of the room, a key of ROOMS.
+        make: what is made of a class.
+    """
+
+    def __init__(self, name: str, make: Callable[[Any], T] = lambda cls: cls) -> None:
+        self._room, self._make, self._made = name, make, dict[str | bool, T]()
+
+    def __getitem__(self, name: str | bool) -> T:
+        if name not in self._made:
+            self._made[name] = self._make(room(self._room)[name].load())
+        return self._made[name]
+
+    def __setitem__(self, name: str | bool, made: T) -> None:
+        self._made[name] = made
+
+    def __delitem__(self, name: str | bool) -> None:
+        del self._made[name]
+
+    def __iter__(self) -> Iterator[str | bool]:
+        return iter({**room(self._room), **self._made})
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
 
 
 def carries(*sources: str) -> Callable[[type[T]], type[T]]:

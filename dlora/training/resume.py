@@ -20,9 +20,9 @@ from dlora.checkpoint.remote import remote_of
 from dlora.config.load import Config, dump_yaml
 from dlora.errors import UsageError, dtype_name
 from dlora.io.files import unused_name, write_atomically
-from dlora.lora.variants import VARIANTS
 from dlora.methods.trained_replica import TrainedReplica
 from dlora.metrics.log import MetricsLog
+from dlora.registry import room
 from dlora.runtime.agreement import agree, broadcast
 from dlora.runtime.console import console
 from dlora.runtime.ranks import Ranks
@@ -117,7 +117,8 @@ def open_directory(context: RunContext, start: int) -> MetricsLog:
     if resumed and Path(resumed.directory).resolve().parent == root.resolve():
         checkpoints.set_aside_after(start, root)
     else:
-        of_methods = [name for variant in VARIANTS.values() for name in variant.run_files]
+        says = [part.says for part in room("lora.variants").values()]
+        of_methods = [name for said in says for name in said.get("run_files", ())]
         for name in ["checkpoints", "metrics.jsonl", *dict.fromkeys(of_methods), "tensorboard"]:
             _set_aside(directory / name)
     if (remote := remote_of(config)) is not None:

@@ -8,7 +8,7 @@ import pytest
 
 from dlora.data import FORMATS, load_examples
 from dlora.data.files import read_records, resolve
-from dlora.data.formats import RecordError, record_format
+from dlora.data.formats import RecordError
 from dlora.errors import UsageError
 
 CHAT: dict[str, list[Any]] = {
@@ -40,28 +40,14 @@ EXPECTED = [("user", "a"), ("assistant", "b")]
     ],
 )  # fmt: skip
 def test_conversations(name: str, record: dict[str, Any], expected: list[tuple[str, str]]):
-    conversation = FORMATS[name](record)
+    conversation = FORMATS[name].read(record)
     assert isinstance(conversation, list)
     assert [(turn["role"], turn["content"]) for turn in conversation] == expected
     assert all(set(turn) == {"role", "content"} for turn in conversation)
 
 
 def test_text_is_taken_as_it_is():
-    assert FORMATS["text"]({"text": " a\n"}) == " a\n"
-
-
-def test_a_new_format_is_one_function(jsonl: Any, make_tokenizer: Any):
-    @record_format("qa")
-    def qa(record: dict[str, Any]) -> list[dict[str, str]]:
-        return [user(record["u"]), assistant(record["a"])]
-
-    try:
-        path = jsonl({"u": "Hi", "a": "Hello"})
-        tokenizer = make_tokenizer()
-        data = load_examples(path, key="k", format="qa", tokenizer=tokenizer, max_length=99)
-        assert tokenizer.decode(data[0].input_ids).endswith("assistant\nHello<|im_end|>\n")
-    finally:
-        del FORMATS["qa"]
+    assert FORMATS["text"].read({"text": " a\n"}) == " a\n"
 
 
 def user(content: Any = "a", **more: Any) -> dict[str, Any]:
@@ -122,7 +108,7 @@ def test_a_bad_record_names_file_and_line(
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
     with pytest.raises(RecordError):
-        FORMATS[name](record)
+        FORMATS[name].read(record)
 
 
 BAD_FILES: list[tuple[bytes, str]] = [

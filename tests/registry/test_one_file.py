@@ -1,4 +1,5 @@
-"""A method, an initialisation, an objective, a format, an optimizer, an engine is one added file.
+"""A method, an initialisation, an objective, an optimizer, an engine, a format of weights or of
+records is one added file.
 
 Each test adds one file to a copy of the package, names it in YAML and runs it on two ranks.
 """
@@ -30,6 +31,8 @@ def base(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("base")
     save_model(directory / "model", "blocks")
     save_chats(directory / "chats.jsonl", 8)
+    asked = (json.dumps({"q": f"What is {i}?", "a": f"A number {i}."}) for i in range(8))
+    (directory / "questions.jsonl").write_text("\n".join(asked))
     return directory
 
 
@@ -47,7 +50,7 @@ def run_file(base: Path, directory: Path, **chosen: Any) -> Path:
         "model": {"path": str(base / "model"), "dtype": "float32"},
         "adapter": {"r": 2},
         "sharding": {"base": "world"},
-        "data": {"train": str(base / "chats.jsonl")},
+        "data": {"train": str(base / f"{'questions' if 'data' in chosen else 'chats'}.jsonl")},
         "optimizer": {"lr": 2e-3},
         "train": {"max_steps": 2, "global_batch_size": 4},
         "output": {"dir": str(directory / "run"), "tensorboard": False, "save_every": 0},
@@ -143,6 +146,7 @@ CHOSEN: dict[str, dict[str, Any]] = {
         "train": {"objective": "smooth", "max_steps": 2, "global_batch_size": 4},
         "smooth": {"epsilon": 0.2},
     },
+    "data/formats/questions.py": {"data": {"format": "questions"}},
     "quant/half.py": {"model": {"quantization": "half"}},
     "optim/signed.py": {"optimizer": {"name": "signed", "lr": 1e-3, "signed_decay": 0.01}},
     "sharding/engines/whole.py": {"sharding": {"engine": "whole", "base": "world"}},
@@ -177,3 +181,50 @@ def test_another_part(
             assert (trained[name] - wanted).norm() <= 1e-4 * wanted.norm(), name
     else:
         assert any(not torch.equal(tensor, usual[name]) for name, tensor in trained.items())
+
+
+NEEDY = """
+import not_installed_anywhere
+
+from ROOM import BASE
+
+class _Shared(BASE):
+    pass
+
+class Needy(_Shared):
+    name = "needy"
+    requires = {"not_installed_anywhere": "'dlora[needy]'"}
+"""
+LOOKED_UP = """
+import dlora
+from dlora.errors import UsageError
+from dlora.lora.init import INITS
+from dlora.lora.variants import VARIANTS
+from dlora.quant.formats import FORMATS
+
+for parts in (VARIANTS, INITS, FORMATS):
+    for name in parts:
+        if name != "needy":
+            found = parts[name] if isinstance(parts[name], type) else type(parts[name])
+            assert found.name == name and "_Shared" not in found.__name__, found
+    try:
+        parts["needy"]
+    except UsageError as error:
+        print(error)
+"""
+
+
+def test_what_a_file_needs_is_asked_of_those_who_name_it(tmp_path: Path) -> None:
+    """Nobody else is troubled, neither by its package nor by its other classes."""
+    shutil.copytree(PACKAGE, tmp_path / "dlora", ignore=shutil.ignore_patterns("__pycache__"))
+    for room, module, base in (
+        ("lora/variants", "dlora.lora.variants.lora", "LoraAdapter"),
+        ("lora/init", "dlora.lora.init.base", "Initialisation"),
+        ("quant", "dlora.quant.formats", "Format"),
+    ):
+        text = NEEDY.replace("ROOM", module).replace("BASE", base)
+        (tmp_path / "dlora" / room / "needy.py").write_text(text)
+    (tmp_path / "look_up.py").write_text(LOOKED_UP)
+    log = tmp_path / "log"
+    assert status(start(1, ["look_up"], log, tmp_path)) == 0, log.read_text()
+    assert log.read_text().count("needy needs not_installed_anywhere: pip install 'dlora[") == 3

@@ -173,10 +173,24 @@ WHOLE = (  # all of W0 on every rank, whatever `sharding.base` is
     .replace("offered = False", "offered = True")
 )
 
+QUESTIONS = '''
+"""{"q": "...", "a": "..."}"""
+from dlora.data.formats.record import filled
+
+
+class Questions:
+    name = "questions"
+
+    @staticmethod
+    def read(record):
+        asked, said = filled(record, "q"), filled(record, "a")
+        return [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+'''
 FILES = {
     "lora/variants/gated.py": GATED,
     "lora/init/halves.py": HALVES,
     "objectives/smooth.py": SMOOTH,
+    "data/formats/questions.py": QUESTIONS,
     "quant/half.py": HALF,
     "optim/signed.py": SIGNED,
     "sharding/engines/whole.py": WHOLE,

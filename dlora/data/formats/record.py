@@ -1,19 +1,13 @@
-"""From a JSON record to a conversation or a plain text: one function per `data.format`.
+"""What a data format is, and what all of them read records with.
 
-To add a format, write a function from the record to a Conversation or a str and register it:
-
-    @record_format("qa")
-    def qa(record: dict[str, Any]) -> Conversation:
-        return [_message("user", _text(record, "q")), _message("assistant", _answer(record, "a"))]
-
-It raises RecordError for whatever it cannot take; the reader puts the file and the line in front.
+A new one is one file of this folder with a class like those beside it. Its `read` raises
+`RecordError` for whatever it cannot take; the reader puts the file and the line in front.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
 
 Conversation = list[dict[str, str]]  # [{"role": "user", "content": "..."}, ...], as in transformers
-Format = Callable[[dict[str, Any]], Conversation | str]
 
 ROLES = ("system", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {
@@ -27,65 +21,30 @@ _SHAREGPT_ROLES = {
 # Parts of a message that change what should be learnt: dropping them would train something else.
 _NOT_BUILT = ("tool_calls", "function_call", "reasoning_content", "weight")
 
-FORMATS: dict[str, Format] = {}
-
 
 class RecordError(ValueError):
     """A record does not fit its format; the message says what was found and what was expected."""
 
 
-def record_format(name: str) -> Callable[[Format], Format]:
-    """Registers the decorated function as `data.format: <name>`."""
+class RecordFormat(Protocol):
+    """A layout of records.
 
-    def register(function: Format) -> Format:
-        FORMATS[name] = function
-        return function
-
-    return register
-
-
-@record_format("chat")
-def chat(record: dict[str, Any]) -> Conversation:
-    """{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}, ...]}"""
-    turns = _turns(record, "messages")
-    return _checked(
-        [_turn(turn, f"messages[{i}]", "role", "content") for i, turn in enumerate(turns)],
-        "messages",
-        "role 'assistant'",
-    )
-
-
-@record_format("sharegpt")
-def sharegpt(record: dict[str, Any]) -> Conversation:
-    """{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", ...}, ...]}
-
-    A "system" text beside the turns, as some data sets have it, becomes the first message.
+    Attributes:
+        name: the value of `data.format`.
     """
-    turns = _turns(record, "conversations")
-    names = [_turn(turn, f"conversations[{i}]", "from", "value") for i, turn in enumerate(turns)]
-    return _system(record) + _checked(names, "conversations", "from 'gpt'")
+
+    name: ClassVar[str]
+
+    @staticmethod
+    def read(record: dict[str, Any]) -> Conversation | str:
+        """The record as a conversation, or as a plain text of which every token is trained on.
+
+        Raises:
+            RecordError: the record does not fit.
+        """
 
 
-@record_format("alpaca")
-def alpaca(record: dict[str, Any]) -> Conversation:
-    """{"instruction": "...", "input": "..." (may be missing), "output": "..."}
-
-    The user's message is the instruction, then a blank line and the input if there is one.
-    """
-    question = _filled(record, "instruction")
-    if extra := _optional(record, "input"):
-        question = f"{question}\n\n{extra}"
-    answer = {"role": "assistant", "content": _filled(record, "output")}
-    return [*_system(record), {"role": "user", "content": question}, answer]
-
-
-@record_format("text")
-def text(record: dict[str, Any]) -> str:
-    """{"text": "..."}: trained on every token, with an end-of-sequence token behind the last."""
-    return _filled(record, "text")
-
-
-def _turns(record: dict[str, Any], field: str) -> list[Any]:
+def turns(record: dict[str, Any], field: str) -> list[Any]:
     value = _field(record, field)
     if not isinstance(value, list):
         raise RecordError(f"{field!r} is {_kind(value)}; expected a list of objects")
@@ -94,7 +53,7 @@ def _turns(record: dict[str, Any], field: str) -> list[Any]:
     return value
 
 
-def _turn(turn: Any, where: str, role_field: str, text_field: str) -> dict[str, str]:
+def turn(turn: Any, where: str, role_field: str, text_field: str) -> dict[str, str]:
     """One message of a conversation; `where` names it in errors, such as "messages[2]"."""
     if not isinstance(turn, dict):
         raise RecordError(
@@ -110,7 +69,7 @@ def _turn(turn: Any, where: str, role_field: str, text_field: str) -> dict[str, 
     return {"role": roles[name], "content": _string(turn, text_field, where)}
 
 
-def _checked(conversation: Conversation, field: str, wanted: str) -> Conversation:
+def checked(conversation: Conversation, field: str, wanted: str) -> Conversation:
     """The conversation, once it is known to have an answer and no empty one."""
     answers = [i for i, turn in enumerate(conversation) if turn["role"] == "assistant"]
     if not answers:
@@ -121,8 +80,8 @@ def _checked(conversation: Conversation, field: str, wanted: str) -> Conversatio
     return conversation
 
 
-def _system(record: dict[str, Any]) -> Conversation:
-    prompt = _optional(record, "system")
+def system(record: dict[str, Any]) -> Conversation:
+    prompt = optional(record, "system")
     return [{"role": "system", "content": prompt}] if prompt else []
 
 
@@ -147,14 +106,14 @@ def _string(record: Mapping[str, Any], field: str, where: str = "") -> str:
     return value
 
 
-def _filled(record: Mapping[str, Any], field: str) -> str:
+def filled(record: Mapping[str, Any], field: str) -> str:
     value = _string(record, field)
     if not value.strip():
         raise RecordError(f"{field!r} is empty; expected some text")
     return value
 
 
-def _optional(record: Mapping[str, Any], field: str) -> str:
+def optional(record: Mapping[str, Any], field: str) -> str:
     """The field's text; "" where it is missing, null or blank."""
     if record.get(field) is None:
         return ""
