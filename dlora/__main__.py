@@ -8,11 +8,11 @@ import sys
 from dlora.runtime.exit_status import exit_with
 
 COMMANDS = {
-    "train": "train adapters; what `torchrun -m dlora.train` runs",
-    "launch": "the same on several processes, with torchrun's options",
-    "plan": "bytes per rank and on the wire for machines that are not at hand",
-    "export": "an adapter or checkpoint → plain PEFT LoRA, or a merged model",
-    "generate": "try an adapter, or a base, on a prompt",
+    "train": "train adapters, as `torchrun -m dlora.train` does",
+    "launch": "train on several processes, with torchrun's options",
+    "plan": "plan memory, traffic and placement for given machines, without weights",
+    "export": "write an adapter or checkpoint as a plain PEFT LoRA, or merge it",
+    "generate": "answer a prompt with a base, or with a base and an adapter",
 }
 MODULES = {"plan": "dlora.plan.command", "export": "dlora.export.command"}  # packages
 
@@ -27,7 +27,7 @@ def run(argv: list[str]) -> int:
     command, *rest = argv
     if command not in COMMANDS:
         print(
-            f"dlora: error: {command!r} is no command; there are {', '.join(COMMANDS)}",
+            f"dlora: error: unknown command {command!r}; expected one of {', '.join(COMMANDS)}",
             file=sys.stderr,
         )
         return 2

@@ -84,8 +84,8 @@ def shard(
     """
     if type(model).__name__ == "DeepSpeedEngine":
         raise UsageError(
-            "shard: this is a DeepSpeed engine; pass its module (engine.module), and call that in "
-            "the loop: the engine itself reduces and steps only what an optimizer section trains"
+            "shard: this is a DeepSpeed engine, which does not reduce or step the adapters; pass "
+            "engine.module, and call engine.module in the training loop"
         )
     topology = Topology.current(ranks_per_node)
     divided_by = sharded_by(model)

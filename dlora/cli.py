@@ -56,14 +56,14 @@ def chosen_base(
         if source is None:
             raise UsageError("give --base, --adapter, or both")
         if not recorded.path:
-            raise UsageError(f"{source.directory} does not say which base it is for; add --base")
+            raise UsageError(f"{source.directory} does not record its base; add --base")
         option = f"the base of {source.directory} (--base overrides it)"
     path = override or recorded.path
     assert path is not None
     # The recorded revision belongs to the recorded base; a place for conversions serves any.
     revision = recorded.revision if path == recorded.path else None
     if trust_remote_code and path.endswith(".gguf"):
-        raise UsageError("--trust-remote-code cannot act: a .gguf file brings no code")
+        raise UsageError("--trust-remote-code cannot act: a .gguf file contains no code")
     with naming_base(option):
         base = find_base(
             path,

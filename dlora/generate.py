@@ -98,10 +98,10 @@ def _answer(
 
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and ids.shape[1] >= limit:
-        raise UsageError(f"--prompt: has {ids.shape[1]} tokens, and the base takes {limit} in all")
+        raise UsageError(f"--prompt: has {ids.shape[1]} tokens, but the base takes at most {limit}")
     if limit is not None and ids.shape[1] + max_new_tokens > limit:
         max_new_tokens = limit - ids.shape[1]
-        report(f"the base takes {limit} tokens in all: the answer has {max_new_tokens} at most")
+        report(f"the base takes at most {limit} tokens, so the answer has at most {max_new_tokens}")
     ids = ids.to(next(model.parameters()).device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
     with inference(model):
@@ -163,17 +163,17 @@ def _parser() -> argparse.ArgumentParser:
         type=_at_least_one,
         default=128,
         metavar="N",
-        help="length of the answer at most (default: 128)",
+        help="most tokens of the answer (default: 128)",
     )
     parser.add_argument(
         "--temperature",
         type=_not_negative,
         default=0.0,
         metavar="T",
-        help="0: always the likeliest token; above: sampled (default: 0)",
+        help="0: always the likeliest token; above 0: sampling (default: 0)",
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="bfloat16", help="of the base (default: bfloat16)"
+        "--dtype", choices=DTYPES, default="bfloat16", help="dtype of the base (default: bfloat16)"
     )
     parser.add_argument(
         "--trust-remote-code",

@@ -61,7 +61,9 @@ def main(argv: list[str]) -> int:
     except RendezvousError as error:
         where = f" on {args.rdzv_endpoint}" if args.rdzv_endpoint else ""
         reason = str(error) or type(error).__name__
-        raise TransientError(f"the nodes' agents do not meet{where}: {reason}") from error
+        raise TransientError(
+            f"the nodes' agents cannot reach each other{where}: {reason}; check --rdzv-endpoint"
+        ) from error
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):  # the status stands; Python ends slowly
             signal.signal(number, signal.SIG_IGN)

@@ -65,7 +65,7 @@ def main(argv: list[str], hooks: Hooks = NO_HOOKS) -> int:
 def check(config: Config, ranks: Ranks) -> int:
     """`--check`: configuration, data and plan, without a lock and without writing anything."""
     planned(config, ranks, check=True)
-    console.info("configuration, data and plan are right; nothing was trained (--check)")
+    console.info("configuration, data and plan are valid; nothing was trained (--check)")
     ranks.leave()
     return 0
 
@@ -116,7 +116,7 @@ class Run:
         config, prepared = self.config, self.prepared
         replica, stop, checkpoints = self.replica, self.stop, self.checkpoints
         if self.start == self.total_steps:
-            console.info(f"the run was finished already: step {self.start} of {self.total_steps}")
+            console.info(f"the run is already finished: step {self.start} of {self.total_steps}")
             return save_result(
                 self.context, checkpoints
             )  # the run may have ended between its last two files

@@ -105,7 +105,7 @@ class Stop:
         if self._number or not self._is_heard(number):
             os._exit(128 + number)
         self._number, self._first = number, now
-        print("stopping after this step; once more ends it at once", flush=True)
+        print("stopping after this step; a second signal ends the run at once", flush=True)
 
     def _is_heard(self, number: int) -> bool:
         """Whether there are ranks that will see the flag."""

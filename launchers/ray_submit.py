@@ -53,27 +53,27 @@ class Submission(Workers):
     """How the job is submitted; the others are launchers.ray_train's."""
 
     address: str = option("http://127.0.0.1:8265", CONNECTION)
-    working_dir: str = option(".", "what the job's processes get a copy of, and start in")
-    exclude: list[str] = option([], f"patterns left out, as in .gitignore, beside {EXCLUDED}")
+    working_dir: str = option(".", "directory that the job's processes get a copy of")
+    exclude: list[str] = option([], f"patterns not to copy, as in .gitignore, beside {EXCLUDED}")
     env: dict[str, str] = option(
-        {}, 'of the job\'s processes, as {"NCCL_DEBUG": "INFO"}; no secrets'
+        {}, 'environment of the job\'s processes, as {"NCCL_DEBUG": "INFO"}; no secrets'
     )
     submission_id: str | None = option(None, "the job's name; null: Ray makes one")
-    no_auth: bool = option(False, "the cluster wants no token")
-    no_wait: bool = option(False, "submit and return: nothing is printed of the job")
+    no_auth: bool = option(False, "the cluster needs no token")
+    no_wait: bool = option(False, "submit and return, without printing the job's log")
 
 
 def main(argv: list[str]) -> int:
     """Submit and follow; returns the job's exit status."""
     options = parse(argv, prog=f"{NAME}.ray_submit", extra=Submission)
     if options.check:
-        raise UsageError("--check belongs to dlora.train, which understands the same configuration")
+        raise UsageError("--check is an option of dlora.train, which reads the same configuration")
     wanted: Submission = options.extra
     check_options(options.config, wanted)
     place_of(options.config, wanted, submitted=True)
     root = Path(wanted.working_dir).expanduser()
     if not root.is_dir():
-        raise UsageError(f"working-dir: {root} is no directory")
+        raise UsageError(f"working-dir: {root} is not a directory")
     excluded = [*EXCLUDED, *wanted.exclude]
     words = forwarded(argv, root)
     check_packed(options.config, words, root, excluded)
@@ -89,9 +89,9 @@ def main(argv: list[str]) -> int:
             },
         )
     except ConnectionError as error:
-        raise TransientError(f"the job was not taken: {first_line(error)}") from None
+        raise TransientError(f"the cluster did not accept the job: {first_line(error)}") from None
     except (RuntimeError, ValueError) as error:
-        raise UsageError(f"the job was not taken: {first_line(error)}") from None
+        raise UsageError(f"the cluster did not accept the job: {first_line(error)}") from None
     print(f"submitted {job} to {wanted.address}", flush=True)
     return 0 if wanted.no_wait else Following(client, job, wanted.address).status()
 
@@ -107,7 +107,7 @@ def forwarded(argv: list[str], root: Path) -> list[str]:
         if name == "config" and value is not None:
             file, packed = Path(value).resolve(), root.resolve()
             if not file.is_relative_to(packed):
-                raise UsageError(f"config: {value} does not lie in the working directory {root}")
+                raise UsageError(f"config: {value} is not inside the working directory {root}")
             value = str(file.relative_to(packed))
         if name not in own:
             kept.append(word(name, value))
@@ -133,8 +133,8 @@ def check_packed(config: Config, words: list[str], root: Path, excluded: Iterabl
         for file in files_of(root, key, path):
             if left_out.match_file(file):
                 raise UsageError(
-                    f"{key}: {file} is left out of what is sent to the cluster; name a path that "
-                    "its nodes see, or a hub id"
+                    f"{key}: {file} is not copied to the cluster (ignored or excluded); name a "
+                    "path that its nodes see, or a hub id"
                 )
 
 
@@ -150,7 +150,7 @@ def files_of(root: Path, key: str, path: str) -> Iterator[str]:
     if not steps:
         return  # the directory itself, of which some things are left out for good
     if steps[0] == "..":  # links may lead out: Ray packs their targets
-        raise UsageError(f"{key}: {path} does not lie in the working directory {root}")
+        raise UsageError(f"{key}: {path} is not inside the working directory {root}")
     try:
         matches = sorted(root.glob(path))
     except ValueError as error:
@@ -169,8 +169,8 @@ def connect(wanted: Submission) -> Any:
     """
     if not wanted.no_auth and not has_token():
         raise UsageError(
-            "address: there is no token: RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH gives the "
-            "cluster's, and --no-auth says that it wants none"
+            "address: no token found; set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, or add --no-auth "
+            "if the cluster needs none"
         )
     os.environ["RAY_AUTH_MODE"] = "disabled" if wanted.no_auth else "token"
     from ray.exceptions import AuthenticationError
@@ -225,7 +225,7 @@ class Following:
                 if now - self._failing >= SILENT_SECONDS:
                     print(
                         f"dlora: error: {self._address} no longer answers ({first_line(error)}); "
-                        f"{self._job} goes on without this program",
+                        f"{self._job} continues without this program",
                         file=sys.stderr,
                         flush=True,
                     )
@@ -254,22 +254,22 @@ class Following:
         """Ask what Ctrl-C meant; whether to go on following."""
         how = f"ray job logs --address {self._address} --follow {self._job}"
         if not sys.stdin.isatty():
-            print(f"\n{self._job} goes on without this program; {how}", flush=True)
+            print(f"\n{self._job} continues without this program; {how}", flush=True)
             return False
         try:
-            answer = input(f"\nstop {self._job}? [y] stop, [l] leave it running, [N] go on: ")
+            answer = input(f"\nstop {self._job}? [y] stop, [l] leave it running, [N] follow on: ")
         except (EOFError, KeyboardInterrupt):
             answer = "l"
         if answer.strip().lower().startswith("y"):
             try:
                 self._client.stop_job(self._job)
             except (OSError, RuntimeError) as error:
-                print(f"{self._job} was not told to stop: {first_line(error)}", flush=True)
+                print(f"{self._job} could not be stopped: {first_line(error)}", flush=True)
             else:
-                print("stopping; submitted again it goes on from its last checkpoint", flush=True)
+                print("stopping; submit it again to resume from its last checkpoint", flush=True)
             return True
         if answer.strip().lower().startswith("l"):
-            print(f"{self._job} goes on; {how}", flush=True)
+            print(f"{self._job} continues; {how}", flush=True)
             return False
         return True
 

@@ -40,19 +40,19 @@ Space = dict[str, Any]
 class Sweep(Workers):
     """What is tried; the others are launchers.ray_train's, for each trial."""
 
-    space: str = option("{}", "keys and what they may be: YAML or JSON, or a file of it")
-    samples: int = option(1, "times that the grid is run, each with other draws", ge=1)
-    scheduler: Literal["none", "asha"] = option("none", "asha: trials that are behind end early")
-    metric: Literal["eval_loss", "loss"] = option("eval_loss", "the figure to make small")
-    max_concurrent: int = option(0, "trials at one time; 0: as many as there is room for", ge=0)
-    sweep_seed: int = option(0, "of the draws")
+    space: str = option("{}", "values or a distribution of each key: YAML, JSON, or a file of it")
+    samples: int = option(1, "how often the grid is run, each time with new draws", ge=1)
+    scheduler: Literal["none", "asha"] = option("none", "asha: stop trials early that are behind")
+    metric: Literal["eval_loss", "loss"] = option("eval_loss", "the metric to minimise")
+    max_concurrent: int = option(0, "trials at the same time; 0: as many as fit the cluster", ge=0)
+    sweep_seed: int = option(0, "seed of the draws")
 
 
 def main(argv: list[str]) -> int:
     """Run the sweep; returns the exit status."""
     options = parse(argv, prog=f"{NAME}.ray_sweep", extra=Sweep)
     if options.check:
-        raise UsageError("--check belongs to dlora.train, which understands the same configuration")
+        raise UsageError("--check is an option of dlora.train, which reads the same configuration")
     config, sweep = options.config, options.extra
     space = read_space(sweep.space)
     own = names_of(Sweep)
@@ -83,12 +83,12 @@ def read_space(given: str) -> Space:
         raise UsageError('space: expected {"section.key": [values] or {"loguniform": [low, high]}}')
     for key, values in space.items():
         if key not in SCHEMA:
-            raise UsageError(f"space: {key} is no key of the configuration")
+            raise UsageError(f"space: {key} is not a key of the configuration")
         values = space[key] = numbers(values) if SCHEMA[key].type is float else values
         if isinstance(values, dict) and len(values) == 1:
             [(kind, values)] = values.items()
             if kind not in (*RANGES, "choice"):
-                raise UsageError(f"space: {key}: {kind} is none of {', '.join(RANGES)}, choice")
+                raise UsageError(f"space: {key}: {kind} is not one of {', '.join(RANGES)}, choice")
             if kind in RANGES and not is_range(values, above_zero=kind == "loguniform"):
                 raise UsageError(f"space: {key}: {kind} needs [low, high], low below high")
             if kind != "choice" and SCHEMA[key].type is int and kind != "randint":
@@ -128,20 +128,20 @@ def check(config: Config, sweep: Sweep, words: Mapping[str, str | None], space: 
     check_options(config, sweep)
     if sweep.name or config.output.remote:
         raise UsageError(
-            f"{'name' if sweep.name else 'output.remote'}: trials would share it; each has its own "
-            "in output.dir, or in --storage"
+            f"{'name' if sweep.name else 'output.remote'}: remove it, since trials would share it; "
+            "each gets its own in output.dir, or in --storage"
         )
     if sweep.scheduler == "asha" and (
         config.train.epochs or {"train.epochs", "train.max_steps"} & space.keys()
     ):
-        raise UsageError("scheduler: asha compares trials by their steps: train.max_steps, unswept")
+        raise UsageError("scheduler: asha compares trials by step; fix train.max_steps")
     if sweep.scheduler == "asha" and told_every(config) >= config.train.max_steps:
         raise UsageError(
-            "scheduler: asha compares trials as they go: data.eval with output.eval_every, or else "
-            "output.save_every, below train.max_steps"
+            "scheduler: asha compares trials while they run; set data.eval with output.eval_every, "
+            "or else output.save_every, below train.max_steps"
         )
     if twice := sorted(words.keys() & space.keys()):
-        raise UsageError(f"space: {twice[0]} is on the command line as well")
+        raise UsageError(f"space: {twice[0]} is on the command line as well; set it in one place")
     if sweep.metric == "eval_loss" and not evaluates(config):
         raise UsageError("metric: eval_loss needs data.eval and output.eval_every above 0")
     if evaluates(config) and "output.save_every" in words.keys() | space.keys():

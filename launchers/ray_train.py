@@ -41,19 +41,21 @@ class Workers:
 
     num_workers: str = option(
         "1",
-        "ranks; as MIN:MAX the run goes on with what there is, and Ray adds more when nodes come",
+        "ranks; with MIN:MAX the run continues on those it has, and Ray adds more when nodes join",
     )
     use_gpu: bool = option(False, "one GPU for each worker; without it, none")
-    resources: dict[str, float] = option({}, 'of each worker, as {"CPU": 4}; null: Ray\'s', gt=0)
+    resources: dict[str, float] = option(
+        {}, 'resources of each worker, as {"CPU": 4}; empty: Ray\'s own', gt=0
+    )
     storage: str | None = option(
         None,
-        "a path or URL that all nodes see, for checkpoints, the adapter (both rather in "
-        "output.remote, if that is set) and what Ray keeps; null: output.dir",
+        "a path or URL that all nodes see, for Ray's own files and, without output.remote, for "
+        "checkpoints and the adapter; null: output.dir",
     )
-    name: str | None = option(None, "of the run in the storage; null: the last part of output.dir")
+    name: str | None = option(None, "name of the run in the storage; null: that of output.dir")
     max_failures: int = option(
         3,
-        "restarts after a lost worker, -1: any number; nodes that go as noticed do not count",
+        "restarts after a lost worker, -1: any number; announced removals of nodes do not count",
         ge=-1,
     )
 
@@ -78,7 +80,7 @@ def main(argv: list[str]) -> int:
     """Run the job; returns the exit status."""
     options = parse(argv, prog=f"{NAME}.ray_train", extra=Workers)
     if options.check:
-        raise UsageError("--check belongs to dlora.train, which understands the same configuration")
+        raise UsageError("--check is an option of dlora.train, which reads the same configuration")
     workers = options.extra
     config, place = placed(options.config, workers)
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # steps look alike to it
@@ -96,7 +98,7 @@ def main(argv: list[str]) -> int:
         verdict = stop.wait_for(made.fit).return_value
     except TrainingFailedError as error:
         reason = str(error).strip().splitlines()[-1]
-        print(f"dlora: error: Ray has given the run up: {reason}", file=sys.stderr, flush=True)
+        print(f"dlora: error: Ray gave up the run: {reason}", file=sys.stderr, flush=True)
         return 1
     if verdict.status == 2:
         raise UsageError(verdict.error)
@@ -125,9 +127,9 @@ def check_options(config: Config, workers: Workers) -> None:
     number(workers.num_workers)
     if config.output.resume != "auto":
         raise UsageError(
-            "output.resume: Ray starts lost ranks again, which would begin there again each time; "
-            "another output.dir and --name (or output.remote) begin anew, adapter.path from an "
-            "adapter"
+            "output.resume: must be auto, since Ray restarts lost ranks; to start afresh name "
+            "another output.dir and --name (or output.remote), to start from an adapter set "
+            "adapter.path"
         )
     if "GPU" in workers.resources and not workers.use_gpu:
         raise UsageError("resources: GPU needs --use-gpu")
@@ -154,8 +156,8 @@ def place_of(config: Config, workers: Workers, *, submitted: bool) -> Place:
         key, path = "storage", Path(workers.storage).expanduser()
     if submitted and not path.is_absolute():
         raise UsageError(
-            f"{key}: {path} lies in the job's working directory, which goes with the job: name an "
-            "absolute path that all nodes see, or a URL as --storage"
+            f"{key}: {path} is in the job's working directory, which is deleted with the job; name "
+            "an absolute path that all nodes see, or a URL as --storage"
         )
     return Place(str(path.absolute()), name)
 

@@ -121,9 +121,9 @@ def enter(directory: str) -> None:
         os.chdir(directory)
     except OSError as error:
         raise UsageError(
-            f"{directory} is not seen on {socket.gethostname()} ({error.strerror}): submit the job "
-            f"with a working directory ({NAME}.ray_submit), or start it where all nodes see the "
-            "same files"
+            f"{directory} does not exist on {socket.gethostname()} ({error.strerror}): submit the "
+            f"job with a working directory ({NAME}.ray_submit), or start it where all nodes see "
+            "the same files"
         ) from None
 
 
@@ -268,7 +268,9 @@ def point_to(url: str, step: int) -> Checkpoint | None:
             return get_context().get_storage().persist_current_checkpoint(local, name)
     except Exception as error:  # every store has exceptions of its own
         reason = " ".join(str(error).split())
-        print(f"dlora: warning: Ray is not told of step {step}: {reason}", file=sys.stderr)
+        print(
+            f"dlora: warning: step {step} could not be reported to Ray: {reason}", file=sys.stderr
+        )
         return None
 
 

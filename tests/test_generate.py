@@ -99,8 +99,8 @@ def test_answer_stops_at_the_last_position(bases, capsys):
     """GPT-2 has 256 learned positions; it would fail beyond them."""
     words = ["--base", str(bases("gpt2")), "--dtype", "float32"]
     assert main([*words, "--prompt", "x" * 200, "--max-new-tokens", "500"]) == 0
-    assert "256 tokens in all" in capsys.readouterr().err
-    with pytest.raises(UsageError, match="the base takes 256"):
+    assert "at most 256" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="the base takes at most 256"):
         main([*words, "--prompt", "x" * 300])
 
 
@@ -112,12 +112,12 @@ MISTAKES = {
     "heat": (["--base", "B", "--prompt", "x", "--temperature", "-1"], "of at least 0, not '-1'"),
     "dtype": (["--base", "B", "--prompt", "x", "--dtype", "fp8"], "--dtype: invalid choice: 'fp8'"),
     "code": (["--base", "x.gguf", "--prompt", "x", "--trust-remote-code"], "cannot act"),
-    "base": (["--base", "./nix", "--prompt", "x"], "--base: there is no directory ./nix"),
+    "base": (["--base", "./nix", "--prompt", "x"], "--base: directory ./nix does not exist"),
     "image model": (
         ["--base", "vit", "--prompt", "x"],
         "cannot read vit: Unrecognized configuration class",
     ),
-    "adapter": (["--adapter", "nix", "--prompt", "x"], "--adapter: there is no directory nix"),
+    "adapter": (["--adapter", "nix", "--prompt", "x"], "--adapter: directory nix does not exist"),
     "gone": (["--adapter", "gone", "--prompt", "x"], "the base of gone (--base overrides it): "),
     "nameless": (["--adapter", "nameless", "--prompt", "x"], "add --base"),
     "unfit": (["--adapter", "A", "--base", "gpt2", "--prompt", "x"], "A does not fit the base"),

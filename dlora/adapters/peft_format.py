@@ -71,7 +71,7 @@ def plain_forms(model: nn.Module) -> dict[str, PlainLora]:
     left = {path: form for path, adapter, form in found if form.r or not adapter.prunes}
     if forms and not left:
         raise UsageError(
-            "save_adapter: every singular value is 0, so there is no adapter to write; train first"
+            "save_adapter: the adapter is empty, because every singular value is 0; train it first"
         )
     return left
 
@@ -120,10 +120,10 @@ def adalora_files(model: nn.Module, base: str | None) -> tuple[dict[str, Any], d
     config = attachment_of(model).config
     if not isinstance(config, AdaLoraConfig):
         raise UsageError(
-            f"peft_type: ADALORA needs an adalora adapter, and this is {config.method}"
+            f"peft_type: ADALORA needs an adalora adapter, but this one is {config.method}"
         )
     if config.total_step is None:
-        raise UsageError("total_step: PEFT loads no ADALORA without it; set it in AdaLoraConfig")
+        raise UsageError("total_step: PEFT cannot load ADALORA without it; set it in AdaLoraConfig")
     tensors: dict[str, Tensor] = {}
     pattern: dict[str, list[bool]] = {}
     adapted = []
@@ -131,7 +131,7 @@ def adalora_files(model: nn.Module, base: str | None) -> tuple[dict[str, Any], d
         assert isinstance(adapter, AdaLoraAdapter)
         if isinstance(layer, AdaptedLayer) and (layer.is_embedding or layer.kernel(layer)):
             what = "embedding" if layer.is_embedding else "convolution"
-            raise UsageError(f"peft_type: PEFT's ADALORA has no form for the {what} {path}")
+            raise UsageError(f"peft_type: PEFT's ADALORA does not support the {what} {path}")
         left = adapter.triplets()
         correction = adapter.scaling * (config.init_r + _RANK_EPSILON) / config.lora_alpha
         for name, (dim, indices) in adapter.cuts(left).items():

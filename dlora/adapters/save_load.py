@@ -80,7 +80,7 @@ def save_adapter(
         UsageError: nothing is attached, a tensor is empty, or there is no such form of it.
     """
     if peft_type not in FORMS:
-        raise UsageError(f"peft_type: {peft_type!r} is none of {', '.join(FORMS)}")
+        raise UsageError(f"peft_type: expected one of {', '.join(FORMS)}, got {peft_type!r}")
     name = base_model_name_or_path or getattr(getattr(model, "config", None), "name_or_path", None)
     settings, tensors = FORMS[peft_type](model, name)
     for key, tensor in tensors.items():
@@ -110,14 +110,14 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
         attach(model, config)
     if (method := attachment_of(model).config.method) != "lora":
         raise UsageError(
-            f"load_adapter: {directory} is a plain LoRA, and the model carries {method}; load it "
-            "into a model without adapters"
+            f"load_adapter: {directory} is a plain LoRA, but the model has {method} adapters; load "
+            "it into a model without adapters"
         )
     if frozen_tensors(model):
         init = attachment_of(model).config.init_lora_weights
         raise UsageError(
-            f"load_adapter: the model's adapters start with {init}, from which the plain LoRA in "
-            f"{directory} does not go on; load it into a model without adapters"
+            f"load_adapter: the model's adapters were initialised with {init}, so they cannot take "
+            f"over the plain LoRA in {directory}; load it into a model without adapters"
         )
     expected = peft_slots(model)
     base_copies = _take_base_copies(model, tensors)
@@ -132,8 +132,8 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
         if not math.isclose(adapter.scaling, config.scaling_for(path)):
             raise UsageError(
                 f"{directory / CONFIG}: lora_alpha, r and use_rslora scale {path} by "
-                f"{config.scaling_for(path):g}, but the adapter attached here is scaled by "
-                f"{adapter.scaling:g}"
+                f"{config.scaling_for(path):g}, but the attached adapter is scaled by "
+                f"{adapter.scaling:g}; attach it with the same settings"
             )
     with torch.no_grad():
         for key, slot in expected.items():
@@ -160,7 +160,7 @@ def read_config(directory: str | Path) -> LoraConfig:
     """The `LoraConfig` of an adapter directory; see `load_adapter` for the errors."""
     path = inside(Path(directory).expanduser(), CONFIG)
     if not path.exists():
-        raise UsageError(f"{path}: there is no such file, so {directory} is no adapter")
+        raise UsageError(f"{path}: file not found, so {directory} is not an adapter directory")
     raw = read_object(path)
     if raw.get("peft_type") != "LORA":
         kind = raw.get("peft_type")
@@ -169,7 +169,7 @@ def read_config(directory: str | Path) -> LoraConfig:
         value = raw.get(key)
         items = value if isinstance(value, list) else ()
         if not isinstance(value, (*kinds, type(None))) or any(type(i) is not str for i in items):
-            raise UsageError(f"{path}: {key}: {value!r} is of no type that PEFT writes there")
+            raise UsageError(f"{path}: {key}: {value!r} has an unexpected type")
     for key, unused in _READ.items():
         if raw.get(key, unused) not in (unused, None, [], {}):
             raise UsageError(f"{path}: {key}: {raw[key]!r} is not supported")
@@ -215,7 +215,7 @@ def _check_ranks(
         stored, r = tensors.get(key := f"{PREFIX}{path}.{name}"), config.r_for(path)
         if stored is not None and stored.shape[:1] != (r,):
             raise UsageError(
-                f"{file}: {key} has shape {list(stored.shape)}, and r is {r} in {CONFIG}"
+                f"{file}: {key} has shape {list(stored.shape)}, but r is {r} in {CONFIG}"
             )
         if stored is None:
             raise UsageError(f"{file}: lacks {key}")

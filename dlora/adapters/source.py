@@ -95,7 +95,7 @@ class AdapterSource:
             if tensor.shape != expected or tensor.dtype not in FLOATS:
                 raise UsageError(
                     f"{self.file} does not fit the base: {tensor.key} is {tensor.dtype} "
-                    f"{list(tensor.shape)}, and the base needs floats {list(expected)}"
+                    f"{list(tensor.shape)}, but the base needs floats {list(expected)}"
                 )
         check_numbers({tensor.key: tensor for tensor in self._tensors.values()})
 
@@ -167,14 +167,14 @@ def open_adapter(directory: str | Path) -> AdapterSource:
     """
     directory = Path(directory).expanduser()
     if not directory.is_dir():
-        raise UsageError(f"--adapter: there is no directory {directory}")
+        raise UsageError(f"--adapter: directory {directory} does not exist")
     if (directory / CONFIG).exists():
         return _from_peft(directory)
     if (directory / "manifest.json").exists():
         return _from_checkpoint(directory)
     hint = f"; did you mean {directory / 'adapter'}?" if (directory / "adapter").is_dir() else ""
     raise UsageError(
-        f"--adapter: {directory} holds neither an {CONFIG} nor a checkpoint's manifest.json{hint}"
+        f"--adapter: {directory} has neither an {CONFIG} nor a checkpoint's manifest.json{hint}"
     )
 
 

@@ -128,7 +128,7 @@ def _convert(
             )
         announce(
             f"converting {path} to {dtype_name(dtype)} under {target} ({nbytes / 1e6:.0f} MB), "
-            "once; the whole model is in this process's memory meanwhile"
+            "once; this process needs memory for the whole model meanwhile"
         )
         with _reading(path), contextlib.redirect_stderr(io.StringIO()):  # a progress bar
             tokenizer = AutoTokenizer.from_pretrained(folder, **place)
@@ -143,7 +143,7 @@ def _convert(
     model, found = loaded
     check_loaded(str(path), found)
     if unused := sorted({*found["unexpected_keys"], *unplaced}):
-        announce(f"{path.name}: the model has no place for {and_more(unused, 3)}; left out")
+        announce(f"{path.name}: the model has no parameter for {and_more(unused, 3)}; ignored")
     _make_plain(model, skeleton, tokenizer)
     try:
         tokenizer.save_pretrained(folder)
@@ -184,8 +184,8 @@ def _unplaced(path: Path, skeleton: Any) -> list[str]:
         up = gate.replace("ffn_gate", "ffn_up")
         if types.get(up, types[gate]) != types[gate]:
             raise UsageError(
-                f"model.path: {path}: {gate} ({types[gate].name}) and {up} ({types[up].name}) make "
-                "one parameter and have different types; quantize both alike"
+                f"model.path: {path}: {gate} ({types[gate].name}) and {up} ({types[up].name}) are "
+                "parts of one parameter, but have different types; quantize both alike"
             )
     layers = skeleton.config.get_text_config().num_hidden_layers  # later blocks predict more tokens
     blocks = {name: name.split(".")[1] for name in types if name.startswith("blk.")}
@@ -244,7 +244,7 @@ def _content_key(path: Path, dtype: torch.dtype) -> str:
     try:
         with path.open("rb") as file:
             if (magic := file.read(4)) != b"GGUF":
-                raise UsageError(f"model.path: {path} is no GGUF file: it begins with {magic!r}")
+                raise UsageError(f"model.path: {path} is not a GGUF file: it begins with {magic!r}")
             stat = os.fstat(file.fileno())
             versions = [importlib.metadata.version(name) for name in ("transformers", "gguf")]
             digest = hashlib.sha256(

@@ -116,8 +116,8 @@ class BaseModel(BaseSource):
         if getattr(skeleton.config, "quantization_config", None) is not None:
             if self.quantization != "none":
                 raise UsageError(
-                    f"model.quantization: {self.quantization} packs plain floats, and {self.path} "
-                    "is quantized already; set model.quantization: none"
+                    f"model.quantization: {self.quantization} needs a floating-point base, but "
+                    f"{self.path} is already quantized; set model.quantization: none"
                 )
         elif are_local(self):
             StoredWeights(self, skeleton)
@@ -224,8 +224,8 @@ def check_experts_divide(skeleton: Any, placement: Placement) -> None:
         experts = parameter.shape[0]
         if -(-experts // ranks) * (ranks - 1) >= experts:
             raise UsageError(
-                f"sharding.base: {path} holds {experts} experts, and some of {ranks} ranks would "
-                "get none; divide W0 over fewer ranks (base: node, or none)"
+                f"sharding.base: {path} has {experts} experts, so some of {ranks} ranks would get "
+                "none; shard W0 over fewer ranks (base: node, or none)"
             )
 
 
@@ -267,15 +267,15 @@ def find_base(
     source = str(local)
     if local.suffix == ".gguf":
         if not local.is_file():
-            raise UsageError(f"model.path: there is no file {path}")
+            raise UsageError(f"model.path: file {path} does not exist")
         source = str(converted_base(local, Path(cache_dir).expanduser(), DTYPES[dtype], announce))
     elif local.is_dir():
         if not (local / "config.json").is_file():
             raise UsageError(
-                f"model.path: {path} holds no config.json, so it is no model directory"
+                f"model.path: {path} contains no config.json, so it is not a model directory"
             )
     elif _looks_local(path):
-        raise UsageError(f"model.path: there is no directory {path}")
+        raise UsageError(f"model.path: directory {path} does not exist")
     else:
         source = path
     settings = (revision, trust_remote_code, attn_implementation, quantization)

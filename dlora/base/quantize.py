@@ -69,24 +69,26 @@ def quantize(model: nn.Module, quantization: str) -> Quantized:
     """
     fmt = FORMATS.get(quantization)
     if fmt is None:
-        raise UsageError(f"quantization: {quantization!r} is none of {', '.join(FORMATS)}")
+        raise UsageError(
+            f"quantization: {quantization!r} is unknown; expected one of {', '.join(FORMATS)}"
+        )
     if hasattr(model, "dlora"):
-        raise UsageError("quantize: this model carries adapters already; quantize comes first")
+        raise UsageError("quantize: this model already has adapters; call quantize before attach")
     if any(map(is_divided, model.parameters())):
-        raise UsageError("quantize: this model is sharded already; quantize comes first")
+        raise UsageError("quantize: this model is already sharded; call quantize before shard")
     if any(map(is_packed, model.modules())):
-        raise UsageError("quantize: this model is packed already")
+        raise UsageError("quantize: this model is already packed")
     packed, weights, nbytes = [], 0, 0
     left, uses = dict(_not_linear(model)), _uses(model)
     for path in _linear_in_blocks(model):
         module = model.get_submodule(path)
         k, n = module.get_parameter("weight").shape
         if n % fmt.block:
-            left[path] = f"its rows of {n} weights do not divide into blocks of {fmt.block}"
+            left[path] = f"its rows have {n} weights, not a multiple of the block size {fmt.block}"
         elif _must_be_float32(model, path):
             left[path] = "the model needs it in float32"
         elif uses[id(module.weight)] > 1:
-            left[path] = "it shares its weight"
+            left[path] = "it shares its weight with another module"
         else:
             kind: Any = layer_kind(module) or AdaptedLayer
             pack(module, quantization, transposed=kind.transposed)
@@ -145,7 +147,7 @@ def _not_linear(model: nn.Module) -> Iterator[tuple[str, str]]:
     for path in block_lists(model):
         for name, parameter in model.get_submodule(path).named_parameters():
             if parameter.ndim > 2:
-                yield f"{path}.{name}", "it belongs to no linear layer"
+                yield f"{path}.{name}", "it is not the weight of a linear layer"
 
 
 def _uses(model: nn.Module) -> Counter[int]:

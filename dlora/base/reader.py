@@ -47,8 +47,8 @@ class StoredWeights:
     def __init__(self, base: BaseSource, skeleton: PreTrainedModel) -> None:
         if getattr(skeleton.config, "quantization_config", None) is not None:
             raise UsageError(
-                f"model.path: {base.path} is quantized; engine zero3 and model.quantization read "
-                "parts of a base, and need plain floats"
+                f"model.path: {base.path} is quantized; engine zero3 and model.quantization need a "
+                "floating-point base"
             )
         self._skeleton = skeleton
         self._tensors: dict[str, StoredTensor] = {}
@@ -69,7 +69,7 @@ class StoredWeights:
         missing = [name for name in missing if not _may_be_missing(skeleton, name)]
         if missing:
             names = and_more(missing, 1)
-            raise UsageError(f"model.path: the files of {base.path} hold no {names}")
+            raise UsageError(f"model.path: the files of {base.path} do not contain {names}")
 
     def read(self, name: str, start: int, out: Tensor) -> None:
         """Fill `out` [n] with the elements [start, start + n) of the parameter `name`, cast."""
@@ -101,8 +101,8 @@ class StoredWeights:
             return
         stored_dtype = f"{strange[0].dtype} " if strange else ""
         raise UsageError(
-            f"model.path: {stored[0].file} holds {name} as {stored_dtype}{list(shape)}, where the "
-            f"model has floats {list(wanted)}; config.json and the weights do not belong together"
+            f"model.path: {stored[0].file} contains {name} as {stored_dtype}{list(shape)}, but the "
+            f"model needs floats {list(wanted)}; config.json and the weights do not belong together"
         )
 
     def _made_shapes(self, name: str, origin: Origin) -> dict[str, tuple[int, ...]]:
@@ -116,7 +116,7 @@ class StoredWeights:
                 return {}
             first = self._tensors[origin.keys[0]]
             raise UsageError(
-                f"model.path: {name} cannot be made of {first.key} and the other "
+                f"model.path: {name} cannot be built from {first.key} and the other "
                 f"{len(origin.keys) - 1} keys in {first.file}: {str(error).splitlines()[0]}"
             ) from error
         return {target: tuple(tensor.shape) for target, tensor in made.items()}

@@ -87,14 +87,14 @@ class StoredBase:
         if len(keys) != 1:
             what = f"in {len(keys)} places" if keys else "under no name of its own"
             raise UsageError(
-                f"{name} is adapted, and the files of {self.base.path} hold it {what} "
-                "(transformers puts it together while loading), so it cannot be merged in place"
+                f"{name} is adapted, but the files of {self.base.path} contain it {what} "
+                "(transformers assembles it while loading), so it cannot be merged in place"
             )
         tensor = self.tensors[keys[0]]
         if tensor.dtype not in FLOATS or tensor.shape != self._shapes[name]:
             raise UsageError(
-                f"{name} is adapted, and {tensor.file} holds {tensor.key} as {tensor.dtype} "
-                f"{list(tensor.shape)}, where the model has floats {list(self._shapes[name])}"
+                f"{name} is adapted, but {tensor.file} contains {tensor.key} as {tensor.dtype} "
+                f"{list(tensor.shape)}, and the model needs floats {list(self._shapes[name])}"
             )
         return keys[0]
 
@@ -188,8 +188,8 @@ def check_files(base: BaseSource) -> None:
         raise UsageError(f"model.path: {error}") from error
     if _cached(base, "adapter_config.json"):
         raise UsageError(
-            f"model.path: {base.path} holds an adapter_config.json, so transformers would load "
-            "that adapter into the base where PEFT is installed; move it out, to adapter.path"
+            f"model.path: {base.path} contains an adapter_config.json, and transformers would load "
+            "that adapter where PEFT is installed; move it, and set adapter.path to it"
         )
 
 
@@ -201,10 +201,10 @@ def check_loaded(path: str, found: dict[str, Any]) -> None:
         found: transformers' report, with `ignore_mismatched_sizes`.
     """
     if missing := sorted(found["missing_keys"]):
-        raise UsageError(f"model.path: the files of {path} hold no {and_more(missing, 1)}")
+        raise UsageError(f"model.path: the files of {path} do not contain {and_more(missing, 1)}")
     for name, stored, wanted in sorted(found["mismatched_keys"]):
         raise UsageError(
-            f"model.path: {path} holds {name} as {list(stored)}, where the model has {list(wanted)}"
+            f"model.path: {path} has {name} as {list(stored)}, but the model needs {list(wanted)}"
         )
 
 
@@ -221,7 +221,7 @@ def weight_files(base: BaseSource) -> list[Path]:
         raise
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"cannot read the weights of {base.path}: {error}") from error
-    raise UsageError(f"{base.path} holds no model.safetensors and no {INDEX}")
+    raise UsageError(f"{base.path} contains neither model.safetensors nor {INDEX}")
 
 
 def _shards(index: Path) -> set[str]:
@@ -235,7 +235,7 @@ def _shards(index: Path) -> set[str]:
         raise UsageError(f"{index}: weight_map: names no files")
     for name in named.values():
         if not plain_name(index, name).endswith(".safetensors"):
-            raise UsageError(f"{index}: weight_map: {name!r} is no safetensors file")
+            raise UsageError(f"{index}: weight_map: {name!r} is not a safetensors file")
     return set(named.values())
 
 

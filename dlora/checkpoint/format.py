@@ -173,7 +173,7 @@ def read(directory: Path) -> Checkpoint:
         states[name] = _tensors(directory / f"{name}.safetensors")
         for key in states[name]:
             if key.rpartition(".")[0] not in tensors:
-                raise UsageError(f"{directory / name}.safetensors: {key} belongs to no tensor")
+                raise UsageError(f"{directory / name}.safetensors: {key} is of no trained tensor")
     state = read_object(directory / "state.json")
     return Checkpoint(tensors, states, state, method_record(directory))
 
@@ -247,9 +247,9 @@ def _check_step(directory: Path) -> None:
     path = directory / "state.json"
     step, named = read_object(path).get("step"), STEP_DIRECTORY.fullmatch(directory.name)
     if type(step) is not int or step < 0:
-        raise UsageError(f"{path}: step: a number of steps was expected, not {step!r}")
+        raise UsageError(f"{path}: step: expected a number of steps, got {step!r}")
     if named and int(named[1]) != step:
-        raise UsageError(f"{path}: is of step {step}, and the directory has another step's name")
+        raise UsageError(f"{path}: step is {step}, but the directory has another step's name")
 
 
 def newest(root: Path, warn: Any = print, check: Callable[[Path], object] = verify) -> Path | None:
@@ -297,4 +297,4 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UsageError(f"{path}: is damaged or no safetensors file: {error}") from None
+        raise UsageError(f"{path}: is damaged or not a safetensors file: {error}") from None

@@ -232,7 +232,7 @@ class RemoteCheckpoints:
     def _see_arrived(self, file: Path, path: str) -> None:
         found, wanted = self._files.size(path), file.stat().st_size
         if found != wanted:
-            raise OSError(f"{path} has {found} bytes there, not {wanted}")
+            raise OSError(f"{path} has {found} bytes in the store, expected {wanted}")
 
     def _remove(self, path: str) -> None:
         for what, whole in ((f"{path}/{MANIFEST}", False), (path, True)):

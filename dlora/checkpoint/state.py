@@ -22,4 +22,4 @@ def saved_lora(state: Mapping[str, Any]) -> LoraConfig | None:
         settings = dict(state["adapter"])
         return VARIANTS[settings.pop("method", "lora")].settings(**settings)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise UsageError(f"state.json: adapter is not what a run writes: {error}") from None
+        raise UsageError(f"state.json: adapter: invalid settings: {error}") from None

@@ -121,7 +121,7 @@ def unknown(key: str, names: Collection[str], where: str = "", prefix: str = "")
     if guesses:
         hint = f"did you mean {' or '.join(prefix + guess for guess in guesses)}?"
     elif children or siblings:
-        hint = "there are " + ", ".join(prefix + n for n in children or siblings)
+        hint = "options: " + ", ".join(prefix + n for n in children or siblings)
     else:
         hint = "--help lists them all"
     return UsageError(f"{where}{prefix}{key} is not an option ({hint})")

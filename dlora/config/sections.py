@@ -24,7 +24,7 @@ class ModelConfig:
     path: str = required("hub id, local directory, or a .gguf file")
     revision: str | None = option(None, "branch, tag or commit of a hub model")
     trust_remote_code: bool = option(False, "run the Python code that comes with the model")
-    cache_dir: str = option("~/.cache/dlora", "holds converted bases; printed when written to")
+    cache_dir: str = option("~/.cache/dlora", "stores converted bases; printed when written to")
     dtype: Literal["bfloat16", "float32"] = option(
         "bfloat16", "storage and compute type of W0", later=("float16",)
     )
@@ -56,19 +56,20 @@ class ShardingConfig:
         "auto", "sharded over the world, over a node, or none: a whole copy per rank"
     )
     ranks_per_node: int | None = option(
-        None, "ranks that share a node; null: as the launcher says", ge=1
+        None, "ranks per node; null: as the launcher started them", ge=1
     )
     optimizer_state: Literal["auto", "replicated", "divided"] = option(
         "auto",
-        "replicated: on every rank, saves need no collective; divided: 1/ranks of it on each, for "
-        "large adapters, saves are collective",
+        "replicated: whole on every rank, saves need no collective; divided: 1/ranks of it on each "
+        "rank, for large adapters, saves are collective",
     )
     activation_checkpointing: bool = option(False, "recompute activations in backward")
     memory_budget_gb: float | None = option(
-        None, "per rank; spare memory keeps frozen layers resident", gt=0
+        None, "GB per rank; spare memory keeps frozen layers gathered", gt=0
     )
     audit: Literal["stop", "heal"] = option(
-        "stop", "where A or B differ between ranks: stop, or give all the bits that most ranks have"
+        "stop",
+        "if A or B differ between ranks: stop, or heal by the majority of ranks",
     )
     timeout_seconds: float = option(600.0, "a collective that takes longer ends the run", gt=0)
 
@@ -83,7 +84,7 @@ class DataConfig:
     """What the adapter learns from."""
 
     train: str | list[str] = required("file, list of files, glob, or builtin:docstrings")
-    eval: str | list[str] | None = option(None, "likewise; also builtin:docstrings-heldout")
+    eval: str | list[str] | None = option(None, "as train; also builtin:docstrings-heldout")
     format: Literal["chat", "alpaca", "sharegpt", "text"] = option(
         "chat", "layout of a record", later=("preference",)
     )
@@ -91,7 +92,7 @@ class DataConfig:
     shuffle: bool = option(True, "a new order each epoch, drawn from train.seed")
     packing: bool = option(False, "several sequences in one row; true comes later", later=(True,))
     on_error: Literal["stop", "skip"] = option(
-        "stop", "at a record that cannot be used: stop and name its line, or skip and count it"
+        "stop", "if a record cannot be used: stop and name its line, or skip and count it"
     )
 
 
@@ -120,13 +121,13 @@ class TrainConfig:
 
     objective: str = option("sft", "the loss", room="objectives", later=("dpo",))
     max_steps: int = option(200, "optimizer steps in all", ge=1)
-    epochs: int | None = option(None, "passes over the data, set instead of max_steps", ge=1)
+    epochs: int | None = option(None, "passes over the data; set it instead of max_steps", ge=1)
     global_batch_size: int = option(32, "sequences per optimizer step, over all ranks", ge=1)
     micro_batch_size: int = option(4, "sequences per rank and forward", ge=1)
     allow_unused: bool = option(
-        False, "go on although a trained tensor has had no gradient in the first 10 steps"
+        False, "continue even if a trained tensor had no gradient in the first 10 steps"
     )
-    seed: int = option(0, "of initialisation, data order and dropout", ge=0, lt=2**32)
+    seed: int = option(0, "seed of initialisation, data order and dropout", ge=0, lt=2**32)
 
     @property
     def governed_by(self) -> Literal["max_steps", "epochs"]:
@@ -148,11 +149,11 @@ class OutputConfig:
     )
     resume: str = option("auto", "auto, none, or the path of a checkpoint")
     stop_file: str | None = option(
-        None, "a path: when it appears the run commits and exits, as on SIGTERM"
+        None, "a path; once this file exists, the run saves a checkpoint and exits, as on SIGTERM"
     )
-    resume_force: bool = option(False, "resume although base, data or settings differ")
-    tensorboard: bool = option(True, "write the metrics as scalars too")
-    samples: int = option(0, "answers to held-out prompts, printed before and after", ge=0)
+    resume_force: bool = option(False, "resume even if base, data or settings differ")
+    tensorboard: bool = option(True, "also write the metrics as TensorBoard scalars")
+    samples: int = option(0, "number of held-out prompts to answer before and after training", ge=0)
 
     @property
     def directory(self) -> Path:

@@ -30,13 +30,13 @@ def _is_local(c: Config) -> bool:
 INERT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("model.revision", _is_local, "model.path is local"),
     ("model.cache_dir", lambda c: not _is_gguf(c), "only a .gguf base is converted"),
-    ("model.trust_remote_code", _is_gguf, "a .gguf file brings no code"),
+    ("model.trust_remote_code", _is_gguf, "a .gguf file contains no code"),
     (
         "adapter.r adapter.lora_alpha adapter.target_modules adapter.use_rslora adapter.use_dora "
         "adapter.init_lora_weights adapter.rank_pattern adapter.alpha_pattern "
         "adapter.modules_to_save",
         lambda c: c.adapter.path is not None,
-        "the adapter at adapter.path decides it",
+        "the adapter at adapter.path sets it",
     ),
     (
         "output.eval_every",
@@ -96,34 +96,30 @@ def _contradictions(config: Config) -> Iterator[str]:
         for other, relation, value, why in part.says.get("clashes", ()):
             if (value_of(config, other) == value) == (relation == "=="):
                 said = plain(value_of(config, other))
-                yield f"{other}: {said} does not go with {key}: {part.name}, {why}"
+                yield f"{other}: {said} cannot be combined with {key}: {part.name}, {why}"
         section = key.partition(".")[0]
         for name, own in part.says.get("instead", {}).items():
             if is_set(config, f"{section}.{name}"):
-                yield (
-                    f"{section}.{name}: {part.name} starts from {section}.{own}, set that instead"
-                )
+                yield (f"{section}.{name}: {part.name} uses {section}.{own}; set that instead")
     if adapter.use_dora and adapter.method != "lora":
-        yield (
-            "adapter.use_dora: a magnitude goes with a plain LoRA, not with adapter.method: "
-            f"{adapter.method}"
-        )
+        yield (f"adapter.use_dora: DoRA needs adapter.method: lora, not {adapter.method}")
     if quantization != "none" and needs == "gradient":
         yield (
-            f"adapter.init_lora_weights: {init} needs gradients of W0, and "
-            f"model.quantization: {quantization} packs it; estimate and train on a 16-bit base"
+            f"adapter.init_lora_weights: {init} needs gradients of W0, and model.quantization: "
+            f"{quantization} packs it; set model.quantization: none"
         )
     elif quantization != "none" and needs == "weight" and adapter.use_dora:
         yield (
-            f"adapter.use_dora: of a base that {quantization} packs without what {init} "
-            "starts from there are no rows to take magnitudes of; leave one of the three out"
+            "adapter.use_dora: DoRA needs the rows of W0, but with adapter.init_lora_weights: "
+            f"{init} model.quantization: {quantization} packs the residual; drop one of them"
         )
     if adapter.method != "lora" and adapter.path is not None:
         yield (
-            f"adapter.path: an adapter on disk is a plain LoRA, and {adapter.method} starts afresh"
+            f"adapter.path: {adapter.method} cannot start from an adapter on disk, which is a "
+            "plain LoRA"
         )
     if config.train.governed_by == "epochs" and is_set(config, "train.max_steps"):
-        yield "train.max_steps and train.epochs are both set, keep one"
+        yield "train.max_steps: train.epochs is set as well; set only one of the two"
 
 
 def _cannot_act(config: Config) -> Iterator[str]:

@@ -101,8 +101,8 @@ def _pairs() -> tuple[tuple[str, str], ...]:
             gc.enable()
     if not pairs:
         raise UsageError(
-            f"{PREFIX}docstrings: no Python source under {root}; this interpreter comes without "
-            "the text of its library, so give data.train a file instead"
+            f"{PREFIX}docstrings: no Python source under {root}; this interpreter has no source "
+            "text of its library; set data.train to a file instead"
         )
     return tuple(pairs)
 

@@ -62,7 +62,7 @@ class ChatRenderer:
     def __init__(self, tokenizer: Any, key: str):
         if not getattr(tokenizer, "chat_template", None):
             raise UsageError(
-                f"{key}: chats need a chat template and the model's tokenizer has none; take an "
+                f"{key}: chats need a chat template, but the model's tokenizer has none; take an "
                 "instruct model, put a chat_template.jinja beside the tokenizer, or use "
                 "data.format: text"
             )

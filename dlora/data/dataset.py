@@ -36,8 +36,9 @@ class Report:
     def __str__(self) -> str:
         return (
             f"{self.records} records: {self.kept} kept with {self.targets} target tokens, the "
-            f"longest of {self.longest} tokens; max_length {self.max_length} left {self.dropped} "
-            f"without an answer (dropped) and shortened {self.shortened}{self._said_of_faults()}"
+            f"longest has {self.longest} tokens; max_length {self.max_length} dropped "
+            f"{self.dropped} (no answer left) and shortened "
+            f"{self.shortened}{self._said_of_faults()}"
         )
 
     def _said_of_faults(self) -> str:
@@ -160,7 +161,7 @@ def load_examples(
         raise UsageError(f"none of {faults.count} records can be used, the first: {faults.first}")
     if not ids:
         raise UsageError(
-            f"{key}: none of {records} records keeps a target token within data.max_length "
+            f"{key}: none of {records} records has a target token within data.max_length "
             f"{max_length}; raise data.max_length or shorten the prompts"
         )
     starts = np.cumsum([0, *map(len, ids)], dtype=np.int64)
@@ -182,7 +183,9 @@ def _contents(
     if format not in FORMATS:
         raise UsageError(f"data.format: {format!r} is unknown; expected one of {list(FORMATS)}")
     if isinstance(source, str) and source.startswith(PREFIX) and format != "chat":
-        raise UsageError(f"data.format: {key} {source} holds chats; expected chat, not {format}")
+        raise UsageError(
+            f"data.format: {key} {source} contains chats; set it to chat, not {format}"
+        )
     for record in read_records(source, key, faults):
         try:
             content = FORMATS[format](record.value)

@@ -64,8 +64,8 @@ class Encoder:
     def __init__(self, tokenizer: Any, *, special_tokens: bool, key: str):
         if not getattr(tokenizer, "is_fast", False):
             raise UsageError(
-                f"{key}: the model's tokenizer ({type(tokenizer).__name__}) cannot tell where its "
-                "tokens stand in the text; a fast tokenizer (tokenizer.json) is needed"
+                f"{key}: the model's tokenizer ({type(tokenizer).__name__}) does not report the "
+                "positions of tokens in the text; a fast tokenizer (tokenizer.json) is needed"
             )
         self.tokenizer = tokenizer
         self.special_tokens = special_tokens
@@ -100,7 +100,7 @@ class Encoder:
                 first += 1  # a token that joins header and answer; never met when generating
             if span.ends_turn and (stop <= first or int(ids[stop - 1]) not in self.added):
                 raise UsageError(
-                    f"{self.key}: the tokenizer's offsets do not lead to the end-of-turn token of "
+                    f"{self.key}: the tokenizer's offsets do not cover the end-of-turn token of "
                     f"{text.text[-60:]!r}; this tokenizer cannot be used for chats"
                 )
             labels[first:stop] = ids[first:stop]

@@ -64,7 +64,7 @@ def read_records(
         name = source.removeprefix(PREFIX)
         if name not in NAMES:
             known = " or ".join(PREFIX + known for known in NAMES)
-            raise UsageError(f"{key}: there is no {source}; expected {known}")
+            raise UsageError(f"{key}: unknown data set {source}; expected {known}")
         for i, value in enumerate(builtin_records(name)):
             yield Record(value, f"{key}: {source}:{i + 1}")
         return
@@ -88,8 +88,8 @@ def resolve(source: str | Sequence[str], key: str) -> list[Path]:
         for path in _matches(pattern, key):
             if path.resolve() in seen:
                 raise UsageError(
-                    f"{key}: {path} is named twice, by {seen[path.resolve()]!r} and by {pattern!r};"
-                    " every file counts once"
+                    f"{key}: {path} is named twice, by {seen[path.resolve()]!r} and by "
+                    f"{pattern!r}; name every file once"
                 )
             seen[path.resolve()] = pattern
             paths.append(path)
@@ -98,20 +98,20 @@ def resolve(source: str | Sequence[str], key: str) -> list[Path]:
 
 def _matches(pattern: str, key: str) -> list[Path]:
     if not isinstance(pattern, str) or not pattern.strip():
-        raise UsageError(f"{key}: {pattern!r} is no file name; expected a path or a glob")
+        raise UsageError(f"{key}: {pattern!r} is not a file name; expected a path or a glob")
     if pattern.startswith(PREFIX):
-        raise UsageError(f"{key}: {pattern} stands alone; it cannot be one of a list")
+        raise UsageError(f"{key}: {pattern} cannot be one of a list; name it alone")
     path = Path(pattern).expanduser()
     if glob.has_magic(pattern) and not path.exists():
         found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))  # noqa: PTH207 - absolute or not
         files = [match for match in found if match.is_file()]
         if not files:
-            raise UsageError(f"{key}: no file matches {pattern} (seen from {Path.cwd()})")
+            raise UsageError(f"{key}: no file matches {pattern} (working directory {Path.cwd()})")
         return files
     if path.is_dir():
         raise UsageError(f"{key}: {path} is a directory; expected a file or a glob: {path}/*.jsonl")
     if not path.exists():
-        raise UsageError(f"{key}: {path} does not exist (seen from {Path.cwd()})")
+        raise UsageError(f"{key}: {path} does not exist (working directory {Path.cwd()})")
     if not path.is_file():
         raise UsageError(f"{key}: {path} is not a regular file; every rank reads it by itself")
     return [path]
@@ -134,7 +134,7 @@ def _read_file(path: Path, key: str, faults: Faults) -> Iterator[Record]:
     except OSError as error:
         raise UsageError(f"{key}: {path}: {error.strerror or error}") from None
     if not filled:
-        state = "is an empty file" if path.stat().st_size == 0 else "holds blank lines only"
+        state = "is an empty file" if path.stat().st_size == 0 else "contains only blank lines"
         raise UsageError(f"{key}: {path} {state}; expected one JSON object per line")
 
 
@@ -174,7 +174,7 @@ def _parse(text: str, where: str) -> dict[str, Any]:
             "expected one whole JSON object per line"
         ) from None
     except (RecursionError, ValueError) as error:  # nested too deeply, or an endless number
-        raise UsageError(f"{where}: JSON that Python cannot hold ({error})") from None
+        raise UsageError(f"{where}: JSON that Python cannot represent ({error})") from None
     if not isinstance(value, dict):
         raise UsageError(
             f"{where}: a JSON {type(value).__name__}, not an object; expected one "

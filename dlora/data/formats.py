@@ -143,7 +143,7 @@ def _string(record: Mapping[str, Any], field: str, where: str = "") -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:  # "\ud800" is valid JSON, but no tokenizer takes half a character
-        raise RecordError(f"{name} holds half a surrogate pair; expected Unicode text") from None
+        raise RecordError(f"{name} contains half a surrogate pair; expected Unicode text") from None
     return value
 
 

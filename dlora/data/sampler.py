@@ -37,9 +37,9 @@ class Sampler:
         epochs: int | None = None,
     ):
         if num_examples < 1 or global_batch_size < 1:
-            raise ValueError(f"{num_examples} examples in steps of {global_batch_size}")
+            raise ValueError(f"no examples ({num_examples}) or empty steps ({global_batch_size})")
         if (max_steps is None) == (epochs is None):
-            raise ValueError(f"one of max_steps ({max_steps}) and epochs ({epochs}) must be set")
+            raise ValueError(f"set one of max_steps ({max_steps}) and epochs ({epochs})")
         self.num_examples = num_examples
         self.global_batch_size = global_batch_size
         self.seed = seed
@@ -61,7 +61,7 @@ class Sampler:
     def step(self, t: int) -> list[int]:
         """Ids of the sequences of optimizer step t, counted from 0, in stream order."""
         if not 0 <= t < self.total_steps:
-            raise IndexError(f"step {t} of a run of {self.total_steps} steps")
+            raise IndexError(f"step {t} is outside of a run of {self.total_steps} steps")
         position = t * self.global_batch_size
         stop = min(position + self.global_batch_size, self._end)
         ids: list[int] = []
@@ -117,7 +117,7 @@ def deal(
     there are fewer sequences than runs, the last runs are empty: passes of weight zero.
     """
     if world_size < 1 or micro_batch_size < 1:
-        raise ValueError(f"{world_size} ranks with micro-batches of {micro_batch_size}")
+        raise ValueError(f"no ranks ({world_size}) or empty micro-batches ({micro_batch_size})")
     micros = -(-len(ids) // (world_size * micro_batch_size))
     runs = world_size * micros
     ordered = sorted(ids, key=lambda i: (lengths[i], i))

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     source = open_adapter(args.adapter)
     if args.format != "lora" and source.config.method != args.format:
         raise UsageError(
-            f"--format: {args.format} needs a checkpoint of an {args.format} run, and "
+            f"--format: {args.format} needs a checkpoint of an {args.format} run, but "
             f"{args.adapter} is {source.config.method}"
         )
     target = _target(args.to, source.directory)
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
         announce=print,
     )
     if Path(base.source).is_dir() and Path(base.source).resolve() == target:
-        raise UsageError(f"--to: {args.to} is the base itself")
+        raise UsageError(f"--to: {args.to} is the base itself; name a new directory")
     with naming_base(option):
         skeleton = base.skeleton()
     try:
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         "--adapter", required=True, metavar="DIR", help="adapter directory or checkpoint (required)"
     )
     parser.add_argument(
-        "--to", required=True, metavar="DIR", help="directory to make; new or empty (required)"
+        "--to", required=True, metavar="DIR", help="directory to write; new or empty (required)"
     )
     parser.add_argument(
         "--merge", action="store_true", help="write base + adapter as one model (default: no)"
@@ -78,12 +78,12 @@ def _parser() -> argparse.ArgumentParser:
         "--format",
         choices=("lora", "adalora"),
         default="lora",
-        help="of the adapter: a plain LoRA, or PEFT's AdaLoRA (default: lora)",
+        help="form of the adapter: a plain LoRA, or PEFT's AdaLoRA (default: lora)",
     )
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="of the merged model (default: as each tensor is stored in the base)",
+        help="dtype of the merged model (default: as each tensor is stored in the base)",
     )
     parser.add_argument(
         "--base",
@@ -102,9 +102,9 @@ def _target(to: str, adapter: Path) -> Path:
     """The absolute path of `--to`, which must be new or empty."""
     target = Path(to).expanduser().resolve()
     if target == adapter.resolve():
-        raise UsageError(f"--to: {to} is the adapter itself")
+        raise UsageError(f"--to: {to} is the adapter itself; name a new directory")
     if target.is_dir() and any(target.iterdir()):
-        raise UsageError(f"--to: {to} is not empty; nothing is overwritten")
+        raise UsageError(f"--to: {to} is not empty; name a new or empty directory")
     if target.exists() and not target.is_dir():
         raise UsageError(f"--to: {to} is not a directory")
     return target
@@ -126,7 +126,7 @@ def _merge(
     source.attach_to(skeleton)
     merged = MergedModel(skeleton, source, stored, DTYPES[dtype] if dtype else None)
     if merged.untied:
-        print(f"{' and '.join(merged.untied)} no longer share a weight: each is written on its own")
+        print(f"{' and '.join(merged.untied)} no longer share a weight: each is written separately")
     with new_directory(target) as folder, CopyDisplay(merged.nbytes) as display:
         merged.write(folder, display)
     if line := rounding_line(merged.losses, dtype or "the base's dtype"):

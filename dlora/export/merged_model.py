@@ -191,8 +191,8 @@ class MergedModel:
         for name in self.untied:
             if name in still or name in still.values():
                 raise UsageError(
-                    f"{name} is adapted and shares its weight with others in this model, which "
-                    "tie_word_embeddings: false does not separate, so it cannot be merged"
+                    f"{name} is adapted and shares its weight with others, which "
+                    "tie_word_embeddings: false does not untie, so it cannot be merged"
                 )
 
     def _check_base_copies(self) -> None:

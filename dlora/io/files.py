@@ -94,11 +94,11 @@ def inside(directory: Path, name: object) -> Path:
     try:
         real, root = path.resolve(), directory.resolve()
     except (OSError, RuntimeError) as error:  # a ring of links
-        raise UsageError(f"{path}: is no file: {error}") from None
+        raise UsageError(f"{path}: is not a file: {error}") from None
     snapshots = next((p for p in (root, *root.parents) if p.name == "snapshots"), None)
     is_blob = snapshots is not None and real.parent == snapshots.parent / "blobs"
     if not (is_blob or real.is_relative_to(root)):
-        raise UsageError(f"{path}: is a link out of its directory, to {real}; put a copy there")
+        raise UsageError(f"{path}: is a link out of its directory, to {real}; copy that file")
     return path
 
 
@@ -128,5 +128,5 @@ def read_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: cannot be read: {error}") from None
     if not isinstance(value, dict):
-        raise UsageError(f"{path}: holds a JSON {type(value).__name__}, not an object")
+        raise UsageError(f"{path}: contains a JSON {type(value).__name__}, not an object")
     return value

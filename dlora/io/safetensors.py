@@ -83,12 +83,12 @@ class StoredTensor:
     def check_numbers(self) -> None:
         """Raise a `UsageError` unless it is floating-point and all of it is finite in float32."""
         if self.dtype not in FLOATS:
-            raise UsageError(f"{self.file}: {self.key} holds {self.dtype}, not floats")
+            raise UsageError(f"{self.file}: {self.key} is {self.dtype}, not floating-point")
         count, numel = BLOCK_BYTES // FLOATS[self.dtype].itemsize, math.prod(self.shape)
         for start in range(0, numel, count):
             block = self.elements(start, min(start + count, numel))
             if not block.float().isfinite().all():
-                raise UsageError(f"{self.file}: {self.key} holds NaN or infinite values")
+                raise UsageError(f"{self.file}: {self.key} contains NaN or infinite values")
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
@@ -105,9 +105,9 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
     except FileNotFoundError:
-        raise UsageError(f"{path}: there is no such file") from None
+        raise UsageError(f"{path}: file not found") from None
     except (SafetensorError, OSError) as error:
-        raise UsageError(f"{path}: is damaged or no safetensors file: {error}") from None
+        raise UsageError(f"{path}: is damaged or not a safetensors file: {error}") from None
     header.pop("__metadata__", None)
     found = []
     for key, entry in header.items():

@@ -59,7 +59,7 @@ def attach(
         UsageError: nothing matches, a match cannot carry an adapter, or adapters are there already.
     """
     if hasattr(model, "dlora"):
-        raise UsageError("attach: this model carries adapters already")
+        raise UsageError("attach: this model already has adapters")
     adapted, saved = target_paths(model, config), saved_paths(model, config)
     for path in (*adapted, *saved):
         _check_free(model.get_submodule(path), path)
@@ -91,7 +91,7 @@ def attachment_of(model: nn.Module) -> Attachment:
     """The record that `attach` left on the model."""
     attachment = getattr(model, "dlora", None)
     if not isinstance(attachment, Attachment):
-        raise UsageError("this model carries no dlora adapters; call dlora.attach first")
+        raise UsageError("this model has no dlora adapters; call dlora.attach first")
     return attachment
 
 
@@ -190,11 +190,11 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 def _check_free(module: nn.Module, path: str) -> None:
     if hasattr(module, CHILD):
-        raise UsageError(f"attach: {path} has an attribute named {CHILD!r} already")
+        raise UsageError(f"attach: {path} already has an attribute named {CHILD!r}")
     if "forward" in module.__dict__:
         raise UsageError(
             f"attach: {path} has a forward set on the instance (as accelerate's hooks do), which "
-            "would pass the adapter by; remove it first"
+            "would bypass the adapter; remove it first"
         )
 
 
@@ -204,8 +204,8 @@ def _check_start(module: nn.Module, path: str, config: LoraConfig, residual: boo
     assert kind is not None  # target_paths has checked
     if init.needs != "nothing" and is_packed(module) and not residual:
         raise UsageError(
-            f"init_lora_weights: {init.name} starts from a weight, and that of {path} is packed; "
-            "train on a 16-bit base, or start as usual"
+            f"init_lora_weights: {init.name} needs the weight of {path}, which is packed; use a "
+            "16-bit base, or init_lora_weights: true"
         )
     if problem := init.check_shape(*kind.shape(module), r):
         key = "r" if r == config.r else "rank_pattern"
@@ -218,7 +218,7 @@ def _check_whole(module: nn.Module, path: str) -> None:
         inner = f"{path}.{packed[0]}" if packed[0] else path
         raise UsageError(
             f"modules_to_save: the weight of {inner} is packed, and packed weights cannot be "
-            "trained; adapt the layer instead, or quantize nothing"
+            "trained; adapt the layer instead, or do not quantize the base"
         )
 
 

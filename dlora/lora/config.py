@@ -58,7 +58,7 @@ class LoraConfig:
     use_dora: bool = option(False, "weight-decomposed LoRA: a trained magnitude per output")
     init_lora_weights: bool | str = option(
         True,
-        "true: A is Kaiming-uniform and B zero; pissa, milora: of W0; lora_ga: of its gradient",
+        "true: A is Kaiming-uniform and B zero; pissa, milora: from W0; lora_ga: from its gradient",
         room="lora.init",
     )
     rank_pattern: dict[str, int] = option(
@@ -93,11 +93,9 @@ class LoraConfig:
 
     def _check_form(self) -> None:
         if self.use_dora and self.method != "lora":
-            raise UsageError(
-                f"use_dora: a magnitude goes with a plain LoRA, not with {self.method}"
-            )
+            raise UsageError(f"use_dora: DoRA needs a plain LoRA, not {self.method}")
         if self.init_lora_weights is not True and self.method != "lora":
-            raise UsageError(f"init_lora_weights: {self.method} has a start of its own")
+            raise UsageError(f"init_lora_weights: {self.method} has its own initialisation")
         for r in {self.r, *self.rank_pattern.values()}:
             if problem := INITS[self.init_lora_weights].check(r):
                 raise UsageError(f"init_lora_weights: {problem}")

@@ -206,9 +206,9 @@ def obstacle(module: nn.Module) -> str | None:
     if type(module).forward is not kind.forward:
         return "it has a forward of its own"
     if module.groups != 1:
-        return f"groups={module.groups}: W0 joins channels of one group only, and B·A all of them"
+        return f"groups={module.groups}: W0 connects channels of one group, B·A all channels"
     if set(module.dilation) != {1}:
-        return f"dilation={module.dilation}: in PEFT's form A is not dilated as W0 is"
+        return f"dilation={module.dilation}: in PEFT's form A is not dilated, but W0 is"
     if module.padding_mode != "zeros":
         return f"padding_mode={module.padding_mode!r}: in PEFT's form A sees zeros there"
     return None

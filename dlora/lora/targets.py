@@ -60,7 +60,7 @@ def saved_paths(model: nn.Module, config: LoraConfig) -> list[str]:
         paths += matches
     for path in paths:
         if _inside(path.rpartition(".")[0], set(paths)):
-            raise UsageError(f"modules_to_save: {path} lies inside another module that it matches")
+            raise UsageError(f"modules_to_save: {path} is inside another module that it matches")
     return list(dict.fromkeys(paths))
 
 
@@ -99,7 +99,7 @@ def _matching(
         if not meant:
             raise UsageError(f"{named} matches no module{_candidates(entry, modules)}")
         if all(_inside(p, saved) for p in meant):
-            raise UsageError(f"{named} matches only what modules_to_save trains whole")
+            raise UsageError(f"{named} matches only modules that modules_to_save trains already")
         found |= meant
     return [p for p in modules if p in found and not _inside(p, saved)]
 
@@ -137,4 +137,4 @@ def _candidates(name: str, paths: Iterable[str]) -> str:
     near = difflib.get_close_matches(name.rpartition(".")[2], tails, n=3)
     if near:
         return f"; did you mean {', '.join(near)}?"
-    return f"; there are {', '.join(tails[:12])}" if tails else ""
+    return f"; names in this model: {', '.join(tails[:12])}" if tails else ""

@@ -85,9 +85,8 @@ class RankAllocator(MethodState):
         self._reductions += 1
         if self._reductions > 2 and self.step == 0:
             raise ReplicaError(
-                "adalora has seen two reductions of gradients and no step of an optimizer that "
-                "holds the adapters: they must be stepped by a torch optimizer over "
-                "replica.parameter_groups(...)"
+                "adalora: gradients were reduced twice without an optimizer step on the adapters; "
+                "step them with a torch optimizer over replica.parameter_groups(...)"
             )
         gamma = self.config.orth_reg_weight
         if not (gamma and self._modules):
@@ -129,7 +128,8 @@ class RankAllocator(MethodState):
         held = own & {id(p) for group in optimizer.param_groups for p in group["params"]}
         if held and held != own:
             raise ReplicaError(
-                f"an optimizer holds {len(held)} of adalora's {len(own)} tensors: one must hold all"
+                f"adalora: an optimizer has {len(held)} of the {len(own)} adapter tensors; give it "
+                "all"
             )
         return bool(held)
 

@@ -106,8 +106,8 @@ class GradientEstimate:
         started = start_from_matrices(self.model, self.topology, self._gradient, self.wire)
         if len(started.left) == started.layers:
             raise UsageError(
-                f"init_lora_weights: lora_ga: no gradient has rank enough, not even that of "
-                f"{started.left[0]}; give it more target tokens"
+                f"init_lora_weights: lora_ga: all gradients, as that of {started.left[0]}, have "
+                "too low a rank; estimate them on more target tokens"
             )
         return started
 
@@ -166,7 +166,7 @@ class GradientEstimate:
             dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
         most, fewest = numbers.tolist()
         if fewest == 0:
-            raise UsageError("start_from_gradients: some rank has no batches")
+            raise UsageError("start_from_gradients: every rank needs a batch, and some have none")
         for index in range(most):
             yield batches[min(index, len(batches) - 1)], float(index < len(batches))
 

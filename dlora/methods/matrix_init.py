@@ -67,8 +67,8 @@ class Started(NamedTuple):
         if not self.left:
             return f"init_lora_weights: {self.name}: {done}"
         return (
-            f"init_lora_weights: {self.name}: {done}; {len(self.left)} start as usual, whose "
-            f"matrix lacks rank: {and_more(self.left)}"
+            f"init_lora_weights: {self.name}: {done}; {len(self.left)} start as with true, because "
+            f"their matrix has too low a rank: {and_more(self.left)}"
         )
 
 

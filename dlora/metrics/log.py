@@ -74,7 +74,7 @@ class MetricsLog:
             with contextlib.suppress(OSError):
                 os.truncate(self._path, size)
             if not self._refused:
-                self._warn(f"{self._path} cannot be written: {error}; the run goes on")
+                self._warn(f"{self._path} cannot be written: {error}; the run continues")
             self._refused = True
             return
         self._unwritten, self._refused = "", False

@@ -187,7 +187,7 @@ def model_parts(model: Any) -> Parts:
     decoder = getattr(model, "base_model", None)
     if head is None or decoder is None or decoder is model:
         raise UsageError(
-            f"model.path: {type(model).__name__} is no causal language model with an output head"
+            f"model.path: {type(model).__name__} is not a causal language model with an output head"
         )
     if getattr(model.config, "is_encoder_decoder", False):
         raise UsageError(f"model.path: {type(model).__name__} is an encoder-decoder model")

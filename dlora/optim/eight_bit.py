@@ -95,5 +95,5 @@ class PagedAdamW8bit(AdamW8bit):
         """Its state moves between device and host as CUDA needs."""
         *_, device, say = others
         if device.type == "cpu":
-            say("warning: optimizer.name: without a GPU paged_adamw8bit is adamw8bit")
+            say("warning: optimizer.name: without a GPU paged_adamw8bit works as adamw8bit")
         return adamw8bit(groups, paged=device.type != "cpu")

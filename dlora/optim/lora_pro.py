@@ -44,7 +44,8 @@ class LoraProOptions:
     """Where the moments are."""
 
     lora_pro_moments: Literal["low", "full"] = option(
-        "low", "moments of the sizes of A and B, or of W as in the paper, at its lr"
+        "low",
+        "low: moments of the sizes of A and B; full: of W, with the paper's lr",
     )
 
 
@@ -57,7 +58,7 @@ class LoraProRule:
     unused = {
         "loraplus_lr_ratio": "lora_pro's updates of A and B are one update of W, at one rate",
     }
-    clashes = (("adapter.method", "!=", "lora", "which steps pairs of A and B and nothing else"),)
+    clashes = (("adapter.method", "!=", "lora", "which steps only pairs of A and B"),)
 
     @staticmethod
     def build(groups: Groups, pairs: Sequence[Any], section: Any, *_: Any) -> Optimizer:
@@ -114,7 +115,7 @@ class LoraPro(Optimizer):
         moments: str = "low",
     ) -> None:
         if moments not in MOMENTS:
-            raise UsageError(f"moments: {moments!r} is none of {', '.join(MOMENTS)}")
+            raise UsageError(f"moments: expected one of {', '.join(MOMENTS)}, got {moments!r}")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
         self.pairs, self.moments = [Pair(*pair) for pair in pairs], moments
@@ -209,17 +210,17 @@ class LoraPro(Optimizer):
             shapes = f"A {list(pair.A.shape)} and B {list(pair.B.shape)}"
             if {id(pair.A), id(pair.B)} - groups.keys():
                 raise UsageError(
-                    f"LoraPro: {shapes} are not among its parameters; it needs whole tensors, so "
+                    f"LoraPro: {shapes} are not among its parameters; it needs whole tensors: "
                     'shard(..., optimizer_state="replicated"); replica.attach_optimizer(optimizer) '
                     "distributes the pairs over ranks"
                 )
             if pair.B.numel() != m * r:
-                raise UsageError(f"LoraPro: {shapes} are no pair")
+                raise UsageError(f"LoraPro: {shapes} are not a pair [r, n] and [m, r]")
             rates = groups[id(pair.A)]["lr"], groups[id(pair.B)]["lr"]
             if rates[0] != rates[1]:
                 raise UsageError(
-                    f"LoraPro: {shapes} have the rates {rates[0]:g} and {rates[1]:g}, but their "
-                    "updates are one update of W, at one rate (loraplus_lr_ratio: 1)"
+                    f"LoraPro: {shapes} have the learning rates {rates[0]:g} and {rates[1]:g}, but "
+                    "need the same one (loraplus_lr_ratio: 1)"
                 )
 
 

@@ -147,11 +147,11 @@ def _smallest(seen: list[Candidate], capacity: Capacity | None) -> Decision:
     needs = _gb(least.memory.peak)
     if capacity.is_budget:
         raise UsageError(
-            f"{capacity.source}: {_gb(capacity.nbytes)} per rank is too little; the least that the "
-            f"other settings allow is {needs}, with {_named(least)}"
+            f"{capacity.source}: {_gb(capacity.nbytes)} per rank is not enough; the other settings "
+            f"need at least {needs}, with {_named(least)}"
         )
     warning = f"it needs {needs}, and a rank has {_gb(capacity.nbytes)} ({capacity.source})"
-    return Decision(least, seen, "what takes the least memory", warning=warning)
+    return Decision(least, seen, "it takes the least memory", warning=warning)
 
 
 def _reason(plan: Plan, seen: list[Candidate], base: str, capacity: Capacity | None) -> str:

@@ -36,7 +36,7 @@ class Machines:
     """The machines to plan for."""
 
     nodes: int = option(1, "machines", ge=1)
-    gpus_per_node: int = option(8, "ranks on each of them", ge=1)
+    gpus_per_node: int = option(8, "ranks on each machine", ge=1)
     gpu_memory_gb: float | None = option(
         None,
         "memory of a rank in GB (10^9 bytes); null: sharding.memory_budget_gb, else what is free "
@@ -54,7 +54,7 @@ class Machines:
     )
     format: Literal["table", "json"] = option("table", "how the plan is printed")
     emit: Literal["rayjob", "trainjob", "jobset"] | None = option(
-        None, "print the plan as a patch of that overlay in k8s/ instead"
+        None, "print the plan as a patch for that overlay in k8s/ instead"
     )
     emit_to: str | None = option(None, "with --emit: write the patch there, and print the plan")
 
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
     """Print the plan; returns the exit status."""
     options = parse(argv, prog="dlora.plan", extra=Machines)
     if options.check:
-        raise UsageError("--check belongs to dlora.train: dlora.plan trains nothing anyway")
+        raise UsageError("--check is an option of dlora.train; dlora.plan trains nothing anyway")
     machines = options.extra
     file = _file_to_emit(argv, machines)
     found = survey(options.config, machines)
@@ -91,7 +91,7 @@ def _file_to_emit(argv: list[str], machines: Machines) -> str:
             raise UsageError("--emit-to needs --emit: rayjob, trainjob or jobset")
         return ""
     if machines.emit_to is None and machines.format != "table":
-        raise UsageError("--format: --emit prints a patch; --emit-to FILE has the plan printed too")
+        raise UsageError("--format: --emit prints a patch; add --emit-to FILE to print the plan")
     if machines.gpu_memory_gb is None:
         raise UsageError("--emit needs --gpu-memory-gb: the overlays ask for GPUs")
     named = [word.partition("=") for word in argv if word.partition("=")[0] == "--config"]

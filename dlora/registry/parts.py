@@ -7,7 +7,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
 
 from dlora.errors import UsageError
 from dlora.registry.options import Option, is_of, members, option
@@ -211,11 +211,7 @@ def check_options(settings: Any) -> None:
     for name, opt in options_of(type(settings)).items():
         value = getattr(settings, name)
         if not any(is_of(value, member) for member in members(opt.accepted)):
-            wanted = opt.spelling
-            if get_origin(opt.type) is Literal:
-                wanted = f"none of {wanted.removeprefix('one of ')}"
-                raise UsageError(f"{name}: {value!r} is {wanted}")
-            raise UsageError(f"{name}: expected {wanted}, got {value!r}")
+            raise UsageError(f"{name}: expected {opt.spelling}, got {value!r}")
         for problem in opt.problems(value) if value not in ([], ()) else ():
             raise UsageError(problem)
 

@@ -29,14 +29,14 @@ def agree(
     Args:
         topic: name of the exchange.
         work: returns (result, fingerprint); a `UsageError` in it is the user's mistake.
-        patience_seconds: how much longer rank 0 may need than the others wait for anything.
+        patience_seconds: that the others wait for rank 0 beyond the timeout.
 
     Raises:
         UsageError: on every rank, with the first failing rank's message; or if fingerprints
             differ, as when two nodes have different data files. With several ranks, rank 0 has
             printed it before any of them could leave: an agent ends all ranks as soon as one of
             them has ended.
-        TransientError: likewise, where that is what the first failing rank has met.
+        TransientError: likewise, if that is the first failing rank's error.
     """
     result, fingerprint, trouble = None, "", None
     try:
@@ -69,7 +69,7 @@ def broadcast(ranks: Ranks, topic: str, value: Any, patience_seconds: float = 0.
     """Rank 0's value, JSON-like, on every rank.
 
     Args:
-        patience_seconds: how much longer than for all else the others wait for it.
+        patience_seconds: that the others wait for it beyond the timeout.
     """
     if ranks.store is None:
         return value
@@ -88,7 +88,7 @@ def _verdict(ranks: Ranks, topic: str) -> tuple[str, bool] | None:
         if trouble is None and fingerprint == reports[0][1]:
             continue
         if trouble is None:
-            message, passes = f"{topic}: rank {rank} sees something else than rank 0", False
+            message, passes = f"{topic}: rank {rank} differs from rank 0; compare its files", False
         else:
             message, passes = trouble
             message = f"rank {rank}: {message}" if rank else message

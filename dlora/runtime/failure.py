@@ -128,6 +128,6 @@ def wait(store: dist.Store, key: str, seconds: float) -> None:
         if time.monotonic() > until:
             raise dist.DistStoreError(f"{key} is not in the store after {seconds:g} s")
         if store.check([_KEY]):
-            raise RuntimeError(f"{key} will not come: another rank has failed")
+            raise RuntimeError(f"{key} will not be set: another rank has failed")
         time.sleep(pause)
         pause = min(2 * pause, 0.25)

@@ -67,7 +67,7 @@ class Ranks:
         seconds = min(JOINING_SECONDS, self.timeout_seconds)
         if missing := self._missing(timedelta(seconds=seconds)):
             raise TransientError(
-                f"no sign within {seconds:g} s of {missing}; see what became of it"
+                f"{missing} did not join within {seconds:g} s; check the logs there"
             )
         cuda = self.device.type == "cuda"
         try:
@@ -84,7 +84,7 @@ class Ranks:
         except RuntimeError as error:
             raise TransientError(
                 f"rank {self.rank} on {socket.gethostname()} cannot reach the other ranks "
-                f"({self._hosts()}): {error}; see that the network between the hosts is open "
+                f"({self._hosts()}): {error}; check that the network between the hosts is open "
                 f"({'NCCL_SOCKET_IFNAME and ' if cuda else ''}GLOO_SOCKET_IFNAME choose it)"
             ) from error
 

@@ -123,8 +123,8 @@ class RunLock:
         if not self._is_ours():
             by = f"{_who(owner)} has" if (owner := self._owner()) else "another run has"
             raise TransientError(
-                f"output.dir: {by} taken over {self._path.parent} while this run stood still; this "
-                "run writes nothing more"
+                f"output.dir: {by} taken over {self._path.parent} while this run was suspended; "
+                "this run writes nothing more"
             )
         self._checked = now
 
@@ -161,14 +161,14 @@ class RunLock:
                     )
                 last_sign = _now()
             if free and _now() - last_sign >= self._stale_seconds:
-                console.info(f"output.dir: {_who(owner)} is silent: its lock is taken over")
+                console.info(f"output.dir: {_who(owner)} has no heartbeat; taking over its lock")
                 return
             if _now() - began > self._stale_seconds + self._lease_seconds:
                 raise TransientError(
-                    f"output.dir: {_who(owner)} gives no sign of life, but its file system keeps "
-                    f"its lock of {self._path}; remove that file if the run is dead"
+                    f"output.dir: {_who(owner)} has no heartbeat any more, but its file system "
+                    f"keeps its lock on {self._path}; remove that file if the run is dead"
                     if last_sign == began
-                    else f"output.dir: {_who(owner)}, an earlier start of this run, still runs"
+                    else (f"output.dir: {_who(owner)}, an earlier start of this run, still runs")
                 )
             time.sleep(self._beat_seconds / 10)
 

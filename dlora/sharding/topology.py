@@ -109,16 +109,16 @@ def resolve_placement(
             matters, or there is nothing to offload.
     """
     if base not in BASES:
-        raise UsageError(f"sharding.base: {base!r} is none of {', '.join(BASES)}")
+        raise UsageError(f"sharding.base: expected one of {', '.join(BASES)}, got {base!r}")
     if base == "node" and topology.uneven:
         found = f"{topology.world} ranks do not divide into nodes of {topology.ranks_per_node}"
         if topology.largest > 1:
-            found = f"one has {topology.largest}, and others a number with nothing in common"
+            found = f"one has {topology.largest}, and others a number without a common divisor"
         raise UsageError(
             f"sharding.base: node needs a number that divides the ranks of every node, but {found}"
         )
     sizes = {"none": 1, "node": topology.ranks_per_node, "world": topology.world}
     size = sizes[base]
     if offload and size == 1:
-        raise UsageError("sharding.cpu_offload needs W0 divided over two ranks or more")
+        raise UsageError("sharding.cpu_offload: needs W0 sharded over two ranks or more")
     return Placement(engine, base, size, topology.world // size, offload)

@@ -47,7 +47,7 @@ def build(
     replica = replicate(model, engine, divided=prepared.divided and not by_pairs)
     if config.sharding.audit == "heal":
         replica.healed = lambda found: console.info(
-            f"warning: the adapters differed: {found}; healed"
+            f"warning: the adapters differed between ranks: {found}; healed (sharding.audit)"
         )
     attach_unstarted(model, prepared.lora, residual=residuals is not None)
     if residuals is not None:

@@ -58,7 +58,7 @@ def check_resume(
             raise UsageError(
                 f"train.epochs: step {resumed.step} of {resumed.directory} was the smaller last "
                 "step of its run; steps after it would skip sequences (output.resume: none starts "
-                "afresh, output.resume_force: true goes on regardless)"
+                "afresh, output.resume_force: true resumes anyway)"
             )
     _check_fits(resumed.shapes, tensors)
     if resumed.step > sampler.total_steps:
@@ -78,8 +78,8 @@ def _check_fits(saved: Mapping[str, list[int]], named: Mapping[str, Tensor]) -> 
     for name in sorted(saved.keys() | live.keys()):
         if saved.get(name) != live.get(name):
             raise UsageError(
-                f"output.resume: the checkpoint has {name} {saved.get(name, 'nowhere')}, "
-                f"this run {live.get(name, 'nowhere')}; the adapter's settings differ"
+                f"output.resume: the checkpoint has {name} {saved.get(name, 'missing')}, this run "
+                f"{live.get(name, 'missing')}; the adapter's settings differ"
             )
 
 
@@ -110,9 +110,9 @@ def _refuse_conflicts(
             if key not in compared and saved != value:
                 conflicts.append(f"{key} was {saved!r} and is {value!r}")
     if resumed.state["data"]["fingerprint"] != fingerprint:
-        conflicts.append("data.train holds other sequences")
+        conflicts.append("data.train contains other sequences")
     if conflicts:
         raise UsageError(
             f"output.resume: {resumed.directory} belongs to another run: {'; '.join(conflicts)} "
-            "(output.resume: none starts afresh, output.resume_force: true goes on regardless)"
+            "(output.resume: none starts afresh, output.resume_force: true resumes anyway)"
         )

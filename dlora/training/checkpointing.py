@@ -175,9 +175,9 @@ class CheckpointManager:
 
     def _nothing_to_commit(self) -> str:
         if self._context.replica.strategy.collective_saves:
-            return "no rank has all of the optimizer state, so the last save is the newest"
+            return "no rank has the whole optimizer state; the newest checkpoint is the last save"
         there = f"; step {self._start} is committed" if self._start else ""
-        return f"no step was made since the start{there}"
+        return f"no step has finished since the start{there}"
 
     def _state(self, step: int) -> dict[str, Any]:
         found = self._context.prepared
@@ -190,7 +190,7 @@ class CheckpointManager:
         try:
             yield
         except OSError as error:
-            console.warning(f"step {step} could not be saved: {error}; the run goes on")
+            console.warning(f"step {step} could not be saved: {error}; the run continues")
 
     def _write_behind(self, checkpoint: Checkpoint) -> Saved | None:
         with self._warning_of_disk(checkpoint.state["step"]):
@@ -226,7 +226,7 @@ class CheckpointManager:
             copy(self._remote)
         except Exception as error:  # every store has exceptions of its own
             console.warning(
-                f"{name} could not be copied to {self._remote.url}: {error}; the run goes on"
+                f"{name} could not be copied to {self._remote.url}: {error}; the run continues"
             )
             return None
         return f"{self._remote.url}/{name}"

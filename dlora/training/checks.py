@@ -31,7 +31,7 @@ def check_output(config: Config) -> None:
     once; for the rank that writes."""
     stop = config.output.stop_path
     if stop is not None and stop.exists():
-        raise UsageError(f"output.stop_file: {stop} is there already; remove it to start the run")
+        raise UsageError(f"output.stop_file: {stop} already exists; remove it to start the run")
     wanted = config.output.directory.absolute()
     existing = next(path for path in (wanted, *wanted.parents) if path.exists())
     if not existing.is_dir():
@@ -60,7 +60,7 @@ def check_dropout(model: nn.Module) -> None:
     layers = [layer for _, layer, _ in named_adapters(model)]
     if dropout and all(isinstance(layer, AdaptedLayer) and layer.is_embedding for layer in layers):
         raise UsageError(
-            f"adapter.lora_dropout: {dropout} cannot act: it drops inputs of linear layers, and "
+            f"adapter.lora_dropout: {dropout} cannot act: it drops inputs of linear layers, but "
             "none of them is adapted"
         )
 
@@ -73,8 +73,8 @@ def check_gradients(model: nn.Module) -> None:
     for path, layer, _ in named_adapters(model):
         if layer is head:
             raise UsageError(
-                f"adapter.target_modules: {path} is the output head, of whose logits only some "
-                "exist at a time, so there is no gradient for lora_ga to start it from"
+                f"adapter.target_modules: {path} is the output head, whose loss is computed in "
+                "chunks, so lora_ga gets no gradient of it; leave it out"
             )
 
 
@@ -102,14 +102,14 @@ def check_sequences(data: Mapping[str, Dataset | None], tokenizer: Any, model: A
         if dataset.largest_id >= rows:
             token = tokenizer.convert_ids_to_tokens(dataset.largest_id)
             raise UsageError(
-                f"{key}: holds the token {dataset.largest_id} ({token!r}), and the model's "
+                f"{key}: contains the token {dataset.largest_id} ({token!r}), but the model's "
                 f"embedding has {rows} rows; its tokenizer knows tokens that model.path does not"
             )
         longest = dataset.report.longest
         if positions is not None and longest > positions:
             raise UsageError(
-                f"data.max_length: {key} holds a sequence of {longest} tokens, and the model has "
-                f"learned {positions} positions; set data.max_length to {positions} or less"
+                f"data.max_length: {key} contains a sequence of {longest} tokens, but the model "
+                f"has learned {positions} positions; set data.max_length to {positions} or less"
             )
 
 

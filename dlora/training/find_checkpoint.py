@@ -82,7 +82,7 @@ def find_checkpoint(
     directory = Path(wanted).expanduser()
     if not directory.is_dir():
         raise UsageError(
-            f"output.resume: there is no checkpoint {wanted} (auto, none, or the path of one)"
+            f"output.resume: checkpoint {wanted} does not exist (auto, none, or a path)"
         )
     return _opened(directory)
 
@@ -114,7 +114,7 @@ def _opened(directory: Path) -> ResumePoint:
     record = checkpoints.method_record(directory)
     resumed = ResumePoint(str(directory), state, settings, shapes, record)
     for file, problem in _strange(resumed):
-        raise UsageError(f"{directory / file}: {problem}, which no run writes")
+        raise UsageError(f"{directory / file}: {problem}, which a run never writes")
     return resumed
 
 
@@ -138,7 +138,7 @@ def _strange(resumed: ResumePoint) -> Iterator[tuple[str, str]]:
     sections = settings if isinstance(settings, dict) else {"": settings}
     for name, options in sections.items():
         if not isinstance(options, dict):
-            yield "config.yaml", f"{name or 'all of it'} is {options!r}"
+            yield "config.yaml", f"{name or 'the whole file'} is {options!r}"
     for name in ("engine", "base", "optimizer_state"):  # a resume takes them over
         option = SCHEMA[f"sharding.{name}"]
         value = sections.get("sharding", {}).get(name, option.default)

@@ -126,8 +126,8 @@ def prepare(
         check_resume(resumed, config, lora, tensors, sampler, train.fingerprint, known)
     if around.device == "cpu" and base.dtype == torch.bfloat16 and not multiplies_bfloat16():
         announce(
-            "model.dtype: this CPU multiplies bfloat16 without instructions for it, many times "
-            "slower than float32"
+            "model.dtype: this CPU has no instructions for bfloat16, which is many times slower "
+            "than float32 on it"
         )
     announce(_steps_line(sampler, config.train.global_batch_size))
     decision = _decision(config, skeleton, topology, train, sampler, around, resumed)
@@ -258,5 +258,5 @@ def _load(
 def _steps_line(sampler: Sampler, size: int) -> str:
     steps = sampler.total_steps
     last = len(sampler.step(steps - 1))
-    rest = "" if last == size else f", the last one of the {last} that are left"
+    rest = "" if last == size else f", the last of only {last}"
     return f"train: {steps} optimizer steps of {size} sequences{rest}"

@@ -87,7 +87,7 @@ def _check_states(
             name, _, slot = key.rpartition(".")
             parameter = replica.named.get(name)
             if parameter is None:
-                raise UsageError(f"output.resume: {file}.safetensors: {name} is not trained")
+                raise UsageError(f"output.resume: {file}.safetensors: {name} is not trained here")
             stored = optimizer.state.get(parameter, {}).get(slot)
             wanted = [list(parameter.shape), dtype_name(parameter.dtype)]
             if isinstance(stored, Tensor):  # of an optimizer that makes its state at once

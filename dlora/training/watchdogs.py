@@ -49,8 +49,8 @@ class FiniteWatch:
         self._row[step] = [int(i) for i in ids]
         if len(self._steps) == 1:
             console.info(
-                f"warning: step {step} has loss {loss} and gradient norm {norm} and is left out; "
-                "a smaller optimizer.lr may help"
+                f"warning: step {step} has loss {loss} and gradient norm {norm} and is skipped; a "
+                "smaller optimizer.lr may help"
             )
         if len(self._row) < BAD_STEPS_IN_A_ROW:
             return None
@@ -65,7 +65,7 @@ class FiniteWatch:
         if self._steps:
             console.info(
                 f"warning: loss or gradient was not finite in {len(self._steps)} steps, the first "
-                f"of them step {self._steps[0]}; they were left out"
+                f"of them step {self._steps[0]}; they were skipped"
             )
 
 

@@ -149,10 +149,10 @@ def test_mistakes_are_one_line_and_nothing_is_written(bases: Bases, tmp_path: Pa
     for model, form, message in (
         (fresh, "LORA", "every singular value is 0"),
         (fresh, "ADALORA", "^total_step: "),
-        (plain, "ADALORA", "needs an adalora adapter, and this is lora"),
-        (embedding, "ADALORA", "no form for the embedding model.embed_tokens"),
-        (plain, "IA3", "'IA3' is none of LORA, ADALORA"),
-        (loaded(base), "ADALORA", "carries no dlora adapters"),
+        (plain, "ADALORA", "needs an adalora adapter, but this one is lora"),
+        (embedding, "ADALORA", "does not support the embedding model.embed_tokens"),
+        (plain, "IA3", "expected one of LORA, ADALORA, got 'IA3'"),
+        (loaded(base), "ADALORA", "has no dlora adapters"),
     ):
         with pytest.raises(UsageError, match=message) as caught:
             save(model, out, peft_type=form)
@@ -165,7 +165,7 @@ def test_loading_where_it_cannot_be_is_one_line(bases: Bases, tmp_path: Path) ->
     save(model, tmp_path / "plain")
     save(model, tmp_path / "own", peft_type="ADALORA")
     before = {name: p.clone() for name, p in trainable_parameters(model).items()}
-    with pytest.raises(UsageError, match="is a plain LoRA, and the model carries adalora"):
+    with pytest.raises(UsageError, match="is a plain LoRA, but the model has adalora"):
         load_adapter(model, tmp_path / "plain")
     for target in (model, loaded(base)):
         with pytest.raises(UsageError, match="peft_type is 'ADALORA'; only LORA can be loaded"):

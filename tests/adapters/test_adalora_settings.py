@@ -40,7 +40,7 @@ def no_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("settings", "key", "also"),
     [
-        ({"tinit": 6, "tfinal": 4}, "adapter.tinit", "none of the run's 10"),
+        ({"tinit": 6, "tfinal": 4}, "adapter.tinit", "no step to prune in, of the run's 10"),
         ({"deltaT": 0}, "adapter.deltaT", ">= 1"),
         ({"init_r": 4, "target_r": 5}, "adapter.target_r", "init_r 4"),
         ({"r": 4}, "adapter.r", "adapter.init_r"),
@@ -80,4 +80,4 @@ def test_the_phases_must_fit_epochs_too(
     epochs = {"train__max_steps": None, "train__epochs": 2}  # of 8 sequences, 4 in a step
     given = ADALORA | epochs | {"adapter__tinit": 2, "adapter__tfinal": 2}
     said = refusal(command(saved_models("llama"), tmp_path, **given), capfd)
-    assert "adapter.tinit" in said and "none of the run's 4" in said
+    assert "adapter.tinit" in said and "no step to prune in, of the run's 4" in said

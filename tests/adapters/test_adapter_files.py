@@ -285,10 +285,13 @@ def edit_tensors(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path],
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 BASE_COPY = "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"
 DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no configuration": (lambda d: (d / CONFIG).unlink(), f"{CONFIG}: there is no such file"),
-    "no tensors": (lambda d: (d / WEIGHTS).unlink(), f"{WEIGHTS}: there is no such file"),
+    "no configuration": (lambda d: (d / CONFIG).unlink(), f"{CONFIG}: file not found"),
+    "no tensors": (lambda d: (d / WEIGHTS).unlink(), f"{WEIGHTS}: file not found"),
     "not JSON": (lambda d: (d / CONFIG).write_text("{"), f"{CONFIG}: cannot be read"),
-    "not an object": (lambda d: (d / CONFIG).write_text("[]"), "holds a JSON list, not an object"),
+    "not an object": (
+        lambda d: (d / CONFIG).write_text("[]"),
+        "contains a JSON list, not an object",
+    ),
     "cut off": (lambda d: (d / WEIGHTS).write_bytes(b"\x00" * 9), f"{WEIGHTS}: is damaged"),
     "another method": (edit_config(peft_type="ADALORA"), "peft_type is 'ADALORA'"),
     "bias": (edit_config(bias="all"), "bias: 'all' is not supported"),

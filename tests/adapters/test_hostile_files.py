@@ -65,7 +65,7 @@ def test_an_adapter_beside_a_base_is_not_loaded_with_it(adapter: Path, base: Pat
     for name in (CONFIG, WEIGHTS):
         shutil.copyfile(adapter / name, base / name)
     said = one_line(lambda: preparation(command(base, tmp_path)))
-    assert said.startswith(f"model.path: {base} holds an adapter_config.json")
+    assert said.startswith(f"model.path: {base} contains an adapter_config.json")
     assert said == one_line(lambda: BaseWeights(find_base(str(base))).from_pretrained())
 
 
@@ -133,9 +133,9 @@ def with_value(value: float, dtype: torch.dtype = torch.float32) -> Callable[[Te
 
 
 STRANGE: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
-    "nan": (with_value(math.nan), "holds NaN or infinite values"),
-    "inf": (with_value(math.inf, torch.bfloat16), "holds NaN or infinite values"),
-    "beyond float32": (with_value(1e300, torch.float64), "holds NaN or infinite values"),
+    "nan": (with_value(math.nan), "contains NaN or infinite values"),
+    "inf": (with_value(math.inf, torch.bfloat16), "contains NaN or infinite values"),
+    "beyond float32": (with_value(1e300, torch.float64), "contains NaN or infinite values"),
     "integers": (with_value(1, torch.int64), "I64"),
 }
 
@@ -171,7 +171,7 @@ def test_a_checkpoint_of_what_is_no_number_is_not_exported(base: Path, tmp_path:
     words = ["--adapter", str(directory), "--to", str(tmp_path / "to")]
     for more in ([], ["--merge"]):
         said = one_line(lambda more=more: export.main([*words, *more]))
-        assert said == f"{file}: {name} holds NaN or infinite values"
+        assert said == f"{file}: {name} contains NaN or infinite values"
     assert not (tmp_path / "to").exists()
 
 
@@ -186,11 +186,11 @@ ABSURD: dict[str, tuple[dict[str, Any], str]] = {
         {"alpha_pattern": {"q_proj": 1e300}},
         "alpha_pattern['q_proj']: must be > 0 and <=",
     ),
-    "dropout": ({"lora_dropout": "x"}, "lora_dropout: 'x' is of no type"),
-    "targets": ({"target_modules": [["q_proj"]]}, "target_modules: [['q_proj']] is of no type"),
-    "saved": ({"modules_to_save": "norm"}, "modules_to_save: 'norm' is of no type"),
-    "pattern": ({"rank_pattern": [1]}, "rank_pattern: [1] is of no type"),
-    "base": ({"base_model_name_or_path": ["x"]}, "base_model_name_or_path: ['x'] is of no type"),
+    "dropout": ({"lora_dropout": "x"}, "lora_dropout: 'x' has an unexpected type"),
+    "targets": ({"target_modules": [["q_proj"]]}, "[['q_proj']] has an unexpected type"),
+    "saved": ({"modules_to_save": "norm"}, "modules_to_save: 'norm' has an unexpected type"),
+    "pattern": ({"rank_pattern": [1]}, "rank_pattern: [1] has an unexpected type"),
+    "base": ({"base_model_name_or_path": ["x"]}, "['x'] has an unexpected type"),
     "more layers": ({"target_modules": ["q_proj", "v_proj"]}, "v_proj.lora_A"),
 }  # fmt: skip
 
@@ -212,4 +212,4 @@ def test_a_triplet_that_never_was(base: Path):
     model = loaded(base)
     attach(model, AdaLoraConfig(init_r=3, target_r=2, target_modules=["q_proj"]))
     record = {"shrunk": True, "kept": {path: [0, 3] for path in model.dlora.adapted}}
-    assert "keeps triplet 3 of model.layers.0" in one_line(lambda: load_record(model, record))
+    assert "has triplet 3 of model.layers.0" in one_line(lambda: load_record(model, record))

@@ -65,28 +65,28 @@ def one_shard_gone(directory: Path) -> None:
 UP = "model.layers.1.mlp.up_proj.weight"
 EXPERT = "model.layers.1.block_sparse_moe.experts.{}.w{}.weight"
 CASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
-    "no weights": ("llama", lambda d: (d / WEIGHTS).unlink(), "holds no model.safetensors"),
-    "one is missing": ("llama", without(UP), f"hold no {UP}"),
+    "no weights": ("llama", lambda d: (d / WEIGHTS).unlink(), "contains neither model.safetensors"),
+    "one is missing": ("llama", without(UP), f"do not contain {UP}"),
     "two are missing": ("llama", without("lm_head.weight", UP), "and 1 more$"),
     "another width": (
         "llama",
         configured(intermediate_size=72),
-        r"holds model\.layers\.0\.mlp\.\w+\.weight as \[\d+, \d+\], where the model has floats",
+        r"contains model\.layers\.0\.mlp\.\w+\.weight as \[\d+, \d+\], but the model needs floats",
     ),
-    "more layers": ("llama", configured(num_hidden_layers=3), r"hold no model\.layers\.2\."),
-    "cut short": ("llama", cut_short, "is damaged or no safetensors file"),
-    "a shard is gone": ("llama", one_shard_gone, "model-00001-of-00001.*there is no such file"),
+    "more layers": ("llama", configured(num_hidden_layers=3), r"do not contain model\.layers\.2\."),
+    "cut short": ("llama", cut_short, "is damaged or not a safetensors file"),
+    "a shard is gone": ("llama", one_shard_gone, "model-00001-of-00001.*file not found"),
     "integers": (
         "llama",
         edited(lambda t: t.update({UP: t[UP].to(torch.int8)})),
-        f"holds {UP} as I8",
+        f"contains {UP} as I8",
     ),
     "tied, without either": (
         "tied",
         without("model.embed_tokens.weight"),
-        r"hold no (model\.embed_tokens|lm_head)\.weight",
+        r"do not contain (model\.embed_tokens|lm_head)\.weight",
     ),
-    "untied, without a head": ("tied", configured(tie_word_embeddings=False), "no lm_head.weight"),
+    "untied, without a head": ("tied", configured(tie_word_embeddings=False), "contain lm_head"),
     "an expert is missing": (
         "mixtral",
         without(*(EXPERT.format(3, part) for part in (1, 2, 3))),
@@ -127,8 +127,8 @@ def test_whole_bases_pass(saved_models: Any, tmp_path: Path, model: str) -> None
 def test_what_a_hub_brings_is_checked_while_it_is_read(saved_models: Any, tmp_path: Path) -> None:
     """Where files could not be checked before, the report of the loading is."""
     for damage, message in (
-        (without(UP), f"hold no {UP}"),
-        (edited(lambda t: t.update({UP: t[UP][1:].clone()})), rf"holds {UP} as \[69, 40\]"),
+        (without(UP), f"do not contain {UP}"),
+        (edited(lambda t: t.update({UP: t[UP][1:].clone()})), rf"has {UP} as \[69, 40\]"),
     ):
         base = tmp_path / message.split()[0] / "base"
         shutil.copytree(saved_models("llama"), base)
@@ -181,6 +181,6 @@ def test_what_a_hub_has_brought_already_is_checked(saved_models: Any, tmp_path: 
     results = [line for line in done.stdout.splitlines() if line.startswith("result ")]
     assert results == [
         "result whole: passes",
-        f"result damaged: model.path: the files of org/damaged hold no {UP}",
+        f"result damaged: model.path: the files of org/damaged do not contain {UP}",
         "result away: passes",
     ]

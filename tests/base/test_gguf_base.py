@@ -124,8 +124,8 @@ def test_real_file(real_file, cache, dtype):
     out = Path(out)
     assert left < 100 * 10**6  # of the model's memory, before the process reads its share
     assert line == (
-        f"converting {real_file} to {name} under {out} ({megabytes} MB), once; the whole model is "
-        "in this process's memory meanwhile"
+        f"converting {real_file} to {name} under {out} ({megabytes} MB), once; this process needs "
+        "memory for the whole model meanwhile"
     )
     with gguf_base._parsed_once():  # 15 seconds less; the values are not its concern
         model = assert_same_model(real_file, out, dtype)
@@ -173,9 +173,9 @@ def test_tiny_files(kind, tmp_path):
     assert len({file.stat().st_mode for file in out.iterdir()}) == 1
     left = {"lfm2": "model.layers.0.extra.weight", "llama-untied": "rope_freqs.weight"}
     if kind == "qwen35moe":  # a block that predicts further tokens
-        assert "no place for" in lines[1] and "eh_proj" in lines[1]
+        assert "no parameter for" in lines[1] and "eh_proj" in lines[1]
     else:
-        extra = f"tiny.gguf: the model has no place for {left.get(kind)}; left out"
+        extra = f"tiny.gguf: the model has no parameter for {left.get(kind)}; ignored"
         assert lines[1:] == ([extra] if kind in left else [])
     assert convert(gguf, tmp_path / "cache", dtype) == (out, [])
 

@@ -30,9 +30,9 @@ def test_file_errors(tmp_path):
     assert_refused(path, cache_dir, "model.path", str(path), "No such file")
     assert_refused(tmp_path, cache_dir, "model.path", "directory")
     path.write_bytes(b"PK\3\4 and more")
-    assert_refused(path, cache_dir, "model.path", str(path), "no GGUF file")
+    assert_refused(path, cache_dir, "model.path", str(path), "not a GGUF file")
     path.write_bytes(b"")
-    assert_refused(path, cache_dir, "model.path", "no GGUF file")
+    assert_refused(path, cache_dir, "model.path", "not a GGUF file")
     tiny = gguf_files.tiny_llama
     assert_refused(tiny(path, architecture="nosuch"), cache_dir, "model.path", "nosuch")
     assert_refused(tiny(path, tokenizer=False), cache_dir, "model.path", "tokenizer")
@@ -41,12 +41,12 @@ def test_file_errors(tmp_path):
     )
     wide = {"embedding_length": 128}
     assert_refused(
-        tiny(path, numbers=wide), cache_dir, "holds model.embed_tokens.weight as [262, 64]"
+        tiny(path, numbers=wide), cache_dir, "has model.embed_tokens.weight as [262, 64]"
     )
     lacking = gguf_files.layered(gguf_files.ATTENTION | gguf_files.DENSE)
     numbers = gguf_files.COMMON | {"vocab_size": gguf_files.VOCABULARY}
     gguf_files.write_gguf(path, "llama", numbers, lacking)
-    assert_refused(path, cache_dir, "model.path", "hold no model.layers.1.", "8 more")
+    assert_refused(path, cache_dir, "model.path", "do not contain model.layers.1.", "8 more")
     mixed = (gguf_files.F32, GGMLQuantizationType.Q8_0)
     assert_refused(
         gguf_files.tiny_qwen35moe(path, mixed), cache_dir, "model.path", "different types"

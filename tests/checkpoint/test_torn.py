@@ -302,21 +302,21 @@ STATE, MANIFEST, SETTINGS = "state.json", "manifest.json", "config.yaml"
 OF_STATE = {"bytes": 1, "sha256": "0"}
 TRIPLETS = "method: does not list triplets by module"
 FORGERIES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "no step": (edited(STATE, "step", to="four"), "state.json: step: a number of steps"),
-    "negative step": (edited(STATE, "step", to=-1), "state.json: step: a number of steps"),
-    "another step": (edited(STATE, "step", to=5), "state.json: is of step 5"),
+    "no step": (edited(STATE, "step", to="four"), "state.json: step: expected a number of steps"),
+    "negative step": (edited(STATE, "step", to=-1), "state.json: step: expected a number of steps"),
+    "another step": (edited(STATE, "step", to=5), "state.json: step is 5"),
     "data": (edited(STATE, "data", to=[]), "state.json: data.fingerprint is None"),
-    "fingerprint": (edited(STATE, "data", "fingerprint", to=7), "data.fingerprint is 7, which no"),
+    "fingerprint": (edited(STATE, "data", "fingerprint", to=7), "fingerprint is 7, which a run"),
     "sequences": (edited(STATE, "data", "sequences", to="x"), "state.json: data.sequences is 'x'"),
     "base": (edited(STATE, "base", to={}), "state.json: base is {}"),
     "ranks": (edited(STATE, "ranks", to="2"), "state.json: ranks is '2'"),
-    "adapter": (edited(STATE, "adapter", to=3), "state.json: adapter is not what a run writes"),
-    "method": (edited(STATE, "adapter", "method", to="x"), "adapter is not what a run writes: 'x'"),
-    "option": (edited(STATE, "adapter", "rrr", to=1), "adapter is not what a run writes"),
-    "pattern": (edited(STATE, "adapter", "alpha_pattern", to=[1]), "not what a run writes"),
-    "list": (rewritten(STATE, "[]"), "state.json: holds a JSON list"),
+    "adapter": (edited(STATE, "adapter", to=3), "state.json: adapter: invalid settings"),
+    "method": (edited(STATE, "adapter", "method", to="x"), "adapter: invalid settings: 'x'"),
+    "option": (edited(STATE, "adapter", "rrr", to=1), "adapter: invalid settings"),
+    "pattern": (edited(STATE, "adapter", "alpha_pattern", to=[1]), "adapter: invalid settings"),
+    "list": (rewritten(STATE, "[]"), "state.json: contains a JSON list"),
     "deep": (rewritten(STATE, "[" * 100_000), "state.json: cannot be read"),
-    "settings": (rewritten(SETTINGS, "- 1"), "config.yaml: all of it is [1]"),
+    "settings": (rewritten(SETTINGS, "- 1"), "config.yaml: the whole file is [1]"),
     "section": (rewritten(SETTINGS, "sharding: 3"), "config.yaml: sharding is 3"),
     "engine": (rewritten(SETTINGS, "sharding: {engine: x}"), "sharding.engine is 'x'"),
     "yaml": (rewritten(SETTINGS, "a: [\n"), "config.yaml:2: not valid YAML"),
@@ -335,7 +335,7 @@ FORGERIES: dict[str, tuple[Callable[[Path], None], str]] = {
     "twice": (edited(MANIFEST, "method", "kept", PATHS[0], to=[1, 1]), TRIPLETS),
     "disorder": (edited(MANIFEST, "method", "kept", PATHS[0], to=[2, 1]), TRIPLETS),
     "below 0": (edited(MANIFEST, "method", "kept", PATHS[0], to=[-1]), TRIPLETS),
-    "other modules": (edited(MANIFEST, "method", "kept", to={}), "are not those of adapter."),
+    "other modules": (edited(MANIFEST, "method", "kept", to={}), "differ from those of adapter."),
 }  # fmt: skip
 
 
@@ -373,12 +373,14 @@ def test_a_state_of_no_tensor_is_refused(whole: Path, tmp_path: Path) -> None:
     newer = Path(shutil.copytree(whole / "checkpoints" / STEPS[1], tmp_path / STEPS[1]))
     (newer / "optimizer.safetensors").write_bytes(save({"x.exp_avg": torch.zeros(2)}))
     agree(newer)
-    with pytest.raises(UsageError, match=r"optimizer.safetensors: x.exp_avg belongs to no tensor"):
+    with pytest.raises(
+        UsageError, match=r"optimizer.safetensors: x.exp_avg is of no trained tensor"
+    ):
         checkpoints.read(newer)
 
 
 def test_export_reads_no_forged_checkpoint(whole: Path, tmp_path: Path) -> None:
     newer = Path(shutil.copytree(whole / "checkpoints" / STEPS[1], tmp_path / STEPS[1]))
     edited(STATE, "adapter", to=3)(newer)
-    with pytest.raises(UsageError, match="state.json: adapter is not what a run writes"):
+    with pytest.raises(UsageError, match="state.json: adapter: invalid settings"):
         open_adapter(newer)

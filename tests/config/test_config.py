@@ -485,12 +485,12 @@ CANNOT_ACT = [  # words, the key that cannot act, the key that is why
         "adapter.method: flora",
         "optimizer.name: lora_pro",
     ),
-    ("--adapter.method flora --adapter.path old", "adapter.path", "flora starts afresh"),
+    ("--adapter.method flora --adapter.path old", "adapter.path", "flora cannot start from"),
     *(
         (
             f"--model.quantization nf4 --adapter.init_lora_weights {value} --adapter.use_dora true",
             "adapter.use_dora",
-            f"packs without what {value} starts from",
+            "DoRA needs the rows of W0",
         )
         for value in ("pissa", "milora")
     ),
@@ -502,7 +502,7 @@ CANNOT_ACT = [  # words, the key that cannot act, the key that is why
     (
         "--adapter.method adalora --adapter.init_lora_weights pissa",
         "adapter.init_lora_weights",
-        "adalora starts every module alike",
+        "adalora starts every module with",
     ),
     ("--model.path x.gguf --model.revision main", "model.revision", "model.path"),
     ("--model.path x.gguf --model.trust_remote_code true", "model.trust_remote_code", "gguf"),
@@ -586,7 +586,7 @@ def test_all_problems_stand_in_the_one_line(base):
 
 def test_a_config_built_in_python_is_held_to_the_same_rules():
     train = replace(in_python().train, epochs=2, max_steps=10)
-    assert "train.max_steps and train.epochs" in refusal(validate, in_python(train=train))
+    assert "train.max_steps: train.epochs is set" in refusal(validate, in_python(train=train))
     validate(in_python(train=replace(train, max_steps=200)))  # left at its default
 
 

@@ -233,7 +233,7 @@ def test_what_a_template_changes_or_refuses_is_an_error(name: str, make_tokenize
 
 
 TOKENIZER_ERRORS: list[tuple[dict[str, Any], str]] = [
-    ({"template": None}, "data.train: chats need a chat template and the model's tokenizer has"),
+    ({"template": None}, "data.train: chats need a chat template, but the model's tokenizer has"),
     ({"template": NO_END, "eos_token": None}, "no end-of-sequence token"),
 ]
 
@@ -268,5 +268,5 @@ def test_wrong_offsets_are_an_error(make_tokenizer: Any, jsonl: Any):
             shifted = [[(s - 15, e - 15) for s, e in row] for row in batch["offset_mapping"]]
             return {"input_ids": batch["input_ids"], "offset_mapping": shifted}
 
-    with pytest.raises(UsageError, match="offsets do not lead to the end-of-turn token"):
+    with pytest.raises(UsageError, match="offsets do not cover the end-of-turn token"):
         load(jsonl, Shifted(make_tokenizer()), SINGLE)

@@ -55,7 +55,7 @@ def test_losing_only_what_carries_no_loss_is_not_shortening(make_tokenizer: Any,
 
 
 def test_nothing_left_is_an_error_with_counts(make_tokenizer: Any, jsonl: Any):
-    expected = "data.train: none of 2 records keeps a target token within data.max_length 5; raise"
+    expected = "data.train: none of 2 records has a target token within data.max_length 5; raise"
     with pytest.raises(UsageError, match=expected):
         load(jsonl(chat("Hi", "yes"), chat("a", "b")), make_tokenizer(), max_length=5)
 
@@ -135,5 +135,5 @@ def test_more_records_than_one_call_of_the_tokenizer(make_tokenizer: Any, jsonl:
 def test_unknown_formats_and_formats_that_cannot_act(make_tokenizer: Any, jsonl: Any):
     with pytest.raises(UsageError, match=r"data.format: 'csv' is unknown; expected one of"):
         load("x", make_tokenizer(), "csv")
-    with pytest.raises(UsageError, match=r"data.train builtin:docstrings holds chats"):
+    with pytest.raises(UsageError, match=r"data.train builtin:docstrings contains chats"):
         load("builtin:docstrings", make_tokenizer(), "alpaca")

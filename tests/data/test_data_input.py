@@ -91,7 +91,7 @@ BAD_RECORDS: list[tuple[str, dict[str, Any], str]] = [
      "'messages' has nothing to train on; expected a message with role 'assistant'"),
     ("chat", {"messages": [user(), assistant(" \n")]}, "messages[1] is an empty answer"),
     ("chat", {"messages": [user(), assistant(weight=0)]}, "messages[1] has 'weight', which is not"),
-    ("chat", {"messages": [user("\ud800")]}, "messages[0].content holds half a surrogate pair"),
+    ("chat", {"messages": [user("\ud800")]}, "messages[0].content contains half a surrogate pair"),
     ("sharegpt", CHAT, "no field 'conversations', only 'messages'"),
     ("sharegpt", {"conversations": [{"from": "bot", "value": "a"}]}, "[0] has from 'bot'; exp"),
     ("sharegpt", {"conversations": [{"from": "gpt", "value": ""}]}, "conversations[0] is an empty"),
@@ -127,8 +127,8 @@ def test_a_bad_record_names_file_and_line(
 
 BAD_FILES: list[tuple[bytes, str]] = [
     (b"", " is an empty file; expected one JSON object per line"),
-    (b"\xef\xbb\xbf", " holds blank lines only"),
-    (b"\n  \r\n\n", " holds blank lines only; expected one JSON object per line"),
+    (b"\xef\xbb\xbf", " contains only blank lines"),
+    (b"\n  \r\n\n", " contains only blank lines; expected one JSON object per line"),
     (b'{"a": 1}\n{"a": "\xff"}\n', ":2: not UTF-8 (byte 8 of the line is 0xff); convert"),
     ('{"a": 1}'.encode("utf-16"), ":1: not UTF-8 (byte 1 of the line is 0xff)"),
     (b'{"a": 1}\n\n{"a": 1\n', ":3: not JSON (Expecting ',' delimiter at column "),
@@ -139,8 +139,8 @@ BAD_FILES: list[tuple[bytes, str]] = [
     (b'[\n{"a": 1}\n]\n', ":1: not JSON (Expecting value at column "),
     (b'[{"a": 1}]', ":1: a JSON list, not an object"),
     (b'{"a": 1}\n"text"\n', ":2: a JSON str, not an object"),
-    (b"[" * 100_000, ":1: JSON that Python cannot hold"),
-    (b'{"a": ' + b"1" * 5000 + b"}", ":1: JSON that Python cannot hold"),
+    (b"[" * 100_000, ":1: JSON that Python cannot represent"),
+    (b'{"a": ' + b"1" * 5000 + b"}", ":1: JSON that Python cannot represent"),
 ]
 
 
@@ -193,13 +193,13 @@ def test_ways_to_name_files(source: Any, expected: list[str], folder: Path):
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("no.jsonl", "data.train: no.jsonl does not exist (seen from "),
+        ("no.jsonl", "data.train: no.jsonl does not exist (working directory "),
         ("sub", "data.train: sub is a directory; expected a file or a glob: sub/*.jsonl"),
-        ("no*.jsonl", "data.train: no file matches no*.jsonl (seen from "),
+        ("no*.jsonl", "data.train: no file matches no*.jsonl (working directory "),
         ("su?", "data.train: no file matches su?"),
         ([], "data.train is an empty list"),
-        ([""], "data.train: '' is no file name"),
-        ([None], "data.train: None is no file name"),
+        ([""], "data.train: '' is not a file name"),
+        ([None], "data.train: None is not a file name"),
         (
             ["a.jsonl", "a.jsonl"],
             "data.train: a.jsonl is named twice, by 'a.jsonl' and by 'a.jsonl'",
@@ -207,8 +207,14 @@ def test_ways_to_name_files(source: Any, expected: list[str], folder: Path):
         (["a.jsonl", "[ab].jsonl"], "data.train: a.jsonl is named twice"),
         (["a.jsonl", "link.jsonl"], "data.train: link.jsonl is named twice"),
         ("/dev/null", "data.train: /dev/null is not a regular file"),
-        ("builtin:poems", "data.train: there is no builtin:poems; expected builtin:docstrings or "),
-        (["a.jsonl", "builtin:docstrings"], "data.train: builtin:docstrings stands alone"),
+        (
+            "builtin:poems",
+            "data.train: unknown data set builtin:poems; expected builtin:docstrings or ",
+        ),
+        (
+            ["a.jsonl", "builtin:docstrings"],
+            "data.train: builtin:docstrings cannot be one of a list",
+        ),
     ],
 )
 def test_bad_sources(source: Any, expected: str, folder: Path):

@@ -46,18 +46,21 @@ def test_peft_s_copies_of_embeddings_must_be_the_base_s(bases, tmp_path):
 MISTAKES = {  # words after --adapter; what the message says
     "option": (["A", "--to", "B", "--foo"], "unrecognized arguments: --foo"),
     "missing": (["A"], "required: --to"),
-    "no adapter": (["nix", "--to", "B"], "--adapter: there is no directory nix"),
-    "no such adapter": (["E", "--to", "B"], "E holds neither an adapter_config.json nor"),
+    "no adapter": (["nix", "--to", "B"], "--adapter: directory nix does not exist"),
+    "no such adapter": (["E", "--to", "B"], "E has neither an adapter_config.json nor"),
     "run": (["run", "--to", "B"], "did you mean run/adapter?"),
-    "no base": (["A", "--to", "B", "--base", "./nix"], "--base: there is no directory ./nix"),
-    "no model": (["A", "--to", "B", "--base", "E"], "--base: E holds no config.json"),
+    "no base": (["A", "--to", "B", "--base", "./nix"], "--base: directory ./nix does not exist"),
+    "no model": (["A", "--to", "B", "--base", "E"], "--base: E contains no config.json"),
     "full": (["A", "--to", "run"], "--to: run is not empty"),
     "file": (["A", "--to", "file"], "--to: file is not a directory"),
     "itself": (["A", "--to", "A"], "--to: A is the adapter itself"),
     "dtype": (["A", "--to", "B", "--merge", "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
     "idle dtype": (["A", "--to", "B", "--dtype", "float32"], "--dtype cannot act without --merge"),
     "other base": (["A", "--to", "B", "--base", "gpt2"], "A does not fit the base: target_modules"),
-    "other shape": (["A", "--to", "B", "--merge", "--base", "wide"], "and the base needs floats"),
+    "other shape": (
+        ["A", "--to", "B", "--merge", "--base", "wide"],
+        "but the base needs floats",
+    ),
     "renamed": (["A", "--to", "B", "--merge", "--base", "odd"], "model.layers.1.self_attn.q_proj"),
     "peft type": (["ia3", "--to", "B"], "peft_type is 'IA3'"),
 }
@@ -95,7 +98,7 @@ def test_mistakes_are_one_line_and_nothing_is_written(mistake, site, monkeypatch
 def test_status_and_one_line_of_the_command_itself(tmp_path):
     ended = command("--adapter", "nix", "--to", "x", cwd=tmp_path)
     assert ended.returncode == 2 and ended.stdout == ""
-    assert ended.stderr == "dlora: error: --adapter: there is no directory nix\n"
+    assert ended.stderr == "dlora: error: --adapter: directory nix does not exist\n"
 
 
 def test_base_from_the_hub_s_cache(bases, tmp_path):

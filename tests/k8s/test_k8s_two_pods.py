@@ -56,7 +56,7 @@ def test_a_drained_pod_stops_both_with_a_checkpoint(
     drained, other = start(words)
     metrics, until = tmp_path / "run" / "metrics.jsonl", time.monotonic() + LIMIT_SECONDS
     while not (metrics.exists() and metrics.read_text()):
-        assert time.monotonic() < until, "no step was made"
+        assert time.monotonic() < until, "no step has finished"
         assert drained.poll() is other.poll() is None
         time.sleep(0.2)
     drained.send_signal(signal.SIGTERM)

@@ -88,7 +88,7 @@ def test_a_job_s_status_is_the_run_s(ray: Cluster, place: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"RAY_AUTH_TOKEN_PATH": None, "HOME": "/nonexistent"}, "there is no token"),
+        ({"RAY_AUTH_TOKEN_PATH": None, "HOME": "/nonexistent"}, "no token found"),
         ({"RAY_AUTH_TOKEN_PATH": None, "RAY_AUTH_TOKEN": "f" * 32}, "address: "),
     ],
     ids=["none", "wrong"],
@@ -124,7 +124,7 @@ def test_ctrl_c_leaves_the_job_running_and_a_stop_commits(ray: Cluster, place: P
         wait_for(lambda: "step 1/" in log.read_text())
         followed.send_signal(signal.SIGINT)
         assert followed.wait(30) == 130, log.read_text()
-    assert "left goes on without this program; ray job logs" in log.read_text()
+    assert "left continues without this program; ray job logs" in log.read_text()
     metrics = run / "metrics.jsonl"
     left_at = metrics.read_text().count("\n")
     wait_for(lambda: metrics.read_text().count("\n") > left_at + 3)
@@ -165,19 +165,19 @@ def test_what_is_forwarded(place: Path, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--model.path", "tuned"], "model.path: tuned/model.safetensors is left out of what"),
-        (["--data.train", "*.pt"], "data.train: a.pt is left out of what is sent"),
-        (["--data.train", "mine/a.jsonl"], "data.train: mine/a.jsonl is left out of what"),
-        (["--data.train", "../chats.jsonl"], "data.train: ../chats.jsonl does not lie in the"),
+        (["--model.path", "tuned"], "model.path: tuned/model.safetensors is not copied to"),
+        (["--data.train", "*.pt"], "data.train: a.pt is not copied to the cluster"),
+        (["--data.train", "mine/a.jsonl"], "data.train: mine/a.jsonl is not copied to"),
+        (["--data.train", "../chats.jsonl"], "data.train: ../chats.jsonl is not inside the"),
         (["--data.train", "a**.jsonl"], "data.train: a**.jsonl: Invalid pattern"),
-        (["--storage", "runs"], "storage: runs lies in the job's working directory, which goes"),
-        (["--output.resume", "none"], "output.resume: Ray starts lost ranks again"),
+        (["--storage", "runs"], "storage: runs is in the job's working directory, which is"),
+        (["--output.resume", "none"], "output.resume: must be auto"),
         (["--resources", '{"GPU": 1}'], "resources: GPU needs --use-gpu"),
         (["--num-workers", "2:1"], "num-workers: 2 is more than 1"),
         (["--num-workers", "many"], "num-workers: expected N or MIN:MAX, got 'many'"),
-        (["--working-dir", "nowhere"], "working-dir: nowhere is no directory"),
+        (["--working-dir", "nowhere"], "working-dir: nowhere is not a directory"),
         (["--resources", '{"CPU": 0}'], "resources['CPU']: must be > 0"),
-        (["--check"], "--check belongs to dlora.train"),
+        (["--check"], "--check is an option of dlora.train"),
         (["--adress", "x"], "--adress"),
     ],
 )
@@ -208,7 +208,7 @@ def test_a_cluster_that_does_not_answer_may_do_so_later(
 
 def test_a_configuration_elsewhere_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
-    with pytest.raises(UsageError, match=r"config: packed/run\.json does not lie in the working"):
+    with pytest.raises(UsageError, match=r"config: packed/run\.json is not inside the working"):
         forwarded(["--config", "packed/run.json"], place / "seen")
 
 
@@ -216,7 +216,7 @@ def test_what_would_go_with_the_job_is_refused(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place / "packed")
-    with pytest.raises(UsageError, match=r"output\.dir: runs/tiny lies in the job's working"):
+    with pytest.raises(UsageError, match=r"output\.dir: runs/tiny is in the job's working"):
         main(["--address", "http://127.0.0.1:9", "--config", "run.json"])
 
 
@@ -254,7 +254,7 @@ def test_a_stop_that_does_not_arrive_is_said(
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     assert Following(Asked(error), "job", "http://head:8265").ask()
-    assert f"job was not told to stop: {error}" in capsys.readouterr().out
+    assert f"job could not be stopped: {error}" in capsys.readouterr().out
 
 
 class Answers:
@@ -297,7 +297,7 @@ def test_ctrl_c_counts_while_the_cluster_does_not_answer(
     monkeypatch.setattr("sys.stdin", io.StringIO())
     client = Answers(ConnectionError("gone"), "never")
     assert Following(client, "job", "http://head:8265").status() == 130
-    assert "job goes on without this program; ray job logs" in capsys.readouterr().out
+    assert "job continues without this program; ray job logs" in capsys.readouterr().out
 
 
 def test_a_cluster_that_is_gone_is_no_mistake_of_the_user_s(
@@ -305,4 +305,4 @@ def test_a_cluster_that_is_gone_is_no_mistake_of_the_user_s(
 ) -> None:
     monkeypatch.setattr(ray_submit, "SILENT_SECONDS", 0.0)
     assert Following(Answers(ConnectionError("gone")), "job", "http://head:8265").status() == 1
-    assert "no longer answers (gone); job goes on without this program" in capsys.readouterr().err
+    assert "no longer answers (gone); job continues without this program" in capsys.readouterr().err

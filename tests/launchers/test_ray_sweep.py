@@ -71,11 +71,11 @@ def test_draws_and_early_ends(ray: Cluster, run_file: Path) -> None:
     [
         ("{}", "space: expected {"),
         ("{adapter.r: [", "space: while parsing"),
-        ("{adapter.rank: [1]}", "space: adapter.rank is no key of the configuration"),
+        ("{adapter.rank: [1]}", "space: adapter.rank is not a key of the configuration"),
         ("{adapter.r: 4}", "space: adapter.r: expected a list or one distribution"),
         ("{adapter.r: []}", "space: adapter.r: expected a list or one distribution"),
         ("{adapter.r: [0]}", "adapter.r: must be >= 1"),
-        ("{optimizer.lr: {normal: [0, 1]}}", "space: optimizer.lr: normal is none of uniform"),
+        ("{optimizer.lr: {normal: [0, 1]}}", "space: optimizer.lr: normal is not one of uniform"),
         ("{optimizer.lr: {loguniform: [0, 1]}}", "space: optimizer.lr: loguniform needs"),
         ("{optimizer.lr: {uniform: [2, 1]}}", "space: optimizer.lr: uniform needs"),
         ("{train.seed: [1]}", "space: train.seed is on the command line as well"),
@@ -104,9 +104,12 @@ def test_nobody_computes_the_figure(run_file: Path) -> None:
         (["--name", "x"], "name: trials would share it"),
         (
             ["--scheduler", "asha", "--space", "{train.max_steps: [1, 2]}"],
-            "scheduler: asha compares trials by their steps",
+            "scheduler: asha compares trials by step",
         ),
-        (["--scheduler", "asha", "--output.eval_every", "6"], "scheduler: asha compares trials as"),
+        (
+            ["--scheduler", "asha", "--output.eval_every", "6"],
+            "scheduler: asha compares trials while",
+        ),
         (["--output.save_every", "2"], "output.save_every: a trial saves when it evaluates"),
         (["--space", "{output.save_every: [2]}"], "output.save_every: a trial saves when it"),
     ],

@@ -176,7 +176,7 @@ print("heard", ray.get(asked, timeout=30))
 @pytest.mark.parametrize(
     ("ranks", "status", "printed"),
     [
-        ("there", 0, "stopping after this step; once more ends it at once\nheard 15\n"),
+        ("there", 0, "stopping after this step; a second signal ends the run at once\nheard 15\n"),
         ("lost", 143, ""),
     ],
 )
@@ -223,7 +223,7 @@ def test_a_killed_worker_is_started_again(
         victim.kill()
         assert job.wait(LIMIT_SECONDS) == 0, log.read_text()
     assert "resuming after step" in log.read_text() and starts_in(log.read_text()) == 2
-    assert "dlora: warning: Ray is not told of step" in log.read_text()
+    assert "dlora: warning: could not be reported to Ray" in log.read_text()
     checkpoints.verify(away / f"step-{STEPS:06d}")
     assert not list(kept.glob("step-*"))
     check_same(place / "killed", by_torchrun)

@@ -167,7 +167,7 @@ def occupied() -> nn.Module:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
-    "twice": (twice, {}, "carries adapters already"),
+    "twice": (twice, {}, "already has adapters"),
     "no such name": (
         Net,
         {"target_modules": ["q_porj"]},
@@ -177,7 +177,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "candidates": (
         Net,
         {"target_modules": ["xyz"]},
-        "there are table, blocks, q_proj, adapter, head",
+        "names in this model: table, blocks, q_proj, adapter, head",
     ),
     "expression": (Net, {"target_modules": r".*\.wq"}, "regular expression '.*\\\\.wq' matches no"),
     "part of a path": (Net, {"target_modules": "q_proj"}, "regular expression 'q_proj' matches no"),
@@ -204,7 +204,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
         {"target_modules": [], "modules_to_save": ["head"]},
         "set on the",
     ),
-    "child called adapter": (occupied, {}, "head has an attribute named 'adapter'"),
+    "child called adapter": (occupied, {}, "head already has an attribute named 'adapter'"),
     "rank pattern": (
         Net,
         {"rank_pattern": {"k_proj": 2}},
@@ -228,12 +228,12 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "saved inside saved": (
         Net,
         {"modules_to_save": ["blocks.0", "norm"]},
-        "blocks.0.norm lies inside",
+        "blocks.0.norm is inside",
     ),
     "only saved": (
         Net,
         {"target_modules": ["q_proj", "head"], "modules_to_save": ["head"]},
-        "'head' matches only what modules_to_save trains",
+        "'head' matches only modules that modules_to_save trains",
     ),
 }
 
@@ -264,10 +264,10 @@ OUT_OF_RANGE: dict[str, tuple[dict[str, Any], str]] = {
     "no targets": ({"target_modules": []}, "target_modules: is empty"),
     "expression": ({"target_modules": "q_proj("}, "target_modules: 'q_proj(' is not a regular"),
     "rank expression": ({"rank_pattern": {"*": 2}}, "rank_pattern: '*' is not a regular"),
-    "init": ({"init_lora_weights": "eva"}, "init_lora_weights: 'eva' is none of "),
+    "init": ({"init_lora_weights": "eva"}, "init_lora_weights: expected one of "),
     "odd rank": (
         {"init_lora_weights": "orthogonal", "rank_pattern": {"q": 3}},
-        "init_lora_weights: orthogonal needs an even LoRA rank, not 3",
+        "init_lora_weights: orthogonal needs an even LoRA rank, got 3",
     ),
 }
 

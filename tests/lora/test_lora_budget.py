@@ -82,8 +82,8 @@ MISTAKES = {
     "beta2": ({"beta2": -0.1}, "beta2: "),
     "nan": ({"orth_reg_weight": float("nan")}, "orth_reg_weight: "),
     "negative weight": ({"orth_reg_weight": -0.5}, "orth_reg_weight: "),
-    "importance": ({"importance": "size"}, "importance: 'size' "),
-    "unit": ({"budget_unit": "bytes"}, "budget_unit: 'bytes' "),
+    "importance": ({"importance": "size"}, "importance: expected one of "),
+    "unit": ({"budget_unit": "bytes"}, "budget_unit: expected one of "),
     "ranks": ({"rank_pattern": {"q": 3}}, "rank_pattern: "),
     "inherited": ({"lora_dropout": 1.0}, "lora_dropout: "),
 }

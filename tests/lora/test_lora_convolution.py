@@ -214,7 +214,7 @@ def test_adalora_prunes_and_exports_a_convolution(case: str, tmp_path: Path) -> 
     assert_close(model, x, 1e-5)
     model[0].adapter.kept = torch.tensor([True, False, True, True])
     save_adapter(model, tmp_path)
-    with pytest.raises(UsageError, match="^peft_type: PEFT's ADALORA has no form for the convo"):
+    with pytest.raises(UsageError, match="^peft_type: PEFT's ADALORA does not support the convo"):
         save_adapter(model, tmp_path / "own form", peft_type="ADALORA")
     with torch.no_grad():
         theirs = peft.PeftModel.from_pretrained(base(case, torch.float32), tmp_path)
@@ -230,7 +230,7 @@ class OwnForward(nn.Conv2d):
 
 
 REFUSED = {
-    "groups": (nn.Conv2d(4, 6, 3, groups=2), "groups=2: W0 joins channels of one group only"),
+    "groups": (nn.Conv2d(4, 6, 3, groups=2), "groups=2: W0 connects channels of one group"),
     "dilation": (nn.Conv1d(4, 6, 3, dilation=2), "dilation=(2,): in PEFT's form A is not dilated"),
     "padding": (
         nn.Conv3d(4, 6, 3, padding=1, padding_mode="circular"),

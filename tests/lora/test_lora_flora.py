@@ -164,7 +164,7 @@ def test_peft_loads_it_for_language_models(kind: str, tmp_path: Path) -> None:
 def test_a_plain_lora_is_not_loaded_into_it(tmp_path: Path) -> None:
     save_adapter(attach(unet(), LoraConfig(r=2, target_modules=TARGETS)), tmp_path)
     model = attach(unet(), FloraConfig(r=2, target_modules=TARGETS))
-    with pytest.raises(UsageError, match="is a plain LoRA, and the model carries flora"):
+    with pytest.raises(UsageError, match="is a plain LoRA, but the model has flora"):
         load_adapter(model, tmp_path)
 
 
@@ -267,8 +267,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "r_out": ({"flora_r_out": 0}, "flora_r_out: must be >= 1, got 0"),
     "kernel": ({"flora_kernel_r": 1.5}, "flora_kernel_r: expected int or null"),
     "bool": ({"flora_r_out": True}, "flora_r_out: expected int or null"),
-    "init": ({"init_lora_weights": "gaussian"}, "init_lora_weights: flora has a start of its own"),
-    "dora": ({"use_dora": True}, "use_dora: a magnitude goes with a plain LoRA, not with flora"),
+    "init": (
+        {"init_lora_weights": "gaussian"},
+        "init_lora_weights: flora has its own initialisation",
+    ),
+    "dora": ({"use_dora": True}, "use_dora: DoRA needs a plain LoRA, not flora"),
     "no kernel": (
         {"flora_kernel_r": 2, "target_modules": ["time"]},
         "flora_kernel_r: 2 cannot act: no convolution is adapted",

@@ -167,7 +167,7 @@ def test_merging_in_the_wrong_order_is_an_error(calls: list, message: str) -> No
 
 
 def test_merging_a_model_without_adapters_is_an_error() -> None:
-    with pytest.raises(UsageError, match="carries no dlora adapters"):
+    with pytest.raises(UsageError, match="has no dlora adapters"):
         merge(nn.Sequential(nn.Linear(2, 2)))
 
 

@@ -228,7 +228,7 @@ def refused(path: str) -> list[str]:
 def test_what_cannot_start_is_refused_on_every_rank(pools: Pools, saved_models: Any) -> None:
     for sharded, idle in pools(2).run(refused, saved_models("llama")):
         assert "call dlora.shard first" in sharded
-        assert idle == "start_from_gradients: some rank has no batches"
+        assert idle == "start_from_gradients: every rank needs a batch, and some have none"
 
 
 # -- the training command -------------------------------------------------------------------------

@@ -112,5 +112,5 @@ def test_a_method_without_a_state_needs_none() -> None:
     assert state.record() is None and not (state.tensors() or state.metrics() or state.progress())
     assert method_plan(replica._model) == MethodPlan()
     LoraAdapter.check_record(None, ())
-    with pytest.raises(UsageError, match="^method: lora has no state, and"):
+    with pytest.raises(UsageError, match="^method: lora has no state, but"):
         LoraAdapter.check_record({"calls": 3}, ())

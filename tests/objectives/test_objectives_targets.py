@@ -278,9 +278,9 @@ HEADS = {"num_attention_heads": 4, "intermediate_size": 32, "max_position_embedd
 REFUSED: dict[str, tuple[Any, str]] = {
     "no output head": (
         lambda: transformers.LlamaModel(causal_model("llama").config),
-        "is no causal language model with an output head",
+        "is not a causal language model with an output head",
     ),
-    "plain module": (lambda: nn.Sequential(nn.Linear(2, 2)), "is no causal language model"),
+    "plain module": (lambda: nn.Sequential(nn.Linear(2, 2)), "is not a causal language model"),
     "encoder-decoder": (
         lambda: transformers.BartForConditionalGeneration(
             transformers.BartConfig(

@@ -217,12 +217,12 @@ def refusal(*args: Any, **settings: Any) -> str:
 def test_refusals() -> None:
     A, B = drawn_pair(7, 5, 2)
     replica = shard(model())
-    assert "'some' is none of low, full" in refusal([A, B], [(A, B, 1.0)], moments="some")
+    assert "expected one of low, full, got 'some'" in refusal([A, B], [(A, B, 1.0)], moments="some")
     assert "are not among its parameters" in refusal([A], [(A, B, 1.0)])
     groups = replica.parameter_groups(lr=1e-3, loraplus_lr_ratio=4.0)
-    assert "have the rates 0.001 and 0.004" in refusal(groups, replica.pairs)
+    assert "have the learning rates 0.001 and 0.004" in refusal(groups, replica.pairs)
     wrong = nn.Parameter(torch.zeros(7, 3))
-    assert "are no pair" in refusal([A, wrong], [(A, wrong, 1.0)])
+    assert "are not a pair" in refusal([A, wrong], [(A, wrong, 1.0)])
 
 
 def test_divided_parts_are_refused() -> None:

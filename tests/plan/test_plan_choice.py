@@ -122,7 +122,7 @@ def test_the_command_prints_a_table_and_json(path: str, capsys: pytest.CaptureFi
         (["--nodes", "0"], "nodes: must be >= 1"),
         (["--gpus-per-node", "many"], "gpus-per-node: expected int"),
         (["--nodez", "2"], "--nodez is not an option"),
-        (["--check"], "--check belongs to dlora.train"),
+        (["--check"], "--check is an option of dlora.train"),
         (["--adapter.target_modules", '["q_prof"]'], "q_prof"),
         (["--sharding.memory_budget_gb", "9", "--gpu-memory-gb", "8"], "is more than"),
         (["--model.quantization", "nf3"], "model.quantization: expected one of none, int8, nf4"),
@@ -138,4 +138,4 @@ def test_the_command_ends_with_status_2() -> None:
     program = [sys.executable, "-m", "dlora.plan", *words_for("./nowhere")]
     done = subprocess.run(program, capture_output=True, text=True, timeout=500)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "dlora: error: model.path: there is no directory ./nowhere\n"
+    assert done.stderr == "dlora: error: model.path: directory ./nowhere does not exist\n"

@@ -80,7 +80,7 @@ def test_a_budget_that_nothing_fits_is_refused(
     pools: Pools, saved_models: Any, chats: str, tmp_path: Path
 ) -> None:
     argv = words(tmp_path / "run", saved_models("llama"), chats, sharding__memory_budget_gb=1e-3)
-    with pytest.raises(AssertionError, match="sharding.memory_budget_gb: .* is too little"):
+    with pytest.raises(AssertionError, match="sharding.memory_budget_gb: .* is not enough"):
         pools(2).run(told, argv)
     assert not (tmp_path / "run").exists()
 

@@ -161,8 +161,8 @@ def test_what_does_not_divide_stays_and_is_said() -> None:
     assert list(done.left) == left and len(done.packed) == 12
     assert all(type(model.get_submodule(path)) is nn.Linear for path in left)
     assert str(done).endswith(
-        "; not packed: model.layers.0.mlp.down_proj and 1 more (its rows of 72 weights do not "
-        "divide into blocks of 64)"
+        "; not packed: model.layers.0.mlp.down_proj and 1 more (its rows have 72 weights, not a "
+        "multiple of the block size 64)"
     )
     assert quantize(causal_model("llama", intermediate_size=72), "int8").left == {}
 
@@ -170,7 +170,9 @@ def test_what_does_not_divide_stays_and_is_said() -> None:
 def test_stacked_experts_stay_and_are_said() -> None:
     done = quantize(causal_model("mixtral", **SIZES), "nf4")
     assert len(done.packed) == 8  # of attention
-    assert "model.layers.0.mlp.experts.gate_up_proj and 3 more (it belongs to no" in str(done)
+    assert "model.layers.0.mlp.experts.gate_up_proj and 3 more (it is not the weight of a" in str(
+        done
+    )
 
 
 class Attention(nn.Module):
@@ -202,9 +204,13 @@ def test_attention_kernels_keep_their_weights() -> None:
 @pytest.mark.parametrize(
     ("name", "before", "told"),
     [
-        ("nf3", lambda model: None, "quantization: 'nf3' is none of int8, nf4, nf4-dq"),
-        ("nf4", lambda model: attach(model, LoraConfig()), "quantize: this model carries adapters"),
-        ("nf4", lambda model: quantize(model, "int8"), "quantize: this model is packed already"),
+        ("nf3", lambda model: None, "quantization: expected one of int8, nf4, nf4-dq, got 'nf3'"),
+        (
+            "nf4",
+            lambda model: attach(model, LoraConfig()),
+            "quantize: this model already has adapters",
+        ),
+        ("nf4", lambda model: quantize(model, "int8"), "quantize: this model is already packed"),
     ],
 )
 def test_a_mistake_is_one_line(name: str, before: Any, told: str) -> None:

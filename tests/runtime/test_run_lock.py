@@ -157,9 +157,9 @@ def test_a_lock_that_its_server_frees_late_is_waited_for(
 def test_a_lock_that_its_server_keeps_is_refused_with_its_file(tmp_path: Path, holder: Any) -> None:
     path = elsewhere(tmp_path)
     lock = RunLock(tmp_path, beat_seconds=0.2, stale_seconds=0.3, lease_seconds=0.3)
-    with pytest.raises(TransientError, match="process 7 on other-host gives no sign") as caught:
+    with pytest.raises(TransientError, match="process 7 on other-host has no heartbeat") as caught:
         lock.take()
-    assert f"keeps its lock of {path}" in str(caught.value)
+    assert f"keeps its lock on {path}" in str(caught.value)
 
 
 def test_another_host_s_lock_holds_while_it_beats(tmp_path: Path) -> None:

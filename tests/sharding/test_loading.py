@@ -136,8 +136,8 @@ def refusal(path: str) -> str:
 
 def test_ranks_without_an_expert_are_refused_on_all_ranks(pools: Pools, saved_models: Any) -> None:
     wanted = (
-        "sharding.base: model.layers.0.mlp.experts.gate_up_proj holds 4 experts, and some of 3 "
-        "ranks would get none; divide W0 over fewer ranks (base: node, or none)"
+        "sharding.base: model.layers.0.mlp.experts.gate_up_proj has 4 experts, so some of 3 "
+        "ranks would get none; shard W0 over fewer ranks (base: node, or none)"
     )
     assert pools(3).run(refusal, saved_models("mixtral")) == [wanted] * 3
 

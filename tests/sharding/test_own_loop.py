@@ -206,5 +206,5 @@ def test_ranks_without_a_process_group_are_refused(
 @pytest.mark.parametrize("setting", ["engine", "base"])
 def test_unknown_settings_are_refused_on_one_process(saved_models: Any, setting: str) -> None:
     model = attach(whole(saved_models("llama")), CONFIG)
-    with pytest.raises(UsageError, match=f"^sharding.{setting}: 'foo' is none of "):
+    with pytest.raises(UsageError, match=f"^sharding.{setting}: expected one of "):
         shard(model, **{setting: "foo"})

@@ -109,7 +109,7 @@ def refused(path: str, case: str) -> str:
         adam = {"type": "Adam", "params": {"lr": 1e-3, "torch_adam": True}}
         engine, *_ = deepspeed.initialize(model=model, config=settings | {"optimizer": adam})
         attach(model, LoraConfig(r=2))
-        model = engine if case == "the engine itself" else model
+        model = engine if case == "pass engine.module" else model
     try:
         shard(model)
     except Exception as error:
@@ -123,7 +123,7 @@ def refused(path: str, case: str) -> str:
     [
         ("adapters partitioned", "lora_A is divided over ranks; attach after the base is sharded"),
         ("optimizer section", "this DeepSpeed engine has an optimizer section"),
-        ("the engine itself", "this is a DeepSpeed engine; pass its module"),
+        ("pass engine.module", "this is a DeepSpeed engine, which"),
     ],
 )
 def test_an_engine_that_would_interfere_is_refused(

@@ -283,4 +283,4 @@ def test_without_a_gpu_paged_is_adamw8bit_and_says_so(
     results = pools(2).run(told, command(tmp_path, "paged"))
     assert same_bits(results[0][0]["tensors"], whole("8bit")[0][0]["tensors"])
     said = [line for line in results[0][1].splitlines() if line.startswith("warning: ")]
-    assert said == ["warning: optimizer.name: without a GPU paged_adamw8bit is adamw8bit"]
+    assert said == ["warning: optimizer.name: without a GPU paged_adamw8bit works as adamw8bit"]

@@ -88,7 +88,7 @@ def test_more_tokens_than_learned_positions(
 ) -> None:
     argv = command(saved_models(model), tmp_path, **texts(tmp_path, "a" * 300, "b"))
     if refused:
-        message = "^data.max_length: data.train holds a sequence of 301 tokens, .* 256 positions"
+        message = "^data.max_length: data.train contains a sequence of 301 tokens, .* 256 positions"
         with pytest.raises(UsageError, match=message):
             preparation(argv)
         argv += ["--data.max_length", "256"]
@@ -145,8 +145,8 @@ def truncate(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda d: (d / "adapter_model.safetensors").unlink(), "adapter_model.*there is no such"),
-        (lambda d: (d / "adapter_config.json").unlink(), "adapter_config.*there is no such file"),
+        (lambda d: (d / "adapter_model.safetensors").unlink(), "adapter_model.*file not found"),
+        (lambda d: (d / "adapter_config.json").unlink(), "adapter_config.*file not found"),
         (truncate, "adapter_model.safetensors: is damaged"),
         (lambda d: edit(d, r=8), r"has shape \[4, 40\], the model expects \[8, 40\]"),
         (lambda d: edit(d, target_modules=["q_proj"]), "has the unexpected"),
@@ -174,7 +174,7 @@ def edit(directory: Path, **values: Any) -> None:
 @pytest.mark.parametrize("wanted", ["nowhere", "null"])
 def test_a_checkpoint_that_is_not_there(saved_models: Any, tmp_path: Path, wanted: str) -> None:
     argv = command(saved_models("llama"), tmp_path, output__resume=wanted)
-    with pytest.raises(UsageError, match=f"^output.resume: there is no checkpoint {wanted}"):
+    with pytest.raises(UsageError, match=f"^output.resume: checkpoint {wanted} does not exist"):
         preparation(argv)
 
 
@@ -194,5 +194,5 @@ def test_a_cpu_without_bfloat16_is_told_of(
     """A step of the demo took 140 s on one, where float32 took 10."""
     monkeypatch.setattr("dlora.training.prepare.multiplies_bfloat16", lambda: multiplies)
     preparation(command(saved_models("llama"), tmp_path, model__dtype=dtype))
-    told = "model.dtype: this CPU multiplies bfloat16" in capsys.readouterr().out
+    told = "model.dtype: this CPU has no instructions for bfloat16" in capsys.readouterr().out
     assert told is (dtype == "bfloat16" and not multiplies)

@@ -243,7 +243,7 @@ def test_a_run_says_what_is_packed_and_what_is_not(
     argv = words(tmp_path, saved_models("ragged"), chats, model__quantization="nf4")
     [first], *others = pools(2).run(announced, argv)
     assert first.startswith("model.quantization: nf4: 12 linear layers are packed, 0.2 M weights")
-    assert "not packed: model.layers.0.mlp.down_proj and 1 more (its rows of 200 weights" in first
+    assert "not packed: model.layers.0.mlp.down_proj and 1 more (its rows have 200 weights" in first
     assert others == [[]]
 
 
@@ -254,7 +254,7 @@ def test_a_run_says_what_is_packed_and_what_is_not(
             "llama",
             {},
             "model.quantization: nf4 cannot act on any linear layer: "
-            "model.layers.0.self_attn.q_proj: its rows of 40 weights do not divide",
+            "model.layers.0.self_attn.q_proj: its rows have 40 weights",
         ),
         (
             "blocks",
@@ -280,8 +280,8 @@ def test_a_base_that_is_quantized_in_its_files_is_refused(
     (model / "config.json").write_text(json.dumps(config))
     settings = {"model__quantization": "nf4", "sharding__engine": engine}
     said = refusal(words(tmp_path / "run", str(model), chats, **settings))
-    assert said.startswith("model.quantization: nf4 packs plain floats, and ")
-    assert said.endswith("is quantized already; set model.quantization: none")
+    assert said.startswith("model.quantization: nf4 needs a floating-point base, but ")
+    assert said.endswith("is already quantized; set model.quantization: none")
 
 
 @pytest.mark.parametrize("source", ["adapter", "checkpoints/step-000003"])

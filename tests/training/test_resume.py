@@ -281,5 +281,5 @@ def test_a_finished_run_is_left_alone(pools: Pools, command: Any, tmp_path: Path
     metrics = (tmp_path / "metrics.jsonl").read_bytes()
     [(result, printed), _] = pools(2).run(told, argv)
     assert result["status"] == 0
-    assert "the run was finished already" in printed
+    assert "the run is already finished" in printed
     assert (tmp_path / "metrics.jsonl").read_bytes() == metrics

@@ -237,7 +237,7 @@ def test_a_rank_that_does_not_come_is_named_with_its_host(
     with pytest.raises(TransientError) as caught:
         runtime.join()
     said = str(caught.value)
-    assert said.startswith("no sign within 0.5 s of rank 1 on node-b, rank 2 on an unknown host;")
+    assert said.startswith("rank 1 on node-b, rank 2 on an unknown host did not join within 0.5 s;")
     assert not dist.is_initialized()
 
 
@@ -250,7 +250,7 @@ def entered(port: int, argv: list[str]) -> str:
 
     def first() -> None:
         if os.environ["RANK"] == "1":
-            raise UsageError("/work is not seen on node1")
+            raise UsageError("/work does not exist on node1")
 
     try:
         enter(argv, "dlora.train", first)
@@ -267,4 +267,4 @@ def test_a_rank_in_the_wrong_place_ends_all(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     said = pools(2).run(entered, port, command(saved_models("llama"), tmp_path))
-    assert said == ["rank 1: /work is not seen on node1"] * 2
+    assert said == ["rank 1: /work does not exist on node1"] * 2

@@ -47,8 +47,8 @@ class BudgetSchedule:
         pruning = self.total_step - self.tinit - self.tfinal
         if pruning < 1:
             raise UsageError(
-                f"tinit: the {self.tinit} steps before pruning and the {self.tfinal} after it "
-                f"(tfinal) leave none of the run's {self.total_step}"
+                f"tinit: {self.tinit} steps before pruning and {self.tfinal} after it (tfinal) "
+                f"leave no step to prune in, of the run's {self.total_step}"
             )
         if self.deltaT > pruning:
             raise UsageError(

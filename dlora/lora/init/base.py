@@ -42,7 +42,7 @@ class Initialisation:
         if wanted <= there:
             return None
         return (
-            f"a LoRA rank of {r} takes {wanted} singular directions with {cls.name}, and a matrix "
+            f"a LoRA rank of {r} needs {wanted} singular directions with {cls.name}, but a matrix "
             f"of {m} x {n} has {there}"
         )
 

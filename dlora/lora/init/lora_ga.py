@@ -27,9 +27,9 @@ from dlora.registry import option
 class LoraGAOptions:
     """γ, and what the gradient is estimated on."""
 
-    lora_ga_gamma: float = option(16.0, "a larger one makes a smaller start", gt=0)
+    lora_ga_gamma: float = option(16.0, "a larger gamma makes A and B start smaller", gt=0)
     lora_ga_batches: int = option(
-        2, "the gradient is estimated on the sequences of so many first steps", ge=1
+        2, "number of first steps whose sequences the gradient is estimated on", ge=1
     )
 
 

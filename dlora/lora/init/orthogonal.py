@@ -23,7 +23,7 @@ class Orthogonal(Initialisation):
 
     @classmethod
     def check(cls, r: int) -> str | None:
-        return None if r % 2 == 0 else f"orthogonal needs an even LoRA rank, not {r}"
+        return None if r % 2 == 0 else f"orthogonal needs an even LoRA rank, got {r}"
 
     @classmethod
     @torch.no_grad()

@@ -68,22 +68,23 @@ class AdaLoraConfig(LoraConfig):
     orth_reg_weight: float = option(0.5, "weight of the orthogonality penalty", ge=0)
     importance: Literal["uncertainty", "sensitivity", "magnitude"] = option(
         "uncertainty",
-        "what judges a triplet: averages of sensitivity and uncertainty, sensitivity in the mask's "
+        "what scores a triplet: averages of sensitivity and uncertainty, sensitivity in the mask's "
         "step, or |lambda|",
     )
     budget_unit: Literal["triplets", "params"] = option(
-        "triplets", "what budgets count; params: wide matrices pay what they cost"
+        "triplets", "what the budget counts; params: a triplet of a large matrix costs more"
     )
 
     def __post_init__(self) -> None:
         if self.rank_pattern:
-            raise UsageError("rank_pattern: adalora gives every module init_r to start with")
+            raise UsageError("rank_pattern: adalora starts every module with rank init_r")
         object.__setattr__(self, "r", 1)  # so that a wrong init_r is reported under its own name
         super().__post_init__()
         object.__setattr__(self, "r", self.init_r)
         if self.target_r > self.init_r:
             raise UsageError(
-                f"target_r: {self.target_r} is more than the init_r {self.init_r} that it starts at"
+                f"target_r: {self.target_r} is more than the rank at the start, init_r "
+                f"{self.init_r}"
             )
         if self.total_step is not None:
             _check_whole("total_step", self.total_step, 1)
@@ -116,8 +117,8 @@ class AdaLoraAdapter(LoraAdapter):
     state_class = "dlora.methods.adalora:RankAllocator"
     run_files = ("ranks.json", "ranks.png")
     unused = {
-        "rank_pattern": "adalora starts every module alike, at adapter.init_r",
-        "init_lora_weights": "adalora starts every module alike, with lambda = 0",
+        "rank_pattern": "adalora starts every module with rank adapter.init_r",
+        "init_lora_weights": "adalora starts every module with lambda = 0",
     }
     instead = {"r": "init_r"}
 
@@ -185,7 +186,7 @@ class AdaLoraAdapter(LoraAdapter):
             raise UsageError("method: does not list triplets by module")
         ends = f".{CHILD}.lora_E"
         if {f"{path}{ends}" for path in lists} != {name for name in names if name.endswith(ends)}:
-            raise UsageError("method: its triplets are not those of adapter.safetensors")
+            raise UsageError("method: its triplets differ from those of adapter.safetensors")
 
     def load_record(self, record: Any) -> None:
         """Mask the triplets that a checkpoint had pruned, or cut them where it had.
@@ -198,7 +199,7 @@ class AdaLoraAdapter(LoraAdapter):
             return  # the record of another run: the comparison of the two names what differs
         if left and left[-1] >= self.r:
             raise UsageError(
-                f"the checkpoint keeps triplet {left[-1]} of {self.path}, which has {self.r}"
+                f"the checkpoint has triplet {left[-1]} of {self.path}, but init_r is {self.r}"
             )
         if record["shrunk"]:
             self.shrink(torch.tensor(left, dtype=torch.int64))

@@ -50,7 +50,7 @@ class FloraConfig(LoraConfig):
 
     method: ClassVar[str] = "flora"
 
-    flora_r_out: int | None = option(None, "the core is r x this; null: r x r", ge=1)
+    flora_r_out: int | None = option(None, "the core is r x flora_r_out; null: r x r", ge=1)
     flora_kernel_r: int | None = option(
         None, "rank of each dim of a convolution's kernel; null: its size", ge=1
     )
@@ -80,7 +80,7 @@ class FloraAdapter(LoraAdapter):
 
     settings = FloraConfig
     name = "flora"
-    unused = {"init_lora_weights": "flora starts with its core at 0"}
+    unused = {"init_lora_weights": "flora starts with a core of zeros"}
 
     def __init__(
         self,

@@ -257,7 +257,7 @@ class LoraAdapter(Stateful):
         """
         if record is not None:
             raise UsageError(
-                f"method: {cls.settings.method} has no state, and the checkpoint records one"
+                f"method: {cls.settings.method} has no state, but the checkpoint records one"
             )
 
     def load_record(self, record: Any) -> None:

@@ -103,7 +103,7 @@ def engine_class(placement: Placement, sharded: str | None = None) -> type[Engin
     engines = room("sharding.engines")
     if placement.engine not in engines:  # also where one process needs none
         known = ", ".join(map(str, engines))
-        raise UsageError(f"sharding.engine: {placement.engine!r} is none of {known}")
+        raise UsageError(f"sharding.engine: expected one of {known}, got {placement.engine!r}")
     name = sharded or ("replicated" if placement.shard_size == 1 else placement.engine)
     return engines[name].load()
 

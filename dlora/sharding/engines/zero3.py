@@ -53,7 +53,7 @@ _SHM_OP = "deepspeed_shm_comm"
 class Zero3Options:
     """Where the shards are."""
 
-    cpu_offload: bool = option(False, "keep the ranks' parts of W0 in host memory")
+    cpu_offload: bool = option(False, "store each rank's shard of W0 in host memory")
 
 
 class Zero3:
