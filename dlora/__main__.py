@@ -18,7 +18,7 @@ MODULES = {"plan": "dlora.plan.command", "export": "dlora.export.command"}  # pa
 
 
 def run(argv: list[str]) -> int:
-    """Dispatch to the module of the command."""
+    """Run the command that `argv` begins with; returns its exit status."""
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: dlora COMMAND [options]   (dlora COMMAND --help lists them)\n")
         for name, meaning in COMMANDS.items():
@@ -35,7 +35,7 @@ def run(argv: list[str]) -> int:
 
 
 def main() -> None:
-    """Console script."""
+    """The console script: run the command line, and exit with its status."""
     exit_with(run)
 
 

@@ -30,7 +30,10 @@ def start_from_gradients(model: nn.Module, batches: Iterable[Any], loss_of: Loss
     Args:
         batches: of this rank; some hundred sequences in all are enough. Four passes are made.
         loss_of: `loss_of(model, batch)`, the loss summed over the batch's target tokens. Means are
-            added up as they are, whatever they are the mean of.
+            summed unweighted.
+
+    Returns:
+        How many layers started; `str()` of it is a line for the user.
 
     Raises:
         UsageError: the adapters do not start from gradients, there are none, or a rank has no
@@ -78,9 +81,12 @@ def shard(
             over ranks.) After `reduce_gradients` a rank has the mean gradient of its part only, and
             `.grad` of the parameters themselves is None.
 
+    Returns:
+        The replica; it is empty until adapters are attached.
+
     Raises:
-        UsageError: a setting is unknown or does not fit the ranks, or something else has divided
-            the adapters.
+        UsageError: a setting is unknown or does not fit the ranks, or the adapters were partitioned
+            by another library.
     """
     if type(model).__name__ == "DeepSpeedEngine":
         raise UsageError(

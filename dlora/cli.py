@@ -49,6 +49,9 @@ def chosen_base(
 
     Returns:
         The base, and its name in errors.
+
+    Raises:
+        UsageError: neither names a base, or it cannot be found.
     """
     recorded = source.base if source else BaseReference()
     option = "--base"

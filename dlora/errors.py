@@ -20,9 +20,9 @@ class UsageError(ValueError):
 
 
 class TransientError(Exception):
-    """Ranks do not come or do not reach each other, a store does not answer: one line and status 1.
+    """Ranks or a store cannot be reached: one line on standard error and exit status 1.
 
-    What starts the ranks may well succeed when it tries again, unlike with a `UsageError`.
+    Unlike after a `UsageError`, starting the run again may succeed.
     """
 
 

@@ -14,7 +14,7 @@ class Saved:
 
     Attributes:
         directory: on the disk of the rank that wrote it.
-        url: in `output.remote`; None without one, and where the store refused it.
+        url: in `output.remote`; None without one, and if the copy failed.
     """
 
     directory: Path
@@ -38,14 +38,14 @@ class Hooks:
     """Callables, each called on every rank. The run waits for each of them to return.
 
     Attributes:
-        enter: called first, before a file is read; its `UsageError` on any rank ends all of them.
+        enter: called first, before a file is read; its `UsageError` on any rank ends all ranks.
         should_stop: called in every step until the run stops; True on any rank ends the run as
             SIGTERM does.
         should_save: called in every step; True on any rank saves the step, due or not.
         saved: called when a save begins, with the step's line of the metrics and a function that
             waits until the checkpoint is committed and returns it: None on ranks that do not
-            write, and where the disk refused it. The run itself does not wait for the commit.
-        lost: called where a peer, or the way to it, is gone, after the last whole step has been
+            write, and if the write failed. The run itself does not wait for the commit.
+        lost: called when the connection to a peer is lost, after the last whole step has been
             committed.
     """
 

@@ -29,7 +29,7 @@ from dlora.runtime.exit_status import exit_with
 
 TRAINING_OPTIONS = ("--config", "--check", "--print_config")
 GRACE_SECONDS = 120  # between a stop signal and the kill: time to finish a step and commit
-PARTING_SECONDS, POLL_SECONDS = 30, 0.1  # that an agent stays for the others; between two looks
+PARTING_SECONDS, POLL_SECONDS = 30, 0.1  # an agent waits for the others; it looks so often
 
 USAGE = """usage: dlora launch [torchrun options] --config FILE [--section.key VALUE ...]
 
@@ -65,13 +65,13 @@ def main(argv: list[str]) -> int:
             f"the nodes' agents cannot reach each other{where}: {reason}; check --rdzv-endpoint"
         ) from error
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):  # the status stands; Python ends slowly
+        for number in (signal.SIGTERM, signal.SIGINT):  # the status is known; Python ends slowly
             signal.signal(number, signal.SIG_IGN)
     return 0
 
 
 def status_of(error: Any) -> int:
-    """Of the first worker that failed, or else of the signal that came, as a shell has it."""
+    """The status of the first worker that failed, or else 128 + the signal that ended the agent."""
 
     failed = error if isinstance(error, ChildFailedError) else error.__context__
     if not isinstance(failed, ChildFailedError):
@@ -81,7 +81,7 @@ def status_of(error: Any) -> int:
 
 
 def part(args: Any) -> None:
-    """Wait for the agents of all nodes to come here, PARTING_SECONDS at most; a signal ends it."""
+    """Wait until the agents of all nodes are here, PARTING_SECONDS at most; a signal ends it."""
 
     least, most = parse_min_max_nnodes(args.nnodes)
     if args.rdzv_backend != "c10d" or not least == most > 1:
@@ -103,10 +103,10 @@ def part(args: Any) -> None:
 
 
 def agent_options(agent: list[str], training: list[str]) -> Any:
-    """torchrun's own reading of its options.
+    """Parse torchrun's options with torchrun's own parser.
 
     Raises:
-        UsageError: it does not understand one, or something stands there that is none.
+        UsageError: an option is unknown or wrong, or an argument is not an option.
     """
 
     def refuse(message: str) -> NoReturn:
@@ -135,7 +135,7 @@ def agent_options(agent: list[str], training: list[str]) -> Any:
 
 
 def split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """torchrun's options, and from the first option of dlora.train on, those."""
+    """Split a command line into torchrun's options and those of dlora.train."""
     for index, word in enumerate(argv):
         if word.split("=")[0] in TRAINING_OPTIONS or (
             word.startswith("--") and "." in word.split("=")[0]
@@ -145,7 +145,7 @@ def split(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def threads_per_worker(workers: str) -> int:
-    """This machine's cores over its workers; torchrun would set 1."""
+    """Cores of this machine for each of its workers; torchrun would set 1 for all."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, (cores or 1) // int(workers)) if workers.isdigit() else 1
 

@@ -92,7 +92,7 @@ class Run:
     ) -> None:
         self.config, self.ranks, self.prepared, self.hooks = config, ranks, preparation, hooks
         self.meter, self.lock, self.directory = meter, lock, config.output.directory
-        # From here on, so also while weights are read.
+        # Before weights are read, so that a signal stops that too.
         self.stop = StopRequest(config.output.stop_path if ranks.main else None, hooks.should_stop)
         self.losses = FiniteWatch(self.directory / "nonfinite.json" if ranks.main else None)
         self.unused = UnusedWatch(allowed=config.train.allow_unused)
@@ -155,7 +155,7 @@ class Run:
                 if last:
                     replica.audit()  # as the replica does by itself at every 10th reduction
                 self.lock.check()
-                trim()  # holes that this step's sequence lengths left do not fit the next step's
+                trim()  # a step's sequence lengths leave holes that do not fit the next one's
                 seconds = time.perf_counter() - began
                 record = {"step": done, "loss": loss, "grad_norm": norm, "lr": lr}
                 record |= self.figures(ids, reduced, seconds)
@@ -193,7 +193,7 @@ class Run:
     # -- what the loop asks for -----------------------------------------------------------------
 
     def open_log(self) -> Any:
-        """The metrics' log, once everything is as before the first step that this start makes."""
+        """Open the metrics' log; before a fresh run, print samples and log the held-out loss."""
         log: Any = SilentLog()
         if self.ranks.main:
             log = open_directory(self.context, self.start)
@@ -221,7 +221,7 @@ class Run:
         return float(loss), tokens
 
     def figures(self, ids: Any, reduced: Reduced, seconds: float) -> dict[str, Any]:
-        """What a step's line of the metrics says beside its loss; tokens exclude padding."""
+        """The figures of a step beside its loss, for the metrics; tokens exclude padding."""
         all_tokens = int(sum(self.prepared.train.lengths[i] for i in ids))
         return {
             "tokens": reduced.tokens,
@@ -236,7 +236,7 @@ class Run:
         }
 
     def beat(self) -> None:
-        """A pass begins: a sign of progress."""
+        """Record that a pass begins, for what watches progress."""
         self.stop.beat()
         self.hang.beat()
 
@@ -247,15 +247,17 @@ class Run:
 
     @property
     def evaluates(self) -> bool:
+        """Whether the run has evaluations."""
         return self.prepared.eval is not None and self.config.output.eval_every > 0
 
     def set_lr(self, step: int) -> float:
+        """Set the learning rate of a step, counted from 0; returns it."""
         optimizer = self.config.optimizer
         factor = lr_factor(optimizer.schedule, step, self.total_steps, optimizer.warmup_ratio)
         return set_lr(self.optimizer, factor)
 
     def sample_keys(self, step: int, batch: Batch) -> Any:
-        """Random numbers of one micro-batch: keyed by its sequences, not by who computes it.
+        """Inside, dropout masks depend on the sequences of `batch`, not on the rank.
 
         The base's own dropout layers, where it has any, draw from torch's generator.
         """

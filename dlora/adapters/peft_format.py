@@ -4,8 +4,8 @@
               base_model.model.<path>.lora_magnitude_vector beside them in a DoRA
     ADALORA   base_model.model.<path>.lora_{A,B,E}          AdaLoRA's own form
 
-Embeddings have `lora_embedding_A` without `.weight`, and modules trained whole stand under their
-own names.
+Embeddings have `lora_embedding_A` without `.weight`, and modules trained whole have their own
+names.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def peft_names(model: nn.Module) -> dict[str, str]:
 
 
 def peft_slots(model: nn.Module) -> dict[str, Tensor]:
-    """The live tensors of a model with a LoRA or DoRA under PEFT's keys."""
+    """The tensors of a model with a LoRA or DoRA by PEFT's keys; not copies."""
     parameters = trainable_parameters(model)
     slots = {key: parameters[name].detach() for name, key in peft_names(model).items()}
     for path, layer, adapter in named_adapters(model):
@@ -61,10 +61,10 @@ def peft_slots(model: nn.Module) -> dict[str, Tensor]:
 def plain_forms(model: nn.Module) -> dict[str, PlainLora]:
     """The plain LoRA of every adapted module by path, without those that a method pruned to rank 0.
 
-    Any other of rank 0 has lost its tensors (they are partitioned, say), and is not left out.
+    Any other of rank 0 is included: its tensors are missing, as where they are partitioned.
 
     Raises:
-        UsageError: none has any rank.
+        UsageError: every adapter has rank 0.
     """
     found = [(path, adapter, adapter.as_lora()) for path, _, adapter in named_adapters(model)]
     forms = {path: form for path, _, form in found}
@@ -77,11 +77,13 @@ def plain_forms(model: nn.Module) -> dict[str, PlainLora]:
 
 
 def lora_files(model: nn.Module, base: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """`adapter_config.json` and tensors of the model's adapters in their plain form, or as a DoRA,
-    which has no plain form.
+    """The files of the model's adapters in their plain form, or as a DoRA, which has none.
 
     Args:
-        base: name or path of the base, recorded.
+        base: name or path of the base, to be recorded.
+
+    Returns:
+        The content of `adapter_config.json`, and the tensors by PEFT's keys.
     """
     forms, config = plain_forms(model), attachment_of(model).config
     tensors: dict[str, Tensor] = {}
@@ -109,9 +111,9 @@ def lora_files(model: nn.Module, base: str | None) -> tuple[dict[str, Any], dict
 
 
 def adalora_files(model: nn.Module, base: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The same in AdaLoRA's own form, of the triplets that are left.
+    """The files of an AdaLoRA in its own form; as `lora_files`, of the triplets that are left.
 
-    PEFT divides lora_alpha by init_r + 1e-5; E is stored times what makes the scale dlora's.
+    PEFT's scale is lora_alpha / (init_r + 1e-5); E is stored times the ratio of dlora's to it.
 
     Raises:
         UsageError: the model has no AdaLoRA, no `total_step`, without which PEFT refuses to load

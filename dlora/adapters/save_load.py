@@ -48,9 +48,9 @@ _READ = {  # PEFT's keys that have a meaning here, with the value that means "no
     "monteclora_config": None,
     "velora_config": None,
 }
-# PEFT's initialisations that leave W0 as it is; the others' files are relative to another base.
+# PEFT's initialisations that leave W0 unchanged; the others change the base.
 _INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
-_KINDS: dict[str, tuple[type, ...]] = {  # what JSON may hold where `LoraConfig` does not look
+_KINDS: dict[str, tuple[type, ...]] = {  # types that `LoraConfig` does not check
     "lora_dropout": (float, int),
     "target_modules": (str, list),
     "modules_to_save": (list,),
@@ -77,7 +77,7 @@ def save_adapter(
             `"ADALORA"`: AdaLoRA's own form, of the triplets that are left.
 
     Raises:
-        UsageError: nothing is attached, a tensor is empty, or there is no such form of it.
+        UsageError: nothing is attached, a tensor is empty, or `peft_type` does not fit the adapter.
     """
     if peft_type not in FORMS:
         raise UsageError(f"peft_type: expected one of {', '.join(FORMS)}, got {peft_type!r}")
@@ -96,10 +96,13 @@ def save_adapter(
 def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     """Load an adapter that dlora or PEFT wrote; attaches it first where nothing is attached.
 
+    Returns:
+        `model`.
+
     Raises:
         UsageError: a file is missing or damaged, is no LoRA, uses something that dlora does not
-            have, holds what is no finite number, or does not fit the model; the message names the
-            file and the key.
+            have, contains NaN or infinite values, or does not fit the model; the message names
+            the file and the key.
     """
     directory = Path(directory).expanduser()
     config, file = read_config(directory), inside(directory, WEIGHTS)
@@ -208,7 +211,7 @@ def check_numbers(tensors: Mapping[str, StoredTensor]) -> None:
 def _check_ranks(
     model: nn.Module, config: LoraConfig, file: Path, tensors: Mapping[str, StoredTensor]
 ) -> None:
-    """See that every r is that of a tensor, before anything of its size is made."""
+    """Check that every r is that of a stored tensor, before tensors of that size are allocated."""
     for path in target_paths(model, config):
         kind = layer_kind(model.get_submodule(path))
         name = "lora_embedding_A" if kind and kind.is_embedding else "lora_A.weight"
@@ -245,7 +248,7 @@ def _take_base_copies(
 
 
 def _same_base(stored: StoredTensor, base: Tensor) -> bool:
-    """Equal but for a cast; of a sharded weight only the shape can be seen without a collective."""
+    """Equal but for a cast; of a sharded weight only the shape is compared: no collective."""
     if stored.shape != base.shape or stored.dtype not in FLOATS:
         return False
     if type(base) is not Tensor or base.device.type == "meta":

@@ -31,12 +31,12 @@ def lora_config(config: Config, earlier: LoraConfig | None = None) -> LoraConfig
         variant = VARIANTS[section.method]
         names = {field.name for field in fields(variant.settings)} & set(vars(section))
         says = room("lora.variants")[section.method].says
-        names -= {*says.get("unused", {}), *says.get("instead", {})}  # there is nothing to set
+        names -= {*says.get("unused", {}), *says.get("instead", {})}  # `settings` has no such field
         return variant.settings(**{name: getattr(section, name) for name in names})
 
 
 def scheduled(lora: LoraConfig, total_steps: int) -> LoraConfig:
-    """The settings, once it is known how many optimizer steps the run has."""
+    """The settings for a run of `total_steps` optimizer steps; errors name the section's keys."""
     with keyed_by("adapter"):
         return lora.for_steps(total_steps)
 

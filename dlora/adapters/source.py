@@ -42,7 +42,7 @@ from dlora.lora.variants import VARIANTS, LoraAdapter
 
 @dataclass(frozen=True)
 class BaseReference:
-    """What is recorded of an adapter's base; leave to run its code is not among it."""
+    """What an adapter records of its base; `trust_remote_code` is never taken from a file."""
 
     path: str | None = None
     revision: str | None = None
@@ -66,10 +66,10 @@ class AdapterSource:
     base_copies: dict[str, StoredTensor] = field(default_factory=dict)
 
     def attach_to(self, model: nn.Module) -> None:
-        """Attach adapters of the right form to `model`, and see that each has its tensors here.
+        """Attach adapters of the right form to `model`, and check that their tensors are here.
 
         Raises:
-            UsageError: the adapter does not fit the model, or holds what is no finite number.
+            UsageError: the adapter does not fit the model, or has NaN or infinite values.
         """
         try:
             attach(model, self.config)
@@ -105,7 +105,7 @@ class AdapterSource:
 
     @torch.no_grad()
     def load_into(self, model: nn.Module) -> None:
-        """Fill the adapters of a model that `attach_to` has seen.
+        """Fill the adapters of a model after `attach_to`.
 
         Raises:
             UsageError: the adapter was trained on other embeddings than the model's.
@@ -127,10 +127,15 @@ class AdapterSource:
         dtype: torch.dtype,
         slices: Iterable[tuple[int, int, Tensor]],
     ) -> tuple[Tensor, Tensor | None]:
-        """ΔW of one module of a model on the meta device, oriented as its weight is stored, and the
-        scale of its rows; see `dlora.lora.merge.scale_of_rows`, which reads `slices` if need be.
+        """Compute ΔW of one module of a model on the meta device.
 
-        The adapter is filled for as long as its formulas take, so that one is in memory at a time.
+        Only this adapter's tensors are in memory meanwhile.
+
+        Args:
+            slices: of W0, as for `dlora.lora.merge.scale_of_rows`.
+
+        Returns:
+            ΔW in the layout of the module's weight, and the scale of its rows (None for ones).
         """
         layer: Any = model.get_submodule(path)
         self._fill(layer.adapter, path, dtype)
@@ -141,7 +146,7 @@ class AdapterSource:
             layer.adapter.to("meta")
 
     def check_base_copy(self, name: str, pairs: list[tuple[Tensor, Tensor]] | Iterator) -> None:
-        """Refuse where PEFT's copy of W0 and the base's differ by more than one's rounding."""
+        """Raise a `UsageError` unless PEFT's copy of W0 is the base's, but for a cast of one."""
         for ours, base in pairs:
             same = ours.shape == base.shape and (
                 torch.equal(base.to(ours.dtype), ours) or torch.equal(ours.to(base.dtype), base)

@@ -1,12 +1,12 @@
 """A `.gguf` file becomes an ordinary Hugging Face model directory, once.
 
 transformers reads parts of safetensors files, but a GGUF file only whole, and training needs parts:
-no rank holds the whole base. So one process converts the file, and the other ranks wait for it:
+no rank may have the whole base. So one process converts the file, and the other ranks wait for it:
 
     model.gguf --lock--> .NAME-KEY.PID.tmp/  config, tokenizer, weights, list of the files
                            --fsync, rename--> NAME-KEY/ --> every rank reads its part
 
-That process holds the whole model while it converts. KEY is a hash of the file's content, the dtype
+That process has the whole model in memory meanwhile. KEY is a hash of the file's content, the dtype
 and the versions of the libraries that convert. A directory without the ending `.tmp` is complete,
 because it gets its name last.
 """
@@ -193,7 +193,7 @@ def _unplaced(path: Path, skeleton: Any) -> list[str]:
 
 
 def _make_plain(model: Any, skeleton: Any, tokenizer: Any) -> None:
-    """Remove what says that the model was quantized, and how and where it was read."""
+    """Remove the marks of quantization, and of how and where the model was read."""
     model.config.architectures = [type(model).__name__]
     for attribute in ("quantization_config", "_model_name_or_path"):
         model.config.__dict__.pop(attribute, None)
@@ -239,7 +239,7 @@ def _content_key(path: Path, dtype: torch.dtype) -> str:
 
     A file of up to 1 GiB is hashed whole, so that a copy finds its conversion. Every rank does this
     at every start, so of a larger one only samples are read, head and tail among them, and its date
-    stands in for the rest.
+    covers the rest.
     """
     try:
         with path.open("rb") as file:

@@ -77,6 +77,9 @@ class BaseModel(BaseSource):
     def pack(self, skeleton: nn.Module) -> Quantized | None:
         """Pack the weights of a skeleton, in place, as `load` packs those of the model.
 
+        Returns:
+            What was packed; None with `quantization` `"none"`.
+
         Raises:
             UsageError: no layer can be packed.
         """
@@ -171,7 +174,7 @@ class BaseWeights:
     def empty(self) -> nn.Module:
         """The packed model with parameters on the meta device and real buffers.
 
-        The same as transformers' `from_pretrained` does once every parameter has been read.
+        It does what transformers' `from_pretrained` does after reading the parameters.
         """
         from transformers import GenerationConfig
 

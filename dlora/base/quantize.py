@@ -102,7 +102,7 @@ def quantize(model: nn.Module, quantization: str) -> Quantized:
 
 
 def quantize_as_set(model: nn.Module, setting: str) -> Quantized | None:
-    """`quantize` as `model.quantization` says; None where that is `"none"`."""
+    """Call `quantize` with the value of `model.quantization`; returns None for `"none"`."""
     if setting == "none":
         return None
     try:

@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class BaseSource:
-    """The place of a base's files; nothing is read until somebody opens them.
+    """The place of a base's files; nothing is read until they are opened.
 
     Attributes:
         path: as the user wrote it; adapters record it, and errors name it.

@@ -132,7 +132,7 @@ def origins_of_parameters(
 ) -> dict[str, Origin]:
     """{parameter: its origin}; a converter that makes several is listed under the first of them.
 
-    The same as the first half of transformers' `convert_and_load_state_dict_in_model`.
+    It follows the first half of transformers' `convert_and_load_state_dict_in_model`.
     """
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]

@@ -74,8 +74,11 @@ def write(
     Several ranks may write the same step at the same time: one of them gives it its name.
 
     Args:
+        config_yaml: the content of `config.yaml`.
+        keep_last: how many checkpoints to keep.
+        rank: of the writer, for the temporary name.
         check: called before anything is written and before the checkpoint gets its name; raises
-            where the directory belongs to another run by then.
+            if another run has taken the directory by then.
 
     Returns:
         Its directory, `root/step-NNNNNN`.
@@ -253,7 +256,7 @@ def _check_step(directory: Path) -> None:
 
 
 def newest(root: Path, warn: Any = print, check: Callable[[Path], object] = verify) -> Path | None:
-    """The newest checkpoint under `root` that verifies.
+    """The newest checkpoint under `root` that verifies; None if there is none.
 
     Args:
         warn: called with a line for each one that is skipped.

@@ -61,6 +61,7 @@ def restore(
     """Copy the tensors of a checkpoint, one by one, into the adapters and the optimizer.
 
     Args:
+        tensors, states: (name, whole tensor) of the adapters, and of the optimizer.
         frozen: as for `capture`.
     """
     places = {**replica.named, **(frozen or {})}

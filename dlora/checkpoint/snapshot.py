@@ -73,7 +73,7 @@ class Snapshot:
     record: dict[str, Any] | None
 
     def checkpoint(self, state: dict[str, Any]) -> Checkpoint:
-        """The same as `dlora.checkpoint.host_copy.capture` gives right after the step."""
+        """The checkpoint of this step, as `dlora.checkpoint.host_copy.capture` makes it."""
         states = {file: tensors for file, tensors in self.files.items() if file != ADAPTER}
         return Checkpoint(self.files[ADAPTER], states, state, self.record)
 

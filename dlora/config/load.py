@@ -2,7 +2,7 @@
 
 `sections.py` has one frozen dataclass per section of the YAML file. `parse` reads a command line
 and its file, `load` a file; what they return has passed `validate` of `validate.py`. How options
-are declared is in `dlora.registry`; how they are read, in `sources.py` (where a value stands),
+are declared is in `dlora.registry`; how they are read, in `sources.py` (where a value is found),
 `options.py` (what it means) and `strict_yaml.py`. Nothing here loads torch.
 """
 
@@ -60,7 +60,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Options:
-    """A command line, understood."""
+    """A parsed command line."""
 
     config: Config
     check: bool = False
@@ -76,11 +76,16 @@ SWITCHES = {
 
 
 def parse(argv: Sequence[str], prog: str, extra: type | None = None) -> Options:
-    """Understand a command line; `--help` and `--print_config` print and exit with status 0.
+    """Parse a command line; `--help` and `--print_config` print and exit with status 0.
 
-    `extra` is a dataclass of further options of one command, all with defaults, declared by
-    `option`: its field `gpus_per_node` is `--gpus-per-node`, and its instance is `Options.extra`.
-    One of type bool is a switch, which takes no value.
+    Args:
+        prog: the program's name in `--help`.
+        extra: a dataclass of further options of one command, all with defaults, declared by
+            `option`: its field `gpus_per_node` is `--gpus-per-node`, and its instance is
+            `Options.extra`. A field of type bool is a switch, which takes no value.
+
+    Raises:
+        UsageError: the command line, the file or a value is wrong.
     """
     extras = options_of(extra, lambda name: name.replace("_", "-")) if extra else {}
     flags = {key: opt.doc for key, opt in extras.items() if opt.type is bool}
@@ -102,7 +107,7 @@ def parse(argv: Sequence[str], prog: str, extra: type | None = None) -> Options:
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration in a file, with overrides as on the command line."""
+    """Load a configuration from a file, with `overrides` as on the command line; see `parse`."""
     return parse(["--config", str(path), *overrides], prog="dlora").config
 
 

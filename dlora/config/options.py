@@ -48,7 +48,7 @@ def convert(opt: Option, given: Given) -> Any:
 
 
 def _parsed(opt: Option, word: str) -> Any:
-    """A word as YAML reads it; as it is where that fails, as in `[qv]_proj$`."""
+    """A word as YAML reads it; unchanged if YAML cannot, as `[qv]_proj$`."""
     try:
         return parse_yaml(word, opt.key)[0]
     except UsageError:
@@ -109,7 +109,7 @@ def show(value: object) -> str:
 
 
 def unknown(key: str, names: Collection[str], where: str = "", prefix: str = "") -> UsageError:
-    """The refusal of a key that is none of `names`, with the key that was probably meant."""
+    """The error for a `key` that is not in `names`, with the keys that may have been meant."""
     section, _, name = key.rpartition(".")
     guesses = [n for n in names if n.rpartition(".")[2] == name or key.startswith(n + ".")]
     siblings = [n for n in names if n.startswith(section + ".")]

@@ -24,7 +24,7 @@ class ModelConfig:
     path: str = required("hub id, local directory, or a .gguf file")
     revision: str | None = option(None, "branch, tag or commit of a hub model")
     trust_remote_code: bool = option(False, "run the Python code that comes with the model")
-    cache_dir: str = option("~/.cache/dlora", "stores converted bases; printed when written to")
+    cache_dir: str = option("~/.cache/dlora", "for converted bases; printed when written to")
     dtype: Literal["bfloat16", "float32"] = option(
         "bfloat16", "storage and compute type of W0", later=("float16",)
     )
@@ -207,5 +207,5 @@ def value_of(config: Config, key: str) -> Any:
 
 
 def is_set(config: Config, key: str) -> bool:
-    """Whether the user chose `key`; a `Config` built in Python shows only what left its default."""
+    """Whether the user set `key`; in a `Config` built in Python: whether it is not the default."""
     return key in config.user_set or value_of(config, key) != SCHEMA[key].default

@@ -21,7 +21,7 @@ from dlora.registry import Option, plain
 
 
 def read_file(path: str | Path, schema: Mapping[str, Option]) -> dict[str, Given]:
-    """The values in a YAML or JSON file of sections, each with its file and line."""
+    """The values in a YAML or JSON file of sections by dotted key, each with its file and line."""
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -44,7 +44,7 @@ def read_file(path: str | Path, schema: Mapping[str, Option]) -> dict[str, Given
 def _leaves(
     data: dict[Any, Any], root: yaml.Node, path: str, schema: Mapping[str, Option]
 ) -> Iterator[tuple[str, Given]]:
-    """Yield the options of a constructed file, whose nodes hold merge keys (`<<`) flattened."""
+    """Yield the options of a constructed file, in whose nodes merge keys (`<<`) are flattened."""
     sections = {key.partition(".")[0] for key in schema}
     nodes = {key.value: (key, value) for key, value in root.value}
     for section, body in data.items():

@@ -1,4 +1,4 @@
-"""YAML and JSON text, read strictly: safe, and with an error for a key that stands there twice."""
+"""YAML and JSON text, read strictly: safe, and with an error for duplicate keys."""
 
 from typing import Any
 
@@ -22,11 +22,22 @@ class _Loader(yaml.SafeLoader):
 
 
 def line_of(node: yaml.Node) -> int:
+    """The line in which a node begins, counted from 1."""
     return node.start_mark.line + 1
 
 
 def parse_yaml(text: str, source: str) -> tuple[Any, yaml.Node | None]:
-    """The value of `text` (YAML, which contains JSON) and its node, which knows the lines."""
+    """Parse YAML, which contains JSON.
+
+    Args:
+        source: what the text is, for errors.
+
+    Returns:
+        The value, and its node, which knows the lines; (None, None) for an empty text.
+
+    Raises:
+        UsageError: it is not valid, or has a key twice.
+    """
     try:
         loader = _Loader(text)
         node = loader.get_single_node()

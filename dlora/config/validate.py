@@ -1,7 +1,7 @@
-"""What a configuration may say, as far as that needs neither model nor data.
+"""Checks of a configuration that need neither the model nor the data.
 
-`INERT` lists options that do nothing beside certain others; what a method, an optimizer, … says of
-the options beside it is declared in its file, see `dlora.registry.Part`. Each check yields one
+`INERT` lists options that do nothing beside certain others; what a method, an optimizer, … allows
+beside it is declared in its file, see `dlora.registry.Part`. Each check yields one
 clause per problem.
 """
 
@@ -26,7 +26,7 @@ def _is_local(c: Config) -> bool:
     return _is_gguf(c) or os.path.isdir(os.path.expanduser(c.model.path))
 
 
-# (options, when they do nothing, why): set to something else than the default, they are refused.
+# (options, when they do nothing, why): a value other than the default is refused then.
 INERT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("model.revision", _is_local, "model.path is local"),
     ("model.cache_dir", lambda c: not _is_gguf(c), "only a .gguf base is converted"),
@@ -48,7 +48,7 @@ INERT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
 
 
 def parts_of(config: Config) -> Iterator[tuple[str, Part]]:
-    """The parts that a configuration picks, by the key that picks each."""
+    """(key, part) of every part that the configuration picks."""
     for name, key in ROOMS.items():
         part = room(name).get(value_of(config, key))
         if part is not None:
@@ -129,7 +129,7 @@ def _cannot_act(config: Config) -> Iterator[str]:
 
 
 def _inert(config: Config) -> Iterator[tuple[str, str]]:
-    """Options that do nothing, and why."""
+    """(key, reason) of the options that do nothing in this configuration."""
     for keys, when, why in INERT:
         yield from ((key, why) for key in keys.split() if when(config))
     for key, part in parts_of(config):

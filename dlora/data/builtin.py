@@ -1,7 +1,7 @@
 """A data set that every machine already has: docstrings of Python's own standard library.
 
 Each record is a chat: the signature of a function, method or class, answered by the first sentence
-of its docstring, as that line stands in the source. The text is parsed with `ast`; nothing is
+of its docstring, as that line is in the source. The text is parsed with `ast`; nothing is
 imported or executed. Two parts:
 
     builtin:docstrings           for training
@@ -35,10 +35,10 @@ SENTENCE_CHARACTERS = 400
 # Test suites repeat the sentences of what they test; site-packages is not the library.
 _LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 
-# Where a statement keeps statements; expressions hold no definitions, so they are not visited.
+# Fields with statements; expressions contain no definitions, so they are not visited.
 _STATEMENT_FIELDS = ("body", "handlers", "orelse", "finalbody", "cases")
 _Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-# A sentence ends at . ! or ? before white space, unless an abbreviation stands there.
+# A sentence ends at . ! or ? before white space, unless it ends an abbreviation.
 _SENTENCE_END = re.compile(
     r"(?<!\be\.g)(?<!\bi\.e)(?<!\bvs)(?<!\betc)(?<!\bcf)[.!?][\"')\]]*(?=\s|$)"
 )
@@ -111,7 +111,7 @@ def _library_files(root: Path) -> list[Path]:
     """The library's source files without test suites, sorted by their path's parts."""
     found: list[Path] = []
     for folder, folders, files in os.walk(root):
-        # Pruned here: site-packages may hold a hundred times the library's files.
+        # Pruned here: site-packages may have a hundred times the library's files.
         folders[:] = [name for name in folders if name not in _LEFT_OUT]
         found += [Path(folder, name) for name in files if name.endswith(".py")]
     return sorted(found, key=lambda path: path.parts)

@@ -26,7 +26,7 @@ _FIXED_DATE = (
     " | replace('%A', 'Friday') | replace('%H', '12') | replace('%M', '00') | replace('%S', '00')"
     " }}{% endmacro +%}"
 )
-# Private-use characters, so that no text holds it; no white space, so that no template trims it.
+# Private-use characters, so that no text contains it; no white space, so that no template trims it.
 _MARKER = "\ue0d1\ue0ca\ue0d1"
 
 
@@ -95,7 +95,7 @@ class ChatRenderer:
             if turn["role"] == "assistant":
                 spans.append(self._span(text, conversation, i))
         append_eos = not spans[-1].ends_turn
-        # With an EOS to come, what the template prints behind the answer would stand in between.
+        # If an EOS is appended, the template's text behind the answer must not precede it.
         return Rendered(text[: spans[-1].end] if append_eos else text, tuple(spans), append_eos)
 
     def _span(self, text: str, conversation: Conversation, i: int) -> TargetSpan:
@@ -139,8 +139,8 @@ class ChatRenderer:
     ) -> tuple[int, int]:
         """Start and end of an answer whose parts the template takes apart, as for <think>.
 
-        Accepted when the text goes on from the generation prompt with the same answer, white space
-        aside. A prompt may write the answer's first part itself, such as "<think>".
+        Accepted if the text behind the generation prompt is the same answer, but for white space.
+        A prompt may write the answer's first part itself, such as "<think>".
         """
         whole = self._apply(upto)
         content = "".join(upto[-1]["content"].split())

@@ -1,4 +1,4 @@
-"""The data set: a source's records as token sequences, held in three flat arrays."""
+"""The data set: a source's records as token sequences, in three flat arrays."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ _BATCH = 512  # texts per call of the tokenizer: enough for its threads, little 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What became of a source's records. Lengths and targets are tokens of what was kept."""
+    """Statistics of a source's records. Lengths and targets are tokens of what was kept."""
 
     records: int
     kept: int

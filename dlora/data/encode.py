@@ -37,6 +37,7 @@ class Example:
 
     @property
     def num_targets(self) -> int:
+        """Number of labels that are targets."""
         return count_targets(self.labels)
 
     def __len__(self) -> int:

@@ -1,7 +1,7 @@
 """Finding and reading what `data.train` and `data.eval` name: JSONL files.
 
-Every error is a UsageError of one line: `key: file:line: what is wrong, what is expected`. One that
-lies in a single record goes to `Faults`, which stops at it or counts it; any other is raised.
+Every error is a UsageError of one line: `key: file:line: what is wrong, what is expected`. One of
+a single record goes to `Faults`, which stops at it or counts it; any other is raised.
 """
 
 import glob
@@ -14,13 +14,13 @@ from typing import Any, BinaryIO
 from dlora.data.builtin import NAMES, PREFIX, builtin_records
 from dlora.errors import UsageError
 
-LONGEST_LINE = 16 << 20  # bytes; beyond any text that is trained on, and it would be held whole
+LONGEST_LINE = 16 << 20  # bytes; longer than any training text, and a line is read whole
 PIECE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A JSON object and where it stands, such as "data.train: chats.jsonl:12"."""
+    """A JSON object and its place, such as "data.train: chats.jsonl:12"."""
 
     value: dict[str, Any]
     where: str
@@ -28,7 +28,7 @@ class Record:
 
 @dataclass(slots=True)
 class Faults:
-    """What becomes of records that cannot be used: `data.on_error`.
+    """The treatment of records that cannot be used: `data.on_error`.
 
     skip: leave them out; otherwise the first one ends the run.
     count, first: how many were left out, and what the first one's error says.
@@ -141,7 +141,7 @@ def _read_file(path: Path, key: str, faults: Faults) -> Iterator[Record]:
 def _lines(file: BinaryIO) -> Iterator[bytes]:
     """The lines of a file; of one that is too long, as much as shows that it is.
 
-    Lines end at "\\n" and nowhere else: JSON strings may hold U+2028 and the like as they are.
+    Lines end at "\\n" and nowhere else: JSON strings may contain U+2028 and the like.
     """
     while line := file.readline(LONGEST_LINE + 1):
         yield line

@@ -2,7 +2,7 @@
 
 The order is one endless stream: epoch 0's permutation, then epoch 1's, and so on. Step t takes the
 stream's positions [t G, (t + 1) G), G the global batch size, across the ends of epochs. Neither the
-world size nor the micro-batch size enters, so a step holds the same sequences on any machine, and
+world size nor the micro-batch size enters, so a step has the same sequences on any machine, and
 a run resumes from the number of its step alone. `deal` then divides a step over the ranks.
 """
 

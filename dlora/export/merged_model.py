@@ -1,8 +1,8 @@
 """Merging on disk: a base's files in, W0 + ΔW out, one block of rows at a time.
 
     base's files ──tensor by tensor──> no adapter: its bytes, under its key
-                                       adapter:    cast(float32(W0) + ΔW), rows by rows
-                                       (DoRA's magnitudes take a second look at W0)
+                                       adapter:    cast(float32(W0) + ΔW), in blocks of rows
+                                       (for DoRA's magnitudes W0 is read twice)
                                        trained:    the trained copy in place of W0
                  ──> model-0000i-of-N.safetensors, index, config.json, tokenizer
 
@@ -40,7 +40,7 @@ from dlora.lora.merge import change_of, merged_weight
 from dlora.metrics.progress import CopyDisplay
 
 MERGED_FILE_BYTES = 256 * 10**6
-# Per parameter: reads W0 as it is stored, yields the new value in a dtype, rows by rows.
+# Per parameter: reads W0 as it is stored, yields the new value in a dtype, in blocks of rows.
 Edit = Callable[[StoredTensor, torch.dtype], Iterator[Tensor]]
 
 
@@ -54,7 +54,7 @@ class MergedModel:
         dtype: of all floating-point tensors; None: as each is stored in the base.
 
     Raises:
-        UsageError: an adapted parameter is not in the files as such.
+        UsageError: an adapted parameter is not stored by itself, as floats of its shape.
     """
 
     skeleton: PreTrainedModel

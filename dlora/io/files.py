@@ -82,7 +82,7 @@ def sync(path: Path) -> None:
 
 
 def inside(directory: Path, name: object) -> Path:
-    """The file `name` in a directory that somebody else may have filled; it need not exist.
+    """The file `name` in a directory that others may have filled; it need not exist.
 
     A link may lead to another file in the directory or, in the hub's cache, from
     `snapshots/<revision>/` to a blob of the same repository.

@@ -9,7 +9,7 @@
 
 The files import torch, and a configuration must not. So the declarations are read from the syntax
 tree: a class at the top of a file with a literal `name` is a part, its other literal attributes are
-what the part says of itself, and every annotated `option(...)` of the file's classes is an option
+what the part declares, and every annotated `option(...)` of the file's classes is an option
 of the file's parts. `Part.load` imports the class.
 """
 

@@ -1,4 +1,4 @@
-"""Options: how one is declared as a field of a dataclass, and what is wrong with a value of it."""
+"""Options: how one is declared as a field of a dataclass, and the check of its values."""
 
 import copy
 import math
@@ -117,7 +117,7 @@ def members(type_: Any) -> tuple[Any, ...]:
 def is_of(value: Any, type_: Any) -> bool:
     """Whether a value that a program gives is of a type: an int is a float, and no bool is an int.
 
-    A tuple will do for a list.
+    A tuple counts as a list.
     """
     origin = get_origin(type_)
     if origin is Literal:

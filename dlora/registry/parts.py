@@ -50,7 +50,7 @@ class Part:
     """A class of a room, as its file declares it.
 
     Attributes:
-        name: what picks it.
+        name: the value in the configuration that picks it.
         module, cls: where it is.
         says: the class's literal attributes. Read here and in `dlora.config` are:
             `offered`, False where something else than its name picks it;
@@ -82,7 +82,7 @@ class Part:
             raise UsageError(self.missing(package)) from error
 
     def missing(self, package: str) -> str:
-        """What to do where `package` is not installed."""
+        """The error for a `package` that is not installed."""
         install = self.says["requires"][package]
         return f"{ROOMS[self.room]}: {self.name} needs {package}: pip install {install}"
 
@@ -98,7 +98,7 @@ def room(name: str) -> dict[str | bool, Part]:
     for path in sorted(PACKAGE.joinpath(*name.split(".")).glob("*.py")):
         module = f"{PACKAGE.name}.{name}.{path.stem}"
         classes = _classes(path)
-        of_class: dict[str, dict[str, Any]] = {}  # a class says what its bases in the file say
+        of_class: dict[str, dict[str, Any]] = {}  # classes inherit from their bases in the file
         options = tuple(found for cls in classes for found in _options(cls))
         for cls in classes:
             says: dict[str, Any] = {}
@@ -206,7 +206,7 @@ def check_options(settings: Any) -> None:
     """Check type and range of every option of a dataclass's instance.
 
     Raises:
-        UsageError: the first that is wrong, by its name.
+        UsageError: the first value that is wrong; the message begins with the option's name.
     """
     for name, opt in options_of(type(settings)).items():
         value = getattr(settings, name)

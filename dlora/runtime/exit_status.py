@@ -30,10 +30,10 @@ def exit_with(main: Callable[[list[str]], int]) -> None:
 
 
 def as_printed(message: str, passes: bool) -> UsageError | TransientError:
-    """What has been printed, as the error that it is."""
+    """The exception for a printed error; `passes`: whether trying again may help."""
     return PrintedTransientError(message) if passes else PrintedError(message)
 
 
 def print_error(message: str) -> None:
-    """What ends a run, on standard error."""
+    """Print the error that ends a run, to standard error."""
     print(f"dlora: error: {message}", file=sys.stderr, flush=True)

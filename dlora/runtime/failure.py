@@ -26,7 +26,7 @@ from dlora.errors import TransientError, UsageError
 from dlora.runtime.exit_status import PrintedError, PrintedTransientError, as_printed, print_error
 from dlora.runtime.ranks import Ranks
 
-ANSWER_SECONDS = 5.0  # in which a store answers, if its host is there
+ANSWER_SECONDS = 5.0  # in which a store answers, if its host is alive
 _KEY = "failure"
 
 

@@ -26,8 +26,7 @@ class MemoryMeter:
     """Start it after imports and before anything large exists."""
 
     def __init__(self) -> None:
-        # What imports left to the collector and to the heap is nobody's. Freed later, it would hide
-        # as many bytes of the run.
+        # Garbage of imports: freed later, it would hide as many bytes of the run.
         gc.collect()
         trim()
         self._start = anonymous_bytes()
@@ -77,8 +76,8 @@ def _anonymous(statm: bytes) -> int:
 def unmap_large_blocks(nbytes: int = 1 << 20) -> None:
     """Make glibc return every freed block of `nbytes` and more to the kernel at once.
 
-    By itself it raises this limit to 32 MB as blocks are freed. Gathered layers then come from its
-    heap and leave holes between the activations that stay: a run took half as much again as its
+    By itself it raises this limit to 32 MB as blocks are freed. Gathered layers are then on its
+    heap, and leave holes between the activations that stay: a run took half as much again as its
     tensors did. Clearing new pages costs some hundredths of a step. Elsewhere it does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -89,9 +88,9 @@ def unmap_large_blocks(nbytes: int = 1 << 20) -> None:
 def trim() -> None:
     """Return free pages of the C library's heap to the kernel; elsewhere than on glibc do nothing.
 
-    Worth a call where much was freed: glibc returns only the end of its heap by itself. After every
-    step, since sequences of ever new lengths leave ever new holes: without it a run of 24 steps
-    grew to 1.5 times its tensors' bytes.
+    glibc by itself returns only the end of its heap. Call it where much was freed, and after every
+    step, since sequences of new lengths leave new holes: without it a run of 24 steps grew to 1.5
+    times its tensors' bytes.
     """
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim is not None:

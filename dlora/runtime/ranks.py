@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from dlora.errors import TransientError
 
-LEAVING_SECONDS = 10.0  # that rank 0 waits for the others to read what its store ends with
-JOINING_SECONDS = 120.0  # in which all ranks have to come, and then to reach each other
+LEAVING_SECONDS = 10.0  # that rank 0 waits for the others to read the last values of its store
+JOINING_SECONDS = 120.0  # in which all ranks have to join, and then to reach each other
 # For as long as this process: where it serves the store, others may read it late.
 _stores: dict[str, dist.Store] = {}
 
@@ -56,11 +56,11 @@ class Ranks:
     def join(self) -> None:
         """Start the process group: NCCL beside gloo where there are GPUs, gloo elsewhere.
 
-        Before anything is read, all ranks have come and one all-reduce has gone through.
+        It returns when all ranks have joined and one all-reduce has succeeded.
 
         Raises:
-            TransientError: on every rank that is there, naming those that are not and their hosts,
-                or saying why the ranks do not reach each other.
+            TransientError: on every rank that joined: some did not join, whose hosts are named, or
+                the ranks cannot reach each other.
         """
         if self.world == 1:
             return
@@ -89,7 +89,7 @@ class Ranks:
             ) from error
 
     def _missing(self, timeout: timedelta) -> str:
-        """The ranks that do not come, with their hosts; nothing where all of them do."""
+        """The ranks that did not join, with their hosts; "" if all did."""
         assert self.store is not None
         keys = {rank: f"joining/{rank}" for rank in range(self.world)}
         self.store.set(keys[self.rank], "")
@@ -110,7 +110,7 @@ class Ranks:
         return ", ".join(dict.fromkeys(self._host(rank) for rank in range(self.world)))
 
     def leave(self) -> None:
-        """End together, so that no rank pulls the store from under another."""
+        """Wait for all ranks, so that the store outlives its readers, and end the process group."""
         if dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
@@ -118,7 +118,7 @@ class Ranks:
             self.part("end")
 
     def part(self, topic: str) -> None:
-        """Before an end without a process group: rank 0, where it serves the store, leaves last."""
+        """End without a process group: rank 0, if it serves the store, waits for the others."""
         if self.store is None or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             return
         others = [f"{topic}/parted/{rank}" for rank in range(1, self.world)]

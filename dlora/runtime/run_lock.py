@@ -9,9 +9,9 @@ locks end at their host does not show the lock of a run that lives, and a server
 of a host that died. The boot id tells kernels apart: a pod that starts again on another node has
 the name of the one before.
 
-A run whose heartbeat stopped, as under SIGSTOP, may find another run in the directory when it goes
-on. So every write asks `check` first, which reads the token once the heartbeat is old enough for a
-takeover.
+A run whose heartbeat stopped, as under SIGSTOP, may find another run in the directory when it
+continues. So every write asks `check` first, which reads the token once the heartbeat is old enough
+for a takeover.
 
 Whatever starts a run's ranks again may name the run in DLORA_RUN_ID (Ray's launcher does): an
 earlier start of it may still live on a host that was cut off, and is waited for; another run there
@@ -70,7 +70,7 @@ class RunLock:
         self._is_seen = not token or f'"{token}"' in self._text()
         self._beat_seconds, self._stale_seconds = beat_seconds, stale_seconds
         self._lease_seconds = lease_seconds
-        self._checked = _now()  # when the directory was surely ours
+        self._checked = _now()  # when the directory was ours for certain
         self._over = threading.Event()
         self._descriptor = -1
 
@@ -90,7 +90,7 @@ class RunLock:
         try:
             self._wait_until_free()
             me = {"pid": os.getpid(), "host": _host(), "kernel": _kernel(), "run": _run()}
-            # In one write over what is there: who reads an empty file takes it for a free one.
+            # In one write over the old text: an empty file would count as free.
             text = json.dumps({**me, "token": self.token}).ljust(FILE_BYTES)
             os.pwrite(self._descriptor, text.encode(), 0)
             os.ftruncate(self._descriptor, len(text))
@@ -101,10 +101,10 @@ class RunLock:
         threading.Thread(target=self._beat, name="dlora-lock", daemon=True).start()
 
     def release(self) -> None:
-        """Let another run have it."""
+        """Release the lock."""
         self._over.set()
         if self._descriptor >= 0:
-            # Where the directory is gone, that is not how the run ends.
+            # A directory that is gone must not change how the run ends.
             with contextlib.suppress(OSError):
                 if self._is_ours():
                     os.ftruncate(self._descriptor, 0)
@@ -112,10 +112,10 @@ class RunLock:
                 self._close()
 
     def check(self) -> None:
-        """See that no other run has taken the directory over; call it before every write there.
+        """Check that no other run has taken the directory over; call it before every write there.
 
         Raises:
-            TransientError: one has, while this process stood still.
+            TransientError: one has, while this process was suspended.
         """
         now = _now()
         if now - self._checked < self._stale_seconds:
@@ -129,7 +129,7 @@ class RunLock:
         self._checked = now
 
     def _is_ours(self) -> bool:
-        """Whether no other run has written or emptied the file; one that is gone is nobody's."""
+        """Whether no other run has written or emptied the file; a deleted one counts as ours."""
         is_there = self._is_seen and self._path.exists()
         return not is_there or f'"{self.token}"' in self._text()
 
@@ -186,7 +186,7 @@ class RunLock:
         self._descriptor = -1
 
     def _owner(self) -> Owner | None:
-        """Who has or had the lock; None where the file names nobody."""
+        """Who has or had the lock; None if the file does not say."""
         try:
             found = json.loads(self._text())
             return {key: str(found.get(key, "")) for key in ("pid", "host", "kernel", "run")}

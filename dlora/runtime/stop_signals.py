@@ -1,10 +1,10 @@
 """SIGTERM and SIGINT, a file or a callable: finish the step, commit, and exit with 143 or 130.
 
     signal ──Python's handler, between two bytecodes of the main thread──> flags of the next step
-       └────C's handler, at once──> a socket ──> watcher thread: 5 s later still no end?
+       └────C's handler, at once──> a socket ──> watcher thread: still running after 5 s?
 
-A main thread that is blocked in a collective runs no handler. So a thread of its own sees to a stop
-that does not come about: it commits what there is, and ends the process if a peer hangs.
+A main thread that is blocked in a collective runs no handler. So a thread watches for a stop that
+is not carried out: it commits the last whole step, and ends the process if a peer hangs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dlora.hooks import never
 GRACE_SECONDS = (
     5.0  # signals this close together are one: launchers forward what the shell sent too
 )
-POLL_SECONDS = 0.2  # between two looks at a stop that does not come about
+POLL_SECONDS = 0.2  # between two looks at a stop that is not carried out
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -69,7 +69,7 @@ class StopRequest:
             self._thread.start()
 
     def beat(self) -> None:
-        """A sign of progress: passes of the model give one each."""
+        """Record progress; every pass of the model calls it."""
         now = time.monotonic()
         if self._last_beat:
             self._gaps.append(now - self._last_beat)
@@ -77,11 +77,11 @@ class StopRequest:
 
     @contextlib.contextmanager
     def committing(self, commit: Commit) -> Iterator[None]:
-        """Inside, a stop that does not come about calls `commit`; the watch ends with the block.
+        """Inside, a stop that the loop does not carry out in time calls `commit`.
 
         Args:
-            commit: saves what there is without any other rank, and returns a line that says what;
-                its argument is whether the process is about to end.
+            commit: saves the last whole step without other ranks, and returns a line about it; its
+                argument is whether the process is about to end.
         """
         self._commit = commit
         try:
@@ -90,7 +90,7 @@ class StopRequest:
             self.close()
 
     def close(self) -> None:
-        """End the watch; from here on a signal is remembered, and no more."""
+        """End the watch; later signals are only recorded."""
         if self._thread.is_alive():
             signal.set_wakeup_fd(self._before)
             self._theirs.close()
