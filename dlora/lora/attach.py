@@ -24,7 +24,13 @@ from dlora.quant.linear import is_packed
 
 @dataclass
 class Attachment:
-    """What `attach` did to a model; stored on the model as `model.dlora`."""
+    """What `attach` did to a model; stored on the model as `model.dlora`.
+
+    Attributes:
+        adapted: paths of the modules with an adapter.
+        saved: paths of the modules that are trained whole.
+        stream: where the adapters' dropout masks come from.
+    """
 
     config: LoraConfig
     adapted: list[str] = field(default_factory=list)
@@ -53,10 +59,10 @@ def attach(
         model: any `nn.Module`, sharded or not.
         whole_weights: context that yields the whole parameters of a module by path; needed on a
             sharded base, for `modules_to_save` and for adapters that are made of W0.
-        residual: packed weights are (or will be) less what adapters start from.
+        residual: packed weights are (or will be) the residual W0 − s·B0·A0.
 
     Raises:
-        UsageError: nothing matches, a match cannot carry an adapter, or adapters are there already.
+        UsageError: nothing matches, a match cannot carry an adapter, or the model has adapters.
     """
     if hasattr(model, "dlora"):
         raise UsageError("attach: this model already has adapters")
@@ -88,7 +94,7 @@ def attach(
 
 
 def attachment_of(model: nn.Module) -> Attachment:
-    """The record that `attach` left on the model."""
+    """The record that `attach` left on the model; a `UsageError` if there is none."""
     attachment = getattr(model, "dlora", None)
     if not isinstance(attachment, Attachment):
         raise UsageError("this model has no dlora adapters; call dlora.attach first")
@@ -120,7 +126,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What adapters have beside what is trained, by full names: the factors of their offsets."""
+    """The frozen tensors of the adapters by full names: the factors of their offsets."""
     return {
         f"{path}.{CHILD}.{name}": tensor
         for path, _, adapter in named_adapters(model)
@@ -129,25 +135,25 @@ def frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All that makes up the adapters, by full names: what is trained, then what is frozen."""
+    """All tensors of the adapters by full names: the trained ones, then the frozen ones."""
     return {**trainable_parameters(model), **frozen_tensors(model)}
 
 
 def await_start(model: nn.Module) -> None:
-    """Let all adapters wait for a start from gradients."""
+    """Mark all adapters as waiting for `dlora.start_from_gradients`."""
     for _, _, adapter in named_adapters(model):
         adapter.state = AdapterState.UNSTARTED
 
 
 def end_start(model: nn.Module) -> None:
-    """Let all adapters train from what A and B are now."""
+    """Mark all adapters as started, from the present A and B."""
     for _, _, adapter in named_adapters(model):
         if adapter.state is AdapterState.UNSTARTED:
             adapter.become(AdapterState.ON)
 
 
 def is_unstarted(model: nn.Module) -> bool:
-    """Whether adapters wait for a start from gradients."""
+    """Whether adapters wait for `dlora.start_from_gradients`."""
     return any(a.state is AdapterState.UNSTARTED for _, _, a in named_adapters(model))
 
 
@@ -159,8 +165,10 @@ def children_of(model: nn.Module) -> list[LoraAdapter | ModulesToSaveCopy]:
 
 
 def load_record(model: nn.Module, record: Any) -> None:
-    """Give adapters that no replica owns the shapes of a checkpoint, from what it records of the
-    method; nothing where it records nothing (None).
+    """Resize adapters, before a replica owns them, to the shapes of a checkpoint.
+
+    Args:
+        record: of the method, in the checkpoint; None: the shapes are those of `attach`.
     """
     if record is not None:
         for _, _, adapter in named_adapters(model):
@@ -172,7 +180,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     """Inside, the model is its base: every layer computes as if nothing had been attached.
 
     Raises:
-        UsageError: the model is merged, and what it computes without adapters is not its base.
+        UsageError: the model is merged, so without adapters it is not its base.
     """
     if "dlora_originals" in model.__dict__:
         raise UsageError("disabled: this model is merged; call dlora.unmerge first")
@@ -199,7 +207,7 @@ def _check_free(module: nn.Module, path: str) -> None:
 
 
 def _check_start(module: nn.Module, path: str, config: LoraConfig, residual: bool) -> None:
-    """See that the module has what its adapter is to start from."""
+    """Check that the module has the weight that its adapter starts from."""
     kind, init, r = layer_kind(module), INITS[config.init_lora_weights], config.r_for(path)
     assert kind is not None  # target_paths has checked
     if init.needs != "nothing" and is_packed(module) and not residual:
@@ -261,8 +269,8 @@ def _master_dtype(module: nn.Module) -> torch.dtype:
 def _forbid_fused_inference(model: nn.Module) -> None:
     """torch's fused encoder layer reads weights past `forward` in eval mode, so past the adapter.
 
-    It stands back from layers that carry a hook, which is the documented way to switch it off; but
-    the stack around them goes on to pack padded batches into nested tensors, which only it reads.
+    It is not used for layers with a hook, which is the documented way to switch it off. The stack
+    around them still packs padded batches into nested tensors, which only the fused layer reads.
     """
     for module in model.modules():
         if not any(hasattr(child, CHILD) for child in module.modules()):

@@ -35,8 +35,8 @@ class LoraConfig:
             whose path ends with one of these names (`norm` is `input_layernorm` too, as in PEFT).
             They get no adapter.
 
-    The options of the initialisations, such as `lora_ga_gamma`, are fields too. The largest r and α
-    are beyond any use, and within what arithmetic bears: an adapter may come from a stranger.
+    The options of the initialisations, such as `lora_ga_gamma`, are fields too. The bounds of r
+    and α keep arithmetic finite also for adapters from unknown sources.
 
     Raises:
         UsageError: a value is out of range; the message names the field.
@@ -101,7 +101,7 @@ class LoraConfig:
                 raise UsageError(f"init_lora_weights: {problem}")
 
     def for_steps(self, total_steps: int) -> LoraConfig:
-        """The same settings, once it is known how many optimizer steps the run has."""
+        """These settings for a run of `total_steps` optimizer steps."""
         return self
 
     def r_for(self, path: str) -> int:
@@ -113,7 +113,7 @@ class LoraConfig:
         return _first_match(self.alpha_pattern, path, self.lora_alpha)
 
     def shapes_for(self, path: str, kernel: tuple[int, ...]) -> dict[str, Any]:
-        """What the adapter of the module at `path` takes beside m, n and r.
+        """Arguments of the adapter class for the module at `path`, beside m, n and r.
 
         Args:
             kernel: sizes of a convolution's kernel; empty for a product.
@@ -121,7 +121,7 @@ class LoraConfig:
         return {}
 
     def check_kernels(self, kernels: list[tuple[int, ...]]) -> None:
-        """See that what is set of kernels can act on those of the adapted modules."""
+        """Raise a `UsageError` if an option on kernels can act on none of the adapted modules."""
 
     def scaling_for(self, path: str) -> float:
         """s = α/r, or α/√r with `use_rslora`, of the module at `path`."""

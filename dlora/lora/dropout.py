@@ -39,7 +39,7 @@ class DropoutStream:
 
     @contextmanager
     def keyed(self, keys: SampleKeys) -> Iterator[None]:
-        """Draw masks from `keys`; holds for forward *and* backward, which may recompute."""
+        """Draw masks from `keys`; open for forward *and* backward, which may recompute."""
         previous, self._keys = self._keys, keys
         try:
             yield
@@ -72,7 +72,7 @@ class DropoutStream:
         rows, features = len(keys.ids), x.shape[-1]
         tokens, rest = divmod(x.numel() // features, rows)
         if rest or tokens < max(keys.lengths) or x.ndim > 3:
-            # An input that is no [rows, tokens] grid any more (a mixture-of-experts branch, say)
+            # An input that is not a [rows, tokens] grid (a mixture-of-experts branch, say)
             # cannot be split by sequence: one stream for all of it, still exact on recomputation.
             generator = _generator(x.device, keys.seed, keys.step, tuple(keys.ids), layer)
             return torch.rand(x.shape, device=x.device, generator=generator) >= p
@@ -92,7 +92,7 @@ def _picked_mask(x: Tensor, p: float, layer: str, keys: SampleKeys, positions: T
 
 
 def _sequence_mask(x: Tensor, p: float, layer: str, keys: SampleKeys, row: int) -> Tensor:
-    """The mask [length, n] of one sequence, wherever it stands."""
+    """The mask [length, n] of one sequence, wherever it is in the batch."""
     generator = _generator(x.device, keys.seed, keys.step, keys.ids[row], layer)
     return torch.rand(keys.lengths[row], x.shape[-1], device=x.device, generator=generator) >= p
 

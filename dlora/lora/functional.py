@@ -1,10 +1,10 @@
-"""The low-rank product as one autograd function per layer: here alone LoRA does arithmetic.
+"""The low-rank product as one autograd function per layer: all of LoRA's arithmetic.
 
         x [T, n] ──────────── W0 [m, n] ───────────┐
             │                                      + ── y [T, m]
             └─ drop ── A [r, n] ── z [T, r] ── s·B·diag(E) [m, r]
 
-Shapes stand behind the names: T tokens, n = in_features, m = out_features, r = LoRA rank, V = rows
+Names end with their shapes: T tokens, n = in_features, m = out_features, r = LoRA rank, V = rows
 of an embedding. Everything is computed in the dtype of x, which is that of W0 unless W0 is packed;
 A and B are masters of a higher precision that are cast on the way in, and their gradients are cast
 back on the way out. A packed W0 is de-quantised once in forward and once in backward, each time for
@@ -201,8 +201,8 @@ def convolution(
 
     x [..., c, *space], weight [m, c, *kernel], A [r, n], B [m, r] with n = c·∏ kernel, so that
     ΔW = s·B·E·A has the elements of W0 in their order. `convolve` is the layer's own product, with
-    its stride and padding. This is PEFT's form of LoRA for a convolution. y lies in memory as the
-    base's product does: channels last where that is.
+    its stride and padding. This is PEFT's form of LoRA for a convolution. y has the
+    memory format of the base's product, such as channels last.
     """
     single = x.ndim < weight.ndim
     x_Nc = x.unsqueeze(0) if single else x
@@ -238,5 +238,5 @@ def dropped(x_Tn: Tensor, keep: Tensor | None, keep_scale: float) -> Tensor:
 
 
 def scaled(gradient: Tensor, master: Tensor, scaling: float) -> Tensor:
-    """Cast to the master's dtype before scaling, so that s costs no precision."""
+    """s·gradient in the master's dtype; cast before it is scaled, so that s costs no precision."""
     return gradient.to(master.dtype).mul_(scaling)

@@ -11,7 +11,7 @@ rounding of d itself would be of the size of what training changes. With G = ∂
 
     n_j² = ‖W0_j‖² + 2s⟨B_j, C_j⟩ + s²·B_j (A Aᵀ) B_jᵀ        C = W0 Aᵀ  [m, r]
 
-so that nothing of the size of W0 is made but W0 itself, which is at hand in forward (gathered, or
+so that nothing of the size of W0 is made but W0 itself, which forward has anyway (gathered, or
 de-quantised once). ‖W0_j‖² never changes. The norm is taken in the masters' dtype, of the masters.
 
 dμ needs v, of the size of the output: computing W0 x again would cost half a step more. Without
@@ -19,7 +19,7 @@ bias and dropout v is y/d, so y itself is saved, as the next operation often doe
 
     dμ_j = Σ_T G·y / μ_j
 
-of which nothing is left where a magnitude is exactly 0: it gets no gradient. With a bias, which in
+which is undefined where a magnitude is exactly 0: it gets no gradient. With a bias, which in
 bfloat16 may outweigh what is added to it, or with dropout v is saved, beside LoRA's x and z.
 
 Source: Liu et al. 2024, https://arxiv.org/abs/2402.09353, section 4.3 for the constant norm.
@@ -58,7 +58,7 @@ def row_squares(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def row_norms(weight: Tensor, A: Tensor, B: Tensor, scaling: float, squares: Tensor) -> Tensor:
     """‖W0_j + s·B_j A‖ [m] in the dtype of the masters A [r, n] and B [m, r].
 
-    Never below what rounding leaves of a row that the update cancels, nor 0 for a row of zeros.
+    Clamped to the rounding error where the update cancels a row, and above 0 for a row of zeros.
 
     Args:
         weight: W0 [m, n].

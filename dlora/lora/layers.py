@@ -23,34 +23,34 @@ CHILD = "adapter"
 
 
 class AdaptedLayer:
-    """What all kinds share; `adapter` computes, the layer says on which weight."""
+    """Base of all kinds: the layer passes its weight to `adapter`, which computes."""
 
     is_embedding = False
     transposed = False  # True where the weight is stored [in, out]
 
     @staticmethod
     def accepts(module: nn.Module) -> bool:
-        """Whether a module of this kind, computing with the kind's own forward, is at hand."""
+        """Whether `module` is of this kind, and has the kind's own forward."""
         raise NotImplementedError
 
     @staticmethod
     def shape(module: Any) -> tuple[int, int]:
-        """(m, n) from attributes: a partitioned weight tensor may not show its shape."""
+        """(m, n) of the weight, from attributes: a partitioned tensor may not show its shape."""
         raise NotImplementedError
 
     @staticmethod
     def kernel(module: Any) -> tuple[int, ...]:
-        """Sizes of the weight's dims behind [out, in]; a product has none."""
+        """The kernel sizes of a convolution; () for any other layer."""
         return ()
 
     @classmethod
     def as_stored(cls, module: Any, delta: Tensor) -> Tensor:
-        """ΔW [m, n] as the weight of a layer is stored."""
+        """ΔW [m, n] → the layout of the layer's weight."""
         return delta.t() if cls.transposed else delta
 
     @classmethod
     def as_product(cls, weight: Tensor) -> Tensor:
-        """A weight as it is stored → [m, n]."""
+        """The layer's weight → [m, n]."""
         return weight.t() if cls.transposed else weight.flatten(1)
 
     @classmethod
@@ -60,7 +60,7 @@ class AdaptedLayer:
         """G·P [m, q], or Gᵀ·Q [n, q] if `transposed`, for the gradient G = dyᵀx of the weight.
 
         Args:
-            x, dy: an input, and the gradient of what became of it.
+            x, dy: an input of the layer, and the gradient of its output.
             basis: P [n, q], or Q [m, q]; the product has its dtype.
         """
         left, right = (x, dy) if transposed else (dy, x)
@@ -181,7 +181,7 @@ class AdaptedConvolution(AdaptedLayer):
         cls, module: Any, x: Tensor, dy: Tensor, basis: Tensor, *, transposed: bool
     ) -> Tensor:
         shape = module.out_channels, module.in_channels, *module.kernel_size
-        with torch.enable_grad():  # the product is linear in the weight: its value is no matter
+        with torch.enable_grad():  # linear in the weight, so its value does not matter
             weight = basis.new_zeros(shape, requires_grad=True)
             y = module._conv_forward(x.to(basis.dtype), weight, None)
             (stored,) = torch.autograd.grad(y, weight, dy.to(basis.dtype))

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 # Of squared singular values. A pass in bf16 knows a direction of B only if its singular value is
-# above some 1e-3 of the largest; dividing what it says of others by their own would amplify noise.
+# above some 1e-3 of the largest; dividing its part in others by theirs would amplify noise.
 CLAMP = 1e-6
 
 

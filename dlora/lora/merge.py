@@ -25,7 +25,7 @@ LOSS_WORTH_A_WARNING = 0.01
 
 @dataclass(frozen=True)
 class Merged:
-    """One merged weight and the share of ΔW that rounding to the base's dtype took from it."""
+    """One merged weight, and the share of ΔW that was lost in rounding to its dtype."""
 
     weight: Tensor
     loss: float
@@ -53,7 +53,7 @@ def scale_of_rows(
     delta: Tensor,
     slices: Iterable[tuple[int, int, Tensor]],
 ) -> Tensor | None:
-    """d of each element's row, seen in the shape of ΔW; None for ones.
+    """d of each element's row, expanded to the shape of ΔW; None for ones.
 
     Args:
         delta: ΔW as the layer stores its weight.
@@ -83,8 +83,8 @@ def merge(model: nn.Module) -> nn.Module:
 
     The original parameters are stored whole (one copy of the adapted weights), so that
     `unmerge` restores them bit for bit. A tied weight is untied: only the adapted side changes. A
-    packed W0 is what it stands for, in the dtype that it had before it was packed, and never packed
-    again: that would round most of ΔW away.
+    packed W0 is unpacked to the dtype that it had before, and not packed again: that would round
+    most of ΔW away.
 
     Warns when rounding to the base's dtype loses more than 1 % of a ΔW.
 

@@ -46,7 +46,7 @@ class MethodState:
     def resized_after(self) -> int | None:
         """The step after which the method cut parameters for good; None as long as it has not.
 
-        A plan is of the steps before.
+        The plan describes the steps before it.
         """
         return None
 
@@ -65,11 +65,11 @@ class MethodState:
         """
 
     def metrics(self) -> dict[str, Any]:
-        """What a line of `metrics.jsonl` has of the last step."""
+        """Figures of the last step for its line of `metrics.jsonl`."""
         return {}
 
     def progress(self) -> str:
-        """What the live line shows of the last step."""
+        """Text about the last step for the live line."""
         return ""
 
     def tensors(self) -> dict[str, Tensors]:
@@ -86,7 +86,7 @@ class MethodState:
     def load_tensors(self, file: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Load (`<parameter>.<name>`, whole tensor) of a checkpoint's file.
 
-        Exhausts `tensors`: each one is broadcast when it is its turn.
+        It has to consume all `tensors`: each one is broadcast when it is read.
         """
         for _ in tensors:
             pass
@@ -95,4 +95,4 @@ class MethodState:
         """Write the method's files of a run up to a step; for the rank that saves."""
 
     def report(self, directory: Path, log: Any, say: Callable[[str], None]) -> None:
-        """Close a run: pictures into `directory` and `log` (`log.figure`), lines to `say`."""
+        """End a run: add pictures to `directory` and `log.figure`, pass lines to `say`."""

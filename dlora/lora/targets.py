@@ -45,7 +45,11 @@ def target_paths(model: nn.Module, config: LoraConfig) -> list[str]:
 
 
 def saved_paths(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Paths of the modules that are trained whole."""
+    """Paths of the modules that are trained whole.
+
+    Raises:
+        UsageError: a name matches no module, one without parameters, or one inside another match.
+    """
     modules = {path: module for path, module in model.named_modules() if path}
     paths: list[str] = []
     for name in config.modules_to_save:
@@ -89,7 +93,7 @@ def _output_head(model: nn.Module) -> nn.Module | None:
 def _matching(
     modules: dict[str, nn.Module], targets: str | Iterable[str], saved: set[str]
 ) -> list[str]:
-    """What an expression or the names mean; as in PEFT, `modules_to_save` go before."""
+    """What an expression or the names mean; as in PEFT, `modules_to_save` take precedence."""
     is_regex = isinstance(targets, str)
     found: set[str] = set()
     for entry in [targets] if isinstance(targets, str) else targets:

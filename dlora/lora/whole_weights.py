@@ -1,4 +1,4 @@
-"""W0 as a whole, one module at a time, for what is made of it when adapters are attached."""
+"""Whole weights W0, one module at a time, for what `attach` computes from them."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def show_weights(
 
 
 def plain_weights(what: str) -> WholeWeights:
-    """The parameters of a module by path, as they are, where nothing has sharded them.
+    """A `WholeWeights` for a base that is not sharded: the parameters of a module as they are.
 
     Args:
-        what: needs them, for the error.
+        what: needs them; the `UsageError` about a sharded parameter begins with it.
     """
 
     def plain(module: nn.Module) -> AbstractContextManager[dict[str, Tensor]]:

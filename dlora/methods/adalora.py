@@ -1,6 +1,6 @@
 """AdaLoRA on a replica: one budget of triplets over all matrices, and the same mask on every rank.
 
-    before the reduction   the regulariser's gradient is added: it comes out once, not once per rank
+    before the reduction   the regulariser's gradient is added, so that the mean contains it once
     after optimizer.step   averages follow w and g ─> scores, one sum over ranks ─> mask ─> λ = 0
     after the last mask    A, B and E shrink to the triplets that are left
 
@@ -41,10 +41,10 @@ class RankAllocator(MethodState):
         replica: owns its adapters.
 
     Attributes:
-        step: t, optimizer steps that have been made.
+        step: t, the number of optimizer steps made.
         schedule: of the budget, over all modules, in `budget_unit`.
         ranks: of each module, as the last mask left them.
-        masks: the same for every mask of this start, by step.
+        masks: {step: ranks} of every mask since this start of the run.
         orth_loss: γ·R of the last reduction, a scalar.
     """
 
@@ -103,11 +103,11 @@ class RankAllocator(MethodState):
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer, *, skipped: bool = False) -> None:
-        """Score, mask and shrink, as the schedule says of this step; a skipped one is not scored.
+        """Score, mask and shrink, as scheduled for this step; a skipped step is not scored.
 
         Raises:
-            ReplicaError: the optimizer has some of the adapters' tensors only, so that a step of
-                all of them would count twice.
+            ReplicaError: the optimizer has only some of the adapters' tensors, so that one step of
+                all would count twice.
         """
         if not self._is_stepped_by(optimizer):
             return
@@ -147,7 +147,7 @@ class RankAllocator(MethodState):
         self.masks[self.step] = self.ranks
 
     def _places(self) -> Tensor:
-        """Where the λ of all triplets lie in the replica's values."""
+        """Indices of the λ of all triplets in the replica's values."""
         numels = [p.numel() for p in self._replica.named.values()]
         first = dict(zip(self._replica.named, [0, *accumulate(numels)], strict=False))
         starts = [first[f"{module.prefix}lora_E"] for module in self._modules]
@@ -179,7 +179,7 @@ class RankAllocator(MethodState):
 
     @property
     def is_shrunk(self) -> bool:
-        """Whether what was pruned is gone; nothing is scored any more then."""
+        """Whether pruned triplets have been cut away; nothing is scored any more then."""
         return self._scores is None
 
     @property
@@ -220,9 +220,9 @@ class RankAllocator(MethodState):
         }
 
     def load_record(self, step: int, record: Mapping[str, Any]) -> None:
-        """Continue with the masks, and where it had shrunk the shapes, of a checkpoint.
+        """Continue with the masks of a checkpoint, and with its shapes if it had shrunk.
 
-        An optimizer must not have any state yet.
+        To be called before an optimizer has any state.
         """
         self.step = step
         keep = torch.zeros(sum(m.adapter.r for m in self._modules), dtype=torch.bool)

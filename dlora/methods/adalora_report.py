@@ -1,4 +1,4 @@
-"""`ranks.json` and its picture: how AdaLoRA's budget lies over the modules.
+"""`ranks.json` and its picture: how AdaLoRA's budget is spread over the modules.
 
 ranks.json   {step: {module: rank kept}} for every mask
 ranks.png    layers from left to right, kinds of matrices from top to bottom, rank as colour

@@ -1,7 +1,7 @@
 """AdaLoRA's averages and scores of the elements of a replica's adapters.
 
 Every rank follows the elements of its share: all of them, or its part of them where the optimizer
-state is divided. One sum over ranks makes the scores whole, the same bits everywhere.
+state is divided. One sum over ranks completes the scores, bit-identical on all ranks.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def attach(model: nn.Module, config: LoraConfig) -> nn.Module:
     One that starts from gradients waits for `start_from_gradients`. See `dlora.lora.attach.attach`.
 
     Raises:
-        UsageError: as there, or A and B start from a W0 that `shard` has not seen the parts of.
+        UsageError: as there, or A and B start from a W0 that was not sharded by `dlora.shard`.
     """
     attach_unstarted(model, config)
     init = attachment_of(model).init
@@ -38,10 +38,10 @@ def attach(model: nn.Module, config: LoraConfig) -> nn.Module:
 
 
 def attach_unstarted(model: nn.Module, config: LoraConfig, *, residual: bool = False) -> None:
-    """`attach`, but that A and B are as drawn also where they are to start from a matrix.
+    """`attach` without the start from W0: A and B stay as they were drawn at random.
 
     Args:
-        residual: the base was packed without what they start from.
+        residual: the base was packed as the residual W0 − s·B0·A0.
 
     Raises:
         UsageError: as for `attach`.

@@ -13,8 +13,8 @@ pass. So the result does not depend on how the batches are divided, but for roun
 where the rank of G is at most q, and otherwise what a randomised decomposition with one power
 iteration is; LoRA-GA takes the 2r largest directions of q = 4r + 8.
 
-Losses are sums over target tokens, so that tokens weigh alike wherever they are. The model is its
-own base meanwhile: adapters off, dropout off.
+Losses are sums over target tokens, so that every token has the same weight. Adapters and dropout
+are off meanwhile.
 
 Source: Halko, Martinsson, Tropp 2011, https://arxiv.org/abs/0909.4061, algorithm 4.4.
 """

@@ -1,6 +1,6 @@
-"""How adapters start from whole matrices: W0, or what is known of its gradient.
+"""Starts adapters from whole matrices: W0, or the estimate of its gradient.
 
-    layers, the dearest first, in rounds of one for each rank
+    layers, the most expensive first, in rounds of one for each rank
     a round    gather W0 of each layer in turn; its owner copies it, the others free it
                all owners factorise at the same time
                A0, B0 of each layer: broadcast from its owner
@@ -45,16 +45,18 @@ class Layer(NamedTuple):
 
     @property
     def cost(self) -> float:
-        """Of its factorisation: a product and an eigen-decomposition."""
+        """Relative cost of its factorisation: a product and an eigen-decomposition."""
         small, large = sorted(self.sizes)
         return small**2 * (large + 10 * small)
 
 
 class Started(NamedTuple):
-    """What became of the layers.
+    """The result of a start; as text, a line for the user.
 
     Attributes:
-        left: those that had no matrix of enough rank, and start as usual.
+        name: of the initialisation.
+        layers: number of adapted layers.
+        left: those whose matrix has too low a rank: they start as with `True`.
     """
 
     name: str
@@ -73,7 +75,7 @@ class Started(NamedTuple):
 
 
 def layers_of(model: nn.Module) -> list[Layer]:
-    """The adapted modules, the dearest first; the same on every rank."""
+    """The adapted modules, the most expensive first; the same on every rank."""
     layers = [Layer(*found) for found in named_adapters(model)]
     return sorted(layers, key=lambda layer: -layer.cost)
 

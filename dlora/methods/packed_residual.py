@@ -1,11 +1,11 @@
 """A base that is packed after what its adapters start from has been taken out of it.
 
     W0 from the files ── factorised, on one rank ── A₀, B₀, broadcast
-    rows of W0 from the files ── less those of s·B₀·A₀ ── packed, on the rank that holds them
+    rows of W0 from the files ── less those of s·B₀·A₀ ── packed, on the rank that stores them
 
 Packing W0 itself would round away in its largest directions what PiSSA then trains. The base of
-such a run is what the packed residual stands for, plus s·B₀·A₀: that is what the model computes
-with its adapters off, and what the adapter's files are an update of.
+such a run is the unpacked residual plus s·B₀·A₀: the model computes with that when its adapters are
+off, and the adapter's files are an update of it.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class Residuals:
             self._layers[path] = Layer(path, module, adapter)
 
     def factorise(self, topology: Topology) -> Started:
-        """Make them of the weights in the base's files, each on one rank. Collective."""
+        """Compute them from the weights in the base's files, each on one rank. Collective."""
         return start_from_matrices(self._model, topology, self._matrix)
 
     def read(self, checkpoint: Path, topology: Topology) -> None:
-        """Take them from a checkpoint that rank 0 alone may have. Collective."""
+        """Read them from a checkpoint that only rank 0 needs to have. Collective."""
         file = checkpoint / "adapter.safetensors"
         stored: Mapping[str, StoredTensor] = stored_tensors(file) if topology.rank == 0 else {}
         for name, tensor in frozen_tensors(self._model).items():
@@ -60,7 +60,7 @@ class Residuals:
     def left(self, path: str, first: int, weights: Tensor) -> Tensor:
         """What is left of the rows of a weight from `first` on, [k, n] as stored, in float32.
 
-        In float64 until then, so that a row is the same whichever rows are taken with it.
+        Computed in float64, so that a row does not depend on the rows beside it.
         """
         if path not in self._layers:
             return weights
@@ -73,7 +73,7 @@ class Residuals:
 
     @torch.no_grad()
     def start(self, model: nn.Module) -> None:
-        """Start the adapters of a model that was loaded less these; the others stay as drawn."""
+        """Start the adapters of a model that was loaded without s·B0·A0; others stay as drawn."""
         for path, _, adapter in named_adapters(model):
             A0, B0 = self._layers[path].adapter.offsets().values()
             if bool(B0.any()):

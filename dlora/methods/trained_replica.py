@@ -79,11 +79,11 @@ class TrainedReplica(Replica):
         return super().reduce_gradients(tokens, scalars=scalars, each=each)
 
     def skip_step(self, optimizer: Optimizer) -> None:
-        """Call it in place of an optimizer step that is left out: the method's schedule goes on."""
+        """Call it in place of a skipped optimizer step, so that the method's schedule advances."""
         self.method.after_step(optimizer, skipped=True)
 
     def release(self) -> None:
-        """Free W0 that passes without a reduction after them (evaluation) left gathered."""
+        """Free the W0 that passes without a reduction, as in evaluation, left gathered."""
         self.engine.free_gathered(self._model)
 
     @property
@@ -100,7 +100,7 @@ class TrainedReplica(Replica):
         """A and B of every adapter with its scale, for `dlora.optim.lora_pro.LoraPro`.
 
         Raises:
-            UsageError: an adapter has a factor beside these.
+            UsageError: an adapter has another factor.
         """
         found = []
         for path, _, adapter in named_adapters(self._model):
@@ -172,7 +172,7 @@ def _state_class(named: type[MethodState] | str) -> type[MethodState]:
 def _follow_steps(replica: TrainedReplica) -> None:
     """Let every step of an optimizer over the replica's parameters end with `after_step`.
 
-    Torch's hook for all optimizers, because the optimizer is the user's own, made at any time.
+    Through torch's hook for all optimizers, since the user may make the optimizer at any time.
     """
     alive = weakref.ref(replica)
 

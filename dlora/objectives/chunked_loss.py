@@ -31,7 +31,7 @@ Logits = Callable[[Tensor, Tensor], Tensor]
 
 
 class ChunkedTargetLoss(torch.autograd.Function):
-    """Σ cross entropy of `logits(hidden)`; see the module. `parameters`: the head's, trained."""
+    """Σ cross entropy of `logits(hidden)`; `parameters` are the head's that are trained."""
 
     @staticmethod
     def forward(
@@ -123,12 +123,12 @@ def target_loss(parts: Parts, hidden: Tensor, targets: Tensor) -> Tensor:
     return head(h, loss=loss)
 
 
-# What a model does to its logits, by the attribute of its configuration that says so.
+# Attributes of a configuration that scale or cap the logits.
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _DIVISOR = "logits_scaling"
 _DIVIDED = re.compile("granite|minicpm3")  # others multiply by an attribute of that name
 _KNOWN = {*_CAPS, _DIVISOR, "logit_scale", "lm_head_multiplier"}
-_OTHERWISE = {"prophetnet": "several streams of hidden states"}  # of no attribute
+_OTHERWISE = {"prophetnet": "several streams of hidden states"}  # that no attribute shows
 _ON_LOGITS = re.compile(r"^(?!(attn|moe|router|num|output_router)_).*(logit|lm_head_)")
 
 

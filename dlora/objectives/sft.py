@@ -15,7 +15,7 @@ class Sft:
     name = "sft"
 
     def __init__(self, section: Any) -> None:
-        """It has no options."""
+        """Take `None`: there are no options."""
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return model(input_ids=batch.input_ids, targets=batch.targets)

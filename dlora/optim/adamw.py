@@ -10,7 +10,7 @@ from dlora.optim.rule import Groups
 
 
 class AdamW:
-    """Two moments of each element."""
+    """The rule `adamw`: two moments of each element."""
 
     name = "adamw"
     moments = 2

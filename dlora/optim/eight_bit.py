@@ -2,7 +2,7 @@
 
 State of a tensor of N elements: two codes of one byte each, and two float32 scales for each 256 of
 them, 2.03 bytes a parameter where AdamW has 8. Tensors below 4096 elements keep float32 moments.
-With `paged` the codes lie in memory that CUDA moves to the host and back as it needs to.
+With `paged` the codes are in memory that CUDA moves to the host and back as needed.
 
 Source: Dettmers et al. 2022, https://arxiv.org/abs/2110.02861.
 """
@@ -19,23 +19,23 @@ from dlora.optim.rule import Groups
 
 WHOLE_BELOW = 4096  # elements
 BLOCK = 256
-MAP_BYTES = 2 * 256 * 4  # what the codes of the two moments stand for
+MAP_BYTES = 2 * 256 * 4  # the values of the codes of both moments
 
 
 def state_bytes(numel: int) -> int:
-    """Of one tensor, without the two maps, which all tensors share."""
+    """Bytes of state of a tensor of `numel` elements, without the maps that all tensors share."""
     if numel < WHOLE_BELOW:
         return 8 * numel
     return 2 * numel + 8 * -(-numel // BLOCK)
 
 
 def adamw8bit(groups: list[dict[str, Any]], *, paged: bool) -> Optimizer:
-    """The optimizer of these groups, its state in place, so that a checkpoint can be put there.
+    """Build the optimizer, with its state allocated, so that a checkpoint can be loaded into it.
 
     Its rule is that of `bitsandbytes.optim.AdamW8bit` or `PagedAdamW8bit`; only the count of steps
     is a tensor, as in torch's optimizers.
     """
-    # It says which kernels of other packages it did without.
+    # It reports which kernels of other packages are not installed.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
 

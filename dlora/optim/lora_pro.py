@@ -8,8 +8,8 @@ moments are in one of two places:
 
 `full` is the paper's: W follows full fine-tuning with Adam as closely as A and B allow, and lr is a
 rate for full fine-tuning (2e-5, say). It stores two tensors of the size of every adapted weight.
-`low` stores what AdamW stores, and its lr is LoRA's. The closed form has to come first there: Adam
-takes the scale of B out of g_A, and (BᵀB)⁻¹ after it would divide by what is no longer in it.
+`low` stores what AdamW stores, and its lr is LoRA's. The closed form has to precede Adam, which
+removes the scale of B from g_A: (BᵀB)⁻¹ after it would divide by a scale that is gone.
 
 Order of a step: gradients are averaged, then clipped as they are, then adjusted. `low` and `full`
 decay A and B towards zero as AdamW does (decoupled, at lr). Parameters in no pair (magnitudes,
@@ -67,9 +67,7 @@ class LoraProRule:
 
 
 class Pair(NamedTuple):
-    """ΔW = scaling·B·A, with A [r, n] and B [m, r]; of convolutions, dims from the second on are
-    one.
-    """
+    """ΔW = scaling·B·A, with A [r, n] and B [m, r], also of a convolution, flattened."""
 
     A: nn.Parameter
     B: nn.Parameter
@@ -198,7 +196,7 @@ class LoraPro(Optimizer):
         root = state["exp_avg_sq"].sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
         return torch.div(state["exp_avg"], root, out=root).div_(1 - beta1**step)
 
-    # -- what it is given -----------------------------------------------------------------------
+    # -- checks of arguments --------------------------------------------------------------------
 
     def _groups(self) -> dict[int, dict[str, Any]]:
         return {id(p): group for group in self.param_groups for p in group["params"]}

@@ -17,7 +17,7 @@ class Rule(Protocol):
     Attributes:
         name: the value of `optimizer.name`.
         moments: values kept of each element, for the plan.
-        divides: what of the state `sharding.optimizer_state: divided` deals out over ranks.
+        divides: what `sharding.optimizer_state: divided` distributes over ranks.
     """
 
     name: ClassVar[str]

@@ -10,7 +10,7 @@ from dlora.optim.rule import Groups
 
 
 class Sgd:
-    """Keeps nothing."""
+    """The rule `sgd`: no state."""
 
     name = "sgd"
     moments = 0

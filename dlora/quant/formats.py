@@ -41,7 +41,7 @@ FORMATS: dict[str, Format] = {str(name): part.load()() for name, part in room("q
 
 @torch.library.custom_op("dlora::unpack", mutates_args=())
 def unpack(codes: Tensor, scales: Tensor, n: int, name: str, dtype: torch.dtype) -> Tensor:
-    """[k, n] of the format `name`; an operator, so that tracing sees its result and no inside."""
+    """[k, n] of the format `name`; an operator, so that tracing does not look inside."""
     return FORMATS[name].unpack(codes, scales, dtype)
 
 

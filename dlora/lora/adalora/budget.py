@@ -62,7 +62,7 @@ class BudgetSchedule:
         return self.total_step - self.tfinal
 
     def budget(self, t: int) -> int:
-        """b(t)."""
+        """b(t): the triplets (or parameters) that may stay after step t."""
         if t <= self.tinit:
             return self.initial
         if t >= self.last:

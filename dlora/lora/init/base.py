@@ -21,23 +21,23 @@ class Initialisation:
 
     name: ClassVar[str | bool]
     needs: ClassVar[Needs] = "nothing"
-    directions: ClassVar[int] = 0  # singular ones of the matrix, for each of the LoRA rank
+    directions: ClassVar[int] = 0  # singular directions of the matrix that each unit of r needs
     options: ClassVar[type | None] = None  # a dataclass; its fields are `LoraConfig`'s as well
 
     @classmethod
     def options_from(cls, config: Any) -> dict[str, Any]:
-        """What a `LoraConfig` sets of its options."""
+        """The values in a `LoraConfig` of this initialisation's options."""
         own = fields(cls.options) if cls.options else ()
         return {f.name: getattr(config, f.name) for f in own}
 
     @classmethod
     def check(cls, r: int) -> str | None:
-        """Why a module cannot start so at this rank; None where it can."""
+        """Why this initialisation is impossible at LoRA rank r; None if it is possible."""
         return None
 
     @classmethod
     def check_shape(cls, m: int, n: int, r: int) -> str | None:
-        """Why a matrix [m, n] has no start of this LoRA rank to give; None where it has one."""
+        """Why a matrix [m, n] has no factors of LoRA rank r; None if it has."""
         wanted, there = cls.directions * r, min(m, n)
         if wanted <= there:
             return None
@@ -49,7 +49,7 @@ class Initialisation:
     @classmethod
     @torch.no_grad()
     def draw(cls, A: Tensor, B: Tensor, *, is_embedding: bool) -> None:
-        """Fill A and B at random; for those that need a matrix, until that is at hand.
+        """Fill A and B at random; where a matrix is needed, its factors replace them later.
 
         Linear: A ~ U(−1/√n, 1/√n), B = 0. Embedding: A = 0, B ~ N(0, 1).
         """
@@ -64,11 +64,13 @@ class Initialisation:
     def factors(
         cls, matrix: Tensor, r: int, scaling: float, **settings: float
     ) -> tuple[Tensor, Tensor] | None:
-        """(A [r, n], B [m, r]) in float64 for a matrix [m, n]; None where it has none to give, and
-        the layer stays as it was drawn.
+        """Compute A and B from a matrix [m, n].
 
         Args:
             scaling: s of ΔW = s·B·A.
-            settings: its options.
+            settings: the values of the options.
+
+        Returns:
+            A [r, n] and B [m, r] in float64; None if its rank is too low: A and B stay as drawn.
         """
         raise NotImplementedError

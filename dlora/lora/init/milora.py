@@ -3,7 +3,7 @@
     W0 = U S Vᵀ;   B₀ = U_{−r:}·(S_{−r:}/s)^½,   A₀ = (S_{−r:}/s)^½·V_{−r:}ᵀ
 
 of the economy decomposition, with min(m, n) triplets. Where W0 lacks rank the last ones are zero,
-and A₀ = B₀ = 0 would never get a gradient: such a layer has none to give.
+and A₀ = B₀ = 0 would never get a gradient: such a layer stays as it was drawn.
 
 Source: Wang et al. 2024, https://arxiv.org/abs/2406.09044.
 """

@@ -2,7 +2,7 @@
 
     W0 = U S Vᵀ;   B₀ = U_r·(S_r/s)^½,   A₀ = (S_r/s)^½·V_rᵀ,   s·B₀A₀ = the truncation to rank r
 
-Source: Meng et al. 2024, https://arxiv.org/abs/2404.02948; with PEFT's s, so that any α goes.
+Source: Meng et al. 2024, https://arxiv.org/abs/2404.02948; with PEFT's s, so that any α works.
 """
 
 from __future__ import annotations

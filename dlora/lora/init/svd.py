@@ -60,7 +60,7 @@ def triplets(matrix: Tensor, k: int, *, smallest: bool = False) -> Triplets | No
 
 
 def _lower_gram(wide: Tensor) -> Tensor:
-    """M·Mᵀ in float64 on and below the diagonal, in strips: the rest is the same again."""
+    """M·Mᵀ in float64 on and below the diagonal, in strips: it is symmetric."""
     p = wide.shape[0]
     gram = torch.zeros(p, p, dtype=torch.float64, device=wide.device)
     width = -(-p // _STRIPS)

@@ -91,11 +91,11 @@ class AdaLoraConfig(LoraConfig):
             self.schedule(1, 1)
 
     def for_steps(self, total_steps: int) -> AdaLoraConfig:
-        """The same with T, which the schedule spans."""
+        """These settings with T = `total_steps`, the steps of the schedule."""
         return replace(self, total_step=total_steps)
 
     def schedule(self, initial: int, final: int) -> BudgetSchedule:
-        """The schedule from a budget to another; needs `total_step`."""
+        """The schedule from budget `initial` to `final`; a `UsageError` without `total_step`."""
         if self.total_step is None:
             raise UsageError("total_step: adalora needs the number of optimizer steps of the run")
         return BudgetSchedule(initial, final, self.total_step, self.tinit, self.tfinal, self.deltaT)
@@ -153,7 +153,7 @@ class AdaLoraAdapter(LoraAdapter):
         return self.kept.nonzero().view(-1)
 
     def shrink(self, triplets: Tensor) -> None:
-        """Keep the triplets at these indices alone; for parameters that nothing else manages."""
+        """Cut the parameters to the triplets at these indices; only where no replica owns them."""
         for name, (dim, indices) in self.cuts(triplets).items():
             parameter = self.get_parameter(name)
             parameter.data = parameter.data.index_select(dim, indices)
@@ -192,11 +192,11 @@ class AdaLoraAdapter(LoraAdapter):
         """Mask the triplets that a checkpoint had pruned, or cut them where it had.
 
         Raises:
-            UsageError: it has a triplet left that this module never had.
+            UsageError: it has a triplet that this module does not have.
         """
         left = record["kept"].get(self.path)
         if left is None:
-            return  # the record of another run: the comparison of the two names what differs
+            return  # another run's record: `check_resume` names what differs
         if left and left[-1] >= self.r:
             raise UsageError(
                 f"the checkpoint has triplet {left[-1]} of {self.path}, but init_r is {self.r}"

@@ -32,7 +32,7 @@ from dlora.lora.init import Initialisation
 from dlora.lora.variants.lora import LoraAdapter
 from dlora.registry import option
 
-_PLACES, _RANKS = "xyz", "pqs"  # of the kernel's dims in a formula
+_PLACES, _RANKS = "xyz", "pqs"  # letters of the kernel's dims in a formula
 
 
 @dataclass(frozen=True)

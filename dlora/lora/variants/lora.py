@@ -209,7 +209,7 @@ class LoraAdapter(Stateful):
         )
 
     def kept_inputs(self, x: Tensor) -> tuple[Tensor | None, float]:
-        """(mask shaped like x, False where dropout zeroes, and 1/(1 − p)); no mask means all."""
+        """(mask shaped like x, False where dropout zeroes; 1/(1 − p)); without it (None, 1)."""
         if not self.training or self.state is AdapterState.OFF or self.dropout == 0:
             return None, 1.0
         return self.stream.keep_mask(x, self.dropout, self.path), 1 / (1 - self.dropout)
@@ -264,6 +264,6 @@ class LoraAdapter(Stateful):
         """Resize the parameters, which no replica owns, as a checkpoint's record says."""
 
     def extra_repr(self) -> str:
-        factor = self._parameters.get("lora_A")  # ZeRO-3 takes it out of sight while it looks
+        factor = self._parameters.get("lora_A")  # ZeRO-3 hides it while it partitions
         shown = "" if factor is None else f"r={factor.shape[0]}, "
         return f"{shown}scaling={self.scaling:g}, dropout={self.dropout:g}"
