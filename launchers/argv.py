@@ -29,10 +29,10 @@ def names_of(*options: type) -> set[str]:
 
 
 def spelled(field: str) -> str:
-    """`num_workers` as it stands on a command line."""
+    """A field's name on a command line: `num_workers` → `num-workers`."""
     return field.replace("_", "-")
 
 
 def word(name: str, value: str | None) -> str:
-    """An option as one word."""
+    """An option as one word of a command line."""
     return f"--{name}" if value is None else f"--{name}={value}"

@@ -1,4 +1,4 @@
-"""A stop of a run under Ray: it comes to the program that started the run, and all ranks make it.
+"""Stops a run under Ray: the program that started it gets the signal, and all ranks stop.
 
     SIGTERM, SIGINT ──> the program ──> a flag, an actor beside it ──> rank 0, which waits for it
 
@@ -27,26 +27,26 @@ T = TypeVar("T")
 
 
 class Flag:
-    """An actor: the signal that comes."""
+    """An actor with the signal that the program got."""
 
     def __init__(self) -> None:
         self._number, self._is_waited_for = 0, False
         self._has_come = asyncio.Event()
 
     async def put(self, number: int) -> bool:
-        """Whether ranks are there who wait for it."""
+        """Set the signal; returns whether ranks wait for it."""
         self._number = self._number or number
         self._has_come.set()
         return self._is_waited_for
 
     async def get(self) -> int:
-        """The signal, once it has come: a rank has the answer at its next step's end."""
+        """Wait for the signal and return it; a rank looks for the answer at the end of a step."""
         self._is_waited_for = True
         await self._has_come.wait()
         return self._number
 
     async def forget(self) -> None:
-        """The ranks are gone; others may come."""
+        """Note that the ranks are gone; others may follow."""
         self._is_waited_for = False
 
 
@@ -81,7 +81,7 @@ class Stop:
             signal.signal(number, self._handle)
 
     def wait_for(self, work: Callable[[], T]) -> T:
-        """What `work` returns or raises; done in another thread, where Ray leaves signals alone."""
+        """Run `work` in another thread, so that Ray does not handle signals; returns its result."""
         result: Future[T] = Future()
 
         def run() -> None:

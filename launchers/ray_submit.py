@@ -33,7 +33,7 @@ from . import NAME
 from .argv import names_of, word, words_of
 from .ray_train import Workers, check_options, place_of
 
-# Left out of the package: what is large, what is made anew there, and what is nobody's business.
+# Not copied: what is large, what is made anew there, and what is secret.
 EXCLUDED = (
     *(".env*", ".netrc", ".pypirc", ".git-credentials", "*.pem", "*.key", "id_*", "kubeconfig"),
     *(".aws", ".ssh", ".kube", ".ray", ".config"),
@@ -97,10 +97,10 @@ def main(argv: list[str]) -> int:
 
 
 def forwarded(argv: list[str], root: Path) -> list[str]:
-    """The words of launchers.ray_train, and the configuration's path as seen from `root`.
+    """The options of launchers.ray_train, with the configuration's path relative to `root`.
 
     Raises:
-        UsageError: the configuration does not lie in `root`.
+        UsageError: the configuration is not inside `root`.
     """
     kept, own = [], names_of(Submission)
     for name, value in words_of(argv, Submission):
@@ -115,10 +115,10 @@ def forwarded(argv: list[str], root: Path) -> list[str]:
 
 
 def check_packed(config: Config, words: list[str], root: Path, excluded: Iterable[str]) -> None:
-    """See that what is named by a relative path gets into the package.
+    """Check that what a relative path names is copied to the cluster.
 
     Raises:
-        UsageError: it is left out, by `excluded` or by an ignore file, which Ray heeds as well.
+        UsageError: it is left out, by `excluded` or by an ignore file, which Ray obeys as well.
     """
     import pathspec
 
@@ -139,7 +139,7 @@ def check_packed(config: Config, words: list[str], root: Path, excluded: Iterabl
 
 
 def files_of(root: Path, key: str, path: str) -> Iterator[str]:
-    """What a relative path or pattern names below a directory, seen from there.
+    """The files below `root` that a relative path or pattern names, relative to it.
 
     Raises:
         UsageError: it leads out of the directory, or is no pattern.
@@ -148,7 +148,7 @@ def files_of(root: Path, key: str, path: str) -> Iterator[str]:
         return
     steps = Path(os.path.normpath(path)).parts
     if not steps:
-        return  # the directory itself, of which some things are left out for good
+        return  # the directory itself, of which some files are always left out
     if steps[0] == "..":  # links may lead out: Ray packs their targets
         raise UsageError(f"{key}: {path} is not inside the working directory {root}")
     try:
@@ -161,11 +161,11 @@ def files_of(root: Path, key: str, path: str) -> Iterator[str]:
 
 
 def connect(wanted: Submission) -> Any:
-    """A client of the cluster.
+    """Connect to the cluster; returns Ray's client.
 
     Raises:
         UsageError: there is no token, or it is the wrong one.
-        TransientError: nobody answers.
+        TransientError: the cluster does not answer.
     """
     if not wanted.no_auth and not has_token():
         raise UsageError(
@@ -185,7 +185,7 @@ def connect(wanted: Submission) -> Any:
 
 
 def has_token() -> bool:
-    """Whether there is one where Ray looks; without, Ray ends the process."""
+    """Whether a token is where Ray looks for it; without one, Ray ends the process."""
     if os.environ.get("RAY_AUTH_TOKEN"):
         return True
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
@@ -193,6 +193,7 @@ def has_token() -> bool:
 
 
 def first_line(error: Exception) -> str:
+    """The first line of an exception's text."""
     return str(error).strip().partition("\n")[0]
 
 
@@ -205,8 +206,10 @@ class Following:
         self._failing = math.inf  # since when the cluster has not answered
 
     def status(self) -> int:
-        """Its exit status once it has ended; 130 where it was stopped or left alone, and 1 where
-        the cluster no longer answers."""
+        """Follow the job to its end; returns its exit status.
+
+        130 if it was stopped or left running, 1 if the cluster no longer answers.
+        """
         from aiohttp import ClientError  # Ray's own client's
 
         is_again = False
@@ -235,7 +238,7 @@ class Following:
                     return 130
 
     async def _follow(self) -> None:
-        """Print what comes, without what was printed before."""
+        """Print the log as it grows, without what was printed before."""
         passed = 0
         async for text in self._client.tail_job_logs(self._job):
             new = text[max(0, self._printed - passed) :]
@@ -251,7 +254,7 @@ class Following:
         return 0 if info.status.value == "SUCCEEDED" else info.driver_exit_code or 1
 
     def ask(self) -> bool:
-        """Ask what Ctrl-C meant; whether to go on following."""
+        """Ask what to do after Ctrl-C; returns whether to follow on."""
         how = f"ray job logs --address {self._address} --follow {self._job}"
         if not sys.stdin.isatty():
             print(f"\n{self._job} continues without this program; {how}", flush=True)

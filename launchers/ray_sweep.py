@@ -5,8 +5,8 @@
 
 SPACE is YAML or JSON, or a file of it: keys of the configuration, each with a list (all of its
 values, a grid) or a distribution to draw from: `uniform`, `loguniform` or `randint` with [low,
-high], `choice` with a list. The grid is run once for each sample. A trial's figures come with its
-saves: at every evaluation, or every `output.save_every` steps where there is none. `asha` ends
+high], `choice` with a list. The grid is run once for each sample. A trial reports its figures with
+its saves: at every evaluation, or every `output.save_every` steps where there is none. `asha` ends
 trials that are behind then. Each trial is a run of launchers.ray_train's in `output.dir/TRIAL`; the
 table at the end is in `output.dir/sweep.json` as well, its plot in `sweep.png`.
 
@@ -69,10 +69,10 @@ def main(argv: list[str]) -> int:
 
 
 def read_space(given: str) -> Space:
-    """The space that `--space` names or holds.
+    """Read the space of `--space`, or of the file that it names.
 
     Raises:
-        UsageError: it is no mapping of keys of the configuration to lists or distributions.
+        UsageError: it is not a mapping of configuration keys to lists or distributions.
     """
     try:
         text = Path(given).read_text() if Path(given).suffix in (".yaml", ".json") else given
@@ -101,7 +101,7 @@ def read_space(given: str) -> Space:
 
 
 def numbers(given: Any) -> Any:
-    """The same with 1e-5 as a number, which YAML takes for a word where JSON does not."""
+    """`given` with strings such as 1e-5 as floats: YAML, unlike JSON, reads them as strings."""
     if isinstance(given, dict):
         return {kind: numbers(values) for kind, values in given.items()}
     if isinstance(given, list):
@@ -120,10 +120,10 @@ def is_range(values: Any, *, above_zero: bool) -> bool:
 
 
 def check(config: Config, sweep: Sweep, words: Mapping[str, str | None], space: Space) -> None:
-    """See that every value that may come up is one that a run takes, before any run is started.
+    """Check, before any run is started, that a run accepts every value of the space.
 
     Raises:
-        UsageError: one is not; a key stands twice; or nobody would compute the metric.
+        UsageError: it does not; a key is set twice; or no run would compute the metric.
     """
     check_options(config, sweep)
     if sweep.name or config.output.remote:
@@ -157,8 +157,7 @@ def check(config: Config, sweep: Sweep, words: Mapping[str, str | None], space: 
 def configuration(
     words: Mapping[str, str | None], values: Mapping[str, Any], directory: Path
 ) -> Config:
-    """That of a trial: it saves, and so tells Ray of its figures, whenever it evaluates; without
-    evaluations as it is told, or once at the end."""
+    """The configuration of a trial, which reports to Ray at each save; see `told_every`."""
     given = [word(name, value) for name, value in words.items() if name != "output.dir"]
     tried = [word(key, v if isinstance(v, str) else json.dumps(v)) for key, v in values.items()]
     options = parse([*given, *tried, f"--output.dir={directory}"], f"{NAME}.ray_sweep", Workers)
@@ -167,21 +166,22 @@ def configuration(
 
 
 def told_every(config: Config) -> int:
-    """Steps between two saves, with which Ray is told of a trial's figures."""
+    """Steps between two saves: those of evaluation or, without one, of saves; else all steps."""
     output = config.output
     every = output.eval_every if evaluates(config) else output.save_every
     return every or config.train.max_steps
 
 
 def evaluates(config: Config) -> bool:
+    """Whether a run evaluates."""
     return bool(config.data.eval) and config.output.eval_every > 0
 
 
 def run(
     words: dict[str, str | None], sweep: Sweep, space: Space, root: Path, max_steps: int
 ) -> list[Trial]:
-    """Let Ray Tune run all trials; the best first."""
-    # A save that answers a notice comes without an evaluation.
+    """Let Ray Tune run all trials; returns them, the best first."""
+    # A save before a node's announced removal has no evaluation.
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
     from ray import tune
     from ray.tune.search import BasicVariantGenerator
@@ -228,7 +228,7 @@ def run(
 
 
 def room(sweep: Sweep) -> int:
-    """Trials that the cluster has room for at one time."""
+    """The number of trials that the cluster has room for at the same time."""
     import ray
 
     if not ray.is_initialized():
@@ -242,7 +242,7 @@ def room(sweep: Sweep) -> int:
 
 
 def _drawn(tune: Any, values: Any) -> Any:
-    """What Ray Tune calls it."""
+    """A list or distribution as Ray Tune's object."""
     if isinstance(values, list):
         return tune.grid_search(values)
     [(kind, given)] = values.items()

@@ -6,7 +6,7 @@
 Ray places the workers, starts them again when one is lost, and changes their number between MIN and
 MAX; the global batch, the order of the data and the result stay what they are. Rank 0 fetches the
 newest checkpoint that verifies from the storage, or from `output.remote` where that is set,
-wherever it comes up. The same command, with the same storage and name, goes on from there.
+on whatever node it is. The same command, with the same storage and name, resumes from there.
 
 Exit status: 0 done, 2 a wrong configuration (one line, no restarts), 143 and 130 after a stop by
 SIGTERM or Ctrl-C, which commits first, 1 anything else.
@@ -28,7 +28,7 @@ from dlora.train import exit_with
 
 from . import NAME
 
-# Of the environment, what every worker gets; Ray shows it to whoever may look, so no secrets.
+# Variables of the environment that every worker gets; Ray shows them, so no secrets.
 FORWARDED = (
     *("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG", "NCCL_IB_HCA", "OMP_NUM_THREADS"),
     *("DS_ACCELERATOR", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "HF_HOME", "HF_HUB_OFFLINE"),
@@ -37,7 +37,7 @@ FORWARDED = (
 
 @dataclass(frozen=True)
 class Workers:
-    """How Ray runs it."""
+    """How Ray runs the job."""
 
     num_workers: str = option(
         "1",
@@ -62,7 +62,7 @@ class Workers:
 
 @dataclass(frozen=True)
 class Place:
-    """What Ray keeps of a run, and without an `output.remote` its checkpoints and adapter as well:
+    """The place of Ray's files of a run, and without `output.remote` of checkpoints and adapter:
     `name` in `storage`, a directory or URL.
     """
 
@@ -71,7 +71,7 @@ class Place:
 
     @property
     def url(self) -> str:
-        """Of both, as `output.remote` has it."""
+        """The URL of both, as `output.remote` takes it."""
         storage = self.storage.rstrip("/")
         return f"{storage if '://' in storage else f'file://{storage}'}/{self.name}"
 
@@ -83,13 +83,12 @@ def main(argv: list[str]) -> int:
         raise UsageError("--check is an option of dlora.train, which reads the same configuration")
     workers = options.extra
     config, place = placed(options.config, workers)
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # steps look alike to it
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # it would drop lines of steps as duplicates
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     from . import ray_stop, ray_worker  # noqa: F401
 
-    # All that looks at the directory comes before a submitted job joins Ray, which may unpack its
-    # files anew then.
+    # The directory is read before a submitted job joins Ray, which may unpack its files anew.
     directory = Path.cwd()
     stop = ray_stop.Stop()
     try:
@@ -106,7 +105,7 @@ def main(argv: list[str]) -> int:
 
 
 def placed(config: Config, workers: Workers) -> tuple[Config, Place]:
-    """The configuration with a place for the run's checkpoints and adapter, and Ray's place.
+    """The configuration with an `output.remote`, and Ray's place.
 
     Raises:
         UsageError: as for `place_of`; or two options contradict each other.
@@ -119,7 +118,7 @@ def placed(config: Config, workers: Workers) -> tuple[Config, Place]:
 
 
 def check_options(config: Config, workers: Workers) -> None:
-    """See that options mean something together, and that Ray is there.
+    """Check that the options fit together, and that Ray is installed.
 
     Raises:
         UsageError: they do not, or it is not.
@@ -138,13 +137,13 @@ def check_options(config: Config, workers: Workers) -> None:
 
 
 def place_of(config: Config, workers: Workers, *, submitted: bool) -> Place:
-    """Where Ray's storage of the run is.
+    """The place of the run in Ray's storage.
 
     Args:
         submitted: as a job, whose relative paths start in a working directory of its own.
 
     Raises:
-        UsageError: it would go with the job's working directory.
+        UsageError: it would be deleted with the job's working directory.
     """
     directory = Path(config.output.dir).expanduser()
     if workers.storage is None:
@@ -176,12 +175,12 @@ def trainer(
     stop: Any = None,
     callbacks: Sequence[Any] = (),
 ) -> Any:
-    """Ray's trainer.
+    """Build Ray's trainer of the run.
 
     Args:
         directory: where relative paths start.
-        stop: a handle of `ray_stop.Flag`; without one nobody stops it.
-        callbacks: Ray Train's, which are told of reports and of ranks that are lost.
+        stop: a handle of `ray_stop.Flag`; None: signals do not stop the run.
+        callbacks: Ray Train's, called with reports and when ranks are lost.
     """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -190,8 +189,8 @@ def trainer(
 
     forwarded = {name: os.environ[name] for name in FORWARDED if name in os.environ}
     forwarded["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"  # it prints every line twice
-    forwarded["RAY_worker_niceness"] = "0"  # Ray's workers give way to all else; a rank may not
-    if not workers.use_gpu:  # Ray hides no GPU from who has asked for none
+    forwarded["RAY_worker_niceness"] = "0"  # Ray's workers have a low priority; a rank must not
+    if not workers.use_gpu:  # Ray does not hide GPUs from workers without one
         forwarded["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths start where the job does
     return TorchTrainer(
@@ -220,7 +219,7 @@ def trainer(
 
 
 def number(text: str) -> int | tuple[int, int]:
-    """N, or (MIN, MAX).
+    """Parse `--num-workers`: N, or (MIN, MAX).
 
     Raises:
         UsageError: it is neither.

@@ -4,8 +4,8 @@
     dlora.train.main ──each save──> ray.train.report: a line of the metrics, a pointer
 
 dlora itself copies checkpoints to the storage, prunes them once a newer one has arrived, and takes
-the newest that verifies from there. Ray's checkpoint of each is a pointer, one file that says where
-dlora's lies: the form that Ray recommends for those that it does not copy.
+the newest that verifies from there. Ray's checkpoint of each is a pointer, one file with the place
+of dlora's: the form that Ray recommends for those that it does not copy.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ from dlora.train import main
 
 from . import NAME
 
-PACE_SECONDS = 5.0  # that a save waits for the report of the one before
+PACE_SECONDS = 5.0  # that a save waits for the report of the previous one
 GOING_SECONDS = 60.0  # in which Ray notices that a node is gone
 POLLED_SECONDS = 5.0  # in which Ray Train looks at its workers again
 MOST_WAITING = 32  # questions and reports that the run may be ahead of Ray
-POINTER = "checkpoint.json"  # what Ray's checkpoint holds: {"uri": of dlora's, "step": of it}
+POINTER = "checkpoint.json"  # the content of Ray's checkpoint: {"uri": of dlora's, "step": of it}
 
 
 class Ungrouped(TorchConfig):
-    """What Ray does for torch but for the process group.
+    """Ray's set-up for torch, without a process group.
 
-    The run makes its own, over devices of its choice and within a time, and names the hosts that do
-    not come; Ray would wait for half an hour, and not start anew.
+    The run makes its own, with a timeout, and names the hosts that do not join; Ray would wait for
+    half an hour, and not restart.
     """
 
     @property
@@ -68,14 +68,14 @@ class _Ungrouped(Backend):
 
 @dataclass
 class Verdict:
-    """How a rank ended: an exit status, and of status 2 the line that says why."""
+    """How a rank ended: its exit status, and for status 2 the error line."""
 
     status: int
     error: str = ""
 
 
 def work(given: dict[str, Any]) -> Verdict:
-    """Train, as one rank of Ray's; how that ended, which Ray does not try again.
+    """Train as one rank of a Ray job; returns how it ended, after which Ray does not restart.
 
     Args:
         given: `config`, the resolved configuration as YAML, and `directory`, where relative paths
@@ -110,7 +110,7 @@ def work(given: dict[str, Any]) -> Verdict:
 
 
 def enter(directory: str) -> None:
-    """Make relative paths mean here what they mean where the job was started.
+    """Change to the directory in which the job was started, for relative paths.
 
     Raises:
         UsageError: this node does not have the directory.
@@ -128,7 +128,7 @@ def enter(directory: str) -> None:
 
 
 def join() -> None:
-    """Set what torchrun would set, from Ray's ranks, and a meeting point on rank 0's node."""
+    """Set torchrun's environment from Ray's ranks, with a rendezvous on rank 0's node."""
     context = get_context()
     met = None
     if context.get_world_rank() == 0:
@@ -145,22 +145,22 @@ def join() -> None:
 
 
 def free_port() -> int:
-    """One that nobody listened on a moment ago."""
+    """A port that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
 
 
 class Reports:
-    """What Ray is told and asked while the run goes on.
+    """Reports to Ray, and questions to it, while the run continues.
 
-    All of it but the stop is a barrier over Ray's ranks, so each rank has to come to the same ones
-    in the same order. One thread keeps the order of the run's steps. The run itself waits for it at
+    All but the stop are barriers over Ray's ranks, so each rank has to enter the same ones in the
+    same order. One thread keeps the order of the run's steps. The run itself waits for it at
     its end, and where it is `MOST_WAITING` of them ahead: of steps that are faster than Ray, or
     while a checkpoint goes to its storage.
 
     Args:
-        stop: the flag that this rank waits for, if it is the one that does.
+        stop: the flag of `ray_stop`, on the one rank that asks it.
 
     Attributes:
         has_lost_peer: whether the run ended that way.
@@ -173,10 +173,10 @@ class Reports:
         self._thread = ThreadPoolExecutor(1, "dlora-ray")
         self._waiting: deque[Future[None]] = deque()
         self._answered: set[str] = set()  # nodes that are going
-        self._notice = threading.Event()  # one of them, and nobody has saved for it yet
+        self._notice = threading.Event()  # a node is going, and no save has answered it yet
 
     def is_stopped(self) -> bool:
-        """Whether somebody has stopped the run. The flag answers when somebody does."""
+        """Whether the run was stopped; the flag answers only then."""
         if self._stop is None:
             return False
         if self._asking is None:
@@ -191,7 +191,7 @@ class Reports:
         return has_come
 
     def saved(self, record: Mapping[str, Any], committed: Committed) -> None:
-        """Tell Ray of a save: the step's figures, and from rank 0 where its checkpoint lies.
+        """Report a save to Ray: the step's figures and, from rank 0, the checkpoint's URL.
 
         Ray takes one report in a second or two; where saves come faster, each waits a while for the
         one before, so that no notice waits behind many.
@@ -202,13 +202,13 @@ class Reports:
         self._told = self._submit(lambda: self._report(figures, committed()))
 
     def lose_peer(self) -> None:
-        """A peer is gone, and with it all that would wait for it."""
+        """Note that a peer is gone, so that nothing waits for it."""
         self.has_lost_peer = True
 
     def wait_for_going(self) -> None:
-        """Until Ray Train has seen the end of the nodes that were given notice, if any.
+        """Wait until Ray Train has seen the end of the nodes that were given notice, if any.
 
-        What those who have lost them say counts as a failure of theirs where it is heard first.
+        Otherwise the errors of ranks that lost them would count as failures of these ranks.
         """
         if not self._answered:
             return
@@ -218,7 +218,7 @@ class Reports:
         time.sleep(POLLED_SECONDS)
 
     def close(self) -> None:
-        """Wait until Ray knows all, unless a peer is gone."""
+        """Wait until all reports have arrived, unless a peer is gone."""
         self._thread.shutdown(wait=not self.has_lost_peer, cancel_futures=self.has_lost_peer)
         if not self.has_lost_peer:
             self._see_done()
@@ -231,7 +231,7 @@ class Reports:
         return submitted
 
     def _see_done(self) -> None:
-        """Raise what was raised meanwhile."""
+        """Raise what a finished report or question raised."""
         while self._waiting and self._waiting[0].done():
             self._waiting.popleft().result()
 
@@ -250,14 +250,14 @@ class Reports:
 
 
 def living() -> set[str]:
-    """The nodes that Ray takes for alive."""
+    """Ids of the nodes that Ray considers alive."""
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def point_to(url: str, step: int) -> Checkpoint | None:
-    """Put a pointer to a checkpoint of dlora's into Ray's storage; None where that refuses it.
+    """Store a pointer to a checkpoint in Ray's storage; None if that fails.
 
-    In `report` itself that would be an error, and the end of all ranks.
+    A failure in `report` itself would end all ranks.
     """
     name = f"checkpoint_{step:06d}_{uuid.uuid4().hex[:8]}"  # a step may be saved twice
     try:
@@ -275,4 +275,5 @@ def point_to(url: str, step: int) -> Checkpoint | None:
 
 
 def is_figure(value: Any) -> bool:
+    """Whether Ray takes a value as a metric."""
     return isinstance(value, (int, float, str)) and not isinstance(value, bool)

@@ -18,7 +18,7 @@ class Trial:
     Attributes:
         values: of the keys that were swept.
         figure: the last value of the metric; None where there is none.
-        step: the last step that was told of.
+        step: the last step that was reported.
         error: the last line of what ended it; empty where it ended well or early.
     """
 
@@ -32,7 +32,7 @@ class Trial:
     def of(
         cls, values: Mapping[str, Any], metrics: Mapping[str, Any], error: Any, metric: str
     ) -> Trial:
-        """From what Ray Tune keeps of it."""
+        """The trial by what Ray Tune recorded of it."""
         lines = str(error).strip().splitlines() if error else [""]
         figure = metrics.get(metric)
         return cls(
@@ -93,4 +93,5 @@ def keys_of(trials: Sequence[Trial]) -> list[str]:
 
 
 def plain(value: Any) -> str:
+    """A value as the table and the plot show it."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -14,13 +14,13 @@ from dlora.io.files import write_atomically
 
 
 class MetricsLog:
-    """Appends to `<directory>/metrics.jsonl`; after a resume every step stands in it once.
+    """Appends to `<directory>/metrics.jsonl`; after a resume it has every step once.
 
     Args:
         after: the step that the run starts from; lines of later steps are dropped first, and all of
             them where it is None (a fresh run).
         tensorboard: also write the figures as scalars under `<directory>/tensorboard`.
-        warn: gets a line where the disk refuses one, which is written with the next one.
+        warn: gets a line if a write fails; the next one writes the lost lines as well.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class MetricsLog:
             )
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one line and put it where a reader sees it."""
+        """Append one line, and flush it."""
         self._unwritten += _line(record)
         self._flush()
         if self._board is not None:
@@ -59,13 +59,13 @@ class MetricsLog:
             self._board.add_figure(name, figure, step, close=False)
 
     def close(self) -> None:
-        """Flush both."""
+        """Write what is buffered, and close TensorBoard's writer."""
         self._flush()
         if self._board is not None:
             self._board.close()
 
     def _flush(self) -> None:
-        """Append what is due; of what the disk refuses, nothing stays in the file."""
+        """Append what is buffered; a failed write leaves nothing in the file."""
         size = self._path.stat().st_size if self._path.exists() else 0
         try:
             with open(self._path, "ab") as file:
@@ -84,10 +84,10 @@ class SilentLog:
     """The log of the ranks that write nothing."""
 
     def write(self, record: dict[str, Any]) -> None:
-        """Nothing."""
+        """Discard the record."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -106,7 +106,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def complete(path: Path, record: dict[str, Any]) -> None:
-    """Append a step's line where the rank that writes them had not come to it."""
+    """Append a step's line, unless the file has that step already."""
     if all(found["step"] != record["step"] for found in read_metrics(path)):
         torn = path.exists() and not path.read_bytes().endswith(b"\n")
         with open(path, "a", encoding="utf-8") as file:
@@ -114,7 +114,7 @@ def complete(path: Path, record: dict[str, Any]) -> None:
 
 
 def held_out_line(directory: Path) -> str | None:
-    """What training did to the held-out loss, also of a run that was resumed; None if unknown."""
+    """A line on the held-out loss before and after training, across resumes; None if unknown."""
     found = [r for r in read_metrics(directory / "metrics.jsonl") if r.get("eval_loss") is not None]
     if len(found) < 2:
         return None

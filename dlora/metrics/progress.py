@@ -87,13 +87,13 @@ class CopyDisplay(_Bar):
         self._show(self._done)
 
     def finish(self, name: str) -> None:
-        """A file is complete."""
+        """Report that the file `name` is complete."""
         if self._bar is None:
             self._announce(f"{name}  {self._done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB")
 
 
 def clock(seconds: float) -> str:
-    """As `1:02:03`, or `2:03` below an hour."""
+    """Seconds as `1:02:03`, or `2:03` below an hour."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

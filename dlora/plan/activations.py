@@ -22,7 +22,7 @@ class Trace:
 
     Attributes:
         saved: alive between forward and backward.
-        blocks: most alive at one time, but for the time of the loss.
+        blocks: most alive at one time, outside of the loss.
         loss: most alive while output head and loss are computed.
         flops: of forward and backward, with what is recomputed.
         estimated: why the figures are estimated from shapes alone; empty where they are traced.
@@ -38,10 +38,15 @@ class Trace:
 def estimate(
     skeleton: Any, tokens: int, checkpointing: bool, reason: str, targets: int | None = None
 ) -> Trace:
-    """The figures of `tokens` tokens from shapes alone.
+    """Estimate the figures of a micro-batch of `tokens` tokens from shapes alone.
 
     Every weight [.., out, in] of a block saves its input and its output, which for a Llama is 0.9
-    of what it does. The stacked weights of experts count for as many experts as see a token.
+    of what is saved. The stacked weights of experts count for as many experts as see a token.
+
+    Args:
+        checkpointing: with activation checkpointing.
+        reason: why the model was not traced, for `Trace.estimated`.
+        targets: tokens that are targets; None: all of them.
     """
     head = model_parts(skeleton).head
     experts = getattr(skeleton.config, "num_experts_per_tok", None) or 1

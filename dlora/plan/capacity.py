@@ -13,7 +13,7 @@ _GROUPS = Path("/sys/fs/cgroup")
 def free_bytes(device: torch.device, ranks: int) -> int | None:
     """Bytes that one of this machine's `ranks` ranks may take: of its GPU, or of the host's memory.
 
-    None where the system does not tell.
+    None if the system does not report it.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

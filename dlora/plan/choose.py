@@ -10,7 +10,7 @@ from dlora.plan.plan import Plan, Subject
 from dlora.plan.state import modes
 from dlora.sharding.topology import Topology, resolve_placement
 
-USABLE = 0.95  # of free memory: others take of it as well
+USABLE = 0.95  # of free memory: other processes need some as well
 Cost = Callable[[Plan], tuple[float, ...]]
 
 
@@ -19,7 +19,7 @@ class Capacity:
     """Memory that a rank may take.
 
     Args:
-        nbytes: of it.
+        nbytes: its size.
         source: where the figure comes from, for a reader.
         is_budget: the user has set it, so what is spare keeps layers resident, and what does not
             fit is refused.
@@ -62,7 +62,7 @@ class Decision:
 
 
 def bytes_first(plan: Plan) -> tuple[float, ...]:
-    """Between nodes, then inside them."""
+    """The cost of a plan: bytes sent between nodes, then those inside them."""
     return plan.traffic.between, plan.traffic.inside
 
 
@@ -76,7 +76,7 @@ def candidates(
     divided: bool = False,
     offload: bool = False,
 ) -> list[Candidate]:
-    """All placements that `base` leaves open; on one node, `node` would be `world`."""
+    """A row for each placement that `base` allows; on one node, `node` would equal `world`."""
     places = ("none", "node", "world") if topology.nodes > 1 else ("none", "world")
     found = []
     for place in places if base == "auto" else (base,):
@@ -116,7 +116,7 @@ def decide(
         capacity: None if nothing is known: everything fits.
 
     Raises:
-        UsageError: no placement is possible, or none fits a budget, of which the least is told.
+        UsageError: no placement is possible, or none fits a budget.
     """
     seen: list[Candidate] = []
     for divided in modes(subject.workload.optimizer, optimizer_state, topology.world):

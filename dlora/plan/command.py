@@ -1,4 +1,4 @@
-"""`python -m dlora.plan --config FILE`: what a run would cost on machines that are not at hand."""
+"""`python -m dlora.plan --config FILE`: what a run would cost on given machines."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _file_to_emit(argv: list[str], machines: Machines) -> str:
     """The file of `--config`, which the pods of an overlay read too; empty without `--emit`.
 
     Raises:
-        UsageError: an option is missing that `--emit` needs, or one could not act.
+        UsageError: an option that `--emit` needs is missing, or one has no effect.
     """
     if machines.emit is None:
         if machines.emit_to is not None:

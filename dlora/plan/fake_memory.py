@@ -17,7 +17,7 @@ aten: Any = torch.ops.aten
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside, every storage that an operation makes counts from then on until it is freed.
+    """Inside, every storage counts from the operation that makes it until it is freed.
 
     Under a `FakeTensorMode` no operation computes anything, and all of them follow shapes and
     lifetimes exactly, autograd's and activation checkpointing's included. What depends on values is
@@ -95,7 +95,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _fused_on_cpu(count: Callable[..., int], causal: int) -> Callable[..., int]:
-    """`count`, halved where the argument number `causal` says that half of the scores are masked.
+    """`count`, halved if the argument number `causal` is true: half of the scores are masked.
 
     Fused kernels skip those, and the figure is to bound the time from below.
     """

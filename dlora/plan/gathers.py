@@ -17,10 +17,10 @@ class Unit:
 
     Attributes:
         nbytes: of its parameters.
-        gathered: while it is gathered, padding included.
-        times: gathers per optimizer step, unless it is held.
+        gathered: bytes while it is gathered, padding included.
+        times: gathers per optimizer step, unless it is resident.
         freed: after each use; otherwise it stays until the step ends.
-        always: the engine holds it anyway.
+        always: the engine keeps it gathered in any case.
     """
 
     path: str
@@ -40,7 +40,7 @@ def units_of(
 ) -> tuple[Unit, ...]:
     """The frozen groups of a model over `ranks` ranks, in the order of `groups`.
 
-    A freed group is gathered once per forward, once more for backward where a gradient comes to it,
+    A freed group is gathered once per forward, once more for backward if a gradient reaches it,
     and once more where recomputation asks for it; a kept one once per step.
 
     Args:
@@ -67,7 +67,7 @@ def units_of(
 def _order(skeleton: nn.Module, trained: Collection[str]) -> tuple[int, dict[str, int]]:
     """Where in the model's order the first trained module stands, and the last one in each module.
 
-    A gradient comes to the output of a module if something trained lies in or before it.
+    A gradient reaches the output of a module if something trained is in or before it.
     """
     paths = [path for path, _ in skeleton.named_modules()]
     last_of: dict[str, int] = {}

@@ -26,7 +26,7 @@ CONFIGS = "/etc/dlora"  # where pods see the files of configs/
 GPU = "nvidia.com~1gpu"  # as a word of a JSON pointer
 # CPUs and GiB beside each GPU: of a pod's request, and at most.
 BESIDE_GPU = {"requests": (4, 32), "limits": (8, 64)}
-# What a cluster calls otherwise than the machine that plans.
+# Paths and names that a cluster has of its own.
 PLACES = {"model.path", "model.revision", "model.cache_dir", "output.dir"}
 RAY = (
     *("python", "-m", "dlora.launchers.ray_train", "--config", "{config}"),
@@ -41,7 +41,7 @@ def patch(kind: str, plan: Plan, config: Config, file: str, reason: str, place: 
 
     Args:
         kind: one of `KINDS`.
-        config: what was planned, and `file`, where it comes from but for the command line.
+        config, file: what was planned, and the file of `--config`.
         reason: why this placement, for a reader.
         place: the patch's own file, as the overlay names it.
 
@@ -68,7 +68,7 @@ def patch(kind: str, plan: Plan, config: Config, file: str, reason: str, place: 
 
 
 def options(plan: Plan, config: Config, file: str) -> list[str]:
-    """Words for the run's command line: the placement, and what the planner's line had set."""
+    """Options for the run's command line: the placement, and what the planner's line set."""
     chosen: dict[str, Any] = {"sharding.base": plan.placement.base}
     if config.sharding.optimizer_state == "auto":
         chosen["sharding.optimizer_state"] = "divided" if plan.divided else "replicated"
@@ -148,7 +148,7 @@ def write(text: str, path: str) -> None:
     """Write the patch to a file.
 
     Raises:
-        UsageError: that is not possible.
+        UsageError: the file cannot be written.
     """
     try:
         Path(path).expanduser().write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a run took, to be held against its plan."""
+"""What a run took, for the comparison with its plan."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Measured:
     """Bytes of one rank.
 
     Attributes:
-        wire: sent per step once what stays gathered has come: the median from the third step on,
+        wire: sent per step once resident layers are gathered: the median from the third step on,
             as long as the method has cut no parameters.
-        base: of W0, held.
+        base: stored of W0.
         replica: of A, B, gradients and optimizer state.
         peak: the most, of the rank that had most.
         pruned: whether the method cut a part of `replica`, which is planned for the beginning.

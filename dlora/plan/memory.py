@@ -1,6 +1,6 @@
 """Bytes per rank.
 
-all the time    share of W0 │ layers that are held │ A, B, gradients │ optimizer state
+all the time    share of W0 │ resident layers │ A, B, gradients │ optimizer state
                 the factors of frozen offsets, of adapters that start from a matrix
                 on a CPU: two snapshots of A, B and state, and one of the offsets
 and the most of
@@ -24,8 +24,7 @@ from dlora.plan.state import divides, share_of, state_of
 from dlora.plan.workload import Workload
 from dlora.sharding.topology import Placement, Topology
 
-# Free bytes that an allocator cannot use, of those that come and go in a step. What stays has its
-# place from the start.
+# Free bytes that an allocator cannot use, as a share of those that come and go in a step.
 HOLES = 1 / 16
 # What a process takes that no tensor here accounts for. CPU: the interpreter's growth, gloo's
 # buffers, scratch of matrix products. CUDA: context, NCCL's buffers, workspaces of cuBLAS.
@@ -38,8 +37,8 @@ class Memory:
 
     Attributes:
         base_total: W0, once.
-        base_held: this rank's share of W0, padding included, and what the engine always holds.
-        resident: layers that the plan holds gathered beside the share.
+        base_held: this rank's share of W0, padding included, and what the engine always gathers.
+        resident: layers that the plan keeps gathered beside the share.
         base_gathered: most of W0 that is gathered at one time beside these, in the blocks.
         loss_gathered: the same while the loss is computed.
         adapters: values and gradients of A, B and trained copies.
@@ -49,7 +48,7 @@ class Memory:
             memory.
         activations: what a micro-batch takes.
         saving: most that clipping, a step or a save takes between two passes.
-        process: what it takes beside tensors, stated and not computed.
+        process: what it takes beside tensors; a constant.
     """
 
     base_total: int
@@ -139,7 +138,7 @@ def memory_of(
     whole = item * sum(parameter.numel() for parameter in trained.values())
     of_method = [share.elements(named, topology) for named in method.copies]
     kept = state.whole + item * sum(p.numel() for named in method.copies for p in named.values())
-    # Then no rank has all of it to take a snapshot of.
+    # Then no rank has the whole state, so there are no snapshots.
     collective = divided or (divides(workload.optimizer) == "pairs" and topology.world > 1)
     saving = max(8 * stepped, 2 * (whole + kept + offsets)) if device == "cpu" else 0
     memory = Memory(
@@ -160,10 +159,9 @@ def memory_of(
 
 
 def most_gathered(coming: Iterable[Unit]) -> tuple[int, int]:
-    """Most bytes of W0 that are gathered at one time of units that are not held: in the blocks, and
-    at the loss.
+    """Most bytes of W0 gathered at one time beside resident units: in the blocks, at the loss.
 
-    What an engine keeps for the step is there all the time. In the blocks one layer computes and
+    What an engine keeps for the step counts all the time. In the blocks one layer computes and
     the next one arrives; at the loss there is the buffer in which the last one arrived.
     """
     coming = list(coming)

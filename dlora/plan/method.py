@@ -12,7 +12,7 @@ from dlora.lora.layers import CHILD
 
 @dataclass(frozen=True)
 class MethodPlan:
-    """Of all adapters.
+    """The sum over all adapters.
 
     Attributes:
         copies: one entry for each tensor that is stored of every parameter in it, by name.
@@ -24,7 +24,7 @@ class MethodPlan:
 
 
 def method_plan(skeleton: nn.Module) -> MethodPlan:
-    """What the adapter classes say of a model with adapters; see `LoraAdapter.planned_state`."""
+    """The sum of what the adapter classes declare; see `LoraAdapter.planned_state`."""
     copies: list[dict[str, nn.Parameter]] = []
     summed, config = 0, attachment_of(skeleton).config
     for path, _, adapter in named_adapters(skeleton):

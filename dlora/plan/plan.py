@@ -25,9 +25,9 @@ class Plan:
     """One placement and what it costs each rank.
 
     Attributes:
-        divided: the optimizer state, over ranks.
+        divided: whether the optimizer state is divided over ranks.
         resident: paths of the layers that stay gathered from their first use on.
-        trainable: numbers of parameters of A, B and trained copies.
+        trainable: number of parameters in A, B and trained copies.
         flops: of a rank in an optimizer step whose micro-batches are all the largest.
     """
 
@@ -48,7 +48,7 @@ class Plan:
 
     @property
     def base_held(self) -> int:
-        """Bytes of W0 that a rank holds between steps once all that stays has come."""
+        """Bytes of W0 on a rank between steps, once resident layers are gathered."""
         return self.memory.base_held + self.memory.resident
 
     @property
@@ -146,10 +146,9 @@ class Subject:
     def plan_within(
         self, placement: Placement, topology: Topology, budget: int, *, divided: bool = False
     ) -> Plan:
-        """The plan that holds as many layers as fit `budget` bytes beside all else.
+        """The plan with as many resident layers as fit `budget` bytes beside all else.
 
-        Each is taken that still fits, in the order of `shard(resident=…)`. Where nothing fits, none
-        is.
+        In the order of `shard(resident=…)`, every layer is taken that still fits.
         """
         plan = self.plan(placement, topology, divided=divided)
         if placement.shard_size == 1:

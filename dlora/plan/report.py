@@ -11,10 +11,10 @@ from dlora.sharding.replica.replica import AUDIT_EVERY
 
 
 def lines_of(decision: Decision, *, is_open: bool) -> list[str]:
-    """The budget as it is printed before the first step.
+    """The lines of the plan that are printed before the first step.
 
     Args:
-        is_open: whether the placement was to be chosen, so that the choice and its reason are told.
+        is_open: whether the placement was chosen here, so that the reason is printed.
     """
     plan = decision.plan
     p, m, t = plan.placement, plan.memory, plan.traffic
@@ -72,7 +72,7 @@ def resident_of(plan: Plan) -> str:
 
 def comparison(plan: Plan, measured: Measured, device: str) -> str:
     """Planned against measured, as a run prints it at its end."""
-    # CUDA's figure is what its allocator gave out, without holes and all else.
+    # CUDA's figure is what its allocator gave out, without holes and the process.
     peak = plan.memory.in_use if device == "cuda" else plan.memory.peak
     rows: list[tuple[str, int, float]] = [
         ("wire per step, median", plan.gathers + plan.reduction, measured.wire),

@@ -9,7 +9,7 @@ from dlora.plan.plan import Plan
 
 @dataclass(frozen=True)
 class Speeds:
-    """What a machine does at best; None where it is not known, and then it takes no time.
+    """The highest speeds of a machine; what has none (None) takes no time.
 
     Args:
         inside: bytes per second that a rank sends inside its node.
@@ -23,7 +23,7 @@ class Speeds:
 
     @property
     def known(self) -> bool:
-        """Whether any of them is."""
+        """Whether any speed is known."""
         return (self.inside, self.between, self.flops) != (None, None, None)
 
 
@@ -31,8 +31,10 @@ class Speeds:
 class StepTime:
     """Seconds of each part of a step.
 
-    compute: forward of the frozen weights, backward to their inputs, A and B, and what is
-    recomputed, with every micro-batch the largest.
+    Attributes:
+        compute: forward of the frozen weights, backward to their inputs, A and B, and what is
+            recomputed, with every micro-batch the largest.
+        inside, between: sending inside nodes, and between them.
     """
 
     compute: float
@@ -41,12 +43,12 @@ class StepTime:
 
     @property
     def overlapped(self) -> float:
-        """No step is shorter: everything hides behind the longest part."""
+        """The least with perfect overlap: the longest part."""
         return max(self.compute, self.inside, self.between)
 
     @property
     def serial(self) -> float:
-        """No step is shorter in which nothing overlaps."""
+        """The least without any overlap: the sum of the parts."""
         return self.compute + self.inside + self.between
 
 

@@ -1,4 +1,4 @@
-"""What the optimizer keeps, and what it sends beside the gradients."""
+"""What the optimizer stores, and what it sends beside the gradients."""
 
 from __future__ import annotations
 
@@ -38,9 +38,7 @@ class State:
 
 
 def modes(optimizer: OptimizerConfig, setting: str, ranks: int) -> list[bool]:
-    """Whether the state may be divided, by `sharding.optimizer_state`; the first that fits is
-    taken.
-    """
+    """The values of `divided` to try, in order, for a `setting` of `sharding.optimizer_state`."""
     if setting != "auto":
         return [setting == "divided"]
     divides = _rule(optimizer)["divides"]
@@ -50,7 +48,7 @@ def modes(optimizer: OptimizerConfig, setting: str, ranks: int) -> list[bool]:
 
 
 def share_of(optimizer: OptimizerConfig, divided: bool) -> type[StateStrategy]:
-    """How gradients are shared: LoRA-Pro divides its state by pairs, beside whole gradients."""
+    """The strategy of the gradients; LoRA-Pro divides its state by pairs, not the gradients."""
     return strategy_class(divided and divides(optimizer) != "pairs")
 
 
@@ -72,12 +70,12 @@ def state_of(
 
 
 def divides(optimizer: OptimizerConfig) -> str:
-    """What of the optimizer's state ranks deal out, see `dlora.optim.rule.Rule`."""
+    """What of the optimizer's state is distributed over ranks; see `dlora.optim.rule.Rule`."""
     return str(_rule(optimizer)["divides"])
 
 
 def _rule(optimizer: OptimizerConfig) -> Mapping[str, Any]:
-    """What the optimizer's file says of itself."""
+    """The attributes that the optimizer's file declares."""
     return room("optim")[optimizer.name].says
 
 

@@ -56,7 +56,7 @@ def trace(
                     _traced(copy.deepcopy(skeleton), rows, tokens, checkpointing, targets)
                 )
         return _extrapolated(traces[0], traces[1], number - _FEW)
-    except Exception as error:  # whatever a model's code does that only real values allow
+    except Exception as error:  # a model's code may need real values
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         return estimate(skeleton, rows * tokens, checkpointing, reason, targets)
 
@@ -189,7 +189,7 @@ def _signature(block: nn.Module) -> list[Any]:
 
 @contextmanager
 def _shortened(model: nn.Module, path: str, count: int) -> Iterator[None]:
-    """Inside, the list at `path` holds its first blocks only."""
+    """Inside, the list at `path` has its first blocks only."""
     owner, _, name = path.rpartition(".")
     parent, blocks = model.get_submodule(owner), model.get_submodule(path)
     setattr(parent, name, blocks[:count])  # type: ignore[index]

@@ -29,7 +29,7 @@ class Sent:
     """Bytes of a kind of collective.
 
     Attributes:
-        rank: ring-equivalent bytes that a rank sends in all, and so what its counter says.
+        rank: ring-equivalent bytes that a rank sends in all, as its counter counts them.
         inside: that a rank sends to ranks of its node, at most.
         between: that leave a node over its link, and as many come in.
     """
@@ -41,8 +41,12 @@ class Sent:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Per optimizer step: gathers of W0 (in steady state) and the reduction, with what an optimizer
-    that is spread over ranks sends after it; of one audit; and of one sum of the method's own.
+    """Bytes by purpose.
+
+    Attributes:
+        gathers: of W0, per optimizer step in steady state.
+        reduction: per optimizer step, with what a divided optimizer sends after it.
+        audit, mask: of one audit, and of one sum over ranks by the method.
     """
 
     gathers: Sent

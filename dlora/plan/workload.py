@@ -10,7 +10,7 @@ from dlora.data import Dataset, Sampler, deal
 from dlora.data.collate import PAD_TO
 from dlora.data.encode import count_targets
 
-EXACT_SEQUENCES = 50_000  # of a run whose micro-batches are all looked at, in about a second
+EXACT_SEQUENCES = 50_000  # up to so many every micro-batch of a run is measured, in about a second
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Workload:
     Attributes:
         rows, tokens: sequences of the largest micro-batch, and their padded length.
         micro_batches: forward passes.
-        optimizer: what has a state of A and B.
+        optimizer: the `optimizer` section.
         checkpointing: activations are recomputed in backward.
         targets: most target tokens of a micro-batch; None: every token may be one.
     """

@@ -50,7 +50,7 @@ class Topology:
             ranks_per_node: overrides LOCAL_WORLD_SIZE, as when one machine stands in for several.
 
         Raises:
-            UsageError: the launcher started several processes, and there is no process group: each
+            UsageError: the launcher started several processes without a process group, so that each
                 would train an adapter of its own.
         """
         if not dist.is_initialized():
@@ -77,10 +77,12 @@ class Topology:
 
     @property
     def nodes(self) -> int:
+        """Number of nodes."""
         return -(-self.world // self.ranks_per_node)
 
     @property
     def node(self) -> int:
+        """Index of this rank's node."""
         return self.rank // self.ranks_per_node
 
 
@@ -105,8 +107,8 @@ def resolve_placement(
     """Turn the two settings into group sizes.
 
     Raises:
-        UsageError: `base` is unknown, no number of ranks divides those of every node where that
-            matters, or there is nothing to offload.
+        UsageError: `base` is unknown, the ranks do not divide into equal nodes (`node`), or W0 is
+            not sharded, so that it cannot be offloaded.
     """
     if base not in BASES:
         raise UsageError(f"sharding.base: expected one of {', '.join(BASES)}, got {base!r}")

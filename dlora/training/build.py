@@ -66,9 +66,7 @@ def build(
 
 
 def residuals_of(config: Config, prepared: Preparation) -> Residuals | None:
-    """The factors that adapters start from where W0 is packed without them; a run that resumes
-    reads them from its checkpoint.
-    """
+    """A0 and B0 of adapters that start from a packed W0; a resumed run reads its checkpoint's."""
     lora, resumed = prepared.lora, prepared.resumed
     if INITS[lora.init_lora_weights].needs != "weight" or config.model.quantization == "none":
         return None
@@ -108,7 +106,7 @@ def initialise(
 def _first_batches(config: Config, ranks: Ranks, prepared: Preparation) -> Iterator[Batch]:
     """This rank's micro-batches of the run's first `adapter.lora_ga_batches` steps.
 
-    One sequence at a time where activations are recomputed: in eval mode models do not.
+    One sequence at a time with activation checkpointing, which models ignore in eval mode.
     """
     train, sampler = prepared.train, prepared.sampler
     rows = 1 if config.sharding.activation_checkpointing else config.train.micro_batch_size
@@ -134,7 +132,7 @@ def build_optimizer(
         weight_decay=section.weight_decay,
     )
     rule: type[Rule] = room("optim")[section.name].load()
-    pairs = replica.pairs if rule.divides == "pairs" else []  # a method may have others beside them
+    pairs = replica.pairs if rule.divides == "pairs" else []  # a method may have other factors
     optimizer = rule.build(groups, pairs, section, ranks.device, console.info)
     if rule.divides == "pairs" and not prepared.divided:
         return optimizer

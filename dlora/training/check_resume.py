@@ -40,7 +40,7 @@ def check_resume(
     fingerprint: str,
     base: str | None,
 ) -> None:
-    """See that resuming from `resumed` continues the run that saved it.
+    """Check that resuming from `resumed` continues the run that saved it.
 
     Args:
         lora: what this run attaches, and `tensors` what its adapters then have.
@@ -48,7 +48,7 @@ def check_resume(
         base: identity of the base, where it is known.
 
     Raises:
-        UsageError: settings or data differ, names or shapes do, or there is nothing left to do.
+        UsageError: settings, data, names or shapes differ, or the run ends before that step.
     """
     if not config.output.resume_force:
         _refuse_conflicts(resumed, config, lora, fingerprint, base)
@@ -86,7 +86,7 @@ def _check_fits(saved: Mapping[str, list[int]], named: Mapping[str, Tensor]) -> 
 def _refuse_conflicts(
     resumed: ResumePoint, config: Config, lora: LoraConfig, fingerprint: str, base: str | None
 ) -> None:
-    """Settings, a base or data that would make the continued run another one than was begun."""
+    """Raise a `UsageError` if settings, base or data differ from those of the saved run."""
     conflicts, compared = [], set(FREE_KEYS)
     if base and (before := resumed.state.get("base")):
         compared |= {"model.path", "model.revision"}  # what they name is known
@@ -105,7 +105,7 @@ def _refuse_conflicts(
     for section, options in to_dict(config).items():
         for name, value in options.items() if section not in FREE_SECTIONS else ():
             key = f"{section}.{name}"
-            # An option that is not in it is newer than the checkpoint.
+            # An option that the checkpoint lacks is newer than it.
             saved = resumed.settings.get(section, {}).get(name, SCHEMA[key].default)
             if key not in compared and saved != value:
                 conflicts.append(f"{key} was {saved!r} and is {value!r}")

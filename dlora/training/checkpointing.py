@@ -1,4 +1,4 @@
-"""What a rank saves of a run: at its due steps, and when its peers are lost.
+"""What a rank saves of a run: at the steps that are due, and when peers are lost.
 
 save      the step that was just made, copied at once and written by a thread; rank 0 alone,
           unless the optimizer state is divided over ranks
@@ -33,7 +33,7 @@ from dlora.training.context import RunContext
 from dlora.training.find_checkpoint import state_at
 from dlora.training.resume import resolved_yaml
 
-# Words of gloo and torch where a peer, or the way to it, is gone.
+# Texts of gloo's and torch's errors when the connection to a peer is lost.
 _LOST = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 RESUMES = "the same command resumes from there"
 
@@ -59,8 +59,7 @@ class CheckpointManager:
     def save(self, step: int, record: dict[str, Any]) -> None:
         """Commit a checkpoint: rank 0 alone, unless the optimizer state is divided over ranks.
 
-        Where the disk refuses it, a warning is logged and the run goes on; the next save tries
-        again.
+        If the write fails, a warning is logged and the run continues; the next save tries again.
 
         Args:
             record: the step's line of the metrics.
@@ -86,7 +85,7 @@ class CheckpointManager:
             self.settle()
 
     def settle(self) -> None:
-        """Wait for what is being written."""
+        """Wait until the save in progress, if any, is written."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -127,7 +126,7 @@ class CheckpointManager:
         return f"step {step} is committed in {directory}; {RESUMES}"
 
     def commit_alone(self, *, ending: bool) -> str:
-        """`commit`, for a rank whose peers are no help; an error becomes the line."""
+        """`commit` for a rank that has lost its peers: an error becomes the line."""
         try:
             line = self.commit(ending=ending)
         except Exception as error:

@@ -1,7 +1,6 @@
-"""What does not fit together, reported in one line before a weight is read.
+"""Checks of what has to fit together, before a weight is read; a failure is a `UsageError`.
 
-Each takes what `prepare` has at hand: the configuration, data sets, and the model on the meta
-device.
+They see what `prepare` has: the configuration, data sets, and the model on the meta device.
 """
 
 from __future__ import annotations
@@ -27,8 +26,7 @@ from dlora.sharding.topology import Topology, resolve_placement
 
 
 def check_output(config: Config) -> None:
-    """See that `output.dir` can be made or written to, and that nothing asks the run to stop at
-    once; for the rank that writes."""
+    """Check, on the rank that writes, that `output.dir` is writable and no stop file exists."""
     stop = config.output.stop_path
     if stop is not None and stop.exists():
         raise UsageError(f"output.stop_file: {stop} already exists; remove it to start the run")
@@ -41,21 +39,21 @@ def check_output(config: Config) -> None:
 
 
 def check_ranks_per_node(config: Config, world: int) -> None:
-    """See that `sharding.ranks_per_node` can act on so many ranks."""
+    """Check that `sharding.ranks_per_node` is at most the number of ranks."""
     wanted = config.sharding.ranks_per_node
     if wanted is not None and wanted > world:
         raise UsageError(f"sharding.ranks_per_node: {wanted} is more than the {world} rank(s)")
 
 
 def check_placement(config: Config, topology: Topology) -> None:
-    """See that the placement that the user wants, if any, fits the ranks."""
+    """Check that the placement, if the user set one, fits the ranks."""
     section = config.sharding
     if section.base != "auto":
         resolve_placement(section.engine, section.base, topology, offload=section.cpu_offload)
 
 
 def check_dropout(model: nn.Module) -> None:
-    """See that there is something for `adapter.lora_dropout` to act on; a look-up has no input."""
+    """Check that `adapter.lora_dropout` can act: it does not apply to embeddings."""
     dropout = attachment_of(model).config.lora_dropout
     layers = [layer for _, layer, _ in named_adapters(model)]
     if dropout and all(isinstance(layer, AdaptedLayer) and layer.is_embedding for layer in layers):
@@ -66,7 +64,7 @@ def check_dropout(model: nn.Module) -> None:
 
 
 def check_gradients(model: nn.Module) -> None:
-    """See that there are gradients of all adapted weights where adapters start from them."""
+    """Check that every adapted weight has a gradient, if adapters start from gradients."""
     attachment, head = attachment_of(model), model_parts(model).head
     if attachment.init.needs != "gradient":
         return
@@ -79,7 +77,7 @@ def check_gradients(model: nn.Module) -> None:
 
 
 def check_adapter(model: nn.Module, directory: str) -> None:
-    """See that an adapter's file fits an attached model and is finite; as `load_adapter` does."""
+    """Check, as `load_adapter` does, that an adapter's file fits a model and is finite."""
     path = inside(Path(directory).expanduser(), WEIGHTS)
     tensors = stored_tensors(path)
     shapes = {key: stored.shape for key, stored in tensors.items()}
@@ -90,7 +88,7 @@ def check_adapter(model: nn.Module, directory: str) -> None:
 
 
 def check_sequences(data: Mapping[str, Dataset | None], tokenizer: Any, model: Any) -> None:
-    """See that the model has an embedding for every token, and a position where it learned them.
+    """Check that the model has an embedding for every token, and learned every position.
 
     Args:
         data: data sets by their keys.
@@ -114,7 +112,7 @@ def check_sequences(data: Mapping[str, Dataset | None], tokenizer: Any, model: A
 
 
 def pad_token(tokenizer: Any, model: Any) -> int:
-    """Token of padded positions; they are masked, so any that the model has an embedding for."""
+    """The token of padded positions: any that has an embedding, since they have no target."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(t for t in candidates if t is not None and t < embedding_rows(model))
 

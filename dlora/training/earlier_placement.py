@@ -30,7 +30,7 @@ class Settings:
 
 
 def earlier_placement(settings: Mapping[str, Any], state: Mapping[str, Any]) -> Earlier | None:
-    """That of a checkpoint, from its `config.yaml` and its `state.json`."""
+    """The placement of a checkpoint by its `config.yaml` and `state.json`; None if unknown."""
     section = settings.get("sharding", {})
     if not {"engine", "base"} <= section.keys():
         return None
@@ -39,7 +39,7 @@ def earlier_placement(settings: Mapping[str, Any], state: Mapping[str, Any]) -> 
 
 
 def settle(config: Config, earlier: Earlier | None, world: int) -> Settings:
-    """The configuration's settings; where they are open, those of a start on as many ranks."""
+    """The configuration's settings; open ones as in an earlier start on as many ranks."""
     own = config.sharding
     settings = Settings(own.engine, own.base, own.optimizer_state)
     if own.base != "auto" or earlier is None or earlier.base == "auto":

@@ -48,7 +48,7 @@ class ResumePoint:
 
     @property
     def lora(self) -> LoraConfig | None:
-        """What was attached."""
+        """The adapter settings of the checkpoint; None if it has none."""
         return saved_lora(self.state)
 
 
@@ -88,17 +88,17 @@ def find_checkpoint(
 
 
 def _newest(root: Path, announce: Callable[[str], None]) -> ResumePoint | None:
-    """The newest checkpoint on the disk that can be gone on from."""
+    """The newest checkpoint on the disk from which a run can resume."""
     found: list[ResumePoint] = []
     checkpoints.newest(root, announce, lambda directory: found.append(_opened(directory)))
     return found[0] if found else None
 
 
 def _opened(directory: Path) -> ResumePoint:
-    """A checkpoint that verifies and holds what a run writes.
+    """Open a checkpoint, and check that it verifies and contains what a run writes.
 
     Raises:
-        UsageError: it does not; the file is named.
+        UsageError: it does not; the message names the file.
     """
     files = checkpoints.verify(directory)
     tensors = {n: stored_tensors(directory / n) for n in files if n.endswith(".safetensors")}

@@ -18,7 +18,7 @@ from dlora.training.evaluate import print_samples
 def finish(
     context: RunContext, checkpoints: CheckpointManager, records: Sequence[Mapping[str, Any]]
 ) -> int:
-    """The closing lines and the adapter; the exit status.
+    """Print the closing lines and save the adapter; returns the exit status.
 
     Args:
         records: lines of the metrics, one for each step since the start.
@@ -33,7 +33,7 @@ def finish(
 
 
 def save_result(context: RunContext, checkpoints: CheckpointManager) -> int:
-    """The adapter that stock PEFT loads; the exit status, of which rank 0's counts."""
+    """Write the adapter that stock PEFT loads; returns the exit status (rank 0's counts)."""
     where = context.directory / "adapter"
     try:
         if context.ranks.main:

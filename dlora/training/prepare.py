@@ -38,7 +38,7 @@ from dlora.training.find_checkpoint import ResumePoint
 
 @dataclass(frozen=True)
 class Preparation:
-    """What `prepare` found out; no weights."""
+    """What `prepare` found out; it has no weights."""
 
     base: BaseModel
     tokenizer: Any
@@ -69,7 +69,7 @@ class Preparation:
 
     @property
     def fingerprint(self) -> str:
-        """Equal on ranks that are about to train the same, in the same way."""
+        """A text that is equal on ranks with the same data, settings and plan."""
         data = [self.train.fingerprint, self.eval.fingerprint if self.eval else ""]
         data.append(self.base_identity or "")
         chosen = [self.placement, self.divided, self.budget.resident]
@@ -78,7 +78,7 @@ class Preparation:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What ranks have to know alike before they plan, so that all of them plan the same.
+    """What has to be equal on all ranks, so that all of them plan the same.
 
     Attributes:
         device: `"cpu"` or `"cuda"`.
@@ -194,7 +194,7 @@ def _decision(
 def _base(config: Config, announce: Callable[[str], None]) -> BaseModel:
     """The base that the `model` section names."""
     if config.model.path.endswith(".gguf"):
-        # Its tokenizer comes with the conversion, and a typo in the data must not wait for that.
+        # Its tokenizer needs the conversion, and an error in the data should not wait for that.
         for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
             if source is not None:
                 check_source(
@@ -215,7 +215,7 @@ def _base(config: Config, announce: Callable[[str], None]) -> BaseModel:
 def _adapted(
     config: Config, base: BaseModel, lora: LoraConfig, resumed: ResumePoint | None
 ) -> tuple[nn.Module, Quantized | None]:
-    """The base on the meta device with its adapters, once all that can be seen of it is right."""
+    """The base on the meta device with its adapters, after all checks of names and shapes."""
     skeleton = base.skeleton()
     base.check_stored(skeleton)
     model_parts(skeleton)

@@ -37,8 +37,8 @@ def resume(context: RunContext) -> int:
     or stores more of the optimizer's state than its own.
 
     Raises:
-        UsageError: on every rank, if the checkpoint is damaged by now or has another form of
-            state than the optimizer.
+        UsageError: on every rank, if the checkpoint is damaged or its state does not fit the
+            optimizer.
     """
     ranks, replica, optimizer = context.ranks, context.replica, context.optimizer
 
@@ -74,9 +74,9 @@ def resume(context: RunContext) -> int:
 def _check_states(
     states: Mapping[str, Mapping[str, Any]], replica: TrainedReplica, optimizer: Optimizer
 ) -> None:
-    """See that the optimizer's and scorer's state has the form that a run writes.
+    """Check that the states of optimizer and method have the form that a run writes.
 
-    Torch takes over a state of any shape, and fails or broadcasts steps later.
+    Torch accepts a state of any shape, and fails or broadcasts it some steps later.
 
     Raises:
         UsageError: a shape or dtype is another, on every rank alike.

@@ -1,6 +1,6 @@
 """From the same command line on every rank to the same preparation, or to one error line.
 
-enter      the command line, understood on every rank
+enter      the command line, parsed on every rank
 lock       output.dir is this run's: nothing is written or fetched before
 prepared   the checkpoint to resume, then data, model and plan
 """
@@ -29,10 +29,10 @@ from dlora.training.prepare import Preparation, Surroundings, prepare
 
 
 def enter(argv: list[str], prog: str, first: Callable[[], None]) -> tuple[Ranks, Options | None]:
-    """Understand the command line, join the other ranks, and see that all of them understood it.
+    """Parse the command line, join the other ranks, and check that all of them succeeded.
 
     Args:
-        first: called before; what it raises counts as a mistake in the command line.
+        first: called before; a `UsageError` of it counts as one of the command line.
 
     Returns:
         The ranks and the options; None in their place where the command only printed something
@@ -119,7 +119,7 @@ def prepared(config: Config, ranks: Ranks, *, check: bool = False) -> Preparatio
 
 
 def import_late_ones(config: Config) -> None:
-    """Import what would otherwise be imported while a run's memory is counted."""
+    """Import early what would count towards the run's memory if it were imported later."""
     importlib.import_module("transformers.models.auto.modeling_auto")
     if config.model.quantization.startswith("nf4"):
         bitsandbytes_kernel()

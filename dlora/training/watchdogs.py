@@ -24,14 +24,14 @@ from dlora.runtime.console import console
 
 BAD_STEPS_IN_A_ROW = 3
 STEPS_TO_BE_USED_IN = 10
-SHARE_OF_TIMEOUT = 0.9  # of a collective's time, after which the stacks are shown
+SHARE_OF_TIMEOUT = 0.9  # of a collective's timeout, after which the stacks are shown
 
 
 class FiniteWatch:
-    """Steps whose loss or gradient is no number: they are skipped, counted, and end the run.
+    """Steps whose loss or gradient is not finite: they are skipped, counted, and end the run.
 
     Args:
-        file: where the sequences of the last ones are written when they end it.
+        file: gets the sequences of the steps that end the run.
     """
 
     def __init__(self, file: Path | None = None) -> None:
@@ -40,7 +40,7 @@ class FiniteWatch:
         self._row: dict[int, list[int]] = {}  # step: its sequences, without a good one between
 
     def see(self, record: Mapping[str, Any], ids: Sequence[int] = ()) -> str | None:
-        """Look at a step's record; why the run has to end, or None."""
+        """Look at a step's record; returns why the run has to end, or None."""
         step, loss, norm = record["step"], record["loss"], record["grad_norm"]
         if is_finite(loss, norm):
             self._row.clear()
@@ -61,7 +61,7 @@ class FiniteWatch:
         return f"{len(self._row)} steps in a row had no finite loss or gradient{where}"
 
     def close(self) -> None:
-        """The run has ended."""
+        """Report the skipped steps at the end of the run."""
         if self._steps:
             console.info(
                 f"warning: loss or gradient was not finite in {len(self._steps)} steps, the first "
@@ -86,9 +86,9 @@ class UnusedWatch:
         self._unused: set[str] | None = None
 
     def see(self, named: Mapping[str, Tensor], present: Mapping[str, bool]) -> str | None:
-        """Look at which tensors had a gradient on some rank; why the run has to end, or None.
+        """See which tensors had a gradient on some rank; returns why the run has to end, or None.
 
-        One without elements has none to have: its method has pruned it to rank 0.
+        A tensor without elements, pruned to rank 0, does not count.
         """
         if self._left == 0:
             return None
@@ -115,7 +115,7 @@ class HangWatch:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Inside, silence for longer than nine tenths of a collective's time shows the stacks."""
+        """Inside, no `beat` for nine tenths of a collective's timeout shows the stacks."""
         self.beat()
         try:
             yield
@@ -123,5 +123,5 @@ class HangWatch:
             faulthandler.cancel_dump_traceback_later()
 
     def beat(self) -> None:
-        """A sign of progress."""
+        """Record progress."""
         faulthandler.dump_traceback_later(self._seconds, file=sys.__stderr__ or sys.stderr)

@@ -1,1 +1,1 @@
-"""Where W0 lives: one file for each engine, all of them with the members of `protocol.Engine`."""
+"""Where W0 is stored: one file for each engine, with the members of `protocol.Engine`."""

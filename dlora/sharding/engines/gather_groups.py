@@ -120,7 +120,7 @@ def groups_of(skeleton: Any, plan: dict[str, str]) -> list[Group]:
     ]
     taken: set[int] = set()
     groups = []
-    # Inner modules first: an outer group holds what no inner one took.
+    # Inner modules first: an outer group has what no inner one took.
     for path, module, rule in sorted(listed, key=lambda item: -item[0].count(".")):
         groups.append(Group(path, _untaken(module.parameters(), taken), rule == FREE))
     root = Group("", _untaken(skeleton.parameters(), taken), freed=False)
@@ -131,7 +131,7 @@ def groups_of(skeleton: Any, plan: dict[str, str]) -> list[Group]:
 def module_groups(skeleton: Any) -> list[Group]:
     """The groups of a model that is gathered module by module, its vectors held.
 
-    What recomputation gathers goes again before backward comes to it, but for a block's last group.
+    What recomputation gathers is freed again before backward, except a block's last group.
     """
     kept = set(map(id, head_parameters(skeleton)))
     taken: set[int] = set()
@@ -162,7 +162,7 @@ def _block_of(path: str, lists: Sequence[str]) -> str | None:
 
 
 def is_vector(shape: Sequence[int]) -> bool:
-    """Norms and biases: a collective for a few kilobytes costs its latency and saves nothing."""
+    """Whether it is a norm or bias: a collective for it costs latency, and saves nothing."""
     return len(shape) < 2
 
 

@@ -79,7 +79,7 @@ class Engine(Protocol):
         """Prepare a sharded model: its shards own their storage, and its gathers are counted."""
 
     def set_trainable(self, model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
-        """Use what is trained, once known: backward needs no weight before the first of it."""
+        """Note what is trained: backward needs no weight in front of the first trained module."""
 
     def keep_gathered(self, model: nn.Module, paths: Collection[str]) -> None:
         """Make the groups at `paths` resident: they stay gathered after their first use."""
@@ -139,8 +139,8 @@ def is_divided(parameter: nn.Parameter) -> bool:
 
 
 def _is(value: object, module: str, name: str) -> bool:
-    """`isinstance` without the import, which takes longer than the rest of dlora's: whoever made
-    such an object has imported its module.
+    """`isinstance` without an expensive import: such an object exists only if its module is
+    imported.
     """
     kind = getattr(sys.modules.get(module), name, None)
     return kind is not None and isinstance(value, kind)

@@ -1,4 +1,4 @@
-"""No sharding: every rank holds all of W0. The cheapest placement when it fits."""
+"""No sharding: every rank has all of W0. The cheapest placement when it fits."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def own_storage(model: nn.Module) -> None:
 
 
 def held_bytes(model: nn.Module) -> int:
-    """Bytes of the distinct storages that this rank holds for the frozen parameters of `model`."""
+    """Bytes of the distinct storages on this rank of the frozen parameters of `model`."""
     storages = {}
     for shard in _shards_of_gathered(model):
         storages[shard.untyped_storage().data_ptr()] = shard.untyped_storage().nbytes()
@@ -56,14 +56,14 @@ def _shards_of_gathered(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """What this rank holds: a DTensor's shard, a partitioned parameter's part, or all."""
+    """This rank's part: a DTensor's shard, a partitioned parameter's part, or all."""
     if isinstance(tensor, DTensor):
         return tensor.to_local()
     return getattr(tensor, "ds_tensor", tensor).detach()
 
 
 def _owns(tensor: Tensor) -> bool:
-    """Owns exactly its elements. A mapped file's storage says its file name, or is larger."""
+    """Owns exactly its elements. A mapped file's storage has a file name, or is larger."""
     local = _local(tensor)
     storage = local.untyped_storage()
     if local.device.type != "cpu" or local.numel() == 0:

@@ -2,11 +2,11 @@
 
 Only two parts of DeepSpeed are at work: the partitioned parameter (`zero.Init`) and the hooks that
 gather it when a module needs it (`DeepSpeedZeRoOffload`, what its engine makes of a model without
-an optimizer). There is no DeepSpeed engine, so nothing clips, casts or reduces behind one's back;
+an optimizer). There is no DeepSpeed engine, so nothing else clips, casts or reduces;
 gradients, clip, scores and optimizer are the replica's, as on every engine.
 
-A and B stay outside by name: they are not among the module's parameters while DeepSpeed looks, and
-later they sit in children that are never called, where its hooks do not look.
+A and B stay outside by name: they are not among the module's parameters while DeepSpeed
+partitions, and later they are in children that are never called, where it has no hooks.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _SHM_OP = "deepspeed_shm_comm"
 
 
 class Zero3Options:
-    """Where the shards are."""
+    """Where the shards of W0 are stored."""
 
     cpu_offload: bool = option(False, "store each rank's shard of W0 in host memory")
 
