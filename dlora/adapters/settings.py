@@ -32,10 +32,8 @@ def lora_config(config: Config, earlier: LoraConfig | None = None) -> LoraConfig
         variant = VARIANTS[section.method]
         names = {field.name for field in fields(variant.settings)} & set(vars(section))
         says = room("lora.variants")[section.method].says
-        names -= {
-            *says.get("unused", {}),
-            *says.get("instead", {}),
-        }  # the method has no use for them
+        # The method has no use for these, so there is nothing to set.
+        names -= {*says.get("unused", {}), *says.get("instead", {})}
         return variant.settings(**{name: getattr(section, name) for name in names})
 
 

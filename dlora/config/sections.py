@@ -24,7 +24,7 @@ class ModelConfig:
     path: str = required("hub id, local directory, or a .gguf file")
     revision: str | None = option(None, "branch, tag or commit of a hub model")
     trust_remote_code: bool = option(False, "run the Python code that comes with the model")
-    cache_dir: str = option("~/.cache/dlora", "stores converted bases; printed when written to")
+    cache_dir: str = option("~/.cache/dlora", "for converted bases; printed when written to")
     dtype: Literal["bfloat16", "float32"] = option(
         "bfloat16", "storage and compute type of W0", later=("float16",)
     )

@@ -66,7 +66,7 @@ def build(
 
 
 def residuals_of(config: Config, prepared: Preparation) -> Residuals | None:
-    """A0 and B0 of adapters that start from W0, if W0 is packed; read from a resumed checkpoint."""
+    """A0 and B0 of adapters that start from a packed W0; a resumed run reads its checkpoint's."""
     lora, resumed = prepared.lora, prepared.resumed
     if INITS[lora.init_lora_weights].needs != "weight" or config.model.quantization == "none":
         return None

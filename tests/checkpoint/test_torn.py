@@ -306,10 +306,7 @@ FORGERIES: dict[str, tuple[Callable[[Path], None], str]] = {
     "negative step": (edited(STATE, "step", to=-1), "state.json: step: expected a number of steps"),
     "another step": (edited(STATE, "step", to=5), "state.json: step is 5"),
     "data": (edited(STATE, "data", to=[]), "state.json: data.fingerprint is None"),
-    "fingerprint": (
-        edited(STATE, "data", "fingerprint", to=7),
-        "data.fingerprint is 7, which a run never",
-    ),
+    "fingerprint": (edited(STATE, "data", "fingerprint", to=7), "fingerprint is 7, which a run"),
     "sequences": (edited(STATE, "data", "sequences", to="x"), "state.json: data.sequences is 'x'"),
     "base": (edited(STATE, "base", to={}), "state.json: base is {}"),
     "ranks": (edited(STATE, "ranks", to="2"), "state.json: ranks is '2'"),

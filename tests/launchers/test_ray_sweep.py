@@ -101,8 +101,8 @@ def test_nobody_computes_the_figure(run_file: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--output.remote", "file:///x"], "output.remote: trials would share it"),
-        (["--name", "x"], "name: trials would share it"),
+        (["--output.remote", "file:///x"], "output.remote: remove it, since trials"),
+        (["--name", "x"], "name: remove it, since trials"),
         (
             ["--scheduler", "asha", "--space", "{train.max_steps: [1, 2]}"],
             "scheduler: asha compares trials by step",
