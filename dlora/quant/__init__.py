@@ -1,1 +1,1 @@
-"""Packed weights and layers that compute with them, on whole plain tensors. Knows no process group."""
+"""Packed weights and layers that compute with them, on whole plain tensors; no process groups."""

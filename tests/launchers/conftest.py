@@ -3,10 +3,17 @@
 from collections.abc import Iterator
 
 import pytest
-from ray_cluster import Cluster, cluster
+from ray_cluster import Cluster, Clusters
 
 
 @pytest.fixture(scope="session")
-def ray() -> Iterator[Cluster]:
-    with cluster() as found:
-        yield found
+def clusters() -> Iterator[Clusters]:
+    made = Clusters()
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def ray(clusters: Clusters) -> Cluster:
+    """Two nodes, which other tests have used and will use."""
+    return clusters.whole()

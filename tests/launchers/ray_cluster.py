@@ -84,15 +84,6 @@ class Cluster:
         """As if its machine had lost its power: SIGKILL to all that it runs."""
         end(self.nodes.pop())
 
-    @contextlib.contextmanager
-    def without_second(self) -> Iterator[None]:
-        """It is lost, and for the block nobody takes its place."""
-        self.kill_second()
-        yield
-        while self._alive() > 1:
-            time.sleep(POLL_SECONDS)
-        self.add_second()
-
     def stop(self) -> None:
         for node in reversed(self.nodes):
             left = below(node)  # what it runs and may leave behind
@@ -230,12 +221,31 @@ def title(process: psutil.Process) -> str:
 @contextlib.contextmanager
 def cluster(nodes: int = 2) -> Iterator[Cluster]:
     """One that is gone with the block."""
-    found = Cluster(Path(tempfile.mkdtemp(prefix="ray-")))
+    clusters = Clusters()
     try:
-        found.start(nodes)
-        yield found
+        yield clusters.whole(nodes)
     finally:
-        found.stop()
+        clusters.stop()
+
+
+class Clusters:
+    """One cluster after another: a test that loses a node uses up its own."""
+
+    def __init__(self) -> None:
+        self._now: Cluster | None = None
+
+    def whole(self, nodes: int = 2) -> Cluster:
+        """One of which all nodes are there; to start it takes half a minute."""
+        if self._now is None or len(self._now.nodes) < nodes:
+            self.stop()
+            self._now = Cluster(Path(tempfile.mkdtemp(prefix="ray-")))
+            self._now.start(nodes)
+        return self._now
+
+    def stop(self) -> None:
+        if self._now is not None:
+            self._now.stop()
+            self._now = None
 
 
 def starts_in(log: str) -> int:

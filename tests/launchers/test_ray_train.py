@@ -235,21 +235,6 @@ def test_a_killed_worker_is_started_again(
     check_same(place / "killed", without_ray)
 
 
-def test_a_lost_node_leaves_a_smaller_run(
-    ray: Cluster, configured: Configured, place: Path, without_ray: Path
-) -> None:
-    config, log = configured("elastic"), place / "elastic.log"
-    command = ["launchers.ray_train", "--config", str(config), "--num-workers", "1:2"]
-    with ray.running(*command, log=log) as job:
-        wait_for(lambda: last_step(place / "elastic") >= 5)
-        with ray.without_second():
-            assert job.wait(LIMIT_SECONDS) == 0, log.read_text()
-    assert "1 rank(s)" in log.read_text()
-    resumed = re.search(r"resuming after step (\d+)", log.read_text())
-    assert resumed is not None and int(resumed[1]) >= 4
-    check_same(place / "elastic", without_ray)
-
-
 @pytest.mark.parametrize("gpus", [False, True])
 def test_a_worker_sees_gpus_only_if_asked_for(configured: Configured, gpus: bool) -> None:
     """Ray takes none away, so ranks would use those of others, or one that is not there."""
@@ -260,6 +245,21 @@ def test_a_worker_sees_gpus_only_if_asked_for(configured: Configured, gpus: bool
     given = made.run_config.worker_runtime_env["env_vars"].get("CUDA_VISIBLE_DEVICES")
     assert given == (None if gpus else "")
     assert made.scaling_config.use_gpu is gpus
+
+
+def test_a_lost_node_leaves_a_smaller_run(
+    ray: Cluster, configured: Configured, place: Path, without_ray: Path
+) -> None:
+    config, log = configured("elastic"), place / "elastic.log"
+    command = ["launchers.ray_train", "--config", str(config), "--num-workers", "1:2"]
+    with ray.running(*command, log=log) as job:
+        wait_for(lambda: last_step(place / "elastic") >= 5)
+        ray.kill_second()
+        assert job.wait(LIMIT_SECONDS) == 0, log.read_text()
+    assert "1 rank(s)" in log.read_text()
+    resumed = re.search(r"resuming after step (\d+)", log.read_text())
+    assert resumed is not None and int(resumed[1]) >= 4
+    check_same(place / "elastic", without_ray)
 
 
 @pytest.mark.full  # a Ray of its own, which loses a node
