@@ -120,7 +120,8 @@ def held_out_line(directory: Path) -> str | None:
         return None
     first, last = found[0]["eval_loss"], found[-1]["eval_loss"]
     when = "before" if found[0]["step"] == 0 else f"at step {found[0]['step']}"
-    return f"held-out loss: {first:.4f} {when}, {last:.4f} after ({last / first - 1:+.1%})"
+    change = f" ({last / first - 1:+.1%})" if first > 0 else ""
+    return f"held-out loss: {first:.4f} {when}, {last:.4f} after{change}"
 
 
 def _line(record: dict[str, Any]) -> str:
