@@ -73,6 +73,11 @@ def save_model(directory: Path, name: str, dtype: torch.dtype = torch.float32) -
     return directory
 
 
+def whole(path: str | Path, dtype: str = "float32") -> Any:
+    """A saved model as transformers reads it."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+
+
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token for each byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from allocations import ADALORA, FINAL, INITIAL, LAST, MASKS, MODULES, STEPS, budget, watched
 from ranks import Pools
-from run_training import command_line, figures, relative_error, same_bits
+from run_training import figures, relative_error, same_bits
 from safetensors.torch import load_file
 from tiny import save_chats
 
@@ -40,18 +40,13 @@ Results = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def run(pools: Pools, saved_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def run(pools: Pools, words: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """run(world, per_node, **settings): results by rank, and the run's directory."""
-    data = save_chats(tmp_path_factory.mktemp("data") / "chats.jsonl", 40)
+    data = str(save_chats(tmp_path_factory.mktemp("data") / "chats.jsonl", 40))
 
     def on(world: int, per_node: int, **settings: Any) -> tuple[Results, Path]:
         directory = tmp_path_factory.mktemp("run")
-        common = {
-            "model__path": saved_models("llama"),
-            "data__train": str(data),
-            "output__dir": str(directory),
-        }
-        argv = command_line(**common | ADALORA | settings)
+        argv = words(directory, data__train=data, **ADALORA | settings)
         return pools(world).run(watched, argv, ranks_per_node=per_node), directory
 
     return on
