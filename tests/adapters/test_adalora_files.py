@@ -57,11 +57,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
-    return Bases(tmp_path_factory.mktemp("bases"))
-
-
 def adapted(base: Path, state: str, settings: dict[str, Any]) -> nn.Module:
     """A model with random P, λ, Q and copies, of which triplets are masked or gone.
 

@@ -177,8 +177,9 @@ def put_until(files: int, directory: Path, url: str, error: BaseException) -> Re
 
     store._files.put_file = put_file  # an attribute of the instance, which fsspec keeps
     try:
-        with contextlib.suppress(type(error)):
-            store.put(directory)
+        store.put(directory)
+    except type(error) as met:
+        assert met.args == error.args
     finally:
         del store._files.put_file
     return store

@@ -6,7 +6,6 @@ import peft
 import pytest
 import torch
 from exported import (
-    Bases,
     Case,
     attach_random,
     load_live,
@@ -36,11 +35,6 @@ CASES = [
     Case("gpt2-bare", ["c_attn", "wte"], ("ln_f",), dora=True, untied=True),
     Case("mixtral", ["q_proj", "v_proj"], ("lm_head",)),
 ]
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    return Bases(tmp_path_factory.mktemp("bases"))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

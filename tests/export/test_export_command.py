@@ -1,6 +1,5 @@
 """How `dlora.export` refuses, where it finds bases, and what memory it takes."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -9,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from exported import Bases, Case, loaded, logits, made_by_peft, plain_adapter, weights
+from exported import Case, loaded, logits, made_by_peft, plain_adapter, weights
+from hostile import edit_json
+from refusals import refusal
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -20,15 +21,6 @@ from dlora.export.command import main
 from dlora.lora.attach import named_adapters
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    return Bases(tmp_path_factory.mktemp("bases"))
-
-
-def edit_json(path: Path, **changes) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_peft_s_copies_of_embeddings_must_be_the_base_s(bases, tmp_path):
@@ -86,9 +78,7 @@ def test_mistakes_are_one_line_and_nothing_is_written(mistake, site, monkeypatch
     monkeypatch.chdir(site)
     before = sorted(site.rglob("*"))
     words, message = MISTAKES[mistake]
-    with pytest.raises(UsageError) as caught:
-        main(["--adapter", *words])
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert message in refusal(main, ["--adapter", *words])
     assert sorted(site.rglob("*")) == before
 
 

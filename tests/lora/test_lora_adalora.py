@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from adalora_nets import LAYERS, adapted, data, net, randomize
 from causal_models import causal_model, relative_error, token_ids
-from test_lora_autograd import saved_for_backward
+from made_tensors import saved_for_backward
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 

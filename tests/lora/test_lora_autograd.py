@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from made_tensors import Allocations, saved_for_backward
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
@@ -132,20 +132,6 @@ def test_activation_checkpointing_changes_no_bit(
     assert all(torch.equal(plain[name], again[name]) for name in plain)
 
 
-def saved_for_backward(forward: Callable[[], Tensor], parameters: set[int]) -> list[Tensor]:
-    """The distinct tensors, parameters aside, that `forward` keeps for backward."""
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in parameters:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
-    return list(kept.values())
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_backward_keeps_x_once_and_one_z_for_each_layer(dtype: torch.dtype) -> None:
     """Three projections of one x, as in attention: x is not kept three times, nothing is upcast."""
@@ -157,28 +143,6 @@ def test_backward_keeps_x_once_and_one_z_for_each_layer(dtype: torch.dtype) -> N
     assert kept[0].untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
     assert [tuple(t.shape) for t in kept[1:]] == [(ROWS * TOKENS, R)] * 3
     assert {t.dtype for t in kept} == {dtype}
-
-
-class Allocations(TorchDispatchMode):
-    """The elements of every storage that operators make, other than those of `known` tensors."""
-
-    def __init__(self, *known: Tensor) -> None:
-        super().__init__()
-        self._known = {tensor.untyped_storage().data_ptr() for tensor in known}
-        self._made: dict[int, Tensor] = {}  # alive, so that no address is used twice
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **kwargs or {})
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, Tensor):
-                address = tensor.untyped_storage().data_ptr()
-                if address not in self._known:
-                    self._made.setdefault(address, tensor)
-        return result
-
-    def numels(self) -> list[int]:
-        sizes = [(t.untyped_storage().nbytes(), t.element_size()) for t in self._made.values()]
-        return sorted(nbytes // item for nbytes, item in sizes)
 
 
 def test_forward_allocates_the_output_and_z_backward_the_gradients() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from made_tensors import Made
 from own_loops import place
 from ranks import Pools
 from refusals import refusal
@@ -15,7 +16,6 @@ from run_training import Runs, relative_error, same_bits, train
 from tiny import VOCABULARY, whole
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import dlora.training.build
 from dlora import LoraConfig, UsageError, attach, load_adapter, shard, start_from_gradients
@@ -130,35 +130,20 @@ def test_ranks_start_from_the_same_bits_and_as_one_process_does(
 # -- the estimate ---------------------------------------------------------------------------------
 
 
-class Shapes(TorchDispatchMode):
-    """Notes the shapes of all tensors that are made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[tuple[int, ...]] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        outputs = result if isinstance(result, (tuple, list)) else [result]
-        if not func.is_view:
-            self.seen |= {tuple(t.shape) for t in outputs if isinstance(t, Tensor)}
-        return result
-
-
 def test_no_gradient_of_a_weight_is_ever_formed(saved_models: Any) -> None:
     """What is made of a layer has a side of q, while autograd would make all gradients whole."""
     model = whole(saved_models("llama"))
     attach(model, LoraConfig(r=2, init_lora_weights="lora_ga"))
     estimate = GradientEstimate(model, Topology.current())
     weights = {layer.sizes for layer in estimate.layers}
-    with Shapes() as made:
+    with Made() as made:
         estimate.run(sequences(), summed_loss)
-    assert not made.seen & (weights | {(n, m) for m, n in weights})
-    assert made.seen >= {(layer.sizes[0], 16) for layer in estimate.layers}
+    assert not {*made.shapes} & (weights | {(n, m) for m, n in weights})
+    assert {*made.shapes} >= {(layer.sizes[0], 16) for layer in estimate.layers}
     plain = whole(saved_models("llama"))
-    with Shapes() as made:
+    with Made() as made:
         summed_loss(plain, sequences()[0]).backward()
-    assert made.seen >= weights
+    assert {*made.shapes} >= weights
 
 
 def ragged(path: str, sizes: list[int]) -> dict[str, Tensor]:

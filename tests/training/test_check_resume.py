@@ -77,13 +77,13 @@ def test_checkpoints_past_the_one_that_is_named_are_set_aside(
 
 def test_what_another_run_left_is_set_aside(run: Runs, finished: Path, tmp_path: Path) -> None:
     """A run that goes on from elsewhere mixes neither metrics nor checkpoints with the others'."""
-    _, before = run("", 1, train__seed=1)
+    _, before = run("run", 1, train__seed=1)
     checkpoint = finished / "checkpoints" / "step-000003"
-    _, lines = run("", 1, output__resume=str(checkpoint))
-    assert names(tmp_path / "checkpoints") == ["step-000004"]
+    _, lines = run("run", 1, output__resume=str(checkpoint))
+    assert names(run.root / "run" / "checkpoints") == ["step-000004"]
     assert lines == figures(finished)[3:]
-    assert names(tmp_path / "checkpoints.old-1") == [f"step-00000{s}" for s in (1, 2, 3, 4)]
-    kept = (tmp_path / "metrics.jsonl.old-1").read_text().splitlines()
+    assert names(run.root / "run" / "checkpoints.old-1") == [f"step-00000{s}" for s in (1, 2, 3, 4)]
+    kept = (run.root / "run" / "metrics.jsonl.old-1").read_text().splitlines()
     assert [json.loads(line)["loss"] for line in kept] == [line["loss"] for line in before]
 
 
@@ -272,12 +272,12 @@ def test_the_held_out_loss_before_is_that_of_the_first_start(run: Runs, tmp_path
 
 def test_a_loss_that_is_no_number_is_said_and_leaves_valid_json(run: Runs, tmp_path: Path) -> None:
     settings = {"optimizer__lr": 1e38, "optimizer__schedule": "constant"}
-    [(_, printed)], _ = run("", 1, work=told, **settings)
+    [(_, printed)], _ = run("run", 1, work=told, **settings)
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")
 
-    text = (tmp_path / "metrics.jsonl").read_text()
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
     records = [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
     bad = [r["step"] for r in records if r["loss"] is None or r["grad_norm"] is None]
     assert bad and bad[-1] == STEPS
