@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from causal_models import quiet_peft
 from exported import Bases, loaded, logits
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -38,10 +39,7 @@ from dlora.metrics.log import MetricsLog
 from dlora.sharding.engines.protocol import build_engine
 from dlora.sharding.topology import Topology, resolve_placement
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = quiet_peft
 PHASES = {"init_r": 4, "target_r": 2, "total_step": 6, "tinit": 1, "tfinal": 2, "deltaT": 2}
 ATTENTION = ["q_proj", "v_proj", "down_proj"]
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

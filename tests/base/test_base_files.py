@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from hostile import edit_json
+from refusals import preparation
 from safetensors.torch import load_file, save_file
 from tiny import MODELS, command
 
 from dlora.base.model import BaseWeights, find_base
-from dlora.config.load import parse
 from dlora.errors import UsageError
-from dlora.sharding.topology import Topology
-from dlora.training.prepare import prepare
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS = "model.safetensors"
@@ -40,11 +39,7 @@ def without(*keys: str) -> Callable[[Path], None]:
 
 
 def configured(**values: Any) -> Callable[[Path], None]:
-    def damage(directory: Path) -> None:
-        path = directory / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-    return damage
+    return lambda directory: edit_json(directory / "config.json", **values)
 
 
 def cut_short(directory: Path) -> None:
@@ -54,10 +49,8 @@ def cut_short(directory: Path) -> None:
 
 def one_shard_gone(directory: Path) -> None:
     tensors = load_file(directory / WEIGHTS)
-    index = {
-        "metadata": {},
-        "weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors"),
-    }
+    names = dict.fromkeys(tensors, "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": names}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     (directory / WEIGHTS).unlink()
 
@@ -105,23 +98,19 @@ CASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
 }
 
 
-def prepared(argv: list[str]) -> Any:
-    return prepare(parse(argv, "dlora.train").config, Topology(0, 1, 1), lambda line: None)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_not_the_model_is_refused(saved_models: Any, tmp_path: Path, case: str) -> None:
     model, damage, message = CASES[case]
     base = Path(shutil.copytree(saved_models(model), tmp_path / "base"))
     damage(base)
     with pytest.raises(UsageError, match=message) as refused:
-        prepared(command(base, tmp_path))
+        preparation(command(base, tmp_path))
     assert str(refused.value).startswith("model.path: ")
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_whole_bases_pass(saved_models: Any, tmp_path: Path, model: str) -> None:
-    assert prepared(command(saved_models(model), tmp_path)).base.path == saved_models(model)
+    assert preparation(command(saved_models(model), tmp_path)).base.path == saved_models(model)
 
 
 def test_what_a_hub_brings_is_checked_while_it_is_read(saved_models: Any, tmp_path: Path) -> None:
@@ -139,18 +128,14 @@ def test_what_a_hub_brings_is_checked_while_it_is_read(saved_models: Any, tmp_pa
 
 HUB = """
 import sys
-import torch
-from tiny import command
-from dlora.config.load import parse
-from dlora.training.startup import prepared
-from dlora.errors import UsageError
-from dlora.runtime.ranks import Ranks
 from pathlib import Path
+from refusals import preparation
+from tiny import command
+from dlora.errors import UsageError
 
 for name in ("whole", "damaged", "away"):
-    config = parse(command(f"org/{name}", Path(sys.argv[1])), "dlora.train").config
     try:
-        prepared(config, Ranks(0, 1, torch.device("cpu"), None))
+        preparation(command(f"org/{name}", Path(sys.argv[1])))
     except UsageError as error:
         print(f"result {name}: {error}")
     else:

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import yaml
+from refusals import refusal
 
 from dlora.config import load as config_module
 from dlora.config.load import (
@@ -28,7 +29,6 @@ from dlora.config.load import (
 )
 from dlora.config.options import Given, convert
 from dlora.config.validate import INERT
-from dlora.errors import UsageError
 from dlora.registry import ROOMS, Option, option, plain, room
 from dlora.registry.options import members
 
@@ -78,15 +78,6 @@ def base(tmp_path: Path) -> Path:
     path = tmp_path / "base.yaml"
     path.write_text(REQUIRED)
     return path
-
-
-def refusal(call, *args) -> str:
-    """The message with which `call` refuses: always one line."""
-    with pytest.raises(UsageError) as caught:
-        call(*args)
-    message = str(caught.value)
-    assert message and "\n" not in message
-    return message
 
 
 def in_python(**sections) -> Config:

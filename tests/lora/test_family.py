@@ -13,7 +13,7 @@ from typing import Any, get_args
 import peft
 import pytest
 import torch
-from causal_models import randomize, relative_error
+from causal_models import quiet_peft, randomize, relative_error
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
@@ -25,10 +25,7 @@ from dlora.lora.attach import attach, named_adapters, trainable_parameters
 from dlora.lora.init import INITS
 from dlora.lora.variants import VARIANTS
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = quiet_peft
 INPUT, WIDTH, R, STEPS = 10, 12, 4, 3
 FILLED_IN = {"total_step"}  # settings that a run knows by itself
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from beside_peft import check_steps
-from causal_models import randomize_trainable, relative_error
+from causal_models import quiet_peft, randomize_trainable, relative_error
 from refusals import refusal
 from torch import Tensor, nn
 from unet import CONVOLUTIONS, TARGETS, noisy, unet
@@ -26,10 +26,7 @@ from dlora import (
 from dlora.lora.attach import attachment_of
 from dlora.lora.dropout import SampleKeys
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = quiet_peft
 SETTINGS = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS, "rank_pattern": {"down": 3}}
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from causal_models import causal_model, randomize_trainable, relative_error, token_ids
+from causal_models import causal_model, logits, quiet_peft, randomize_trainable, relative_error
 from golden import HALF_SQUARE, MERGED, W0, A, B, X, Y, assert_is
 from refusals import refusal
 from torch import Tensor, nn
@@ -17,10 +17,7 @@ from dlora import FloraConfig, LoraConfig, UsageError, attach, load_adapter, sav
 from dlora.lora.attach import named_adapters, trainable_parameters
 from dlora.optim.groups import parameter_groups
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = quiet_peft
 M, N = 6, 4  # out and in
 
 
@@ -157,9 +154,7 @@ def test_peft_loads_it_for_language_models(kind: str, tmp_path: Path) -> None:
     randomize_trainable(model)
     save_adapter(model, tmp_path)
     theirs = peft.PeftModel.from_pretrained(causal_model(kind), tmp_path)
-    ids = token_ids()
-    with torch.no_grad():
-        assert relative_error(theirs(ids).logits, model(ids).logits) < 1e-5
+    assert relative_error(logits(theirs), logits(model)) < 1e-5
 
 
 def test_a_plain_lora_is_not_loaded_into_it(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 from beside_peft import check_steps
-from causal_models import causal_model, token_ids
+from causal_models import causal_model, quiet_peft, token_ids
 from torch import Tensor, nn
 
 from dlora import load_adapter
@@ -23,10 +23,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dora, embedding": ("llama", {"use_dora": True, "target_modules": ["v_proj", "embed_tokens"]}),
     "copies": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["norm", "lm_head"]}),
 }
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = quiet_peft
 
 
 @pytest.mark.parametrize("case", CASES)

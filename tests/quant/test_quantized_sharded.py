@@ -1,15 +1,15 @@
 """A packed base over ranks: the bits of the whole packed, and the passes of one process."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hostile import edit_json
 from ranks import Pools
 from run_training import relative_error
-from tiny import VOCABULARY
+from tiny import VOCABULARY, whole
 from torch import Tensor
 
 from dlora.base.model import find_base
@@ -35,12 +35,6 @@ def placed(path: str, dtype: str, name: str, engine: str, base: str, from_files:
         model = whole(path, dtype)
         quantize(model, name)
     return model, replicate(model, built)
-
-
-def whole(path: str, dtype: str) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
 
 
 # -- what ranks hold -------------------------------------------------------------------------------
@@ -130,8 +124,7 @@ def test_a_packed_base_knows_where_an_answer_ends(
 ) -> None:
     """As after transformers' own loading, generation settings are those in the base's files."""
     model = Path(shutil.copytree(saved_models("blocks"), tmp_path / "model"))
-    settings = json.loads((model / "generation_config.json").read_text())
-    (model / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [7, 9]}))
+    edit_json(model / "generation_config.json", eos_token_id=[7, 9])
     assert pools(2).run(answers, str(model), engine) == [[[7, 9], False]] * 2
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from ranks import Pools
 from run_training import same_bits
-from tiny import VOCABULARY
+from tiny import VOCABULARY, whole
 
 from dlora import LoraConfig, attach, shard
 from dlora.sharding.engines.gather_groups import frozen_groups
@@ -17,9 +17,7 @@ STEPS, ACCUMULATION = 4, 2
 
 def trained(path: str, engine: str, base: str, resident: float) -> dict[str, Any]:
     """Bytes that each step sent, the adapter, and what W0 and the reduction need."""
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = whole(path)
     torch.manual_seed(0)
     attach(model, LoraConfig(r=2))
     replica = shard(model, engine=engine, base=base, resident=resident)
