@@ -123,15 +123,20 @@ def load_live(base: Path, adapter: Path) -> nn.Module:
     return load_adapter(loaded(base), clean).eval()
 
 
-def write_checkpoint(base: Path, root: Path, **adapter: Any) -> tuple[Path, nn.Module]:
-    """A checkpoint of a run on `base`, and the live model as it was then."""
-    usual = {"r": 3, "target_modules": ["v_proj", "up_proj"], "modules_to_save": ["norm"]}
-    config = Config(
+def run_config(base: Path, root: Path, **adapter: Any) -> Config:
+    """Of a run on `base` that writes to `root`."""
+    return Config(
         model=ModelConfig(path=str(base), dtype="float32"),
-        adapter=AdapterConfig(**(adapter or usual)),
+        adapter=AdapterConfig(**adapter),
         data=DataConfig(train="gone.jsonl"),
         output=OutputConfig(dir=str(root)),
     )
+
+
+def write_checkpoint(base: Path, root: Path, **adapter: Any) -> tuple[Path, nn.Module]:
+    """A checkpoint of a run on `base`, and the live model as it was then."""
+    usual = {"r": 3, "target_modules": ["v_proj", "up_proj"], "modules_to_save": ["norm"]}
+    config = run_config(base, root, **(adapter or usual))
     model = attach_random(loaded(base), lora_config(config))
     replica = Replica(Topology.current())
     replica.own(trainable_parameters(model))

@@ -12,8 +12,8 @@ from exported import Case, loaded, logits, made_by_peft, plain_adapter, weights
 from hostile import edit_json
 from refusals import refusal
 from safetensors.torch import load_file, save_file
+from tiny import save_filled
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dlora import LoraConfig, attach, load_adapter, save_adapter
 from dlora.errors import UsageError
@@ -145,21 +145,9 @@ print("PEAK", highest - before)
 
 def test_merging_400_mb_takes_a_few_blocks_of_memory(tmp_path):
     """promise 1.14: merging streams, in the memory of a few blocks."""
-    config = LlamaConfig(
-        vocab_size=8192,
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=11,
-        num_attention_heads=8,
-    )
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    (tmp_path / "base").mkdir()
-    skeleton.config.save_pretrained(tmp_path / "base")
-    tensors = {n: torch.full(p.shape, 0.5, dtype=p.dtype) for n, p in skeleton.named_parameters()}
-    assert 4e8 < sum(tensor.nbytes for tensor in tensors.values()) < 4.5e8
-    save_file(tensors, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
-    del tensors
+    sizes = {"vocab_size": 8192, "intermediate_size": 4096, "num_hidden_layers": 11}
+    skeleton = save_filled(tmp_path / "base", torch.bfloat16, 0.5, **sizes)
+    assert 4e8 < sum(parameter.nbytes for parameter in skeleton.parameters()) < 4.5e8
     targets = ["q_proj", "embed_tokens"]
     attach(skeleton, LoraConfig(r=4, lora_alpha=4, target_modules=targets))
     for _, _, adapter in named_adapters(skeleton):

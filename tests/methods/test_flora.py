@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from causal_models import relative_error
-from own_loops import place
+from own_loops import place, steps
 from ranks import Pools
 from run_training import Runs, check_near, same_bits
 from stopped_runs import crashed
@@ -39,23 +39,20 @@ def own_loop(method: str, engine: str, out: str) -> dict[str, Any]:
     attach(model, CONFIGS[method])
     groups = replica.parameter_groups(lr=1e-2, loraplus_lr_ratio=4, weight_decay=0.01)
     optimizer = torch.optim.AdamW(groups, eps=1e-4, fused=True)  # of noise it makes no steps
-    losses, norms = [], []
-    for step in range(STEPS):
+    losses = []
+
+    def forward(step: int) -> torch.Tensor:
         x, times, target = (part.chunk(world)[rank] for part in noisy(rows=ROWS, seed=step))
-        loss = F.mse_loss(model(x, times), target)
-        loss.backward()
-        replica.reduce_gradients()
-        losses.append(loss.detach())
-        norms.append(replica.clip(1.0))
-        optimizer.step()
-        optimizer.zero_grad()
-    replica.audit()
+        losses.append(F.mse_loss(model(x, times), target))
+        return losses[-1]
+
+    norms = steps(replica, optimizer, map(forward, range(STEPS)))
     save_adapter(model, Path(out) / f"rank-{rank}")
     x, times, _ = noisy(seed=99)
     with torch.no_grad():
         after = model(x, times)
     return {
-        "losses": torch.stack(losses),
+        "losses": torch.stack(losses).detach(),
         "norms": torch.stack(norms),
         "after": after,
         "adapter": {name: p.detach() for name, p in replica.named.items()},

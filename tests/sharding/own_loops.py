@@ -1,6 +1,6 @@
 """Loops of one's own on bases that dlora, or the user, sharded; in the workers of `ranks.py`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -86,3 +86,16 @@ def batches(steps: int, rows: int = ROWS) -> Iterator[Tensor]:
     draw = torch.Generator().manual_seed(0)
     for _ in range(steps):
         yield torch.randint(VOCABULARY, (rows, 12), generator=draw).chunk(world)[rank]
+
+
+def steps(replica: Any, optimizer: Any, losses: Iterable[Tensor]) -> list[Tensor]:
+    """A step for each of the losses, which are made when it comes; the norms of the gradients."""
+    norms = []
+    for loss in losses:
+        loss.backward()
+        replica.reduce_gradients()
+        norms.append(replica.clip(1.0))
+        optimizer.step()
+        optimizer.zero_grad()
+    replica.audit()
+    return norms

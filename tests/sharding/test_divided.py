@@ -15,19 +15,22 @@ from toy import (
     MAX_NORM,
     NONE,
     OPTIMIZERS,
-    ROWS,
     SOME,
     STEPS,
     TOLERANCE,
     ZEROING,
     Toy,
+    backward_of_all,
+    backward_of_some,
     batch,
     divided,
     flat,
     gradients,
     groups,
     own_rank,
+    reduced,
     replicated,
+    takes_part,
 )
 
 from dlora.sharding.replica.replica import Replica
@@ -56,14 +59,11 @@ def places(replica: Replica) -> dict[str, tuple[int, int]]:
 def train(
     dtype: torch.dtype, by_tokens: bool, pieces: int, zeroing: str, name: str
 ) -> dict[str, Any]:
-    (model, replica, optimizer), rank = divided(name, dtype), own_rank()
+    model, replica, optimizer = divided(name, dtype)
     seen: dict[str, Any] = {"gradients": [], "norms": [], "values": []}
     for step in range(STEPS):
-        x, y = batch(step, dtype)[rank]
-        for some_x, some_y in zip(x.tensor_split(pieces), y.tensor_split(pieces), strict=True):
-            loss = model.losses(some_x, some_y, spare=step == 1).sum()
-            (loss if by_tokens else loss / len(x)).backward()
-        replica.reduce_gradients(**({"tokens": len(x)} if by_tokens else {}))
+        how = {"by_tokens": by_tokens, "pieces": pieces}
+        reduced(model, replica, step, spare=step == 1, **how)
         assert all(parameter.grad is None for parameter in model.parameters())
         seen["gradients"].append(gradients(replica.optimized))
         seen["norms"].append(replica.clip(MAX_NORM))
@@ -84,9 +84,7 @@ def reference(
     optimizer = OPTIMIZERS[name](groups(named))
     seen: dict[str, Any] = {"gradients": [], "norms": [], "values": []}
     for step in range(STEPS):
-        parts = [model.losses(x, y, spare=step == 1) for x, y in batch(step, dtype)[:world]]
-        means = torch.stack([part.mean() for part in parts])
-        (torch.cat(parts).mean() if by_tokens else means.mean()).backward()
+        backward_of_all(model, step, world, spare=step == 1, by_tokens=by_tokens)
         seen["gradients"].append(gradients(named))
         seen["norms"].append(nn.utils.clip_grad_norm_(named.values(), MAX_NORM))
         optimizer.step()
@@ -134,8 +132,7 @@ def absent(where: str, zeroing: str) -> dict[str, Any]:
     (model, replica, optimizer), rank = divided(), own_rank()
     for step in range(2):
         x, y = batch(step, torch.float64)[rank]
-        takes_part = step == 0 or where == ALL or (where == SOME and rank == 0)
-        model.losses(x, y, takes_part).sum().backward()
+        model.losses(x, y, takes_part(where, step, rank)).sum().backward()
         replica.reduce_gradients(len(x))
         norm = replica.clip(MAX_NORM)
         optimizer.step()
@@ -160,9 +157,7 @@ def test_a_tensor_without_gradient_on_some_ranks(pools: Pools, world: int, where
         optimizer = torch.optim.AdamW(groups(dict(model.named_parameters())))
         for step in range(2):
             optimizer.zero_grad(set_to_none=zeroing != "to zero")
-            for rank, (x, y) in enumerate(batch(step, torch.float64)[:world]):
-                takes_part = step == 0 or where == ALL or (where == SOME and rank == 0)
-                (model.losses(x, y, takes_part).sum() / sum(ROWS[:world])).backward()
+            backward_of_some(model, step, world, where)
             norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
             optimizer.step()
         for got in results:

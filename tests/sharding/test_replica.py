@@ -20,11 +20,15 @@ from toy import (
     TOLERANCE,
     ZEROING,
     Toy,
+    backward_of_all,
+    backward_of_some,
     batch,
     flat,
     gradients,
     own_rank,
+    reduced,
     replicated,
+    takes_part,
 )
 
 from dlora.sharding.replica.replica import ReplicaError
@@ -49,18 +53,15 @@ CASES = [
 
 def train(dtype: torch.dtype, by_tokens: bool, pieces: int, zeroing: str) -> dict[str, Any]:
     """Steps with the replica: gradients, norms, values."""
-    (model, replica), rank = replicated(dtype), own_rank()
+    model, replica = replicated(dtype)
     optimizer = torch.optim.AdamW(replica.named.values(), lr=LR, weight_decay=0.1)
     seen: dict[str, Any] = {"gradients": [], "norms": [], "tokens": []}
     for step in range(STEPS):
-        x, y = batch(step, dtype)[rank]
-        for some_x, some_y in zip(x.tensor_split(pieces), y.tensor_split(pieces), strict=True):
-            loss = model.losses(some_x, some_y, spare=step > 0).sum()
-            (loss if by_tokens else loss / len(x)).backward()
-        reduced = replica.reduce_gradients(**({"tokens": len(x)} if by_tokens else {}))
+        how = {"by_tokens": by_tokens, "pieces": pieces}
+        found = reduced(model, replica, step, spare=step > 0, **how)
         seen["gradients"].append(gradients(replica.named))
         seen["norms"].append(replica.clip(MAX_NORM))
-        seen["tokens"].append(reduced.tokens)
+        seen["tokens"].append(found.tokens)
         optimizer.step()
         ZEROING[zeroing](replica, optimizer)
     return seen | {"values": replica.values.detach().clone()}
@@ -77,9 +78,7 @@ def reference(dtype: torch.dtype, by_tokens: bool, world: int) -> dict[str, Any]
     optimizer = torch.optim.AdamW(named.values(), lr=LR, weight_decay=0.1)
     seen: dict[str, Any] = {"gradients": [], "norms": [], "tokens": []}
     for step in range(STEPS):
-        parts = [model.losses(x, y, spare=step > 0) for x, y in batch(step, dtype)[:world]]
-        means = torch.stack([part.mean() for part in parts])
-        (torch.cat(parts).mean() if by_tokens else means.mean()).backward()
+        backward_of_all(model, step, world, spare=step > 0, by_tokens=by_tokens)
         seen["gradients"].append(gradients(named))
         seen["norms"].append(nn.utils.clip_grad_norm_(named.values(), MAX_NORM))
         seen["tokens"].append(sum(ROWS[:world]) if by_tokens else world)
@@ -110,8 +109,7 @@ def absent(where: str, zeroing: str) -> dict[str, Any]:
     for step in range(2):
         x, y = batch(step, torch.float64)[rank]
         before = model.spare.detach().clone()
-        takes_part = step == 0 or where == ALL or (where == SOME and rank == 0)
-        model.losses(x, y, takes_part).sum().backward()
+        model.losses(x, y, takes_part(where, step, rank)).sum().backward()
         replica.reduce_gradients(len(x))
         gradient = None if model.spare.grad is None else model.spare.grad.clone()
         norm = replica.clip(MAX_NORM)
@@ -132,9 +130,7 @@ def test_a_tensor_without_gradient_on_some_ranks(pools: Pools, world: int, where
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.1)
     for step in range(2):
         optimizer.zero_grad()
-        for rank, (x, y) in enumerate(batch(step, torch.float64)[:world]):
-            takes_part = step == 0 or where == ALL or (where == SOME and rank == 0)
-            (model.losses(x, y, takes_part).sum() / sum(ROWS[:world])).backward()
+        backward_of_some(model, step, world, where)
         wanted = None if model.spare.grad is None else model.spare.grad.clone()
         norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         optimizer.step()

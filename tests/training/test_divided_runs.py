@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from collectives import CollectiveLog
 from counted_runs import counted, sent
+from own_loops import batches, steps
 from ranks import Pools
 from run_training import Run, Runs, check_near, prepared_run, relative_error, told
 from safetensors.torch import load_file
 from stopped_runs import check_equal, crashed, steps_saved, terminated
-from tiny import VOCABULARY, whole
+from tiny import whole
 
 from dlora import LoraConfig, attach, shard
 
@@ -193,7 +193,6 @@ def test_the_plan_is_what_is_sent(run: Runs, base: str, world: int, per_node: in
 
 
 def own_loop(path: str, optimizer_state: str) -> dict[str, Any]:
-    rank, world = dist.get_rank(), dist.get_world_size()
     model = whole(path)
     replica = shard(model, base="world", optimizer_state=optimizer_state)
     torch.manual_seed(0)
@@ -202,15 +201,7 @@ def own_loop(path: str, optimizer_state: str) -> dict[str, Any]:
     names = {id(parameter): name for name, parameter in replica.optimized.items()}
     grouped = [([names[id(p)] for p in g["params"]], g["lr"], g["weight_decay"]) for g in groups]
     optimizer = replica.attach_optimizer(torch.optim.AdamW(groups))
-    draw = torch.Generator().manual_seed(0)
-    for _ in range(4):
-        ids = torch.randint(VOCABULARY, (4, 12), generator=draw).chunk(world)[rank]
-        model(input_ids=ids, labels=ids).loss.backward()
-        replica.reduce_gradients()
-        replica.clip(1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    replica.audit()
+    steps(replica, optimizer, (model(input_ids=ids, labels=ids).loss for ids in batches(4)))
     return {"groups": grouped, "values": replica.values.clone()}
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from own_loops import steps
 from ranks import Pools
 from run_training import Runs, prepared_run
 from tiny import VOCABULARY, whole
@@ -33,14 +34,8 @@ def trained(path: str, dtype: str, name: str, base: str, config: dict[str, Any])
     attach(model, LoraConfig(r=4, **config))
     first = {name: p.detach().clone() for name, p in replica.named.items()}
     optimizer = torch.optim.AdamW(replica.parameter_groups(lr=2e-3), fused=True)
-    for _ in range(STEPS):
-        ids = torch.randint(VOCABULARY, (2, 9))
-        model(input_ids=ids, labels=ids).loss.backward()
-        replica.reduce_gradients()
-        replica.clip(1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    replica.audit()
+    batches = (torch.randint(VOCABULARY, (2, 9)) for _ in range(STEPS))
+    steps(replica, optimizer, (model(input_ids=ids, labels=ids).loss for ids in batches))
     return {
         "before": before,
         "after": {n: w for n, w in gathered(engine, model).items() if ".adapter." not in n},
@@ -112,16 +107,16 @@ def flipped_in_a_run(argv: list[str]) -> tuple[int, str]:
     """
     run = prepared_run(argv)
     name, parameter = list(run.replica.named.items())[5]
-    steps = iter(range(1, 100))
+    made = iter(range(1, 100))
 
     def flip(*_: Any) -> None:
-        if next(steps) == 3 and run.ranks.rank == 1:
+        if next(made) == 3 and run.ranks.rank == 1:
             parameter.data.view(torch.int32)[0, 0] ^= 1 << 20
 
     run.optimizer.register_step_post_hook(flip)
     with contextlib.redirect_stderr(io.StringIO()) as said:
         status = run.run()
-    assert next(steps) == 10  # the audit in the 10th reduction stopped it
+    assert next(made) == 10  # the audit in the 10th reduction stopped it
     return status, said.getvalue().replace(name, "NAME")
 
 
