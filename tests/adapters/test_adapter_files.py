@@ -273,6 +273,10 @@ def edit_tensors(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path],
     return edit
 
 
+def with_tensor(name: str, *shape: int) -> Callable[[Path], None]:
+    return edit_tensors(lambda tensors: tensors.update({name: torch.zeros(shape)}))
+
+
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 BASE_COPY = "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"
 DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -291,22 +295,10 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no targets": (edit_config(target_modules=None), f"{CONFIG}: target_modules: is empty"),
     "other base": (edit_config(target_modules=["qkv"]), "'qkv' matches no module"),
     "missing tensor": (edit_tensors(lambda t: t.pop(KEY)), f"lacks {KEY}"),
-    "extra tensor": (
-        edit_tensors(lambda t: t.update(extra=torch.zeros(1))),
-        "has the unexpected extra",
-    ),
-    "other shape": (
-        edit_tensors(lambda t: t.update({KEY: torch.zeros(4, 5)})),
-        f"{KEY} has shape [4, 5], the model expects [4, 24]",
-    ),
-    "other base weight": (
-        edit_tensors(lambda t: t.update({BASE_COPY: torch.zeros(24, 24)})),
-        f"{BASE_COPY} differs from this model's weight",
-    ),
-    "resized base weight": (
-        edit_tensors(lambda t: t.update({BASE_COPY: torch.zeros(25, 24)})),
-        f"{BASE_COPY} differs from this model's weight",
-    ),
+    "extra tensor": (with_tensor("extra", 1), "has the unexpected extra"),
+    "other shape": (with_tensor(KEY, 4, 5), f"{KEY} has shape [4, 5], the model expects [4, 24]"),
+    "other base weight": (with_tensor(BASE_COPY, 24, 24), f"{BASE_COPY} differs from this model's"),
+    "resized base weight": (with_tensor(BASE_COPY, 25, 24), f"{BASE_COPY} differs from this"),
 }
 
 

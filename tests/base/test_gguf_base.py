@@ -13,6 +13,7 @@ import gguf_files
 import pytest
 import torch
 from gguf_files import convert
+from sampling import full
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from dlora.base import gguf as gguf_base
@@ -102,9 +103,7 @@ print(json.dumps([str(out), lines, anonymous() - before]))
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.full)]
-)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, full(torch.float32)])
 def test_real_file(cache, dtype):
     real = gguf_files.real_file()
     name, megabytes = dtype_name(dtype), 134515008 * dtype.itemsize // 10**6

@@ -87,38 +87,38 @@ def files_of(directory: Path) -> list[Path]:
     return sorted(path for path in directory.iterdir() if path.is_file())
 
 
-def truncated(directory: Path, draw: random.Random) -> None:
-    path = draw.choice(files_of(directory))
-    path.write_bytes(path.read_bytes()[: draw.randrange(path.stat().st_size)])
+Damage = Callable[[Path, random.Random], None]
 
 
-def flipped(directory: Path, draw: random.Random, path: Path | None = None) -> None:
-    path = path or draw.choice(files_of(directory))
-    data = bytearray(path.read_bytes())
+def changed(change: Callable[[bytes, random.Random], bytes], name: str = "") -> Damage:
+    """The content of a file, by default of any."""
+
+    def damage(directory: Path, draw: random.Random) -> None:
+        path = directory / name if name else draw.choice(files_of(directory))
+        path.write_bytes(change(path.read_bytes(), draw))
+
+    return damage
+
+
+def flipped(content: bytes, draw: random.Random) -> bytes:
+    data = bytearray(content)
     data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-    path.write_bytes(data)
+    return bytes(data)
 
 
-def flipped_in_the_manifest(directory: Path, draw: random.Random) -> None:
-    flipped(directory, draw, directory / "manifest.json")
+def zeroed(content: bytes, draw: random.Random) -> bytes:
+    """What a file system leaves of a block that it never wrote."""
+    start = draw.randrange(len(content))
+    stop = min(len(content), start + draw.randint(1, 512))
+    return content[:start] + bytes(stop - start) + content[stop:]
+
+
+def truncated(content: bytes, draw: random.Random) -> bytes:
+    return content[: draw.randrange(len(content))]
 
 
 def deleted(directory: Path, draw: random.Random) -> None:
     draw.choice(files_of(directory)).unlink()
-
-
-def emptied(directory: Path, draw: random.Random) -> None:
-    draw.choice(files_of(directory)).write_bytes(b"")
-
-
-def zeroed(directory: Path, draw: random.Random) -> None:
-    """What a file system leaves of a block that it never wrote."""
-    path = draw.choice(files_of(directory))
-    data = bytearray(path.read_bytes())
-    start = draw.randrange(len(data))
-    stop = min(len(data), start + draw.randint(1, 512))
-    data[start:stop] = bytes(stop - start)
-    path.write_bytes(data)
 
 
 def swapped(directory: Path, draw: random.Random) -> None:
@@ -136,11 +136,6 @@ def of_another_step(directory: Path, draw: random.Random) -> None:
 def all_of_another_step(directory: Path, draw: random.Random) -> None:
     shutil.rmtree(directory)
     shutil.copytree(directory.with_name(STEPS[0]), directory)
-
-
-def grown(directory: Path, draw: random.Random) -> None:
-    path = draw.choice(files_of(directory))
-    path.write_bytes(path.read_bytes() + draw.randbytes(draw.randint(1, 99)))
 
 
 def a_directory_in_its_place(directory: Path, draw: random.Random) -> None:
@@ -186,22 +181,22 @@ def retyped(directory: Path, draw: random.Random) -> None:
     agree(directory, hashes=path.name != "manifest.json")
 
 
-DAMAGES: tuple[Callable[[Path, random.Random], None], ...] = (
-    truncated,
-    flipped,
-    flipped_in_the_manifest,
-    deleted,
-    emptied,
-    zeroed,
-    swapped,
-    of_another_step,
-    all_of_another_step,
-    grown,
-    a_directory_in_its_place,
-    a_file_in_its_place,
-    a_link_out,
-)
-FORGED = (garbage, retyped)  # damage that no hash shows
+DAMAGES: dict[str, Damage] = {
+    "truncated": changed(truncated),
+    "flipped": changed(flipped),
+    "flipped in the manifest": changed(flipped, "manifest.json"),
+    "deleted": deleted,
+    "emptied": changed(lambda content, draw: b""),
+    "zeroed": changed(zeroed),
+    "swapped": swapped,
+    "of another step": of_another_step,
+    "all of another step": all_of_another_step,
+    "grown": changed(lambda content, draw: content + draw.randbytes(draw.randint(1, 99))),
+    "a directory in its place": a_directory_in_its_place,
+    "a file in its place": a_file_in_its_place,
+    "a link out": a_link_out,
+}
+FORGED: dict[str, Damage] = {"garbage": garbage, "retyped": retyped}  # that no hash shows
 
 
 # -- what becomes of it ----------------------------------------------------------------------------
@@ -220,15 +215,15 @@ def said_of(root: Path, directory: Path) -> str:
 def test_random_damage_is_detected_or_harmless(whole: Path, tmp_path: Path) -> None:
     """promise 1.2: never a wrong resume, and never a traceback."""
     wanted = {step: checkpoints.read(whole / "checkpoints" / step) for step in STEPS}
-    draw, seen = random.Random(6), Counter[str]()
+    draw, seen, every = random.Random(6), Counter[str](), [*DAMAGES, *FORGED]
     for trial in range(TRIALS):
-        damage = (DAMAGES + FORGED)[trial % len(DAMAGES + FORGED)]
+        damage = every[trial % len(every)]
         root = Path(shutil.copytree(whole, tmp_path / str(trial)))
         older, newer = (root / "checkpoints" / step for step in STEPS)
-        damage(newer, draw)
+        (DAMAGES | FORGED)[damage](newer, draw)
         start, warnings = taken(root, "auto")
         assert start is not None, damage
-        told = (trial, damage.__name__, warnings)
+        told = (trial, damage, warnings)
         if start.directory == str(older):
             assert len(warnings) == 1 and warnings[0].startswith("skipping a checkpoint: "), told
             assert str(newer) in warnings[0], told
@@ -254,7 +249,7 @@ def test_nothing_is_left(whole: Path, tmp_path: Path) -> None:
     """Where all are damaged a run starts afresh, and says of each why."""
     root = Path(shutil.copytree(whole, tmp_path / "run"))
     for step in STEPS:
-        truncated(root / "checkpoints" / step, random.Random(1))
+        DAMAGES["truncated"](root / "checkpoints" / step, random.Random(1))
     start, warnings = taken(root, "auto")
     assert start is None and len(warnings) == 2
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from refusals import refusal
+from sampling import full
 
 from dlora.data import FORMATS, load_examples
 from dlora.data.files import LONGEST_LINE, Faults, read_records
@@ -138,7 +139,7 @@ RECORDS = JSON | st.fixed_dictionaries({"messages": TURNS}) | st.dictionaries(
 LINES = st.one_of(st.binary(max_size=60), RECORDS.map(lambda value: json.dumps(value).encode()))
 
 
-@pytest.mark.parametrize("examples", [300, pytest.param(2000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("examples", [300, full(2000)])
 def test_any_lines_are_a_data_set_or_one_line_of_error(
     examples: int, tmp_path: Path, make_tokenizer: Any
 ) -> None:

@@ -167,76 +167,41 @@ def occupied() -> nn.Module:
     return model
 
 
+def targets(*names: str, saved: tuple[str, ...] = ()) -> dict[str, Any]:
+    return {"target_modules": [*names], "modules_to_save": [*saved]}
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "twice": (twice, {}, "carries adapters already"),
-    "no such name": (
-        Net,
-        {"target_modules": ["q_porj"]},
-        "'q_porj' matches no module; did you mean q_proj?",
-    ),
-    "one of two names": (Net, {"target_modules": ["q_proj", "wq"]}, "'wq' matches no module"),
-    "candidates": (
-        Net,
-        {"target_modules": ["xyz"]},
-        "there are table, blocks, q_proj, adapter, head",
-    ),
+    "no such name": (Net, targets("q_porj"), "'q_porj' matches no module; did you mean q_proj?"),
+    "one of two names": (Net, targets("q_proj", "wq"), "'wq' matches no module"),
+    "candidates": (Net, targets("xyz"), "there are table, blocks, q_proj, adapter, head"),
     "expression": (Net, {"target_modules": r".*\.wq"}, "regular expression '.*\\\\.wq' matches no"),
     "part of a path": (Net, {"target_modules": "q_proj"}, "regular expression 'q_proj' matches no"),
     "nothing linear": (lambda: nn.Sequential(nn.ReLU()), {}, "'all-linear' matches no linear"),
-    "norm": (Net, {"target_modules": ["norm"]}, "blocks.0.norm is a LayerNorm, which cannot"),
-    "own forward": (
-        lambda: nn.Sequential(OwnForward(2, 2)),
-        {"target_modules": ["0"]},
-        "0 is a OwnForward, which cannot carry an adapter",
-    ),
-    "max_norm": (
-        lambda: nn.Sequential(nn.Embedding(2, 2, max_norm=1.0)),
-        {"target_modules": ["0"]},
-        "0 is a Embedding, which cannot carry an adapter",
-    ),
-    "attention": (
-        lambda: nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2)}),
-        {"target_modules": ["out_proj"]},
-        "attn.out_proj belongs to a MultiheadAttention",
-    ),
+    "norm": (Net, targets("norm"), "blocks.0.norm is a LayerNorm, which cannot"),
+    "own forward": (lambda: nn.Sequential(OwnForward(2, 2)), targets("0"),
+                    "0 is a OwnForward, which cannot carry an adapter"),
+    "max_norm": (lambda: nn.Sequential(nn.Embedding(2, 2, max_norm=1.0)), targets("0"),
+                 "0 is a Embedding, which cannot carry an adapter"),
+    "attention": (lambda: nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2)}), targets("out_proj"),
+                  "attn.out_proj belongs to a MultiheadAttention"),
     "forward on the instance": (hooked, {}, "head has a forward set on the instance"),
-    "forward of a saved one": (
-        hooked,
-        {"target_modules": [], "modules_to_save": ["head"]},
-        "set on the",
-    ),
+    "forward of a saved one": (hooked, targets(saved=("head",)), "set on the"),
     "child called adapter": (occupied, {}, "head has an attribute named 'adapter'"),
-    "rank pattern": (
-        Net,
-        {"rank_pattern": {"k_proj": 2}},
-        "rank_pattern: 'k_proj' matches none of the 7",
-    ),
-    "alpha pattern": (
-        Net,
-        {"alpha_pattern": {"proj": 2}},
-        "alpha_pattern: 'proj' matches none of the 7",
-    ),
-    "saved": (
-        Net,
-        {"modules_to_save": ["lm_head"]},
-        "modules_to_save: 'lm_head' matches no module",
-    ),
-    "saved without parameters": (
-        Net,
-        {"modules_to_save": ["head", "empty"]},
-        "'empty' has no parameters",
-    ),
-    "saved inside saved": (
-        Net,
-        {"modules_to_save": ["blocks.0", "norm"]},
-        "blocks.0.norm lies inside",
-    ),
-    "only saved": (
-        Net,
-        {"target_modules": ["q_proj", "head"], "modules_to_save": ["head"]},
-        "'head' matches only what modules_to_save trains",
-    ),
-}
+    "rank pattern": (Net, {"rank_pattern": {"k_proj": 2}},
+                     "rank_pattern: 'k_proj' matches none of the 7"),
+    "alpha pattern": (Net, {"alpha_pattern": {"proj": 2}},
+                      "alpha_pattern: 'proj' matches none of the 7"),
+    "saved": (Net, {"modules_to_save": ["lm_head"]},
+              "modules_to_save: 'lm_head' matches no module"),
+    "saved without parameters": (Net, {"modules_to_save": ["head", "empty"]},
+                                 "'empty' has no parameters"),
+    "saved inside saved": (Net, {"modules_to_save": ["blocks.0", "norm"]},
+                           "blocks.0.norm lies inside"),
+    "only saved": (Net, targets("q_proj", "head", saved=("head",)),
+                   "'head' matches only what modules_to_save trains"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)

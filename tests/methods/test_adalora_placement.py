@@ -4,6 +4,7 @@ Every run is compared with that of one process, which holds all of W0 and all of
 """
 
 import functools
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from allocations import ADALORA, FINAL, INITIAL, LAST, MASKS, MODULES, STEPS, bu
 from ranks import Pools
 from run_training import figures, relative_error, same_bits
 from safetensors.torch import load_file
+from sampling import full, sampled
 from tiny import save_chats
 
 # engine, base, ranks, ranks per node, sequences per micro-batch
@@ -114,10 +116,7 @@ def test_the_budget_is_kept_to_through_three_phases(reference: Any) -> None:
 
 @pytest.mark.parametrize(
     ("engine", "base", "world", "per_node", "micro"),
-    [
-        *SAMPLE,
-        *(pytest.param(*case, marks=pytest.mark.full) for case in MATRIX if case not in SAMPLE),
-    ],
+    sampled(SAMPLE, MATRIX),
 )
 def test_placement_changes_no_mask(
     run: Any, reference: Any, engine: str, base: str, world: int, per_node: int, micro: int
@@ -132,16 +131,10 @@ def test_placement_changes_no_mask(
 
 @pytest.mark.parametrize(
     ("kind", "world", "state"),
-    [
-        ("no final phase", 3, "divided"),
-        *(
-            pytest.param(kind, world, state, marks=pytest.mark.full)
-            for kind in SETTINGS
-            for world in (2, 3)
-            for state in ("replicated", "divided")
-            if (kind, world, state) != ("no final phase", 3, "divided")
-        ),
-    ],
+    sampled(
+        [("no final phase", 3, "divided")],
+        itertools.product(SETTINGS, (2, 3), ("replicated", "divided")),
+    ),
 )
 def test_other_settings(run: Any, reference: Any, kind: str, world: int, state: str) -> None:
     settings = SETTINGS[kind] | {"sharding__optimizer_state": state}
@@ -153,7 +146,7 @@ def test_other_settings(run: Any, reference: Any, kind: str, world: int, state: 
 
 @pytest.mark.parametrize(
     ("world", "per_node", "base"),
-    [(2, 2, "world"), pytest.param(4, 2, "node", marks=pytest.mark.full)],
+    [(2, 2, "world"), full(4, 2, "node")],
 )
 def test_a_divided_state(run: Any, reference: Any, world: int, per_node: int, base: str) -> None:
     """Masks, weights and files of a replicated run, of whose averages each rank has 1/N."""

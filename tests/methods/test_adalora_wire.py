@@ -6,6 +6,7 @@ import pytest
 from allocations import ADALORA, INITIAL, after_each_step
 from collectives import CollectiveLog
 from run_training import Runs, prepared_run
+from sampling import full
 
 from dlora.sharding.replica.hierarchical_reduce import padded
 
@@ -45,7 +46,7 @@ def logged(argv: list[str]) -> dict[str, Any]:
     ("engine", "base", "world", "per_node", "state"),
     [
         # 5 s: where W0 is whole, less is sent than below, and of the scores the same
-        pytest.param("fsdp2", "none", 3, 3, "replicated", marks=pytest.mark.full),
+        full("fsdp2", "none", 3, 3, "replicated"),
         ("fsdp2", "node", 4, 2, "replicated"),
         ("zero3", "world", 2, 2, "replicated"),
         ("fsdp2", "world", 2, 2, "divided"),

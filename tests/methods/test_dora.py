@@ -10,6 +10,7 @@ from packed_runs import check_method
 from ranks import Pools
 from run_training import Runs, check_near, relative_error, same_bits
 from safetensors.torch import load_file
+from sampling import full
 from stopped_runs import crashed
 
 from dlora import LoraConfig, UsageError, attach
@@ -27,9 +28,9 @@ RUN = {"adapter__use_dora": True, "adapter__lora_dropout": 0.1, "optimizer__lora
     [
         ("fsdp2", "none", 3),
         ("zero3", "nf4", 2),
-        pytest.param("fsdp2", "int8", 3, marks=pytest.mark.full),
-        pytest.param("zero3", "none", 3, marks=pytest.mark.full),
-        pytest.param("fsdp2", "nf4-dq", 2, marks=pytest.mark.full),
+        full("fsdp2", "int8", 3),
+        full("zero3", "none", 3),
+        full("fsdp2", "nf4-dq", 2),
     ],
 )
 def test_a_run_is_that_of_one_process_and_what_peft_computes(
@@ -86,7 +87,7 @@ def own_loop(path: str, base: str, attach_first: bool, dora: bool) -> dict[str, 
         ("partitioned by dlora", False),
         ("sharded by transformers", False),
         ("partitioned by the user", False),
-        pytest.param("sharded by the user", False, marks=pytest.mark.full),
+        full("sharded by the user", False),
     ],
 )
 def test_an_own_loop_is_that_of_one_process_for_the_bytes_of_a_lora(

@@ -12,6 +12,7 @@ from causal_models import relative_error
 from own_loops import place, steps
 from ranks import Pools
 from run_training import Runs, check_near, same_bits
+from sampling import full
 from stopped_runs import crashed
 from tiny import whole as loaded
 from unet import TARGETS, noisy, unet
@@ -65,14 +66,14 @@ def own_loop(method: str, engine: str, out: str) -> dict[str, Any]:
     ("method", "engine", "world"),
     [
         # 2 to 10 s each: each method and each engine is in the other two
-        pytest.param("lora", "fsdp2", 2, marks=pytest.mark.full),
+        full("lora", "fsdp2", 2),
         ("lora", "zero3", 2),
         ("flora", "fsdp2", 3),
-        pytest.param("flora", "zero3", 2, marks=pytest.mark.full),
-        pytest.param("lora", "fsdp2", 3, marks=pytest.mark.full),
-        pytest.param("lora", "zero3", 3, marks=pytest.mark.full),
-        pytest.param("flora", "fsdp2", 2, marks=pytest.mark.full),
-        pytest.param("flora", "zero3", 3, marks=pytest.mark.full),
+        full("flora", "zero3", 2),
+        full("lora", "fsdp2", 3),
+        full("lora", "zero3", 3),
+        full("flora", "fsdp2", 2),
+        full("flora", "zero3", 3),
     ],
 )
 def test_sharded_convolutions_are_those_of_one_process(

@@ -13,6 +13,7 @@ from own_loops import place
 from ranks import Pools
 from refusals import refusal
 from run_training import Runs, relative_error, same_bits, train
+from sampling import full, joined
 from tiny import VOCABULARY, whole
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
@@ -83,32 +84,25 @@ def own_loop(
     }
 
 
-CASES = [
+CASES = [  # ranks, initialisation, engine, base, whether attached first, dtype
     (2, "pissa", "fsdp2", "world", False, "float32"),
     (2, "milora", "zero3", "world", True, "float32"),
     (2, "pissa", "zero3", "world", False, "bfloat16"),
     (2, "lora_ga", "fsdp2", "world", True, "float64"),
-    pytest.param(2, "lora_ga", "zero3", "world", False, "float32", marks=pytest.mark.full),
+    full((2, "lora_ga", "zero3", "world", False, "float32")),
     (3, "lora_ga", "fsdp2", "none", False, "float64"),
-    pytest.param(3, "pissa", "fsdp2", "world", True, "float32", marks=pytest.mark.full),
+    full((3, "pissa", "fsdp2", "world", True, "float32")),
 ]
 
 
-@pytest.mark.parametrize(("world", "name", "engine", "base", "attach_first", "dtype"), CASES)
+@pytest.mark.parametrize("case", CASES, ids=joined)
 def test_ranks_start_from_the_same_bits_and_as_one_process_does(
-    pools: Pools,
-    saved_models: Any,
-    world: int,
-    name: str,
-    engine: str,
-    base: str,
-    attach_first: bool,
-    dtype: str,
+    pools: Pools, saved_models: Any, case: tuple[Any, ...]
 ) -> None:
     """§6, T5 and §8, T4: the gradient's estimate is that of the union of the ranks' batches."""
-    where = (engine, base, attach_first, dtype)
-    results = pools(world).run(own_loop, saved_models("llama"), name, *where)
-    (one,) = pools(1).run(own_loop, saved_models("llama"), name, *where)
+    world, name, *_, dtype = case
+    results = pools(world).run(own_loop, saved_models("llama"), *case[1:])
+    (one,) = pools(1).run(own_loop, saved_models("llama"), *case[1:])
     assert len(results[0]["tensors"]) == 4 * 14
     for result in results:
         assert same_bits(result["tensors"], results[0]["tensors"])

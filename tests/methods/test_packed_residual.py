@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from run_training import Runs, prepared_run, same_bits, train
+from sampling import full
 from tiny import whole
 from torch import Tensor
 
@@ -90,8 +91,8 @@ def expected_packed(path: str, name: str, offsets: dict[str, Tensor], scaling: f
     [
         ("fsdp2", "nf4", "pissa", 2),
         ("zero3", "nf4-dq", "pissa", 2),
-        pytest.param("fsdp2", "int8", "milora", 3, marks=pytest.mark.full),
-        pytest.param("zero3", "nf4", "milora", 3, marks=pytest.mark.full),
+        full("fsdp2", "int8", "milora", 3),
+        full("zero3", "nf4", "milora", 3),
     ],
 )
 def test_the_residual_is_packed(

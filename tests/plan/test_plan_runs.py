@@ -12,6 +12,7 @@ import torch
 import yaml
 from ranks import Pool
 from run_training import Runs, command_line, prepared_run
+from sampling import full
 from tiny import VOCABULARY, tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -108,9 +109,9 @@ def told_by_new_processes(directory: Path, argv: list[str]) -> tuple[str, list[s
     [
         ("fsdp2", "world", False, "none"),
         ("zero3", "world", True, "none"),
-        pytest.param("fsdp2", "none", False, "none", marks=pytest.mark.full),
-        pytest.param("fsdp2", "world", True, "nf4", marks=pytest.mark.full),
-        pytest.param("zero3", "world", False, "int8", marks=pytest.mark.full),
+        full("fsdp2", "none", False, "none"),
+        full("fsdp2", "world", True, "nf4"),
+        full("zero3", "world", False, "int8"),
     ],
 )
 def test_planned_is_measured(

@@ -9,6 +9,7 @@ import torch
 from hostile import edit_json
 from ranks import Pools
 from run_training import relative_error
+from sampling import joined
 from tiny import VOCABULARY, whole
 from torch import Tensor
 
@@ -66,7 +67,7 @@ def packed_whole(path: str, dtype: str, name: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("model", "stored", "dtype", "name", "engine", "base", "world"),
+    "case",  # model, dtype in its files, dtype, quantization, engine, base, ranks
     [
         ("blocks", "float32", "bfloat16", "nf4", "fsdp2", "world", 2),
         ("blocks", "bfloat16", "bfloat16", "nf4-dq", "fsdp2", "world", 3),
@@ -83,19 +84,13 @@ def packed_whole(path: str, dtype: str, name: str) -> dict[str, Tensor]:
         ("gpt2_blocks", "float32", "bfloat16", "nf4", "zero3", "world", 3),
         ("mixtral", "float32", "float32", "int8", "zero3", "world", 3),
     ],
+    ids=joined,
 )
 def test_shards_of_the_packed_are_the_packed_shards(
-    pools: Pools,
-    saved_models: Any,
-    model: str,
-    stored: str,
-    dtype: str,
-    name: str,
-    engine: str,
-    base: str,
-    world: int,
+    pools: Pools, saved_models: Any, case: tuple[Any, ...]
 ) -> None:
     """Every rank packs its own rows, and together they are the bits of the whole packed."""
+    model, stored, dtype, name, engine, base, world = case
     path = saved_models(model, stored)
     [wanted] = pools(1).run(packed_whole, path, dtype, name)
     results = pools(world).run(
@@ -158,7 +153,7 @@ def passes(
 
 
 @pytest.mark.parametrize(
-    ("model", "dtype", "name", "engine", "base", "world", "from_files", "recomputed"),
+    "case",  # model, dtype, quantization, engine, base, ranks, read by the engine, recomputed
     [
         ("blocks", "float32", "nf4", "fsdp2", "world", 2, True, False),
         ("blocks", "bfloat16", "nf4-dq", "fsdp2", "world", 3, True, True),
@@ -170,22 +165,15 @@ def passes(
         ("tied_blocks", "bfloat16", "int8", "zero3", "node", 4, False, False),
         ("gpt2_blocks", "float32", "nf4", "zero3", "world", 3, True, False),
     ],
+    ids=joined,
 )
 def test_passes_are_those_of_one_process(
-    pools: Pools,
-    saved_models: Any,
-    model: str,
-    dtype: str,
-    name: str,
-    engine: str,
-    base: str,
-    world: int,
-    from_files: bool,
-    recomputed: bool,
+    pools: Pools, saved_models: Any, case: tuple[Any, ...]
 ) -> None:
     """Bit for bit; under ZeRO-3, whose hooks change the order in which autograd adds, gradients are
     equal to rounding.
     """
+    model, dtype, name, engine, base, world, from_files, recomputed = case
     path = saved_models(model, dtype)
     [wanted] = pools(1).run(passes, path, dtype, name, "fsdp2", "none", False, False)
     results = pools(world).run(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import Pool
+from sampling import full
 from tiny import save_filled
 
 from dlora.base.model import find_base
@@ -72,11 +73,11 @@ def most_held_while_loading(path: str, name: str, quantization: str) -> tuple[in
         ("fsdp2", "bfloat16", "none"),
         ("zero3", "float32", "nf4-dq"),
         # 20 s each: both engines, both stored types, packed and plain are in the others
-        pytest.param("fsdp2", "float32", "none", marks=pytest.mark.full),
-        pytest.param("zero3", "float32", "none", marks=pytest.mark.full),
-        pytest.param("fsdp2", "float32", "nf4", marks=pytest.mark.full),
-        pytest.param("zero3", "bfloat16", "nf4-dq", marks=pytest.mark.full),
-        pytest.param("fsdp2", "bfloat16", "int8", marks=pytest.mark.full),
+        full("fsdp2", "float32", "none"),
+        full("zero3", "float32", "none"),
+        full("fsdp2", "float32", "nf4"),
+        full("zero3", "bfloat16", "nf4-dq"),
+        full("fsdp2", "bfloat16", "int8"),
     ],
 )
 def test_no_rank_ever_holds_the_whole_base(

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from own_loops import BASES, batches, place, started
 from ranks import Pools
 from run_training import relative_error, same_bits
+from sampling import full
 from tiny import whole
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -63,8 +64,8 @@ def one_process(
         (True, False),
         (False, True),
         # 2 s each: both orders and both kinds of mean are in the others
-        pytest.param(True, True, marks=pytest.mark.full),
-        pytest.param(False, False, marks=pytest.mark.full),
+        full(True, True),
+        full(False, False),
     ],
 )
 @pytest.mark.parametrize(

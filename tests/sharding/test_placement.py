@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from ranks import Pools
 from run_training import Run, Runs, check_near
+from sampling import full, sampled
 from tiny import save_chats
 
 # engine, base, ranks, ranks per node, sequences per micro-batch
@@ -64,10 +65,7 @@ def runs(pools: Pools, words: Any, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.mark.parametrize(
     ("engine", "base", "world", "per_node", "micro"),
-    [
-        *SAMPLE,
-        *(pytest.param(*case, marks=pytest.mark.full) for case in MATRIX if case not in SAMPLE),
-    ],
+    sampled(SAMPLE, MATRIX),
 )
 def test_placement_changes_nothing(
     runs: Compared, engine: str, base: str, world: int, per_node: int, micro: int
@@ -78,7 +76,7 @@ def test_placement_changes_nothing(
 
 @pytest.mark.parametrize(
     ("engine", "world", "micro"),
-    [("zero3", 3, 1), pytest.param("fsdp2", 4, 2, marks=pytest.mark.full)],
+    [("zero3", 3, 1), full("fsdp2", 4, 2)],
 )
 def test_dropout_masks_belong_to_the_sequences(
     runs: Compared, engine: str, world: int, micro: int
@@ -91,7 +89,7 @@ def test_dropout_masks_belong_to_the_sequences(
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
-@pytest.mark.parametrize("dropout", [0.0, pytest.param(0.1, marks=pytest.mark.full)])
+@pytest.mark.parametrize("dropout", [0.0, full(0.1)])
 def test_activation_checkpointing_changes_nothing(
     runs: Compared, engine: str, dropout: float
 ) -> None:

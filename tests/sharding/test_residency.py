@@ -6,6 +6,7 @@ import pytest
 import torch
 from ranks import Pools
 from run_training import same_bits
+from sampling import full
 from tiny import VOCABULARY, whole
 
 from dlora import LoraConfig, attach, shard
@@ -48,7 +49,7 @@ def trained(path: str, engine: str, base: str, resident: float) -> dict[str, Any
     ("world", "per_node", "base"),
     [
         (4, 2, "node"),
-        pytest.param(2, 2, "world", marks=pytest.mark.full),  # 2 s each: one node of the first
+        full(2, 2, "world"),  # 2 s each: one node of the first
     ],
 )
 def test_what_is_resident_is_not_sent_again(

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from collectives import CollectiveLog
 from counted_runs import check_last_step, check_sent, counted, last_step
 from run_training import Runs, prepared_run
+from sampling import full, sampled
 
 from dlora.adapters.save_load import save_adapter
 from dlora.checkpoint.format import write
@@ -43,10 +44,7 @@ MATRIX = [
 
 @pytest.mark.parametrize(
     ("model", "base", "world", "per_node", "accumulation"),
-    [
-        *SAMPLE,
-        *(pytest.param(*case, marks=pytest.mark.full) for case in MATRIX if case not in SAMPLE),
-    ],
+    sampled(SAMPLE, MATRIX),
 )
 def test_the_plan_is_what_is_sent(
     run: Runs, model: str, base: str, world: int, per_node: int, accumulation: int
@@ -87,8 +85,8 @@ def test_the_plan_is_what_is_sent(
         ("llama", "world", 2, 2, 3, True),
         ("tied", "world", 2, 2, 3, False),
         # 2 s each: these ranks and this base with one micro-batch, which GPT-2's run has
-        pytest.param("llama", "world", 2, 2, 1, False, marks=pytest.mark.full),
-        pytest.param("llama", "node", 4, 2, 1, False, marks=pytest.mark.full),
+        full("llama", "world", 2, 2, 1, False),
+        full("llama", "node", 4, 2, 1, False),
         ("gpt2", "world", 3, 3, 1, True),
         ("mixtral", "node", 4, 2, 3, False),
     ],

@@ -1,6 +1,7 @@
 """AdaLoRA interrupted in every phase: masks and adapter of the run that was not."""
 
 import functools
+import itertools
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ from ranks import Pools
 from refusals import preparation, refusal
 from run_training import Runs, figures, relative_error, same_bits
 from safetensors.torch import load_file
+from sampling import full, sampled
 
 from dlora.train import main
 
@@ -78,17 +80,10 @@ def all_masks(*starts: dict[str, Any]) -> dict[int, Any]:
 
 @pytest.mark.parametrize(
     ("when", "divided"),
-    [
-        ("between two masks", False),
-        ("with the last mask in the checkpoint", True),
-        *(
-            pytest.param(when, divided, marks=pytest.mark.full)
-            for when in CRASHES
-            for divided in (False, True)
-            if (when, divided)
-            not in (("between two masks", False), ("with the last mask in the checkpoint", True))
-        ),
-    ],
+    sampled(
+        [("between two masks", False), ("with the last mask in the checkpoint", True)],
+        itertools.product(CRASHES, (False, True)),
+    ),
 )
 def test_a_crash(run: Runs, whole: Any, tmp_path: Path, when: str, divided: bool) -> None:
     """promise 2.7: the averages are in the checkpoint, so a resumed run has the same masks.
@@ -122,7 +117,7 @@ def test_a_crash(run: Runs, whole: Any, tmp_path: Path, when: str, divided: bool
         (9, 3, 3, ZERO3 | DIVIDED),
         (10, 1, 1, {"sharding__base": "none"}),
         *(
-            pytest.param(saved, *shape, marks=pytest.mark.full)
+            full(saved, *shape)
             for saved in (2, 7, 10, 12)
             for shape in (
                 (4, 2, {"sharding__base": "node"}),

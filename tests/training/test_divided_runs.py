@@ -17,6 +17,7 @@ from own_loops import batches, steps
 from ranks import Pools
 from run_training import Run, Runs, check_near, prepared_run, relative_error, told
 from safetensors.torch import load_file
+from sampling import full
 from stopped_runs import check_equal, crashed, steps_saved, terminated
 from tiny import whole
 
@@ -57,8 +58,8 @@ def one_process(pools: Pools, command: Any, tmp_path_factory: pytest.TempPathFac
     ("world", "per_node", "base", "optimizer"),
     [
         # 2 and 4 s: nothing is divided on one rank, and the tests of resuming have two
-        pytest.param(1, 1, "none", "adamw", marks=pytest.mark.full),
-        pytest.param(2, 2, "world", "adamw", marks=pytest.mark.full),
+        full(1, 1, "none", "adamw"),
+        full(2, 2, "world", "adamw"),
         (3, 2, "none", "adamw"),
         (4, 2, "node", "adamw"),
         (2, 1, "world", "sgd"),

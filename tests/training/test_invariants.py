@@ -9,6 +9,7 @@ import torch
 from own_loops import steps
 from ranks import Pools
 from run_training import Runs, prepared_run
+from sampling import full
 from tiny import VOCABULARY, whole
 from torch import Tensor
 
@@ -61,8 +62,8 @@ def base_weights(path: str, dtype: str) -> dict[str, Tensor]:
         ("llama", "float32", "fsdp2", "node", 4, {}),
         ("llama", "bfloat16", "fsdp2", "none", 3, {}),
         # 3 s each: tied weights and GPT-2 are below under the other engine
-        pytest.param("tied", "bfloat16", "fsdp2", "world", 3, HEAD, marks=pytest.mark.full),
-        pytest.param("gpt2", "bfloat16", "zero3", "world", 2, WTE, marks=pytest.mark.full),
+        full("tied", "bfloat16", "fsdp2", "world", 3, HEAD),
+        full("gpt2", "bfloat16", "zero3", "world", 2, WTE),
         ("gpt2", "bfloat16", "fsdp2", "world", 2, WTE),
         ("llama", "bfloat16", "zero3", "node", 4, {}),
         ("tied", "bfloat16", "zero3", "world", 3, HEAD),

@@ -15,6 +15,7 @@ from hostile import agree
 from ranks import Pools
 from run_training import Runs, check_near, same_bits, told
 from safetensors.torch import load_file
+from sampling import full
 from stopped_runs import check_equal, crashed, steps_saved
 
 STEPS, SAVED = 8, 3
@@ -64,13 +65,13 @@ def one_process(pools: Pools, command: Any, tmp_path_factory: pytest.TempPathFac
 @pytest.mark.parametrize(
     ("optimizer", "world", "per_node", "engine", "base"),
     [  # 10 to 25 s each: by default every optimizer, every engine, every number of ranks
-        pytest.param("low", 2, 2, "fsdp2", "world", marks=pytest.mark.full),
-        pytest.param("low", 3, 3, "fsdp2", "world", marks=pytest.mark.full),
+        full("low", 2, 2, "fsdp2", "world"),
+        full("low", 3, 3, "fsdp2", "world"),
         ("low", 4, 2, "fsdp2", "node"),
-        pytest.param("low", 2, 2, "zero3", "world", marks=pytest.mark.full),
+        full("low", 2, 2, "zero3", "world"),
         ("full", 2, 2, "zero3", "world"),
-        pytest.param("full", 3, 3, "fsdp2", "world", marks=pytest.mark.full),
-        pytest.param("8bit", 2, 2, "zero3", "world", marks=pytest.mark.full),
+        full("full", 3, 3, "fsdp2", "world"),
+        full("8bit", 2, 2, "zero3", "world"),
         ("8bit", 3, 3, "fsdp2", "world"),
     ],
 )
@@ -189,7 +190,7 @@ def test_a_checkpoint_from_before_an_option_goes_on(
     ("base", "world", "per_node"),
     [
         ("node", 4, 2),
-        pytest.param("world", 3, 3, marks=pytest.mark.full),  # 2 to 4 s each: a part of the first
+        full("world", 3, 3),  # 2 to 4 s each: a part of the first
     ],
 )
 def test_the_plan_is_what_is_sent(

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from packed_runs import check_method
 from run_training import Runs
+from sampling import full
 
 METHODS: dict[str, dict[str, Any]] = {
     "adalora": {
@@ -19,9 +20,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "method", ["adalora", "rslora, lora+", pytest.param("flora", marks=pytest.mark.full)]
-)
+@pytest.mark.parametrize("method", ["adalora", "rslora, lora+", full("flora")])
 @pytest.mark.parametrize(("engine", "name", "world"), [("fsdp2", "nf4", 3), ("zero3", "int8", 2)])
 def test_a_method_beside_a_packed_base(
     run: Runs, saved_models: Any, method: str, engine: str, name: str, world: int

@@ -14,6 +14,7 @@ from counted_runs import check_last_step, check_sent, counted, last_step
 from peft import PeftModel
 from refusals import preparation, refusal
 from run_training import Runs, check_near, prepared_run
+from sampling import full
 from tiny import whole
 
 from dlora.checkpoint.format import read
@@ -37,8 +38,8 @@ def command(words: Any) -> Any:
         ("blocks", "nf4-dq", "zero3", "world", 3, 3),
         ("gpt2_blocks", "int8", "zero3", "node", 4, 2),
         # 3 to 7 s each: the same formats on fewer ranks
-        pytest.param("blocks", "nf4", "fsdp2", "world", 2, 2, marks=pytest.mark.full),
-        pytest.param("blocks", "nf4", "zero3", "world", 2, 2, marks=pytest.mark.full),
+        full("blocks", "nf4", "fsdp2", "world", 2, 2),
+        full("blocks", "nf4", "zero3", "world", 2, 2),
     ],
 )
 def test_training_is_that_of_one_process(
@@ -57,7 +58,7 @@ def test_training_is_that_of_one_process(
     ("model", "name", "base", "world", "per_node", "accumulation"),
     [
         # 2 s: the same format as on 4 ranks below
-        pytest.param("blocks", "nf4", "world", 2, 2, 1, marks=pytest.mark.full),
+        full("blocks", "nf4", "world", 2, 2, 1),
         ("blocks", "nf4-dq", "world", 3, 3, 2),
         ("tied_blocks", "int8", "world", 3, 3, 1),
         ("gpt2_blocks", "nf4", "node", 4, 2, 1),
@@ -84,7 +85,7 @@ def test_what_is_sent_is_packed_and_planned(
     ("model", "name", "base", "world", "per_node", "recomputed"),
     [
         # 3 s: packed alike as on 3 ranks, with nothing recomputed as on 4
-        pytest.param("blocks", "nf4", "world", 2, 2, False, marks=pytest.mark.full),
+        full("blocks", "nf4", "world", 2, 2, False),
         ("blocks", "nf4-dq", "world", 3, 3, True),
         ("gpt2_blocks", "int8", "node", 4, 2, False),
     ],
