@@ -8,6 +8,7 @@ import peft
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import MODELS, tokenizer
+from tiny import whole as loaded
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Model, MistralConfig, MixtralConfig
 
@@ -75,10 +76,6 @@ class Bases:
         tokenizer().save_pretrained(directory)
         assert (directory / "model.safetensors.index.json").exists()
         return directory
-
-
-def loaded(directory: Path) -> nn.Module:
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 
 def logits(model: nn.Module) -> torch.Tensor:

@@ -109,10 +109,7 @@ MISTAKES = {
     "dtype": (["--base", "B", "--prompt", "x", "--dtype", "fp8"], "--dtype: invalid choice: 'fp8'"),
     "code": (["--base", "x.gguf", "--prompt", "x", "--trust-remote-code"], "cannot act"),
     "base": (["--base", "./nix", "--prompt", "x"], "--base: there is no directory ./nix"),
-    "image model": (
-        ["--base", "vit", "--prompt", "x"],
-        "cannot read vit: Unrecognized configuration class",
-    ),
+    "image model": (["--base", "vit", "--prompt", "x"], "cannot read vit: Unrecognized config"),
     "adapter": (["--adapter", "nix", "--prompt", "x"], "--adapter: there is no directory nix"),
     "gone": (["--adapter", "gone", "--prompt", "x"], "the base of gone (--base overrides it): "),
     "nameless": (["--adapter", "nameless", "--prompt", "x"], "add --base"),

@@ -28,10 +28,7 @@ BAD = {
     "not json": (b"{", "not JSON"),
     "nul": (b'{"messages": "\0"}', "not JSON"),
     "latin-1": ("{é".encode("latin-1"), "not UTF-8"),
-    "surrogate": (
-        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
-        "half a surrogate pair",
-    ),
+    "surrogate": (chat(("user", "\ud800")), "half a surrogate pair"),
     "deep": (b'{"messages": ' + b"[" * 100_000, "JSON that Python cannot hold"),
     "number": (b'{"messages": ' + b"9" * 10_000 + b"}", "JSON that Python cannot hold"),
     "list": (b"[]", "a JSON list, not an object"),

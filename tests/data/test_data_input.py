@@ -135,10 +135,7 @@ BAD_FILES: list[tuple[bytes, str]] = [
     (b'{"a": 1}\n{"a": "\xff"}\n', ":2: not UTF-8 (byte 8 of the line is 0xff); convert"),
     ('{"a": 1}'.encode("utf-16"), ":1: not UTF-8 (byte 1 of the line is 0xff)"),
     (b'{"a": 1}\n\n{"a": 1\n', ":3: not JSON (Expecting ',' delimiter at column "),
-    (
-        b'{"a": 1}{"a": 2}\n',
-        ":1: not JSON (Extra data at column 9); expected one whole JSON object",
-    ),
+    (b'{"a": 1}{"a": 2}\n', ":1: not JSON (Extra data at column 9); expected one whole JSON"),
     (b'[\n{"a": 1}\n]\n', ":1: not JSON (Expecting value at column "),
     (b'[{"a": 1}]', ":1: a JSON list, not an object"),
     (b'{"a": 1}\n"text"\n', ":2: a JSON str, not an object"),
@@ -200,10 +197,7 @@ def test_ways_to_name_files(source: Any, expected: list[str], folder: Path):
         ([], "data.train is an empty list"),
         ([""], "data.train: '' is no file name"),
         ([None], "data.train: None is no file name"),
-        (
-            ["a.jsonl", "a.jsonl"],
-            "data.train: a.jsonl is named twice, by 'a.jsonl' and by 'a.jsonl'",
-        ),
+        (["a.jsonl"] * 2, "data.train: a.jsonl is named twice, by 'a.jsonl' and by 'a.jsonl'"),
         (["a.jsonl", "[ab].jsonl"], "data.train: a.jsonl is named twice"),
         (["a.jsonl", "link.jsonl"], "data.train: link.jsonl is named twice"),
         ("/dev/null", "data.train: /dev/null is not a regular file"),

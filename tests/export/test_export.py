@@ -5,17 +5,9 @@ import json
 import peft
 import pytest
 import torch
-from exported import (
-    Case,
-    attach_random,
-    load_live,
-    loaded,
-    logits,
-    made_by_peft,
-    weights,
-    write_checkpoint,
-)
+from exported import Case, attach_random, load_live, logits, made_by_peft, weights, write_checkpoint
 from safetensors.torch import load_file
+from tiny import whole as loaded
 from transformers import AutoModelForCausalLM
 
 from dlora import LoraConfig, save_adapter

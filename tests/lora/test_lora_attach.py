@@ -228,11 +228,9 @@ OUT_OF_RANGE: dict[str, tuple[dict[str, Any], str]] = {
     "expression": ({"target_modules": "q_proj("}, "target_modules: 'q_proj(' is not a regular"),
     "rank expression": ({"rank_pattern": {"*": 2}}, "rank_pattern: '*' is not a regular"),
     "init": ({"init_lora_weights": "eva"}, "init_lora_weights: 'eva' is none of "),
-    "odd rank": (
-        {"init_lora_weights": "orthogonal", "rank_pattern": {"q": 3}},
-        "init_lora_weights: orthogonal needs an even LoRA rank, not 3",
-    ),
-}
+    "odd rank": ({"init_lora_weights": "orthogonal", "rank_pattern": {"q": 3}},
+                 "init_lora_weights: orthogonal needs an even LoRA rank, not 3"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", OUT_OF_RANGE)

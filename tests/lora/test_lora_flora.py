@@ -265,15 +265,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bool": ({"flora_r_out": True}, "flora_r_out: expected int or null"),
     "init": ({"init_lora_weights": "gaussian"}, "init_lora_weights: flora has a start of its own"),
     "dora": ({"use_dora": True}, "use_dora: a magnitude goes with a plain LoRA, not with flora"),
-    "no kernel": (
-        {"flora_kernel_r": 2, "target_modules": ["time"]},
-        "flora_kernel_r: 2 cannot act: no convolution is adapted",
-    ),
-    "no larger kernel": (
-        {"flora_kernel_r": 3, "target_modules": TARGETS},
-        "flora_kernel_r: 3 cannot act: no kernel is larger than 3",
-    ),
-}
+    "no kernel": ({"flora_kernel_r": 2, "target_modules": ["time"]},
+                  "flora_kernel_r: 2 cannot act: no convolution is adapted"),
+    "no larger kernel": ({"flora_kernel_r": 3, "target_modules": TARGETS},
+                         "flora_kernel_r: 3 cannot act: no kernel is larger than 3"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)

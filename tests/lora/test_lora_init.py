@@ -302,10 +302,7 @@ def test_random_starts_are_distributed_as_peft_s(name: str) -> None:
     A, B = ours[0].adapter.lora_A.detach(), ours[0].adapter.lora_B.detach()  # type: ignore
     config = peft.LoraConfig(r=r, target_modules=["0"], init_lora_weights=name)
     theirs = peft.get_peft_model(nn.Sequential(nn.Linear(n, m)), config).base_model.model[0]
-    for got, wanted in (
-        (A, theirs.lora_A["default"].weight),
-        (B, theirs.lora_B["default"].weight),
-    ):
+    for got, wanted in ((A, theirs.lora_A["default"].weight), (B, theirs.lora_B["default"].weight)):
         assert got.shape == wanted.shape and got.dtype == wanted.dtype
         assert float(got.std()) == pytest.approx(float(wanted.std()), rel=0.1)
         assert abs(float(got.mean())) < 0.1 * float(wanted.std()) + 1e-12

@@ -107,8 +107,7 @@ def test_merge_warns_where_rounding_takes_more_than_one_percent(
 
 
 @pytest.mark.parametrize(
-    ("target", "untouched"),
-    [("embed_tokens", "lm_head"), ("lm_head", "model.embed_tokens")],
+    ("target", "untouched"), [("embed_tokens", "lm_head"), ("lm_head", "model.embed_tokens")]
 )
 def test_merging_one_of_two_tied_modules_leaves_the_other(target: str, untouched: str) -> None:
     model = adapted("tied", target_modules=[target])

@@ -27,8 +27,6 @@ LAST = 50  # the step of the last mask
 MASKS = range(10, LAST + 1, 2)  # 8 is the last step of the warm-up
 MODULES, INITIAL, FINAL = 14, 56, 28  # of the tiny llama; triplets
 
-Kept = dict[str, list[int]]  # the triplets of each module that a mask left
-
 
 @contextmanager
 def after_each_step(see: Callable[[], None]) -> Any:

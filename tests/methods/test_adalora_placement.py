@@ -18,10 +18,7 @@ from sampling import full, sampled
 from tiny import save_chats
 
 # engine, base, ranks, ranks per node, sequences per micro-batch
-SAMPLE = [
-    ("zero3", "world", 2, 2, 3),
-    ("fsdp2", "node", 4, 2, 1),
-]
+SAMPLE = [("zero3", "world", 2, 2, 3), ("fsdp2", "node", 4, 2, 1)]
 MATRIX = [
     (engine, base, world, per_node, micro)
     for engine in ("fsdp2", "zero3")
@@ -114,10 +111,7 @@ def test_the_budget_is_kept_to_through_three_phases(reference: Any) -> None:
 # -- invariant 3 ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("engine", "base", "world", "per_node", "micro"),
-    sampled(SAMPLE, MATRIX),
-)
+@pytest.mark.parametrize(("engine", "base", "world", "per_node", "micro"), sampled(SAMPLE, MATRIX))
 def test_placement_changes_no_mask(
     run: Any, reference: Any, engine: str, base: str, world: int, per_node: int, micro: int
 ) -> None:
@@ -144,10 +138,7 @@ def test_other_settings(run: Any, reference: Any, kind: str, world: int, state: 
 # -- a divided optimizer state --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("world", "per_node", "base"),
-    [(2, 2, "world"), full(4, 2, "node")],
-)
+@pytest.mark.parametrize(("world", "per_node", "base"), [(2, 2, "world"), full(4, 2, "node")])
 def test_a_divided_state(run: Any, reference: Any, world: int, per_node: int, base: str) -> None:
     """Masks, weights and files of a replicated run, of whose averages each rank has 1/N."""
     results, directory = got = run(world, per_node, sharding__base=base, **DIVIDED)

@@ -178,12 +178,7 @@ def docstrings(tmp_path_factory: pytest.TempPathFactory) -> str:
     ],
 )
 def test_a_configuration_takes_the_memory_that_its_plan_says(
-    tmp_path: Path,
-    cache: str,
-    docstrings: str,
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
-    isa: str,
+    tmp_path: Path, cache: str, docstrings: str, monkeypatch: Any, name: str, isa: str
 ) -> None:
     """Three steps of one micro-batch for each rank; the peak within 15 %."""
     if isa:

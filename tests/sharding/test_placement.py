@@ -63,10 +63,7 @@ def runs(pools: Pools, words: Any, tmp_path_factory: pytest.TempPathFactory) -> 
     return Compared(pools, words, tmp_path_factory.mktemp("runs"), "llama")
 
 
-@pytest.mark.parametrize(
-    ("engine", "base", "world", "per_node", "micro"),
-    sampled(SAMPLE, MATRIX),
-)
+@pytest.mark.parametrize(("engine", "base", "world", "per_node", "micro"), sampled(SAMPLE, MATRIX))
 def test_placement_changes_nothing(
     runs: Compared, engine: str, base: str, world: int, per_node: int, micro: int
 ) -> None:
@@ -74,10 +71,7 @@ def test_placement_changes_nothing(
     runs.check(world, per_node, {}, **where)
 
 
-@pytest.mark.parametrize(
-    ("engine", "world", "micro"),
-    [("zero3", 3, 1), full("fsdp2", 4, 2)],
-)
+@pytest.mark.parametrize(("engine", "world", "micro"), [("zero3", 3, 1), full("fsdp2", 4, 2)])
 def test_dropout_masks_belong_to_the_sequences(
     runs: Compared, engine: str, world: int, micro: int
 ) -> None:

@@ -107,7 +107,7 @@ def reference(name: str, which: str, world: int) -> dict[str, Any]:
             for n, slots in states.items()
             for slot, value in slots.items()
             if isinstance(value, Tensor)
-        },
+        }
     }
 
 

@@ -43,8 +43,7 @@ MATRIX = [
 
 
 @pytest.mark.parametrize(
-    ("model", "base", "world", "per_node", "accumulation"),
-    sampled(SAMPLE, MATRIX),
+    ("model", "base", "world", "per_node", "accumulation"), sampled(SAMPLE, MATRIX)
 )
 def test_the_plan_is_what_is_sent(
     run: Runs, model: str, base: str, world: int, per_node: int, accumulation: int
@@ -79,7 +78,7 @@ def test_the_plan_is_what_is_sent(
 
 
 @pytest.mark.parametrize(
-    ("model", "base", "world", "per_node", "accumulation", "checkpointing"),
+    ("model", "base", "world", "per_node", "accumulation", "recomputed"),
     [
         ("llama", "world", 3, 3, 3, False),
         ("llama", "world", 2, 2, 3, True),
@@ -92,13 +91,7 @@ def test_the_plan_is_what_is_sent(
     ],
 )
 def test_zero3_sends_what_the_plan_says(
-    run: Runs,
-    model: str,
-    base: str,
-    world: int,
-    per_node: int,
-    accumulation: int,
-    checkpointing: bool,
+    run: Runs, model: str, base: str, world: int, per_node: int, accumulation: int, recomputed: bool
 ) -> None:
     """From the third step on: in the first two DeepSpeed records its trace and gathers vectors.
 
@@ -108,7 +101,7 @@ def test_zero3_sends_what_the_plan_says(
     settings = {
         "sharding__engine": "zero3",
         "sharding__base": base,
-        "sharding__activation_checkpointing": checkpointing,
+        "sharding__activation_checkpointing": recomputed,
         "train__max_steps": 4,
         "train__micro_batch_size": 1,
         "train__global_batch_size": world * accumulation,

@@ -113,3 +113,22 @@ def backward_of_some(model: Toy, step: int, world: int, where: str) -> None:
     for rank, (x, y) in enumerate(batch(step, model.A.dtype)[:world]):
         losses = model.losses(x, y, takes_part(where, step, rank))
         (losses.sum() / sum(ROWS[:world])).backward()
+
+
+def moved(
+    model: Any, replica: Replica, optimizer: torch.optim.Optimizer, when: str, **how: Any
+) -> dict[str, Tensor]:
+    """Three steps; in the second all tensors move at some time, as `.to(device)` moves them."""
+    for step in range(3):
+        acts = {when: lambda: model._apply(torch.clone)} if step == 1 else {}
+        replica.zero_grad()
+        x, y = batch(step, torch.float64)[own_rank()]
+        acts.get("before backward", int)()
+        model.losses(x, y, **how).sum().backward()
+        acts.get("after backward", int)()
+        replica.reduce_gradients(len(x))
+        acts.get("before the step", int)()
+        optimizer.step()
+        acts.get("after the step", int)()
+    replica.audit()
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from run_training import Run, same_bits, train
+from run_training import Run, Runs, same_bits, train
 
 
 class Crash(Exception):  # noqa: N818
@@ -71,3 +71,11 @@ def check_equal(run: Run, whole: Run) -> None:
         assert same_bits(result["tensors"], wanted["tensors"])
         if result is results[0] or result["optimizer"] is not None:  # rank 0 has it always
             assert same_bits(result["optimizer"], wanted["optimizer"])
+
+
+def interrupted_run(run: Runs, steps: int, *words: Any) -> Path:
+    """The directory of a run on 2 ranks that crashed in a step, past its checkpoint of the 3rd."""
+    results, _ = run("run", 2, *words, work=crashed, arguments=(steps,))
+    assert results == ["crashed"] * 2
+    assert steps_saved(run.root / "run") == ["step-000003"]
+    return run.root / "run"

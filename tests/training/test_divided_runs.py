@@ -18,7 +18,7 @@ from ranks import Pools
 from run_training import Run, Runs, check_near, prepared_run, relative_error, told
 from safetensors.torch import load_file
 from sampling import full
-from stopped_runs import check_equal, crashed, steps_saved, terminated
+from stopped_runs import check_equal, crashed, interrupted_run, steps_saved, terminated
 from tiny import whole
 
 from dlora import LoraConfig, attach, shard
@@ -86,10 +86,7 @@ def undisturbed(pools: Pools, command: Any, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="module")
 def interrupted(pools: Pools, command: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a divided run on 2 ranks that crashed past step 3."""
-    directory = tmp_path_factory.mktemp("interrupted")
-    assert pools(2).run(crashed, command(directory), 5) == ["crashed"] * 2
-    assert steps_saved(directory) == ["step-000003"]
-    return directory
+    return interrupted_run(Runs(pools, command, tmp_path_factory.mktemp("interrupted")), 5)
 
 
 def test_resumed_bit_for_bit(

@@ -16,7 +16,7 @@ from ranks import Pools
 from run_training import Runs, check_near, same_bits, told
 from safetensors.torch import load_file
 from sampling import full
-from stopped_runs import check_equal, crashed, steps_saved
+from stopped_runs import check_equal, crashed, interrupted_run, steps_saved
 
 STEPS, SAVED = 8, 3
 PRO = {"optimizer__name": "lora_pro", "adapter__modules_to_save": ["model.norm"]}
@@ -30,11 +30,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }
 # Of loss and gradient norm, and of each tensor. Where rounding takes one of 8-bit AdamW's moments
 # over the edge between two codes, that moment changes by some percent.
-BOUNDS: dict[str, dict[str, float]] = {
-    "low": {},
-    "full": {},
-    "8bit": {"rel": 2e-4, "bound": 1e-2},
-}
+BOUNDS: dict[str, dict[str, float]] = {"low": {}, "full": {}, "8bit": {"rel": 2e-4, "bound": 1e-2}}
 
 
 @pytest.fixture(scope="module")
@@ -98,14 +94,11 @@ def whole(pools: Pools, command: Any, tmp_path_factory: pytest.TempPathFactory) 
 def interrupted(pools: Pools, command: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The directory of a run on 2 ranks that crashed past step 3."""
 
-    @functools.cache
-    def of(optimizer: str) -> Path:
-        directory = tmp_path_factory.mktemp(f"interrupted-{optimizer}")
-        assert pools(2).run(crashed, command(directory, optimizer), 5) == ["crashed"] * 2
-        assert steps_saved(directory) == ["step-000003"]
-        return directory
-
-    return of
+    return functools.cache(
+        lambda optimizer: interrupted_run(
+            Runs(pools, command, tmp_path_factory.mktemp("interrupted")), 5, optimizer
+        )
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["low", "full", "8bit"])

@@ -161,12 +161,7 @@ def test_a_checkpoint_that_is_not_there(saved_models: Any, tmp_path: Path, wante
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("multiplies", [False, True])
 def test_a_cpu_without_bfloat16_is_told_of(
-    saved_models: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    dtype: str,
-    multiplies: bool,
+    saved_models: Any, tmp_path: Path, monkeypatch: Any, capsys: Any, dtype: str, multiplies: bool
 ) -> None:
     """A step of the demo took 140 s on one, where float32 took 10."""
     monkeypatch.setattr("dlora.training.prepare.multiplies_bfloat16", lambda: multiplies)

@@ -184,19 +184,12 @@ def test_a_run_says_what_is_packed_and_what_is_not(run: Runs) -> None:
 @pytest.mark.parametrize(
     ("model", "settings", "told"),
     [
-        (
-            "llama",
-            {},
-            "model.quantization: nf4 cannot act on any linear layer: "
-            "model.layers.0.self_attn.q_proj: its rows of 40 weights do not divide",
-        ),
-        (
-            "blocks",
-            {"adapter__modules_to_save": ["up_proj"]},
-            "adapter.modules_to_save: the weight of model.layers.0.mlp.up_proj is packed",
-        ),
+        ("llama", {}, "model.quantization: nf4 cannot act on any linear layer: model.layers.0."
+                      "self_attn.q_proj: its rows of 40 weights do not divide"),
+        ("blocks", {"adapter__modules_to_save": ["up_proj"]},
+         "adapter.modules_to_save: the weight of model.layers.0.mlp.up_proj is packed"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_is_refused_before_weights_are_read(
     command: Any, tmp_path: Path, model: str, settings: Any, told: str
 ) -> None:

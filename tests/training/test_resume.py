@@ -4,7 +4,6 @@ import functools
 import os
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -144,13 +143,7 @@ def flip(path: Path) -> None:
     ],
 )
 def test_a_damaged_newest_checkpoint_is_skipped(
-    run: Runs,
-    whole: Run,
-    tmp_path: Path,
-    interrupted: Path,
-    damage: Callable[[Path], None],
-    file: str,
-    warning: str,
+    run: Runs, whole: Run, tmp_path: Path, interrupted: Path, damage: Any, file: str, warning: str
 ) -> None:
     directory = shutil.copytree(interrupted, tmp_path / "run")
     newest = shutil.copytree(

@@ -149,10 +149,7 @@ def test_a_killed_peer(
     check_same_end(tmp_path / "run", whole(engine, method), engine)
 
 
-@pytest.mark.parametrize(
-    ("number", "status"),
-    [(signal.SIGTERM, 143), full(signal.SIGINT, 130)],
-)
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), full(signal.SIGINT, 130)])
 def test_a_hung_peer(ranks_of: Any, command: Any, tmp_path: Path, number: int, status: int) -> None:
     """Blocked in a collective, told to stop: committed and gone within 10 s."""
     ranks = ranks_of(command(tmp_path / "run"), rank0=(ends_in_a_forward, signal.SIGSTOP))

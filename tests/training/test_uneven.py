@@ -50,10 +50,7 @@ def topology(sizes: list[int]) -> tuple[int, int]:
 
 @pytest.mark.parametrize(
     ("sizes", "wanted"),
-    [
-        ([2, 1, 1], [(1, 0), (1, 1), (1, 2), (1, 3)]),
-        ([2, 2], [(2, 0), (2, 0), (2, 1), (2, 1)]),
-    ],
+    [([2, 1, 1], [(1, 0), (1, 1), (1, 2), (1, 3)]), ([2, 2], [(2, 0), (2, 0), (2, 1), (2, 1)])],
 )
 def test_every_rank_sees_the_same_nodes(
     pools: Pools, sizes: list[int], wanted: list[tuple[int, int]]
