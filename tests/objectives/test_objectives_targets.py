@@ -265,6 +265,8 @@ def test_dropout_in_the_head_is_keyed_by_the_sequence(
 
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 24, "num_hidden_layers": 1}
 HEADS = {"num_attention_heads": 4, "intermediate_size": 32, "max_position_embeddings": 64}
+BART = dict.fromkeys(("encoder_layers", "decoder_layers"), 1)
+BART |= dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2)
 REFUSED: dict[str, tuple[Any, str]] = {
     "no output head": (
         lambda: transformers.LlamaModel(causal_model("llama").config),
@@ -272,8 +274,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "plain module": (lambda: nn.Sequential(nn.Linear(2, 2)), "is no causal language model"),
     "encoder-decoder": (
-        lambda: transformers.T5ForConditionalGeneration(
-            transformers.T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=1)
+        lambda: transformers.BartForConditionalGeneration(
+            transformers.BartConfig(vocab_size=32, d_model=8, **BART)
         ),
         "is an encoder-decoder model",
     ),
