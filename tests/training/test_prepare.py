@@ -1,5 +1,6 @@
 """What is wrong with a run is said in one line by its preparation, before a weight is read."""
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -7,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import refusals
 from hostile import CONFIG, edit_json
-from refusals import preparation
 from tiny import VOCABULARY, command, tokenizer, whole
 
 from dlora import LoraConfig, attach, save_adapter
 from dlora.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("no_weights_are_read")
+preparation = functools.partial(refusals.preparation, check=True)
 
 
 def saved(path: str, directory: Path, **config: Any) -> Path:
