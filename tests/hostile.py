@@ -1,27 +1,19 @@
 """All ways in for a base and an adapter that a stranger made, and what they answer."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
 from exported import loaded
+from refusals import preparation
 from tiny import command
 
 from dlora import generate, load_adapter
-from dlora.config.load import parse
-from dlora.errors import UsageError
 from dlora.export import command as export
-from dlora.runtime.ranks import Ranks
-from dlora.training.startup import prepared
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
-def preparation(argv: list[str]) -> None:
-    prepared(parse(argv, "dlora.train").config, Ranks(0, 1, torch.device("cpu"), None))
 
 
 def starting_from(adapter: Path, base: Path) -> list[str]:
@@ -32,11 +24,16 @@ def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def one_line(work: Callable[[], Any]) -> str:
-    with pytest.raises(UsageError) as refused:
-        work()
-    assert "\n" not in str(refused.value)
-    return str(refused.value)
+def agree(directory: Path, hashes: bool = True) -> None:
+    """Let the manifest say of the files what they are, and of itself."""
+    path = directory / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for name, said in manifest["files"].items() if hashes else ():
+        data = (directory / name).read_bytes()
+        said |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    own = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(rest | {"sha256": own}))
 
 
 def readings(adapter: Path, base: Path) -> list[Callable[[], Any]]:

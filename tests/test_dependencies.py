@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, packages_distributions, req
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from tiny import command, save_model
 
 ROOT = Path(__file__).parents[1]
 # Read by every Python at its start: what is hidden is neither found nor imported.
@@ -79,15 +80,7 @@ def test_a_run_needs_no_test_extra(tmp_path: Path) -> None:
 
 def words(place: Path) -> list[str]:
     """A run of two steps on a sharded base."""
-    import torch
-    from tiny import save_chats, save_model
-
-    save_model(place / "model", "llama", torch.float32)
     (place / "config.yaml").write_text("{}")
-    return [
-        *("--config", str(place / "config.yaml")),
-        *("--model.path", str(place / "model"), "--train.max_steps", "2"),
-        *("--data.train", str(save_chats(place / "chats.jsonl", 12))),
-        *("--output.dir", str(place / "run"), "--train.global_batch_size", "2"),
-        *("--sharding.base", "world"),
-    ]
+    model = save_model(place / "model", "llama")
+    argv = command(model, place, sharding__base="world", train__global_batch_size=2)
+    return ["--config", str(place / "config.yaml"), *argv]

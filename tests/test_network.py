@@ -86,10 +86,7 @@ def test_bytes_cross_and_are_counted(tmp_path: Path, link: Link) -> None:
 def test_a_failing_rank_is_told_and_the_others_ended(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(ONE_FAILS)
-    with (
-        pytest.raises(NodeFailure) as failure,
-        two_nodes(Link(), tmp_path / "logs") as nodes,
-    ):
+    with pytest.raises(NodeFailure) as failure, two_nodes(Link(), tmp_path / "logs") as nodes:
         nodes.torchrun([str(program), str(tmp_path)], limit=60)
     told = str(failure.value)
     assert "--- node 1 ended with status 1" in told

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile import one_line
+from refusals import refusal
 from tiny import command
 
 from dlora import generate
@@ -52,7 +52,7 @@ def test_secrets_reach_no_file_and_no_line(
     adapter = str(tmp_path / "run" / "adapter")
     assert export.main(["--adapter", adapter, "--to", str(tmp_path / "to"), "--merge"]) == 0
     assert generate.main(["--adapter", adapter, "--prompt", "one", "--max-new-tokens", "2"]) == 0
-    said = [one_line(lambda: main([*words, "--optimizer.lr", "3"]))]
+    said = [refusal(main, [*words, "--optimizer.lr", "3"])]
     said += capfd.readouterr()
     texts = {"printed": "\n".join(said).encode()}
     texts |= {str(p): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}

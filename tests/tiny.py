@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -71,6 +72,22 @@ def save_model(directory: Path, name: str, dtype: torch.dtype = torch.float32) -
     model.save_pretrained(directory)
     tokenizer().save_pretrained(directory)
     return directory
+
+
+def save_filled(directory: Path, dtype: torch.dtype, value: float, **sizes: int) -> Any:
+    """A Llama of `sizes` whose weights are all `value`; its skeleton, on the meta device."""
+    config = LlamaConfig(**sizes, hidden_size=1024, num_attention_heads=8, dtype=dtype)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    config.save_pretrained(directory)
+    weights = {n: torch.full(p.shape, value, dtype=dtype) for n, p in skeleton.named_parameters()}
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    return skeleton
+
+
+def whole(path: str | Path, dtype: str = "float32") -> Any:
+    """A saved model as transformers reads it."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

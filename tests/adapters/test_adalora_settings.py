@@ -6,35 +6,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tiny import command
-from transformers import AutoModelForCausalLM
+from tiny import command, whole
 
 from dlora import LoraConfig, attach, save_adapter
-from dlora.base.model import BaseModel
 from dlora.runtime.exit_status import exit_with
 from dlora.train import main
 
+pytestmark = pytest.mark.usefixtures("no_weights_are_read")
 ADALORA = {"adapter__method": "adalora", "adapter__r": None, "train__max_steps": 10}
 
 
-def refusal(argv: list[str], capfd: pytest.CaptureFixture[str]) -> str:
-    """The line on standard error of a command that ends with status 2."""
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        exit_with(lambda _: main(argv))
-    assert ended.value.code == 2
-    said = capfd.readouterr().err.strip()
-    assert "\n" not in said
-    return said
+@pytest.fixture
+def said(saved_models: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Any:
+    """said(**settings): the line on standard error of a command that ends with status 2."""
 
+    def of(**settings: Any) -> str:
+        argv = command(saved_models("llama"), tmp_path, **ADALORA | settings)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            exit_with(lambda _: main(argv))
+        assert ended.value.code == 2
+        line = capfd.readouterr().err.strip()
+        assert "\n" not in line
+        return line
 
-@pytest.fixture(autouse=True)
-def no_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(*_: Any) -> None:
-        raise AssertionError("weights were read")
-
-    monkeypatch.setattr(BaseModel, "load", read)
+    return of
 
 
 @pytest.mark.parametrize(
@@ -50,34 +46,18 @@ def no_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"method": "lora", "target_r": 4}, "adapter.target_r", "not adalora"),
     ],
 )
-def test_a_setting_that_cannot_be(
-    saved_models: Any,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-    settings: dict[str, Any],
-    key: str,
-    also: str,
-) -> None:
-    given = ADALORA | {f"adapter__{name}": value for name, value in settings.items()}
-    said = refusal(command(saved_models("llama"), tmp_path, **given), capfd)
-    assert key in said and also in said
+def test_a_setting_that_cannot_be(said: Any, settings: dict[str, Any], key: str, also: str) -> None:
+    line = said(**{f"adapter__{name}": value for name, value in settings.items()})
+    assert key in line and also in line
 
 
-def test_an_adapter_to_start_from(
-    saved_models: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    model = AutoModelForCausalLM.from_pretrained(saved_models("llama"), dtype=torch.float32)
-    save_adapter(attach(model, LoraConfig(r=4)), tmp_path / "start")
-    start = {"adapter__path": str(tmp_path / "start")}
-    said = refusal(command(saved_models("llama"), tmp_path, **ADALORA, **start), capfd)
-    assert "adapter.path" in said
+def test_an_adapter_to_start_from(saved_models: Any, tmp_path: Path, said: Any) -> None:
+    save_adapter(attach(whole(saved_models("llama")), LoraConfig(r=4)), tmp_path / "start")
+    assert "adapter.path" in said(adapter__path=str(tmp_path / "start"))
 
 
-def test_the_phases_must_fit_epochs_too(
-    saved_models: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_phases_must_fit_epochs_too(said: Any) -> None:
     """promise 2.5: the schedule spans the steps of the run, however they are given."""
     epochs = {"train__max_steps": None, "train__epochs": 2}  # of 8 sequences, 4 in a step
-    given = ADALORA | epochs | {"adapter__tinit": 2, "adapter__tfinal": 2}
-    said = refusal(command(saved_models("llama"), tmp_path, **given), capfd)
-    assert "adapter.tinit" in said and "no step to prune in, of the run's 4" in said
+    line = said(**epochs, adapter__tinit=2, adapter__tfinal=2)
+    assert "adapter.tinit" in line and "none of the run's 4" in line

@@ -12,18 +12,18 @@ from typing import Any
 import peft
 import pytest
 import torch
-from causal_models import causal_model, randomize_trainable, relative_error, token_ids
+from causal_models import causal_model, logits, quiet_peft, randomize_trainable, relative_error
+from hostile import edit_json
 from peft.tuners.tuners_utils import BaseTunerLayer
+from refusals import refusal
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dlora import LoraConfig, UsageError, attach, load_adapter, save_adapter
 from dlora.adapters.save_load import CONFIG, WEIGHTS
 
-# PEFT warns of tied weights, of saved embeddings and of fan_in_fan_out; the numbers decide here.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    *quiet_peft,
     pytest.mark.filterwarnings("ignore:The following .* keys did not match:RuntimeWarning"),
 ]
 
@@ -103,11 +103,6 @@ def same_modules(ours: nn.Module, theirs: nn.Module) -> None:
     for path, (_, scaling) in adapted.items():
         assert scaling == pytest.approx(expected[path][1], rel=1e-12), path
     assert set(ours.dlora.saved) == saved_by_peft(theirs)
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
-    return model(token_ids()).logits
 
 
 def peft_model(kind: str, settings: dict[str, Any]) -> nn.Module:
@@ -266,11 +261,7 @@ def test_loading_into_attached_adapters_keeps_their_tensors(tmp_path: Path) -> N
 
 
 def edit_config(**changes: Any) -> Callable[[Path], None]:
-    def edit(directory: Path) -> None:
-        raw = json.loads((directory / CONFIG).read_text()) | changes
-        (directory / CONFIG).write_text(json.dumps(raw))
-
-    return edit
+    return lambda directory: edit_json(directory / CONFIG, **changes)
 
 
 def edit_tensors(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
@@ -280,6 +271,10 @@ def edit_tensors(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path],
         save_file(tensors, directory / WEIGHTS)
 
     return edit
+
+
+def with_tensor(name: str, *shape: int) -> Callable[[Path], None]:
+    return edit_tensors(lambda tensors: tensors.update({name: torch.zeros(shape)}))
 
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -303,22 +298,10 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no targets": (edit_config(target_modules=None), f"{CONFIG}: target_modules: is empty"),
     "other base": (edit_config(target_modules=["qkv"]), "'qkv' matches no module"),
     "missing tensor": (edit_tensors(lambda t: t.pop(KEY)), f"lacks {KEY}"),
-    "extra tensor": (
-        edit_tensors(lambda t: t.update(extra=torch.zeros(1))),
-        "has the unexpected extra",
-    ),
-    "other shape": (
-        edit_tensors(lambda t: t.update({KEY: torch.zeros(4, 5)})),
-        f"{KEY} has shape [4, 5], the model expects [4, 24]",
-    ),
-    "other base weight": (
-        edit_tensors(lambda t: t.update({BASE_COPY: torch.zeros(24, 24)})),
-        f"{BASE_COPY} differs from this model's weight",
-    ),
-    "resized base weight": (
-        edit_tensors(lambda t: t.update({BASE_COPY: torch.zeros(25, 24)})),
-        f"{BASE_COPY} differs from this model's weight",
-    ),
+    "extra tensor": (with_tensor("extra", 1), "has the unexpected extra"),
+    "other shape": (with_tensor(KEY, 4, 5), f"{KEY} has shape [4, 5], the model expects [4, 24]"),
+    "other base weight": (with_tensor(BASE_COPY, 24, 24), f"{BASE_COPY} differs from this model's"),
+    "resized base weight": (with_tensor(BASE_COPY, 25, 24), f"{BASE_COPY} differs from this"),
 }
 
 
@@ -326,10 +309,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
 def test_a_damaged_or_foreign_adapter_is_refused_in_one_line(case: str, tmp_path: Path) -> None:
     damage, message = DAMAGED[case]
     damage(saved(tmp_path, ["q_proj"]))
-    with pytest.raises(UsageError) as caught:
-        load_adapter(causal_model("llama"), tmp_path)
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert message in refusal(load_adapter, causal_model("llama"), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -9,35 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from exported import Bases, loaded, plain_adapter, write_checkpoint
-from hostile import CONFIG, WEIGHTS, edit_json, one_line, preparation, readings, starting_from
+from exported import loaded, write_checkpoint
+from hostile import CONFIG, WEIGHTS, agree, edit_json, readings, starting_from
+from refusals import preparation, refusal
 from safetensors.torch import load_file, save_file
-from test_torn import agree
 from tiny import command
 from torch import Tensor
 
 from dlora import AdaLoraConfig, attach, load_adapter
-from dlora.base.model import BaseModel, BaseWeights, find_base
+from dlora.base.model import BaseWeights, find_base
 from dlora.export import command as export
 from dlora.io.files import inside
 from dlora.lora.attach import load_record
 
 FACTOR = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
-    return Bases(tmp_path_factory.mktemp("bases"))
-
-
-@pytest.fixture
-def base(bases: Bases, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(bases("llama"), tmp_path / "base"))
-
-
-@pytest.fixture
-def adapter(bases: Bases, tmp_path: Path) -> Path:
-    return plain_adapter(bases, tmp_path / "adapter")
 
 
 # -- names and links that lead elsewhere -----------------------------------------------------------
@@ -56,7 +41,7 @@ def test_an_index_names_files_of_its_base_alone(name: Any, base: Path, tmp_path:
         lambda: preparation(command(base, tmp_path)),
         lambda: BaseWeights(find_base(str(base))).from_pretrained(),
     ):
-        said = one_line(work)
+        said = refusal(work)
         assert f"{name!r} is not the name of a file in it" in said
         assert said.startswith("model.path: ")
 
@@ -64,9 +49,9 @@ def test_an_index_names_files_of_its_base_alone(name: Any, base: Path, tmp_path:
 def test_an_adapter_beside_a_base_is_not_loaded_with_it(adapter: Path, base: Path, tmp_path: Path):
     for name in (CONFIG, WEIGHTS):
         shutil.copyfile(adapter / name, base / name)
-    said = one_line(lambda: preparation(command(base, tmp_path)))
-    assert said.startswith(f"model.path: {base} contains an adapter_config.json")
-    assert said == one_line(lambda: BaseWeights(find_base(str(base))).from_pretrained())
+    said = refusal(preparation, command(base, tmp_path))
+    assert said.startswith(f"model.path: {base} holds an adapter_config.json")
+    assert said == refusal(lambda: BaseWeights(find_base(str(base))).from_pretrained())
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
@@ -75,7 +60,7 @@ def test_a_link_out_of_an_adapter_is_refused(name: str, adapter: Path, base: Pat
     (adapter / name).rename(elsewhere)
     (adapter / name).symlink_to(Path("..", "elsewhere"))
     for work in readings(adapter, base):
-        said = one_line(work)
+        said = refusal(work)
         assert f"{adapter / name}: is a link out of its directory, to {elsewhere}" in said
 
 
@@ -117,7 +102,7 @@ def test_what_only_looks_like_the_hub_s_cache(tmp_path: Path):
         "ring": "ring",
     }.items():
         (snapshot / name).symlink_to(target)
-        assert str(snapshot / name) in one_line(lambda name=name: inside(snapshot, name))
+        assert str(snapshot / name) in refusal(inside, snapshot, name)
 
 
 # -- numbers ---------------------------------------------------------------------------------------
@@ -142,20 +127,16 @@ STRANGE: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 
 @pytest.mark.parametrize("case", STRANGE)
 def test_what_is_no_finite_number_is_refused(
-    case: str, adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, adapter: Path, base: Path, request: pytest.FixtureRequest
 ):
     """Naming the tensor, before weights of the base are read, and with nothing written."""
-
-    def read(*_: Any) -> None:
-        raise AssertionError("weights were read")
-
     change, message = STRANGE[case]
     tensors = load_file(adapter / WEIGHTS)
     save_file(tensors | {FACTOR: change(tensors[FACTOR])}, adapter / WEIGHTS)
     model = loaded(base)
-    monkeypatch.setattr(BaseModel, "load", read)
+    request.getfixturevalue("no_weights_are_read")
     for work in (lambda: load_adapter(model, adapter), *readings(adapter, base)[1:]):
-        said = one_line(work)
+        said = refusal(work)
         assert f"{adapter / WEIGHTS}" in said and FACTOR in said and message in said
     assert not hasattr(model, "dlora")
     assert not (adapter.parent / "to").exists()
@@ -170,8 +151,8 @@ def test_a_checkpoint_of_what_is_no_number_is_not_exported(base: Path, tmp_path:
     agree(directory)
     words = ["--adapter", str(directory), "--to", str(tmp_path / "to")]
     for more in ([], ["--merge"]):
-        said = one_line(lambda more=more: export.main([*words, *more]))
-        assert said == f"{file}: {name} contains NaN or infinite values"
+        said = refusal(export.main, [*words, *more])
+        assert said == f"{file}: {name} holds NaN or infinite values"
     assert not (tmp_path / "to").exists()
 
 
@@ -204,7 +185,7 @@ def test_absurd_settings_are_refused(case: str, adapter: Path, base: Path):
         lambda: load_adapter(model, adapter),
         lambda: preparation(starting_from(adapter, base)),
     ):
-        assert message in one_line(work)
+        assert message in refusal(work)
     assert not hasattr(model, "dlora")  # so nothing of such a size was made
 
 
@@ -212,4 +193,4 @@ def test_a_triplet_that_never_was(base: Path):
     model = loaded(base)
     attach(model, AdaLoraConfig(init_r=3, target_r=2, target_modules=["q_proj"]))
     record = {"shrunk": True, "kept": {path: [0, 3] for path in model.dlora.adapted}}
-    assert "has triplet 3 of model.layers.0" in one_line(lambda: load_record(model, record))
+    assert "keeps triplet 3 of model.layers.0" in refusal(load_record, model, record)

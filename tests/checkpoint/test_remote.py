@@ -17,9 +17,8 @@ import fsspec
 import pytest
 from moto.server import ThreadedMotoServer
 from ranks import Pools
-from run_training import figures, same_bits, train
+from run_training import Runs, same_bits, told, train
 from s3fs import S3FileSystem
-from test_resume import told
 
 from dlora.checkpoint.format import verify
 from dlora.checkpoint.remote import MANIFEST, RemoteCheckpoints
@@ -65,7 +64,15 @@ def make_bucket(url: str) -> None:
 
 
 @pytest.fixture
+def saved(run: Runs) -> Path:
+    """A checkpoint on the disk alone."""
+    run("run", 1, None)
+    return run.root / "run" / "checkpoints" / "step-000004"
+
+
+@pytest.fixture(scope="module")
 def command(words: Any) -> Any:
+    """command(directory, store, **settings)"""
     common = {"optimizer__schedule": "constant", "train__max_steps": STEPS}
 
     def of(directory: Path, remote: str | None, **settings: Any) -> list[str]:
@@ -92,58 +99,49 @@ def forget(url: str, path: str) -> None:
     files.rm(f"{root}/{path}")
 
 
-def test_a_run_goes_on_from_the_store(
-    pools: Pools, command: Any, tmp_path: Path, store: str
-) -> None:
-    [whole] = pools(1).run(train, command(tmp_path / "whole", None, train__max_steps=6))
-    pools(1).run(train, command(tmp_path / "first", store))
+def test_a_run_goes_on_from_the_store(pools: Pools, run: Runs, tmp_path: Path, store: str) -> None:
+    [whole], wanted = run("whole", 1, None, train__max_steps=6)
+    run("first", 1, store)
     [held] = pools(1).run(stored, store)
     assert held["latest"] == b"step-000004\n"
-    run = tmp_path / "first"
-    for local in (
-        run / "checkpoints/step-000003",
-        run / "checkpoints/step-000004",
-        run / "adapter",
-    ):
+    for name in ("checkpoints/step-000003", "checkpoints/step-000004", "adapter"):
+        local = tmp_path / "first" / name
         for path in local.iterdir():
             assert held[f"{local.name}/{path.name}"] == path.read_bytes()
     there = {"adapter", "latest", "step-000003", "step-000004"}
     assert {name.partition("/")[0] for name in held} == there
 
-    [again] = pools(1).run(train, command(tmp_path / "second", store, train__max_steps=6))
+    [again], lines = run("second", 1, store, train__max_steps=6)
     assert same_bits(again["tensors"], whole["tensors"])
-    assert figures(tmp_path / "second") == figures(tmp_path / "whole")[4:]
+    assert lines == wanted[4:]
 
 
 def test_what_is_damaged_or_torn_there_is_passed_over(
-    pools: Pools, command: Any, tmp_path: Path, store: str
+    pools: Pools, run: Runs, tmp_path: Path, store: str
 ) -> None:
-    pools(1).run(train, command(tmp_path / "first", store, output__keep_last=3))
+    _, wanted = run("first", 1, store, output__keep_last=3)
     pools(1).run(damage, store, "step-000004/optimizer.safetensors")
     pools(1).run(forget, store, "step-000003/manifest.json")
-    [(_, printed)] = pools(1).run(told, command(tmp_path / "second", store))
+    [(_, printed)], lines = run("second", 1, store, work=told)
     assert f"skipping a checkpoint of {store}: " in printed
     assert "does not match its SHA-256" in printed
     assert "resuming after step 2" in printed
-    assert figures(tmp_path / "second") == figures(tmp_path / "first")[2:]
+    assert lines == wanted[2:]
     verify(tmp_path / "second" / "checkpoints" / "step-000004")
 
 
-def test_the_disk_goes_before_the_store_where_it_is_newer(
-    pools: Pools, command: Any, tmp_path: Path, store: str
-) -> None:
-    pools(1).run(train, command(tmp_path / "run", store, train__max_steps=2))
-    pools(1).run(train, command(tmp_path / "run", None, train__max_steps=3))
-    [(_, printed)] = pools(1).run(told, command(tmp_path / "run", store))
+def test_the_disk_goes_before_the_store_where_it_is_newer(run: Runs, store: str) -> None:
+    run("run", 1, store, train__max_steps=2)
+    run("run", 1, None, train__max_steps=3)
+    [(_, printed)], _ = run("run", 1, store, work=told)
     assert "resuming after step 3" in printed
 
 
 def test_another_run_s_checkpoints_are_set_aside_there_too(
-    pools: Pools, command: Any, tmp_path: Path, store: str
+    pools: Pools, run: Runs, store: str
 ) -> None:
-    pools(1).run(train, command(tmp_path / "first", store))
-    argv = command(tmp_path / "second", store, output__resume="none", train__max_steps=1)
-    pools(1).run(train, argv)
+    run("first", 1, store)
+    run("second", 1, store, output__resume="none", train__max_steps=1)
     [held] = pools(1).run(stored, store)
     found = {name.rpartition("/")[0] for name in held} - {""}
     assert found == {"adapter", "step-000001", "old-1/step-000003", "old-1/step-000004"}
@@ -157,32 +155,31 @@ def warned(argv: list[str]) -> tuple[int, str]:
     return status, said.getvalue()
 
 
-def test_a_store_that_cannot_be_written_does_not_end_the_run(
-    pools: Pools, command: Any, tmp_path: Path
-) -> None:
+def test_a_store_that_cannot_be_written_does_not_end_the_run(run: Runs, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    argv = command(tmp_path / "run", f"file://{tmp_path}/file/run", train__max_steps=2)
-    [(status, said)] = pools(1).run(warned, argv)
+    url = f"file://{tmp_path}/file/run"
+    [(status, said)], _ = run("run", 1, url, work=warned, train__max_steps=2)
     assert status == 0
     assert "step-000002 could not be copied to file://" in said
     verify(tmp_path / "run" / "checkpoints" / "step-000002")
     assert (tmp_path / "run" / "adapter").is_dir()
 
 
-def put_until(files: int, directory: Path, url: str) -> RemoteCheckpoints:
-    """A rank that copies a checkpoint and is ended once so many of its files are there."""
+def put_until(files: int, directory: Path, url: str, error: BaseException) -> RemoteCheckpoints:
+    """A rank that copies a checkpoint, to which `error` happens after so many of its files."""
     store = RemoteCheckpoints(url)
     whole, copied = store._files.put_file, []
 
     def put_file(*words: str) -> None:
         if len(copied) == files:
-            raise KeyboardInterrupt
+            raise error
         copied.append(whole(*words))
 
     store._files.put_file = put_file  # an attribute of the instance, which fsspec keeps
     try:
-        with contextlib.suppress(KeyboardInterrupt):
-            store.put(directory)
+        store.put(directory)
+    except type(error) as met:
+        assert met.args == error.args
     finally:
         del store._files.put_file
     return store
@@ -191,16 +188,12 @@ def put_until(files: int, directory: Path, url: str) -> RemoteCheckpoints:
 def put_by_two(directory: Path, url: str) -> list[int]:
     """The steps there, where a second rank that copies the same one is ended at its first file."""
     RemoteCheckpoints(url).put(directory)
-    return [step for step, _ in put_until(0, directory, url).steps()]
+    return [step for step, _ in put_until(0, directory, url, KeyboardInterrupt()).steps()]
 
 
-def test_what_a_survivor_has_completed_stays(
-    pools: Pools, command: Any, tmp_path: Path, store: str
-) -> None:
+def test_what_a_survivor_has_completed_stays(pools: Pools, saved: Path, store: str) -> None:
     """All survivors of a lost rank copy the same step, and Ray ends them seconds later."""
-    pools(1).run(train, command(tmp_path / "run", None))
-    directory = tmp_path / "run" / "checkpoints" / "step-000004"
-    assert pools(1).run(put_by_two, directory, store) == [[4]]
+    assert pools(1).run(put_by_two, saved, store) == [[4]]
 
 
 def put_at_once(directory: Path, url: str) -> list[str]:
@@ -220,17 +213,15 @@ def put_at_once(directory: Path, url: str) -> list[str]:
     return sorted(stored(url))
 
 
-def test_of_two_copies_the_first_stays(pools: Pools, command: Any, tmp_path: Path) -> None:
+def test_of_two_copies_the_first_stays(pools: Pools, saved: Path, tmp_path: Path) -> None:
     """A survivor that removed it may be ended before it has put its own in its place."""
-    pools(1).run(train, command(tmp_path / "run", None))
-    directory = tmp_path / "run" / "checkpoints" / "step-000004"
-    wanted = sorted(f"step-000004/{file.name}" for file in directory.iterdir())
-    assert pools(1).run(put_at_once, directory, f"file://{tmp_path}/stored/run") == [wanted]
+    wanted = sorted(f"step-000004/{file.name}" for file in saved.iterdir())
+    assert pools(1).run(put_at_once, saved, f"file://{tmp_path}/stored/run") == [wanted]
 
 
 def put_torn(directory: Path, url: str) -> list[int]:
     """The steps there, after the first rank of all was ended while it copied, and a new start."""
-    first = put_until(1, directory, url)
+    first = put_until(1, directory, url, KeyboardInterrupt())
     before = stored(url)
     first.fetch(directory.parent / "elsewhere", 0, print)  # a look at it: another run may copy
     assert stored(url) == before
@@ -240,40 +231,22 @@ def put_torn(directory: Path, url: str) -> list[int]:
 
 
 def test_what_is_half_copied_is_no_checkpoint(
-    pools: Pools, command: Any, tmp_path: Path, store: str
+    pools: Pools, saved: Path, tmp_path: Path, store: str
 ) -> None:
-    pools(1).run(train, command(tmp_path / "run", None))
-    directory = tmp_path / "run" / "checkpoints" / "step-000004"
     for url in (store, f"file://{tmp_path}/stored/run"):
-        assert pools(1).run(put_torn, directory, url) == [[]]
-        assert pools(1).run(put_by_two, directory, url) == [[4]]
+        assert pools(1).run(put_torn, saved, url) == [[]]
+        assert pools(1).run(put_by_two, saved, url) == [[4]]
 
 
 def put_where_it_fails(directory: Path, url: str) -> list[str]:
     """What is there after the place was full at the third file."""
-    store = RemoteCheckpoints(url)
-    put_file, files = store._files.put_file, iter(range(3))
-
-    def until_full(*paths: str) -> None:
-        if next(files) == 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        put_file(*paths)
-
-    store._files.put_file = until_full
-    try:
-        store.put(directory)
-    except OSError as error:
-        assert error.errno == errno.ENOSPC
-    finally:
-        del store._files.put_file
+    put_until(2, directory, url, OSError(errno.ENOSPC, "No space left on device"))
     return sorted(stored(url))
 
 
-def test_of_a_copy_that_fails_nothing_stays(pools: Pools, command: Any, tmp_path: Path) -> None:
+def test_of_a_copy_that_fails_nothing_stays(pools: Pools, saved: Path, tmp_path: Path) -> None:
     """It would take the room of the next, and of what is saved on the same disk."""
-    pools(1).run(train, command(tmp_path / "run", None))
-    directory = tmp_path / "run" / "checkpoints" / "step-000004"
-    assert pools(1).run(put_where_it_fails, directory, f"file://{tmp_path}/stored/run") == [[]]
+    assert pools(1).run(put_where_it_fails, saved, f"file://{tmp_path}/stored/run") == [[]]
 
 
 def put_again(directory: Path, url: str) -> list[str]:
@@ -311,7 +284,7 @@ def fetched(url: str, endpoint: str | None, directory: Path) -> str:
 
 
 def test_a_store_that_does_not_answer_is_not_the_user_s_mistake(
-    pools: Pools, command: Any, tmp_path: Path
+    pools: Pools, tmp_path: Path
 ) -> None:
     """2 would be the end of a run that a cluster starts again."""
     [said] = pools(1).run(fetched, "s3://bucket/run", "http://127.0.0.1:9", tmp_path)
@@ -324,12 +297,12 @@ def test_an_unknown_store_is_refused(command: Any, tmp_path: Path) -> None:
         parse(command(tmp_path / "run", "carrier-pigeon://loft"), "dlora.train")
 
 
-def test_no_secret_is_written(pools: Pools, command: Any, tmp_path: Path) -> None:
+def test_no_secret_is_written(run: Runs, tmp_path: Path) -> None:
     """Also where the store says no, which a message of its own tells."""
-    argv = command(tmp_path / "run", "s3://there-is-no-such-bucket/run", train__max_steps=2)
-    [(status, said)] = pools(1).run(warned, argv)
+    url = "s3://there-is-no-such-bucket/run"
+    [(status, said)], _ = run("run", 1, url, work=warned, train__max_steps=2)
     assert status == 0
-    assert "step-000002 could not be copied to s3://there-is-no-such-bucket/run" in said
+    assert f"step-000002 could not be copied to {url}" in said
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert SECRET not in said and len(files) > 5
     assert not [path for path in files if SECRET.encode() in path.read_bytes()]

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sampling import full
 
 from dlora.config.load import SCHEMA, Config, parse
 from dlora.errors import UsageError
@@ -39,7 +40,7 @@ def _dumped(tree: Any) -> bytes:
     return yaml.safe_dump(tree, allow_unicode=True).encode("utf-8", "surrogatepass")
 
 
-@pytest.mark.parametrize("examples", [150, pytest.param(2000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("examples", [150, full(2000)])
 def test_any_file_and_words_are_a_configuration_or_one_line(examples: int, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
 

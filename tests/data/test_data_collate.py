@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from causal_models import causal_model
 
 import dlora.data
 from dlora.data import NO_TARGET, Example
@@ -40,16 +40,7 @@ def test_padded_to_few_distinct_lengths(longest: int, padded: int):
 
 def test_right_padding_without_a_mask_changes_nothing():
     """The model's own masked forward over padded rows is the reference."""
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).double().eval()
+    model = causal_model("llama", torch.float64).eval()
     examples = [example(0, [5, 6, 7, 8, 9], [2]), example(1, [9, 10], [1])]
     batch = collate(examples, pad_id=0)
     mask = torch.zeros_like(batch.input_ids)

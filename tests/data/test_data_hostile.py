@@ -8,33 +8,29 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from refusals import refusal
+from sampling import full
 
 from dlora.data import FORMATS, load_examples
 from dlora.data.files import LONGEST_LINE, Faults, read_records
 from dlora.errors import UsageError
-
-GOOD = [
-    json.dumps(
-        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
-    ).encode()
-    for q, a in (("Hello", "I am fine"), ("How are you", "42"), ("What", "the answer"))
-]
 
 
 def chat(*turns: tuple[str, str]) -> bytes:
     return json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}).encode()
 
 
+GOOD = [
+    chat(("user", question), ("assistant", answer))
+    for question, answer in (("Hello", "I am fine"), ("How are you", "42"), ("What", "the answer"))
+]
 BAD = {
     "not json": (b"{", "not JSON"),
     "nul": (b'{"messages": "\0"}', "not JSON"),
     "latin-1": ("{é".encode("latin-1"), "not UTF-8"),
-    "surrogate": (
-        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
-        "half a surrogate pair",
-    ),
-    "deep": (b'{"messages": ' + b"[" * 100_000, "JSON that Python cannot represent"),
-    "number": (b'{"messages": ' + b"9" * 10_000 + b"}", "JSON that Python cannot represent"),
+    "surrogate": (chat(("user", "\ud800")), "half a surrogate pair"),
+    "deep": (b'{"messages": ' + b"[" * 100_000, "JSON that Python cannot hold"),
+    "number": (b'{"messages": ' + b"9" * 10_000 + b"}", "JSON that Python cannot hold"),
     "list": (b"[]", "a JSON list, not an object"),
     "empty": (b'{"messages": []}', "'messages' is empty"),
     "no answer": (chat(("user", "a")), "has nothing to train on"),
@@ -59,11 +55,8 @@ def test_the_first_bad_record_stops_by_its_line(
 ) -> None:
     line, message = BAD[case]
     path = written(tmp_path / "d.jsonl", [GOOD[0], line, GOOD[1]])
-    with pytest.raises(UsageError) as caught:
-        load(path, make_tokenizer())
-    assert str(caught.value).startswith(f"data.train: {path}:2: ")
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    said = refusal(load, path, make_tokenizer())
+    assert said.startswith(f"data.train: {path}:2: ") and message in said
 
 
 def test_skipping_leaves_the_data_set_of_the_good_records(
@@ -143,18 +136,7 @@ RECORDS = JSON | st.fixed_dictionaries({"messages": TURNS}) | st.dictionaries(
 LINES = st.one_of(st.binary(max_size=60), RECORDS.map(lambda value: json.dumps(value).encode()))
 
 
-def check_any_lines(
-    lines: list[bytes], format: str, skip: bool, path: Path, tokenizer: Any
-) -> None:
-    """Whatever the file holds, there is a data set or one line of error."""
-    written(path, lines)
-    try:
-        load(path, tokenizer, format=format, on_error="skip" if skip else "stop")
-    except UsageError as error:
-        assert "\n" not in str(error)
-
-
-@pytest.mark.parametrize("examples", [300, pytest.param(2000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("examples", [300, full(2000)])
 def test_any_lines_are_a_data_set_or_one_line_of_error(
     examples: int, tmp_path: Path, make_tokenizer: Any
 ) -> None:
@@ -165,6 +147,10 @@ def test_any_lines_are_a_data_set_or_one_line_of_error(
     )
     @given(st.lists(LINES, max_size=4), st.sampled_from(sorted(FORMATS)), st.booleans())
     def check(lines: list[bytes], format: str, skip: bool) -> None:
-        check_any_lines(lines, format, skip, tmp_path / "d.jsonl", tokenizer)
+        path = written(tmp_path / "d.jsonl", lines)
+        try:
+            load(path, tokenizer, format=format, on_error="skip" if skip else "stop")
+        except UsageError as error:
+            assert "\n" not in str(error)
 
     check()

@@ -5,18 +5,9 @@ import json
 import peft
 import pytest
 import torch
-from exported import (
-    Bases,
-    Case,
-    attach_random,
-    load_live,
-    loaded,
-    logits,
-    made_by_peft,
-    weights,
-    write_checkpoint,
-)
+from exported import Case, attach_random, load_live, logits, made_by_peft, weights, write_checkpoint
 from safetensors.torch import load_file
+from tiny import whole as loaded
 from transformers import AutoModelForCausalLM
 
 from dlora import LoraConfig, save_adapter
@@ -36,11 +27,6 @@ CASES = [
     Case("gpt2-bare", ["c_attn", "wte"], ("ln_f",), dora=True, untied=True),
     Case("mixtral", ["q_proj", "v_proj"], ("lm_head",)),
 ]
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    return Bases(tmp_path_factory.mktemp("bases"))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 from causal_models import randomize, randomize_trainable, relative_error
-from exported import write_checkpoint
+from exported import loaded, write_checkpoint
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma3Config
 
@@ -40,10 +40,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def loaded(directory: Path) -> nn.Module:
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-
-
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
     ids = torch.tensor([[3, 4, *[IMAGE] * 4, 5]])
@@ -52,36 +48,27 @@ def logits(model: nn.Module) -> Tensor:
     return model(input_ids=ids, **picture).logits
 
 
+def check_exported(words: list[str], wanted: Tensor, base: Path, to: Path) -> None:
+    """Merged, and as a plain adapter."""
+    assert main([*words, "--to", str(to / "merged"), "--merge"]) == 0
+    assert main([*words, "--to", str(to / "plain")]) == 0
+    assert relative_error(logits(loaded(base)), wanted) > 0.01
+    assert relative_error(logits(loaded(to / "merged")), wanted) < 1e-5
+    plain = peft.PeftModel.from_pretrained(loaded(base), to / "plain")
+    assert relative_error(logits(plain), wanted) < 1e-6
+
+
 def test_an_adapter_that_peft_wrote_is_merged_and_exported(base: Path, tmp_path: Path) -> None:
     model = peft.get_peft_model(loaded(base), peft.LoraConfig(r=4, target_modules=TARGETS)).eval()
     randomize_trainable(model)
     model.save_pretrained(tmp_path / "adapter")
-    words = ["--adapter", str(tmp_path / "adapter"), "--base", str(base), "--to"]
-    assert main([*words, str(tmp_path / "merged"), "--merge"]) == 0
-    assert main([*words, str(tmp_path / "plain")]) == 0
-    wanted = logits(model)
-    assert relative_error(logits(loaded(base)), wanted) > 0.01
-    assert relative_error(logits(loaded(tmp_path / "merged")), wanted) < 1e-5
-    plain = peft.PeftModel.from_pretrained(loaded(base), tmp_path / "plain")
-    assert relative_error(logits(plain), wanted) < 1e-6
+    words = ["--adapter", str(tmp_path / "adapter"), "--base", str(base)]
+    check_exported(words, logits(model), base, tmp_path)
 
 
 def test_a_checkpoint_of_flora_is_merged_and_exported(base: Path, tmp_path: Path) -> None:
     """Its kernel in four factors, its core beside P_in or P_out."""
-    checkpoint, live = write_checkpoint(
-        base,
-        tmp_path / "run",
-        method="flora",
-        r=4,
-        flora_r_out=3,
-        flora_kernel_r=2,
-        target_modules=TARGETS,
-    )
-    words = ["--adapter", str(checkpoint), "--to"]
-    assert main([*words, str(tmp_path / "merged"), "--merge"]) == 0
-    assert main([*words, str(tmp_path / "plain")]) == 0
-    wanted = logits(live)
-    assert relative_error(logits(loaded(base)), wanted) > 0.01
-    assert relative_error(logits(loaded(tmp_path / "merged")), wanted) < 1e-5
-    plain = peft.PeftModel.from_pretrained(loaded(base), tmp_path / "plain")
-    assert relative_error(logits(plain), wanted) < 1e-5
+    ranks = {"r": 4, "flora_r_out": 3, "flora_kernel_r": 2}
+    settings = {"method": "flora", "target_modules": TARGETS} | ranks
+    checkpoint, live = write_checkpoint(base, tmp_path / "run", **settings)
+    check_exported(["--adapter", str(checkpoint)], logits(live), base, tmp_path)

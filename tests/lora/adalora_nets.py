@@ -118,16 +118,19 @@ def peft_layers(theirs: peft.PeftModel, ours: nn.Module) -> dict[str, nn.Module]
     }
 
 
-def regulariser(layers: dict[str, nn.Module], kept: dict[str, Tensor] | None = None) -> Tensor:
-    """Mean over all P and Q of ‖PᵀP − I‖_F, of the triplets that are kept."""
-    norms = []
-    for path, layer in layers.items():
-        A, B = layer.lora_A["default"], layer.lora_B["default"]
-        if kept is not None:
-            A, B = A[kept[path]], B[:, kept[path]]
-        for gram in (A @ A.T, B.T @ B):
-            norms.append(torch.linalg.matrix_norm(gram - torch.eye(len(gram), dtype=gram.dtype)))
+def orthogonality(factors: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Mean over all P and Q of ‖PᵀP − I‖_F."""
+    grams = [gram for A, B in factors for gram in (A @ A.T, B.T @ B)]
+    norms = [torch.linalg.matrix_norm(g - torch.eye(len(g), dtype=g.dtype)) for g in grams]
     return torch.stack(norms).mean()
+
+
+def regulariser(layers: dict[str, nn.Module], kept: dict[str, Tensor] | None = None) -> Tensor:
+    """Of PEFT's layers, and of the triplets that are kept."""
+    factors = {p: (layer.lora_A["default"], layer.lora_B["default"]) for p, layer in layers.items()}
+    if kept is not None:
+        factors = {path: (A[kept[path]], B[:, kept[path]]) for path, (A, B) in factors.items()}
+    return orthogonality([*factors.values()])
 
 
 def kept_of(run: Ours) -> dict[str, list[int]]:

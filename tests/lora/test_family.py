@@ -13,22 +13,20 @@ from typing import Any, get_args
 import peft
 import pytest
 import torch
-from causal_models import randomize, relative_error
+from causal_models import quiet_peft, randomize, relative_error
+from exported import run_config
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from dlora import LoraConfig, UsageError, disabled, merge, save_adapter, unmerge
 from dlora.adapters.settings import lora_config
-from dlora.config.load import SCHEMA, AdapterConfig, Config, DataConfig, ModelConfig, OutputConfig
+from dlora.config.load import SCHEMA, AdapterConfig
 from dlora.lora.attach import attach, named_adapters, trainable_parameters
 from dlora.lora.init import INITS
 from dlora.lora.variants import VARIANTS
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = quiet_peft
 INPUT, WIDTH, R, STEPS = 10, 12, 4, 3
 FILLED_IN = {"total_step"}  # settings that a run knows by itself
 
@@ -134,13 +132,7 @@ def test_it_is_set_in_the_configuration(case: str) -> None:
     assert {field.name for field in fields(wanted)} - FILLED_IN <= options
     assert wanted.init_lora_weights in get_args(SCHEMA["adapter.init_lora_weights"].type)
     chosen = {name: getattr(wanted, name) for name in ("use_dora", "init_lora_weights")}
-    config = Config(
-        model=ModelConfig(path="somewhere"),
-        adapter=AdapterConfig(method=wanted.method, **chosen),  # type: ignore[arg-type]
-        data=DataConfig(train="some.jsonl"),
-        output=OutputConfig(dir="out"),
-    )
-    found = lora_config(config)
+    found = lora_config(run_config(Path("base"), Path("out"), method=wanted.method, **chosen))
     assert type(found) is type(wanted) and found.variant == wanted.variant
     assert found.init_lora_weights == wanted.init_lora_weights
 

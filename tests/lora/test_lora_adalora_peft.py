@@ -7,15 +7,12 @@ import peft
 import pytest
 import torch
 from adalora_nets import LAYERS, Ours, adapted, mse, net, peft_adalora, peft_layers, regulariser
-from causal_models import causal_model, relative_error, token_ids
+from causal_models import causal_model, quiet_peft, relative_error, token_ids
 from torch import Tensor, nn
 
 from dlora import shard
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = quiet_peft
 STEPS = 60
 # PEFT's last mask falls after step T − tfinal, whatever deltaT is; dlora's too.
 SCHEDULES = {

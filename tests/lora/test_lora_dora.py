@@ -7,24 +7,15 @@ from typing import Any
 import peft
 import pytest
 import torch
-from causal_models import causal_model, randomize_trainable, relative_error, token_ids
-from test_lora_golden import W0, A, B, X, assert_is
-from test_lora_golden import Y as WITHOUT_MAGNITUDE
+from causal_models import causal_model, logits, randomize_trainable, relative_error
+from golden import X, assert_is, layer
+from golden import Y as WITHOUT_MAGNITUDE
+from made_tensors import Made
+from refusals import refusal
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
-from dlora import (
-    LoraConfig,
-    UsageError,
-    attach,
-    disabled,
-    load_adapter,
-    merge,
-    save_adapter,
-    shard,
-    unmerge,
-)
+from dlora import LoraConfig, attach, disabled, load_adapter, merge, save_adapter, shard, unmerge
 from dlora.lora.attach import attachment_of, named_adapters, trainable_parameters
 from dlora.lora.dropout import SampleKeys
 from dlora.lora.states import AdapterState
@@ -40,27 +31,12 @@ KEYS = SampleKeys(seed=0, step=3, ids=(11, 12), lengths=(4, 3))
 R = 3
 
 
-def golden(stored: str, dtype: torch.dtype) -> Any:
-    """The example's W0 in a Linear or, transposed, in a Conv1D; its A and B attached."""
-    base: Any = nn.Linear(5, 4, bias=False) if stored == "linear" else Conv1D(4, 5)
-    weight = torch.tensor(W0)
-    with torch.no_grad():
-        base.weight.copy_(weight if stored == "linear" else weight.T)
-        if stored == "conv1d":
-            base.bias.zero_()
-        model = nn.Sequential(base).to(dtype)
-        attach(model, LoraConfig(r=2, lora_alpha=16, use_dora=True))
-        assert_is(base.adapter.lora_magnitude_vector, MAGNITUDE, 1e-6)
-        base.adapter.lora_A.copy_(torch.tensor(A, dtype=torch.float64))
-        base.adapter.lora_B.copy_(torch.tensor(B, dtype=torch.float64))
-    return model
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("stored", ["linear", "conv1d"])
 def test_dora_is_the_golden_example(stored: str, dtype: torch.dtype) -> None:
-    model = golden(stored, dtype)
+    model = layer(stored, dtype, use_dora=True)
     adapter, tolerance = model[0].adapter, 1e-9 if dtype == torch.float64 else 1e-6
+    assert_is(adapter.lora_magnitude_vector, MAGNITUDE, 1e-6)
     y = model(torch.tensor(X, dtype=dtype))
     assert_is(y, Y, tolerance)
     (y.square().sum() / 2).backward()
@@ -92,17 +68,13 @@ def attached(module: nn.Module, *, move: bool = True, **settings: Any) -> nn.Seq
     return model
 
 
-def rows(host: Any, weight: Tensor) -> Tensor:
-    return host.as_product(weight)
-
-
 def plain(host: Any, x: Tensor, dropped: Tensor, trained: dict[str, Tensor]) -> Tensor:
     """base(x) + (μ/n − 1)⊙(W0 drop(x)) + (μ/n)⊙s·B A drop(x), each product by torch's own layer."""
     base = copy.deepcopy(host)
     base.adapter.become(AdapterState.OFF)
     weight = host.weight.detach()
     delta = 2 * trained["lora_B"] @ trained["lora_A"]
-    n = (rows(host, weight) + delta.detach()).norm(dim=1)
+    n = (host.as_product(weight) + delta.detach()).norm(dim=1)
     d = trained["lora_magnitude_vector"] / n
 
     def product(w: Tensor) -> Tensor:
@@ -151,7 +123,7 @@ def test_a_fresh_adapter_changes_nothing_and_merged_rows_have_the_magnitudes(kin
     y, before = model(x), module.weight.detach().clone()
     assert relative_error(y, base) > 0.05
     merge(model)
-    lengths = rows(module, module.weight.detach()).norm(dim=1)
+    lengths = module.as_product(module.weight.detach()).norm(dim=1)
     torch.testing.assert_close(lengths, module.adapter.lora_magnitude_vector.abs().detach())
     torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)
     unmerge(model)
@@ -237,24 +209,6 @@ def test_a_packed_base_is_the_base_of_what_it_stands_for(name: str, kind: str) -
         assert torch.equal(got, wanted)
 
 
-class Sizes(TorchDispatchMode):
-    """Elements of every tensor that an operation makes anew."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: list[int] = []
-        self.unpacked = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **kwargs or {})
-        self.unpacked += "unpack" in str(func)
-        given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in given:
-                self.made.append(tensor.numel())
-        return out
-
-
 @pytest.mark.parametrize("case", ["float32", "bfloat16", "dropout", "nf4", "autocast"])
 def test_nothing_of_the_size_of_w0_is_made(case: str) -> None:
     torch.manual_seed(0)
@@ -265,12 +219,12 @@ def test_nothing_of_the_size_of_w0_is_made(case: str) -> None:
     model = nn.Sequential(module.bfloat16() if case == "bfloat16" else module)
     attach(model, LoraConfig(r=4, use_dora=True, lora_dropout=0.5 if case == "dropout" else 0.0))
     x = torch.randn(tokens, n, requires_grad=True, dtype=model[0].bias.dtype)
-    with Sizes() as sizes, torch.autocast("cpu", enabled=case == "autocast"):
+    with Made() as made, torch.autocast("cpu", enabled=case == "autocast"):
         model(x).float().sum().backward()
-    whole = sum(size >= m * n for size in sizes.made)
+    whole = sum(size >= m * n for size in made.numels)
     # De-quantised once in each pass; autocast casts W0, as it does for a plain layer.
     assert whole == {"nf4": 2, "autocast": 1}.get(case, 0)
-    assert sizes.unpacked == (2 if case == "nf4" else 0)
+    assert sum("unpack" in name for name in made.operators) == (2 if case == "nf4" else 0)
 
 
 CONVOLUTIONS: dict[str, Callable[[], nn.Module]] = {
@@ -334,17 +288,14 @@ def test_a_whole_model_merges() -> None:
     targets = ["c_attn", "c_proj", "wte", "lm_head"]
     attach(model, LoraConfig(r=R, target_modules=targets, use_dora=True, use_rslora=True))
     randomize_trainable(model)
-    with torch.no_grad():
-        wanted = model(token_ids()).logits
-        assert relative_error(merge(model)(token_ids()).logits, wanted) < 1e-5
+    wanted = logits(model)
+    assert relative_error(logits(merge(model)), wanted) < 1e-5
     assert not any(adapter.active for _, _, adapter in named_adapters(model))
 
 
 def test_a_base_that_something_else_sharded_is_refused_before_it_is_touched() -> None:
     model = nn.Sequential(nn.Linear(5, 7))
     model[0].weight.ds_id = 0  # as DeepSpeed marks what it has partitioned
-    with pytest.raises(
-        UsageError, match=r"dora starts from W0: weight is sharded; call dlora\.sha"
-    ):
-        attach(model, LoraConfig(r=2, use_dora=True))
+    said = refusal(attach, model, LoraConfig(r=2, use_dora=True))
+    assert "dora starts from W0: weight is sharded; call dlora.sha" in said
     assert type(model[0]) is nn.Linear and not hasattr(model, "dlora")

@@ -43,9 +43,7 @@ def test_other_random_numbers_leave_the_mask_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "other",
-    [{"seed": 6}, {"step": 8}, {"ids": (43,)}],
-    ids=lambda change: next(iter(change)),
+    "other", [{"seed": 6}, {"step": 8}, {"ids": (43,)}], ids=lambda change: next(iter(change))
 )
 def test_each_part_of_the_key_changes_the_mask(other: dict) -> None:
     first, second = mask(ALONE, tokens=6), mask(replace(ALONE, **other), tokens=6)

@@ -1,5 +1,8 @@
 """LoRA-Pro's closed form against brute force: least squares over all updates of A and B at once."""
 
+from typing import Any
+
+import golden as example
 import pytest
 import torch
 from least_squares import best
@@ -11,10 +14,6 @@ SHAPES = [(7, 5, 2), (5, 9, 3), (4, 4, 4), (6, 3, 3), (40, 30, 8)]  # m, n, r
 SCALES = [0.5, 2.0, 5.657]
 
 # methods.md, section 18: exact rationals.
-A = [[0.2, -0.1, 0, 0.3, -0.2], [0, 0.1, 0.4, -0.2, 0.1]]
-B = [[0.5, 0.1], [-0.3, 0.2], [0, -0.4], [0.2, 0.3]]
-W0 = [[1, 0, -1, 2, 0.5], [0, 1, 0, -1, 1], [0.5, -0.5, 1, 0, 0], [1.5, 0, 0, 1, -0.5]]
-X_IN = [1, -1, 0.5, 0, 2]
 GOLDEN_X = [[0.008693032783, -0.033698623909], [0.023146429082, -0.123466811933]]
 GOLDEN_A = [
     [0.092321566, -0.094822125, 0.031812030, 0.009347635, 0.176057450],
@@ -36,6 +35,11 @@ def drawn(m: int, n: int, r: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor
     return A, B, G
 
 
+def check_close(got: Any, expected: Any, tolerance: float = 1e-9) -> None:
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
 def framed(A: Tensor, B: Tensor, s: float) -> Frame:
     return Frame(A, B, s, *grams([A, B.t()]))
 
@@ -46,10 +50,7 @@ def test_the_closed_form_is_the_least_squares_solution(
     shape: tuple[int, int, int], s: float
 ) -> None:
     A, B, G = drawn(*shape)
-    expected = best(A, B, G, s)
-    got = framed(A, B, s).balanced(*seen(A, B, G, s))
-    for one, other in zip(got, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    check_close(framed(A, B, s).balanced(*seen(A, B, G, s)), best(A, B, G, s))
 
 
 @pytest.mark.parametrize("s", SCALES)
@@ -66,13 +67,14 @@ def test_what_is_left_of_g(shape: tuple[int, int, int], s: float) -> None:
 
 def test_the_golden_example() -> None:
     """T2."""
-    x, *matrices = (torch.tensor(v, dtype=torch.float64) for v in (X_IN, A, B, W0))
-    a, b, w0 = matrices
+    x, a, b, w0 = (
+        torch.tensor(v, dtype=torch.float64) for v in (example.X, example.A, example.B, example.W0)
+    )
     G = torch.outer((w0 + 8 * b @ a) @ x, x)
     frame, g = framed(a, b, 8.0), seen(a, b, G, 8.0)
     h_A, h_B = frame.balanced(*g)
-    X = (h_A - frame.nearest(*g)[0]) @ torch.linalg.pinv(a)
-    for got, golden in ((h_A, GOLDEN_A), (h_B, GOLDEN_B), (X, GOLDEN_X)):
+    found = (h_A - frame.nearest(*g)[0]) @ torch.linalg.pinv(a)
+    for got, golden in ((h_A, GOLDEN_A), (h_B, GOLDEN_B), (found, GOLDEN_X)):
         expected = torch.tensor(golden, dtype=torch.float64)
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
     assert float(G.norm()) == pytest.approx(6.209468576, abs=1e-9)
@@ -120,10 +122,7 @@ def test_a_factor_that_is_zero(zero: str) -> None:
     """T6: as at the start of a linear layer (B = 0) or of an embedding (A = 0)."""
     A, B, G = drawn(7, 5, 2)
     (A if zero == "A" else B).zero_()
-    expected = best(A, B, G, 2.0)
-    got = framed(A, B, 2.0).balanced(*seen(A, B, G, 2.0))
-    for one, other in zip(got, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    check_close(framed(A, B, 2.0).balanced(*seen(A, B, G, 2.0)), best(A, B, G, 2.0), 1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -133,9 +132,7 @@ def test_lost_directions_are_left_alone(dtype: torch.dtype) -> None:
     A[1], B[:, 2] = 0, 0
     expected = best(A.double(), B.double(), G.double(), 2.0)
     got = framed(A, B, 2.0).balanced(*seen(A, B, G, 2.0))
-    tolerance = 1e-4 if dtype == torch.float32 else 1e-8
-    for one, other in zip(got, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+    check_close(got, expected, 1e-4 if dtype == torch.float32 else 1e-8)
 
 
 def test_noise_is_not_amplified_without_bound() -> None:
@@ -155,5 +152,4 @@ def test_pairs_of_several_ranks_are_factorised_together() -> None:
     for i, (A, B, G) in enumerate(drawn_pairs):
         frame = Frame(A, B, 2.0, *together[2 * i : 2 * i + 2])
         got = frame.balanced(*seen(A, B, G, 2.0))
-        for one, other in zip(got, best(A, B, G, 2.0), strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+        check_close(got, best(A, B, G, 2.0))

@@ -7,6 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from golden import W0
 from peft import PeftModel
 from tiny import MODELS
 from torch import Tensor, nn
@@ -28,7 +29,6 @@ from dlora.lora.attach import named_adapters, trainable_parameters
 from dlora.lora.init import INITS
 
 IDS = torch.arange(3, 60)[None]
-GOLDEN = [[1, 0, -1, 2, 0.5], [0, 1, 0, -1, 1], [0.5, -0.5, 1, 0, 0], [1.5, 0, 0, 1, -0.5]]
 SHAPES = [(40, 24), (24, 40), (30, 30)]
 FROM_A_MATRIX = ("pissa", "milora", "lora_ga")
 
@@ -79,7 +79,7 @@ def test_milora_takes_the_minor_part(shape: tuple[int, int], s: float) -> None:
 
 def test_the_golden_example() -> None:
     """§6, T3 and §7, T2, with W0 of §18."""
-    W = torch.tensor(GOLDEN, dtype=torch.float64)
+    W = torch.tensor(W0, dtype=torch.float64)
     A, B = factors("pissa", W, 2, 8.0)
     assert float((W - 8 * B @ A).norm()) == pytest.approx(1.485294, abs=1e-6)
     A, B = factors("milora", W, 2, 8.0)
@@ -304,10 +304,7 @@ def test_random_starts_are_distributed_as_peft_s(name: str) -> None:
     A, B = ours[0].adapter.lora_A.detach(), ours[0].adapter.lora_B.detach()  # type: ignore
     config = peft.LoraConfig(r=r, target_modules=["0"], init_lora_weights=name)
     theirs = peft.get_peft_model(nn.Sequential(nn.Linear(n, m)), config).base_model.model[0]
-    for got, wanted in (
-        (A, theirs.lora_A["default"].weight),
-        (B, theirs.lora_B["default"].weight),
-    ):
+    for got, wanted in ((A, theirs.lora_A["default"].weight), (B, theirs.lora_B["default"].weight)):
         assert got.shape == wanted.shape and got.dtype == wanted.dtype
         assert float(got.std()) == pytest.approx(float(wanted.std()), rel=0.1)
         assert abs(float(got.mean())) < 0.1 * float(wanted.std()) + 1e-12

@@ -4,8 +4,8 @@ import warnings
 
 import pytest
 import torch
-from causal_models import causal_model, randomize_trainable, relative_error, token_ids
-from torch import Tensor, nn
+from causal_models import causal_model, logits, randomize_trainable, relative_error
+from torch import nn
 
 from dlora import LoraConfig, UsageError, attach, disabled, merge, unmerge
 from dlora.lora.attach import named_adapters
@@ -27,11 +27,6 @@ def adapted(kind: str, dtype: torch.dtype = torch.float32, **settings: object) -
     attach(model, LoraConfig(r=3, lora_alpha=6, **settings))
     randomize_trainable(model)
     return model
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
-    return model(token_ids()).logits
 
 
 @quiet
@@ -112,8 +107,7 @@ def test_merge_warns_where_rounding_takes_more_than_one_percent(
 
 
 @pytest.mark.parametrize(
-    ("target", "untouched"),
-    [("embed_tokens", "lm_head"), ("lm_head", "model.embed_tokens")],
+    ("target", "untouched"), [("embed_tokens", "lm_head"), ("lm_head", "model.embed_tokens")]
 )
 def test_merging_one_of_two_tied_modules_leaves_the_other(target: str, untouched: str) -> None:
     model = adapted("tied", target_modules=[target])

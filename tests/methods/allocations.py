@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from run_training import prepared_run
+from stopped_runs import Crash
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dlora.checkpoint.host_copy import capture
@@ -25,12 +26,6 @@ ADALORA = {
 LAST = 50  # the step of the last mask
 MASKS = range(10, LAST + 1, 2)  # 8 is the last step of the warm-up
 MODULES, INITIAL, FINAL = 14, 56, 28  # of the tiny llama; triplets
-
-Kept = dict[str, list[int]]  # the triplets of each module that a mask left
-
-
-class Crash(Exception):  # noqa: N818
-    """What ends a run in the middle."""
 
 
 @contextmanager

@@ -4,6 +4,7 @@ Every run is compared with that of one process, which holds all of W0 and all of
 """
 
 import functools
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,13 @@ from typing import Any
 import pytest
 from allocations import ADALORA, FINAL, INITIAL, LAST, MASKS, MODULES, STEPS, budget, watched
 from ranks import Pools
-from run_training import command_line, figures, relative_error, same_bits
+from run_training import figures, relative_error, same_bits
 from safetensors.torch import load_file
+from sampling import full, sampled
 from tiny import save_chats
 
 # engine, base, ranks, ranks per node, sequences per micro-batch
-SAMPLE = [
-    ("zero3", "world", 2, 2, 3),
-    ("fsdp2", "node", 4, 2, 1),
-]
+SAMPLE = [("zero3", "world", 2, 2, 3), ("fsdp2", "node", 4, 2, 1)]
 MATRIX = [
     (engine, base, world, per_node, micro)
     for engine in ("fsdp2", "zero3")
@@ -40,18 +39,13 @@ Results = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def run(pools: Pools, saved_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def run(pools: Pools, words: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """run(world, per_node, **settings): results by rank, and the run's directory."""
-    data = save_chats(tmp_path_factory.mktemp("data") / "chats.jsonl", 40)
+    data = str(save_chats(tmp_path_factory.mktemp("data") / "chats.jsonl", 40))
 
     def on(world: int, per_node: int, **settings: Any) -> tuple[Results, Path]:
         directory = tmp_path_factory.mktemp("run")
-        common = {
-            "model__path": saved_models("llama"),
-            "data__train": str(data),
-            "output__dir": str(directory),
-        }
-        argv = command_line(**common | ADALORA | settings)
+        argv = words(directory, data__train=data, **ADALORA | settings)
         return pools(world).run(watched, argv, ranks_per_node=per_node), directory
 
     return on
@@ -117,13 +111,7 @@ def test_the_budget_is_kept_to_through_three_phases(reference: Any) -> None:
 # -- invariant 3 ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("engine", "base", "world", "per_node", "micro"),
-    [
-        *SAMPLE,
-        *(pytest.param(*case, marks=pytest.mark.full) for case in MATRIX if case not in SAMPLE),
-    ],
-)
+@pytest.mark.parametrize(("engine", "base", "world", "per_node", "micro"), sampled(SAMPLE, MATRIX))
 def test_placement_changes_no_mask(
     run: Any, reference: Any, engine: str, base: str, world: int, per_node: int, micro: int
 ) -> None:
@@ -137,16 +125,10 @@ def test_placement_changes_no_mask(
 
 @pytest.mark.parametrize(
     ("kind", "world", "state"),
-    [
-        ("no final phase", 3, "divided"),
-        *(
-            pytest.param(kind, world, state, marks=pytest.mark.full)
-            for kind in SETTINGS
-            for world in (2, 3)
-            for state in ("replicated", "divided")
-            if (kind, world, state) != ("no final phase", 3, "divided")
-        ),
-    ],
+    sampled(
+        [("no final phase", 3, "divided")],
+        itertools.product(SETTINGS, (2, 3), ("replicated", "divided")),
+    ),
 )
 def test_other_settings(run: Any, reference: Any, kind: str, world: int, state: str) -> None:
     settings = SETTINGS[kind] | {"sharding__optimizer_state": state}
@@ -156,10 +138,7 @@ def test_other_settings(run: Any, reference: Any, kind: str, world: int, state: 
 # -- a divided optimizer state --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("world", "per_node", "base"),
-    [(2, 2, "world"), pytest.param(4, 2, "node", marks=pytest.mark.full)],
-)
+@pytest.mark.parametrize(("world", "per_node", "base"), [(2, 2, "world"), full(4, 2, "node")])
 def test_a_divided_state(run: Any, reference: Any, world: int, per_node: int, base: str) -> None:
     """Masks, weights and files of a replicated run, of whose averages each rank has 1/N."""
     results, directory = got = run(world, per_node, sharding__base=base, **DIVIDED)

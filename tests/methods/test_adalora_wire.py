@@ -1,13 +1,12 @@
 """Invariant 8 with AdaLoRA: a mask costs one sum of the scores, and what is pruned is not sent."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 from allocations import ADALORA, INITIAL, after_each_step
 from collectives import CollectiveLog
-from ranks import Pools
-from run_training import figures, prepared_run
+from run_training import Runs, prepared_run
+from sampling import full
 
 from dlora.sharding.replica.hierarchical_reduce import padded
 
@@ -47,32 +46,21 @@ def logged(argv: list[str]) -> dict[str, Any]:
     ("engine", "base", "world", "per_node", "state"),
     [
         # 5 s: where W0 is whole, less is sent than below, and of the scores the same
-        pytest.param("fsdp2", "none", 3, 3, "replicated", marks=pytest.mark.full),
+        full("fsdp2", "none", 3, 3, "replicated"),
         ("fsdp2", "node", 4, 2, "replicated"),
         ("zero3", "world", 2, 2, "replicated"),
         ("fsdp2", "world", 2, 2, "divided"),
     ],
 )
 def test_one_sum_for_each_mask(
-    pools: Pools,
-    run_words: Any,
-    tmp_path: Path,
-    engine: str,
-    base: str,
-    world: int,
-    per_node: int,
-    state: str,
+    run: Runs, engine: str, base: str, world: int, per_node: int, state: str
 ) -> None:
     """4 bytes for each triplet in ring-equivalent bytes, and nothing for the regulariser."""
-    argv = run_words(
-        tmp_path / "run",
-        sharding__engine=engine,
-        sharding__base=base,
-        sharding__optimizer_state=state,
-        **ADALORA | SETTINGS | {"train__global_batch_size": world, "train__micro_batch_size": 1},
-    )
-    results = pools(world).run(logged, argv, ranks_per_node=per_node)
-    recorded = [line["wire_bytes"] for line in figures(tmp_path / "run")]
+    where = {"sharding__engine": engine, "sharding__base": base, "sharding__optimizer_state": state}
+    settings = {"train__global_batch_size": world, "train__micro_batch_size": 1} | where
+    settings = ADALORA | SETTINGS | settings
+    results, lines = run("run", world, work=logged, per_node=per_node, **settings)
+    recorded = [line["wire_bytes"] for line in lines]
     for result in results:
         sent = [sum(c.sent() for c in calls if c.op != "broadcast_") for calls in result["steps"]]
         first = 2 if engine == "zero3" else 0  # until DeepSpeed has its trace

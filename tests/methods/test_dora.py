@@ -5,16 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from own_loops import BASES, batches, started
+from packed_runs import check_method
 from ranks import Pools
-from run_training import figures, relative_error, same_bits, train
+from run_training import Runs, check_near, relative_error, same_bits
 from safetensors.torch import load_file
-from test_own_loop import BASES
-from test_quantized_methods import held_out, logits_after
-from test_resume import crashed
-from tiny import VOCABULARY
+from sampling import full
+from stopped_runs import crashed
 
-from dlora import LoraConfig, UsageError, attach, shard
+from dlora import LoraConfig, UsageError, attach
 from dlora.adapters.save_load import WEIGHTS
 from dlora.export.command import main
 from dlora.lora.attach import named_adapters
@@ -29,77 +28,40 @@ RUN = {"adapter__use_dora": True, "adapter__lora_dropout": 0.1, "optimizer__lora
     [
         ("fsdp2", "none", 3),
         ("zero3", "nf4", 2),
-        pytest.param("fsdp2", "int8", 3, marks=pytest.mark.full),
-        pytest.param("zero3", "none", 3, marks=pytest.mark.full),
-        pytest.param("fsdp2", "nf4-dq", 2, marks=pytest.mark.full),
+        full("fsdp2", "int8", 3),
+        full("zero3", "none", 3),
+        full("fsdp2", "nf4-dq", 2),
     ],
 )
 def test_a_run_is_that_of_one_process_and_what_peft_computes(
-    pools: Pools,
-    saved_models: Any,
-    run_words: Any,
-    tmp_path: Path,
-    engine: str,
-    name: str,
-    world: int,
+    run: Runs, saved_models: Any, tmp_path: Path, engine: str, name: str, world: int
 ) -> None:
-    model = saved_models("blocks")
-
-    def words(directory: str, **settings: Any) -> list[str]:
-        common = {"output__save_every": STEPS, "train__max_steps": STEPS}
-        common |= RUN | {"model__quantization": name} | settings
-        return run_words(tmp_path / directory, model="blocks", **common)
-
-    pools(1).run(train, words("one"))
-    where = {"sharding__engine": engine, "sharding__base": "world"}
-    results = pools(world).run(logits_after, words("run", **where))
-    for got, expected in zip(figures(tmp_path / "run"), figures(tmp_path / "one"), strict=True):
-        assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
-        assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
-    wanted = held_out(model, str(tmp_path / "run" / "adapter"), name)
-    for logits in results:
-        torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
+    settings = RUN | {"output__save_every": STEPS, "train__max_steps": STEPS}
+    check_method(run, saved_models("blocks"), engine, name, world, **settings)
     [saved] = (tmp_path / "run" / "checkpoints").glob("step-*")
     assert main(["--adapter", str(saved), "--to", str(tmp_path / "again")]) == 0
     files = [tmp_path / name / WEIGHTS for name in ("again", "run/adapter")]
     assert same_bits(*map(load_file, files))
 
 
-def test_a_run_goes_on_from_its_checkpoint(pools: Pools, run_words: Any, tmp_path: Path) -> None:
+def test_a_run_goes_on_from_its_checkpoint(run: Runs) -> None:
     """Norms come from W0 again, magnitudes from the checkpoint; on the other engine as well."""
-
-    def words(directory: str, **settings: Any) -> list[str]:
-        common = {"output__save_every": 2, "train__max_steps": 4, "sharding__base": "world"}
-        return run_words(tmp_path / directory, **common | RUN | settings)
-
-    expected = pools(1).run(train, words("whole"))[0]["tensors"]
-    assert pools(2).run(crashed, words("run"), 3) == ["crashed"] * 2
-    again = words("run", output__resume="auto", sharding__engine="zero3")
-    for result in pools(2).run(train, again):
-        for name, tensor in expected.items():
-            assert relative_error(result["tensors"][name], tensor) < 1e-4, name
+    settings = RUN | {"output__save_every": 2, "train__max_steps": 4, "sharding__base": "world"}
+    stopped, _ = run("run", 2, work=crashed, arguments=(3,), **settings)
+    assert stopped == ["crashed"] * 2
+    again = run("run", 2, sharding__engine="zero3", **settings)
+    check_near(again, run("whole", 1, **settings))
 
 
 def own_loop(path: str, base: str, attach_first: bool, dora: bool) -> dict[str, Any]:
     """A few steps of a loop of one's own; what they send, and what they come to."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    model = BASES[base](path)
     config = LoraConfig(r=4, lora_alpha=8, use_dora=dora)
-    engine = "zero3" if base.startswith("partitioned") else "fsdp2"
-    if attach_first:
-        torch.manual_seed(rank)
-        attach(model, config)
-    replica = shard(model, engine=engine, base="world")
-    if not attach_first:
-        torch.manual_seed(rank)
-        attach(model, config)
+    model, replica = started(path, base, config, attach_first)
     start = {path: adapter for path, _, adapter in named_adapters(model)}
     magnitudes = {p: a.lora_magnitude_vector.detach().clone() for p, a in start.items() if dora}
     optimizer = torch.optim.AdamW(replica.parameter_groups(lr=2e-3), fused=True)
-    draw = torch.Generator().manual_seed(0)
     sent = []
-    for _ in range(STEPS):
-        ids = torch.randint(VOCABULARY, (6, 12), generator=draw).chunk(world)[rank]
+    for ids in batches(STEPS, 6):
         replica.wire.take()
         model(input_ids=ids, labels=ids).loss.backward()
         replica.reduce_gradients()
@@ -125,7 +87,7 @@ def own_loop(path: str, base: str, attach_first: bool, dora: bool) -> dict[str, 
         ("partitioned by dlora", False),
         ("sharded by transformers", False),
         ("partitioned by the user", False),
-        pytest.param("sharded by the user", False, marks=pytest.mark.full),
+        full("sharded by the user", False),
     ],
 )
 def test_an_own_loop_is_that_of_one_process_for_the_bytes_of_a_lora(

@@ -1,19 +1,20 @@
 """FLoRA and convolutions beside a sharded base: what one process computes, resumed exactly."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
-import test_quantized_methods
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from causal_models import relative_error
+from own_loops import place, steps
 from ranks import Pools
-from run_training import figures, same_bits, train
-from test_resume import crashed
-from transformers import AutoModelForCausalLM
+from run_training import Runs, check_near, same_bits
+from sampling import full
+from stopped_runs import crashed
+from tiny import whole as loaded
 from unet import TARGETS, noisy, unet
 
 from dlora import FloraConfig, LoraConfig, attach, save_adapter, shard
@@ -31,7 +32,7 @@ CONFIGS = {
 
 def own_loop(method: str, engine: str, out: str) -> dict[str, Any]:
     """A loop of one's own over the UNet, its rows divided over the ranks."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = place()
     model = unet()
     replica = shard(model, engine=engine, base="world")
     divided = {n.rpartition(".")[0] for n, p in model.named_parameters() if is_divided(p)}
@@ -39,23 +40,20 @@ def own_loop(method: str, engine: str, out: str) -> dict[str, Any]:
     attach(model, CONFIGS[method])
     groups = replica.parameter_groups(lr=1e-2, loraplus_lr_ratio=4, weight_decay=0.01)
     optimizer = torch.optim.AdamW(groups, eps=1e-4, fused=True)  # of noise it makes no steps
-    losses, norms = [], []
-    for step in range(STEPS):
+    losses = []
+
+    def forward(step: int) -> torch.Tensor:
         x, times, target = (part.chunk(world)[rank] for part in noisy(rows=ROWS, seed=step))
-        loss = F.mse_loss(model(x, times), target)
-        loss.backward()
-        replica.reduce_gradients()
-        losses.append(loss.detach())
-        norms.append(replica.clip(1.0))
-        optimizer.step()
-        optimizer.zero_grad()
-    replica.audit()
+        losses.append(F.mse_loss(model(x, times), target))
+        return losses[-1]
+
+    norms = steps(replica, optimizer, map(forward, range(STEPS)))
     save_adapter(model, Path(out) / f"rank-{rank}")
     x, times, _ = noisy(seed=99)
     with torch.no_grad():
         after = model(x, times)
     return {
-        "losses": torch.stack(losses),
+        "losses": torch.stack(losses).detach(),
         "norms": torch.stack(norms),
         "after": after,
         "adapter": {name: p.detach() for name, p in replica.named.items()},
@@ -68,14 +66,14 @@ def own_loop(method: str, engine: str, out: str) -> dict[str, Any]:
     ("method", "engine", "world"),
     [
         # 2 to 10 s each: each method and each engine is in the other two
-        pytest.param("lora", "fsdp2", 2, marks=pytest.mark.full),
+        full("lora", "fsdp2", 2),
         ("lora", "zero3", 2),
         ("flora", "fsdp2", 3),
-        pytest.param("flora", "zero3", 2, marks=pytest.mark.full),
-        pytest.param("lora", "fsdp2", 3, marks=pytest.mark.full),
-        pytest.param("lora", "zero3", 3, marks=pytest.mark.full),
-        pytest.param("flora", "fsdp2", 2, marks=pytest.mark.full),
-        pytest.param("flora", "zero3", 3, marks=pytest.mark.full),
+        full("flora", "zero3", 2),
+        full("lora", "fsdp2", 3),
+        full("lora", "zero3", 3),
+        full("flora", "fsdp2", 2),
+        full("flora", "zero3", 3),
     ],
 )
 def test_sharded_convolutions_are_those_of_one_process(
@@ -98,59 +96,39 @@ def test_sharded_convolutions_are_those_of_one_process(
         assert relative_error(theirs(x, times), one["after"]) < 1e-5
 
 
+@pytest.fixture(scope="module")
+def command(words: Any) -> Any:
+    return functools.partial(
+        words,
+        adapter__method="flora",
+        adapter__flora_r_out=3,
+        adapter__lora_dropout=0.1,
+        optimizer__loraplus_lr_ratio=4,
+        output__save_every=3,
+        train__max_steps=8,
+    )
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_run_of_flora_is_one_process_and_resumed_exactly(
-    pools: Pools, saved_models: Any, run_words: Any, tmp_path: Path
+    run: Runs, saved_models: Any, tmp_path: Path
 ) -> None:
-    def words(name: str) -> list[str]:
-        return run_words(
-            tmp_path / name,
-            adapter__method="flora",
-            adapter__flora_r_out=3,
-            adapter__lora_dropout=0.1,
-            optimizer__loraplus_lr_ratio=4,
-            output__save_every=3,
-            train__max_steps=8,
-        )
-
-    one = pools(1).run(train, words("one"))[0]
-    whole = pools(2).run(train, words("whole"))
-    assert pools(2).run(crashed, words("broken")) == ["crashed"] * 2
-    again = pools(2).run(train, words("broken"))
-    for result, wanted in zip(again, whole, strict=True):
-        assert same_bits(result["tensors"], wanted["tensors"])
-    assert figures(tmp_path / "broken")[-2:] == figures(tmp_path / "whole")[-2:]
-    assert any(name.endswith("lora_core") for name in one["tensors"])
-    for name, tensor in one["tensors"].items():
-        assert relative_error(whole[0]["tensors"][name], tensor) < 1e-4, name
+    whole = run("whole", 2)
+    check_near(whole, run("one", 1))
+    assert any(name.endswith("lora_core") for name in whole[0][0]["tensors"])
+    assert run("broken", 2, work=crashed, arguments=(6,))[0] == ["crashed"] * 2
+    again = run("broken", 2)
+    assert all(same_bits(result["tensors"], whole[0][0]["tensors"]) for result in again[0])
+    assert again[1][-2:] == whole[1][-2:]
 
     last = max((tmp_path / "whole/checkpoints").glob("step-*"))
     assert export(["--adapter", str(last), "--to", str(tmp_path / "plain")]) == 0
     assert export(["--adapter", str(last), "--to", str(tmp_path / "merged"), "--merge"]) == 0
     ids, logits = torch.arange(12)[None], []
     for adapter in ("whole/adapter", "plain", None):
-        base = saved_models("llama") if adapter else tmp_path / "merged"
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        model = loaded(saved_models("llama") if adapter else tmp_path / "merged")
         model = peft.PeftModel.from_pretrained(model, tmp_path / adapter) if adapter else model
         with torch.no_grad():
             logits.append(model(ids).logits)
     assert torch.equal(logits[0], logits[1])
     assert relative_error(logits[2], logits[0]) < 1e-5
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(("engine", "name", "world"), [("fsdp2", "nf4", 3), ("zero3", "int8", 2)])
-def test_beside_a_packed_base(
-    pools: Pools,
-    saved_models: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    engine: str,
-    name: str,
-    world: int,
-) -> None:
-    settings = {"adapter__method": "flora", "adapter__flora_r_out": 3}
-    monkeypatch.setitem(test_quantized_methods.METHODS, "flora", settings)
-    test_quantized_methods.test_a_method_beside_a_packed_base(
-        pools, saved_models, tmp_path, "flora", engine, name, world
-    )

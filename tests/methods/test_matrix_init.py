@@ -1,26 +1,22 @@
 """Whole-matrix initialisations over ranks: the same bits everywhere, and one process's numbers."""
 
 import copy
+import functools
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from made_tensors import Made
+from own_loops import place
 from ranks import Pools
-from run_training import (
-    figures,
-    relative_error,
-    same_bits,
-    train,
-)
-from tiny import VOCABULARY
+from refusals import refusal
+from run_training import Runs, relative_error, same_bits, train
+from sampling import full, joined
+from tiny import VOCABULARY, whole
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
 
 import dlora.training.build
 from dlora import LoraConfig, UsageError, attach, load_adapter, shard, start_from_gradients
@@ -36,10 +32,6 @@ STEPS, SAVED = 6, 3
 LENGTHS = [24, 9, 17, 30, 12]  # of the sequences that the gradient is estimated on
 
 
-def place() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 def sequences() -> list[Tensor]:
     draw = torch.Generator().manual_seed(4)
     return [torch.randint(VOCABULARY, (1, length), generator=draw) for length in LENGTHS]
@@ -47,10 +39,6 @@ def sequences() -> list[Tensor]:
 
 def summed_loss(model: Any, ids: Tensor) -> Tensor:
     return model(input_ids=ids, labels=ids).loss * (ids.numel() - 1)
-
-
-def loaded(path: str, dtype: str = "float32") -> Any:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
 
 
 def products(adapter: Any) -> list[Tensor]:
@@ -64,7 +52,7 @@ def own_loop(
 ) -> dict[str, Any]:
     """Adapters started in a loop of one's own; their tensors, and what they compute."""
     rank, world = place()
-    model = loaded(path, dtype)
+    model = whole(path, dtype)
     ids = sequences()[0]
     with torch.no_grad():
         before = model(ids).logits
@@ -96,32 +84,25 @@ def own_loop(
     }
 
 
-CASES = [
+CASES = [  # ranks, initialisation, engine, base, whether attached first, dtype
     (2, "pissa", "fsdp2", "world", False, "float32"),
     (2, "milora", "zero3", "world", True, "float32"),
     (2, "pissa", "zero3", "world", False, "bfloat16"),
     (2, "lora_ga", "fsdp2", "world", True, "float64"),
-    pytest.param(2, "lora_ga", "zero3", "world", False, "float32", marks=pytest.mark.full),
+    full((2, "lora_ga", "zero3", "world", False, "float32")),
     (3, "lora_ga", "fsdp2", "none", False, "float64"),
-    pytest.param(3, "pissa", "fsdp2", "world", True, "float32", marks=pytest.mark.full),
+    full((3, "pissa", "fsdp2", "world", True, "float32")),
 ]
 
 
-@pytest.mark.parametrize(("world", "name", "engine", "base", "attach_first", "dtype"), CASES)
+@pytest.mark.parametrize("case", CASES, ids=joined)
 def test_ranks_start_from_the_same_bits_and_as_one_process_does(
-    pools: Pools,
-    saved_models: Any,
-    world: int,
-    name: str,
-    engine: str,
-    base: str,
-    attach_first: bool,
-    dtype: str,
+    pools: Pools, saved_models: Any, case: tuple[Any, ...]
 ) -> None:
     """§6, T5 and §8, T4: the gradient's estimate is that of the union of the ranks' batches."""
-    where = (engine, base, attach_first, dtype)
-    results = pools(world).run(own_loop, saved_models("llama"), name, *where)
-    (one,) = pools(1).run(own_loop, saved_models("llama"), name, *where)
+    world, name, *_, dtype = case
+    results = pools(world).run(own_loop, saved_models("llama"), *case[1:])
+    (one,) = pools(1).run(own_loop, saved_models("llama"), *case[1:])
     assert len(results[0]["tensors"]) == 4 * 14
     for result in results:
         assert same_bits(result["tensors"], results[0]["tensors"])
@@ -143,41 +124,26 @@ def test_ranks_start_from_the_same_bits_and_as_one_process_does(
 # -- the estimate ---------------------------------------------------------------------------------
 
 
-class Shapes(TorchDispatchMode):
-    """Notes the shapes of all tensors that are made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[tuple[int, ...]] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        outputs = result if isinstance(result, (tuple, list)) else [result]
-        if not func.is_view:
-            self.seen |= {tuple(t.shape) for t in outputs if isinstance(t, Tensor)}
-        return result
-
-
 def test_no_gradient_of_a_weight_is_ever_formed(saved_models: Any) -> None:
     """What is made of a layer has a side of q, while autograd would make all gradients whole."""
-    model = loaded(saved_models("llama"))
+    model = whole(saved_models("llama"))
     attach(model, LoraConfig(r=2, init_lora_weights="lora_ga"))
     estimate = GradientEstimate(model, Topology.current())
     weights = {layer.sizes for layer in estimate.layers}
-    with Shapes() as made:
+    with Made() as made:
         estimate.run(sequences(), summed_loss)
-    assert not made.seen & (weights | {(n, m) for m, n in weights})
-    assert made.seen >= {(layer.sizes[0], 16) for layer in estimate.layers}
-    whole = loaded(saved_models("llama"))
-    with Shapes() as made:
-        summed_loss(whole, sequences()[0]).backward()
-    assert made.seen >= weights
+    assert not {*made.shapes} & (weights | {(n, m) for m, n in weights})
+    assert {*made.shapes} >= {(layer.sizes[0], 16) for layer in estimate.layers}
+    plain = whole(saved_models("llama"))
+    with Made() as made:
+        summed_loss(plain, sequences()[0]).backward()
+    assert {*made.shapes} >= weights
 
 
 def ragged(path: str, sizes: list[int]) -> dict[str, Tensor]:
     """Offsets where each rank has another number of batches."""
     rank, _ = place()
-    model = loaded(path, "float64")
+    model = whole(path, "float64")
     attach(model, LoraConfig(r=3, init_lora_weights="lora_ga"))
     shard(model, base="world")
     start = sum(sizes[:rank])
@@ -187,16 +153,13 @@ def ragged(path: str, sizes: list[int]) -> dict[str, Tensor]:
 
 def test_the_estimate_serves_as_the_gradient_does(saved_models: Any) -> None:
     """§8, T1 with autograd's own gradient of weights twice as wide as what is kept."""
-    model, whole = (
-        loaded(saved_models("llama"), "float64"),
-        loaded(saved_models("llama"), "float64"),
-    )
+    model, plain = (whole(saved_models("llama"), "float64") for _ in range(2))
     attach(model, LoraConfig(r=3, init_lora_weights="lora_ga"))
     start_from_gradients(model, sequences(), summed_loss)
     for ids in sequences():
-        summed_loss(whole, ids).backward()
+        summed_loss(plain, ids).backward()
     for path, _, adapter in named_adapters(model):
-        G = whole.get_parameter(f"{path}.weight").grad
+        G = plain.get_parameter(f"{path}.weight").grad
         A, B = adapter.lora_A.detach(), adapter.lora_B.detach()
         U, S, Vh = torch.linalg.svd(G, full_matrices=False)
         wanted = len(G) ** 0.5 / 16 * (U[:, :6] * S[:6] @ Vh[:6])
@@ -211,18 +174,14 @@ def test_ranks_that_run_short_pass_with_weight_zero(pools: Pools, saved_models: 
 
 def refused(path: str) -> list[str]:
     """What is said of a base that others have sharded, and of ranks without batches."""
-    said = []
-    model = loaded(path)
+    model = whole(path)
     fully_shard(model)
-    with pytest.raises(UsageError) as caught:
-        attach(model, LoraConfig(r=3, init_lora_weights="pissa"))
-    said.append(str(caught.value))
+    said = refusal(attach, model, LoraConfig(r=3, init_lora_weights="pissa"))
     assert not hasattr(model, "dlora")
     attach(model, LoraConfig(r=3, init_lora_weights="lora_ga"))
     shard(model, base="world")
-    with pytest.raises(UsageError) as caught:
-        start_from_gradients(model, sequences() if place()[0] else [], summed_loss)
-    return [*said, str(caught.value)]
+    batches = sequences() if place()[0] else []
+    return [said, refusal(start_from_gradients, model, batches, summed_loss)]
 
 
 def test_what_cannot_start_is_refused_on_every_rank(pools: Pools, saved_models: Any) -> None:
@@ -234,14 +193,10 @@ def test_what_cannot_start_is_refused_on_every_rank(pools: Pools, saved_models: 
 # -- the training command -------------------------------------------------------------------------
 
 
-@pytest.fixture
-def command(run_words: Any) -> Callable[..., list[str]]:
-    settings = {
-        "output__save_every": SAVED,
-        "train__max_steps": STEPS,
-        "adapter__lora_dropout": 0.1,
-    }
-    return lambda directory, **others: run_words(directory, **settings | others)
+@pytest.fixture(scope="module")
+def command(words: Any) -> Any:
+    common = {"output__save_every": SAVED, "train__max_steps": STEPS}
+    return functools.partial(words, adapter__lora_dropout=0.1, **common)
 
 
 def test_the_output_head_has_no_gradient_to_start_from(command: Any, tmp_path: Path) -> None:
@@ -251,11 +206,11 @@ def test_the_output_head_has_no_gradient_to_start_from(command: Any, tmp_path: P
 
 
 @pytest.mark.full
-def test_recomputed_activations_change_nothing(pools: Pools, command: Any, tmp_path: Path) -> None:
+def test_recomputed_activations_change_nothing(run: Runs) -> None:
     settings = {"adapter__init_lora_weights": "lora_ga", "train__max_steps": 1}
-    (plain,) = pools(1).run(trained, command(tmp_path / "plain", **settings))
+    [plain], _ = run("plain", 1, work=trained, **settings)
     settings["sharding__activation_checkpointing"] = True
-    (recomputed,) = pools(1).run(trained, command(tmp_path / "recomputed", **settings))
+    [recomputed], _ = run("recomputed", 1, work=trained, **settings)
     for name, value in plain["frozen"].items():
         assert relative_error(recomputed["frozen"][name], value) < 1e-2
 
@@ -290,34 +245,34 @@ RUNS = [
 
 @pytest.mark.parametrize(("name", "where"), RUNS)
 def test_a_run_is_that_of_one_process_and_resumes_bit_for_bit(
-    pools: Pools, tmp_path: Path, command: Any, name: str, where: dict[str, Any]
+    run: Runs, saved_models: Any, tmp_path: Path, name: str, where: dict[str, Any]
 ) -> None:
     settings = {"adapter__init_lora_weights": name}
     if name == "lora_ga":
         settings["adapter__lora_ga_batches"] = 3
     through, again = tmp_path / "through", tmp_path / "again"
-    pools(1).run(train, command(tmp_path / "one", **settings))
-    results = pools(2).run(trained, command(through, **settings, **where))
-    for got, wanted in zip(figures(through), figures(tmp_path / "one"), strict=True):
+    _, one = run("one", 1, **settings)
+    results, lines = run("through", 2, work=trained, **settings, **where)
+    for got, wanted in zip(lines, one, strict=True):
         tolerance = 1e-5 if name != "lora_ga" else 1e-4
         assert got["loss"] == pytest.approx(wanted["loss"], rel=tolerance)
     assert same_bits(results[0]["frozen"], results[1]["frozen"])
     assert len(results[0]["frozen"]) == 28 and results[0]["starts"] == 1
     shutil.copytree(through, again)
     shutil.rmtree(again / "checkpoints" / f"step-{STEPS:06d}")
-    resumed = pools(2).run(trained, command(again, **settings, **where))
+    resumed, _ = run("again", 2, work=trained, **settings, **where)
     for got, wanted in zip(resumed, results, strict=True):
         assert got["starts"] == 0
         assert same_bits(got["tensors"], wanted["tensors"])
         assert same_bits(got["frozen"], wanted["frozen"])
     # From the same checkpoint on one process, and as a file.
     shutil.rmtree(again / "checkpoints" / f"step-{STEPS:06d}")
-    (alone,) = pools(1).run(trained, command(again, **settings))
+    [alone], _ = run("again", 1, work=trained, **settings)
     assert same_bits(alone["frozen"], results[0]["frozen"])
     for parameter, value in alone["tensors"].items():
         assert relative_error(value, results[0]["tensors"][parameter]) < 1e-4
     source = open_adapter(through / "checkpoints" / f"step-{STEPS:06d}")
-    base = loaded(command(through)[command(through).index("--model.path") + 1])
+    base = whole(saved_models("llama"))
     model = load_adapter(copy.deepcopy(base), through / "adapter").eval()
     source.attach_to(base)
     source.load_into(base)

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from ranks import Pools
-from run_training import figures, prepared_run, same_bits, train
-from test_quantized_sharded import whole
+from run_training import Runs, prepared_run, same_bits, train
+from sampling import full
+from tiny import whole
 from torch import Tensor
 
 from dlora.base.quantize import quantize
@@ -21,12 +21,14 @@ STEPS = 4
 IDS = torch.arange(12)[None]
 
 
-@pytest.fixture
-def command(run_words: Any) -> Any:
+@pytest.fixture(scope="module")
+def command(words: Any) -> Any:
+    """command(directory, quantization, init, **settings)"""
+
     def of(directory: Path, name: str, init: str, **settings: Any) -> list[str]:
         common = {"model__quantization": name, "adapter__init_lora_weights": init}
         common |= {"train__max_steps": STEPS, "output__save_every": 2}
-        return run_words(directory, model="blocks", **common | settings)
+        return words(directory, "blocks", **common | settings)
 
     return of
 
@@ -69,9 +71,9 @@ def packed_of(run: Any, path: str, host: Any) -> dict[str, Tensor]:
 
 def expected_packed(path: str, name: str, offsets: dict[str, Tensor], scaling: float) -> Any:
     """The residual of every layer packed as a whole, and a model of W_res + s·B0·A0, by hand."""
-    model = whole(path, "float32")
+    model = whole(path)
     codes: dict[str, Tensor] = {}
-    for layer in quantize(whole(path, "float32"), name).packed:
+    for layer in quantize(whole(path), name).packed:
         weight, fmt = model.get_submodule(layer).weight.data, FORMATS[name]
         A0, B0 = (offsets[f"{layer}.adapter.offset_{factor}"] for factor in "AB")
         offset = scaling * (B0.double() @ A0.double())
@@ -89,23 +91,16 @@ def expected_packed(path: str, name: str, offsets: dict[str, Tensor], scaling: f
     [
         ("fsdp2", "nf4", "pissa", 2),
         ("zero3", "nf4-dq", "pissa", 2),
-        pytest.param("fsdp2", "int8", "milora", 3, marks=pytest.mark.full),
-        pytest.param("zero3", "nf4", "milora", 3, marks=pytest.mark.full),
+        full("fsdp2", "int8", "milora", 3),
+        full("zero3", "nf4", "milora", 3),
     ],
 )
 def test_the_residual_is_packed(
-    pools: Pools,
-    command: Any,
-    saved_models: Any,
-    tmp_path: Path,
-    engine: str,
-    name: str,
-    init: str,
-    world: int,
+    run: Runs, saved_models: Any, tmp_path: Path, engine: str, name: str, init: str, world: int
 ) -> None:
     where = {"sharding__engine": engine, "sharding__base": "world"}
-    [one] = pools(1).run(trained, command(tmp_path / "one", name, init))
-    results = pools(world).run(trained, command(tmp_path / "run", name, init, **where))
+    [one], one_lines = run("one", 1, name, init, work=trained)
+    results, lines = run("run", world, name, init, work=trained, **where)
     base, codes = expected_packed(saved_models("blocks"), name, one["offsets"], scaling=2.0)
     held_out = logits_of(base)
     for result in (one, *results):
@@ -114,37 +109,32 @@ def test_the_residual_is_packed(
         torch.testing.assert_close(result["before"], held_out, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(result["off"], held_out, rtol=1e-4, atol=1e-4)
         assert (result["after"] - held_out).abs().max() > 1e-3
-    for got, expected in zip(figures(tmp_path / "run"), figures(tmp_path / "one"), strict=True):
+    for got, expected in zip(lines, one_lines, strict=True):
         assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     exported = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
     torch.testing.assert_close(logits_of(exported), results[0]["after"], rtol=1e-4, atol=1e-4)
 
 
-def test_the_residual_is_nearer_to_w0_than_packed_w0(
-    pools: Pools, command: Any, saved_models: Any, tmp_path: Path
-) -> None:
+def test_the_residual_is_nearer_to_w0_than_packed_w0(run: Runs, saved_models: Any) -> None:
     """What PiSSA is for on a packed base: its large directions are not rounded."""
     path = saved_models("blocks")
-    argv = command(tmp_path / "run", "nf4", "pissa", adapter__r=16)
-    [result] = pools(1).run(trained, argv)
+    [result], _ = run("run", 1, "nf4", "pissa", work=trained, adapter__r=16)
     base, _ = expected_packed(path, "nf4", result["offsets"], scaling=0.5)
-    exact, fmt = whole(path, "float32"), FORMATS["nf4"]
-    for layer in quantize(whole(path, "float32"), "nf4").packed:
+    exact, fmt = whole(path), FORMATS["nf4"]
+    for layer in quantize(whole(path), "nf4").packed:
         weight = exact.get_submodule(layer).weight.data
         plain = unpack(fmt.codes(weight), fmt.scales(weight), weight.shape[1], "nf4", torch.float32)
         ours = base.get_submodule(layer).weight.data
         assert (ours - weight).norm() < (plain - weight).norm()
 
 
-def test_a_run_goes_on_from_the_same_residual(pools: Pools, command: Any, tmp_path: Path) -> None:
-    argv = command(tmp_path / "run", "nf4", "pissa")
-    [whole_run, _] = pools(2).run(train, argv)
+def test_a_run_goes_on_from_the_same_residual(run: Runs, tmp_path: Path) -> None:
+    [through, _], lines = run("run", 2, "nf4", "pissa")
     resumed = Path(shutil.copytree(tmp_path / "run", tmp_path / "resumed"))
     resume = str(resumed / "checkpoints" / "step-000002")
-    argv = command(resumed, "nf4", "pissa", output__resume=resume)
-    [again, _] = pools(2).run(train, argv)
-    assert same_bits(again["tensors"], whole_run["tensors"])
-    assert figures(resumed) == figures(tmp_path / "run")
+    [again, _], again_lines = run("resumed", 2, "nf4", "pissa", output__resume=resume)
+    assert same_bits(again["tensors"], through["tensors"])
+    assert again_lines == lines
 
 
 def merged(argv: list[str]) -> list[Tensor]:
@@ -161,8 +151,8 @@ def merged(argv: list[str]) -> list[Tensor]:
     return found
 
 
-def test_merging_adds_to_the_residual(pools: Pools, command: Any, tmp_path: Path) -> None:
-    [found] = pools(1).run(merged, command(tmp_path / "run", "int8", "milora"))
+def test_merging_adds_to_the_residual(run: Runs) -> None:
+    [found], _ = run("run", 1, "int8", "milora", work=merged)
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
     assert torch.equal(found[2], found[0])
     assert not torch.equal(found[3], found[0])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from causal_models import causal_model, token_ids
 from least_squares import best
+from refusals import refusal
 from torch import Tensor, nn
 
 from dlora import LoraConfig, UsageError, attach, shard
@@ -208,26 +209,20 @@ def test_the_loss_goes_down(moments: str) -> None:
     assert all(torch.isfinite(p).all() for p in trainable_parameters(made).values())
 
 
-def refusal(*args: Any, **settings: Any) -> str:
-    with pytest.raises(UsageError) as refused:
-        LoraPro(*args, **settings)
-    return str(refused.value)
-
-
 def test_refusals() -> None:
     A, B = drawn_pair(7, 5, 2)
     replica = shard(model())
-    assert "expected one of low, full, got 'some'" in refusal([A, B], [(A, B, 1.0)], moments="some")
-    assert "are not among its parameters" in refusal([A], [(A, B, 1.0)])
+    assert "'some' is none of low, full" in refusal(LoraPro, [A, B], [(A, B, 1.0)], moments="some")
+    assert "are not among its parameters" in refusal(LoraPro, [A], [(A, B, 1.0)])
     groups = replica.parameter_groups(lr=1e-3, loraplus_lr_ratio=4.0)
-    assert "have the learning rates 0.001 and 0.004" in refusal(groups, replica.pairs)
+    assert "have the rates 0.001 and 0.004" in refusal(LoraPro, groups, replica.pairs)
     wrong = nn.Parameter(torch.zeros(7, 3))
-    assert "are not a pair" in refusal([A, wrong], [(A, wrong, 1.0)])
+    assert "are no pair" in refusal(LoraPro, [A, wrong], [(A, wrong, 1.0)])
 
 
 def test_divided_parts_are_refused() -> None:
     replica = shard(model(), optimizer_state="divided")
-    said = refusal(replica.parameter_groups(lr=1e-3), replica.pairs)
+    said = refusal(LoraPro, replica.parameter_groups(lr=1e-3), replica.pairs)
     assert 'optimizer_state="replicated"' in said
 
 

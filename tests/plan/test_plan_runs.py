@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from plan_table import check_plan_was_kept
-from ranks import Pool, Pools
-from run_training import command_line, figures, prepared_run
-from tiny import VOCABULARY, save_chats, tokenizer
+from ranks import Pool
+from run_training import Runs, command_line, prepared_run
+from sampling import full
+from tiny import VOCABULARY, tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dlora.config.load import parse
 from dlora.data.builtin import builtin_records
@@ -23,10 +24,6 @@ from dlora.training.prepare import multiplies_bfloat16, prepare
 # Where bfloat16 has no instructions a step of the wide model takes minutes in it.
 DTYPE = "bfloat16" if multiplies_bfloat16() else "float32"
 WIDE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8}
-
-
-def words(directory: Path, model: str, data: str, **settings: Any) -> list[str]:
-    return command_line(model__path=model, data__train=data, output__dir=str(directory), **settings)
 
 
 def told(argv: list[str]) -> tuple[str, list[str]]:
@@ -42,56 +39,37 @@ def base_of(directory: Path) -> str:
     return yaml.safe_load((directory / "config.yaml").read_text())["sharding"]["base"]
 
 
-@pytest.fixture(scope="module")
-def chats(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_chats(tmp_path_factory.mktemp("data") / "chats.jsonl", 24))
-
-
-def test_auto_is_stored_and_kept_by_a_resume(
-    pools: Pools, saved_models: Any, chats: str, tmp_path: Path
-) -> None:
+def test_auto_is_stored_and_kept_by_a_resume(run: Runs, tmp_path: Path) -> None:
     """All of W0 fits here, so `auto` is `none`; a checkpoint that says `world` keeps `world`."""
-    model = saved_models("llama")
-    pools(2).run(told, words(tmp_path / "fresh", model, chats, train__max_steps=2))
+    run("fresh", 2, work=told, train__max_steps=2)
     assert base_of(tmp_path / "fresh") == "none"
     begun = {"sharding__base": "world", "output__save_every": 1}
-    pools(2).run(told, words(tmp_path / "run", model, chats, train__max_steps=2, **begun))
-    going_on = words(tmp_path / "run", model, chats, train__max_steps=4)
-    pools(2).run(told, going_on)
+    run("run", 2, work=told, train__max_steps=2, **begun)
+    run("run", 2, work=told, train__max_steps=4)
     assert base_of(tmp_path / "run") == "world"
-    pools(3).run(told, words(tmp_path / "run", model, chats, train__max_steps=5))
+    run("run", 3, work=told, train__max_steps=5)
     assert base_of(tmp_path / "run") == "none"  # chosen again, for another number of ranks
 
 
-def test_a_budget_keeps_layers_and_saves_their_bytes(
-    pools: Pools, saved_models: Any, chats: str, tmp_path: Path
-) -> None:
-    model, steps = saved_models("llama"), {"train__max_steps": 3, "sharding__base": "world"}
-    pools(2).run(told, words(tmp_path / "bare", model, chats, **steps))
-    budget = {"sharding__memory_budget_gb": 4}
-    results = pools(2).run(told, words(tmp_path / "held", model, chats, **steps, **budget))
+def test_a_budget_keeps_layers_and_saves_their_bytes(run: Runs) -> None:
+    steps = {"train__max_steps": 3, "sharding__base": "world"}
+    _, bare = run("bare", 2, work=told, **steps)
+    results, held = run("held", 2, work=told, **steps, sharding__memory_budget_gb=4)
     assert results[0][1] == results[1][1] != []
-    bare, held = figures(tmp_path / "bare"), figures(tmp_path / "held")
     assert [line["loss"] for line in bare] == [line["loss"] for line in held]
     assert held[1]["wire_bytes"] < 0.2 * bare[1]["wire_bytes"]  # the gradients of A and B are left
 
 
-def test_a_budget_that_nothing_fits_is_refused(
-    pools: Pools, saved_models: Any, chats: str, tmp_path: Path
-) -> None:
-    argv = words(tmp_path / "run", saved_models("llama"), chats, sharding__memory_budget_gb=1e-3)
-    with pytest.raises(AssertionError, match="sharding.memory_budget_gb: .* is not enough"):
-        pools(2).run(told, argv)
+def test_a_budget_that_nothing_fits_is_refused(run: Runs, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="sharding.memory_budget_gb: .* is too little"):
+        run("run", 2, work=told, sharding__memory_budget_gb=1e-3)
     assert not (tmp_path / "run").exists()
 
 
 def save_wide(directory: Path) -> str:
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY * 31, num_attention_heads=8, num_key_value_heads=8, **WIDE
-    )
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
+    config = LlamaConfig(vocab_size=VOCABULARY * 31, **heads, **WIDE)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
     tokenizer().save_pretrained(directory)
     return str(directory)
@@ -101,10 +79,10 @@ def wide_words(directory: Path, **settings: Any) -> list[str]:
     """A run of a model so large that its memory can be told from a process's own."""
     text = directory / "text.jsonl"
     text.write_text(('{"text": "' + "y" * 600 + '"}\n') * 16)
-    return words(
-        directory / "run",
-        save_wide(directory / "model"),
-        str(text),
+    return command_line(
+        output__dir=str(directory / "run"),
+        model__path=save_wide(directory / "model"),
+        data__train=str(text),
         model__dtype=DTYPE,
         data__format="text",
         data__max_length=256,
@@ -131,9 +109,9 @@ def told_by_new_processes(directory: Path, argv: list[str]) -> tuple[str, list[s
         # 30 s each. FSDP2's is in the test below, and `make train` in that of the README
         pytest.param("fsdp2", "world", False, "none", marks=pytest.mark.full),
         ("zero3", "world", True, "none"),
-        pytest.param("fsdp2", "none", False, "none", marks=pytest.mark.full),
-        pytest.param("fsdp2", "world", True, "nf4", marks=pytest.mark.full),
-        pytest.param("zero3", "world", False, "int8", marks=pytest.mark.full),
+        full("fsdp2", "none", False, "none"),
+        full("fsdp2", "world", True, "nf4"),
+        full("zero3", "world", False, "int8"),
     ],
 )
 def test_planned_is_measured(
@@ -190,12 +168,7 @@ def docstrings(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("isa", ["", WITHOUT_BFLOAT16])
 @pytest.mark.parametrize("name", DEMO)
 def test_a_configuration_takes_the_memory_that_its_plan_says(
-    tmp_path: Path,
-    cache: str,
-    docstrings: str,
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
-    isa: str,
+    tmp_path: Path, cache: str, docstrings: str, monkeypatch: Any, name: str, isa: str
 ) -> None:
     """Three steps of one micro-batch for each rank; the peak within 15 %."""
     if isa:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from test_plan_bytes import block_shapes, subject
+from llama_shapes import FLOAT32, R, block_shapes, subject
 from torch import nn
 
 from dlora.config.load import OptimizerConfig
@@ -12,7 +12,6 @@ from dlora.plan.plan import Subject
 from dlora.plan.state import modes, state_of
 from dlora.sharding.topology import Topology
 
-R, FLOAT32 = 16, 4
 ONE_NODE, TWO_NODES = Topology(0, 8, 8), Topology(0, 16, 8)
 LORA_PRO = OptimizerConfig(name="lora_pro")
 FULL = OptimizerConfig(name="lora_pro", lora_pro_moments="full")
@@ -81,12 +80,8 @@ def test_the_chosen_plan_spreads_lora_pro() -> None:
     found = subject("small")
     workload = replace(found.workload, optimizer=LORA_PRO)
     pro = Subject(found.skeleton, found.trained, workload, device="cuda")
-    decision = decide(
-        pro, ONE_NODE, engine="fsdp2", base="none", optimizer_state="auto", capacity=None
-    )
-    adamw = decide(
-        found, ONE_NODE, engine="fsdp2", base="none", optimizer_state="auto", capacity=None
-    )
+    where = {"engine": "fsdp2", "base": "none", "optimizer_state": "auto", "capacity": None}
+    decision, adamw = (decide(one, ONE_NODE, **where) for one in (pro, found))  # type: ignore
     assert decision.plan.divided and not adamw.plan.divided
     assert decision.plan.memory.adapters == adamw.plan.memory.adapters
     assert decision.plan.memory.state < adamw.plan.memory.state / 7

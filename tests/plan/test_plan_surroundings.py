@@ -29,11 +29,8 @@ def test_the_ranks_of_a_machine_share_its_memory() -> None:
 
 
 def test_a_budget_stands_above_what_is_free() -> None:
-    budget, free, unknown = (
-        capacity_of(2.5, 10**9),
-        capacity_of(None, 10**9),
-        capacity_of(None, None),
-    )
+    budget, free = capacity_of(2.5, 10**9), capacity_of(None, 10**9)
+    unknown = capacity_of(None, None)
     assert budget is not None and (budget.nbytes, budget.is_budget) == (2_500_000_000, True)
     assert free is not None and free.nbytes < 10**9 and not free.is_budget
     assert unknown is None
@@ -67,11 +64,7 @@ def test_the_largest_micro_batch_is_that_of_the_run(world: int, size: int) -> No
 KEPT: dict[str, Any] = {
     "all of it": ([], 4, ("zero3", "node", "divided")),
     "but for an engine of the user's": (["engine=fsdp2"], 4, ("fsdp2", "node", "divided")),
-    "but for a state of the user's": (
-        ["optimizer_state=replicated"],
-        4,
-        ("zero3", "node", "replicated"),
-    ),
+    "but for its state": (["optimizer_state=replicated"], 4, ("zero3", "node", "replicated")),
     "nothing beside a base of the user's": (["base=world"], 4, ("fsdp2", "world", "auto")),
     "nothing on other ranks": ([], 2, ("fsdp2", "auto", "auto")),
 }

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
 
+from dlora import FloraConfig
 from dlora.base.quantize import quantize
 from dlora.lora.attach import attach
 from dlora.lora.config import LoraConfig
@@ -45,12 +46,14 @@ CONFIGS: dict[str, Any] = {
 def model_of(
     name: str, dtype: torch.dtype, device: str, quantization: str = "none", **settings: Any
 ) -> Any:
+    """A model with adapters; `config` is the class of their settings."""
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=dtype)
     if quantization != "none":
         quantize(model, quantization)
-    attach(model, LoraConfig(r=R, **settings))
+    config = settings.pop("config", LoraConfig)
+    attach(model, config(r=R, **settings))
     return model
 
 
@@ -130,6 +133,16 @@ def test_what_dora_keeps_is_in_it(name: str) -> None:
         skeleton = model_of(*arguments, "meta", use_dora=True)
         estimated = estimate(skeleton, ROWS * TOKENS, False, "asked for")
         assert estimated.saved == pytest.approx(planned.saved, rel=0.25)
+
+
+def test_what_flora_keeps_is_in_it() -> None:
+    """Its contracted factors, beside z."""
+    arguments, settings = ("llama", torch.float32), {"config": FloraConfig, "flora_r_out": 5}
+    planned = trace(model_of(*arguments, "meta", **settings), ROWS, TOKENS, checkpointing=False)
+    saved, most = allocated(model_of(*arguments, "cpu", **settings))
+    assert planned.estimated == ""
+    assert max(planned.blocks, planned.loss) == pytest.approx(most, rel=0.005)
+    assert planned.saved == pytest.approx(saved, abs=6000 * LAYERS)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])

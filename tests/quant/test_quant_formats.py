@@ -173,12 +173,9 @@ def test_bits_and_errors(name: str, bits: float, error: float) -> None:
 
 def test_double_quantisation_costs_next_to_nothing() -> None:
     w = weights(256, 2048)
-    one, two = (unpack(f.codes(w), f.scales(w), 2048, f.name, torch.float32) for f in _both())
+    both = (FORMATS["nf4"], FORMATS["nf4-dq"])
+    one, two = (unpack(f.codes(w), f.scales(w), 2048, f.name, torch.float32) for f in both)
     assert abs(float((two - w).norm() / (one - w).norm()) - 1) <= 0.003
-
-
-def _both() -> list:
-    return [FORMATS["nf4"], FORMATS["nf4-dq"]]
 
 
 @pytest.mark.parametrize("name", ["nf4", "nf4-dq"])

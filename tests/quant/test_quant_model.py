@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_gguf_base import real_file  # noqa: F401 - a fixture
+from gguf_files import real_file
 
 from dlora.base.model import find_base
 from dlora.quant.linear import is_packed
@@ -31,9 +31,9 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def base(real_file: Path) -> Any:  # noqa: F811
+def base() -> Any:
     """base(quantization): the model's base in float32, of its conversion to bfloat16."""
-    source = find_base(str(real_file), cache_dir=str(ROOT / "models/converted")).source
+    source = find_base(str(real_file()), cache_dir=str(ROOT / "models/converted")).source
     return lambda quantization: find_base(source, dtype="float32", quantization=quantization)
 
 

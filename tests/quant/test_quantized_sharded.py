@@ -1,15 +1,16 @@
 """A packed base over ranks: the bits of the whole packed, and the passes of one process."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hostile import edit_json
 from ranks import Pools
 from run_training import relative_error
-from tiny import VOCABULARY
+from sampling import joined
+from tiny import VOCABULARY, whole
 from torch import Tensor
 
 from dlora.base.model import find_base
@@ -35,12 +36,6 @@ def placed(path: str, dtype: str, name: str, engine: str, base: str, from_files:
         model = whole(path, dtype)
         quantize(model, name)
     return model, replicate(model, built)
-
-
-def whole(path: str, dtype: str) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
 
 
 # -- what ranks hold -------------------------------------------------------------------------------
@@ -72,7 +67,7 @@ def packed_whole(path: str, dtype: str, name: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("model", "stored", "dtype", "name", "engine", "base", "world"),
+    "case",  # model, dtype in its files, dtype, quantization, engine, base, ranks
     [
         ("blocks", "float32", "bfloat16", "nf4", "fsdp2", "world", 2),
         ("blocks", "bfloat16", "bfloat16", "nf4-dq", "fsdp2", "world", 3),
@@ -89,19 +84,13 @@ def packed_whole(path: str, dtype: str, name: str) -> dict[str, Tensor]:
         ("gpt2_blocks", "float32", "bfloat16", "nf4", "zero3", "world", 3),
         ("mixtral", "float32", "float32", "int8", "zero3", "world", 3),
     ],
+    ids=joined,
 )
 def test_shards_of_the_packed_are_the_packed_shards(
-    pools: Pools,
-    saved_models: Any,
-    model: str,
-    stored: str,
-    dtype: str,
-    name: str,
-    engine: str,
-    base: str,
-    world: int,
+    pools: Pools, saved_models: Any, case: tuple[Any, ...]
 ) -> None:
     """Every rank packs its own rows, and together they are the bits of the whole packed."""
+    model, stored, dtype, name, engine, base, world = case
     path = saved_models(model, stored)
     [wanted] = pools(1).run(packed_whole, path, dtype, name)
     results = pools(world).run(
@@ -130,8 +119,7 @@ def test_a_packed_base_knows_where_an_answer_ends(
 ) -> None:
     """As after transformers' own loading, generation settings are those in the base's files."""
     model = Path(shutil.copytree(saved_models("blocks"), tmp_path / "model"))
-    settings = json.loads((model / "generation_config.json").read_text())
-    (model / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [7, 9]}))
+    edit_json(model / "generation_config.json", eos_token_id=[7, 9])
     assert pools(2).run(answers, str(model), engine) == [[[7, 9], False]] * 2
 
 
@@ -165,7 +153,7 @@ def passes(
 
 
 @pytest.mark.parametrize(
-    ("model", "dtype", "name", "engine", "base", "world", "from_files", "recomputed"),
+    "case",  # model, dtype, quantization, engine, base, ranks, read by the engine, recomputed
     [
         ("blocks", "float32", "nf4", "fsdp2", "world", 2, True, False),
         ("blocks", "bfloat16", "nf4-dq", "fsdp2", "world", 3, True, True),
@@ -177,22 +165,15 @@ def passes(
         ("tied_blocks", "bfloat16", "int8", "zero3", "node", 4, False, False),
         ("gpt2_blocks", "float32", "nf4", "zero3", "world", 3, True, False),
     ],
+    ids=joined,
 )
 def test_passes_are_those_of_one_process(
-    pools: Pools,
-    saved_models: Any,
-    model: str,
-    dtype: str,
-    name: str,
-    engine: str,
-    base: str,
-    world: int,
-    from_files: bool,
-    recomputed: bool,
+    pools: Pools, saved_models: Any, case: tuple[Any, ...]
 ) -> None:
     """Bit for bit; under ZeRO-3, whose hooks change the order in which autograd adds, gradients are
     equal to rounding.
     """
+    model, dtype, name, engine, base, world, from_files, recomputed = case
     path = saved_models(model, dtype)
     [wanted] = pools(1).run(passes, path, dtype, name, "fsdp2", "none", False, False)
     results = pools(world).run(

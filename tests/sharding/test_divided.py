@@ -7,28 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import toy
 from collectives import CollectiveLog
 from ranks import Pools
 from torch import nn
-from toy import (
-    ALL,
-    MAX_NORM,
-    NONE,
-    OPTIMIZERS,
-    ROWS,
-    SOME,
-    STEPS,
-    TOLERANCE,
-    ZEROING,
-    Toy,
-    batch,
-    divided,
-    flat,
-    gradients,
-    groups,
-    own_rank,
-    replicated,
-)
+from toy import Toy, batch, divided, flat, gradients, groups, own_rank, replicated
 
 from dlora.sharding.replica.replica import Replica
 
@@ -56,21 +39,18 @@ def places(replica: Replica) -> dict[str, tuple[int, int]]:
 def train(
     dtype: torch.dtype, by_tokens: bool, pieces: int, zeroing: str, name: str
 ) -> dict[str, Any]:
-    (model, replica, optimizer), rank = divided(name, dtype), own_rank()
+    model, replica, optimizer = divided(name, dtype)
     seen: dict[str, Any] = {"gradients": [], "norms": [], "values": []}
-    for step in range(STEPS):
-        x, y = batch(step, dtype)[rank]
-        for some_x, some_y in zip(x.tensor_split(pieces), y.tensor_split(pieces), strict=True):
-            loss = model.losses(some_x, some_y, spare=step == 1).sum()
-            (loss if by_tokens else loss / len(x)).backward()
-        replica.reduce_gradients(**({"tokens": len(x)} if by_tokens else {}))
+    for step in range(toy.STEPS):
+        how = {"by_tokens": by_tokens, "pieces": pieces}
+        toy.reduced(model, replica, step, spare=step == 1, **how)
         assert all(parameter.grad is None for parameter in model.parameters())
         seen["gradients"].append(gradients(replica.optimized))
-        seen["norms"].append(replica.clip(MAX_NORM))
-        assert replica.gradient_norm() < 1.0001 * MAX_NORM
+        seen["norms"].append(replica.clip(toy.MAX_NORM))
+        assert replica.gradient_norm() < 1.0001 * toy.MAX_NORM
         optimizer.step()
         seen["values"].append(flat(model))
-        ZEROING[zeroing](replica, optimizer)
+        toy.ZEROING[zeroing](replica, optimizer)
     replica.audit()
     return seen | {"places": places(replica)}
 
@@ -81,14 +61,12 @@ def reference(
     """The same steps on all rows at once."""
     model = Toy(dtype)
     named = dict(model.named_parameters())
-    optimizer = OPTIMIZERS[name](groups(named))
+    optimizer = toy.OPTIMIZERS[name](groups(named))
     seen: dict[str, Any] = {"gradients": [], "norms": [], "values": []}
-    for step in range(STEPS):
-        parts = [model.losses(x, y, spare=step == 1) for x, y in batch(step, dtype)[:world]]
-        means = torch.stack([part.mean() for part in parts])
-        (torch.cat(parts).mean() if by_tokens else means.mean()).backward()
+    for step in range(toy.STEPS):
+        toy.backward_of_all(model, step, world, spare=step == 1, by_tokens=by_tokens)
         seen["gradients"].append(gradients(named))
-        seen["norms"].append(nn.utils.clip_grad_norm_(named.values(), MAX_NORM))
+        seen["norms"].append(nn.utils.clip_grad_norm_(named.values(), toy.MAX_NORM))
         optimizer.step()
         seen["values"].append(flat(model))
         optimizer.zero_grad(set_to_none=zeroing != "to zero")
@@ -105,7 +83,10 @@ def test_training_equals_one_process(pools: Pools, world: int, per_node: int) ->
     by_rank = pools(world).run(train_each, ranks_per_node=per_node)
     for case, *results in zip(CASES, *by_rank, strict=True):
         dtype, by_tokens, _, zeroing, name = case
-        expected, tolerance = reference(dtype, by_tokens, zeroing, name, world), TOLERANCE[dtype]
+        expected, tolerance = (
+            reference(dtype, by_tokens, zeroing, name, world),
+            toy.TOLERANCE[dtype],
+        )
         close = functools.partial(
             torch.testing.assert_close,
             rtol=tolerance,
@@ -134,36 +115,33 @@ def absent(where: str, zeroing: str) -> dict[str, Any]:
     (model, replica, optimizer), rank = divided(), own_rank()
     for step in range(2):
         x, y = batch(step, torch.float64)[rank]
-        takes_part = step == 0 or where == ALL or (where == SOME and rank == 0)
-        model.losses(x, y, takes_part).sum().backward()
+        model.losses(x, y, toy.takes_part(where, step, rank)).sum().backward()
         replica.reduce_gradients(len(x))
-        norm = replica.clip(MAX_NORM)
+        norm = replica.clip(toy.MAX_NORM)
         optimizer.step()
-        ZEROING[zeroing](replica, optimizer)
+        toy.ZEROING[zeroing](replica, optimizer)
     steps = {int(state["step"]) for p, state in optimizer.state.items() if p.numel()}
     return {"values": flat(model), "norm": norm, "steps": steps}
 
 
 def absent_each(where: str) -> list[dict[str, Any]]:
-    return [absent(where, zeroing) for zeroing in ZEROING]
+    return [absent(where, zeroing) for zeroing in toy.ZEROING]
 
 
-@pytest.mark.parametrize("where", [ALL, SOME, NONE])
+@pytest.mark.parametrize("where", [toy.ALL, toy.SOME, toy.NONE])
 @pytest.mark.parametrize("world", [1, 3])
 def test_a_tensor_without_gradient_on_some_ranks(pools: Pools, world: int, where: str) -> None:
     """With one nowhere the optimizer passes it by: no decay, no moment, no count. Where it was set
     to zero rather than to None it takes part, as with plain torch.
     """
     by_rank = pools(world).run(absent_each, where)
-    for zeroing, *results in zip(ZEROING, *by_rank, strict=True):
+    for zeroing, *results in zip(toy.ZEROING, *by_rank, strict=True):
         model = Toy(torch.float64)
         optimizer = torch.optim.AdamW(groups(dict(model.named_parameters())))
         for step in range(2):
             optimizer.zero_grad(set_to_none=zeroing != "to zero")
-            for rank, (x, y) in enumerate(batch(step, torch.float64)[:world]):
-                takes_part = step == 0 or where == ALL or (where == SOME and rank == 0)
-                (model.losses(x, y, takes_part).sum() / sum(ROWS[:world])).backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+            toy.backward_of_some(model, step, world, where)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), toy.MAX_NORM)
             optimizer.step()
         for got in results:
             torch.testing.assert_close(got["values"], flat(model), rtol=1e-12, atol=1e-12)

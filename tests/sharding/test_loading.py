@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 from ranks import Pools
+from refusals import refusal
+from tiny import whole
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from dlora.base.model import DTYPES, find_base
-from dlora.errors import UsageError
+from dlora.base.model import find_base
 from dlora.sharding.engines.gather_groups import block_lists
 from dlora.sharding.engines.protocol import build_engine
 from dlora.sharding.engines.storage import held_bytes
@@ -73,9 +74,7 @@ def is_unit(block: nn.Module) -> bool:
 
 def plain(path: str, dtype: str) -> dict[str, Any]:
     """The same model as transformers reads it into one process."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype])
+    model = whole(path, dtype)
     return {
         "values": {name: p.detach() for name, p in model.named_parameters()},
         "buffers": dict(model.named_buffers()),
@@ -128,10 +127,8 @@ def shares(path: str, name: str = "fsdp2") -> int:
     return held_bytes(find_base(path, dtype="float32").load(engine, torch.device("cpu")))
 
 
-def refusal(path: str) -> str:
-    with pytest.raises(UsageError) as refused:
-        shares(path)
-    return str(refused.value)
+def refused(path: str) -> str:
+    return refusal(shares, path)
 
 
 def test_ranks_without_an_expert_are_refused_on_all_ranks(pools: Pools, saved_models: Any) -> None:
@@ -139,7 +136,7 @@ def test_ranks_without_an_expert_are_refused_on_all_ranks(pools: Pools, saved_mo
         "sharding.base: model.layers.0.mlp.experts.gate_up_proj has 4 experts, so some of 3 "
         "ranks would get none; shard W0 over fewer ranks (base: node, or none)"
     )
-    assert pools(3).run(refusal, saved_models("mixtral")) == [wanted] * 3
+    assert pools(3).run(refused, saved_models("mixtral")) == [wanted] * 3
 
 
 @pytest.mark.parametrize("world", [3, 4])

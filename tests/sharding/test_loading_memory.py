@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import Pool
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from sampling import full
+from tiny import save_filled
 
 from dlora.base.model import find_base
 from dlora.base.quantize import quantize
@@ -24,20 +24,8 @@ def save_llama(directory: Path, dtype: torch.dtype, quantization: str) -> tuple[
     """A Llama of 187 M parameters; (bytes of all in bfloat16 or packed, bytes of its largest layer
     before it is packed).
     """
-    config = LlamaConfig(
-        vocab_size=16000,
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=12,
-        num_attention_heads=8,
-        tie_word_embeddings=False,
-        dtype=dtype,
-    )
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    config.save_pretrained(directory)
-    weights = {n: torch.full(p.shape, 0.01, dtype=dtype) for n, p in model.named_parameters()}
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    sizes = {"vocab_size": 16000, "intermediate_size": 2816, "num_hidden_layers": 12}
+    model = save_filled(directory, dtype, 0.01, **sizes)
     layers = [*model.model.layers, model.model.embed_tokens, model.lm_head]
     sizes = [2 * sum(p.numel() for p in layer.parameters()) for layer in layers]
     model.to(torch.bfloat16)
@@ -85,11 +73,11 @@ def most_held_while_loading(path: str, name: str, quantization: str) -> tuple[in
         ("fsdp2", "bfloat16", "none"),
         ("zero3", "float32", "nf4-dq"),
         # 20 s each: both engines, both stored types, packed and plain are in the others
-        pytest.param("fsdp2", "float32", "none", marks=pytest.mark.full),
-        pytest.param("zero3", "float32", "none", marks=pytest.mark.full),
-        pytest.param("fsdp2", "float32", "nf4", marks=pytest.mark.full),
-        pytest.param("zero3", "bfloat16", "nf4-dq", marks=pytest.mark.full),
-        pytest.param("fsdp2", "bfloat16", "int8", marks=pytest.mark.full),
+        full("fsdp2", "float32", "none"),
+        full("zero3", "float32", "none"),
+        full("fsdp2", "float32", "nf4"),
+        full("zero3", "bfloat16", "nf4-dq"),
+        full("fsdp2", "bfloat16", "int8"),
     ],
 )
 def test_no_rank_ever_holds_the_whole_base(

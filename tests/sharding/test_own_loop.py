@@ -1,88 +1,32 @@
 """The contract's calls in a loop of the user's own: attach, shard, reduce_gradients, clip."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from own_loops import BASES, batches, place, started
 from ranks import Pools
 from run_training import relative_error, same_bits
-from tiny import VOCABULARY
+from sampling import full
+from tiny import whole
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM
 
 from dlora import LoraConfig, UsageError, attach, load_adapter, save_adapter, shard
 from dlora.sharding.engines.protocol import is_divided
 
-STEPS, ROWS = 8, 4
+STEPS = 8
 CONFIG = LoraConfig(r=4, lora_alpha=8)
-
-
-def whole(path: str) -> Any:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-
-
-def sharded_by_user(path: str) -> Any:
-    """Blocks and root by torch's own call."""
-    model = whole(path)
-    if dist.is_initialized():
-        for block in model.model.layers:
-            fully_shard(block)
-        fully_shard(model)
-    return model
-
-
-def sharded_by_transformers(path: str) -> Any:
-    """Shards while it reads."""
-    if not dist.is_initialized():
-        return whole(path)
-    return AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, distributed_config={"fsdp_size": dist.get_world_size()}
-    )
-
-
-def partitioned_by_user(path: str) -> Any:
-    """`deepspeed.zero.Init` around the model, and an engine without an optimizer over it."""
-    import deepspeed
-
-    model = whole(path)
-    settings = {"train_micro_batch_size_per_gpu": ROWS, "zero_optimization": {"stage": 3}}
-    deepspeed.init_distributed("gloo", dist_init_required=False)
-    deepspeed.zero.Init(module=model, config_dict_or_path=settings, dtype=torch.float32)
-    model.requires_grad_(False)
-    deepspeed.initialize(model=model, config=settings)
-    return model
-
-
-BASES: dict[str, Callable[[str], Any]] = {
-    "sharded by dlora": whole,
-    "sharded by the user": sharded_by_user,
-    "sharded by transformers": sharded_by_transformers,
-    "partitioned by dlora": whole,
-    "partitioned by the user": partitioned_by_user,
-}
 
 
 def own_loop(path: str, base: str, attach_first: bool, by_tokens: bool, out: str) -> dict[str, Any]:
     """The loop of contract.md, section 4."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    model = BASES[base](path)
-    if attach_first:
-        torch.manual_seed(rank)
-        attach(model, CONFIG)
-    engine = "zero3" if base == "partitioned by dlora" else "fsdp2"
-    replica = shard(model, engine=engine, base="world", resident=0.5)
-    if not attach_first:
-        torch.manual_seed(rank)
-        attach(model, CONFIG)
+    model, replica = started(path, base, CONFIG, attach_first, resident=0.5)
     optimizer = torch.optim.AdamW(replica.parameter_groups(lr=2e-3), fused=True)
-    draw = torch.Generator().manual_seed(0)
     losses, norms = [], []
-    for _ in range(STEPS):
-        ids = torch.randint(VOCABULARY, (ROWS, 12), generator=draw).chunk(world)[rank]
+    for ids in batches(STEPS):
         loss = model(input_ids=ids, labels=ids).loss
         if by_tokens:
             (loss * ids.numel()).backward()
@@ -95,7 +39,7 @@ def own_loop(path: str, base: str, attach_first: bool, by_tokens: bool, out: str
         optimizer.step()
         optimizer.zero_grad()
     replica.audit()
-    save_adapter(model, Path(out) / f"rank-{rank}")
+    save_adapter(model, Path(out) / f"rank-{place()[0]}")
     return {
         "losses": torch.stack(losses),
         "norms": torch.stack(norms),
@@ -120,8 +64,8 @@ def one_process(
         (True, False),
         (False, True),
         # 2 s each: both orders and both kinds of mean are in the others
-        pytest.param(True, True, marks=pytest.mark.full),
-        pytest.param(False, False, marks=pytest.mark.full),
+        full(True, True),
+        full(False, False),
     ],
 )
 @pytest.mark.parametrize(

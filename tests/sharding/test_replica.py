@@ -8,24 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import toy
 from ranks import Pools
 from torch import Tensor, nn
-from toy import (
-    ALL,
-    MAX_NORM,
-    NONE,
-    ROWS,
-    SOME,
-    STEPS,
-    TOLERANCE,
-    ZEROING,
-    Toy,
-    batch,
-    flat,
-    gradients,
-    own_rank,
-    replicated,
-)
+from toy import Toy, batch, flat, gradients, own_rank, replicated
 
 from dlora.sharding.replica.replica import ReplicaError
 
@@ -34,7 +20,7 @@ SHAPES = [(1, 1), (2, 2), (3, 3), (4, 4), (4, 2), (4, 1), (3, 2)]  # ranks, rank
 # dtype, whether losses are summed over tokens, micro-batches, how gradients are zeroed
 CASES = [
     (dtype, *case)
-    for dtype in TOLERANCE
+    for dtype in toy.TOLERANCE
     for case in [
         (True, 1, "replica"),
         (True, 3, "to none"),
@@ -49,20 +35,17 @@ CASES = [
 
 def train(dtype: torch.dtype, by_tokens: bool, pieces: int, zeroing: str) -> dict[str, Any]:
     """Steps with the replica: gradients, norms, values."""
-    (model, replica), rank = replicated(dtype), own_rank()
+    model, replica = replicated(dtype)
     optimizer = torch.optim.AdamW(replica.named.values(), lr=LR, weight_decay=0.1)
     seen: dict[str, Any] = {"gradients": [], "norms": [], "tokens": []}
-    for step in range(STEPS):
-        x, y = batch(step, dtype)[rank]
-        for some_x, some_y in zip(x.tensor_split(pieces), y.tensor_split(pieces), strict=True):
-            loss = model.losses(some_x, some_y, spare=step > 0).sum()
-            (loss if by_tokens else loss / len(x)).backward()
-        reduced = replica.reduce_gradients(**({"tokens": len(x)} if by_tokens else {}))
+    for step in range(toy.STEPS):
+        how = {"by_tokens": by_tokens, "pieces": pieces}
+        found = toy.reduced(model, replica, step, spare=step > 0, **how)
         seen["gradients"].append(gradients(replica.named))
-        seen["norms"].append(replica.clip(MAX_NORM))
-        seen["tokens"].append(reduced.tokens)
+        seen["norms"].append(replica.clip(toy.MAX_NORM))
+        seen["tokens"].append(found.tokens)
         optimizer.step()
-        ZEROING[zeroing](replica, optimizer)
+        toy.ZEROING[zeroing](replica, optimizer)
     return seen | {"values": replica.values.detach().clone()}
 
 
@@ -76,13 +59,11 @@ def reference(dtype: torch.dtype, by_tokens: bool, world: int) -> dict[str, Any]
     named = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(named.values(), lr=LR, weight_decay=0.1)
     seen: dict[str, Any] = {"gradients": [], "norms": [], "tokens": []}
-    for step in range(STEPS):
-        parts = [model.losses(x, y, spare=step > 0) for x, y in batch(step, dtype)[:world]]
-        means = torch.stack([part.mean() for part in parts])
-        (torch.cat(parts).mean() if by_tokens else means.mean()).backward()
+    for step in range(toy.STEPS):
+        toy.backward_of_all(model, step, world, spare=step > 0, by_tokens=by_tokens)
         seen["gradients"].append(gradients(named))
-        seen["norms"].append(nn.utils.clip_grad_norm_(named.values(), MAX_NORM))
-        seen["tokens"].append(sum(ROWS[:world]) if by_tokens else world)
+        seen["norms"].append(nn.utils.clip_grad_norm_(named.values(), toy.MAX_NORM))
+        seen["tokens"].append(sum(toy.ROWS[:world]) if by_tokens else world)
         optimizer.step()
         optimizer.zero_grad()
     return seen | {"values": flat(model)}
@@ -92,7 +73,7 @@ def reference(dtype: torch.dtype, by_tokens: bool, world: int) -> dict[str, Any]
 def test_training_equals_one_process(pools: Pools, world: int, per_node: int) -> None:
     by_rank = pools(world).run(train_each, ranks_per_node=per_node)
     for case, *results in zip(CASES, *by_rank, strict=True):
-        expected, tolerance = reference(*case[:2], world), TOLERANCE[case[0]]
+        expected, tolerance = reference(*case[:2], world), toy.TOLERANCE[case[0]]
         for got in results:
             assert torch.equal(got["values"], results[0]["values"]), case
             torch.testing.assert_close(
@@ -110,13 +91,12 @@ def absent(where: str, zeroing: str) -> dict[str, Any]:
     for step in range(2):
         x, y = batch(step, torch.float64)[rank]
         before = model.spare.detach().clone()
-        takes_part = step == 0 or where == ALL or (where == SOME and rank == 0)
-        model.losses(x, y, takes_part).sum().backward()
+        model.losses(x, y, toy.takes_part(where, step, rank)).sum().backward()
         replica.reduce_gradients(len(x))
         gradient = None if model.spare.grad is None else model.spare.grad.clone()
-        norm = replica.clip(MAX_NORM)
+        norm = replica.clip(toy.MAX_NORM)
         optimizer.step()
-        ZEROING[zeroing](replica, optimizer)
+        toy.ZEROING[zeroing](replica, optimizer)
     return {"gradient": gradient, "norm": norm, "moved": not torch.equal(model.spare, before)}
 
 
@@ -124,7 +104,7 @@ def absent_each(where: str) -> list[dict[str, Any]]:
     return [absent(where, zeroing) for zeroing in ("replica", "to none")]
 
 
-@pytest.mark.parametrize("where", [ALL, SOME, NONE])
+@pytest.mark.parametrize("where", [toy.ALL, toy.SOME, toy.NONE])
 @pytest.mark.parametrize("world", [1, 3])
 def test_a_tensor_without_gradient_on_some_ranks(pools: Pools, world: int, where: str) -> None:
     """It counts as zero where others have one; with none anywhere the optimizer passes it by."""
@@ -132,13 +112,11 @@ def test_a_tensor_without_gradient_on_some_ranks(pools: Pools, world: int, where
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.1)
     for step in range(2):
         optimizer.zero_grad()
-        for rank, (x, y) in enumerate(batch(step, torch.float64)[:world]):
-            takes_part = step == 0 or where == ALL or (where == SOME and rank == 0)
-            (model.losses(x, y, takes_part).sum() / sum(ROWS[:world])).backward()
+        toy.backward_of_some(model, step, world, where)
         wanted = None if model.spare.grad is None else model.spare.grad.clone()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), toy.MAX_NORM)
         optimizer.step()
-    expected = {"gradient": wanted, "norm": norm, "moved": where != NONE}
+    expected = {"gradient": wanted, "norm": norm, "moved": where != toy.NONE}
     for got in (got for results in pools(world).run(absent_each, where) for got in results):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 

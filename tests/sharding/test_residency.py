@@ -6,7 +6,8 @@ import pytest
 import torch
 from ranks import Pools
 from run_training import same_bits
-from tiny import VOCABULARY
+from sampling import full
+from tiny import VOCABULARY, whole
 
 from dlora import LoraConfig, attach, shard
 from dlora.sharding.engines.gather_groups import frozen_groups
@@ -17,9 +18,7 @@ STEPS, ACCUMULATION = 4, 2
 
 def trained(path: str, engine: str, base: str, resident: float) -> dict[str, Any]:
     """Bytes that each step sent, the adapter, and what W0 and the reduction need."""
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = whole(path)
     torch.manual_seed(0)
     attach(model, LoraConfig(r=2))
     replica = shard(model, engine=engine, base=base, resident=resident)
@@ -50,7 +49,7 @@ def trained(path: str, engine: str, base: str, resident: float) -> dict[str, Any
     ("world", "per_node", "base"),
     [
         (4, 2, "node"),
-        pytest.param(2, 2, "world", marks=pytest.mark.full),  # 2 s each: one node of the first
+        full(2, 2, "world"),  # 2 s each: one node of the first
     ],
 )
 def test_what_is_resident_is_not_sent_again(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import Pools
+from sampling import full
 from torch import Tensor, nn
 from toy import OPTIMIZERS, Toy, batch, own_rank, replicated
 
@@ -16,9 +17,9 @@ from dlora.sharding.replica.replica import Replica, ReplicaError
 BEFORE, AFTER = 3, 3  # steps before and after the cut
 SHAPES = [  # ranks, ranks per node
     (1, 1),
-    pytest.param(2, 2, marks=pytest.mark.full),
+    full(2, 2),
     (3, 3),
-    pytest.param(4, 2, marks=pytest.mark.full),
+    full(4, 2),
 ]
 # The toy is 3 → 5 → 2: each hidden unit is a row of A, an element of b and a column of B.
 UNITS = {
@@ -106,7 +107,7 @@ def reference(name: str, which: str, world: int) -> dict[str, Any]:
             for n, slots in states.items()
             for slot, value in slots.items()
             if isinstance(value, Tensor)
-        },
+        }
     }
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from collectives import CollectiveLog
 from ranks import Pools
+from run_training import same_bits
 from torch import Tensor, nn
-from toy import batch, own_rank
+from toy import batch, moved, own_rank
 
 from dlora.checkpoint.host_copy import capture, restore
 from dlora.optim.lora_pro import LoraPro
@@ -76,10 +77,6 @@ def values(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-def same(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
-    return got.keys() == wanted.keys() and all(torch.equal(got[n], wanted[n]) for n in wanted)
-
-
 def one_step(model: Chain, replica: Replica, optimizer: LoraPro, step: int) -> None:
     x, y = batch(step, next(model.parameters()).dtype)[own_rank()]
     model.losses(x, y).sum().backward()
@@ -136,7 +133,7 @@ def test_training_equals_one_process(pools: Pools, world: int, per_node: int) ->
         expected = reference(moments, torch.float64, world)
         for got in results:
             close(got["values"], expected["values"])
-            assert same(got["values"], results[0]["values"])
+            assert same_bits(got["values"], results[0]["values"])
             assert world == 1 or (got["state"] is None) == (got is not results[0])
         close(results[0]["state"], expected["state"])
         for name in PAIRS:
@@ -222,13 +219,13 @@ def test_a_checkpoint_goes_on_bit_for_bit_and_knows_no_ranks(pools: Pools) -> No
     assert [files for files, _, _ in rank_1] == [None] * len(MOMENTS)
     for rank, results in enumerate(pools(2).run(resumed, files)):
         for (_, got, state), (_, wanted, wanted_state) in zip(results, rank_0, strict=True):
-            assert same(got, wanted)
-            assert same(state, wanted_state) if rank == 0 else state is None
+            assert same_bits(got, wanted)
+            assert same_bits(state, wanted_state) if rank == 0 else state is None
     # On other ranks it is a run on other rows; that its state arrives is what counts here.
     for world in (1, 3, 4):
         results, *_ = pools(world).run(resumed, files, ranks_per_node=2)
         for (restored, _, state), (_, states) in zip(results, files, strict=True):
-            assert same(restored, states)
+            assert same_bits(restored, states)
             assert state.keys() == states.keys()
             assert all(state[name] == STEPS for name in state if name.endswith(".step"))
 
@@ -237,29 +234,13 @@ def test_a_checkpoint_goes_on_bit_for_bit_and_knows_no_ranks(pools: Pools) -> No
 
 
 def moved_each() -> list[dict[str, Tensor]]:
-    return [moved(when) for when in ("never", "before the step", "after the step")]
-
-
-def moved(when: str) -> dict[str, Tensor]:
-    """Steps in the second of which all tensors move, as `.to(device)` moves them."""
-    model, replica, optimizer = spread("low", torch.float64)
-    for step in range(3):
-        x, y = batch(step, torch.float64)[own_rank()]
-        model.losses(x, y).sum().backward()
-        replica.reduce_gradients(len(x))
-        if step == 1 and when == "before the step":
-            model._apply(torch.clone)
-        optimizer.step()
-        if step == 1 and when == "after the step":
-            model._apply(torch.clone)
-        replica.zero_grad()
-    replica.audit()
-    return values(model)
+    moments = ("never", "before the step", "after the step")
+    return [moved(*spread("low", torch.float64), when) for when in moments]
 
 
 def test_moved_parameters_are_bound_again(pools: Pools) -> None:
     for unmoved, *others in pools(2).run(moved_each):
-        assert all(same(got, unmoved) for got in others)
+        assert all(same_bits(got, unmoved) for got in others)
 
 
 def stranger() -> str:

@@ -14,6 +14,7 @@ import pytest
 from network import Link, permitted, two_nodes
 from ranks import Pools
 from run_training import command_line, figures, train
+from sampling import full
 from tiny import save_chats
 
 NODES = 2
@@ -46,7 +47,7 @@ def alone(
 
 
 # 11 s: alone on its node, a rank has no W0 to share
-@pytest.mark.parametrize("ranks_per_node", [pytest.param(1, marks=pytest.mark.full), 2])
+@pytest.mark.parametrize("ranks_per_node", [full(1), 2])
 def test_between_nodes_only_gradients_travel(
     settings: dict[str, Any], alone: list[dict[str, Any]], tmp_path: Path, ranks_per_node: int
 ) -> None:

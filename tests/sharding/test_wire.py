@@ -6,41 +6,16 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from collectives import GLOO, CollectiveLog, socket_bytes
-from ranks import Pools
-from run_training import command_line, figures, prepared_run
-from tiny import save_chats
+from collectives import CollectiveLog
+from counted_runs import check_last_step, check_sent, counted, last_step
+from run_training import Runs, prepared_run
+from sampling import full, sampled
 
 from dlora.adapters.save_load import save_adapter
 from dlora.checkpoint.format import write
 from dlora.checkpoint.host_copy import capture
-from dlora.sharding.engines.storage import held_bytes
 
 STEPS = 3
-
-
-def counted(argv: list[str]) -> dict[str, Any]:
-    """A run's collectives, its bytes on sockets, and what the plan says of one step."""
-    run = prepared_run(argv)
-    dist.barrier()
-    before = socket_bytes()
-    with CollectiveLog() as log:
-        run.train()
-    dist.barrier()
-    time.sleep(0.05)  # until the last acknowledgements are in
-    budget = run.prepared.budget
-    return {
-        "calls": log.calls,
-        "sockets": (socket_bytes() - before).total(),
-        "gathers": budget.gathers,
-        "reduction": budget.reduction,
-        "holds": (held_bytes(run.model), budget.base_held),
-    }
-
-
-@pytest.fixture(scope="module")
-def chats(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_chats(tmp_path_factory.mktemp("data") / "chats.jsonl", 24))
 
 
 # model, base, ranks, ranks per node, micro-batches per step
@@ -68,46 +43,26 @@ MATRIX = [
 
 
 @pytest.mark.parametrize(
-    ("model", "base", "world", "per_node", "accumulation"),
-    [
-        *SAMPLE,
-        *(pytest.param(*case, marks=pytest.mark.full) for case in MATRIX if case not in SAMPLE),
-    ],
+    ("model", "base", "world", "per_node", "accumulation"), sampled(SAMPLE, MATRIX)
 )
 def test_the_plan_is_what_is_sent(
-    pools: Pools,
-    saved_models: Any,
-    chats: str,
-    tmp_path: Path,
-    model: str,
-    base: str,
-    world: int,
-    per_node: int,
-    accumulation: int,
+    run: Runs, model: str, base: str, world: int, per_node: int, accumulation: int
 ) -> None:
     """And one reduction for each step; with W0 inside the nodes, nothing else crosses between them,
     and 1/G of it per rank.
 
     promise 1.7: W0 per rank is what was printed.
     """
-    argv = command_line(
-        model__path=saved_models(model),
-        data__train=chats,
-        output__dir=str(tmp_path),
-        sharding__base=base,
-        train__max_steps=STEPS,
-        train__micro_batch_size=1,
-        train__global_batch_size=world * accumulation,
-    )
-    results = pools(world).run(counted, argv, ranks_per_node=per_node)
+    settings = {
+        "sharding__base": base,
+        "train__max_steps": STEPS,
+        "train__micro_batch_size": 1,
+        "train__global_batch_size": world * accumulation,
+    }
+    results, lines = run("run", world, model, work=counted, per_node=per_node, **settings)
     audit = 8 * (world - 1)  # a checksum of 8 bytes, after the last step
     for result in results:
-        planned = STEPS * (result["gathers"] + result["reduction"]) + audit
-        assert sum(call.sent() for call in result["calls"]) == planned
-        assert result["holds"][0] == result["holds"][1]
-        on_sockets = sum(call.sent(GLOO) for call in result["calls"])
-        headers = 2048 * len(result["calls"])
-        assert on_sockets <= result["sockets"] <= on_sockets + headers
+        check_sent(result, STEPS * (result["gathers"] + result["reduction"]) + audit)
         *calls, checksum = result["calls"]
         reductions = [call for call in calls if call.op == "allreduce_"]
         assert len(reductions) == STEPS
@@ -118,71 +73,44 @@ def test_the_plan_is_what_is_sent(
                 inside = [call for call in calls if call.op == "_reduce_scatter_base_"]
                 assert [call.nbytes for call in inside] == [per_node * c.nbytes for c in reductions]
     per_step = results[0]["gathers"] + results[0]["reduction"]
-    recorded = [line["wire_bytes"] for line in figures(tmp_path)]
+    recorded = [line["wire_bytes"] for line in lines]
     assert recorded == [per_step] * (STEPS - 1) + [per_step + audit]
 
 
-def last_step(argv: list[str]) -> dict[str, Any]:
-    """The collectives between a run's last but one optimizer step and its last."""
-    run, marks = prepared_run(argv), []
-    with CollectiveLog() as log:
-        run.optimizer.register_step_post_hook(lambda *_: marks.append(len(log.calls)))
-        run.train()
-    budget = run.prepared.budget
-    return {
-        "calls": log.calls[marks[-2] : marks[-1]],
-        "planned": budget.gathers + budget.reduction,
-        "holds": (held_bytes(run.model), budget.base_held),
-    }
-
-
 @pytest.mark.parametrize(
-    ("model", "base", "world", "per_node", "accumulation", "checkpointing"),
+    ("model", "base", "world", "per_node", "accumulation", "recomputed"),
     [
         ("llama", "world", 3, 3, 3, False),
         ("llama", "world", 2, 2, 3, True),
         ("tied", "world", 2, 2, 3, False),
         # 2 s each: these ranks and this base with one micro-batch, which GPT-2's run has
-        pytest.param("llama", "world", 2, 2, 1, False, marks=pytest.mark.full),
-        pytest.param("llama", "node", 4, 2, 1, False, marks=pytest.mark.full),
+        full("llama", "world", 2, 2, 1, False),
+        full("llama", "node", 4, 2, 1, False),
         ("gpt2", "world", 3, 3, 1, True),
         ("mixtral", "node", 4, 2, 3, False),
     ],
 )
 def test_zero3_sends_what_the_plan_says(
-    pools: Pools,
-    saved_models: Any,
-    chats: str,
-    tmp_path: Path,
-    model: str,
-    base: str,
-    world: int,
-    per_node: int,
-    accumulation: int,
-    checkpointing: bool,
+    run: Runs, model: str, base: str, world: int, per_node: int, accumulation: int, recomputed: bool
 ) -> None:
     """From the third step on: in the first two DeepSpeed records its trace and gathers vectors.
 
     promise 4.1: A and B are outside by name, and gathers are counted.
     promise 4.4: it is local to a node without ZeRO++.
     """
-    argv = command_line(
-        model__path=saved_models(model),
-        data__train=chats,
-        output__dir=str(tmp_path),
-        sharding__engine="zero3",
-        sharding__base=base,
-        sharding__activation_checkpointing=checkpointing,
-        train__max_steps=4,
-        train__micro_batch_size=1,
-        train__global_batch_size=world * accumulation,
-    )
-    for result in pools(world).run(last_step, argv, ranks_per_node=per_node):
-        assert sum(call.sent() for call in result["calls"]) == result["planned"]
-        # Gathered vectors may keep the padding of their last part.
-        assert result["holds"][0] == pytest.approx(result["holds"][1], rel=2e-3)
+    settings = {
+        "sharding__engine": "zero3",
+        "sharding__base": base,
+        "sharding__activation_checkpointing": recomputed,
+        "train__max_steps": 4,
+        "train__micro_batch_size": 1,
+        "train__global_batch_size": world * accumulation,
+    }
+    results, lines = run("run", world, model, work=last_step, per_node=per_node, **settings)
+    for result in results:
+        check_last_step(result)
     audit = 8 * (world - 1)
-    recorded = [line["wire_bytes"] for line in figures(tmp_path)]
+    recorded = [line["wire_bytes"] for line in lines]
     assert recorded[2:] == [result["planned"], result["planned"] + audit]
 
 
@@ -210,22 +138,14 @@ def saved_by_each(argv: list[str], directory: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("base", ["world", "none"])
-def test_any_rank_saves_everything_alone(
-    pools: Pools, saved_models: Any, chats: str, tmp_path: Path, base: str
-) -> None:
+def test_any_rank_saves_everything_alone(run: Runs, tmp_path: Path, base: str) -> None:
     """No collective, the same bytes, and no more than A, B and their state.
 
     promise 1.5: bounded by what is trained; promise 3.4: published by any rank without W0.
     promise 4.6: only what was trained.
     """
-    argv = command_line(
-        model__path=saved_models("llama"),
-        data__train=chats,
-        output__dir=str(tmp_path / "run"),
-        sharding__base=base,
-        train__max_steps=STEPS,
-    )
-    results = pools(3).run(saved_by_each, argv, str(tmp_path))
+    settings = {"sharding__base": base, "train__max_steps": STEPS}
+    results, _ = run("run", 3, work=saved_by_each, arguments=(str(tmp_path),), **settings)
     saved = [
         {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*.*")}
         for root in (tmp_path / f"rank-{rank}" for rank in range(3))

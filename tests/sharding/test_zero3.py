@@ -10,18 +10,12 @@ import torch
 import torch.distributed as dist
 from ranks import Pool, Pools
 from run_training import relative_error
-from tiny import VOCABULARY
+from tiny import VOCABULARY, whole
 
 import dlora.sharding.engines.zero3
 from dlora import LoraConfig, attach, disabled, shard
 
 STEPS = 3
-
-
-def whole(path: str) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
 
 def checkpointed(path: str, engine: str, reentrant: bool | None) -> dict[str, Any]:

@@ -83,3 +83,52 @@ def flat(model: nn.Module) -> Tensor:
 
 def gradients(named: dict[str, nn.Parameter]) -> dict[str, Tensor | None]:
     return {name: None if p.grad is None else p.grad.clone() for name, p in named.items()}
+
+
+def takes_part(where: str, step: int, rank: int) -> bool:
+    """Whether `spare` does: in the first step always."""
+    return step == 0 or where == ALL or (where == SOME and rank == 0)
+
+
+def reduced(
+    model: Toy, replica: Replica, step: int, *, spare: bool, by_tokens: bool, pieces: int
+) -> Any:
+    """The gradients of this rank's batch in micro-batches, reduced."""
+    x, y = batch(step, model.A.dtype)[own_rank()]
+    for some_x, some_y in zip(x.tensor_split(pieces), y.tensor_split(pieces), strict=True):
+        loss = model.losses(some_x, some_y, spare).sum()
+        (loss if by_tokens else loss / len(x)).backward()
+    return replica.reduce_gradients(**({"tokens": len(x)} if by_tokens else {}))
+
+
+def backward_of_all(model: Toy, step: int, world: int, *, spare: bool, by_tokens: bool) -> None:
+    """The same of all rows at once, by autograd alone."""
+    parts = [model.losses(x, y, spare) for x, y in batch(step, model.A.dtype)[:world]]
+    means = torch.stack([part.mean() for part in parts])
+    (torch.cat(parts).mean() if by_tokens else means.mean()).backward()
+
+
+def backward_of_some(model: Toy, step: int, world: int, where: str) -> None:
+    """Of all rows, where `spare` takes part on some ranks only."""
+    for rank, (x, y) in enumerate(batch(step, model.A.dtype)[:world]):
+        losses = model.losses(x, y, takes_part(where, step, rank))
+        (losses.sum() / sum(ROWS[:world])).backward()
+
+
+def moved(
+    model: Any, replica: Replica, optimizer: torch.optim.Optimizer, when: str, **how: Any
+) -> dict[str, Tensor]:
+    """Three steps; in the second all tensors move at some time, as `.to(device)` moves them."""
+    for step in range(3):
+        acts = {when: lambda: model._apply(torch.clone)} if step == 1 else {}
+        replica.zero_grad()
+        x, y = batch(step, torch.float64)[own_rank()]
+        acts.get("before backward", int)()
+        model.losses(x, y, **how).sum().backward()
+        acts.get("after backward", int)()
+        replica.reduce_gradients(len(x))
+        acts.get("before the step", int)()
+        optimizer.step()
+        acts.get("after the step", int)()
+    replica.audit()
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

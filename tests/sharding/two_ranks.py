@@ -15,16 +15,27 @@ from run_training import figures
 LIMIT_SECONDS = 300
 
 
-def one_rank(rank: int, port: int, argv: list[str], printed: str, meddle: Any) -> None:
-    """The life of a rank; `meddle` is a function from above and its argument, or None."""
-    descriptor = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def become(rank: int, world: int, port: int, out: str, err: str) -> None:
+    """This process is a rank, and prints into two files, which may be one."""
+    for descriptor, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
     )  # fmt: skip
+
+
+def one_rank(rank: int, port: int, argv: list[str], printed: str, meddle: Any) -> None:
+    """The life of a rank; `meddle` is a function from above and its argument, or None."""
+    become(rank, 2, port, printed, printed)
     torch.set_num_threads(1)
     from dlora.runtime.exit_status import exit_with
     from dlora.train import main
@@ -43,9 +54,7 @@ class Ranks:
     """
 
     def __init__(self, argv: list[str], directory: Path, **meddling: Any) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         directory.mkdir(parents=True, exist_ok=True)

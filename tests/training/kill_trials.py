@@ -76,9 +76,7 @@ class Trials:
         self._most, self._signals = most, signals
         self.hits = 0
         self._wholes: dict[str, Whole] = {}
-        import torch
-
-        save_model(root / "model", "llama", torch.float32)
+        save_model(root / "model", "llama")
         self._data = save_chats(root / "chats.jsonl", 24)
 
     def run(self, seed: int) -> str:
@@ -108,6 +106,15 @@ class Trials:
         check_same_end(directory / "run", whole.directory, kind.split()[1])
         shutil.rmtree(directory)
         return f"{kind}: {', '.join(hits) or 'had ended before'}"
+
+    def tell(self, seed: int) -> bool:
+        """Make a trial and print what happened; whether it ended as the undisturbed run."""
+        try:
+            print(f"{seed}: {self.run(seed)}: the same", flush=True)
+        except AssertionError as error:
+            print(f"{seed}: FAILED: {error}", flush=True)
+            return False
+        return True
 
     @property
     def undisturbed(self) -> list[Path]:
@@ -140,15 +147,9 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    failed = 0
     with tempfile.TemporaryDirectory() as root:
         trials = Trials(Path(root))
-        for seed in range(args.seed, args.seed + args.trials):
-            try:
-                print(f"{seed}: {trials.run(seed)}: the same", flush=True)
-            except AssertionError as error:
-                failed += 1
-                print(f"{seed}: FAILED: {error}", flush=True)
+        failed = sum(not trials.tell(args.seed + number) for number in range(args.trials))
     print(f"{args.trials - failed} of {args.trials} ended as the undisturbed run")
     return 1 if failed else 0
 

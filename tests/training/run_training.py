@@ -1,12 +1,15 @@
-"""One training run through dlora's own pieces, inside the worker processes of `ranks.py`."""
+"""Training runs through dlora's own pieces, inside the worker processes of `ranks.py`."""
 
+import contextlib
 import functools
+import io
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import ranks
 import torch
 from torch import Tensor
@@ -19,7 +22,7 @@ from dlora.runtime.agreement import agree
 from dlora.runtime.memory import MemoryMeter
 from dlora.runtime.ranks import Ranks
 from dlora.runtime.run_lock import RunLock
-from dlora.train import Run
+from dlora.train import Run as TrainingRun
 from dlora.training.checks import check_output
 from dlora.training.startup import import_late_ones, prepared
 
@@ -36,12 +39,8 @@ BASE_SETTINGS = {
 }
 
 # Figures that hold clocks or memory; all others of two equal runs are equal bit for bit.
-MEASURED = {
-    "step_seconds",
-    "tokens_per_second",
-    "all_tokens_per_second",
-    "peak_memory_bytes",
-}
+MEASURED = {"step_seconds", "tokens_per_second", "all_tokens_per_second", "peak_memory_bytes"}
+Run = tuple[list[dict[str, Any]], list[dict[str, Any]]]  # results by rank, lines of the metrics
 
 
 def command_line(**settings: Any) -> list[str]:
@@ -60,7 +59,7 @@ def meter() -> MemoryMeter:
     return MemoryMeter()
 
 
-def prepared_run(argv: list[str], hooks: Hooks = NO_HOOKS) -> Run:
+def prepared_run(argv: list[str], hooks: Hooks = NO_HOOKS) -> TrainingRun:
     """This rank's `Run`, as `dlora.train.main` sets it up."""
     config = parse(argv, prog="dlora.train").config
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -75,10 +74,10 @@ def prepared_run(argv: list[str], hooks: Hooks = NO_HOOKS) -> Run:
     lock = RunLock(config.output.directory, "not taken: the next run may be another pool's")
     import_late_ones(config)
     since_before = meter()
-    return Run(config, these, prepared(config, these), since_before, lock, hooks)
+    return TrainingRun(config, these, prepared(config, these), since_before, lock, hooks)
 
 
-def train(argv: list[str], meddle: Callable[[Run], None] | None = None) -> dict[str, Any]:
+def train(argv: list[str], meddle: Callable[[TrainingRun], None] | None = None) -> dict[str, Any]:
     """Run to the end; status, trained tensors and optimizer state that this rank can save.
 
     Args:
@@ -91,6 +90,13 @@ def train(argv: list[str], meddle: Callable[[Run], None] | None = None) -> dict[
     held = capture(run.replica, run.replica.states(run.optimizer), {})
     tensors = {name: parameter.detach().clone() for name, parameter in run.replica.named.items()}
     return {"status": status, "tensors": tensors, "optimizer": held and held.states["optimizer"]}
+
+
+def told(argv: list[str]) -> tuple[dict[str, Any], str]:
+    """A run, and what it printed."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        return train(argv), printed.getvalue()
 
 
 def figures(directory: str | Path) -> list[dict[str, Any]]:
@@ -107,3 +113,50 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
 def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     """Whether two states hold equal tensors under equal names."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+class Runs:
+    """`run("name", 2, **settings)`: a run on 2 ranks in `root`/name; its `Run`.
+
+    Args:
+        command: (directory, *words, **settings) → the words of the command line.
+    """
+
+    def __init__(self, pools: ranks.Pools, command: Callable[..., list[str]], root: Path) -> None:
+        self.pools, self.command, self.root = pools, command, root
+
+    def __call__(
+        self,
+        name: str,
+        world: int,
+        *words: Any,
+        work: Callable[..., Any] = train,
+        arguments: tuple[Any, ...] = (),
+        per_node: int | None = None,
+        **settings: Any,
+    ) -> Run:
+        directory = self.root / name
+        argv = self.command(directory, *words, **settings)
+        results = self.pools(world).run(work, argv, *arguments, ranks_per_node=per_node)
+        return results, figures(directory)
+
+
+def check_near(
+    run: Run,
+    one: Run,
+    *,
+    rel: float = 1e-5,
+    bound: float = 1e-4,
+    exact: tuple[str, ...] = ("step", "lr", "tokens", "batch_hash"),
+) -> None:
+    """Within invariant 3's bounds of another run, and the same bits on every rank."""
+    (results, lines), ((wanted, *_), wanted_lines) = run, one
+    for got, expected in zip(lines, wanted_lines, strict=True):
+        for name in ("loss", "grad_norm"):
+            assert got[name] == pytest.approx(expected[name], rel=rel), name
+        assert [got[name] for name in exact] == [expected[name] for name in exact]
+    for result in results:
+        assert result["status"] == 0
+        assert same_bits(result["tensors"], results[0]["tensors"])
+    for name, tensor in wanted["tensors"].items():
+        assert relative_error(results[0]["tensors"][name], tensor) < bound, name

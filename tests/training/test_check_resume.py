@@ -1,5 +1,6 @@
 """What a run may go on from, what it sets aside, and what it refuses; on one process."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -7,40 +8,31 @@ from typing import Any
 
 import pytest
 import torch
+from hostile import edit_json
 from ranks import Pools
-from run_training import command_line, figures, same_bits, train
+from refusals import preparation, refusal
+from run_training import Runs, figures, same_bits, told, train
 from safetensors.torch import load_file, save_file
-from test_resume import told
 from tiny import save_chats
 
+from dlora.adapters.source import open_adapter
 from dlora.checkpoint.format import Checkpoint, newest, read, write
-from dlora.config.load import parse
-from dlora.errors import UsageError
-from dlora.runtime.ranks import Ranks
 from dlora.training.check_resume import FREE_KEYS, FREE_SECTIONS
-from dlora.training.startup import prepared
 
 STEPS = 4
 
 
 @pytest.fixture(scope="module")
-def command(saved_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def command(words: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """command(directory, **settings): the words of a run of 4 steps with a checkpoint at each."""
-    data = save_chats(tmp_path_factory.mktemp("data") / "chats.jsonl", 10)
-
-    def of(directory: Path, **settings: Any) -> list[str]:
-        common = {
-            "model__path": saved_models("llama"),
-            "data__train": str(data),
-            "output__dir": str(directory),
-            "output__save_every": 1,
-            "output__keep_last": 9,
-            "train__max_steps": STEPS,
-            "train__global_batch_size": 4,
-        }
-        return command_line(**common | settings)
-
-    return of
+    return functools.partial(
+        words,
+        data__train=str(save_chats(tmp_path_factory.mktemp("data") / "chats.jsonl", 10)),
+        output__save_every=1,
+        output__keep_last=9,
+        train__max_steps=STEPS,
+        train__global_batch_size=4,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +43,14 @@ def finished(pools: Pools, command: Any, tmp_path_factory: pytest.TempPathFactor
     return directory
 
 
+@pytest.fixture
+def refused(command: Any) -> Any:
+    """refused(directory, **settings): what the preparation of a run says, once it has refused."""
+    return lambda *words, **settings: refusal(preparation, command(*words, **settings))
+
+
 def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.glob("step-*"))
-
-
-def refusal(argv: list[str]) -> str:
-    """What the preparation of a run says, which reads no weights."""
-    with pytest.raises(UsageError) as refused:
-        prepared(parse(argv, "dlora.train").config, Ranks(0, 1, torch.device("cpu"), None))
-    return str(refused.value)
 
 
 def test_what_may_change_is_documented() -> None:
@@ -72,12 +63,11 @@ def test_what_may_change_is_documented() -> None:
 
 
 def test_checkpoints_past_the_one_that_is_named_are_set_aside(
-    pools: Pools, command: Any, finished: Path, tmp_path: Path
+    run: Runs, finished: Path, tmp_path: Path
 ) -> None:
     directory = Path(shutil.copytree(finished, tmp_path / "run"))
     checkpoint = directory / "checkpoints" / "step-000001"
-    argv = command(directory, output__resume=str(checkpoint), output__keep_last=2)
-    pools(1).run(train, argv)
+    run("run", 1, output__resume=str(checkpoint), output__keep_last=2)
     assert names(directory / "checkpoints") == ["step-000003", "step-000004"]
     assert names(directory / "checkpoints.old-1") == [f"step-00000{step}" for step in (2, 3, 4)]
     assert figures(directory) == figures(finished)
@@ -85,18 +75,15 @@ def test_checkpoints_past_the_one_that_is_named_are_set_aside(
     assert same_bits(ours.tensors, theirs.tensors)
 
 
-def test_what_another_run_left_is_set_aside(
-    pools: Pools, command: Any, finished: Path, tmp_path: Path
-) -> None:
+def test_what_another_run_left_is_set_aside(run: Runs, finished: Path, tmp_path: Path) -> None:
     """A run that goes on from elsewhere mixes neither metrics nor checkpoints with the others'."""
-    pools(1).run(train, command(tmp_path, train__seed=1))
-    before = figures(tmp_path)
+    _, before = run("run", 1, train__seed=1)
     checkpoint = finished / "checkpoints" / "step-000003"
-    pools(1).run(train, command(tmp_path, output__resume=str(checkpoint)))
-    assert names(tmp_path / "checkpoints") == ["step-000004"]
-    assert figures(tmp_path) == figures(finished)[3:]
-    assert names(tmp_path / "checkpoints.old-1") == [f"step-00000{s}" for s in (1, 2, 3, 4)]
-    kept = (tmp_path / "metrics.jsonl.old-1").read_text().splitlines()
+    _, lines = run("run", 1, output__resume=str(checkpoint))
+    assert names(run.root / "run" / "checkpoints") == ["step-000004"]
+    assert lines == figures(finished)[3:]
+    assert names(run.root / "run" / "checkpoints.old-1") == [f"step-00000{s}" for s in (1, 2, 3, 4)]
+    kept = (run.root / "run" / "metrics.jsonl.old-1").read_text().splitlines()
     assert [json.loads(line)["loss"] for line in kept] == [line["loss"] for line in before]
 
 
@@ -135,57 +122,55 @@ def test_older_ones_stay_until_the_newer_verifies(
 
 
 def test_the_base_may_lie_elsewhere(
-    pools: Pools, command: Any, finished: Path, saved_models: Any, tmp_path: Path
+    run: Runs, finished: Path, saved_models: Any, tmp_path: Path
 ) -> None:
     moved = Path(shutil.copytree(saved_models("llama"), tmp_path / "moved"))
-    config = json.loads((moved / "config.json").read_text())
-    (moved / "config.json").write_text(json.dumps(config | {"transformers_version": "0"}))
+    edit_json(moved / "config.json", transformers_version="0")
     directory = Path(shutil.copytree(finished, tmp_path / "run"))
     resume = str(directory / "checkpoints" / "step-000002")
-    argv = command(directory, output__resume=resume, model__path=str(moved))
-    pools(1).run(train, argv)
-    assert figures(directory) == figures(finished)
+    _, lines = run("run", 1, output__resume=resume, model__path=str(moved))
+    assert lines == figures(finished)
 
 
 # -- what is refused before a weight is read -------------------------------------------------------
 
 
 def test_another_base_of_the_same_shape(
-    command: Any, finished: Path, saved_models: Any, tmp_path: Path
+    refused: Any, finished: Path, saved_models: Any, tmp_path: Path
 ) -> None:
     other = Path(shutil.copytree(saved_models("llama"), tmp_path / "other"))
     file = other / "model.safetensors"
     tensors = load_file(file)
     name = sorted(tensors)[3]
     save_file(tensors | {name: tensors[name] * 1.001}, file, metadata={"format": "pt"})
-    said = refusal(command(finished, model__path=str(other)))
+    said = refused(finished, model__path=str(other))
     assert f"model.path: {other} is another base" in said
     saved = saved_models("llama", "bfloat16")
-    assert f"model.path: {saved} is another base" in refusal(command(finished, model__path=saved))
+    assert f"model.path: {saved} is another base" in refused(finished, model__path=saved)
 
 
-def test_other_settings(command: Any, finished: Path) -> None:
-    said = refusal(command(finished, adapter__r=8, optimizer__lr=1e-3))
+def test_other_settings(refused: Any, finished: Path) -> None:
+    said = refused(finished, adapter__r=8, optimizer__lr=1e-3)
     assert "belongs to another run: " in said
     assert "adapter.r was 4 and is 8" in said
     assert "optimizer.lr was 0.002 and is 0.001" in said
 
 
-def test_other_shapes_although_forced(command: Any, finished: Path) -> None:
-    said = refusal(command(finished, adapter__r=8, output__resume_force=True))
+def test_other_shapes_although_forced(refused: Any, finished: Path) -> None:
+    said = refused(finished, adapter__r=8, output__resume_force=True)
     assert said.startswith("output.resume: the checkpoint has model.layers.0")
     assert "[4, 70], this run [8, 70]" in said
 
 
-def test_a_checkpoint_past_the_end(command: Any, finished: Path) -> None:
-    said = refusal(command(finished, train__max_steps=3))
+def test_a_checkpoint_past_the_end(refused: Any, finished: Path) -> None:
+    said = refused(finished, train__max_steps=3)
     assert said.startswith("train.max_steps: ") and "is at step 4 already" in said
 
 
-def test_a_named_checkpoint_that_is_damaged(command: Any, finished: Path, tmp_path: Path) -> None:
+def test_a_named_checkpoint_that_is_damaged(refused: Any, finished: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(finished / "checkpoints" / "step-000002", tmp_path / "copy"))
     (copy / "optimizer.safetensors").unlink()
-    said = refusal(command(tmp_path / "run", output__resume=str(copy)))
+    said = refused(tmp_path / "run", output__resume=str(copy))
     assert "is missing or has the wrong size" in said
 
 
@@ -202,55 +187,49 @@ def test_a_manifest_that_is_none_is_skipped(finished: Path, tmp_path: Path, cont
 
 
 def test_epochs_cannot_be_added_after_a_smaller_step(
-    pools: Pools, command: Any, tmp_path: Path
+    run: Runs, refused: Any, tmp_path: Path
 ) -> None:
     """10 sequences in steps of 4: the third has 2, and a fourth would begin with the 13th."""
-    once = command(tmp_path, train__max_steps=None, train__epochs=1)
-    pools(1).run(train, once)
-    twice = command(tmp_path, train__max_steps=None, train__epochs=2)
-    said = refusal(twice)
+    twice = {"train__max_steps": None, "train__epochs": 2}
+    run("run", 1, **twice | {"train__epochs": 1})
+    said = refused(tmp_path / "run", **twice)
     assert said.startswith("train.epochs: step 3 of ") and "would skip sequences" in said
     # From the step before it nothing is skipped, and the run is the one of two epochs.
-    checkpoint = tmp_path / "checkpoints" / "step-000002"
-    pools(1).run(train, [*twice, "--output.resume", str(checkpoint)])
-    assert [line["tokens"] > 0 for line in figures(tmp_path)] == [True] * 5
-    pools(1).run(train, command(tmp_path / "whole", train__max_steps=None, train__epochs=2))
-    hashes = [[line["batch_hash"] for line in figures(d)] for d in (tmp_path, tmp_path / "whole")]
-    assert hashes[0] == hashes[1]
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000002"
+    _, lines = run("run", 1, **twice, output__resume=str(checkpoint))
+    assert [line["tokens"] > 0 for line in lines] == [True] * 5
+    _, whole = run("whole", 1, **twice)
+    assert [line["batch_hash"] for line in lines] == [line["batch_hash"] for line in whole]
 
 
 # -- a run that started from an adapter ------------------------------------------------------------
 
 
-def started(command: Any, directory: Path, adapter: Path, **settings: Any) -> list[str]:
-    decided = {"adapter__r": None, "adapter__lora_alpha": None}
-    return command(directory, adapter__path=str(adapter), **decided, **settings)
+def from_adapter(adapter: Path) -> dict[str, Any]:
+    return {"adapter__path": str(adapter), "adapter__r": None, "adapter__lora_alpha": None}
 
 
 def test_a_run_that_started_from_an_adapter_needs_it_no_more(
-    pools: Pools, command: Any, finished: Path, tmp_path: Path
+    run: Runs, finished: Path, tmp_path: Path
 ) -> None:
-    from dlora.adapters.source import open_adapter
-
     adapter = Path(shutil.copytree(finished / "adapter", tmp_path / "start"))
-    whole = pools(1).run(train, started(command, tmp_path / "whole", adapter))[0]
-    pools(1).run(train, started(command, tmp_path / "run", adapter, train__max_steps=2))
+    [whole], _ = run("whole", 1, **from_adapter(adapter))
+    run("run", 1, **from_adapter(adapter), train__max_steps=2)
     shutil.rmtree(adapter)
     checkpoint = tmp_path / "run" / "checkpoints" / "step-000002"
     assert (open_adapter(checkpoint).config.r, open_adapter(checkpoint).config.lora_alpha) == (4, 8)
-    [(result, printed)] = pools(1).run(told, started(command, tmp_path / "run", adapter))
+    [(result, printed)], _ = run("run", 1, work=told, **from_adapter(adapter))
     assert "resuming after step 2" in printed
     assert same_bits(result["tensors"], whole["tensors"])
 
 
 def test_another_adapter_to_start_from_is_another_run(
-    pools: Pools, command: Any, finished: Path, tmp_path: Path
+    run: Runs, refused: Any, finished: Path, tmp_path: Path
 ) -> None:
     adapter = Path(shutil.copytree(finished / "adapter", tmp_path / "start"))
-    pools(1).run(train, started(command, tmp_path / "run", adapter, train__max_steps=2))
-    path = adapter / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 64}))
-    said = refusal(started(command, tmp_path / "run", adapter))
+    run("run", 1, **from_adapter(adapter), train__max_steps=2)
+    edit_json(adapter / "adapter_config.json", lora_alpha=64)
+    said = refused(tmp_path / "run", **from_adapter(adapter))
     assert "lora_alpha of the adapter was 8 and is 64" in said
 
 
@@ -263,7 +242,7 @@ FORMS: dict[str, Any] = {
 
 @pytest.mark.parametrize("slot", FORMS)
 def test_a_state_of_another_form_is_refused(
-    pools: Pools, command: Any, finished: Path, tmp_path: Path, slot: str
+    run: Runs, finished: Path, tmp_path: Path, slot: str
 ) -> None:
     """Of a checkpoint whose hashes agree; torch would take it, and fail or broadcast later."""
     saved = read(finished / "checkpoints" / "step-000003")
@@ -271,22 +250,19 @@ def test_a_state_of_another_form_is_refused(
     key = next(k for k in states if k.endswith(f"lora_A.{slot}"))
     states[key] = FORMS[slot](states[key])
     forged = write(saved, tmp_path / "forged", (finished / "config.yaml").read_text(), keep_last=1)
-    argv = command(tmp_path / "run", output__resume=str(forged))
     with pytest.raises(AssertionError, match=rf"optimizer\.safetensors .* has {key} as "):
-        pools(1).run(train, argv)
+        run("run", 1, output__resume=str(forged))
 
 
 # -- what a run says at its end --------------------------------------------------------------------
 
 
-def test_the_held_out_loss_before_is_that_of_the_first_start(
-    pools: Pools, command: Any, tmp_path: Path
-) -> None:
+def test_the_held_out_loss_before_is_that_of_the_first_start(run: Runs, tmp_path: Path) -> None:
     data = str(save_chats(tmp_path / "held.jsonl", 3))
     settings = {"data__eval": data, "output__eval_every": 2}
-    pools(1).run(train, command(tmp_path / "run", train__max_steps=2, **settings))
-    [(_, printed)] = pools(1).run(told, command(tmp_path / "run", **settings))
-    losses = {line["step"]: line.get("eval_loss") for line in figures(tmp_path / "run")}
+    run("run", 1, train__max_steps=2, **settings)
+    [(_, printed)], lines = run("run", 1, work=told, **settings)
+    losses = {line["step"]: line.get("eval_loss") for line in lines}
     assert list(losses) == [0, 1, 2, 3, 4]
     change = losses[4] / losses[0] - 1
     assert (
@@ -294,16 +270,14 @@ def test_the_held_out_loss_before_is_that_of_the_first_start(
     )
 
 
-def test_a_loss_that_is_no_number_is_said_and_leaves_valid_json(
-    pools: Pools, command: Any, tmp_path: Path
-) -> None:
-    argv = command(tmp_path, optimizer__lr=1e38, optimizer__schedule="constant")
-    [(_, printed)] = pools(1).run(told, argv)
+def test_a_loss_that_is_no_number_is_said_and_leaves_valid_json(run: Runs, tmp_path: Path) -> None:
+    settings = {"optimizer__lr": 1e38, "optimizer__schedule": "constant"}
+    [(_, printed)], _ = run("run", 1, work=told, **settings)
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")
 
-    text = (tmp_path / "metrics.jsonl").read_text()
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
     records = [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
     bad = [r["step"] for r in records if r["loss"] is None or r["grad_norm"] is None]
     assert bad and bad[-1] == STEPS

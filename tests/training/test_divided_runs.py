@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from collectives import CollectiveLog
+from counted_runs import counted, sent
+from own_loops import batches, steps
 from ranks import Pools
-from run_training import figures, prepared_run, relative_error, same_bits, train
+from run_training import Run, Runs, check_near, prepared_run, relative_error, told
 from safetensors.torch import load_file
-from test_resume import Crash, after_step, check_equal, crash, steps_saved, terminated, told
-from test_wire import counted
-from tiny import VOCABULARY
-from transformers import AutoModelForCausalLM
+from sampling import full
+from stopped_runs import check_equal, crashed, interrupted_run, steps_saved, terminated
+from tiny import whole
 
 from dlora import LoraConfig, attach, shard
 
@@ -43,115 +43,75 @@ def command(words: Any) -> Any:
     )
 
 
-def check_close(results: list[dict[str, Any]], metrics: list[Any], one: Any) -> None:
-    """Within invariant 3's bounds of another run, and the same bits on every rank."""
-    wanted, wanted_metrics = one
-    for result in results:
-        assert result["status"] == 0
-        assert same_bits(result["tensors"], results[0]["tensors"])
-        for name, tensor in wanted["tensors"].items():
-            assert relative_error(result["tensors"][name], tensor) < 1e-4, name
-    for got, expected in zip(metrics, wanted_metrics, strict=True):
-        assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
-        assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
-        assert (got["lr"], got["batch_hash"]) == (expected["lr"], expected["batch_hash"])
-
-
 # -- invariant 3 ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def one_process(pools: Pools, command: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """20 steps of a replicated run in one process by an optimizer: (its result, its metrics)."""
-
-    @functools.cache
-    def of(optimizer: str) -> Any:
-        directory = tmp_path_factory.mktemp(optimizer)
-        settings = {"train__max_steps": 20, "optimizer__name": optimizer} | REPLICATED
-        return pools(1).run(train, command(directory, **settings))[0], figures(directory)
-
-    return of
+    """20 steps of a replicated run in one process by an optimizer."""
+    run = Runs(pools, command, tmp_path_factory.mktemp("one"))
+    settings = REPLICATED | {"train__max_steps": 20}
+    return functools.cache(lambda name: run(name, 1, optimizer__name=name, **settings))
 
 
 @pytest.mark.parametrize(
     ("world", "per_node", "base", "optimizer"),
     [
         # 2 and 4 s: nothing is divided on one rank, and the tests of resuming have two
-        pytest.param(1, 1, "none", "adamw", marks=pytest.mark.full),
-        pytest.param(2, 2, "world", "adamw", marks=pytest.mark.full),
+        full(1, 1, "none", "adamw"),
+        full(2, 2, "world", "adamw"),
         (3, 2, "none", "adamw"),
         (4, 2, "node", "adamw"),
         (2, 1, "world", "sgd"),
     ],
 )
 def test_a_run_is_the_run_of_one_process(
-    pools: Pools,
-    command: Any,
-    one_process: Any,
-    tmp_path: Path,
-    world: int,
-    per_node: int,
-    base: str,
-    optimizer: str,
+    run: Runs, one_process: Any, world: int, per_node: int, base: str, optimizer: str
 ) -> None:
     settings = {"train__max_steps": 20, "optimizer__name": optimizer, "sharding__base": base}
-    results = pools(world).run(train, command(tmp_path, **settings), ranks_per_node=per_node)
-    check_close(results, figures(tmp_path), one_process(optimizer))
+    check_near(run("run", world, per_node=per_node, **settings), one_process(optimizer))
 
 
 # -- checkpoints ----------------------------------------------------------------------------------
 
 
-def crashed(argv: list[str], number: int) -> str:
-    """A run that dies after making `number` steps, past its last checkpoint."""
-    try:
-        train(argv, after_step(number, crash))
-    except Crash:
-        return "crashed"
-    return "finished"
-
-
 @pytest.fixture(scope="module")
-def whole(pools: Pools, command: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The uninterrupted divided run on 2 ranks: (its result, its metrics)."""
-    directory = tmp_path_factory.mktemp("whole")
-    results = pools(2).run(train, command(directory))
+def undisturbed(pools: Pools, command: Any, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The divided run on 2 ranks."""
+    results, lines = Runs(pools, command, tmp_path_factory.mktemp("whole"))("run", 2)
     assert results[1]["optimizer"] is None  # rank 0 alone gets a checkpoint
-    return results[0], figures(directory)
+    return results, lines
 
 
 @pytest.fixture(scope="module")
 def interrupted(pools: Pools, command: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a divided run on 2 ranks that crashed past step 3."""
-    directory = tmp_path_factory.mktemp("interrupted")
-    assert pools(2).run(crashed, command(directory), 5) == ["crashed"] * 2
-    assert steps_saved(directory) == ["step-000003"]
-    return directory
+    return interrupted_run(Runs(pools, command, tmp_path_factory.mktemp("interrupted")), 5)
 
 
 def test_resumed_bit_for_bit(
-    pools: Pools, command: Any, whole: Any, interrupted: Path, tmp_path: Path
+    run: Runs, undisturbed: Run, interrupted: Path, tmp_path: Path
 ) -> None:
     directory = shutil.copytree(interrupted, tmp_path / "run")
-    main, other = pools(2).run(told, command(directory))
-    check_equal(main[0], figures(directory), whole)
-    assert same_bits(other[0]["tensors"], whole[0]["tensors"])
-    assert "optimizer state: divided, 1/2 on each rank, so a save needs all ranks" in main[1]
+    results, lines = run("run", 2, work=told)
+    check_equal(([result for result, _ in results], lines), undisturbed)
+    said = "optimizer state: divided, 1/2 on each rank, so a save needs all ranks"
+    assert said in results[0][1]
     assert "optimizer_state: divided" in (directory / "config.yaml").read_text()
 
 
 def test_checkpoints_move_between_modes_and_world_sizes(
-    pools: Pools, command: Any, whole: Any, interrupted: Path, tmp_path: Path
+    run: Runs, undisturbed: Run, interrupted: Path, tmp_path: Path
 ) -> None:
     """Divided on 2 ranks, then replicated on 3, then divided on 2 × 2."""
     directory = shutil.copytree(interrupted, tmp_path / "run")
-    assert pools(3).run(crashed, command(directory, **REPLICATED), 4) == ["crashed"] * 3
+    stopped, _ = run("run", 3, work=crashed, arguments=(4,), **REPLICATED)
+    assert stopped == ["crashed"] * 3
     assert steps_saved(directory) == ["step-000003", "step-000006"]
-    argv = command(directory, sharding__base="node")
-    results = pools(4).run(train, argv, ranks_per_node=2)
-    check_close(results, figures(directory), whole)
-    for slot, state in whole[0]["optimizer"].items():
-        assert relative_error(results[0]["optimizer"][slot], state) < 1e-4, slot
+    again = run("run", 4, per_node=2, sharding__base="node")
+    check_near(again, undisturbed)
+    for slot, state in undisturbed[0][0]["optimizer"].items():
+        assert relative_error(again[0][0]["optimizer"][slot], state) < 1e-4, slot
 
 
 def saved_again(argv: list[str]) -> dict[str, Any]:
@@ -175,19 +135,13 @@ def saved_again(argv: list[str]) -> dict[str, Any]:
     [(1, 1, REPLICATED), (1, 1, DIVIDED), (3, 3, DIVIDED), (4, 2, DIVIDED)],
 )
 def test_files_are_those_of_a_replicated_run(
-    pools: Pools,
-    command: Any,
-    interrupted: Path,
-    tmp_path: Path,
-    world: int,
-    per_node: int,
-    settings: dict[str, str],
+    run: Runs, interrupted: Path, world: int, per_node: int, settings: dict[str, str]
 ) -> None:
     """Byte for byte. Each rank sends rank 0 its part of the moments, and receives none of them."""
     origin = interrupted / "checkpoints" / "step-000003"
-    argv = command(tmp_path, output__resume=str(origin), **settings)
-    results = pools(world).run(saved_again, argv, ranks_per_node=per_node)
-    again = tmp_path / "checkpoints" / "step-000003"
+    settings = settings | {"output__resume": str(origin)}
+    results, _ = run("run", world, work=saved_again, per_node=per_node, **settings)
+    again = run.root / "run" / "checkpoints" / "step-000003"
     for file in ("adapter.safetensors", "optimizer.safetensors"):
         assert (again / file).read_bytes() == (origin / file).read_bytes()
     states = [json.loads((where / "state.json").read_text()) for where in (again, origin)]
@@ -208,14 +162,12 @@ def test_files_are_those_of_a_replicated_run(
         assert result["bytes"]["send"] == result["moments"]
 
 
-def test_sigterm_on_one_rank(pools: Pools, command: Any, whole: Any, tmp_path: Path) -> None:
+def test_sigterm_on_one_rank(run: Runs, undisturbed: Run) -> None:
     """All ranks save together after the step in which they learn of it, and none is left behind."""
-    stopped = pools(2).run(terminated, command(tmp_path))
+    stopped, _ = run("run", 2, work=terminated)
     assert [result["status"] for result in stopped] == [143, 143]
-    assert steps_saved(tmp_path) == ["step-000003", "step-000005"]
-    main, other = pools(2).run(train, command(tmp_path))
-    check_equal(main, figures(tmp_path), whole)
-    assert same_bits(other["tensors"], whole[0]["tensors"])
+    assert steps_saved(run.root / "run") == ["step-000003", "step-000005"]
+    check_equal(run("run", 2), undisturbed)
 
 
 # -- invariant 8 ----------------------------------------------------------------------------------
@@ -224,26 +176,22 @@ def test_sigterm_on_one_rank(pools: Pools, command: Any, whole: Any, tmp_path: P
 @pytest.mark.parametrize(
     ("base", "world", "per_node"), [("world", 2, 2), ("none", 3, 2), ("node", 4, 2)]
 )
-def test_the_plan_is_what_is_sent(
-    pools: Pools, command: Any, tmp_path: Path, base: str, world: int, per_node: int
-) -> None:
+def test_the_plan_is_what_is_sent(run: Runs, base: str, world: int, per_node: int) -> None:
     settings = {"output__save_every": 0, "train__max_steps": 2, "train__global_batch_size": world}
-    argv = command(tmp_path, sharding__base=base, train__micro_batch_size=1, **settings)
-    results = pools(world).run(counted, argv, ranks_per_node=per_node)
+    settings |= {"sharding__base": base, "train__micro_batch_size": 1}
+    results, lines = run("run", world, work=counted, per_node=per_node, **settings)
     audit = 8 * (world - 1)
     for result in results:
         per_step = result["gathers"] + result["reduction"]
-        assert sum(call.sent() for call in result["calls"]) == 2 * per_step + audit
-    recorded = [line["wire_bytes"] for line in figures(tmp_path)]
-    assert recorded == [per_step, per_step + audit]
+        assert sent(result) == 2 * per_step + audit
+    assert [line["wire_bytes"] for line in lines] == [per_step, per_step + audit]
 
 
 # -- a loop of one's own --------------------------------------------------------------------------
 
 
 def own_loop(path: str, optimizer_state: str) -> dict[str, Any]:
-    rank, world = dist.get_rank(), dist.get_world_size()
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = whole(path)
     replica = shard(model, base="world", optimizer_state=optimizer_state)
     torch.manual_seed(0)
     attach(model, LoraConfig(r=4, lora_alpha=8, modules_to_save=["model.norm"]))
@@ -251,15 +199,7 @@ def own_loop(path: str, optimizer_state: str) -> dict[str, Any]:
     names = {id(parameter): name for name, parameter in replica.optimized.items()}
     grouped = [([names[id(p)] for p in g["params"]], g["lr"], g["weight_decay"]) for g in groups]
     optimizer = replica.attach_optimizer(torch.optim.AdamW(groups))
-    draw = torch.Generator().manual_seed(0)
-    for _ in range(4):
-        ids = torch.randint(VOCABULARY, (4, 12), generator=draw).chunk(world)[rank]
-        model(input_ids=ids, labels=ids).loss.backward()
-        replica.reduce_gradients()
-        replica.clip(1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    replica.audit()
+    steps(replica, optimizer, (model(input_ids=ids, labels=ids).loss for ids in batches(4)))
     return {"groups": grouped, "values": replica.values.clone()}
 
 

@@ -2,17 +2,18 @@
 
 import contextlib
 import io
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from own_loops import steps
 from ranks import Pools
-from run_training import command_line, prepared_run
-from tiny import VOCABULARY, save_chats
+from run_training import Runs, prepared_run
+from sampling import full
+from tiny import VOCABULARY, whole
 from torch import Tensor
 
-from dlora.base.model import DTYPES, find_base
+from dlora.base.model import find_base
 from dlora.lora.config import LoraConfig
 from dlora.methods.attach import attach
 from dlora.methods.trained_replica import replicate
@@ -20,6 +21,7 @@ from dlora.sharding.engines.protocol import build_engine
 from dlora.sharding.topology import Topology, resolve_placement
 
 STEPS = 4
+HEAD, WTE = {"modules_to_save": ["lm_head"]}, {"target_modules": ["c_attn", "wte"]}
 
 
 def trained(path: str, dtype: str, name: str, base: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -28,38 +30,29 @@ def trained(path: str, dtype: str, name: str, base: str, config: dict[str, Any])
     engine = build_engine(resolve_placement(name, base, topology), topology)
     model: Any = find_base(path, dtype=dtype).load(engine, torch.device("cpu"))
     replica = replicate(model, engine)
-    before = whole(engine, model)
+    before = gathered(engine, model)
     torch.manual_seed(100 + topology.rank)
     attach(model, LoraConfig(r=4, **config))
     first = {name: p.detach().clone() for name, p in replica.named.items()}
     optimizer = torch.optim.AdamW(replica.parameter_groups(lr=2e-3), fused=True)
-    for _ in range(STEPS):
-        ids = torch.randint(VOCABULARY, (2, 9))
-        model(input_ids=ids, labels=ids).loss.backward()
-        replica.reduce_gradients()
-        replica.clip(1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    replica.audit()
+    batches = (torch.randint(VOCABULARY, (2, 9)) for _ in range(STEPS))
+    steps(replica, optimizer, (model(input_ids=ids, labels=ids).loss for ids in batches))
     return {
         "before": before,
-        "after": {n: w for n, w in whole(engine, model).items() if ".adapter." not in n},
+        "after": {n: w for n, w in gathered(engine, model).items() if ".adapter." not in n},
         "first": first,
         "last": {name: p.detach() for name, p in replica.named.items()},
         "trainable": {name for name, p in model.named_parameters() if p.requires_grad},
     }
 
 
-def whole(engine: Any, model: Any) -> dict[str, Tensor]:
+def gathered(engine: Any, model: Any) -> dict[str, Tensor]:
     with engine.gather_module(model) as weights:
         return {name: weight.clone() for name, weight in weights.items()}
 
 
 def base_weights(path: str, dtype: str) -> dict[str, Tensor]:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype])
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return {name: p.detach() for name, p in whole(path, dtype).named_parameters()}
 
 
 @pytest.mark.parametrize(
@@ -68,27 +61,12 @@ def base_weights(path: str, dtype: str) -> dict[str, Tensor]:
         ("llama", "bfloat16", "fsdp2", "world", 2, {}),
         ("llama", "float32", "fsdp2", "node", 4, {}),
         ("llama", "bfloat16", "fsdp2", "none", 3, {}),
-        pytest.param(  # 3 s: tied weights are below under the other engine
-            "tied",
-            "bfloat16",
-            "fsdp2",
-            "world",
-            3,
-            {"modules_to_save": ["lm_head"]},
-            marks=pytest.mark.full,
-        ),
-        ("gpt2", "bfloat16", "fsdp2", "world", 2, {"target_modules": ["c_attn", "wte"]}),
+        # 3 s each: tied weights and GPT-2 are below under the other engine
+        full("tied", "bfloat16", "fsdp2", "world", 3, HEAD),
+        full("gpt2", "bfloat16", "zero3", "world", 2, WTE),
+        ("gpt2", "bfloat16", "fsdp2", "world", 2, WTE),
         ("llama", "bfloat16", "zero3", "node", 4, {}),
-        ("tied", "bfloat16", "zero3", "world", 3, {"modules_to_save": ["lm_head"]}),
-        pytest.param(  # 3 s: GPT-2 is above under the other engine
-            "gpt2",
-            "bfloat16",
-            "zero3",
-            "world",
-            2,
-            {"target_modules": ["c_attn", "wte"]},
-            marks=pytest.mark.full,
-        ),
+        ("tied", "bfloat16", "zero3", "world", 3, HEAD),
     ],
 )
 def test_training_changes_the_adapter_alone(
@@ -130,29 +108,22 @@ def flipped_in_a_run(argv: list[str]) -> tuple[int, str]:
     """
     run = prepared_run(argv)
     name, parameter = list(run.replica.named.items())[5]
-    steps = iter(range(1, 100))
+    made = iter(range(1, 100))
 
     def flip(*_: Any) -> None:
-        if next(steps) == 3 and run.ranks.rank == 1:
+        if next(made) == 3 and run.ranks.rank == 1:
             parameter.data.view(torch.int32)[0, 0] ^= 1 << 20
 
     run.optimizer.register_step_post_hook(flip)
     with contextlib.redirect_stderr(io.StringIO()) as said:
         status = run.run()
-    assert next(steps) == 10  # the audit in the 10th reduction stopped it
+    assert next(made) == 10  # the audit in the 10th reduction stopped it
     return status, said.getvalue().replace(name, "NAME")
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
-def test_a_run_stops_when_its_ranks_differ(
-    pools: Pools, saved_models: Any, tmp_path: Path, engine: str
-) -> None:
-    argv = command_line(
-        model__path=saved_models("llama"),
-        data__train=str(save_chats(tmp_path / "chats.jsonl", 24)),
-        output__dir=str(tmp_path / "run"),
-        sharding__engine=engine,
-    )
+def test_a_run_stops_when_its_ranks_differ(run: Runs, engine: str) -> None:
     told = "dlora: error: the adapters are no longer the same on every rank: NAME on rank 1\n"
-    assert pools(3).run(flipped_in_a_run, argv) == [(1, told), (1, ""), (1, "")]
-    assert not list((tmp_path / "run").glob("checkpoints/step-*"))
+    ended, _ = run("run", 3, work=flipped_in_a_run, sharding__engine=engine)
+    assert ended == [(1, told), (1, ""), (1, "")]
+    assert not list((run.root / "run").glob("checkpoints/step-*"))

@@ -3,8 +3,6 @@ the engine, checkpoints that go on, and what a run says of its state.
 """
 
 import functools
-import hashlib
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from counted_runs import counted, sent
+from hostile import agree
 from ranks import Pools
-from run_training import figures, relative_error, same_bits, train
+from run_training import Runs, check_near, same_bits, told
 from safetensors.torch import load_file
-from test_divided_runs import crashed
-from test_resume import check_equal, steps_saved, told
-from test_wire import counted
+from sampling import full
+from stopped_runs import check_equal, crashed, interrupted_run, steps_saved
 
 STEPS, SAVED = 8, 3
 PRO = {"optimizer__name": "lora_pro", "adapter__modules_to_save": ["model.norm"]}
@@ -31,7 +30,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }
 # Of loss and gradient norm, and of each tensor. Where rounding takes one of 8-bit AdamW's moments
 # over the edge between two codes, that moment changes by some percent.
-BOUNDS = {"low": (1e-5, 1e-4), "full": (1e-5, 1e-4), "8bit": (2e-4, 1e-2)}
+BOUNDS: dict[str, dict[str, float]] = {"low": {}, "full": {}, "8bit": {"rel": 2e-4, "bound": 1e-2}}
 
 
 @pytest.fixture(scope="module")
@@ -54,59 +53,31 @@ def command(words: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def one_process(pools: Pools, command: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A run in one process: (its result, its metrics)."""
-
-    @functools.cache
-    def of(optimizer: str, steps: int) -> Any:
-        directory = tmp_path_factory.mktemp(optimizer)
-        argv = command(directory, optimizer, train__max_steps=steps)
-        return pools(1).run(train, argv)[0], figures(directory)
-
-    return of
-
-
-def check_near(results: list[Any], metrics: list[Any], one: Any, bounds: Any) -> None:
-    """Near another run, and the same bits on every rank."""
-    (wanted, wanted_metrics), (loss, tensors) = one, bounds
-    for result in results:
-        assert result["status"] == 0
-        assert same_bits(result["tensors"], results[0]["tensors"])
-        for name, tensor in wanted["tensors"].items():
-            assert relative_error(result["tensors"][name], tensor) < tensors, name
-    for got, expected in zip(metrics, wanted_metrics, strict=True):
-        assert got["loss"] == pytest.approx(expected["loss"], rel=loss)
-        assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=loss)
+    """one_process(optimizer, steps): a run in one process."""
+    run = Runs(pools, command, tmp_path_factory.mktemp("one"))
+    return functools.cache(lambda name, steps: run(name, 1, name, train__max_steps=steps))
 
 
 @pytest.mark.parametrize(
     ("optimizer", "world", "per_node", "engine", "base"),
     [  # 10 to 25 s each: by default every optimizer, every engine, every number of ranks
-        pytest.param("low", 2, 2, "fsdp2", "world", marks=pytest.mark.full),
-        pytest.param("low", 3, 3, "fsdp2", "world", marks=pytest.mark.full),
+        full("low", 2, 2, "fsdp2", "world"),
+        full("low", 3, 3, "fsdp2", "world"),
         ("low", 4, 2, "fsdp2", "node"),
-        pytest.param("low", 2, 2, "zero3", "world", marks=pytest.mark.full),
+        full("low", 2, 2, "zero3", "world"),
         ("full", 2, 2, "zero3", "world"),
-        pytest.param("full", 3, 3, "fsdp2", "world", marks=pytest.mark.full),
-        pytest.param("8bit", 2, 2, "zero3", "world", marks=pytest.mark.full),
+        full("full", 3, 3, "fsdp2", "world"),
+        full("8bit", 2, 2, "zero3", "world"),
         ("8bit", 3, 3, "fsdp2", "world"),
     ],
 )
 def test_a_run_is_the_run_of_one_process(
-    pools: Pools,
-    command: Any,
-    one_process: Any,
-    tmp_path: Path,
-    optimizer: str,
-    world: int,
-    per_node: int,
-    engine: str,
-    base: str,
+    run: Runs, one_process: Any, optimizer: str, world: int, per_node: int, engine: str, base: str
 ) -> None:
     steps = STEPS if optimizer == "8bit" else 20
     settings = {"sharding__engine": engine, "sharding__base": base, "train__max_steps": steps}
-    argv = command(tmp_path, optimizer, **settings)
-    results = pools(world).run(train, argv, ranks_per_node=per_node)
-    check_near(results, figures(tmp_path), one_process(optimizer, steps), BOUNDS[optimizer])
+    got = run("run", world, optimizer, per_node=per_node, **settings)
+    check_near(got, one_process(optimizer, steps), **BOUNDS[optimizer])
 
 
 # -- checkpoints ----------------------------------------------------------------------------------
@@ -114,76 +85,54 @@ def test_a_run_is_the_run_of_one_process(
 
 @pytest.fixture(scope="module")
 def whole(pools: Pools, command: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The uninterrupted run on 2 ranks: (its results, its metrics)."""
-
-    @functools.cache
-    def of(optimizer: str) -> Any:
-        directory = tmp_path_factory.mktemp(f"whole-{optimizer}")
-        return pools(2).run(train, command(directory, optimizer)), figures(directory)
-
-    return of
+    """whole(optimizer): the uninterrupted run on 2 ranks."""
+    run = Runs(pools, command, tmp_path_factory.mktemp("whole"))
+    return functools.cache(lambda optimizer: run(optimizer, 2, optimizer))
 
 
 @pytest.fixture(scope="module")
 def interrupted(pools: Pools, command: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The directory of a run on 2 ranks that crashed past step 3."""
 
-    @functools.cache
-    def of(optimizer: str) -> Path:
-        directory = tmp_path_factory.mktemp(f"interrupted-{optimizer}")
-        assert pools(2).run(crashed, command(directory, optimizer), 5) == ["crashed"] * 2
-        assert steps_saved(directory) == ["step-000003"]
-        return directory
-
-    return of
+    return functools.cache(
+        lambda optimizer: interrupted_run(
+            Runs(pools, command, tmp_path_factory.mktemp("interrupted")), 5, optimizer
+        )
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["low", "full", "8bit"])
-def test_resumed_bit_for_bit(
-    pools: Pools, command: Any, whole: Any, interrupted: Any, tmp_path: Path, optimizer: str
-) -> None:
-    directory = shutil.copytree(interrupted(optimizer), tmp_path / "run")
-    results = pools(2).run(train, command(directory, optimizer))
-    wanted, metrics = whole(optimizer)
-    check_equal(results[0], figures(directory), (wanted[0], metrics))
-    assert same_bits(results[1]["tensors"], wanted[0]["tensors"])
+def test_resumed_bit_for_bit(run: Runs, whole: Any, interrupted: Any, optimizer: str) -> None:
+    shutil.copytree(interrupted(optimizer), run.root / "run")
+    check_equal(run("run", 2, optimizer), whole(optimizer))
 
 
 @pytest.mark.parametrize("optimizer", ["low", "full", "8bit"])
-def test_another_world_size(
-    pools: Pools, command: Any, whole: Any, interrupted: Any, tmp_path: Path, optimizer: str
-) -> None:
+def test_another_world_size(run: Runs, whole: Any, interrupted: Any, optimizer: str) -> None:
     """From 2 ranks to 3, on to one process."""
-    directory = shutil.copytree(interrupted(optimizer), tmp_path / "run")
-    assert pools(3).run(crashed, command(directory, optimizer), 4) == ["crashed"] * 3
+    directory = shutil.copytree(interrupted(optimizer), run.root / "run")
+    stopped, _ = run("run", 3, optimizer, work=crashed, arguments=(4,))
+    assert stopped == ["crashed"] * 3
     assert steps_saved(directory) == ["step-000003", "step-000006"]
-    results = pools(1).run(train, command(directory, optimizer))
-    wanted, metrics = whole(optimizer)
-    check_near(results, figures(directory), (wanted[0], metrics), BOUNDS[optimizer])
+    check_near(run("run", 1, optimizer), whole(optimizer), **BOUNDS[optimizer])
 
 
-def test_a_spread_state_is_saved_by_all_and_a_replicated_one_by_any(
-    pools: Pools, command: Any, whole: Any, tmp_path: Path
-) -> None:
+def test_a_spread_state_is_saved_by_all_and_a_replicated_one_by_any(run: Runs, whole: Any) -> None:
     """Both give the same bits: a pair's step is the same whoever makes it."""
     spread, metrics = whole("low")
     assert spread[1]["optimizer"] is None  # rank 0 alone gets a checkpoint
-    argv = command(tmp_path, "low", sharding__optimizer_state="replicated")
-    results = pools(2).run(train, argv)
+    results, lines = run("run", 2, "low", sharding__optimizer_state="replicated")
     for result in results:
         assert same_bits(result["tensors"], spread[0]["tensors"])
         assert same_bits(result["optimizer"], spread[0]["optimizer"])
-    for got, more in zip(figures(tmp_path), metrics, strict=True):
+    for got, more in zip(lines, metrics, strict=True):
         assert got["wire_bytes"] < more["wire_bytes"]
 
 
-def test_a_run_says_that_its_saves_are_collective(
-    pools: Pools, command: Any, tmp_path: Path
-) -> None:
-    argv = command(tmp_path, "low", train__max_steps=1)
-    printed = pools(2).run(told, argv)[0][1]
+def test_a_run_says_that_its_saves_are_collective(run: Runs) -> None:
+    [(_, printed), _], _ = run("run", 2, "low", work=told, train__max_steps=1)
     assert "optimizer state: divided, 1/2 on each rank, so a save needs all ranks" in printed
-    settings = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    settings = yaml.safe_load((run.root / "run" / "config.yaml").read_text())
     assert settings["sharding"]["optimizer_state"] == "divided"
 
 
@@ -211,27 +160,19 @@ def test_a_checkpoint_holds_the_8_bit_state(interrupted: Any) -> None:
 
 
 def test_a_checkpoint_from_before_an_option_goes_on(
-    pools: Pools, command: Any, whole: Any, interrupted: Any, tmp_path: Path
+    run: Runs, whole: Any, interrupted: Any
 ) -> None:
     """An option that its config.yaml does not know had its default."""
-    directory = shutil.copytree(interrupted("low"), tmp_path / "run")
+    directory = shutil.copytree(interrupted("low"), run.root / "run")
     checkpoint = directory / "checkpoints" / "step-000003"
     text = (checkpoint / "config.yaml").read_text()
     assert "  lora_pro_moments: low\n" in text
     (checkpoint / "config.yaml").write_text(text.replace("  lora_pro_moments: low\n", ""))
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
-    manifest["files"]["config.yaml"] = entry_of(checkpoint / "config.yaml")
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
-    results = pools(2).run(train, command(directory, "low"))
+    agree(checkpoint)
+    results, _ = run("run", 2, "low")
     assert same_bits(results[0]["tensors"], whole("low")[0][0]["tensors"])
-    changed = command(directory, "full", train__max_steps=STEPS + 1, optimizer__lr=1e-3)
     with pytest.raises(AssertionError, match="lora_pro_moments was 'low' and is 'full'"):
-        pools(2).run(train, changed)
-
-
-def entry_of(path: Path) -> dict[str, Any]:
-    content = path.read_bytes()
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        run("run", 2, "full", train__max_steps=STEPS + 1, optimizer__lr=1e-3)
 
 
 # -- what the plan says ---------------------------------------------------------------------------
@@ -242,45 +183,34 @@ def entry_of(path: Path) -> dict[str, Any]:
     ("base", "world", "per_node"),
     [
         ("node", 4, 2),
-        pytest.param("world", 3, 3, marks=pytest.mark.full),  # 2 to 4 s each: a part of the first
+        full("world", 3, 3),  # 2 to 4 s each: a part of the first
     ],
 )
 def test_the_plan_is_what_is_sent(
-    pools: Pools,
-    command: Any,
-    tmp_path: Path,
-    optimizer: str,
-    base: str,
-    world: int,
-    per_node: int,
+    run: Runs, optimizer: str, base: str, world: int, per_node: int
 ) -> None:
     settings = {"output__save_every": 0, "train__max_steps": 2, "train__global_batch_size": world}
-    argv = command(tmp_path, optimizer, sharding__base=base, train__micro_batch_size=1, **settings)
-    results = pools(world).run(counted, argv, ranks_per_node=per_node)
+    settings |= {"sharding__base": base, "train__micro_batch_size": 1}
+    results, lines = run("run", world, optimizer, work=counted, per_node=per_node, **settings)
     audit = 8 * (world - 1)
-    recorded = [line["wire_bytes"] for line in figures(tmp_path)]
+    recorded = [line["wire_bytes"] for line in lines]
     for result in results:
         per_step = result["gathers"] + result["reduction"]
         assert recorded == pytest.approx([per_step, per_step + audit], abs=1)
-        sent = sum(call.sent() for call in result["calls"])
-        assert sent == pytest.approx(2 * per_step + audit, abs=2)
+        assert sent(result) == pytest.approx(2 * per_step + audit, abs=2)
 
 
 @pytest.mark.parametrize("optimizer", ["low", "full", "8bit"])
-def test_the_plan_is_what_is_kept(
-    pools: Pools, command: Any, tmp_path: Path, optimizer: str
-) -> None:
+def test_the_plan_is_what_is_kept(run: Runs, optimizer: str) -> None:
     """In the closing table, of rank 0."""
-    argv = command(tmp_path, optimizer, train__max_steps=2, output__save_every=0)
-    printed = pools(3).run(told, argv)[0][1]
+    settings = {"train__max_steps": 2, "output__save_every": 0}
+    [(_, printed), *_], _ = run("run", 3, optimizer, work=told, **settings)
     line = next(row for row in printed.splitlines() if row.startswith("A, B, gradients, state"))
     assert float(line.split()[-1]) == pytest.approx(1, abs=0.05)
 
 
-def test_without_a_gpu_paged_is_adamw8bit_and_says_so(
-    pools: Pools, command: Any, whole: Any, tmp_path: Path
-) -> None:
-    results = pools(2).run(told, command(tmp_path, "paged"))
-    assert same_bits(results[0][0]["tensors"], whole("8bit")[0][0]["tensors"])
-    said = [line for line in results[0][1].splitlines() if line.startswith("warning: ")]
-    assert said == ["warning: optimizer.name: without a GPU paged_adamw8bit works as adamw8bit"]
+def test_without_a_gpu_paged_is_adamw8bit_and_says_so(run: Runs, whole: Any) -> None:
+    [(result, printed), _], _ = run("run", 2, "paged", work=told)
+    assert same_bits(result["tensors"], whole("8bit")[0][0]["tensors"])
+    said = [line for line in printed.splitlines() if line.startswith("warning: ")]
+    assert said == ["warning: optimizer.name: without a GPU paged_adamw8bit is adamw8bit"]

@@ -1,5 +1,6 @@
 """What is wrong with a run is said in one line by its preparation, before a weight is read."""
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -7,37 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tiny import VOCABULARY, command, tokenizer
-from transformers import AutoModelForCausalLM
+import refusals
+from hostile import CONFIG, edit_json
+from tiny import VOCABULARY, command, tokenizer, whole
 
 from dlora import LoraConfig, attach, save_adapter
-from dlora.base.model import BaseModel
-from dlora.config.load import parse
 from dlora.errors import UsageError
-from dlora.runtime.ranks import Ranks
-from dlora.training.prepare import Preparation
-from dlora.training.startup import prepared
 
-
-def preparation(argv: list[str]) -> Preparation:
-    """As one process prepares."""
-    ranks = Ranks(0, 1, torch.device("cpu"), None)
-    return prepared(parse(argv, "dlora.train").config, ranks, check=True)
-
-
-@pytest.fixture(autouse=True)
-def no_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(*_: Any) -> None:
-        raise AssertionError("weights were read")
-
-    monkeypatch.setattr(BaseModel, "load", read)
+pytestmark = pytest.mark.usefixtures("no_weights_are_read")
+preparation = functools.partial(refusals.preparation, check=True)
 
 
 def saved(path: str, directory: Path, **config: Any) -> Path:
     """A fresh adapter of a model, on disk."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    save_adapter(attach(model, LoraConfig(**{"r": 4} | config)), directory)
+    save_adapter(attach(whole(path), LoraConfig(**{"r": 4} | config)), directory)
     return directory
 
 
@@ -148,8 +132,8 @@ def truncate(directory: Path) -> None:
         (lambda d: (d / "adapter_model.safetensors").unlink(), "adapter_model.*file not found"),
         (lambda d: (d / "adapter_config.json").unlink(), "adapter_config.*file not found"),
         (truncate, "adapter_model.safetensors: is damaged"),
-        (lambda d: edit(d, r=8), r"has shape \[4, 40\], the model expects \[8, 40\]"),
-        (lambda d: edit(d, target_modules=["q_proj"]), "has the unexpected"),
+        (lambda d: edit_json(d / CONFIG, r=8), r"has shape \[4, 40\], the model expects \[8, 40\]"),
+        (lambda d: edit_json(d / CONFIG, target_modules=["q_proj"]), "has the unexpected"),
     ],
 )
 def test_a_damaged_adapter_to_start_from(
@@ -161,11 +145,6 @@ def test_a_damaged_adapter_to_start_from(
     )
     with pytest.raises(UsageError, match=message):
         preparation(argv)
-
-
-def edit(directory: Path, **values: Any) -> None:
-    path = directory / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 # -- the checkpoint to go on from ------------------------------------------------------------------
@@ -184,12 +163,7 @@ def test_a_checkpoint_that_is_not_there(saved_models: Any, tmp_path: Path, wante
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("multiplies", [False, True])
 def test_a_cpu_without_bfloat16_is_told_of(
-    saved_models: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    dtype: str,
-    multiplies: bool,
+    saved_models: Any, tmp_path: Path, monkeypatch: Any, capsys: Any, dtype: str, multiplies: bool
 ) -> None:
     """A step of the demo took 140 s on one, where float32 took 10."""
     monkeypatch.setattr("dlora.training.prepare.multiplies_bfloat16", lambda: multiplies)

@@ -5,7 +5,6 @@ The processes are started as by hand, without an agent: rank 0 hosts the store.
 
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -18,8 +17,9 @@ import torch
 import torch.distributed as dist
 from ranks import PRELOADED, Pools
 from tiny import command
+from two_ranks import become, free_port
 
-from dlora.errors import TransientError
+from dlora.errors import TransientError, UsageError
 from dlora.runtime.agreement import agree
 from dlora.runtime.exit_status import PrintedTransientError, exit_with
 from dlora.runtime.ranks import Ranks
@@ -43,18 +43,9 @@ def one_rank(
     With `stays` its process goes on after that until all have come so far, as Ray's do; it ends
     with 3 if that takes too long.
     """
-    for descriptor in (1, 2):
-        os.dup2(os.open(f"{printed}-{descriptor}", os.O_WRONLY | os.O_CREAT), descriptor)
-    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
-    )  # fmt: skip
+    become(rank, world, port, f"{printed}-1", f"{printed}-2")
     time.sleep(delay)
     from dlora.base.model import BaseModel
-    from dlora.errors import UsageError
-    from dlora.runtime.exit_status import exit_with
     from dlora.train import main
 
     def load(*_: Any) -> None:
@@ -89,9 +80,7 @@ def by_hand(
     stays: bool = False,
 ) -> list[tuple[int, str, str]]:
     """(status, standard output, standard error) by rank; one command line, or one for each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     workers: list[Any] = []
@@ -243,7 +232,6 @@ def test_a_rank_that_does_not_come_is_named_with_its_host(
 
 def entered(port: int, argv: list[str]) -> str:
     """What is said on this rank where rank 1 is in the wrong place."""
-    from dlora.errors import UsageError
     from dlora.training.startup import enter
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -263,8 +251,6 @@ def test_a_rank_in_the_wrong_place_ends_all(
     pools: Pools, saved_models: Any, tmp_path: Path
 ) -> None:
     """Before it reads its command line; Ray's launcher asks so for the directory of the run."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    said = pools(2).run(entered, port, command(saved_models("llama"), tmp_path))
-    assert said == ["rank 1: /work does not exist on node1"] * 2
+    argv = command(saved_models("llama"), tmp_path)
+    said = pools(2).run(entered, free_port(), argv)
+    assert said == ["rank 1: /work is not seen on node1"] * 2

@@ -4,69 +4,64 @@ Where ranks die or hang they are processes of their own, started as by hand, wit
 """
 
 import contextlib
+import functools
 import io
 import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
+from kill_trials import ADALORA
 from ranks import Pools
-from run_training import prepared_run
+from run_training import prepared_run, train
+from sampling import full
+from stopped_runs import after_step, steps_saved
 from two_ranks import Ranks, check_same_end
 
+from dlora.base.model import BaseModel
 from dlora.checkpoint import format as checkpoints
 from dlora.hooks import Committed, Hooks
+from dlora.train import Run
+from dlora.training.watchdogs import FiniteWatch
 
 STEPS, SAVED, BROKEN = 8, 3, 6  # a checkpoint every 3 steps; something happens in the 6th
-LIMIT_SECONDS = 300
-ADALORA = {"adapter__method": "adalora", "adapter__init_r": 6, "adapter__target_r": 3}
-METHODS: dict[str, dict[str, Any]] = {
-    "lora": {},
-    # The last mask falls on step 4: by the 6th the adapters have shrunk.
-    "adalora": ADALORA | {"adapter__r": None, "adapter__tinit": 1, "adapter__tfinal": 4},
-}
+# AdaLoRA's last mask falls on step 4: by the 6th the adapters have shrunk.
+METHODS: dict[str, dict[str, Any]] = {"lora": {}, "adalora": ADALORA}
 
 
 # -- in a rank -----------------------------------------------------------------------------------
 
 
-def ends_in_a_forward(number: int) -> None:
-    """This rank gets the signal in the 6th step, before its first forward."""
-    from dlora.train import Run
+def struck(at: Any, name: str, number: int, step_of: Callable[..., int]) -> None:
+    """This rank gets the signal where it calls `at.name` in the 6th step."""
+    whole = getattr(at, name)
 
-    keys = Run.sample_keys
-
-    def struck(run: Any, step: int, batch: Any) -> Any:
-        if step == BROKEN - 1:
+    def strike(*args: Any) -> Any:
+        if step_of(*args) == BROKEN - 1:
             os.kill(os.getpid(), number)
-        return keys(run, step, batch)
+        return whole(*args)
 
-    Run.sample_keys = struck  # type: ignore[method-assign]
+    setattr(at, name, strike)
+
+
+def ends_in_a_forward(number: int) -> None:
+    """Before the first forward of the 6th step."""
+    struck(Run, "sample_keys", number, lambda run, step, batch: step)
 
 
 def ends_after_a_step(number: int) -> None:
-    """This rank gets the signal after the 5th step, before the step's line is written."""
-    from dlora.training.watchdogs import FiniteWatch
-
-    see = FiniteWatch.see
-
-    def struck(watch: Any, record: dict[str, Any], *ids: Any) -> Any:
-        if record["step"] == BROKEN - 1:
-            os.kill(os.getpid(), number)
-        return see(watch, record, *ids)
-
-    FiniteWatch.see = struck  # type: ignore[method-assign]
+    """After the 5th step, before the step's line is written."""
+    struck(FiniteWatch, "see", number, lambda watch, record, *ids: record["step"])
 
 
 def ends_while_loading(number: int) -> None:
-    """This rank gets the signal before it reads weights."""
-    from dlora.base.model import BaseModel
-
-    BaseModel.load = lambda *_: os.kill(os.getpid(), number)  # type: ignore[method-assign]
+    """Before it reads weights."""
+    struck(BaseModel, "load", number, lambda *_: BROKEN - 1)
 
 
 # -- around them ---------------------------------------------------------------------------------
@@ -105,15 +100,12 @@ def command(words: Any) -> Any:
 @pytest.fixture(scope="module")
 def whole(command: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """whole(engine, method): the directory of an undisturbed run, made once."""
-    made: dict[tuple[str, str], Path] = {}
 
+    @functools.cache
     def of(engine: str, method: str) -> Path:
-        if (engine, method) not in made:
-            directory = tmp_path_factory.mktemp("whole")
-            argv = command(directory / "run", method, sharding__engine=engine)
-            Ranks(argv, directory).finish()
-            made[engine, method] = directory / "run"
-        return made[engine, method]
+        directory = tmp_path_factory.mktemp("whole")
+        Ranks(command(directory / "run", method, sharding__engine=engine), directory).finish()
+        return directory / "run"
 
     return of
 
@@ -123,16 +115,16 @@ def whole(command: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     [
         ("fsdp2", "lora", 0, ends_after_a_step),
         # 2 s: the other engine's, with what the two before it have
-        pytest.param("fsdp2", "lora", 1, ends_in_a_forward, marks=pytest.mark.full),
+        full("fsdp2", "lora", 1, ends_in_a_forward),
         ("fsdp2", "adalora", 0, ends_in_a_forward),
         ("zero3", "lora", 1, ends_in_a_forward),
     ],
 )
 def test_a_killed_peer(
+    tmp_path: Path,
     ranks_of: Any,
     command: Any,
     whole: Any,
-    tmp_path: Path,
     engine: str,
     method: str,
     victim: int,
@@ -157,10 +149,7 @@ def test_a_killed_peer(
     check_same_end(tmp_path / "run", whole(engine, method), engine)
 
 
-@pytest.mark.parametrize(
-    ("number", "status"),
-    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.full)],
-)
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), full(signal.SIGINT, 130)])
 def test_a_hung_peer(ranks_of: Any, command: Any, tmp_path: Path, number: int, status: int) -> None:
     """Blocked in a collective, told to stop: committed and gone within 10 s."""
     ranks = ranks_of(command(tmp_path / "run"), rank0=(ends_in_a_forward, signal.SIGSTOP))
@@ -186,24 +175,15 @@ def test_a_second_signal_ends_a_blocked_rank(ranks_of: Any, command: Any, tmp_pa
 
 def stopped_by_a_file(argv: list[str], file: str) -> int:
     """A run in whose 4th step the file appears."""
-    run = prepared_run(argv)
-    made = iter(range(1, STEPS + 1))
-
-    def count(*_: Any) -> None:
-        if next(made) == 4 and dist.get_rank() == 0:
-            Path(file).touch()
-
-    run.optimizer.register_step_post_hook(count)
-    return run.train()
+    touch = after_step(4, Path(file).touch)
+    return train(argv, touch if dist.get_rank() == 0 else None)["status"]
 
 
 def test_a_stop_file(pools: Pools, command: Any, tmp_path: Path) -> None:
     file = tmp_path / "stop"
     argv = command(tmp_path / "run", output__stop_file=str(file))
     assert pools(2).run(stopped_by_a_file, argv, str(file)) == [143, 143]
-    assert checkpoints.newest(tmp_path / "run/checkpoints") == (
-        tmp_path / "run/checkpoints/step-000005"
-    )
+    assert steps_saved(tmp_path / "run")[-1] == "step-000005"
     with pytest.raises(AssertionError, match=r"output\.stop_file: .*stop is there already"):
         pools(2).run(stopped_by_a_file, argv, str(file))
     file.unlink()
@@ -228,9 +208,7 @@ def test_a_callable_asks_for_a_stop(
     (status, printed), (other, _) = pools(2).run(stopped_by_a_callable, argv, rank)
     assert (status, other) == (143, 143)
     assert f"stopped by {cause} after step 5" in printed
-    assert checkpoints.newest(tmp_path / "run/checkpoints") == (
-        tmp_path / "run/checkpoints/step-000005"
-    )
+    assert steps_saved(tmp_path / "run")[-1] == "step-000005"
 
 
 Told = tuple[int, float, str | None, str | None]

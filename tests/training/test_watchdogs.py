@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import Pools
-from run_training import figures, prepared_run
+from run_training import Runs, prepared_run
 
 from dlora.checkpoint import format as checkpoint
 from dlora.lora.attach import named_adapters
@@ -23,9 +22,9 @@ from dlora.training.watchdogs import FiniteWatch
 STEPS = 6
 
 
-@pytest.fixture
-def command(words: Any, tmp_path: Path) -> Any:
-    return functools.partial(words, tmp_path / "run", "blocks", train__max_steps=STEPS)
+@pytest.fixture(scope="module")
+def command(words: Any) -> Any:
+    return functools.partial(words, model="blocks", train__max_steps=STEPS)
 
 
 def poisoned(argv: list[str], steps: list[int], rank: int) -> dict[str, Any]:
@@ -51,15 +50,13 @@ def poisoned(argv: list[str], steps: list[int], rank: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("method", ["lora", "adalora"])
-def test_a_step_that_is_not_finite_is_left_out_on_every_rank(
-    pools: Pools, command: Any, tmp_path: Path, method: str
-) -> None:
+def test_a_step_that_is_not_finite_is_left_out_on_every_rank(run: Runs, method: str) -> None:
     settings: dict[str, Any] = {}
     if method == "adalora":  # the mask falls in the very step that is left out
         settings = {"adapter__method": method, "adapter__r": None, "adapter__tinit": 2}
         settings |= {"adapter__init_r": 4, "adapter__target_r": 2, "adapter__tfinal": 2}
         settings |= {"adapter__lora_alpha": 8}
-    results = pools(2).run(poisoned, command(**settings), [3], 1)
+    results, lines = run("run", 2, work=poisoned, arguments=([3], 1), **settings)
     for result in results:
         assert result["status"] == 0
         before, left_out, later = result["after"][1:4]
@@ -68,17 +65,14 @@ def test_a_step_that_is_not_finite_is_left_out_on_every_rank(
             assert torch.equal(before, left_out)
             assert not torch.equal(left_out, later)
     assert torch.equal(results[0]["after"][-1], results[1]["after"][-1])
-    lines = figures(tmp_path / "run")
     assert [line["step"] for line in lines if line["loss"] is None] == [3]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     if method == "adalora":
         assert lines[-1]["kept_ranks"] == lines[-1]["budget"]  # the schedule went on
 
 
-def test_three_in_a_row_end_the_run_and_name_their_sequences(
-    pools: Pools, command: Any, tmp_path: Path
-) -> None:
-    results = pools(2).run(poisoned, command(), [2, 3, 4], 0)
+def test_three_in_a_row_end_the_run_and_name_their_sequences(run: Runs, tmp_path: Path) -> None:
+    results, _ = run("run", 2, work=poisoned, arguments=([2, 3, 4], 0))
     assert [result["status"] for result in results] == [1, 1]
     for result in results:
         assert len(result["after"]) == 4
@@ -109,12 +103,12 @@ def half_used(argv: list[str]) -> tuple[int, int]:
     return run.train(), len(run.records)
 
 
+@pytest.mark.parametrize(("allowed", "ended"), [(False, (1, 10)), (True, (0, 12))])
 def test_tensors_that_nothing_trains_end_the_run(
-    pools: Pools, command: Any, capfd: pytest.CaptureFixture[str]
+    run: Runs, allowed: bool, ended: tuple[int, int]
 ) -> None:
-    assert pools(2).run(half_used, command(train__max_steps=12)) == [(1, 10)] * 2
-    allowed = {"train__allow_unused": True, "output__resume": "none"}
-    assert pools(2).run(half_used, command(train__max_steps=12, **allowed)) == [(0, 12)] * 2
+    settings = {"train__max_steps": 12, "train__allow_unused": allowed}
+    assert run("run", 2, work=half_used, **settings)[0] == [ended] * 2
 
 
 def test_silence_shows_the_stack_of_every_thread() -> None:

@@ -9,31 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from exported import Bases, loaded, plain_adapter, write_checkpoint
-from hostile import CONFIG, WEIGHTS, edit_json, one_line, preparation, readings
+from exported import loaded, write_checkpoint
+from hostile import CONFIG, WEIGHTS, agree, edit_json, readings
+from refusals import preparation, refusal
 from safetensors.torch import load_file
-from test_torn import agree
 from tiny import command
 
 from dlora import load_adapter
 from dlora.adapters.source import open_adapter
 from dlora.base.model import BaseWeights, find_base
 from dlora.checkpoint import format as checkpoint
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
-    return Bases(tmp_path_factory.mktemp("bases"))
-
-
-@pytest.fixture
-def base(bases: Bases, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(bases("llama"), tmp_path / "base"))
-
-
-@pytest.fixture
-def adapter(bases: Bases, tmp_path: Path) -> Path:
-    return plain_adapter(bases, tmp_path / "adapter")
 
 
 class Bomb:
@@ -67,10 +52,10 @@ def planted(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
 def test_a_pickle_as_a_file_of_the_base(name: str, base: Path, tmp_path: Path, planted: Any):
     path = sorted(base.glob("model-*.safetensors"))[1] if name == "shard" else base / name
     planted(path)
-    assert one_line(lambda: preparation(command(base, tmp_path))).startswith("model.path: ")
+    assert refusal(preparation, command(base, tmp_path)).startswith("model.path: ")
     found = find_base(str(base))
     reads_it = name == "tokenizer.json"
-    one_line(found.tokenizer if reads_it else lambda: BaseWeights(found).from_pretrained())
+    refusal(found.tokenizer if reads_it else lambda: BaseWeights(found).from_pretrained())
 
 
 def test_pickles_beside_or_instead_of_weights(base: Path, tmp_path: Path, planted: Any):
@@ -89,11 +74,10 @@ def test_pickles_beside_or_instead_of_weights(base: Path, tmp_path: Path, plante
         lambda: preparation(command(base, tmp_path)),
         lambda: BaseWeights(find_base(str(base))).from_pretrained(),
     ):
-        assert "'pytorch_model.bin' is not a safetensors file" in one_line(work)
+        assert "'pytorch_model.bin' is no safetensors file" in refusal(work)
     index.unlink()
-    assert "contains neither model.safetensors" in one_line(
-        lambda: BaseWeights(find_base(str(base))).from_pretrained()
-    )
+    said = refusal(lambda: BaseWeights(find_base(str(base))).from_pretrained())
+    assert "holds no model.safetensors" in said
 
 
 def test_pickles_as_an_adapter(adapter: Path, base: Path, tmp_path: Path, planted: Any):
@@ -105,7 +89,7 @@ def test_pickles_as_an_adapter(adapter: Path, base: Path, tmp_path: Path, plante
             shutil.copytree(whole, adapter, dirs_exist_ok=True)
             damage(adapter / name)
             for work in readings(adapter, base):
-                assert name in one_line(work)
+                assert name in refusal(work)
 
 
 def test_pickles_in_a_checkpoint(base: Path, tmp_path: Path, planted: Any):
@@ -121,11 +105,11 @@ def test_pickles_in_a_checkpoint(base: Path, tmp_path: Path, planted: Any):
             planted(directory / name)
             if name != "manifest.json":
                 lie(directory)
-            assert name in one_line(lambda: checkpoint.read(directory))
+            assert name in refusal(checkpoint.read, directory)
     shutil.copytree(whole, directory, dirs_exist_ok=True)
     planted(directory / "config.yaml")
     agree(directory)
-    assert "config.yaml" in one_line(lambda: open_adapter(directory))
+    assert "config.yaml" in refusal(open_adapter, directory)
     assert checkpoint.read(whole).tensors.keys() == before.tensors.keys()
 
 
@@ -133,11 +117,11 @@ def test_pickles_as_data_settings_or_gguf(base: Path, tmp_path: Path, planted: A
     for name in ("data.jsonl", "settings.yaml", "model.gguf"):
         planted(tmp_path / name)
     data = command(base, tmp_path, data__train=str(tmp_path / "data.jsonl"))
-    assert one_line(lambda: preparation(data)).startswith("data.train: ")
+    assert refusal(preparation, data).startswith("data.train: ")
     settings = ["--config", str(tmp_path / "settings.yaml")]
-    assert "settings.yaml" in one_line(lambda: preparation(settings))
+    assert "settings.yaml" in refusal(preparation, settings)
     gguf = command(tmp_path / "model.gguf", tmp_path, model__cache_dir=str(tmp_path / "cache"))
-    assert "is not a GGUF file" in one_line(lambda: preparation(gguf))
+    assert "is no GGUF file" in refusal(preparation, gguf)
 
 
 def test_code_that_comes_with_a_base_is_not_run(base: Path, tmp_path: Path):
@@ -149,5 +133,5 @@ def test_code_that_comes_with_a_base_is_not_run(base: Path, tmp_path: Path):
     preparation(command(base, tmp_path))  # transformers knows this kind of model itself
     BaseWeights(find_base(str(base))).from_pretrained()
     edit_json(base / "config.json", auto_map=classes, model_type="unheard-of")
-    assert one_line(lambda: preparation(command(base, tmp_path))).startswith("model.path: ")
+    assert refusal(preparation, command(base, tmp_path)).startswith("model.path: ")
     assert not crater.exists()
