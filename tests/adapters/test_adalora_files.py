@@ -130,10 +130,10 @@ def test_mistakes_are_one_line_and_nothing_is_written(bases: Bases, tmp_path: Pa
     for model, form, message in (
         (fresh, "LORA", "every singular value is 0"),
         (fresh, "ADALORA", "total_step: "),
-        (plain, "ADALORA", "needs an adalora adapter, and this is lora"),
-        (embedding, "ADALORA", "no form for the embedding model.embed_tokens"),
-        (plain, "IA3", "'IA3' is none of LORA, ADALORA"),
-        (loaded(base), "ADALORA", "carries no dlora adapters"),
+        (plain, "ADALORA", "needs an adalora adapter, but this one is lora"),
+        (embedding, "ADALORA", "does not support the embedding model.embed_tokens"),
+        (plain, "IA3", "expected one of LORA, ADALORA, got 'IA3'"),
+        (loaded(base), "ADALORA", "has no dlora adapters"),
     ):
         assert message in refusal(save, model, out, peft_type=form) and not out.exists()
 

@@ -60,4 +60,4 @@ def test_the_phases_must_fit_epochs_too(said: Any) -> None:
     """promise 2.5: the schedule spans the steps of the run, however they are given."""
     epochs = {"train__max_steps": None, "train__epochs": 2}  # of 8 sequences, 4 in a step
     line = said(**epochs, adapter__tinit=2, adapter__tfinal=2)
-    assert "adapter.tinit" in line and "none of the run's 4" in line
+    assert "adapter.tinit" in line and "no step to prune in, of the run's 4" in line

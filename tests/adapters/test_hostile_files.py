@@ -50,7 +50,7 @@ def test_an_adapter_beside_a_base_is_not_loaded_with_it(adapter: Path, base: Pat
     for name in (CONFIG, WEIGHTS):
         shutil.copyfile(adapter / name, base / name)
     said = refusal(preparation, command(base, tmp_path))
-    assert said.startswith(f"model.path: {base} holds an adapter_config.json")
+    assert said.startswith(f"model.path: {base} contains an adapter_config.json")
     assert said == refusal(lambda: BaseWeights(find_base(str(base))).from_pretrained())
 
 
@@ -152,7 +152,7 @@ def test_a_checkpoint_of_what_is_no_number_is_not_exported(base: Path, tmp_path:
     words = ["--adapter", str(directory), "--to", str(tmp_path / "to")]
     for more in ([], ["--merge"]):
         said = refusal(export.main, [*words, *more])
-        assert said == f"{file}: {name} holds NaN or infinite values"
+        assert said == f"{file}: {name} contains NaN or infinite values"
     assert not (tmp_path / "to").exists()
 
 
@@ -193,4 +193,4 @@ def test_a_triplet_that_never_was(base: Path):
     model = loaded(base)
     attach(model, AdaLoraConfig(init_r=3, target_r=2, target_modules=["q_proj"]))
     record = {"shrunk": True, "kept": {path: [0, 3] for path in model.dlora.adapted}}
-    assert "keeps triplet 3 of model.layers.0" in refusal(load_record, model, record)
+    assert "has triplet 3 of model.layers.0" in refusal(load_record, model, record)

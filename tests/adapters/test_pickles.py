@@ -74,10 +74,10 @@ def test_pickles_beside_or_instead_of_weights(base: Path, tmp_path: Path, plante
         lambda: preparation(command(base, tmp_path)),
         lambda: BaseWeights(find_base(str(base))).from_pretrained(),
     ):
-        assert "'pytorch_model.bin' is no safetensors file" in refusal(work)
+        assert "'pytorch_model.bin' is not a safetensors file" in refusal(work)
     index.unlink()
     said = refusal(lambda: BaseWeights(find_base(str(base))).from_pretrained())
-    assert "holds no model.safetensors" in said
+    assert "contains neither model.safetensors" in said
 
 
 def test_pickles_as_an_adapter(adapter: Path, base: Path, tmp_path: Path, planted: Any):
@@ -121,7 +121,7 @@ def test_pickles_as_data_settings_or_gguf(base: Path, tmp_path: Path, planted: A
     settings = ["--config", str(tmp_path / "settings.yaml")]
     assert "settings.yaml" in refusal(preparation, settings)
     gguf = command(tmp_path / "model.gguf", tmp_path, model__cache_dir=str(tmp_path / "cache"))
-    assert "is no GGUF file" in refusal(preparation, gguf)
+    assert "is not a GGUF file" in refusal(preparation, gguf)
 
 
 def test_code_that_comes_with_a_base_is_not_run(base: Path, tmp_path: Path):

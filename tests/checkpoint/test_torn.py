@@ -354,7 +354,7 @@ def test_a_state_of_no_tensor_is_refused(whole: Path, tmp_path: Path) -> None:
     (newer / "optimizer.safetensors").write_bytes(save({"x.exp_avg": torch.zeros(2)}))
     agree(newer)
     said = refusal(checkpoints.read, newer)
-    assert "optimizer.safetensors: x.exp_avg belongs to no tensor" in said
+    assert "optimizer.safetensors: x.exp_avg is of no trained tensor" in said
 
 
 def test_export_reads_no_forged_checkpoint(whole: Path, tmp_path: Path) -> None:

@@ -469,7 +469,7 @@ CANNOT_ACT = [  # words, the key that cannot act, the key that is why
     ),
     ("--adapter.method flora --optimizer.name lora_pro", "adapter.method: flora",
      "optimizer.name: lora_pro"),
-    ("--adapter.method flora --adapter.path old", "adapter.path", "flora starts afresh"),
+    ("--adapter.method flora --adapter.path old", "adapter.path", "flora cannot start from"),
     *(
         (f"--model.quantization nf4 --adapter.init_lora_weights {value} --adapter.use_dora true",
          "adapter.use_dora", f"packs without what {value} starts from")
@@ -478,7 +478,7 @@ CANNOT_ACT = [  # words, the key that cannot act, the key that is why
     ("--model.quantization nf4 --adapter.init_lora_weights lora_ga",
      "adapter.init_lora_weights: lora_ga", "model.quantization: nf4"),
     ("--adapter.method adalora --adapter.init_lora_weights pissa", "adapter.init_lora_weights",
-     "adalora starts every module alike"),
+     "adalora starts every module with"),
     ("--model.path x.gguf --model.revision main", "model.revision", "model.path"),
     ("--model.path x.gguf --model.trust_remote_code true", "model.trust_remote_code", "gguf"),
     ("--model.cache_dir elsewhere", "model.cache_dir", "gguf"),

@@ -182,7 +182,7 @@ def test_ways_to_name_files(source: Any, expected: list[str], folder: Path):
         ("su?", "data.train: no file matches su?"),
         ([], "data.train is an empty list"),
         ([""], "data.train: '' is no file name"),
-        ([None], "data.train: None is no file name"),
+        ([None], "data.train: None is not a file name"),
         (["a.jsonl"] * 2, "data.train: a.jsonl is named twice, by 'a.jsonl' and by 'a.jsonl'"),
         (["a.jsonl", "[ab].jsonl"], "data.train: a.jsonl is named twice"),
         (["a.jsonl", "link.jsonl"], "data.train: link.jsonl is named twice"),

@@ -172,10 +172,10 @@ def targets(*names: str, saved: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
-    "twice": (twice, {}, "carries adapters already"),
+    "twice": (twice, {}, "already has adapters"),
     "no such name": (Net, targets("q_porj"), "'q_porj' matches no module; did you mean q_proj?"),
     "one of two names": (Net, targets("q_proj", "wq"), "'wq' matches no module"),
-    "candidates": (Net, targets("xyz"), "there are table, blocks, q_proj, adapter, head"),
+    "candidates": (Net, targets("xyz"), "in this model: table, blocks, q_proj, adapter, head"),
     "expression": (Net, {"target_modules": r".*\.wq"}, "regular expression '.*\\\\.wq' matches no"),
     "part of a path": (Net, {"target_modules": "q_proj"}, "regular expression 'q_proj' matches no"),
     "nothing linear": (lambda: nn.Sequential(nn.ReLU()), {}, "'all-linear' matches no linear"),
@@ -188,7 +188,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
                   "attn.out_proj belongs to a MultiheadAttention"),
     "forward on the instance": (hooked, {}, "head has a forward set on the instance"),
     "forward of a saved one": (hooked, targets(saved=("head",)), "set on the"),
-    "child called adapter": (occupied, {}, "head has an attribute named 'adapter'"),
+    "child called adapter": (occupied, {}, "head already has an attribute named 'adapter'"),
     "rank pattern": (Net, {"rank_pattern": {"k_proj": 2}},
                      "rank_pattern: 'k_proj' matches none of the 7"),
     "alpha pattern": (Net, {"alpha_pattern": {"proj": 2}},
@@ -198,9 +198,9 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "saved without parameters": (Net, {"modules_to_save": ["head", "empty"]},
                                  "'empty' has no parameters"),
     "saved inside saved": (Net, {"modules_to_save": ["blocks.0", "norm"]},
-                           "blocks.0.norm lies inside"),
+                           "blocks.0.norm is inside"),
     "only saved": (Net, targets("q_proj", "head", saved=("head",)),
-                   "'head' matches only what modules_to_save trains"),
+                   "'head' matches only modules that modules_to_save trains"),
 }  # fmt: skip
 
 
@@ -227,9 +227,9 @@ OUT_OF_RANGE: dict[str, tuple[dict[str, Any], str]] = {
     "no targets": ({"target_modules": []}, "target_modules: is empty"),
     "expression": ({"target_modules": "q_proj("}, "target_modules: 'q_proj(' is not a regular"),
     "rank expression": ({"rank_pattern": {"*": 2}}, "rank_pattern: '*' is not a regular"),
-    "init": ({"init_lora_weights": "eva"}, "init_lora_weights: 'eva' is none of "),
+    "init": ({"init_lora_weights": "eva"}, "init_lora_weights: expected one of "),
     "odd rank": ({"init_lora_weights": "orthogonal", "rank_pattern": {"q": 3}},
-                 "init_lora_weights: orthogonal needs an even LoRA rank, not 3"),
+                 "init_lora_weights: orthogonal needs an even LoRA rank, got 3"),
 }  # fmt: skip
 
 

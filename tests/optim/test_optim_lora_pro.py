@@ -212,12 +212,14 @@ def test_the_loss_goes_down(moments: str) -> None:
 def test_refusals() -> None:
     A, B = drawn_pair(7, 5, 2)
     replica = shard(model())
-    assert "'some' is none of low, full" in refusal(LoraPro, [A, B], [(A, B, 1.0)], moments="some")
+    assert "expected one of low, full, got 'some'" in refusal(
+        LoraPro, [A, B], [(A, B, 1.0)], moments="some"
+    )
     assert "are not among its parameters" in refusal(LoraPro, [A], [(A, B, 1.0)])
     groups = replica.parameter_groups(lr=1e-3, loraplus_lr_ratio=4.0)
-    assert "have the rates 0.001 and 0.004" in refusal(LoraPro, groups, replica.pairs)
+    assert "have the learning rates 0.001 and 0.004" in refusal(LoraPro, groups, replica.pairs)
     wrong = nn.Parameter(torch.zeros(7, 3))
-    assert "are no pair" in refusal(LoraPro, [A, wrong], [(A, wrong, 1.0)])
+    assert "are not a pair" in refusal(LoraPro, [A, wrong], [(A, wrong, 1.0)])
 
 
 def test_divided_parts_are_refused() -> None:

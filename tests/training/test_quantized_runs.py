@@ -208,8 +208,8 @@ def test_a_base_that_is_quantized_in_its_files_is_refused(
     settings = {"model__quantization": "nf4", "sharding__engine": engine}
     argv = command(tmp_path / "run", model__path=str(model), **settings)
     said = refusal(preparation, argv)
-    assert said.startswith("model.quantization: nf4 packs plain floats, and ")
-    assert said.endswith("is quantized already; set model.quantization: none")
+    assert said.startswith("model.quantization: nf4 needs a floating-point base, but ")
+    assert said.endswith("is already quantized; set model.quantization: none")
 
 
 @pytest.mark.parametrize("source", ["adapter", "checkpoints/step-000003"])

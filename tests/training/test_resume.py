@@ -166,5 +166,5 @@ def test_a_finished_run_is_left_alone(run: Runs, tmp_path: Path) -> None:
     metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     [(result, printed), _], _ = run("run", 2, work=told, train__max_steps=2)
     assert result["status"] == 0
-    assert "the run was finished already" in printed
+    assert "the run is already finished" in printed
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics

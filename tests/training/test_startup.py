@@ -253,4 +253,4 @@ def test_a_rank_in_the_wrong_place_ends_all(
     """Before it reads its command line; Ray's launcher asks so for the directory of the run."""
     argv = command(saved_models("llama"), tmp_path)
     said = pools(2).run(entered, free_port(), argv)
-    assert said == ["rank 1: /work is not seen on node1"] * 2
+    assert said == ["rank 1: /work does not exist on node1"] * 2
