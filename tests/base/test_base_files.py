@@ -63,8 +63,8 @@ CASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "no weights": ("llama", lambda d: (d / WEIGHTS).unlink(), "contains neither model.safetensors"),
     "one is missing": ("llama", without(UP), f"do not contain {UP}"),
     "two are missing": ("llama", without("lm_head.weight", UP), "and 1 more$"),
-    "another width": ("llama", configured(intermediate_size=72), r"holds model\.layers\.0\.mlp\."
-                      r"\w+\.weight as \[\d+, \d+\], where the model has floats"),
+    "another width": ("llama", configured(intermediate_size=72), r"contains model\.layers\.0\.mlp\."
+                      r"\w+\.weight as \[\d+, \d+\], but the model needs floats"),
     "more layers": ("llama", configured(num_hidden_layers=3), r"do not contain model\.layers\.2\."),
     "cut short": ("llama", cut_short, "is damaged or not a safetensors file"),
     "a shard is gone": ("llama", one_shard_gone, "model-00001-of-00001.*file not found"),

@@ -111,7 +111,7 @@ def test_real_file(cache, dtype):
     out = Path(out)
     assert left < 100 * 10**6  # of the model's memory, before the process reads its share
     assert line == (
-        f"converting {real} to {name} under {out} ({megabytes} MB), once; the whole model is "
+        f"converting {real} to {name} under {out} ({megabytes} MB), once; this process needs "
         "memory for the whole model meanwhile"
     )
     with gguf_base._parsed_once():  # 15 seconds less; the values are not its concern

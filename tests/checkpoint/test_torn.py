@@ -360,4 +360,4 @@ def test_a_state_of_no_tensor_is_refused(whole: Path, tmp_path: Path) -> None:
 def test_export_reads_no_forged_checkpoint(whole: Path, tmp_path: Path) -> None:
     newer = Path(shutil.copytree(whole / "checkpoints" / STEPS[1], tmp_path / STEPS[1]))
     edited(STATE, "adapter", to=3)(newer)
-    assert "state.json: adapter is not what a run writes" in refusal(open_adapter, newer)
+    assert "state.json: adapter: invalid settings" in refusal(open_adapter, newer)

@@ -472,7 +472,7 @@ CANNOT_ACT = [  # words, the key that cannot act, the key that is why
     ("--adapter.method flora --adapter.path old", "adapter.path", "flora cannot start from"),
     *(
         (f"--model.quantization nf4 --adapter.init_lora_weights {value} --adapter.use_dora true",
-         "adapter.use_dora", f"packs without what {value} starts from")
+         "adapter.use_dora", "packs the residual")
         for value in ("pissa", "milora")
     ),
     ("--model.quantization nf4 --adapter.init_lora_weights lora_ga",

@@ -181,7 +181,7 @@ def test_ways_to_name_files(source: Any, expected: list[str], folder: Path):
         ("no*.jsonl", "data.train: no file matches no*.jsonl (working directory "),
         ("su?", "data.train: no file matches su?"),
         ([], "data.train is an empty list"),
-        ([""], "data.train: '' is no file name"),
+        ([""], "data.train: '' is not a file name"),
         ([None], "data.train: None is not a file name"),
         (["a.jsonl"] * 2, "data.train: a.jsonl is named twice, by 'a.jsonl' and by 'a.jsonl'"),
         (["a.jsonl", "[ab].jsonl"], "data.train: a.jsonl is named twice"),

@@ -187,7 +187,7 @@ def test_adalora_prunes_and_exports_a_convolution(case: str, tmp_path: Path) -> 
     model[0].adapter.kept = torch.tensor([True, False, True, True])
     save_adapter(model, tmp_path)
     said = refusal(save_adapter, model, tmp_path / "own form", peft_type="ADALORA")
-    assert said.startswith("peft_type: PEFT's ADALORA has no form for the convo")
+    assert said.startswith("peft_type: PEFT's ADALORA does not support the convo")
     with torch.no_grad():
         theirs = peft.PeftModel.from_pretrained(base(case, torch.float32), tmp_path)
         assert theirs.base_model.model[0].r["default"] == 3

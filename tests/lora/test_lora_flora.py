@@ -263,7 +263,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "r_out": ({"flora_r_out": 0}, "flora_r_out: must be >= 1, got 0"),
     "kernel": ({"flora_kernel_r": 1.5}, "flora_kernel_r: expected int or null"),
     "bool": ({"flora_r_out": True}, "flora_r_out: expected int or null"),
-    "init": ({"init_lora_weights": "gaussian"}, "flora has its own initialisation"),
+    "init": ({"init_lora_weights": "gaussian"}, "init_lora_weights: flora has its own"),
     "dora": ({"use_dora": True}, "use_dora: DoRA needs a plain LoRA, not flora"),
     "no kernel": ({"flora_kernel_r": 2, "target_modules": ["time"]},
                   "flora_kernel_r: 2 cannot act: no convolution is adapted"),
