@@ -4,8 +4,6 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: groups of tests share the cores
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -52,14 +50,6 @@ def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pools]:
     made = Pools(tmp_path_factory.mktemp("ranks"))
     yield made
     made.close()
-
-
-@pytest.fixture(scope="session")
-def deepspeed_built() -> None:
-    """DeepSpeed compiles a part of itself when it is first used with gloo, which takes longer than
-    a call of a pool may on a busy machine; ended halfway, it leaves a lock that nobody frees."""
-    code = "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=580)
 
 
 @pytest.fixture(scope="module")

@@ -3,18 +3,20 @@
     ranks = start(2, ["dlora.train", "--config", "run.yaml"], log, package=copy)
     assert status(ranks) == 0, log.read_text()
 
-Processes are forked from the server that `ranks.py` fills, and import dlora anew: from `package`,
-which may be a copy. An interpreter of its own takes 7 s for its imports. Each process is a rank of
-one node as torchrun starts them; the agent alone is missing.
+Processes are forked from the server that `ranks.py` fills, and with `package` import dlora anew
+from a copy. An interpreter of its own takes 7 s for its imports. Each process is a rank as
+torchrun starts them; the agent alone is missing.
 """
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import runpy
 import secrets
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -24,24 +26,34 @@ from pathlib import Path
 from ranks import PRELOADED
 
 LIMIT_SECONDS = 240.0
+_CLONE_NEWNET, _CLONE_NEWNS = 0x40000000, 0x20000  # of sched.h
 
 
-def start(world: int, words: Sequence[str], log: Path, package: Path) -> list[ForkServerProcess]:
+def start(
+    world: int,
+    words: Sequence[str],
+    log: Path,
+    package: Path | None = None,
+    *,
+    namespaces: Sequence[str] = (),
+    **variables: str,
+) -> list[ForkServerProcess]:
     """Every rank of `python -m *words`, all of them printing to `log`.
 
     Args:
-        package: the folder to import dlora from.
+        package: the folder to import dlora from, if it is another one.
+        namespaces: network namespaces, each of them a node with as many ranks.
+        variables: environment of the ranks beside what torchrun would set.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    [port], ranks = free_ports(1), []
+    here = variables | {"LOCAL_WORLD_SIZE": str(world // max(len(namespaces), 1))}
+    port, ranks = free_port(), []
     for rank in range(world):
-        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
-        environment |= {"LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        named = {key: str(value) for key, value in environment.items()}
-        process = context.Process(target=_run, args=(words, str(log), str(package), named))
-        process.start()
-        ranks.append(process)
+        node = namespaces[rank * len(namespaces) // world] if namespaces else None
+        arguments = (rank, world, port, list(words), str(log), package and str(package), node, here)
+        ranks.append(context.Process(target=_run, args=arguments))
+        ranks[-1].start()
     return ranks
 
 
@@ -76,14 +88,49 @@ def free_ports(count: int) -> list[int]:
     return found
 
 
-def _run(words: Sequence[str], log: str, package: str, environment: dict[str, str]) -> None:
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
-    os.environ.update(environment)
-    for name in [name for name in sys.modules if name.partition(".")[0] == "dlora"]:
-        del sys.modules[name]
-    sys.path.insert(0, package)
-    sys.argv = list(words)
+def free_port() -> int:
+    return free_ports(1)[0]
+
+
+def become(rank: int, world: int, port: int, out: str, err: str) -> None:
+    """This process is a rank, and prints into two files, which may be one."""
+    for descriptor, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
+    )  # fmt: skip
+
+
+def _enter(namespace: str) -> None:
+    """What `ip netns exec` does; for this thread, and for those that it will start."""
+    libc = ctypes.CDLL(None)
+    with open(f"/run/netns/{namespace}") as file:
+        assert libc.setns(file.fileno(), _CLONE_NEWNET) == 0
+    assert libc.unshare(_CLONE_NEWNS) == 0
+    for mount in ("--make-rslave /", "-t sysfs sysfs /sys"):  # which shows the namespace's own
+        subprocess.run(["mount", *mount.split()], check=True)
+
+
+def _run(
+    rank: int,
+    world: int,
+    port: int,
+    words: list[str],
+    log: str,
+    package: str | None,
+    namespace: str | None,
+    variables: dict[str, str],
+) -> None:
+    become(rank, world, port, log, log)
+    os.environ.update(variables)
+    if namespace is not None:
+        _enter(namespace)
+    if package is not None:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "dlora"]:
+            del sys.modules[name]
+        sys.path.insert(0, package)
+    sys.argv = words
     runpy.run_module(words[0], run_name="__main__", alter_sys=True)

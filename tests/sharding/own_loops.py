@@ -45,11 +45,19 @@ def partitioned_by_user(path: str) -> Any:
 
     model = whole(path)
     settings = {"train_micro_batch_size_per_gpu": ROWS, "zero_optimization": {"stage": 3}}
-    deepspeed.init_distributed("gloo", dist_init_required=False)
+    join_deepspeed()
     deepspeed.zero.Init(module=model, config_dict_or_path=settings, dtype=torch.float32)
     model.requires_grad_(False)
     deepspeed.initialize(model=model, config=settings)
     return model
+
+
+def join_deepspeed() -> None:
+    """DeepSpeed takes the process group that there is, and compiles no part of its own for it."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo", dist_init_required=False)
 
 
 BASES: dict[str, Callable[[str], Any]] = {

@@ -1,17 +1,16 @@
 """Invariant 8 on a real interface: what crosses between two nodes is the reduction of gradients.
 
-The nodes are network namespaces (`benchmarks/network.py`) and the ranks are torchrun's. Bytes are
+The nodes are network namespaces (`benchmarks/network.py`). Bytes are
 read from the counters of the interface between them, protocol headers included.
 """
 
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from network import Link, permitted, two_nodes
+from network import ADDRESSES, INTERFACE, Link, permitted, two_nodes
+from programs import start, status
 from ranks import Pools
 from run_training import command_line, figures, train
 from sampling import full
@@ -20,8 +19,6 @@ from tiny import save_chats
 NODES = 2
 STEPS = 5
 R = 160  # large for this model: the gradients of A and B have 11 MB, W0 has 11 MB
-PROGRAM = Path(__file__).with_name("crossing_bytes.py")
-LIMIT_SECONDS = 300
 
 pytestmark = pytest.mark.skipif(bool(reason := permitted()), reason=str(reason))
 
@@ -55,14 +52,14 @@ def test_between_nodes_only_gradients_travel(
 
     promise 3.1: a second node is not sent W0.
     """
-    paths = os.pathsep.join(sys.path)
-    program = [str(PROGRAM), str(tmp_path), json.dumps(settings)]
+    program, log = ["crossing_bytes", str(tmp_path), json.dumps(settings)], tmp_path / "log"
+    world = NODES * ranks_per_node
+    where = {"MASTER_ADDR": ADDRESSES[0], "GLOO_SOCKET_IFNAME": INTERFACE}
     with two_nodes(Link(), tmp_path / "logs") as nodes:
-        nodes.torchrun(
-            program, limit=LIMIT_SECONDS, ranks_per_node=ranks_per_node, PYTHONPATH=paths
-        )
+        ranks = start(world, program, log, namespaces=nodes.namespaces, **where)
+        assert status(ranks) == 0, log.read_text()
     for base in ("node", "world"):
-        for rank in range(NODES * ranks_per_node):
+        for rank in range(world):
             found = json.loads((tmp_path / f"rank-{rank}.json").read_text())[base]
             assert 1e7 < found["adapter"] < found["reduced"] < 1.001 * found["adapter"]
             needed = 2 * (NODES - 1) / NODES * found["reduced"]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from own_loops import join_deepspeed
 from ranks import Pool, Pools
 from run_training import relative_error
 from tiny import VOCABULARY, whole
@@ -94,7 +95,7 @@ def refused(path: str, case: str) -> str:
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": 3},
     }
-    deepspeed.init_distributed("gloo", dist_init_required=False)
+    join_deepspeed()
     model = whole(path)
     if case == "adapters partitioned":
         attach(model, LoraConfig(r=2))
@@ -111,7 +112,6 @@ def refused(path: str, case: str) -> str:
     return "accepted"
 
 
-@pytest.mark.usefixtures("deepspeed_built")
 @pytest.mark.parametrize(
     ("case", "told"),
     [

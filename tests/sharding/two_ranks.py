@@ -2,35 +2,17 @@
 
 import multiprocessing
 import os
-import socket
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from programs import become, free_port
 from ranks import PRELOADED
 from run_training import figures
 
 LIMIT_SECONDS = 300
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def become(rank: int, world: int, port: int, out: str, err: str) -> None:
-    """This process is a rank, and prints into two files, which may be one."""
-    for descriptor, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
-    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
-    )  # fmt: skip
 
 
 def one_rank(rank: int, port: int, argv: list[str], printed: str, meddle: Any) -> None:

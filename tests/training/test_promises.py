@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from collectives import CollectiveLog
+from own_loops import join_deepspeed
 from ranks import Pools
 from refusals import refusal
 from run_training import Runs, check_near
@@ -31,12 +32,11 @@ def saved_when_partitioned(path: str, directory: str) -> str:
     import dlora.sharding.engines.zero3  # noqa: F401 - chooses the accelerator
 
     model = attach(whole(path), LoraConfig(r=2))
-    deepspeed.init_distributed("gloo", dist_init_required=False)
+    join_deepspeed()
     deepspeed.zero.Init(module=model, mem_efficient_linear=False)
     return refusal(save_adapter, model, directory)
 
 
-@pytest.mark.usefixtures("deepspeed_built")
 def test_an_empty_placeholder_is_never_saved(
     pools: Pools, saved_models: Any, tmp_path: Path
 ) -> None:

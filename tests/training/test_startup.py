@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from programs import become, free_port
 from ranks import PRELOADED, Pools
 from tiny import command
-from two_ranks import become, free_port
 
 from dlora.errors import TransientError, UsageError
 from dlora.runtime.agreement import agree
