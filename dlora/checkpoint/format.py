@@ -93,25 +93,8 @@ def write(
     beside = root / f".step-{step:06d}{own}"
     clear(root, f".step-*{own}")  # left by an earlier save that could not delete it
     beside.mkdir(parents=True)
-    files = {
-        "adapter.safetensors": save(checkpoint.tensors),
-        **{f"{name}.safetensors": save(states) for name, states in checkpoint.states.items()},
-        "state.json": _json(checkpoint.state),
-        "config.yaml": config_yaml.encode(),
-    }
-    manifest: dict[str, Any] = {
-        "format": FORMAT,
-        "versions": {"torch": torch.__version__},
-        "files": {
-            name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-            for name, content in files.items()
-        },
-    }
-    if checkpoint.record is not None:
-        manifest["method"] = checkpoint.record
-    manifest["sha256"] = _digest_of(manifest)
     try:
-        for name, content in (files | {"manifest.json": _json(manifest)}).items():
+        for name, content in _contents(checkpoint, config_yaml).items():
             write_atomically(beside / name, content)
         check()
         _take_name(beside, final)
@@ -129,6 +112,28 @@ def write(
         if old != final:
             shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _contents(checkpoint: Checkpoint, config_yaml: str) -> dict[str, bytes]:
+    """The files of a checkpoint by name; the manifest, which tells of all others, comes last."""
+    files = {
+        "adapter.safetensors": save(checkpoint.tensors),
+        **{f"{name}.safetensors": save(states) for name, states in checkpoint.states.items()},
+        "state.json": _json(checkpoint.state),
+        "config.yaml": config_yaml.encode(),
+    }
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "versions": {"torch": torch.__version__},
+        "files": {
+            name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            for name, content in files.items()
+        },
+    }
+    if checkpoint.record is not None:
+        manifest["method"] = checkpoint.record
+    manifest["sha256"] = _digest_of(manifest)
+    return files | {"manifest.json": _json(manifest)}
 
 
 def _take_name(beside: Path, final: Path) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from dlora.data.formats.record import Conversation, checked, turn, turns
+from dlora.data.formats.record import Conversation, conversation
 
 
 class Chat:
@@ -13,8 +13,4 @@ class Chat:
     @staticmethod
     def read(record: dict[str, Any]) -> Conversation:
         """The messages as they are."""
-        messages = [
-            turn(message, f"messages[{i}]", "role", "content")
-            for i, message in enumerate(turns(record, "messages"))
-        ]
-        return checked(messages, "messages", "role 'assistant'")
+        return conversation(record, "messages", "role", "content", "role 'assistant'")

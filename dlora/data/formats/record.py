@@ -4,7 +4,7 @@ A new one is one file of this folder with a class like those beside it. Its `rea
 `RecordError` for whatever it cannot take; the reader puts the file and the line in front.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Protocol
 
 Conversation = list[dict[str, str]]  # [{"role": "user", "content": "..."}, ...], as in transformers
@@ -44,16 +44,29 @@ class RecordFormat(Protocol):
         """
 
 
-def turns(record: dict[str, Any], field: str) -> list[Any]:
+def conversation(
+    record: dict[str, Any], field: str, role_field: str, text_field: str, answer: str
+) -> Conversation:
+    """The messages that the list at `field` has.
+
+    Args:
+        role_field, text_field: of each of its objects.
+        answer: what a message to train on has, for the error where there is none.
+    """
+    read = [_turn(t, f"{field}[{i}]", role_field, text_field) for i, t in _turns(record, field)]
+    return _checked(read, field, answer)
+
+
+def _turns(record: dict[str, Any], field: str) -> Iterator[tuple[int, Any]]:
     value = _field(record, field)
     if not isinstance(value, list):
         raise RecordError(f"{field!r} is {_kind(value)}; expected a list of objects")
     if not value:
         raise RecordError(f"{field!r} is empty; expected at least a question and an answer")
-    return value
+    return enumerate(value)
 
 
-def turn(turn: Any, where: str, role_field: str, text_field: str) -> dict[str, str]:
+def _turn(turn: Any, where: str, role_field: str, text_field: str) -> dict[str, str]:
     """One message of a conversation; `where` names it in errors, such as "messages[2]"."""
     if not isinstance(turn, dict):
         raise RecordError(
@@ -69,7 +82,7 @@ def turn(turn: Any, where: str, role_field: str, text_field: str) -> dict[str, s
     return {"role": roles[name], "content": _string(turn, text_field, where)}
 
 
-def checked(conversation: Conversation, field: str, wanted: str) -> Conversation:
+def _checked(conversation: Conversation, field: str, wanted: str) -> Conversation:
     """The conversation, once it is known to have an answer and no empty one."""
     answers = [i for i, turn in enumerate(conversation) if turn["role"] == "assistant"]
     if not answers:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from dlora.data.formats.record import Conversation, checked, system, turn, turns
+from dlora.data.formats.record import Conversation, conversation, system
 
 
 class ShareGpt:
@@ -13,8 +13,4 @@ class ShareGpt:
     @staticmethod
     def read(record: dict[str, Any]) -> Conversation:
         """The turns; a "system" text beside them, where there is one, is the first message."""
-        messages = [
-            turn(message, f"conversations[{i}]", "from", "value")
-            for i, message in enumerate(turns(record, "conversations"))
-        ]
-        return system(record) + checked(messages, "conversations", "from 'gpt'")
+        return system(record) + conversation(record, "conversations", "from", "value", "from 'gpt'")
