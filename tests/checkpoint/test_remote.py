@@ -19,6 +19,7 @@ from moto.server import ThreadedMotoServer
 from ranks import Pools
 from run_training import Runs, same_bits, told, train
 from s3fs import S3FileSystem
+from sampling import full
 
 from dlora.checkpoint.format import verify
 from dlora.checkpoint.remote import MANIFEST, RemoteCheckpoints
@@ -46,7 +47,8 @@ def s3(pools: Pools) -> Iterator[None]:
     server.stop()
 
 
-@pytest.fixture(params=["memory", "s3"])
+# 4 s a test; what is stored in memory is what S3 is given
+@pytest.fixture(params=[full("memory"), "s3"])
 def store(request: pytest.FixtureRequest, pools: Pools) -> str:
     """URL of a place in a store that nothing is in."""
     bucket = re.sub(r"[^a-z0-9]+", "-", request.node.originalname)

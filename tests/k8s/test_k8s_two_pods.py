@@ -64,6 +64,7 @@ def test_a_drained_pod_stops_both_with_a_checkpoint(
     assert list((tmp_path / "run" / "checkpoints").glob("step-*/manifest.json"))
 
 
+@pytest.mark.full  # 10 s; the agents of `test_torchrun.py` do the same
 def test_a_wrong_configuration_ends_both_alike(
     start: Any, saved_models: Any, tmp_path: Path
 ) -> None:

@@ -107,6 +107,7 @@ def last_step(directory: Path) -> int:
     return max((line["step"] for line in lines(directory)), default=0)
 
 
+@pytest.mark.full  # 40 s: four ranks; a submitted run of two is compared alike
 def test_it_is_the_run_without_ray(
     ray: Cluster, configured: Configured, place: Path, pools: Pools
 ) -> None:

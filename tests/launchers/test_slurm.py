@@ -56,6 +56,7 @@ def test_two_nodes_make_one_run(cluster: Slurm, run_file: Path, tmp_path: Path) 
     assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
 
 
+@pytest.mark.full  # 15 s; `test_a_mistake_is_the_status_of_both` is the same script
 def test_a_wrong_configuration_ends_it(cluster: Slurm, run_file: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     job = cluster.submit(log, "--config", str(run_file), "--adapter.r", "0")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from programs import free_ports
 from run_files import tiny_run
+from sampling import full
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "launchers/torchrun.sh"
@@ -73,12 +74,13 @@ def statuses(nodes: list[Node]) -> list[int]:
     return [node.wait(LIMIT_SECONDS) for node in nodes]
 
 
+@pytest.mark.full  # 15 s; those of the next test have met as well
 def test_two_nodes_meet(start: Callable[..., list[Node]], run_file: Path, tmp_path: Path) -> None:
     assert statuses(start("--config", str(run_file))) == [0, 0], printed(tmp_path)
     assert "2 rank(s)" in printed(tmp_path)
 
 
-@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize("stopped", [0, full(1)])  # 15 s each
 def test_a_stop_of_either_node_is_the_status_of_both(
     start: Callable[..., list[Node]], tmp_path: Path, stopped: int
 ) -> None:
@@ -92,6 +94,7 @@ def test_a_stop_of_either_node_is_the_status_of_both(
     nodes[stopped].send_signal(signal.SIGTERM)
     assert statuses(nodes) == [143, 143], printed(tmp_path)
     assert (tmp_path / "run/checkpoints/latest").is_file()
+    assert "2 rank(s)" in printed(tmp_path)
 
 
 def test_a_mistake_is_the_status_of_both(
@@ -102,6 +105,7 @@ def test_a_mistake_is_the_status_of_both(
     assert printed(tmp_path).count("dlora: error: ") == 1
 
 
+@pytest.mark.full  # 8 s; so are those of two nodes
 def test_the_status_is_the_worker_s(run_file: Path) -> None:
     [port] = free_ports(1)
     command = [SCRIPT, "--config", str(run_file), "--adapter.r", "0"]

@@ -239,7 +239,7 @@ def trained(argv: list[str]) -> dict[str, Any]:
 RUNS = [
     ("pissa", {"sharding__engine": "fsdp2", "sharding__base": "world"}),
     ("lora_ga", {"sharding__engine": "zero3", "sharding__base": "world"}),
-    ("milora", {"sharding__base": "none", "sharding__optimizer_state": "divided"}),
+    full("milora", {"sharding__base": "none", "sharding__optimizer_state": "divided"}),
 ]
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from sampling import full
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
 
@@ -93,7 +94,7 @@ def run(model: nn.Module, rows: int, tokens: int, few: int | None = None) -> Non
 
 
 @pytest.mark.parametrize("recomputed", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [full(torch.float32), torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_bytes_are_those_of_a_real_pass(name: str, dtype: torch.dtype, recomputed: bool) -> None:
     planned = trace(model_of(name, dtype, "meta"), ROWS, TOKENS, checkpointing=recomputed)
@@ -118,7 +119,7 @@ def test_tokens_that_are_no_targets_have_no_logits() -> None:
     assert max(planned.blocks, planned.loss) == pytest.approx(most, rel=0.005)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", full("gpt2")])
 def test_what_dora_keeps_is_in_it(name: str) -> None:
     """Outputs, of which most models keep some anyway; with a bias something of their size."""
     arguments = (name, torch.bfloat16)
@@ -145,7 +146,7 @@ def test_what_flora_keeps_is_in_it() -> None:
     assert planned.saved == pytest.approx(saved, abs=6000 * LAYERS)
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+@pytest.mark.parametrize("quantization", [full("nf4"), "int8"])  # 5 s
 def test_what_is_unpacked_is_in_it(quantization: str) -> None:
     """One layer at a time; what unpacking a chunk of it takes beside is left to the allowance."""
     arguments = ("heavy", torch.bfloat16)

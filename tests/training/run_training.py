@@ -1,7 +1,6 @@
 """Training runs through dlora's own pieces, inside the worker processes of `ranks.py`."""
 
 import contextlib
-import functools
 import io
 import json
 import os
@@ -53,12 +52,6 @@ def command_line(**settings: Any) -> list[str]:
     return words
 
 
-@functools.cache
-def meter() -> MemoryMeter:
-    """One for each worker."""
-    return MemoryMeter()
-
-
 def prepared_run(argv: list[str], hooks: Hooks = NO_HOOKS) -> TrainingRun:
     """This rank's `Run`, as `dlora.train.main` sets it up."""
     config = parse(argv, prog="dlora.train").config
@@ -73,7 +66,7 @@ def prepared_run(argv: list[str], hooks: Hooks = NO_HOOKS) -> TrainingRun:
     agree(these, "lock", check)
     lock = RunLock(config.output.directory, "not taken: the next run may be another pool's")
     import_late_ones(config)
-    since_before = meter()
+    since_before = MemoryMeter()
     return TrainingRun(config, these, prepared(config, these), since_before, lock, hooks)
 
 

@@ -60,7 +60,7 @@ def one_process(pools: Pools, command: Any, tmp_path_factory: pytest.TempPathFac
         # 2 and 4 s: nothing is divided on one rank, and the tests of resuming have two
         full(1, 1, "none", "adamw"),
         full(2, 2, "world", "adamw"),
-        (3, 2, "none", "adamw"),
+        full(3, 2, "none", "adamw"),
         (4, 2, "node", "adamw"),
         (2, 1, "world", "sgd"),
     ],
@@ -132,7 +132,7 @@ def saved_again(argv: list[str]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("world", "per_node", "settings"),
-    [(1, 1, REPLICATED), (1, 1, DIVIDED), (3, 3, DIVIDED), (4, 2, DIVIDED)],
+    [(1, 1, REPLICATED), full(1, 1, DIVIDED), (3, 3, DIVIDED), full(4, 2, DIVIDED)],
 )
 def test_files_are_those_of_a_replicated_run(
     run: Runs, interrupted: Path, world: int, per_node: int, settings: dict[str, str]
@@ -174,7 +174,7 @@ def test_sigterm_on_one_rank(run: Runs, undisturbed: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("base", "world", "per_node"), [("world", 2, 2), ("none", 3, 2), ("node", 4, 2)]
+    ("base", "world", "per_node"), [full("world", 2, 2), full("none", 3, 2), ("node", 4, 2)]
 )
 def test_the_plan_is_what_is_sent(run: Runs, base: str, world: int, per_node: int) -> None:
     settings = {"output__save_every": 0, "train__max_steps": 2, "train__global_batch_size": world}

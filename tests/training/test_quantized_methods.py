@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from packed_runs import check_method
 from run_training import Runs
-from sampling import full
+from sampling import sampled
 
 METHODS: dict[str, dict[str, Any]] = {
     "adalora": {
@@ -20,10 +20,18 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("method", ["adalora", "rslora, lora+", full("flora")])
-@pytest.mark.parametrize(("engine", "name", "world"), [("fsdp2", "nf4", 3), ("zero3", "int8", 2)])
+PACKED = (("fsdp2", "nf4", 3), ("zero3", "int8", 2))
+
+
+@pytest.mark.parametrize(
+    ("engine", "name", "world", "method"),
+    sampled(  # 6 s each
+        [("fsdp2", "nf4", 3, "adalora"), ("zero3", "int8", 2, "rslora, lora+")],
+        [(*packed, method) for packed in PACKED for method in METHODS],
+    ),
+)
 def test_a_method_beside_a_packed_base(
-    run: Runs, saved_models: Any, method: str, engine: str, name: str, world: int
+    run: Runs, saved_models: Any, engine: str, name: str, world: int, method: str
 ) -> None:
     settings = METHODS[method] | {"train__max_steps": 6}
     check_method(run, saved_models("blocks"), engine, name, world, **settings)

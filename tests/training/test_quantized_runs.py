@@ -34,8 +34,8 @@ def command(words: Any) -> Any:
     [
         ("blocks", "nf4", "fsdp2", "world", 3, 3),
         ("ragged", "nf4-dq", "fsdp2", "node", 4, 2),
-        ("tied_blocks", "int8", "fsdp2", "none", 2, 2),
-        ("blocks", "nf4-dq", "zero3", "world", 3, 3),
+        full("tied_blocks", "int8", "fsdp2", "none", 2, 2),
+        full("blocks", "nf4-dq", "zero3", "world", 3, 3),
         ("gpt2_blocks", "int8", "zero3", "node", 4, 2),
         # 3 to 7 s each: the same formats on fewer ranks
         full("blocks", "nf4", "fsdp2", "world", 2, 2),
@@ -60,9 +60,9 @@ def test_training_is_that_of_one_process(
         # 2 s: the same format as on 4 ranks below
         full("blocks", "nf4", "world", 2, 2, 1),
         ("blocks", "nf4-dq", "world", 3, 3, 2),
-        ("tied_blocks", "int8", "world", 3, 3, 1),
+        full("tied_blocks", "int8", "world", 3, 3, 1),
         ("gpt2_blocks", "nf4", "node", 4, 2, 1),
-        ("ragged", "nf4", "world", 2, 2, 2),
+        full("ragged", "nf4", "world", 2, 2, 2),
     ],
 )
 def test_what_is_sent_is_packed_and_planned(
@@ -87,7 +87,7 @@ def test_what_is_sent_is_packed_and_planned(
         # 3 s: packed alike as on 3 ranks, with nothing recomputed as on 4
         full("blocks", "nf4", "world", 2, 2, False),
         ("blocks", "nf4-dq", "world", 3, 3, True),
-        ("gpt2_blocks", "int8", "node", 4, 2, False),
+        full("gpt2_blocks", "int8", "node", 4, 2, False),
     ],
 )
 def test_zero3_sends_what_is_packed_and_planned(
@@ -127,7 +127,7 @@ def test_four_bits_and_a_quarter_at_rest_and_on_the_wire(run: Runs, saved_models
 @pytest.mark.parametrize(
     ("engine", "more"),
     [
-        ("fsdp2", {"sharding__memory_budget_gb": 4}),
+        full("fsdp2", {"sharding__memory_budget_gb": 4}),  # 4 s; the others have each
         ("zero3", {"sharding__memory_budget_gb": 4}),
         ("zero3", {"sharding__cpu_offload": True}),
         ("fsdp2", {"sharding__optimizer_state": "divided"}),

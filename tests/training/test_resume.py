@@ -11,6 +11,7 @@ import pytest
 import torch.distributed as dist
 from ranks import Pools
 from run_training import Run, Runs, check_near, figures, told, train
+from sampling import full
 from stopped_runs import check_equal, crashed, handlers_kept, steps_saved, terminated
 
 from dlora.base.model import BaseModel
@@ -83,7 +84,7 @@ def test_sigterm_on_one_rank(run: Runs, whole: Run, work: Any, saved: list[str])
 
 
 @pytest.mark.parametrize(
-    ("world", "per_node", "base"), [(1, 1, "world"), (3, 3, "world"), (4, 2, "node")]
+    ("world", "per_node", "base"), [full(1, 1, "world"), (3, 3, "world"), full(4, 2, "node")]
 )
 def test_another_world_size(
     run: Runs, whole: Run, interrupted: Path, tmp_path: Path, world: int, per_node: int, base: str
