@@ -105,7 +105,9 @@ class Run:
         self.records: list[dict[str, Any]] = []  # of the steps since this start
         self.start = resume(self.context)
         self.checkpoints = CheckpointManager(self.context, self.start)
-        self.model.register_forward_pre_hook(lambda *_: self.beat())
+        # Not of `self`: whoever keeps the model afterwards does not keep the run.
+        for sign in (self.stop, self.hang):
+            self.model.register_forward_pre_hook(lambda *_, sign=sign: sign.beat())
 
     def run(self) -> int:
         """`train`, with a commit where a peer is lost; returns the exit status."""
@@ -117,9 +119,8 @@ class Run:
         replica, stop, checkpoints = self.replica, self.stop, self.checkpoints
         if self.start == self.total_steps:
             console.info(f"the run is already finished: step {self.start} of {self.total_steps}")
-            return save_result(
-                self.context, checkpoints
-            )  # the run may have ended between its last two files
+            # The run may have ended between its last two files.
+            return save_result(self.context, checkpoints)
         log, status, trouble = self.open_log(), None, None
         display = StepDisplay(self.total_steps, self.start, self.ranks.main)
         committing = stop.committing(checkpoints.commit_alone)
