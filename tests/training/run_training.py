@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import ranks
+import remembered  # noqa: F401 - traces
 import torch
 from torch import Tensor
 
