@@ -58,16 +58,14 @@ def test_garbage_from_before_hides_nothing() -> None:
     assert meter.peak() >= len(held)
 
 
-def sampling() -> int:
-    return sum(thread.name == "dlora-memory" for thread in threading.enumerate())
+def sampling() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == "dlora-memory"}
 
 
 def test_a_meter_samples_as_long_as_somebody_has_it() -> None:
     """Not as long as the process, in which run may follow run."""
     before, meter = sampling(), MemoryMeter()
-    assert sampling() == before + 1
+    [mine] = sampling() - before
     del meter
-    deadline = time.monotonic() + 30
-    while sampling() > before:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    mine.join(30)
+    assert not mine.is_alive()

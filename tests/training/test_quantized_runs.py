@@ -185,7 +185,7 @@ def test_a_run_says_what_is_packed_and_what_is_not(run: Runs) -> None:
     ("model", "settings", "told"),
     [
         ("llama", {}, "model.quantization: nf4 cannot act on any linear layer: model.layers.0."
-                      "self_attn.q_proj: its rows of 40 weights do not divide"),
+                      "self_attn.q_proj: its rows have 40 weights, not a multiple of"),
         ("blocks", {"adapter__modules_to_save": ["up_proj"]},
          "adapter.modules_to_save: the weight of model.layers.0.mlp.up_proj is packed"),
     ],

@@ -184,7 +184,7 @@ def test_a_stop_file(pools: Pools, command: Any, tmp_path: Path) -> None:
     argv = command(tmp_path / "run", output__stop_file=str(file))
     assert pools(2).run(stopped_by_a_file, argv, str(file)) == [143, 143]
     assert steps_saved(tmp_path / "run")[-1] == "step-000005"
-    with pytest.raises(AssertionError, match=r"output\.stop_file: .*stop is there already"):
+    with pytest.raises(AssertionError, match=r"output\.stop_file: .*stop already exists"):
         pools(2).run(stopped_by_a_file, argv, str(file))
     file.unlink()
     assert pools(2).run(stopped_by_a_file, argv, str(tmp_path / "other")) == [0, 0]

@@ -57,7 +57,7 @@ def state_is_divided(setting: str) -> bool:
     """
     if setting not in OPTIMIZER_STATES:
         listed = ", ".join(OPTIMIZER_STATES)
-        raise UsageError(f"sharding.optimizer_state: {setting!r} is none of {listed}")
+        raise UsageError(f"sharding.optimizer_state: expected one of {listed}, got {setting!r}")
     return setting == "divided"
 
 
