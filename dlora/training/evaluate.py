@@ -16,6 +16,10 @@ from dlora.runtime.console import console
 from dlora.training.checks import learned_positions
 from dlora.training.context import RunContext
 
+# Sequences of an evaluation's pass for each of a micro-batch: a forward keeps nothing for backward,
+# and each pass gathers all of W0.
+_ROWS = 4
+
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
@@ -37,7 +41,7 @@ def held_out_loss(context: RunContext) -> float:
     ranks, dataset, model = context.ranks, context.prepared.eval, context.model
     assert dataset is not None
     sums = torch.zeros(2, dtype=torch.float64)
-    size = context.config.train.micro_batch_size
+    size = _ROWS * context.config.train.micro_batch_size
     dealt = deal(range(len(dataset)), dataset.lengths, ranks.world, size)
     with inference(model):
         for ids in dealt[ranks.rank]:
@@ -76,7 +80,7 @@ def sample_answers(
     *,
     count: int,
     pad_id: int,
-    max_new_tokens: int = 40,
+    max_new_tokens: int = 24,
 ) -> list[tuple[str, str, str]]:
     """(prompt, reference, answer) of the first `count` examples, decoded greedily.
 

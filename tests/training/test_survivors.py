@@ -116,7 +116,7 @@ def whole(command: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
         ("fsdp2", "lora", 0, ends_after_a_step),
         # 2 s: the other engine's, with what the two before it have
         full("fsdp2", "lora", 1, ends_in_a_forward),
-        ("fsdp2", "adalora", 0, ends_in_a_forward),
+        full("fsdp2", "adalora", 0, ends_in_a_forward),  # 15 s; as in `test_kill_trials.py`
         ("zero3", "lora", 1, ends_in_a_forward),
     ],
 )
