@@ -16,9 +16,7 @@ from dlora.runtime.console import console
 from dlora.training.checks import learned_positions
 from dlora.training.context import RunContext
 
-# Sequences of an evaluation's pass for each of a micro-batch: a forward keeps nothing for backward,
-# and each pass gathers all of W0.
-_ROWS = 4
+_ROWS = 4  # of an evaluation's pass for each of a micro-batch
 
 
 @contextmanager
@@ -36,12 +34,15 @@ def inference(model: nn.Module) -> Iterator[None]:
 def held_out_loss(context: RunContext) -> float:
     """Σ cross entropy / Σ target tokens over all held-out sequences, the same on every rank.
 
-    Sums are reduced, then divided: a mean of the ranks' means would weigh tokens unequally.
+    Sums are reduced, then divided: a mean of the ranks' means would weigh tokens unequally. A pass
+    gathers all of W0, so it takes more sequences than one in training, for which memory is planned:
+    it keeps nothing for backward. Where training keeps little either, it takes as many.
     """
     ranks, dataset, model = context.ranks, context.prepared.eval, context.model
     assert dataset is not None
     sums = torch.zeros(2, dtype=torch.float64)
-    size = _ROWS * context.config.train.micro_batch_size
+    recomputed = context.config.sharding.activation_checkpointing
+    size = context.config.train.micro_batch_size * (1 if recomputed else _ROWS)
     dealt = deal(range(len(dataset)), dataset.lengths, ranks.world, size)
     with inference(model):
         for ids in dealt[ranks.rank]:

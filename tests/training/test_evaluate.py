@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tokenizer
+from run_training import Runs
+from tiny import save_chats, tokenizer, whole
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from dlora.data import load_examples
@@ -29,3 +31,25 @@ def test_answers_end_where_positions_do(
     assert learned_positions(model) == positions
     [(_, wanted, _)] = sample_answers(model, tokenizer(), data, count=1, pad_id=0)
     assert wanted == "b"
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_the_held_out_loss_is_that_of_each_sequence_alone(
+    run: Runs, saved_models: Any, tmp_path: Path, recomputed: bool
+) -> None:
+    """Before training, of transformers' own model, whatever a pass takes at once."""
+    held = str(save_chats(tmp_path / "held.jsonl", 11))
+    settings = {"data__eval": held, "output__eval_every": 1, "train__max_steps": 1}
+    recompute = {"sharding__activation_checkpointing": recomputed, "sharding__base": "world"}
+    _, lines = run("run", 3, **settings, **recompute)
+    data = load_examples(
+        held, key="data.eval", format="chat", tokenizer=tokenizer(), max_length=1024
+    )
+    model, losses, targets = whole(saved_models("llama")), 0.0, 0
+    for example in (data[i] for i in range(len(data))):
+        labels = torch.from_numpy(example.labels).long()
+        logits = model(torch.from_numpy(example.input_ids).long()[None]).logits[0, :-1]
+        losses += float(F.cross_entropy(logits, labels[1:], reduction="sum"))
+        targets += int((labels[1:] >= 0).sum())
+    assert lines[0]["step"] == 0
+    assert lines[0]["eval_loss"] == pytest.approx(losses / targets, rel=1e-5)
