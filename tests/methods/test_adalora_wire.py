@@ -48,7 +48,7 @@ def logged(argv: list[str]) -> dict[str, Any]:
         # 5 s: where W0 is whole, less is sent than below, and of the scores the same
         full("fsdp2", "none", 3, 3, "replicated"),
         ("fsdp2", "node", 4, 2, "replicated"),
-        full("zero3", "world", 2, 2, "replicated"),
+        full("zero3", "world", 2, 2, "replicated"),  # 4 s: scores know no engine
         ("fsdp2", "world", 2, 2, "divided"),
     ],
 )

@@ -67,7 +67,7 @@ def own_loop(method: str, engine: str, out: str) -> dict[str, Any]:
     [
         # 2 to 10 s each: each method and each engine is in the other two
         full("lora", "fsdp2", 2),
-        full("lora", "zero3", 2),
+        full("lora", "zero3", 2),  # 4 s
         ("flora", "fsdp2", 3),
         full("flora", "zero3", 2),
         full("lora", "fsdp2", 3),

@@ -89,7 +89,7 @@ def expected_packed(path: str, name: str, offsets: dict[str, Tensor], scaling: f
 @pytest.mark.parametrize(
     ("engine", "name", "init", "world"),
     [
-        full("fsdp2", "nf4", "pissa", 2),
+        full("fsdp2", "nf4", "pissa", 2),  # 5 s: FSDP2 resumes from it below
         ("zero3", "nf4-dq", "pissa", 2),
         full("fsdp2", "int8", "milora", 3),
         full("zero3", "nf4", "milora", 3),

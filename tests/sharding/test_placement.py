@@ -80,6 +80,7 @@ def test_dropout_masks_belong_to_the_sequences(
     assert losses[0] != pytest.approx(losses[1], rel=1e-4)  # it acts
 
 
+# 4 s; `test_zero3.py` recomputes under both engines
 @pytest.mark.parametrize("engine", [full("fsdp2"), "zero3"])
 @pytest.mark.parametrize("dropout", [0.0, full(0.1)])
 def test_activation_checkpointing_changes_nothing(

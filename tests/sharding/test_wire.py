@@ -77,7 +77,7 @@ def test_the_plan_is_what_is_sent(
     ("model", "base", "world", "per_node", "accumulation", "recomputed"),
     [
         ("llama", "world", 3, 3, 3, False),
-        full("llama", "world", 2, 2, 3, True),
+        full("llama", "world", 2, 2, 3, True),  # 3 s; GPT-2 below is recomputed as well
         full("tied", "world", 2, 2, 3, False),
         # 2 s each: these ranks and this base with one micro-batch, which GPT-2's run has
         full("llama", "world", 2, 2, 1, False),

@@ -208,7 +208,7 @@ def checked(argv: list[str]) -> int:
     return main([*argv, "--check"])
 
 
-@pytest.mark.parametrize("saved", [full(2), 7, full(10), 14])
+@pytest.mark.parametrize("saved", [full(2), 7, full(10), 14])  # whole, and shrunk
 def test_check_of_a_run_to_go_on_with(run: Runs, whole: Any, saved: int) -> None:
     """With the shapes that the checkpoint says, which its budget is of."""
     directory = as_of(saved, whole(False)[1], run.root / "run")

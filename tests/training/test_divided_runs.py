@@ -60,7 +60,7 @@ def one_process(pools: Pools, command: Any, tmp_path_factory: pytest.TempPathFac
         # 2 and 4 s: nothing is divided on one rank, and the tests of resuming have two
         full(1, 1, "none", "adamw"),
         full(2, 2, "world", "adamw"),
-        full(3, 2, "none", "adamw"),
+        full(3, 2, "none", "adamw"),  # 5 s
         (4, 2, "node", "adamw"),
         (2, 1, "world", "sgd"),
     ],

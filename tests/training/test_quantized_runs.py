@@ -34,6 +34,7 @@ def command(words: Any) -> Any:
     [
         ("blocks", "nf4", "fsdp2", "world", 3, 3),
         ("ragged", "nf4-dq", "fsdp2", "node", 4, 2),
+        # 3 s each: every format and engine is in the others
         full("tied_blocks", "int8", "fsdp2", "none", 2, 2),
         full("blocks", "nf4-dq", "zero3", "world", 3, 3),
         ("gpt2_blocks", "int8", "zero3", "node", 4, 2),

@@ -84,7 +84,9 @@ def test_sigterm_on_one_rank(run: Runs, whole: Run, work: Any, saved: list[str])
 
 
 @pytest.mark.parametrize(
-    ("world", "per_node", "base"), [full(1, 1, "world"), (3, 3, "world"), full(4, 2, "node")]
+    # 4 s each: one process and two nodes are in `test_divided_runs.py`
+    ("world", "per_node", "base"),
+    [full(1, 1, "world"), (3, 3, "world"), full(4, 2, "node")],
 )
 def test_another_world_size(
     run: Runs, whole: Run, interrupted: Path, tmp_path: Path, world: int, per_node: int, base: str
