@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dlora.checkpoint.format import Checkpoint
-from dlora.sharding.replica.optimizer_state import States
+from dlora.sharding.replica.optimizer_state import StateDevices, States
 from dlora.sharding.replica.replica import Replica
 
 
@@ -68,6 +68,7 @@ def restore(
     with torch.no_grad():
         for name, value in tensors:
             places[name].copy_(value)
+    devices = StateDevices(optimizer)
     for key, value in states:
         name, _, slot = key.rpartition(".")
         own = replica.strategy.local_part(name, value)
@@ -77,8 +78,7 @@ def restore(
             if isinstance(kept, Tensor) and (kept.shape, kept.dtype) == (own.shape, own.dtype):
                 kept.copy_(own)  # into memory that only this optimizer can allocate
                 continue
-            # torch stores a step count on the CPU, unless the optimizer has put it elsewhere.
-            device = parameter.device if value.ndim else "cpu"
+            device = devices.of(parameter, own)
             optimizer.state[parameter][slot] = own.to(device, copy=True)
 
 

@@ -48,7 +48,7 @@ class FlatBuffers:
         Raises:
             ReplicaError: their dtype was changed.
         """
-        if all(p.data_ptr() == self._value_views[n].data_ptr() for n, p in self._named.items()):
+        if all(is_same_place(p, self._value_views[n]) for n, p in self._named.items()):
             return
         dtype, device = common_kind(self._named)
         if dtype != self.values.dtype:
@@ -66,7 +66,7 @@ class FlatBuffers:
 
     def after_backward(self, name: str, parameter: nn.Parameter) -> None:
         """After autograd accumulated a gradient: move it into the buffer, and mark it present."""
-        if parameter.data_ptr() != self._value_views[name].data_ptr():
+        if not is_same_place(parameter, self._value_views[name]):
             self.check()
         if parameter.grad is not None:
             self._take(name, parameter.grad)
@@ -94,7 +94,7 @@ class FlatBuffers:
             if parameter.grad is None:
                 view.zero_()
                 self.present[name] = is_zero(name)
-            elif parameter.grad.data_ptr() != view.data_ptr():
+            elif not is_same_place(parameter.grad, view):
                 view.copy_(parameter.grad)
                 self.present[name] = True
             elif not self.present[name]:
@@ -122,9 +122,17 @@ class FlatBuffers:
     def _take(self, name: str, gradient: Tensor) -> None:
         """Make `.grad` the view of the buffer, with this gradient in it."""
         view = self._gradient_views[name]
-        if gradient.data_ptr() != view.data_ptr():
+        if not is_same_place(gradient, view):
             view.copy_(gradient)
             self._named[name].grad = view
+
+
+def is_same_place(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of a buffer's parts begin at the same element of the same storage."""
+    return (
+        one.storage_offset() == other.storage_offset()
+        and one.untyped_storage()._cdata == other.untyped_storage()._cdata
+    )
 
 
 def common_kind(named: Named) -> tuple[torch.dtype, torch.device]:

@@ -248,6 +248,26 @@ def states_of(optimizer: Optimizer, optimized: Named) -> States:
     }
 
 
+class StateDevices:
+    """Where an optimizer wants the tensors of its state, as in torch's `load_state_dict`.
+
+    A count of steps is on the CPU, unless the kernel that steps reads it (`fused`, `capturable`);
+    all else is beside its parameter.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._near = {
+            parameter: bool(group.get("fused") or group.get("capturable"))
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+
+    def of(self, parameter: nn.Parameter, state: Tensor) -> torch.device:
+        """The device of one tensor of a parameter's state."""
+        beside = state.ndim > 0 or self._near.get(parameter, False)
+        return parameter.device if beside else torch.device("cpu")
+
+
 def count(named: Named) -> int:
     """Elements of all parameters."""
     return sum(parameter.numel() for parameter in named.values())

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from dlora.sharding.comm_bytes import ring_gather_bytes
 from dlora.sharding.replica.hierarchical_reduce import Reduction
-from dlora.sharding.replica.optimizer_state import Named, StateStrategy, states_of
+from dlora.sharding.replica.optimizer_state import Named, StateDevices, StateStrategy, states_of
 
 Cuts = Mapping[str, tuple[int, Tensor]]  # by name: a dim, and the indices along it that stay
 
@@ -53,11 +53,13 @@ def put_states(
     states: list[tuple[str, str, Tensor | None]], optimizer: Optimizer, optimized: Named
 ) -> None:
     """Give an optimizer the states that `cut_states` made."""
+    devices = StateDevices(optimizer)
     for name, slot, part in states:
-        slots = optimizer.state[optimized[name]]
+        parameter = optimized[name]
+        slots = optimizer.state[parameter]
         slots.pop(slot, None)
         if part is not None:
-            slots[slot] = part
+            slots[slot] = part.to(devices.of(parameter, part))
 
 
 def replace_data(parameter: nn.Parameter, value: Tensor) -> None:
