@@ -26,6 +26,7 @@ from dlora.runtime.console import console
 from dlora.runtime.exit_status import exit_with
 from dlora.runtime.failure import reported
 from dlora.runtime.memory import MemoryMeter, trim
+from dlora.runtime.peer_watch import PeerWatch
 from dlora.runtime.ranks import Ranks
 from dlora.runtime.run_lock import RunLock
 from dlora.runtime.stop_signals import StopRequest, exit_status
@@ -56,7 +57,7 @@ def main(argv: list[str], hooks: Hooks = NO_HOOKS) -> int:
         meter = MemoryMeter()  # counts from here: after imports, before data and weights
         preparation = planned(config, ranks)
         with reported(ranks):
-            ranks.join()
+            ranks.join(config.sharding.loading_timeout_seconds)
             return Run(config, ranks, preparation, meter, lock, hooks).run()
     finally:
         lock.release()
@@ -97,21 +98,27 @@ class Run:
         self.losses = FiniteWatch(self.directory / "nonfinite.json" if ranks.main else None)
         self.unused = UnusedWatch(allowed=config.train.allow_unused)
         self.hang = HangWatch(config.sharding.timeout_seconds)
+        self.peers = PeerWatch(ranks)
         self.objective = objective_of(config)
-        self.context = build(config, ranks, preparation, lock, hooks)
+        with self.peers.watching(config.sharding.loading_timeout_seconds):
+            self.context = build(config, ranks, preparation, lock, hooks)
+            self.start = resume(self.context)
         self.model, self.replica = self.context.model, self.context.replica
         self.optimizer = self.context.optimizer
         self.total_steps = preparation.sampler.total_steps
         self.records: list[dict[str, Any]] = []  # of the steps since this start
-        self.start = resume(self.context)
         self.checkpoints = CheckpointManager(self.context, self.start)
         # Not of `self`: whoever keeps the model afterwards does not keep the run.
-        for sign in (self.stop, self.hang):
+        for sign in (self.stop, self.hang, self.peers):
             self.model.register_forward_pre_hook(lambda *_, sign=sign: sign.beat())
 
     def run(self) -> int:
         """`train`, with a commit where a peer is lost; returns the exit status."""
-        return self.checkpoints.guard(self.train)
+        checkpoints, limits = self.checkpoints, self.config.sharding
+        with self.peers.watching(limits.loading_timeout_seconds):
+            self.ranks.loaded()
+        with self.peers.watching(limits.timeout_seconds, checkpoints.commit_alone):
+            return checkpoints.guard(self.train, self.peers)
 
     def train(self) -> int:
         """The loop; returns the exit status."""
@@ -235,11 +242,6 @@ class Run:
             "batch_hash": batch_hash(ids),
             **self.replica.method.metrics(),
         }
-
-    def beat(self) -> None:
-        """Record that a pass begins, for what watches progress."""
-        self.stop.beat()
-        self.hang.beat()
 
     def trouble(self, record: dict[str, Any], ids: Any) -> str | None:
         """Why the run has to end after this step, or None."""

@@ -94,6 +94,14 @@ class Memory:
         """Most bytes that the rank takes at one time."""
         return self.in_use + self.allowance
 
+    def spares_whole(self, micro_batches: int) -> bool:
+        """Whether all of W0 can stay gathered in passes of so many micro-batches without backward.
+
+        Then nothing is saved: what is alive in one block, or at the loss, is there for each.
+        """
+        beside = max(self.activations.blocks, self.activations.loss) - self.activations.saved
+        return self.base_total - self.resident + micro_batches * beside <= self.passing
+
     def holding(self, units: Iterable[Unit], held: Collection[str]) -> Memory:
         """The same rank, with the units of its placement at the paths `held` resident."""
         coming = [unit for unit in units if not unit.always]

@@ -15,10 +15,12 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import socket
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -26,8 +28,9 @@ from dlora.errors import TransientError, UsageError
 from dlora.runtime.exit_status import PrintedError, PrintedTransientError, as_printed, print_error
 from dlora.runtime.ranks import Ranks
 
+T = TypeVar("T")
 ANSWER_SECONDS = 5.0  # in which a store answers, if its host is alive
-_KEY = "failure"
+_KEY, CRASH = "failure", "crash"
 
 
 @contextlib.contextmanager
@@ -44,8 +47,9 @@ def reported(ranks: Ranks) -> Iterator[None]:
         yield
     except (UsageError, TransientError) as error:
         raise _report(ranks, error) from error
-    except RuntimeError as error:
-        if (found := found_report(ranks)) is None:
+    except Exception as error:
+        if not isinstance(error, RuntimeError) or (found := found_report(ranks)) is None:
+            _report_crash(ranks, error)
             raise
         raise _leave(ranks, error, *found) from error
 
@@ -70,10 +74,19 @@ def _leave(
     ranks: Ranks, error: Exception, message: str, passes: bool
 ) -> UsageError | TransientError:
     """The failure as an error, once no rank waits for this one any more."""
-    if ranks.device.type == "cpu":  # closing NCCL's groups may itself wait for the others
-        _close_connections(error)
-    ranks.part(_KEY)
+    _part(ranks, error, _KEY)
     return as_printed(message, passes)
+
+
+def _part(ranks: Ranks, error: Exception, topic: str) -> None:
+    """End what others have with this rank, and give them the time to read why."""
+    if ranks.device.type == "cpu":
+        _close_connections(error)
+    elif dist.is_initialized():
+        # Closing NCCL's groups may itself wait for the others, and their kernels wait for this one.
+        with contextlib.suppress(RuntimeError):
+            dist.distributed_c10d._abort_process_group()
+    ranks.part(topic)
 
 
 def _close_connections(error: Exception) -> None:
@@ -88,6 +101,22 @@ def _close_connections(error: Exception) -> None:
     gc.collect()
 
 
+def _report_crash(ranks: Ranks, error: Exception) -> None:
+    """Leave for all ranks that this one ends with a traceback; it is theirs to end as well."""
+    if ranks.store is None:
+        return
+    store, first = ranks.store, str(error).strip().split("\n")[0]
+    text = f"rank {ranks.rank} on {socket.gethostname()} failed: {type(error).__name__}: {first}"
+    answers, _ = ask(lambda: store.compare_set(CRASH, "", text))
+    if answers:
+        _part(ranks, error, CRASH)
+
+
+def crash(store: dist.Store) -> str:
+    """What a rank that ends with a traceback has left; nothing if no rank has crashed."""
+    return store.get(CRASH).decode() if store.check([CRASH]) else ""
+
+
 def report(store: dist.Store, message: str, passes: bool) -> bool:
     """Leave a failure for all ranks; returns whether this is the one that counts, the first.
 
@@ -100,21 +129,34 @@ def report(store: dist.Store, message: str, passes: bool) -> bool:
 
 def read(store: dist.Store) -> tuple[str, bool] | None:
     """(message, passes) of the rank that reported a failure, if one has."""
-    found: list[bytes] = []
+    answers, _ = ask(lambda: read_now(store))
+    return answers[0] if answers else None
 
-    def ask() -> None:
+
+def read_now(store: dist.Store) -> tuple[str, bool] | None:
+    """`read`, of a store whose host is alive."""
+    if not store.check([_KEY]):
+        return None
+    message, passes = json.loads(store.get(_KEY))
+    return message, passes
+
+
+def ask(question: Callable[[], T]) -> tuple[list[T], threading.Thread]:
+    """([what a question to the store returns], the thread that asks it).
+
+    Where the store's host is gone, its client blocks for a quarter of an hour: then there is no
+    answer after some seconds, and the thread still lives.
+    """
+    answers = list[T]()
+
+    def work() -> None:
         with contextlib.suppress(RuntimeError):
-            if store.check([_KEY]):
-                found.append(store.get(_KEY))
+            answers.append(question())
 
-    # Where the store's host is gone, its client blocks for a quarter of an hour.
-    asking = threading.Thread(target=ask, name="dlora-failure", daemon=True)
+    asking = threading.Thread(target=work, name="dlora-store", daemon=True)
     asking.start()
     asking.join(ANSWER_SECONDS)
-    if not found:
-        return None
-    message, passes = json.loads(found[0])
-    return message, passes
+    return answers, asking
 
 
 def wait(store: dist.Store, key: str, seconds: float) -> None:

@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from dlora.errors import TransientError
+from dlora.errors import TransientError, UsageError
 
 LEAVING_SECONDS = 10.0  # that rank 0 waits for the others to read the last values of its store
 JOINING_SECONDS = 120.0  # in which all ranks have to join, and then to reach each other
@@ -34,10 +34,9 @@ class Ranks:
     timeout_seconds: float = 600.0
 
     @classmethod
-    def from_environment(cls, timeout_seconds: float) -> Ranks:
+    def from_environment(cls, timeout_seconds: float, device: torch.device) -> Ranks:
         """Join the rendezvous that torchrun (or its like) put into the environment."""
         world = int(os.environ.get("WORLD_SIZE", 1))
-        device = _device(int(os.environ.get("LOCAL_RANK", 0)))
         if world == 1:
             return cls(0, 1, device, None)
         timeout = timedelta(seconds=timeout_seconds)
@@ -53,10 +52,16 @@ class Ranks:
         """Whether this is the rank that prints and writes."""
         return self.rank == 0
 
-    def join(self) -> None:
+    def join(self, loading_seconds: float = 0.0) -> None:
         """Start the process group: NCCL beside gloo where there are GPUs, gloo elsewhere.
 
-        It returns when all ranks have joined and one all-reduce has succeeded.
+        It returns when all ranks have joined and one all-reduce has succeeded. What raises nothing
+        in time is for `PeerWatch`, so NCCL's own handling of errors, which ends the process, is off
+        unless the user has set it.
+
+        Args:
+            loading_seconds: how long a rank waits for another one until `loaded` is called, if that
+                is longer than `timeout_seconds`.
 
         Raises:
             TransientError: on every rank that joined: some did not join, whose hosts are named, or
@@ -70,13 +75,16 @@ class Ranks:
                 f"{missing} did not join within {seconds:g} s; check the logs there"
             )
         cuda = self.device.type == "cuda"
+        if cuda:
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        longest = max(self.timeout_seconds, loading_seconds)
         try:
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if cuda else "gloo",
                 store=self.store,
                 rank=self.rank,
                 world_size=self.world,
-                timeout=timedelta(seconds=self.timeout_seconds),
+                timeout=timedelta(seconds=longest),
                 device_id=self.device if cuda else None,
             )
             reached = torch.ones(1, device=self.device)
@@ -88,6 +96,12 @@ class Ranks:
                 f"({'NCCL_SOCKET_IFNAME and ' if cuda else ''}GLOO_SOCKET_IFNAME choose it)"
             ) from error
 
+    def loaded(self) -> None:
+        """Note that weights are read: from here on a rank waits `timeout_seconds` for another."""
+        if dist.is_initialized():
+            dist.barrier()  # whoever reads slowly is waited for here, and not in the first step
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.timeout_seconds))
+
     def _missing(self, timeout: timedelta) -> str:
         """The ranks that did not join, with their hosts; "" if all did."""
         assert self.store is not None
@@ -98,16 +112,16 @@ class Ranks:
             return ""
         except RuntimeError:
             absent = [rank for rank, key in keys.items() if not self.store.check([key])]
-            return ", ".join(f"rank {rank} on {self._host(rank)}" for rank in absent)
+            return ", ".join(f"rank {rank} on {self.host(rank)}" for rank in absent)
 
-    def _host(self, rank: int) -> str:
+    def host(self, rank: int) -> str:
         """The host that a rank has written to the store."""
         assert self.store is not None
         key = f"host/{rank}"
         return self.store.get(key).decode() if self.store.check([key]) else "an unknown host"
 
     def _hosts(self) -> str:
-        return ", ".join(dict.fromkeys(self._host(rank) for rank in range(self.world)))
+        return ", ".join(dict.fromkeys(self.host(rank) for rank in range(self.world)))
 
     def leave(self) -> None:
         """Wait for all ranks, so that the store outlives its readers, and end the process group."""
@@ -129,8 +143,21 @@ class Ranks:
             self.store.wait(others, timedelta(seconds=LEAVING_SECONDS))
 
 
-def _device(local_rank: int) -> torch.device:
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-        return torch.device("cuda", local_rank)
-    return torch.device("cpu")
+def own_device() -> torch.device:
+    """This process's GPU, by LOCAL_RANK; the CPU where there is none.
+
+    Raises:
+        UsageError: there are fewer GPUs.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= (visible := torch.cuda.device_count()):
+        raise UsageError(
+            f"LOCAL_RANK is {local_rank}, and this process sees {visible} GPU(s) "
+            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}): start as "
+            "many processes on a node as it has GPUs, and let each of them see all of these (under "
+            "Slurm without --gpus-per-task)"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

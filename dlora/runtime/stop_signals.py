@@ -21,21 +21,15 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
 
 from dlora.hooks import never
+from dlora.runtime.peer_watch import Commit
 
 GRACE_SECONDS = (
     5.0  # signals this close together are one: launchers forward what the shell sent too
 )
 POLL_SECONDS = 0.2  # between two looks at a stop that is not carried out
 STOPPING = (signal.SIGTERM, signal.SIGINT)
-
-
-class Commit(Protocol):
-    """See `StopRequest.committing`."""
-
-    def __call__(self, *, ending: bool) -> str: ...
 
 
 class StopRequest:

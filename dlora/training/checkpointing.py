@@ -28,6 +28,7 @@ from dlora.hooks import Committed, Saved, nothing
 from dlora.metrics.log import complete
 from dlora.runtime.console import console
 from dlora.runtime.failure import found_report
+from dlora.runtime.peer_watch import PeerWatch
 from dlora.sharding.replica.optimizer_state import ReplicaError
 from dlora.training.context import RunContext
 from dlora.training.find_checkpoint import state_at
@@ -133,7 +134,7 @@ class CheckpointManager:
             line = f"the last whole step could not be committed: {error}"
         return f"dlora: rank {self._context.ranks.rank}: {line}"
 
-    def guard(self, work: Callable[[], int]) -> int:
+    def guard(self, work: Callable[[], int], peers: PeerWatch) -> int:
         """The exit status of `work`, which runs with other ranks; 1 where one of them was lost.
 
         Whatever torch raises, the last whole step is committed.
@@ -148,9 +149,11 @@ class CheckpointManager:
             line, reason = self.commit_alone(ending=True), str(error).strip().split("\n")[0]
             lost = isinstance(error, dist.DistError) or any(sign in str(error) for sign in _LOST)
             lost = lost and found_report(self._context.ranks) is None
-            print(line, f"(lost a peer: {reason})" if lost else "", file=sys.stderr, flush=True)
             if not lost:
+                print(line, file=sys.stderr, flush=True)
                 raise
+            reason = f"{peers.lost() or 'it is not known which'}; {reason}"
+            print(f"{line} (lost a peer: {reason})", file=sys.stderr, flush=True)
             self._context.hooks.lost()
             return 1
         return status

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,18 @@ from dlora.training.checks import learned_positions
 from dlora.training.context import RunContext
 
 _ROWS = 4  # of an evaluation's pass for each of a micro-batch
+
+
+@contextmanager
+def evaluating(context: RunContext, micro_batches: int = 1) -> Iterator[None]:
+    """Without gradients, in eval mode; W0 stays gathered where a pass of so many micro-batches
+    leaves it room, and is freed at the end."""
+    model, engine = context.model, context.replica.engine
+    spares = context.prepared.budget.memory.spares_whole(micro_batches)
+    with inference(model), engine.staying(model) if spares else nullcontext():
+        yield
+    context.replica.release()
+    context.replica.wire.take()  # wire_bytes are those of training
 
 
 @contextmanager
@@ -35,16 +47,17 @@ def held_out_loss(context: RunContext) -> float:
     """Σ cross entropy / Σ target tokens over all held-out sequences, the same on every rank.
 
     Sums are reduced, then divided: a mean of the ranks' means would weigh tokens unequally. A pass
-    gathers all of W0, so it takes more sequences than one in training, for which memory is planned:
-    it keeps nothing for backward. Where training keeps little either, it takes as many.
+    may gather all of W0, so it takes more sequences than one in training, for which memory is
+    planned: it keeps nothing for backward. Where training keeps little either, it takes as many.
     """
     ranks, dataset, model = context.ranks, context.prepared.eval, context.model
     assert dataset is not None
     sums = torch.zeros(2, dtype=torch.float64)
     recomputed = context.config.sharding.activation_checkpointing
-    size = context.config.train.micro_batch_size * (1 if recomputed else _ROWS)
+    micro_batches = 1 if recomputed else _ROWS
+    size = context.config.train.micro_batch_size * micro_batches
     dealt = deal(range(len(dataset)), dataset.lengths, ranks.world, size)
-    with inference(model):
+    with evaluating(context, micro_batches):
         for ids in dealt[ranks.rank]:
             batch = collate([dataset[i] for i in ids], context.prepared.pad_id, ranks.device)
             loss = model(input_ids=batch.input_ids, targets=batch.targets)
@@ -52,8 +65,6 @@ def held_out_loss(context: RunContext) -> float:
     if ranks.world > 1:
         sums = sums.to(ranks.device)
         dist.all_reduce(sums)
-    context.replica.release()
-    context.replica.wire.take()  # wire_bytes are those of training
     return float(sums[0] / sums[1])
 
 
@@ -62,14 +73,14 @@ def print_samples(context: RunContext, when: str) -> None:
     prepared, count = context.prepared, context.config.output.samples
     if count == 0:
         return
-    answers = sample_answers(
-        context.model,
-        prepared.tokenizer,
-        prepared.eval or prepared.train,
-        count=count,
-        pad_id=prepared.pad_id,
-    )
-    context.replica.release()
+    with evaluating(context, -(-count // context.config.train.micro_batch_size)):
+        answers = sample_answers(
+            context.model,
+            prepared.tokenizer,
+            prepared.eval or prepared.train,
+            count=count,
+            pad_id=prepared.pad_id,
+        )
     for prompt, reference, answer in answers:
         console.info(f"--- sample, {when}\n{prompt}\n  wanted: {reference}\n  answer: {answer}")
 
@@ -85,7 +96,8 @@ def sample_answers(
 ) -> list[tuple[str, str, str]]:
     """(prompt, reference, answer) of the first `count` examples, decoded greedily.
 
-    Collective on a sharded base: every rank generates the same tokens, so that gathers match.
+    Collective on a sharded base: every rank generates the same tokens, so that gathers match. The
+    model is in eval mode, without gradients.
     """
     examples = [dataset[i] for i in range(min(count, len(dataset)))]
     starts = [int((example.labels != NO_TARGET).argmax()) for example in examples]
@@ -96,14 +108,13 @@ def sample_answers(
     device = next(model.parameters()).device
     ids = torch.tensor([[pad_id] * (longest - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    with inference(model):
-        generated = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=pad_id,
-        )
+    generated = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=pad_id,
+    )
     answers = tokenizer.batch_decode(generated[:, longest:], skip_special_tokens=True)
     return [
         (

@@ -14,13 +14,15 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict
 
+import torch
+
 from dlora.config.load import SCHEMA, Config, Options, parse
 from dlora.errors import UsageError
 from dlora.plan.capacity import free_bytes
 from dlora.quant.dequantize import bitsandbytes_kernel
 from dlora.runtime.agreement import agree, broadcast, gather
 from dlora.runtime.console import console
-from dlora.runtime.ranks import Ranks
+from dlora.runtime.ranks import Ranks, own_device
 from dlora.runtime.run_lock import LEASE_SECONDS, STALE_SECONDS, RunLock
 from dlora.sharding.topology import Topology
 from dlora.training.checks import check_output
@@ -41,8 +43,9 @@ def enter(argv: list[str], prog: str, first: Callable[[], None]) -> tuple[Ranks,
     Raises:
         UsageError: on every rank, if a command line or a configuration file is wrong on any.
     """
-    printed, options, failure = io.StringIO(), None, None
+    printed, options, failure, device = io.StringIO(), None, None, torch.device("cpu")
     try:
+        device = own_device()
         first()
         with contextlib.redirect_stdout(printed):
             options = parse(argv, prog)
@@ -51,7 +54,9 @@ def enter(argv: list[str], prog: str, first: Callable[[], None]) -> tuple[Ranks,
     except SystemExit:
         pass
     timeout = SCHEMA["sharding.timeout_seconds"].default
-    ranks = Ranks.from_environment(options.config.sharding.timeout_seconds if options else timeout)
+    if options is not None:
+        timeout = options.config.sharding.timeout_seconds
+    ranks = Ranks.from_environment(timeout, device)
 
     def work() -> tuple[Options | None, str]:
         if failure is not None:

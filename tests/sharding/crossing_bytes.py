@@ -50,7 +50,7 @@ def counted(argv: list[str]) -> dict[str, Any]:
 
 def main(directory: Path, settings: dict[str, Any]) -> None:
     torch.set_num_threads(1)
-    runtime = Ranks.from_environment(TIMEOUT_SECONDS)
+    runtime = Ranks.from_environment(TIMEOUT_SECONDS, torch.device("cpu"))
     runtime.join()
     found = {}
     for base in BASES:

@@ -7,8 +7,10 @@ import contextlib
 import functools
 import io
 import os
+import re
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,9 +31,17 @@ from dlora.hooks import Committed, Hooks
 from dlora.train import Run
 from dlora.training.watchdogs import FiniteWatch
 
+LONG = 300.0  # seconds
 STEPS, SAVED, BROKEN = 8, 3, 6  # a checkpoint every 3 steps; something happens in the 6th
 # AdaLoRA's last mask falls on step 4: by the 6th the adapters have shrunk.
 METHODS: dict[str, dict[str, Any]] = {"lora": {}, "adalora": ADALORA}
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + LONG
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 # -- in a rank -----------------------------------------------------------------------------------
@@ -62,6 +72,39 @@ def ends_after_a_step(number: int) -> None:
 def ends_while_loading(number: int) -> None:
     """Before it reads weights."""
     struck(BaseModel, "load", number, lambda *_: BROKEN - 1)
+
+
+def hears_nothing(*_: object) -> None:
+    """As under NCCL: a collective whose peer is gone waits and waits, and raises nothing."""
+    from torch.distributed import distributed_c10d
+
+    distributed_c10d._set_pg_timeout = lambda *_: None  # that of loading, an hour, stays
+
+
+def stops_silently(number: int) -> None:
+    hears_nothing()
+    ends_in_a_forward(number)
+
+
+def sleeps_silently(seconds: float) -> None:
+    """This rank's main thread stays in the 6th step; its others live on."""
+    hears_nothing()
+    whole = Run.sample_keys
+
+    def sleep(run: Any, step: int, batch: Any) -> Any:
+        time.sleep(seconds if step == BROKEN - 1 else 0)
+        return whole(run, step, batch)
+
+    Run.sample_keys = sleep  # type: ignore[method-assign]
+
+
+def fails_in_a_forward(message: str) -> None:
+    def fail(run: Any, step: int, batch: Any, whole: Any = Run.sample_keys) -> Any:
+        if step == BROKEN - 1:
+            raise ValueError(message)
+        return whole(run, step, batch)
+
+    Run.sample_keys = fail  # type: ignore[method-assign]
 
 
 # -- around them ---------------------------------------------------------------------------------
@@ -159,6 +202,47 @@ def test_a_hung_peer(ranks_of: Any, command: Any, tmp_path: Path, number: int, s
     saved = tmp_path / "run" / "checkpoints" / f"step-{BROKEN - 1:06d}"
     checkpoints.verify(saved)
     assert f"step {BROKEN - 1} is committed in {saved}" in ranks.printed(1)
+
+
+@pytest.mark.parametrize(
+    ("victim", "how", "said"),
+    [
+        (1, (stops_silently, signal.SIGSTOP), "rank 1 on .* gives no sign of life"),
+        (0, (stops_silently, signal.SIGSTOP), "rank 0, which serves the store, does not answer"),
+        (1, (sleeps_silently, LONG), "nothing moved for 8 s; rank 1 on .* is behind the others"),
+    ],
+)
+def test_a_hung_peer_that_nobody_hears_of(
+    ranks_of: Any, command: Any, tmp_path: Path, victim: int, how: Any, said: str
+) -> None:
+    """Nothing is raised, as under NCCL: committed and gone within 10 s of the limit."""
+    argv = command(tmp_path / "run", sharding__timeout_seconds=8, train__micro_batch_size=24)
+    survivor = 1 - victim
+    meddling = {f"rank{victim}": how, f"rank{survivor}": (hears_nothing, 0)}
+    ranks = ranks_of(argv, **meddling)
+    wait_until(lambda: (tmp_path / "run" / "metrics.jsonl").exists())
+    wait_until(lambda: f'"step": {BROKEN - 1}' in (tmp_path / "run/metrics.jsonl").read_text())
+    assert ranks.status(survivor, limit=8 + 10) == 1, ranks.printed(survivor)
+    saved = tmp_path / "run" / "checkpoints" / f"step-{BROKEN - 1:06d}"
+    checkpoints.verify(saved)
+    [line] = [line for line in ranks.printed(survivor).splitlines() if "committed" in line]
+    assert re.search(f"step {BROKEN - 1} is committed in {saved}; .*lost a peer: .*{said}", line), (
+        line
+    )
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_peer_that_fails_is_named(
+    ranks_of: Any, command: Any, tmp_path: Path, victim: int
+) -> None:
+    meddling = {f"rank{victim}": (fails_in_a_forward, "no kernel image\nfor this device")}
+    ranks = ranks_of(command(tmp_path / "run"), **meddling)
+    survivor = 1 - victim
+    assert (ranks.status(victim), ranks.status(survivor)) == (1, 1)
+    failed = f"rank {victim} on {socket.gethostname()} failed: ValueError: no kernel image"
+    assert "ValueError: no kernel image" in ranks.printed(victim)
+    [line] = [line for line in ranks.printed(survivor).splitlines() if "committed" in line]
+    assert f"(lost a peer: {failed}" in line
 
 
 def test_a_second_signal_ends_a_blocked_rank(ranks_of: Any, command: Any, tmp_path: Path) -> None:

@@ -114,6 +114,19 @@ class Fsdp2:
                 module.reshard()
 
     @contextmanager
+    def staying(self, model: nn.Module) -> Iterator[None]:
+        units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        freed = [unit for unit in units if not _stays_after_forward(unit)]
+        try:
+            for unit in freed:
+                unit.set_reshard_after_forward(False, recurse=False)
+            yield
+        finally:
+            for unit in freed:
+                unit.set_reshard_after_forward(True, recurse=False)
+            self.free_gathered(model)
+
+    @contextmanager
     def gather_module(self, module: nn.Module) -> Iterator[dict[str, Tensor]]:
         yield {
             path: parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()

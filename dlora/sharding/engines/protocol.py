@@ -87,6 +87,12 @@ class Engine(Protocol):
     def free_gathered(self, model: nn.Module) -> None:
         """Between steps: free the weights that passes left gathered, all but resident ones."""
 
+    def staying(self, model: nn.Module) -> AbstractContextManager[None]:
+        """While open, what a pass gathers stays gathered for the next pass; then it is freed.
+
+        For passes without backward, as many as memory has room for all of W0.
+        """
+
     def gather_module(self, module: nn.Module) -> AbstractContextManager[dict[str, Tensor]]:
         """The whole parameters of one module by path, while the context is open."""
 

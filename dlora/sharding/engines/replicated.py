@@ -58,5 +58,9 @@ class Replicated:
         """Nothing to do: nothing was gathered."""
 
     @contextmanager
+    def staying(self, model: nn.Module) -> Iterator[None]:
+        yield
+
+    @contextmanager
     def gather_module(self, module: nn.Module) -> Iterator[dict[str, Tensor]]:
         yield {path: parameter.detach() for path, parameter in module.named_parameters()}

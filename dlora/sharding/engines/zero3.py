@@ -145,6 +145,18 @@ class Zero3:
                 parameter.partition()
 
     @contextmanager
+    def staying(self, model: nn.Module) -> Iterator[None]:
+        freed = [p for p in _partitioned(model.parameters()) if not p.ds_persist]
+        try:
+            for parameter in freed:
+                parameter.ds_persist = True
+            yield
+        finally:
+            for parameter in freed:
+                parameter.ds_persist = False
+            self.free_gathered(model)
+
+    @contextmanager
     def gather_module(self, module: nn.Module) -> Iterator[dict[str, Tensor]]:
         absent = [
             p
