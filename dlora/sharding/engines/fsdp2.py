@@ -115,7 +115,7 @@ class Fsdp2:
 
     @contextmanager
     def staying(self, model: nn.Module) -> Iterator[None]:
-        units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        units = [m for m in model.modules() if isinstance(m, FSDPModule) and m is not model]
         freed = [unit for unit in units if not _stays_after_forward(unit)]
         try:
             for unit in freed:
