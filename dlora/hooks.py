@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,21 @@ class Hooks:
     should_save: Callable[[], bool] = never
     saved: Callable[[Mapping[str, Any], Committed], None] = nothing
     lost: Callable[[], None] = nothing
+
+    def within(self, context: Callable[[], AbstractContextManager[None]]) -> Hooks:
+        """The same, those of a step each called inside a `context()`."""
+        names = ("should_stop", "should_save", "saved")
+        return replace(self, **{name: _within(context, getattr(self, name)) for name in names})
+
+
+def _within(
+    context: Callable[[], AbstractContextManager[None]], hook: Callable[..., T]
+) -> Callable[..., T]:
+    def call(*args: Any) -> T:
+        with context():
+            return hook(*args)
+
+    return call
 
 
 NO_HOOKS = Hooks()

@@ -91,17 +91,19 @@ class Run:
         lock: RunLock,
         hooks: Hooks = NO_HOOKS,
     ) -> None:
-        self.config, self.ranks, self.prepared, self.hooks = config, ranks, preparation, hooks
+        self.config, self.ranks, self.prepared = config, ranks, preparation
         self.meter, self.lock, self.directory = meter, lock, config.output.directory
+        self.peers = PeerWatch(ranks)
+        self.hooks = hooks.within(self.peers.waiting)
         # Before weights are read, so that a signal stops that too.
-        self.stop = StopRequest(config.output.stop_path if ranks.main else None, hooks.should_stop)
+        stop_path = config.output.stop_path if ranks.main else None
+        self.stop = StopRequest(stop_path, self.hooks.should_stop)
         self.losses = FiniteWatch(self.directory / "nonfinite.json" if ranks.main else None)
         self.unused = UnusedWatch(allowed=config.train.allow_unused)
         self.hang = HangWatch(config.sharding.timeout_seconds)
-        self.peers = PeerWatch(ranks)
         self.objective = objective_of(config)
         with self.peers.watching(config.sharding.loading_timeout_seconds):
-            self.context = build(config, ranks, preparation, lock, hooks)
+            self.context = build(config, ranks, preparation, lock, self.hooks)
             self.start = resume(self.context)
         self.model, self.replica = self.context.model, self.context.replica
         self.optimizer = self.context.optimizer
@@ -142,6 +144,8 @@ class Run:
 
                 # 2  forward and backward, summed over this rank's target tokens
                 loss_sum, tokens = self.passes(step, mine)
+
+                checkpoints.before_change()
 
                 # 3  one reduction: gradients become the mean over all target tokens of all ranks
                 scalars = {"loss": loss_sum, "save": float(self.hooks.should_save())}
@@ -224,6 +228,7 @@ class Run:
             with self.sample_keys(step, batch):
                 summed = self.objective.loss(self.model, batch)
                 summed.backward()
+            self.checkpoints.look()
             loss += summed.detach()
             tokens += batch.num_targets
         return float(loss), tokens

@@ -4,19 +4,23 @@
     newest()    the buffer of the latest step that is whole
 
 Two buffers alternate, so that a failure while one is written leaves the other whole. Each has all
-tensors of a kind in one flat tensor: one operation concatenates them, and one copies them from a
-GPU into pinned memory, asynchronously; an event records its end.
+tensors of a kind in one flat tensor. From a GPU they arrive beside its work (`device_copy.py`), and
+an event tells when: it may never arrive where the GPU waits for a lost peer, and after a fault of
+the GPU it cannot be asked. So whoever reads a snapshot never waits for the thread that takes them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dlora.checkpoint.device_copy import DeviceCopies, pinned
 from dlora.checkpoint.format import Checkpoint
 from dlora.sharding.replica.optimizer_state import States
 from dlora.sharding.replica.replica import Replica
@@ -31,12 +35,14 @@ class Snapshots:
     """The two buffers of a rank; allocated at the first step, and again when shapes change."""
 
     def __init__(self) -> None:
-        self._older, self._newer = _Buffer(), _Buffer()
+        self._newest_first = _Buffer(), _Buffer()
         self._frozen: dict[str, Tensor] | None = None  # the same at every step: copied once
+        self._copies: dict[torch.device, DeviceCopies] = {}
 
     def take(
         self,
         step: int,
+        metrics: dict[str, Any],
         replica: Replica,
         *,
         states: Mapping[str, States],
@@ -45,30 +51,72 @@ class Snapshots:
     ) -> None:
         """Copy what a checkpoint after `step` steps has, over the older of the two snapshots.
 
-        On a GPU the copy may still be on its way when this returns. The other arguments are those
-        of `dlora.checkpoint.host_copy.capture`.
+        On a GPU the copy may still be on its way when this returns: `before_change` comes before
+        anything that changes the tensors.
+
+        Args:
+            metrics: the step's line of the metrics.
+            states, record, frozen: as for `dlora.checkpoint.host_copy.capture`.
         """
         tensors = {(ADAPTER, name): p.detach() for name, p in replica.named.items()}
         for file, kept in states.items():
             for name, slot, state in replica.strategy.gather_full(kept):
                 tensors[file, f"{name}.{slot}"] = state
         files = [ADAPTER, *states]
-        self._newer.wait()  # the only whole one from here on
+        newer, older = self._newest_first
+        newer.wait()  # the only whole one from here on
         if self._frozen is None:
             self._frozen = {n: t.to("cpu", copy=True) for n, t in frozen.items()}
-        self._older.fill(step, tensors, files, record, self._frozen)
-        self._older, self._newer = self._newer, self._older
+        with older.lock:
+            older.lay_out(tensors)
+            older.fill(tensors, self._copies_of)
+            content = older.content(files)
+            content[ADAPTER] |= self._frozen
+            older.snapshot = Snapshot(step, metrics, content, record)
+        self._newest_first = older, newer
 
-    def newest(self) -> Snapshot | None:
-        """The snapshot of the latest step that is whole; None before the first step."""
-        return self._newer.content() or self._older.content()
+    def before_change(self) -> None:
+        """What is enqueued on a GPU from here on waits until the snapshot's copies are made."""
+        for copies in self._copies.values():
+            copies.wait_on_device()
+
+    def look(self) -> None:
+        """Note whether the newest has arrived: after a fault of the GPU nobody could tell."""
+        self._newest_first[0].has_arrived()
+
+    @contextlib.contextmanager
+    def newest(self) -> Iterator[Snapshot | None]:
+        """The snapshot of the latest step that is whole, which stays as it is inside.
+
+        None before the first step. Any thread may ask, one at a time.
+        """
+        # Each twice: while the first is looked at, the training thread may begin to fill the other.
+        for buffer in 2 * self._newest_first:
+            if buffer.lock.acquire(blocking=False):
+                try:
+                    if buffer.snapshot is not None and buffer.has_arrived():
+                        yield buffer.snapshot
+                        return
+                finally:
+                    buffer.lock.release()
+        yield None
+
+    def _copies_of(self, device: torch.device) -> DeviceCopies:
+        if device not in self._copies:
+            self._copies[device] = DeviceCopies(device)
+        return self._copies[device]
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The content of a checkpoint of `step`, without its `state.json`, which follows from it."""
+    """The content of a checkpoint of `step`, without its `state.json`, which follows from it.
+
+    Attributes:
+        metrics: the step's line of the metrics.
+    """
 
     step: int
+    metrics: dict[str, Any]
     files: dict[str, dict[str, Tensor]]
     record: dict[str, Any] | None
 
@@ -80,27 +128,25 @@ class Snapshot:
 
 @dataclass
 class _Buffer:
-    """One snapshot and its memory."""
+    """One snapshot and its memory.
+
+    Attributes:
+        lock: held while the snapshot is replaced or read.
+        arriving: the event after which its copies from a GPU have arrived, until that was seen.
+    """
 
     layout: Layout = field(default_factory=list)
     flat: dict[Kind, Tensor] = field(default_factory=dict)
     views: dict[Key, Tensor] = field(default_factory=dict)
     snapshot: Snapshot | None = None
-    arrived: torch.cuda.Event | None = None
+    arriving: torch.cuda.Event | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     @torch.no_grad()
     def fill(
-        self,
-        step: int,
-        tensors: dict[Key, Tensor],
-        files: list[str],
-        record: dict[str, Any] | None,
-        frozen: dict[str, Tensor],
+        self, tensors: dict[Key, Tensor], copies_of: Callable[[torch.device], DeviceCopies]
     ) -> None:
-        self.snapshot, self.arrived = None, None
-        layout = [(key, t.shape, (t.device, t.dtype)) for key, t in tensors.items()]
-        if layout != self.layout:
-            self._lay_out(layout)
+        """Copy the tensors, from a GPU without waiting for the copies' end."""
         parts: dict[Kind, list[Tensor]] = {kind: [] for kind in self.flat}
         for tensor in tensors.values():
             parts[tensor.device, tensor.dtype].append(tensor.reshape(-1))
@@ -108,36 +154,47 @@ class _Buffer:
             if kind[0].type == "cpu":
                 torch.cat(parts[kind], out=flat)
             else:
-                flat.copy_(torch.cat(parts[kind]), non_blocking=True)
-                self.arrived = torch.cuda.Event()
-        if self.arrived is not None:
-            self.arrived.record()
+                self.arriving = copies_of(kind[0]).start(parts[kind], flat)
+
+    def content(self, files: list[str]) -> dict[str, dict[str, Tensor]]:
+        """The copied tensors by file and name."""
         content: dict[str, dict[str, Tensor]] = {file: {} for file in files}
         for (file, name), view in self.views.items():
             content[file][name] = view
-        content[ADAPTER] |= frozen
-        self.snapshot = Snapshot(step, content, record)
+        return content
 
-    def content(self) -> Snapshot | None:
-        """The snapshot, if its copy is finished."""
-        finished = self.arrived is None or self.arrived.query()
-        return self.snapshot if finished else None
+    def has_arrived(self) -> bool:
+        """Whether all copies have; an event that has come is not asked again."""
+        if (arriving := self.arriving) is not None:
+            try:
+                if not arriving.query():
+                    return False
+            except RuntimeError:  # a fault of the GPU, which every later call reports
+                return False
+            self.arriving = None
+        return True
 
     def wait(self) -> None:
-        """Wait until the copy is finished."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
+        """Wait until all copies have arrived."""
+        if (arriving := self.arriving) is not None:
+            arriving.synchronize()
+            self.arriving = None
 
-    def _lay_out(self, layout: Layout) -> None:
+    def lay_out(self, tensors: dict[Key, Tensor]) -> None:
+        """Give up the snapshot, and make room for these tensors where there is other room."""
+        self.snapshot, self.arriving = None, None
+        layout = [(key, t.shape, (t.device, t.dtype)) for key, t in tensors.items()]
+        if layout == self.layout:
+            return
         sizes: dict[Kind, int] = {}
         places: dict[Key, tuple[Kind, int]] = {}
         for key, shape, kind in layout:
             places[key] = kind, sizes.setdefault(kind, 0)
             sizes[kind] += shape.numel()
         self.layout, self.flat, self.views = [], {}, {}  # free the old before allocating the new
-        for kind, size in sizes.items():
-            pinned = kind[0].type == "cuda"
-            self.flat[kind] = torch.empty(size, dtype=kind[1], pin_memory=pinned)
+        for (device, dtype), size in sizes.items():
+            memory = torch.empty(size, dtype=dtype) if device.type == "cpu" else pinned(size, dtype)
+            self.flat[device, dtype] = memory
         for key, shape, _ in layout:
             kind, start = places[key]
             self.views[key] = self.flat[kind][start : start + shape.numel()].view(shape)

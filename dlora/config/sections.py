@@ -88,6 +88,9 @@ class DataConfig:
 
     train: str | list[str] = required("file, list of files, glob, or builtin:docstrings")
     eval: str | list[str] | None = option(None, "as train; also builtin:docstrings-heldout")
+    max_eval_samples: int | None = option(
+        None, "evaluate on the first so many records of data.eval; null: on all", ge=1
+    )
     format: str = option("chat", "layout of a record", room="data.formats", later=("preference",))
     max_length: int = option(1024, "longest sequence, in tokens", ge=2)
     shuffle: bool = option(True, "a new order each epoch, drawn from train.seed")
@@ -144,6 +147,9 @@ class OutputConfig:
     log_every: int = option(1, "steps between metrics; 0: never", ge=0)
     eval_every: int = option(50, "steps between evaluations; 0: never", ge=0)
     save_every: int = option(50, "steps between checkpoints; 0: never", ge=0)
+    snapshot_every: int = option(
+        1, "steps between snapshots in host memory, which survivors of a lost rank commit", ge=1
+    )
     keep_last: int = option(2, "checkpoints to keep", ge=1)
     remote: str | None = option(
         None, "an fsspec URL (s3://..., gs://...): checkpoints are copied there and fetched from it"

@@ -43,6 +43,7 @@ INERT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
         lambda c: c.data.eval is None and c.output.eval_every != 0,  # 0 asks for nothing
         "data.eval is null",
     ),
+    ("data.max_eval_samples", lambda c: c.data.eval is None, "data.eval is null"),
     ("output.resume_force", lambda c: c.output.resume == "none", "output.resume is none"),
 )
 

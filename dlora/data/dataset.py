@@ -32,11 +32,13 @@ class Report:
     max_length: int
     skipped: int = 0  # beside the records above: what data.on_error: skip left out
     first_fault: str = ""
+    most: int | None = None  # the first so many records were read
 
     def __str__(self) -> str:
+        first = "the first " if self.most else ""
         return (
-            f"{self.records} records: {self.kept} kept with {self.targets} target tokens, the "
-            f"longest has {self.longest} tokens; max_length {self.max_length} dropped "
+            f"{first}{self.records} records: {self.kept} kept with {self.targets} target tokens, "
+            f"the longest has {self.longest} tokens; max_length {self.max_length} dropped "
             f"{self.dropped} (no answer left) and shortened "
             f"{self.shortened}{self._said_of_faults()}"
         )
@@ -113,6 +115,7 @@ def load_examples(
     tokenizer: Any,
     max_length: int,
     on_error: str = "stop",
+    most: int | None = None,
 ) -> Dataset:
     """Reads and encodes a data source.
 
@@ -124,6 +127,7 @@ def load_examples(
         max_length: in tokens; longer sequences are cut on the right, and dropped if no target is
             left.
         on_error: "stop" at a record that cannot be used, or "skip" and count it.
+        most: read no more than this many records that can be used; None: all.
 
     Raises:
         UsageError: with file and line: something that the user can correct.
@@ -131,7 +135,8 @@ def load_examples(
     faults = Faults(skip=on_error == "skip")
     contents = _contents(source, key, format, faults)
     encoder = Encoder(tokenizer, special_tokens=format == "text", key=key)
-    texts = _texts(contents, ChatRenderer(tokenizer, key) if format != "text" else None, faults)
+    renderer = ChatRenderer(tokenizer, key) if format != "text" else None
+    texts = islice(_texts(contents, renderer, faults), most)
 
     ids: list[Int32Array] = []
     labels: list[Int32Array] = []
@@ -156,6 +161,7 @@ def load_examples(
         max_length=max_length,
         skipped=faults.count,
         first_fault=faults.first,
+        most=most,
     )
     if not ids and faults.count and not records:
         raise UsageError(f"none of {faults.count} records can be used, the first: {faults.first}")

@@ -141,6 +141,25 @@ def read_now(store: dist.Store) -> tuple[str, bool] | None:
     return message, passes
 
 
+def note(ranks: Ranks, key: str, text: str) -> None:
+    """Leave something for the other ranks, if the store answers."""
+    if (store := ranks.store) is not None:
+        ask(lambda: store.set(key, text))
+
+
+def noted(ranks: Ranks, key: str, seconds: float) -> str:
+    """What a rank has noted, after at most so many seconds; nothing where there is none by then."""
+    if (store := ranks.store) is None:
+        return ""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        answers, _ = ask(lambda: store.get(key).decode() if store.check([key]) else "")
+        if not answers or answers[0]:
+            return "".join(answers)
+        time.sleep(0.1)
+    return ""
+
+
 def ask(question: Callable[[], T]) -> tuple[list[T], threading.Thread]:
     """([what a question to the store returns], the thread that asks it).
 

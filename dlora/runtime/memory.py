@@ -22,6 +22,15 @@ _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 _STATM = Path("/proc/self/statm")
 
 
+def use_huge_pages() -> None:
+    """Let torch ask the kernel for huge pages, unless the user has decided; before it allocates.
+
+    A gathered layer and a matrix of activations are new memory each time, which the kernel clears
+    as it is touched: in pages of 2 MiB that takes a third of the time of pages of 4 KiB.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
 class MemoryMeter:
     """Start it after imports and before anything large exists."""
 

@@ -56,7 +56,7 @@ class PeerWatch:
         self._passes, self._last = 0, time.monotonic()
         self._answered = time.monotonic()  # when the store did so last
         self._seen: dict[int, tuple[str, float]] = {}  # by rank: its beat, and when it was new
-        self._is_judging = False
+        self._is_judging, self._is_waiting = False, False
 
     def beat(self) -> None:
         """Record progress; every pass of the model calls it."""
@@ -87,6 +87,16 @@ class PeerWatch:
         finally:
             ended.set()
             thread.join(failure.ANSWER_SECONDS)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside, this rank may be quiet for as long as the others live."""
+        before, self._is_waiting = self._is_waiting, True
+        try:
+            yield
+        finally:
+            self.beat()
+            self._is_waiting = before
 
     def lost(self) -> str:
         """Who is lost, once this rank knows that somebody is: those whose beats have stopped.
@@ -147,7 +157,8 @@ class PeerWatch:
             ]
             if gone:
                 return f"{self._named(gone)} gives no sign of life"
-        return None if silence < limit else f"nothing moved for {limit:g} s; {self._hindmost()}"
+        has_time = silence < limit or self._is_waiting
+        return None if has_time else f"nothing moved for {limit:g} s; {self._hindmost()}"
 
     def _end(self, reason: str, commit: Commit | None) -> None:
         line = f"dlora: rank {self._ranks.rank}: weights could not be read on all ranks"

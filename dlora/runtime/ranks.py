@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -126,10 +127,18 @@ class Ranks:
     def leave(self) -> None:
         """Wait for all ranks, so that the store outlives its readers, and end the process group."""
         if dist.is_initialized():
-            dist.barrier()
+            self._meet("end")
             dist.destroy_process_group()
-        else:
-            self.part("end")
+        self.part("end")
+
+    def _meet(self, topic: str) -> None:
+        """Wait for all ranks over the store: a collective would end after `timeout_seconds`."""
+        assert self.store is not None
+        keys, pause = [f"{topic}/{rank}" for rank in range(self.world)], 0.001
+        self.store.set(keys[self.rank], "")
+        while not self.store.check(keys):
+            time.sleep(pause)
+            pause = min(2 * pause, 0.25)
 
     def part(self, topic: str) -> None:
         """End without a process group: rank 0, if it serves the store, waits for the others."""

@@ -20,6 +20,7 @@ FREE_KEYS = {
     "adapter.path",  # the adapter's settings are compared, not its path
     "data.train",  # the files' content is compared, not their names
     "data.eval",
+    "data.max_eval_samples",
     "data.on_error",
     "train.max_steps",
     "train.epochs",

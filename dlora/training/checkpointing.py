@@ -2,8 +2,9 @@
 
 save      the step that was just made, copied at once and written by a thread; rank 0 alone,
           unless the optimizer state is divided over ranks
-snapshot  every step: a copy in this rank's host memory
-commit    the snapshot becomes a checkpoint: any rank, no collective, from any thread
+snapshot  every `output.snapshot_every` steps: a copy in host memory, on two ranks of each node
+commit    the snapshot becomes a checkpoint: no collective, from any thread
+push      a copy of what is committed, in `output.remote`: the run does not wait for it
 """
 
 from __future__ import annotations
@@ -21,21 +22,24 @@ import torch.distributed as dist
 from dlora.checkpoint import format as checkpoints
 from dlora.checkpoint.format import Checkpoint
 from dlora.checkpoint.host_copy import capture
-from dlora.checkpoint.remote import RemoteCheckpoints, remote_of
 from dlora.checkpoint.snapshot import Snapshots
 from dlora.errors import UsageError
-from dlora.hooks import Committed, Saved, nothing
+from dlora.hooks import Committed, nothing
 from dlora.metrics.log import complete
 from dlora.runtime.console import console
-from dlora.runtime.failure import found_report
+from dlora.runtime.failure import found_report, note, noted
 from dlora.runtime.peer_watch import PeerWatch
 from dlora.sharding.replica.optimizer_state import ReplicaError
 from dlora.training.context import RunContext
 from dlora.training.find_checkpoint import state_at
+from dlora.training.pushes import Pushes
 from dlora.training.resume import resolved_yaml
 
 # Texts of gloo's and torch's errors when the connection to a peer is lost.
 _LOST = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+KEEPERS = 2  # ranks of a node that keep snapshots
+KEEPER_SECONDS = 20.0  # that the others wait for one of them: an agent ends all after the first
+_COMMITTED = "committed"  # of the store: what the first that has committed says
 RESUMES = "the same command resumes from there"
 
 
@@ -49,13 +53,13 @@ class CheckpointManager:
     def __init__(self, context: RunContext, start: int) -> None:
         self._context, self._start = context, start
         self._root = context.directory / "checkpoints"
-        self._remote = remote_of(context.config)
         self._snapshots = Snapshots()
-        self._record: dict[str, Any] = {}  # of the snapshot's step
-        self._lock = threading.Lock()  # while a snapshot is written or read
+        self._done = start  # the last whole step
+        self._committing = threading.Lock()  # one commit at a time
         self._writing = threading.Lock()  # one checkpoint at a time
         self._writer = ThreadPoolExecutor(1, "dlora-save")
-        self._pending: Future[Saved | None] | None = None
+        self._pending: Future[Path | None] | None = None
+        self._pushes = Pushes(context)
 
     def save(self, step: int, record: dict[str, Any]) -> None:
         """Commit a checkpoint: rank 0 alone, unless the optimizer state is divided over ranks.
@@ -74,7 +78,7 @@ class CheckpointManager:
                 with self._warning_of_disk(step):
                     self.write_method_files(step)
                 self._pending = self._writer.submit(self._write_behind, captured)
-                committed = self._pending.result
+                committed = self._pushes.after(self._pending)
         self._context.hooks.saved(record, committed)
 
     @contextlib.contextmanager
@@ -91,16 +95,29 @@ class CheckpointManager:
         if pending is not None:
             pending.result()
 
-    def snapshot(self, step: int, record: dict[str, Any]) -> None:
-        """Copy a step to host memory, with its line of the metrics.
+    @property
+    def keeps_snapshots(self) -> bool:
+        """Whether this rank is one of its node's that do.
 
-        There is none where the optimizer state is divided: no rank has all of it.
+        None does where the optimizer state is divided: no rank has all of it.
         """
-        replica = self._context.replica
-        if not replica.strategy.collective_saves:
-            with self._lock:
-                self._snapshots.take(step, replica, **self._beside())
-                self._record = record
+        topology = self._context.prepared.topology
+        on_node = topology.rank - topology.node * topology.ranks_per_node
+        return on_node < KEEPERS and not self._context.replica.strategy.collective_saves
+
+    def snapshot(self, step: int, metrics: dict[str, Any]) -> None:
+        """Copy a step that is due to host memory, with its line of the metrics."""
+        self._done = step
+        if step % self._context.config.output.snapshot_every == 0 and self.keeps_snapshots:
+            self._snapshots.take(step, metrics, self._context.replica, **self._beside())
+
+    def before_change(self) -> None:
+        """Comes before anything that changes what a snapshot copies."""
+        self._snapshots.before_change()
+
+    def look(self) -> None:
+        """Note whether the newest snapshot has arrived; every pass of the model does it."""
+        self._snapshots.look()
 
     def commit(self, *, ending: bool) -> str:
         """Commit the snapshot, unless its step is committed already; returns a line about it.
@@ -108,8 +125,7 @@ class CheckpointManager:
         Args:
             ending: the process will write nothing more, so the step's metrics are written as well.
         """
-        with self._lock:
-            snapshot = self._snapshots.newest()
+        with self._committing, self._snapshots.newest() as snapshot:
             if snapshot is None:
                 return self._nothing_to_commit()
             step = snapshot.step
@@ -119,17 +135,23 @@ class CheckpointManager:
             except UsageError:
                 self._context.lock.check()
                 self.write_method_files(step)
-                self._push(self._write(snapshot.checkpoint(self._state(step))))
+                self._pushes.push(self._write(snapshot.checkpoint(self._state(step))))
             every = self._context.config.output.log_every
-            if ending and every and step % every == 0 and self._record["step"] == step:
+            if ending and every and step % every == 0:
                 self._context.lock.check()
-                complete(self._context.directory / "metrics.jsonl", self._record)
-        return f"step {step} is committed in {directory}; {RESUMES}"
+                complete(self._context.directory / "metrics.jsonl", snapshot.metrics)
+        older = self._done - step
+        behind = f", {older} step{'s'[: older - 1]} before the last whole one" if older else ""
+        return f"step {step} is committed in {directory}{behind}; {RESUMES}"
 
     def commit_alone(self, *, ending: bool) -> str:
         """`commit` for a rank that has lost its peers: an error becomes the line."""
         try:
-            line = self.commit(ending=ending)
+            if self.keeps_snapshots:
+                line = self.commit(ending=ending)
+                note(self._context.ranks, _COMMITTED, line)
+            else:
+                line = self._keeper_s_line()
         except Exception as error:
             line = f"the last whole step could not be committed: {error}"
         return f"dlora: rank {self._context.ranks.rank}: {line}"
@@ -141,7 +163,9 @@ class CheckpointManager:
         """
         try:
             status = work()
-            self._context.ranks.leave()
+            with peers.waiting():  # for a store, as long as it takes
+                self.close()
+                self._context.ranks.leave()
         except ReplicaError as error:  # on every rank; its adapters are wrong, so nothing is saved
             console.error(str(error))
             return 1
@@ -156,11 +180,17 @@ class CheckpointManager:
             print(f"{line} (lost a peer: {reason})", file=sys.stderr, flush=True)
             self._context.hooks.lost()
             return 1
+        finally:
+            self.close()
         return status
+
+    def close(self) -> None:
+        """Wait for what is being copied to `output.remote`; nothing is saved afterwards."""
+        self._pushes.close()
 
     def publish(self, adapter: Path) -> None:
         """Copy the adapter, which was just written, to `output.remote`."""
-        self._copy(adapter.name, lambda remote: remote.put(adapter))
+        self._pushes.publish(adapter)
 
     def write_method_files(self, step: int) -> None:
         """Write the files that the adapters' method has in the run's directory, up to a step."""
@@ -176,10 +206,20 @@ class CheckpointManager:
         }
 
     def _nothing_to_commit(self) -> str:
-        if self._context.replica.strategy.collective_saves:
-            return "no rank has the whole optimizer state; the newest checkpoint is the last save"
+        if self._done > self._start:
+            return f"no snapshot is whole yet; the newest checkpoint is the last save ({RESUMES})"
         there = f"; step {self._start} is committed" if self._start else ""
         return f"no step has finished since the start{there}"
+
+    def _keeper_s_line(self) -> str:
+        """For a rank without snapshots, once one that has them has committed, or some seconds on.
+
+        Until then it stays: where one process ends, agents and schedulers end the others.
+        """
+        if self._context.replica.strategy.collective_saves:
+            return "no rank has the whole optimizer state; the newest checkpoint is the last save"
+        said = noted(self._context.ranks, _COMMITTED, KEEPER_SECONDS)
+        return said or f"snapshots are kept by the first {KEEPERS} ranks of each node"
 
     def _state(self, step: int) -> dict[str, Any]:
         found = self._context.prepared
@@ -194,10 +234,9 @@ class CheckpointManager:
         except OSError as error:
             console.warning(f"step {step} could not be saved: {error}; the run continues")
 
-    def _write_behind(self, checkpoint: Checkpoint) -> Saved | None:
+    def _write_behind(self, checkpoint: Checkpoint) -> Path | None:
         with self._warning_of_disk(checkpoint.state["step"]):
-            directory = self._write(checkpoint)
-            return Saved(directory, self._push(directory))
+            return self._write(checkpoint)
         return None
 
     def _write(self, checkpoint: Checkpoint) -> Path:
@@ -209,26 +248,5 @@ class CheckpointManager:
                 self._context.config.output.keep_last,
                 rank=self._context.ranks.rank,
                 check=self._context.lock.check,
+                spared=self._pushes.reading,
             )
-
-    def _push(self, directory: Path) -> str | None:
-        """Copy a checkpoint to `output.remote`; its URL there."""
-        keep_last = self._context.config.output.keep_last
-        return self._copy(directory.name, lambda remote: remote.push(directory, keep_last))
-
-    def _copy(self, name: str, copy: Callable[[RemoteCheckpoints], object]) -> str | None:
-        """Copy something to `output.remote`; its URL there.
-
-        A store that refuses it does not end the run: that is a warning, and there is no URL.
-        """
-        if self._remote is None:
-            return None
-        self._context.lock.check()
-        try:
-            copy(self._remote)
-        except Exception as error:  # every store has exceptions of its own
-            console.warning(
-                f"{name} could not be copied to {self._remote.url}: {error}; the run continues"
-            )
-            return None
-        return f"{self._remote.url}/{name}"

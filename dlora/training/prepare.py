@@ -117,7 +117,8 @@ def prepare(
     train = _load(config, "train", config.data.train, tokenizer, announce)
     held_out = None
     if config.data.eval is not None:
-        held_out = _load(config, "eval", config.data.eval, tokenizer, announce)
+        most = config.data.max_eval_samples
+        held_out = _load(config, "eval", config.data.eval, tokenizer, announce, most)
     check_sequences({"data.train": train, "data.eval": held_out}, tokenizer, skeleton)
     sampler = _sampler(config, len(train))
     lora = scheduled(lora, sampler.total_steps)
@@ -242,6 +243,7 @@ def _load(
     source: str | list[str],
     tokenizer: Any,
     announce: Callable[[str], None],
+    most: int | None = None,
 ) -> Dataset:
     dataset = load_examples(
         source,
@@ -250,6 +252,7 @@ def _load(
         tokenizer=tokenizer,
         max_length=config.data.max_length,
         on_error=config.data.on_error,
+        most=most,
     )
     announce(f"data.{key}: {dataset.report}")
     return dataset

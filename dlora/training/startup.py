@@ -22,6 +22,7 @@ from dlora.plan.capacity import free_bytes
 from dlora.quant.dequantize import bitsandbytes_kernel
 from dlora.runtime.agreement import agree, broadcast, gather
 from dlora.runtime.console import console
+from dlora.runtime.memory import use_huge_pages
 from dlora.runtime.ranks import Ranks, own_device
 from dlora.runtime.run_lock import LEASE_SECONDS, STALE_SECONDS, RunLock
 from dlora.sharding.topology import Topology
@@ -43,6 +44,7 @@ def enter(argv: list[str], prog: str, first: Callable[[], None]) -> tuple[Ranks,
     Raises:
         UsageError: on every rank, if a command line or a configuration file is wrong on any.
     """
+    use_huge_pages()
     printed, options, failure, device = io.StringIO(), None, None, torch.device("cpu")
     try:
         device = own_device()

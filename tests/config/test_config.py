@@ -59,6 +59,7 @@ ADDED = {  # change nothing
     ("sharding", "optimizer_state"): "auto",
     ("sharding", "cpu_offload"): False,
     ("sharding", "audit"): "stop",
+    ("sharding", "loading_timeout_seconds"): 3600,
     ("adapter", "importance"): "uncertainty",
     ("adapter", "budget_unit"): "triplets",
     ("adapter", "flora_r_out"): None,
@@ -66,9 +67,11 @@ ADDED = {  # change nothing
     ("adapter", "lora_ga_gamma"): 16.0,
     ("adapter", "lora_ga_batches"): 2,
     ("optimizer", "lora_pro_moments"): "low",
+    ("data", "max_eval_samples"): None,
     ("data", "on_error"): "stop",
     ("train", "allow_unused"): False,
     ("output", "remote"): None,
+    ("output", "snapshot_every"): 1,
     ("output", "samples"): 0,
 }
 

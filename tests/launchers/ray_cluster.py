@@ -251,3 +251,11 @@ class Clusters:
 def starts_in(log: str) -> int:
     """How often Ray Train has started workers; both raylets tell of the same logs here."""
     return len(set(re.findall(r"pid=(\d+)\) world_rank=0", log)))
+
+
+def ended(job: subprocess.Popen[bytes], log: Path, limit: float = 400.0) -> int:
+    """The exit status of a program; what it has printed, where it does not end."""
+    try:
+        return job.wait(limit)
+    except subprocess.TimeoutExpired:
+        raise AssertionError(f"still running after {limit:g} s: {log.read_text()}") from None

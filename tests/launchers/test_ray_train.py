@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 from ranks import Pools
-from ray_cluster import Cluster, cluster, starts_in
+from ray_cluster import Cluster, cluster, ended, starts_in
 from run_files import write_run
 from run_training import train
 from safetensors.torch import load_file
@@ -144,7 +144,7 @@ def test_a_stop_by_signal_commits(
     with ray.running(*command, log=log) as job:
         wait_for(lambda: last_step(directory) >= 3)
         job.send_signal(number)
-        assert job.wait(LIMIT_SECONDS) == status, log.read_text()
+        assert ended(job, log) == status, log.read_text()
     saved = directory / f"ray/step-{last_step(directory):06d}"
     checkpoints.verify(saved)
     assert starts_in(log.read_text()) == 1
@@ -159,7 +159,7 @@ def test_a_run_that_waits_for_room_is_stopped_at_once(
     with ray.running(*command, log=log) as job:
         wait_for(lambda: "Attempting to start training worker group" in log.read_text())
         job.send_signal(signal.SIGTERM)
-        assert job.wait(LIMIT_SECONDS) == 143, log.read_text()
+        assert ended(job, log) == 143, log.read_text()
     assert starts_in(log.read_text()) == 0
 
 
@@ -210,7 +210,7 @@ def test_the_same_command_goes_on_after_pruning(
     with ray.running(*command, str(configured("again", **settings | more)), log=log) as job:
         wait_for(lambda: last_step(place / "again") >= 6)
         stop.touch()
-        assert job.wait(LIMIT_SECONDS) == 143, log.read_text()
+        assert ended(job, log) == 143, log.read_text()
     assert "resuming after step 4" in log.read_text() and starts_in(log.read_text()) == 1
 
 
@@ -228,7 +228,7 @@ def test_a_killed_worker_is_started_again(
         assert victim.nice() == psutil.Process().nice()  # as torchrun would start it
         wait_for(lambda: last_step(place / "killed") >= 5)
         victim.kill()
-        assert job.wait(LIMIT_SECONDS) == 0, log.read_text()
+        assert ended(job, log) == 0, log.read_text()
     assert "resuming after step" in log.read_text() and starts_in(log.read_text()) == 2
     assert re.search("dlora: warning: step .* could not be reported to Ray", log.read_text())
     checkpoints.verify(away / f"step-{STEPS:06d}")
@@ -256,7 +256,7 @@ def test_a_lost_node_leaves_a_smaller_run(
     with ray.running(*command, log=log) as job:
         wait_for(lambda: last_step(place / "elastic") >= 5)
         ray.kill_second()
-        assert job.wait(LIMIT_SECONDS) == 0, log.read_text()
+        assert ended(job, log) == 0, log.read_text()
     assert "1 rank(s)" in log.read_text()
     resumed = re.search(r"resuming after step (\d+)", log.read_text())
     assert resumed is not None and int(resumed[1]) >= 4

@@ -228,9 +228,9 @@ def trained(argv: list[str]) -> dict[str, Any]:
     with torch.no_grad():
         logits = model(input_ids=torch.arange(12)[None], use_cache=False).logits
     frozen = {name: tensor.clone() for name, tensor in frozen_tensors(model).items()}
-    if snapshot := run[0].checkpoints._snapshots.newest():  # what any rank can commit alone
-        kept = snapshot.files["adapter"]
-        assert same_bits(kept, {**result["tensors"], **frozen})
+    with run[0].checkpoints._snapshots.newest() as snapshot:  # what a rank can commit alone
+        if snapshot is not None:
+            assert same_bits(snapshot.files["adapter"], {**result["tensors"], **frozen})
     planned = run[0].prepared.budget.memory.offsets
     assert planned == sum(tensor.nbytes for tensor in frozen.values())
     return {**result, "frozen": frozen, "starts": len(starts), "logits": logits}

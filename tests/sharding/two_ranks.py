@@ -1,4 +1,4 @@
-"""Two ranks that are processes of their own, started as by hand, without an agent: they may die."""
+"""Ranks that are processes of their own, started as by hand, without an agent: they may die."""
 
 import multiprocessing
 import os
@@ -15,9 +15,9 @@ from run_training import figures
 LIMIT_SECONDS = 300
 
 
-def one_rank(rank: int, port: int, argv: list[str], printed: str, meddle: Any) -> None:
+def one_rank(rank: int, world: int, port: int, argv: list[str], printed: str, meddle: Any) -> None:
     """The life of a rank; `meddle` is a function from above and its argument, or None."""
-    become(rank, 2, port, printed, printed)
+    become(rank, world, port, printed, printed)
     torch.set_num_threads(1)
     from dlora.runtime.exit_status import exit_with
     from dlora.train import main
@@ -29,21 +29,23 @@ def one_rank(rank: int, port: int, argv: list[str], printed: str, meddle: Any) -
 
 
 class Ranks:
-    """Two ranks of one run.
+    """The ranks of one run, two of them unless there are `world`.
 
     Args:
         meddling: by rank, what `one_rank` is to meddle with.
     """
 
-    def __init__(self, argv: list[str], directory: Path, **meddling: Any) -> None:
+    def __init__(
+        self, argv: list[str], directory: Path, *, world: int = 2, **meddling: Any
+    ) -> None:
         port = free_port()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         directory.mkdir(parents=True, exist_ok=True)
-        self._printed = [directory / f"rank-{rank}" for rank in range(2)]
+        self._printed = [directory / f"rank-{rank}" for rank in range(world)]
         self.workers: list[Any] = []
         for rank, printed in enumerate(self._printed):
-            arguments = (rank, port, argv, str(printed), meddling.get(f"rank{rank}"))
+            arguments = (rank, world, port, argv, str(printed), meddling.get(f"rank{rank}"))
             self.workers.append(context.Process(target=one_rank, args=arguments, daemon=True))
             self.workers[-1].start()
 
@@ -67,8 +69,8 @@ class Ranks:
         return self._printed[rank].read_text(errors="replace")
 
     def finish(self) -> None:
-        """Both run to their end."""
-        for rank in range(2):
+        """All run to their end."""
+        for rank in range(len(self.workers)):
             assert self.status(rank) == 0, self.printed(rank)
 
     def end(self) -> None:

@@ -81,6 +81,7 @@ def train(argv: list[str], meddle: Callable[[TrainingRun], None] | None = None) 
     if meddle is not None:
         meddle(run)
     status = run.train()
+    run.checkpoints.close()
     held = capture(run.replica, run.replica.states(run.optimizer), {})
     tensors = {name: parameter.detach().clone() for name, parameter in run.replica.named.items()}
     return {"status": status, "tensors": tensors, "optimizer": held and held.states["optimizer"]}

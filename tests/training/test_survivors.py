@@ -27,6 +27,7 @@ from two_ranks import Ranks, check_same_end
 
 from dlora.base.model import BaseModel
 from dlora.checkpoint import format as checkpoints
+from dlora.checkpoint.remote import RemoteCheckpoints
 from dlora.hooks import Committed, Hooks
 from dlora.train import Run
 from dlora.training.watchdogs import FiniteWatch
@@ -231,6 +232,21 @@ def test_a_hung_peer_that_nobody_hears_of(
     )
 
 
+def test_two_ranks_of_a_node_keep_snapshots(ranks_of: Any, command: Any, tmp_path: Path) -> None:
+    """The third one knows what the second has committed; every second step is copied."""
+    argv = command(tmp_path / "run", output__snapshot_every=2, output__save_every=0)
+    ranks = ranks_of(argv, world=3, rank0=(ends_in_a_forward, signal.SIGKILL))
+    assert [ranks.status(rank) for rank in range(3)] == [-signal.SIGKILL, 1, 1]
+    directory = tmp_path / "run" / "checkpoints"
+    assert [path.name for path in directory.iterdir() if path.is_dir()] == ["step-000004"]
+    line = f"step 4 is committed in {directory / 'step-000004'}, 1 step before the last whole one;"
+    assert f"dlora: rank 1: {line}" in ranks.printed(1)
+    assert "dlora: rank 2: snapshots are kept by the first 2 ranks of each node" in ranks.printed(2)
+    resumed = ranks_of(argv, world=3)
+    resumed.finish()
+    assert "resuming after step 4" in resumed.printed(0)
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_peer_that_fails_is_named(
     ranks_of: Any, command: Any, tmp_path: Path, victim: int
@@ -335,6 +351,40 @@ def test_saves_are_told_on_every_rank(
     assert [(step, name) for step, _, name, _ in main] == list(names.items())
     assert [told[3] for told in main] == urls
     assert other == [(step, loss, None, None) for step, loss, _, _ in main]
+
+
+def trained_beside_a_slow_store(argv: list[str]) -> list[str]:
+    """A run whose store takes nothing before the run's last steps are saved.
+
+    Returns:
+        What the store got, in order.
+    """
+    root, got = Path(argv[argv.index("--output.dir") + 1], "checkpoints"), list[str]()
+    last, pruned = root / f"step-{STEPS:06d}", root / f"step-{STEPS - 2:06d}"
+    put = RemoteCheckpoints.put
+
+    def slow(store: RemoteCheckpoints, directory: Path) -> str:
+        wait_until(lambda: last.exists() and not pruned.exists())
+        got.append(directory.name)
+        return put(store, directory)
+
+    RemoteCheckpoints.put = slow  # type: ignore[method-assign]
+    try:
+        train(argv)
+    finally:
+        RemoteCheckpoints.put = put  # type: ignore[method-assign]
+    return got
+
+
+def test_a_slow_store_holds_up_no_step(pools: Pools, command: Any, tmp_path: Path) -> None:
+    """Steps 1 to 8 are saved; the first is being copied, of the others the last two are."""
+    argv = command(tmp_path / "run", output__save_every=1)
+    argv += ["--output.remote", f"file://{tmp_path}/store"]
+    main, other = pools(2).run(trained_beside_a_slow_store, argv)
+    last = [f"step-{step:06d}" for step in (STEPS - 1, STEPS)]
+    assert main == ["step-000001", *last, "adapter"] and other == []
+    for name in last:
+        checkpoints.verify(tmp_path / "store" / name)
 
 
 def committed_again(argv: list[str], rounds: int) -> list[dict[str, bool]]:
