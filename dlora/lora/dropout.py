@@ -1,19 +1,36 @@
-"""Dropout masks that depend on the sample, not on the process that happens to compute it.
+"""Dropout masks that depend on the sample, not on the process or the device that computes them.
 
-The mask of one sequence at one adapter is drawn from a generator seeded with (seed, step, sequence
-id, layer). So it is the same on 1 and on 8 ranks, under any accumulation, after a resume, and when
-activation checkpointing runs the forward pass a second time.
+Each element is a hash, so that nothing is drawn and nothing is stored: backward makes the mask of
+forward again, with the same bits on every device.
+
+    of a token     t = mix(key of (seed, step, sequence id) + position in its own sequence · γ)
+    of a column    c = mix(column · γ)
+    of an element  keep  ⇔  fold((t ⊕ key of the layer), c) ≥ p·2³²
+
+So a mask is the same on 1 and on 8 ranks, under any accumulation and in any batch, after a resume,
+and when activation checkpointing runs the forward pass a second time.
+
+`mix` and its constants are lowbias32's (https://github.com/skeeto/hash-prospector) on int32, as
+torch has no arithmetic for uint32: products wrap alike, and shifts copy the sign.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+KEYED_BY = ("seed", "step", "sequence", "layer", "position", "column")
+_GAMMA, _FIRST, _SECOND = 0x9E3779B1 - 2**32, 0x7FEB352D, 0x846CA68B - 2**32
+# Elements hashed at one time: as many as a core's cache has room for, and few operations on a GPU.
+_AT_ONCE = {"cpu": 1 << 16}
+_AT_ONCE_ELSEWHERE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -26,25 +43,71 @@ class SampleKeys:
     lengths: Sequence[int]
 
 
+@dataclass(frozen=True)
+class Mask:
+    """The mask of an input [T, n], made wherever it is used.
+
+    Attributes:
+        tokens: int32 [T], a hash of each token.
+        layer: the key of the layer.
+        p: the share of elements that are dropped.
+    """
+
+    tokens: Tensor
+    layer: int
+    p: float
+
+    def keep(self, n: int) -> Tensor:
+        """bool [T, n], False where an element is dropped."""
+        keep = torch.empty(len(self.tokens), n, dtype=torch.bool, device=self.tokens.device)
+        for rows, part in self._parts(n):
+            keep[rows] = part
+        return keep
+
+    @property
+    def scale(self) -> float:
+        """What is kept is multiplied by: 1/(1 − p)."""
+        return 1 / (1 - self.p)
+
+    def drop(self, x_Tn: Tensor) -> Tensor:
+        """scale · keep⊙x, a new tensor."""
+        out_Tn = torch.empty_like(x_Tn)
+        for rows, keep in self._parts(x_Tn.shape[1]):
+            torch.mul(x_Tn[rows], keep, out=out_Tn[rows]).mul_(self.scale)
+        return out_Tn
+
+    def _parts(self, n: int) -> Iterator[tuple[slice, Tensor]]:
+        """(some rows, their part of the mask)."""
+        device = self.tokens.device
+        columns_n = mix(torch.arange(n, dtype=torch.int32, device=device).mul_(_GAMMA))
+        tokens_T1 = mix(self.tokens ^ self.layer)[:, None]
+        threshold = min(round(self.p * 2**32), 2**32 - 1) - 2**31
+        step = max(1, _AT_ONCE.get(device.type, _AT_ONCE_ELSEWHERE) // max(n, 1))
+        for first in range(0, len(tokens_T1), step):
+            rows = slice(first, first + step)
+            yield rows, _fold_(tokens_T1[rows] ^ columns_n) >= threshold
+
+
 class DropoutStream:
     """Shared by all adapters of a model: where their masks come from.
 
-    Without keys (a training loop that knows nothing of them) masks come from torch's global
-    generator, as `torch.nn.Dropout` does.
+    Without keys (a training loop that knows nothing of them) a token's hash comes from torch's
+    global generator, so that masks follow `torch.manual_seed` as those of `torch.nn.Dropout` do.
     """
 
     def __init__(self) -> None:
         self._keys: SampleKeys | None = None
         self._positions: Tensor | None = None
+        self._grids: dict[tuple[torch.device, int], Tensor] = {}  # of the keys
 
     @contextmanager
     def keyed(self, keys: SampleKeys) -> Iterator[None]:
-        """Draw masks from `keys`; open for forward *and* backward, which may recompute."""
-        previous, self._keys = self._keys, keys
+        """Make masks from `keys`; open for forward *and* backward, which may recompute."""
+        previous, self._keys, self._grids = self._keys, keys, {}
         try:
             yield
         finally:
-            self._keys = previous
+            self._keys, self._grids = previous, {}
 
     @contextmanager
     def at(self, positions: Tensor) -> Iterator[None]:
@@ -55,53 +118,87 @@ class DropoutStream:
         finally:
             self._positions = previous
 
-    def keep_mask(self, x: Tensor, p: float, layer: str) -> Tensor:
-        """A bool mask shaped like x, True with probability 1 − p.
+    def mask(self, x: Tensor, p: float, layer: str) -> Mask | None:
+        """The mask of x as [T, n], n its last dim; None for keys without sequences.
 
         Args:
             x: [rows, tokens, n] or [rows·tokens, n], rows in the order of the keys; or anything
                 else (an image, say), of which no element belongs to a token.
         """
-        if self._keys is None:
-            return torch.rand(x.shape, device=x.device) >= p
-        keys = self._keys
+        total, keys = x.shape[:-1].numel(), self._keys
+        if keys is None:
+            size, dtype = (total,), torch.int32
+            hashes_T = torch.randint(-(2**31), 2**31, size, dtype=dtype, device=x.device)
+            return Mask(hashes_T, 0, p)
         if not keys.ids:  # a pass of weight zero, made to keep in step with other ranks
-            return torch.ones(x.shape, dtype=torch.bool, device=x.device)
+            return None
         if self._positions is not None:
-            return _picked_mask(x, p, layer, keys, self._positions)
-        rows, features = len(keys.ids), x.shape[-1]
-        tokens, rest = divmod(x.numel() // features, rows)
+            rows_T, tokens_T = self._positions.unbind(1)
+            hashes_T = self._grid(x.device, max(keys.lengths))[rows_T, tokens_T]
+            return Mask(hashes_T, key_of(layer), p)
+        tokens, rest = divmod(total, len(keys.ids))
         if rest or tokens < max(keys.lengths) or x.ndim > 3:
             # An input that is not a [rows, tokens] grid (a mixture-of-experts branch, say)
             # cannot be split by sequence: one stream for all of it, still exact on recomputation.
-            generator = _generator(x.device, keys.seed, keys.step, tuple(keys.ids), layer)
-            return torch.rand(x.shape, device=x.device, generator=generator) >= p
-        keep = torch.ones(rows, tokens, features, dtype=torch.bool, device=x.device)
-        for row, length in enumerate(keys.lengths):
-            keep[row, :length] = _sequence_mask(x, p, layer, keys, row)
-        return keep.view(x.shape)
+            whole = key_of(keys.seed, keys.step, *keys.ids)
+            return Mask(_tokens([whole], total).view(-1).to(x.device), key_of(layer), p)
+        return Mask(self._grid(x.device, tokens).view(-1), key_of(layer), p)
+
+    def _grid(self, device: torch.device, tokens: int) -> Tensor:
+        """int32 [rows, tokens], the hashes of the keys' tokens; made once for all layers."""
+        if (device, tokens) not in self._grids:
+            keys = self._keys
+            assert keys is not None
+            hashes = _tokens([key_of(keys.seed, keys.step, id) for id in keys.ids], tokens)
+            self._grids[device, tokens] = hashes.to(device, non_blocking=True)
+        return self._grids[device, tokens]
 
 
-def _picked_mask(x: Tensor, p: float, layer: str, keys: SampleKeys, positions: Tensor) -> Tensor:
-    row_T, token_T = positions.unbind(1)
-    keep = torch.ones(x.shape, dtype=torch.bool, device=x.device)
-    for row in row_T.unique().tolist():
-        here = row_T == row
-        keep[here] = _sequence_mask(x, p, layer, keys, row)[token_T[here]]
-    return keep
+class _Dropped(torch.autograd.Function):
+    """scale · keep⊙x with columns along `dim`; backward makes the mask again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Mask, dim: int) -> Tensor:
+        ctx.mask, ctx.dim = mask, dim
+        shape = x.movedim(dim, -1).shape
+        keep = mask.keep(shape[-1]).view(shape).movedim(-1, dim)
+        return (x * keep).mul_(mask.scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _Dropped.apply(grads[0], ctx.mask, ctx.dim), None, None
 
 
-def _sequence_mask(x: Tensor, p: float, layer: str, keys: SampleKeys, row: int) -> Tensor:
-    """The mask [length, n] of one sequence, wherever it is in the batch."""
-    generator = _generator(x.device, keys.seed, keys.step, keys.ids[row], layer)
-    return torch.rand(keys.lengths[row], x.shape[-1], device=x.device, generator=generator) >= p
+def dropped(x: Tensor, mask: Mask | None, dim: int) -> Tensor:
+    """x with a mask applied whose columns lie along `dim`, for autograd to differentiate."""
+    return x if mask is None else _Dropped.apply(x, mask, dim)
+
+
+def mix(x: Tensor) -> Tensor:
+    """lowbias32 of each element of an int32 tensor, with shifts that copy the sign."""
+    x = _fold_(x ^ (x >> 16))
+    return x ^ (x >> 16)
+
+
+def _fold_(x: Tensor) -> Tensor:
+    """Most of `mix`, in place: enough where x is mixed already and only its high bits count."""
+    x.mul_(_FIRST)
+    return x.bitwise_xor_(x >> 15).mul_(_SECOND)
+
+
+def _tokens(row_keys: list[int], tokens: int) -> Tensor:
+    """int32 [rows, tokens]: a hash of each token from its row's key and its position."""
+    positions = torch.arange(tokens, dtype=torch.int32).mul_(_GAMMA)
+    return mix(torch.tensor(row_keys, dtype=torch.int32)[:, None] + positions)
+
+
+@functools.lru_cache(1 << 16)
+def key_of(*key: object) -> int:
+    """32 bits that depend on all of `key`, as an int32."""
+    return seed_of(*key) % 2**32 - 2**31
 
 
 def seed_of(*key: object) -> int:
     """63 bits that depend on all of `key`, the same in every process."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def _generator(device: torch.device, *key: object) -> torch.Generator:
-    return torch.Generator(device).manual_seed(seed_of(*key))

@@ -14,8 +14,8 @@ one product.
     dB  = s·dyᵀ z                       dA = s·(dy B)ᵀ drop(x)
     dx  = dy W0 + drop'(s·(dy B) A)
 
-Only x and z are saved. The low-rank part is added into the base product, so that no second tensor
-of the size of the output ever exists.
+Only x and z are saved; the mask of drop is made again. The low-rank part is added into the base
+product, so that no second tensor of the size of the output ever exists.
 
 A form with singular values E [r, 1] (AdaLoRA) has B·diag(E) in the place of B, and with
 G = s·dyᵀ z [m, r] the gradients dB = G·diag(E) and dE_i = Σ_j G_ji B_ji: nothing more is saved, and
@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dlora.lora.dropout import Mask, dropped
 from dlora.quant.linear import Weight, save_with, saved_with, whole
 
 Convolve = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -57,21 +58,21 @@ class LinearWithLowRank(torch.autograd.Function):
         B: Tensor,
         E: Tensor | None,
         scaling: float,
-        keep: Tensor | None,
-        keep_scale: float,
+        mask: Mask | None,
     ) -> Tensor:
         x_Tn = x.reshape(-1, x.shape[-1])
-        z_Tr = dropped(x_Tn, keep, keep_scale) @ A.to(x.dtype).t()
+        z_Tr = (x_Tn if mask is None else mask.drop(x_Tn)) @ A.to(x.dtype).t()
         y_Tm = F.linear(x_Tn, whole(weight, x.dtype), bias)
         y_Tm.addmm_(z_Tr, times(B, E).to(x.dtype).t(), alpha=scaling)
-        save_with(ctx, weight, x_Tn, z_Tr, A, B, E, keep)
-        ctx.scaling, ctx.keep_scale, ctx.x_shape = scaling, keep_scale, x.shape
+        save_with(ctx, weight, x_Tn, z_Tr, A, B, E)
+        ctx.scaling, ctx.mask, ctx.x_shape = scaling, mask, x.shape
         return y_Tm.view(*x.shape[:-1], y_Tm.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weight, x_Tn, z_Tr, A, B, E, keep = saved_with(ctx)
+        weight, x_Tn, z_Tr, A, B, E = saved_with(ctx)
+        keep = None if ctx.mask is None else ctx.mask.keep(x_Tn.shape[1])
         dy_Tm = grads[0].reshape(-1, grads[0].shape[-1])
         dyB_Tr = dy_Tm @ times(B, E).to(dy_Tm.dtype)
         dx = dA = dB = dE = None
@@ -81,13 +82,14 @@ class LinearWithLowRank(torch.autograd.Function):
                 dx_Tn.addmm_(dyB_Tr, A.to(dy_Tm.dtype), alpha=ctx.scaling)
             else:
                 low_rank_Tn = dyB_Tr @ A.to(dy_Tm.dtype)
-                dx_Tn.addcmul_(low_rank_Tn, keep, value=ctx.scaling * ctx.keep_scale)
+                dx_Tn.addcmul_(low_rank_Tn, keep, value=ctx.scaling * ctx.mask.scale)
             dx = dx_Tn.view(ctx.x_shape)
         if ctx.needs_input_grad[3]:
-            dA = scaled(dyB_Tr.t() @ dropped(x_Tn, keep, ctx.keep_scale), A, ctx.scaling)
+            dropped_Tn = x_Tn if keep is None else (x_Tn * keep).mul_(ctx.mask.scale)
+            dA = scaled(dyB_Tr.t() @ dropped_Tn, A, ctx.scaling)
         if ctx.needs_input_grad[4]:
             dB, dE = _split(scaled(dy_Tm.t() @ z_Tr, B, ctx.scaling), B, E)
-        return dx, None, None, dA, dB, dE, None, None, None
+        return dx, None, None, dA, dB, dE, None, None
 
 
 class EmbeddingWithLowRank(torch.autograd.Function):
@@ -140,20 +142,18 @@ def linear(
     scaling: float,
     *,
     E: Tensor | None = None,
-    keep: Tensor | None = None,
-    keep_scale: float = 1.0,
+    mask: Mask | None = None,
 ) -> Tensor:
     """Base product and low-rank update in one: see `LinearWithLowRank`.
 
     Args:
         E: singular values [r, 1], or None for ones.
-        keep: bool mask shaped like x, False where dropout zeroes; `keep_scale` is 1/(1 − p).
+        mask: of dropout, over the rows and columns of x.
 
     Under `torch.autocast` the product is computed in autocast's dtype, as `F.linear` is.
     """
-    keep = None if keep is None else keep.reshape(-1, x.shape[-1])
     with cast_for_autocast(x, weight, bias) as inputs:
-        return LinearWithLowRank.apply(*inputs, A, B, E, scaling, keep, keep_scale)
+        return LinearWithLowRank.apply(*inputs, A, B, E, scaling, mask)
 
 
 @contextmanager
@@ -194,8 +194,7 @@ def convolution(
     convolve: Convolve,
     *,
     E: Tensor | None = None,
-    keep: Tensor | None = None,
-    keep_scale: float = 1.0,
+    mask: Mask | None = None,
 ) -> Tensor:
     """W0 ∗ x + b + s·(B E)·(A ∗ drop(x)): A is a kernel of r channels, B mixes them at each place.
 
@@ -206,9 +205,9 @@ def convolution(
     """
     single = x.ndim < weight.ndim
     x_Nc = x.unsqueeze(0) if single else x
-    keep_Nc = keep.unsqueeze(0) if keep is not None and single else keep
     kernel = A.to(x.dtype).reshape(-1, *weight.shape[1:])
-    z_Nrp = convolve(dropped(x_Nc, keep_Nc, keep_scale), kernel, None).flatten(2)
+    dropped_Nc = dropped(x_Nc, mask, 1)  # places are the mask's tokens, channels its columns
+    z_Nrp = convolve(dropped_Nc, kernel, None).flatten(2)
     y_Nm = convolve(x_Nc, weight, bias)
     y_Nmp, B_mr = y_Nm.flatten(2), times(B, E).to(z_Nrp.dtype)
     if y_Nm.is_contiguous():
@@ -230,11 +229,6 @@ def _split(gradient: Tensor, B: Tensor, E: Tensor | None) -> tuple[Tensor, Tenso
     if E is None:
         return gradient, None
     return gradient * E.t(), (gradient * B).sum(0).unsqueeze(1)
-
-
-def dropped(x_Tn: Tensor, keep: Tensor | None, keep_scale: float) -> Tensor:
-    """x with dropout's mask applied."""
-    return x_Tn if keep is None else (x_Tn * keep).mul_(keep_scale)
 
 
 def scaled(gradient: Tensor, master: Tensor, scaling: float) -> Tensor:

@@ -36,7 +36,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dlora.lora import functional
-from dlora.lora.functional import cast_for_autocast, dropped, scaled
+from dlora.lora.dropout import Mask, dropped
+from dlora.lora.functional import cast_for_autocast, scaled
 from dlora.quant.linear import Weight, save_with, saved_with, whole
 
 _CHUNK_BYTES = {"cpu": 1 << 20}  # of W0 that are cast at once, elsewhere _CHUNK_ELSEWHERE
@@ -97,17 +98,16 @@ class LinearWithDora(torch.autograd.Function):
         magnitude: Tensor,
         squares: Tensor,
         scaling: float,
-        keep: Tensor | None,
-        keep_scale: float,
+        mask: Mask | None,
     ) -> Tensor:
         x_Tn = x.reshape(-1, x.shape[-1])
-        dropped_Tn = dropped(x_Tn, keep, keep_scale)
+        dropped_Tn = x_Tn if mask is None else mask.drop(x_Tn)
         z_Tr, B_rm = dropped_Tn @ A.to(x.dtype).t(), B.to(x.dtype).t()
         dense = whole(weight, x.dtype)
         norms = row_norms(dense, A, B, scaling, squares)
         e = excess(magnitude, norms, x.dtype)
         v_Tm = F.linear(dropped_Tn, dense).addmm_(z_Tr, B_rm, alpha=scaling)
-        if keep is not None:
+        if mask is not None:
             y_Tm = F.linear(x_Tn, dense, bias).addmm_(z_Tr, B_rm, alpha=scaling)
             y_Tm.addcmul_(v_Tm, e)
         elif bias is not None:
@@ -116,20 +116,22 @@ class LinearWithDora(torch.autograd.Function):
             y_Tm = v_Tm.addcmul_(v_Tm, e)
         y = y_Tm.view(*x.shape[:-1], y_Tm.shape[1])
         along, lengths = (y, magnitude) if y_Tm is v_Tm else (v_Tm, norms)
-        save_with(ctx, weight, x_Tn, z_Tr, along, A, B, lengths, e, keep)
-        ctx.scaling, ctx.keep_scale, ctx.x_shape = scaling, keep_scale, x.shape
+        save_with(ctx, weight, x_Tn, z_Tr, along, A, B, lengths, e)
+        ctx.scaling, ctx.mask, ctx.x_shape = scaling, mask, x.shape
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weight, x_Tn, z_Tr, along, A, B, lengths, e, keep = saved_with(ctx)
+        weight, x_Tn, z_Tr, along, A, B, lengths, e = saved_with(ctx)
+        keep = None if ctx.mask is None else ctx.mask.keep(x_Tn.shape[1])
         dy_Tm = grads[0].reshape(-1, grads[0].shape[-1])
         dv_Tm = torch.addcmul(dy_Tm, dy_Tm, e)  # through the low-rank part
         dvB_Tr = dv_Tm @ B.to(dy_Tm.dtype)
         dx = dA = dB = dmagnitude = None
         if ctx.needs_input_grad[3]:
-            dA = scaled(dvB_Tr.t() @ dropped(x_Tn, keep, ctx.keep_scale), A, ctx.scaling)
+            dropped_Tn = x_Tn if keep is None else (x_Tn * keep).mul_(ctx.mask.scale)
+            dA = scaled(dvB_Tr.t() @ dropped_Tn, A, ctx.scaling)
         if ctx.needs_input_grad[4]:
             dB = scaled(dv_Tm.t() @ z_Tr, B, ctx.scaling)
         if ctx.needs_input_grad[0]:
@@ -139,12 +141,12 @@ class LinearWithDora(torch.autograd.Function):
             else:
                 inner_Tn = torch.mul(dy_Tm, e, out=dv_Tm) @ dense
                 inner_Tn.addmm_(dvB_Tr, A.to(dy_Tm.dtype), alpha=ctx.scaling)
-                dx_Tn = (dy_Tm @ dense).addcmul_(inner_Tn, keep, value=ctx.keep_scale)
+                dx_Tn = (dy_Tm @ dense).addcmul_(inner_Tn, keep, value=ctx.mask.scale)
             dx = dx_Tn.view(ctx.x_shape)
         if ctx.needs_input_grad[5]:
             sums = torch.mul(dy_Tm, along.view_as(dy_Tm), out=dv_Tm).sum(0).to(lengths.dtype)
             dmagnitude = torch.where(lengths == 0, 0, sums / lengths)
-        return dx, None, None, dA, dB, dmagnitude, None, None, None, None
+        return dx, None, None, dA, dB, dmagnitude, None, None, None
 
 
 def linear(
@@ -156,13 +158,11 @@ def linear(
     scaling: float,
     rows: Rows,
     *,
-    keep: Tensor | None = None,
-    keep_scale: float = 1.0,
+    mask: Mask | None = None,
 ) -> Tensor:
     """See `LinearWithDora`; arguments as of `dlora.lora.functional.linear`."""
-    keep = None if keep is None else keep.reshape(-1, x.shape[-1])
     with cast_for_autocast(x, weight, bias) as inputs:
-        return LinearWithDora.apply(*inputs, A, B, *rows, scaling, keep, keep_scale)
+        return LinearWithDora.apply(*inputs, A, B, *rows, scaling, mask)
 
 
 def embedding(
@@ -192,22 +192,21 @@ def convolution(
     rows: Rows,
     convolve: functional.Convolve,
     *,
-    keep: Tensor | None = None,
-    keep_scale: float = 1.0,
+    mask: Mask | None = None,
 ) -> Tensor:
     """The formulas above with a convolution in place of each product, by `functional.convolution`.
 
     A row of W0 is all that makes one channel of the output: its flattened kernel.
     """
-    v = functional.convolution(dropped(x, keep, keep_scale), weight, None, A, B, scaling, convolve)
+    v = functional.convolution(
+        dropped(x, mask, 1 - weight.ndim), weight, None, A, B, scaling, convolve
+    )
     e = _excess_at(weight.flatten(1), A, B, scaling, rows, v.dtype)
     e = e.view(-1, *(1 for _ in weight.shape[2:]))
-    if keep is None:
+    if mask is None:
         y = torch.addcmul(v, v, e)
         return y if bias is None else y + bias.to(y.dtype).view_as(e)
-    y = functional.convolution(
-        x, weight, bias, A, B, scaling, convolve, keep=keep, keep_scale=keep_scale
-    )
+    y = functional.convolution(x, weight, bias, A, B, scaling, convolve, mask=mask)
     return torch.addcmul(y, v, e)
 
 

@@ -6,7 +6,7 @@ ResumePoint   ──check_resume, all ranks──> a line that names what makes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -21,6 +21,7 @@ from dlora.errors import UsageError
 from dlora.io.files import read_object
 from dlora.io.safetensors import stored_tensors
 from dlora.lora.config import LoraConfig
+from dlora.lora.dropout import KEYED_BY
 from dlora.lora.variants import VARIANTS
 
 
@@ -45,6 +46,11 @@ class ResumePoint:
     def step(self) -> int:
         """Optimizer steps that have been made."""
         return int(self.state["step"])
+
+    def has_masks_of(self, keys: Sequence[str]) -> bool:
+        """Whether its run's dropout masks depend on these keys."""
+        random = self.state.get("random")
+        return isinstance(random, dict) and random.get("keyed_by") == list(keys)
 
     @property
     def lora(self) -> LoraConfig | None:
@@ -170,5 +176,5 @@ def state_at(
             "sequences": sampler.sequences(step),
             "fingerprint": fingerprint,
         },
-        "random": {"seed": config.train.seed, "keyed_by": ["seed", "step", "sequence"]},
+        "random": {"seed": config.train.seed, "keyed_by": list(KEYED_BY)},
     }

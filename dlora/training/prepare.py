@@ -17,6 +17,7 @@ from dlora.config.load import Config
 from dlora.data import Dataset, Sampler, check_source, load_examples
 from dlora.lora.attach import adapter_tensors, attach, load_record, trainable_parameters
 from dlora.lora.config import LoraConfig
+from dlora.lora.dropout import KEYED_BY
 from dlora.objectives.chunked_loss import model_parts
 from dlora.plan.choose import Decision, capacity_of, decide
 from dlora.plan.plan import Plan, Subject
@@ -125,6 +126,11 @@ def prepare(
     if resumed is not None:
         tensors = adapter_tensors(skeleton)
         check_resume(resumed, config, lora, tensors, sampler, train.fingerprint, known)
+        if lora.lora_dropout and not resumed.has_masks_of(KEYED_BY):
+            announce(
+                "output.resume: the checkpoint is of a version that drew dropout masks otherwise: "
+                "from here on they differ from those that the run would have had"
+            )
     if around.device == "cpu" and base.dtype == torch.bfloat16 and not multiplies_bfloat16():
         announce(
             "model.dtype: this CPU has no instructions for bfloat16, which is many times slower "

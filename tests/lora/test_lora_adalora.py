@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from adalora_nets import LAYERS, adapted, data, net, randomize
 from causal_models import causal_model, logits, relative_error
+from masks import keep_mask
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -61,7 +62,7 @@ def test_layer_equals_plain_autograd(kind: str, r: int, dropout: float) -> None:
             low_rank = F.embedding(x, A.T, padding_idx=base.padding_idx)
             plain = F.embedding(x, base.weight)
         else:
-            keep = adapter.stream.keep_mask(x, dropout, "0") if dropout else torch.ones_like(x)
+            keep = keep_mask(adapter.stream, x, dropout, "0") if dropout else torch.ones_like(x)
             low_rank = x * keep / (1 - dropout) @ A.T
             plain = F.linear(x, base.weight.T if kind == "conv1d" else base.weight, base.bias)
     plain = plain + 2 * (low_rank * E.T) @ B.T

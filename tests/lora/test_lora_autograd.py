@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from made_tensors import Allocations, saved_for_backward
+from masks import keep_mask
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
@@ -58,7 +59,7 @@ def test_layer_equals_plain_autograd(case: str, dropout: float) -> None:
     factors = [adapter.lora_A, adapter.lora_B]
     with keyed(model):
         y = model(x)
-        keep = adapter.stream.keep_mask(x, dropout, "0") if dropout else torch.ones_like(x)
+        keep = keep_mask(adapter.stream, x, dropout, "0") if dropout else torch.ones_like(x)
     ours = torch.autograd.grad(y, [x, *factors], dy)
     weight = base.weight.T if case == "conv1d" else base.weight
     dropped = x * keep / (1 - dropout)

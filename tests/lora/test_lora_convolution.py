@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from beside_peft import check_steps
 from causal_models import quiet_peft, randomize_trainable, relative_error
+from masks import keep_mask
 from refusals import refusal
 from torch import Tensor, nn
 from unet import CONVOLUTIONS, TARGETS, noisy, unet
@@ -142,7 +143,8 @@ def test_dropout_acts_on_the_input_of_the_update_alone(case: str, single: bool) 
     y = model(x)
     channels = -1 - CASES[case][0]
     torch.manual_seed(11)
-    keep = (torch.rand(x.movedim(channels, -1).shape) >= 0.4).movedim(-1, channels)
+    stream = attachment_of(model).stream
+    keep = keep_mask(stream, x.movedim(channels, -1), 0.4, "0").movedim(-1, channels)
     assert 0 < keep.double().mean() < 1
     with disabled(model):
         plain = model(x)
@@ -163,7 +165,7 @@ def test_keyed_masks_reach_every_place_and_do_not_depend_on_the_batch() -> None:
         alone = model(x[2:])
     torch.testing.assert_close(alone, together[2:], rtol=1e-12, atol=1e-12)
     with stream.keyed(SampleKeys(0, 1, (8, 9), (2, 3))):
-        keep = stream.keep_mask(torch.zeros(2, 9, 9, 4), 0.5, "0")
+        keep = keep_mask(stream, torch.zeros(2, 9, 9, 4), 0.5, "0")
     assert not keep[:, -1, -1].all() or not keep[:, -2].all()
 
 

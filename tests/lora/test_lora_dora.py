@@ -100,11 +100,16 @@ def test_a_layer_equals_the_formula_under_plain_autograd(kind: str, dropout: flo
         x = x.double().requires_grad_()
     with attachment_of(model).stream.keyed(KEYS):
         y = model(x)
-        keep, scale = adapter.kept_inputs(x) if is_float else (None, 1.0)
+        columns = 1 - host.weight.ndim if isinstance(host, (nn.Conv1d, nn.Conv2d)) else -1
+        mask = adapter.mask(x, columns) if is_float else None
         dy = torch.randn_like(y)
         inputs = [*trained.values(), *([x] if is_float else [])]
         gradients = torch.autograd.grad(y, inputs, dy)
-    wanted = plain(host, x, x if keep is None else x * keep * scale, trained)
+    dropped = x
+    if mask is not None:
+        shape = x.movedim(columns, -1).shape
+        dropped = x * mask.keep(shape[-1]).view(shape).movedim(-1, columns) / (1 - dropout)
+    wanted = plain(host, x, dropped, trained)
     torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
     expected = torch.autograd.grad(wanted, inputs, dy)
     for got, correct in zip(gradients, expected, strict=True):

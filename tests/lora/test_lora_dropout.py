@@ -1,16 +1,23 @@
 """Keyed dropout: a sequence's mask depends on seed, step, id and layer, and on nothing else."""
 
+import functools
 from dataclasses import replace
 
 import pytest
 import torch
+from masks import keep_mask
 from torch import Tensor, nn
 
-from dlora import LoraConfig, attach
+from dlora import AdaLoraConfig, LoraConfig, attach
 from dlora.lora.attach import attachment_of
 from dlora.lora.dropout import DropoutStream, SampleKeys
 
 P, FEATURES = 0.3, 16
+CONFIGS = {
+    "lora": functools.partial(LoraConfig, r=2),
+    "dora": functools.partial(LoraConfig, r=2, use_dora=True),
+    "adalora": functools.partial(AdaLoraConfig, init_r=3, target_r=2, total_step=10),
+}
 ALONE = SampleKeys(seed=5, step=7, ids=(42,), lengths=(6,))
 
 
@@ -19,9 +26,9 @@ def mask(keys: SampleKeys | None, tokens: int, layer: str = "q_proj", p: float =
     stream, rows = DropoutStream(), len(keys.ids) if keys else 1
     x = torch.zeros(rows, tokens, FEATURES)
     if keys is None:
-        return stream.keep_mask(x, p, layer)
+        return keep_mask(stream, x, p, layer)
     with stream.keyed(keys):
-        return stream.keep_mask(x, p, layer)
+        return keep_mask(stream, x, p, layer)
 
 
 @pytest.mark.parametrize("row", [0, 1, 2])
@@ -68,7 +75,7 @@ def test_tokens_of_a_flattened_batch_keep_their_masks() -> None:
     keys = replace(ALONE, ids=(42, 43), lengths=(6, 6))
     stream = DropoutStream()
     with stream.keyed(keys):
-        flat = stream.keep_mask(torch.zeros(12, FEATURES), P, "q_proj")
+        flat = keep_mask(stream, torch.zeros(12, FEATURES), P, "q_proj")
     assert torch.equal(flat.view(2, 6, FEATURES), mask(keys, tokens=6))
 
 
@@ -78,7 +85,7 @@ def test_picked_tokens_have_the_masks_of_their_places() -> None:
     positions = torch.tensor([[0, 1], [0, 5], [1, 0], [1, 3]])
     stream = DropoutStream()
     with stream.keyed(keys), stream.at(positions):
-        picked = stream.keep_mask(torch.zeros(4, FEATURES), P, "q_proj")
+        picked = keep_mask(stream, torch.zeros(4, FEATURES), P, "q_proj")
     assert torch.equal(picked, mask(keys, tokens=6)[positions[:, 0], positions[:, 1]])
 
 
@@ -86,7 +93,7 @@ def test_a_batch_without_sequences_is_not_dropped() -> None:
     """What a rank that runs short passes through the model has weight zero."""
     stream = DropoutStream()
     with stream.keyed(SampleKeys(seed=0, step=0, ids=(), lengths=())):
-        assert stream.keep_mask(torch.zeros(1, 2, FEATURES), P, "q_proj").all()
+        assert keep_mask(stream, torch.zeros(1, 2, FEATURES), P, "q_proj").all()
 
 
 def test_without_keys_masks_come_from_the_global_generator() -> None:
@@ -102,7 +109,7 @@ def test_keys_end_with_their_context() -> None:
     with stream.keyed(ALONE):
         pass
     torch.manual_seed(3)
-    after = stream.keep_mask(x, P, "q_proj")
+    after = keep_mask(stream, x, P, "q_proj")
     torch.manual_seed(3)
     assert torch.equal(after, mask(None, tokens=6))
 
@@ -128,3 +135,51 @@ def test_the_layers_of_a_model_share_keys_and_differ_in_masks() -> None:
     torch.testing.assert_close(first[..., 0], 16 * 2 * 2.0 * kept)
     model.eval()
     assert torch.equal(model[0](x), model[1](x))
+
+
+def test_masks_of_neighbours_are_independent() -> None:
+    """Tokens, columns, layers and steps one apart agree as often as coins do, as do their pairs."""
+    tokens, n, p = 512, 512, 0.5
+    keys = replace(ALONE, lengths=(tokens,))
+    stream, x = DropoutStream(), torch.zeros(1, tokens, n)
+    found = []
+    for key in (keys, replace(keys, step=8), replace(keys, ids=(43,))):
+        with stream.keyed(key):
+            found += [keep_mask(stream, x, p, layer)[0] for layer in ("a", "b")]
+    first = found[0]
+    others = [*found[1:], first.roll(1, 0), first.roll(1, 1), first.roll((1, 1), (0, 1)), first.t()]
+    for other in others:  # n² coins: σ = 1/(2·512)
+        assert abs(float((first == other).float().mean()) - 0.5) < 5 / (2 * 512)
+    # Every pair of columns, over all tokens: Pearson's χ² of each is that of one degree of freedom.
+    signs = first.double() * 2 - 1
+    for grid in (signs, signs.t()):
+        correlated = (grid.t() @ grid).square() / tokens
+        correlated.fill_diagonal_(0)
+        assert float(correlated.sum() / (n * (n - 1))) == pytest.approx(1, abs=0.02)
+        assert float(correlated.max()) < 40  # of 131,000: P(χ² > 40) = 3e-10
+
+
+def test_each_value_of_eight_columns_is_as_frequent() -> None:
+    keys = replace(ALONE, lengths=(1 << 16,))
+    bits = mask(keys, tokens=1 << 16, p=0.5)[0, :, :8].long()
+    counts = torch.bincount((bits << torch.arange(8)).sum(1), minlength=256).double()
+    assert float((counts - 256).square().sum() / 256) < 350  # 255 degrees: mean 255, σ 22.6
+
+
+def test_nothing_of_the_mask_is_saved_for_backward() -> None:
+    """Of linear layers and a convolution, LoRA, DoRA and AdaLoRA: as much as without dropout."""
+    saved: dict[tuple[str, float], int] = {}
+    for name, config in CONFIGS.items():
+        for p in (0.0, 0.4):
+            model = nn.Sequential(nn.Linear(64, 64), nn.Conv1d(20, 4, 3))
+            attach(model, config(lora_dropout=p, target_modules=["0", "1"]))
+            kept: dict[int, int] = {}
+
+            def pack(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
+                kept[tensor.data_ptr()] = tensor.nbytes if tensor.dtype == torch.bool else 0
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                model(torch.randn(2, 20, 64)).sum().backward()
+            saved[name, p] = sum(kept.values())
+    assert set(saved.values()) == {0}

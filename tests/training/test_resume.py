@@ -1,6 +1,8 @@
 """Invariant 5: a run that was interrupted and resumed is the run that was not."""
 
 import functools
+import hashlib
+import json
 import os
 import shutil
 import signal
@@ -67,6 +69,26 @@ def test_a_crash(run: Runs, whole: Run, interrupted: Path, tmp_path: Path) -> No
         metrics.write('{"step": 6, "lo')  # the line that was being written
     check_equal(run("run", 2), whole)
     assert steps_saved(directory) == ["step-000006", "step-000008"]
+
+
+def test_masks_of_an_older_checkpoint_are_told_of(
+    run: Runs, interrupted: Path, tmp_path: Path
+) -> None:
+    """As it was written when masks were drawn from generators, by manifests of format 1."""
+    saved = shutil.copytree(interrupted, tmp_path / "run") / "checkpoints" / "step-000003"
+    state = json.loads((saved / "state.json").read_text())
+    state["random"]["keyed_by"] = ["seed", "step", "sequence"]
+    content = json.dumps(state).encode()
+    (saved / "state.json").write_bytes(content)
+    manifest = json.loads((saved / "manifest.json").read_text())
+    digest = hashlib.sha256(content).hexdigest()
+    manifest["files"]["state.json"] = {"bytes": len(content), "sha256": digest}
+    del manifest["sha256"]
+    (saved / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
+    [(_, said), _], _ = run("run", 2, work=told, train__max_steps=4)
+    assert "drew dropout masks otherwise: from here on they differ" in said
+    [(_, said), _], _ = run("run", 2, work=told, train__max_steps=5)
+    assert "resuming after step 4" in said and "otherwise" not in said
 
 
 @pytest.mark.parametrize(

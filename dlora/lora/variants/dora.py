@@ -46,11 +46,9 @@ class DoraAdapter(LoraAdapter):
         self.lora_magnitude_vector.copy_(self.base_squares.sqrt())
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-        keep, keep_scale = self.kept_inputs(x)
         A, B = self.factors()
-        return functional_dora.linear(
-            x, weight, bias, A, B, self.scaling, self._rows, keep=keep, keep_scale=keep_scale
-        )
+        mask = self.mask(x)
+        return functional_dora.linear(x, weight, bias, A, B, self.scaling, self._rows, mask=mask)
 
     def embedding(self, ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
         A, B = self.factors()
@@ -59,19 +57,10 @@ class DoraAdapter(LoraAdapter):
     def convolution(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, convolve: Convolve
     ) -> Tensor:
-        keep, keep_scale = self.kept_inputs(x)
         A, B = self.factors()
+        mask = self.mask(x, 1 - weight.ndim)
         return functional_dora.convolution(
-            x,
-            weight,
-            bias,
-            A,
-            B,
-            self.scaling,
-            self._rows,
-            convolve,
-            keep=keep,
-            keep_scale=keep_scale,
+            x, weight, bias, A, B, self.scaling, self._rows, convolve, mask=mask
         )
 
     def row_scale(self, norms: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dlora.errors import UsageError
 from dlora.lora import functional
 from dlora.lora.config import LoraConfig
-from dlora.lora.dropout import DropoutStream
+from dlora.lora.dropout import DropoutStream, Mask
 from dlora.lora.init import Initialisation
 from dlora.lora.method_state import MethodState, PlannedState
 from dlora.lora.states import AdapterState, Stateful
@@ -165,18 +165,8 @@ class LoraAdapter(Stateful):
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         """x [..., n], weight [m, n], packed or not → y [..., m]."""
         A, B = self.factors()
-        keep, keep_scale = self.kept_inputs(x)
-        return functional.linear(
-            x,
-            weight,
-            bias,
-            A,
-            B,
-            self.scaling,
-            E=self.singular_values(),
-            keep=keep,
-            keep_scale=keep_scale,
-        )
+        E, mask = self.singular_values(), self.mask(x)
+        return functional.linear(x, weight, bias, A, B, self.scaling, E=E, mask=mask)
 
     def embedding(self, ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
         """ids [...], weight [V, m] → y [..., m]. Dropout does not apply to a look-up (as PEFT)."""
@@ -193,26 +183,14 @@ class LoraAdapter(Stateful):
             convolve: (x, weight, bias) → y, with the layer's stride and padding.
         """
         A, B = self.factors()
-        channels = 1 - weight.ndim
-        keep, keep_scale = self.kept_inputs(x.movedim(channels, -1))  # places are the tokens
-        return functional.convolution(
-            x,
-            weight,
-            bias,
-            A,
-            B,
-            self.scaling,
-            convolve,
-            E=self.singular_values(),
-            keep=None if keep is None else keep.movedim(-1, channels),
-            keep_scale=keep_scale,
-        )
+        E, mask = self.singular_values(), self.mask(x, 1 - weight.ndim)
+        return functional.convolution(x, weight, bias, A, B, self.scaling, convolve, E=E, mask=mask)
 
-    def kept_inputs(self, x: Tensor) -> tuple[Tensor | None, float]:
-        """(mask shaped like x, False where dropout zeroes; 1/(1 − p)); (None, 1) without one."""
+    def mask(self, x: Tensor, dim: int = -1) -> Mask | None:
+        """Dropout's mask over x with its columns along `dim`; None without dropout."""
         if not self.training or self.state is AdapterState.OFF or self.dropout == 0:
-            return None, 1.0
-        return self.stream.keep_mask(x, self.dropout, self.path), 1 / (1 - self.dropout)
+            return None
+        return self.stream.mask(x.movedim(dim, -1), self.dropout, self.path)
 
     def as_lora(self) -> PlainLora:
         """The plain LoRA of the same ΔW; shares storage with this adapter where it can."""
