@@ -6,8 +6,8 @@
 
 Names end with their shapes: T tokens, n = in_features, m = out_features, r = LoRA rank, V = rows
 of an embedding. Everything is computed in the dtype of x, which is that of W0 unless W0 is packed;
-A and B are masters of a higher precision that are cast on the way in, and their gradients are cast
-back on the way out. A packed W0 is de-quantised once in forward and once in backward, each time for
+A and B are masters of a higher precision that are cast on the way in; their gradients are summed in
+that precision. A packed W0 is de-quantised once in forward and once in backward, each time for
 one product.
 
     y   = x W0ᵀ + b + s·z Bᵀ            z  = drop(x) Aᵀ
@@ -39,6 +39,7 @@ from torch.autograd.function import once_differentiable
 from dlora.lora.dropout import Mask, dropped
 from dlora.quant.linear import Weight, save_with, saved_with, whole
 
+_CAST_BYTES = 1 << 20  # of a factor that are cast at once, as many as a core's cache has room for
 Convolve = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -86,9 +87,9 @@ class LinearWithLowRank(torch.autograd.Function):
             dx = dx_Tn.view(ctx.x_shape)
         if ctx.needs_input_grad[3]:
             dropped_Tn = x_Tn if keep is None else (x_Tn * keep).mul_(ctx.mask.scale)
-            dA = scaled(dyB_Tr.t() @ dropped_Tn, A, ctx.scaling)
+            dA = summed(dyB_Tr, dropped_Tn, A.dtype, ctx.scaling)
         if ctx.needs_input_grad[4]:
-            dB, dE = _split(scaled(dy_Tm.t() @ z_Tr, B, ctx.scaling), B, E)
+            dB, dE = _split(summed(dy_Tm, z_Tr, B.dtype, ctx.scaling), B, E)
         return dx, None, None, dA, dB, dE, None, None
 
 
@@ -129,7 +130,7 @@ class EmbeddingWithLowRank(torch.autograd.Function):
                 dz_Tr = dz_Tr.masked_fill((ids_T == ctx.padding_idx)[:, None], 0)
             dA = torch.zeros_like(A).index_add_(1, ids_T, dz_Tr.t())
         if ctx.needs_input_grad[3]:
-            dB, dE = _split(scaled(dy_Tm.t() @ z_Tr, B, ctx.scaling), B, E)
+            dB, dE = _split(summed(dy_Tm, z_Tr, B.dtype, ctx.scaling), B, E)
         return None, None, dA, dB, dE, None, None
 
 
@@ -231,6 +232,21 @@ def _split(gradient: Tensor, B: Tensor, E: Tensor | None) -> tuple[Tensor, Tenso
     return gradient * E.t(), (gradient * B).sum(0).unsqueeze(1)
 
 
-def scaled(gradient: Tensor, master: Tensor, scaling: float) -> Tensor:
-    """s·gradient in the master's dtype; cast before it is scaled, so that s costs no precision."""
-    return gradient.to(master.dtype).mul_(scaling)
+def summed(left_Tp: Tensor, right_Tq: Tensor, dtype: torch.dtype, scaling: float) -> Tensor:
+    """scaling · leftᵀ right [p, q], summed over the tokens in `dtype` and never in less.
+
+    A sum in the factors' bfloat16 would be rounded once more in every micro-batch.
+    """
+    left_pT = left_Tp.t()
+    sum_pq = left_Tp.new_empty(len(left_pT), right_Tq.shape[1], dtype=dtype)
+    if left_Tp.dtype == dtype:
+        return sum_pq.addmm_(left_pT, right_Tq, beta=0, alpha=scaling)
+    if left_Tp.is_cuda and dtype == torch.float32:
+        return torch.addmm(sum_pq, left_pT, right_Tq, dtype, beta=0, alpha=scaling, out=sum_pq)
+    # Elsewhere torch has no such product: it takes factors in `dtype`, some columns at a time.
+    left_pT = left_pT.to(dtype)
+    step = max(1, _CAST_BYTES // (len(right_Tq) * dtype.itemsize or 1))
+    for first in range(0, right_Tq.shape[1], step):
+        columns = right_Tq[:, first : first + step].to(dtype)
+        sum_pq[:, first : first + step].addmm_(left_pT, columns, beta=0, alpha=scaling)
+    return sum_pq

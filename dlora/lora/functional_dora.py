@@ -37,7 +37,7 @@ from torch.autograd.function import once_differentiable
 
 from dlora.lora import functional
 from dlora.lora.dropout import Mask, dropped
-from dlora.lora.functional import cast_for_autocast, scaled
+from dlora.lora.functional import cast_for_autocast, summed
 from dlora.quant.linear import Weight, save_with, saved_with, whole
 
 _CHUNK_BYTES = {"cpu": 1 << 20}  # of W0 that are cast at once, elsewhere _CHUNK_ELSEWHERE
@@ -131,9 +131,9 @@ class LinearWithDora(torch.autograd.Function):
         dx = dA = dB = dmagnitude = None
         if ctx.needs_input_grad[3]:
             dropped_Tn = x_Tn if keep is None else (x_Tn * keep).mul_(ctx.mask.scale)
-            dA = scaled(dvB_Tr.t() @ dropped_Tn, A, ctx.scaling)
+            dA = summed(dvB_Tr, dropped_Tn, A.dtype, ctx.scaling)
         if ctx.needs_input_grad[4]:
-            dB = scaled(dv_Tm.t() @ z_Tr, B, ctx.scaling)
+            dB = summed(dv_Tm, z_Tr, B.dtype, ctx.scaling)
         if ctx.needs_input_grad[0]:
             dense = whole(weight, dy_Tm.dtype)
             if keep is None:
