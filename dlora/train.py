@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dlora.config.load import Config
-from dlora.data import batch_hash, deal
-from dlora.data.collate import Batch, collate
+from dlora.data import batch_hash
+from dlora.data.batches import Batches
+from dlora.data.collate import Batch
 from dlora.hooks import NO_HOOKS, Hooks
 from dlora.lora.attach import attachment_of
 from dlora.lora.dropout import SampleKeys, seed_of
@@ -124,7 +127,7 @@ class Run:
 
     def train(self) -> int:
         """The loop; returns the exit status."""
-        config, prepared = self.config, self.prepared
+        config = self.config
         replica, stop, checkpoints = self.replica, self.stop, self.checkpoints
         if self.start == self.total_steps:
             console.info(f"the run is already finished: step {self.start} of {self.total_steps}")
@@ -133,14 +136,13 @@ class Run:
         log, status, trouble = self.open_log(), None, None
         display = StepDisplay(self.total_steps, self.start, self.ranks.main)
         committing = stop.committing(checkpoints.commit_alone)
-        with checkpoints.writing(), display, committing, self.hang.watching():
+        batches = self.batches()
+        with checkpoints.writing(), display, committing, self.hang.watching(), batches:
             for step in range(self.start, self.total_steps):
                 began = time.perf_counter()
 
                 # 1  the step's sequences, the same whatever the world size, and this rank's part
-                ids = prepared.sampler.step(step)
-                lengths, size = prepared.train.lengths, config.train.micro_batch_size
-                mine = deal(ids, lengths, self.ranks.world, size)[self.ranks.rank]
+                ids, mine = batches.step(step)
 
                 # 2  forward and backward, summed over this rank's target tokens
                 loss_sum, tokens = self.passes(step, mine)
@@ -148,13 +150,15 @@ class Run:
                 checkpoints.before_change()
 
                 # 3  one reduction: gradients become the mean over all target tokens of all ranks
-                scalars = {"loss": loss_sum, "save": float(self.hooks.should_save())}
+                scalars: dict[str, Any] = {"loss": loss_sum}
+                scalars["save"] = float(self.hooks.should_save())
                 scalars |= zip(STOP_FLAGS, stop.poll(), strict=True)
                 reduced = replica.reduce_gradients(tokens, scalars=scalars, each=self.meter.peak())
 
                 # 4  clip, schedule, step (after which the method's state follows)
                 loss = reduced.scalars["loss"] / max(reduced.tokens, 1)
-                norm = float(replica.clip(config.optimizer.max_grad_norm or math.inf))
+                norm = reduced.norm
+                replica.clip(config.optimizer.max_grad_norm or math.inf, norm)
                 lr = self.set_lr(step)
                 if is_finite(loss, norm):
                     self.optimizer.step()
@@ -219,19 +223,31 @@ class Run:
         self.replica.wire.take()
         return log
 
-    def passes(self, step: int, mine: list[list[int]]) -> tuple[float, int]:
+    def batches(self) -> Batches:
+        """This rank's micro-batches."""
+        prepared, ranks = self.prepared, self.ranks
+        return Batches(
+            prepared.train,
+            prepared.sampler,
+            rank=ranks.rank,
+            world=ranks.world,
+            size=self.config.train.micro_batch_size,
+            pad_id=prepared.pad_id,
+            pinned=ranks.device.type == "cuda",
+        )
+
+    def passes(self, step: int, batches: Iterator[Batch]) -> tuple[Tensor, int]:
         """Forward and backward of this rank's micro-batches: Σ loss, and its target tokens."""
         loss, tokens = torch.zeros((), device=self.ranks.device), 0
-        for ids in mine:
-            examples = [self.prepared.train[i] for i in ids]
-            batch = collate(examples, self.prepared.pad_id, self.ranks.device)
+        for batch in batches:
+            batch = batch.to(self.ranks.device)
             with self.sample_keys(step, batch):
                 summed = self.objective.loss(self.model, batch)
                 summed.backward()
             self.checkpoints.look()
             loss += summed.detach()
             tokens += batch.num_targets
-        return float(loss), tokens
+        return loss, tokens
 
     def figures(self, ids: Any, reduced: Reduced, seconds: float) -> dict[str, Any]:
         """The figures of a step beside its loss, for the metrics; tokens exclude padding."""

@@ -3,7 +3,8 @@
 files.py     finds and reads JSONL files      builtin.py   a data set every machine has
 formats/     a record as a conversation       chat.py      a conversation as text, with its answers
 encode.py    text as ids and labels           dataset.py   all of it: `load_examples`
-sampler.py   the order, and the dealing       collate.py   tensors (the only file with torch)
+sampler.py   the order, and the dealing       collate.py   tensors
+batches.py   micro-batches, made ahead
 
 Nothing here knows of ranks beyond their number: every rank loads the same data set and takes its
 own part of every step.

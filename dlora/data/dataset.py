@@ -56,6 +56,7 @@ class Dataset(Sequence[Example]):
         input_ids: int32 [T], all sequences one after the other.
         labels: int32 [T], likewise.
         starts: int64 [N + 1], where each begins.
+        lengths: int64 [N], tokens of each sequence.
         fingerprint: SHA-256 (hex) over every sequence in order: its id and its length as
             little-endian int64, its input_ids and its labels as little-endian int32. Equal on
             ranks with equal data.
@@ -71,13 +72,9 @@ class Dataset(Sequence[Example]):
         self._input_ids, self._labels, self._starts = input_ids, labels, starts
         for array in (input_ids, labels, starts):
             array.setflags(write=False)  # examples are views of these
+        self.lengths = np.diff(starts)
         self.report = report
         self.fingerprint = self._fingerprint()
-
-    @property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each sequence, int64 [N]."""
-        return np.diff(self._starts)
 
     @property
     def largest_id(self) -> int:

@@ -66,7 +66,7 @@ class RankAllocator(MethodState):
         )
         self.step = 0
         self._scores: TripletScores | None = TripletScores(self._modules, replica, config)
-        self._left = [torch.arange(config.init_r) for _ in self._modules]
+        self._left = [list(range(config.init_r)) for _ in self._modules]
         self.masks: dict[int, dict[str, int]] = {}
         self.orth_loss = torch.zeros(())
         self._reductions = 0
@@ -160,7 +160,7 @@ class RankAllocator(MethodState):
     def _set_kept(self, keep: Tensor) -> None:
         on_device = keep.to(self._replica.values.device)
         for i, module in enumerate(self._modules):
-            self._left[i] = keep[module.place].nonzero().view(-1)
+            self._left[i] = keep[module.place].nonzero().view(-1).tolist()
             module.adapter.kept = on_device[module.place]
 
     def _shrink(self, optimizer: Optimizer | None) -> None:
@@ -168,7 +168,7 @@ class RankAllocator(MethodState):
         cuts = {
             module.prefix + name: cut
             for module, triplets in zip(self._modules, self._left, strict=True)
-            for name, cut in module.adapter.cuts(triplets).items()
+            for name, cut in module.adapter.cuts(torch.tensor(triplets, dtype=torch.int64)).items()
         }
         self._replica.resize(cuts, optimizer)
         for module in self._modules:
@@ -214,10 +214,7 @@ class RankAllocator(MethodState):
     def record(self) -> dict[str, Any]:
         """The triplets that are left, of the init_r, and whether the others are cut away."""
         named = zip(self._modules, self._left, strict=True)
-        return {
-            "shrunk": self.is_shrunk,
-            "kept": {module.path: left.tolist() for module, left in named},
-        }
+        return {"shrunk": self.is_shrunk, "kept": {module.path: left for module, left in named}}
 
     def load_record(self, step: int, record: Mapping[str, Any]) -> None:
         """Continue with the masks of a checkpoint, and with its shapes if it had shrunk.

@@ -27,6 +27,7 @@ from dlora.sharding.counts import whole_number
 from dlora.sharding.engines.protocol import Engine, is_divided
 from dlora.sharding.replica.optimizer_state import States, states_of
 from dlora.sharding.replica.replica import Reduced, Replica
+from dlora.sharding.replica.step_scalars import Scalar
 
 _RECORD = "dlora_replica"
 
@@ -61,7 +62,7 @@ class TrainedReplica(Replica):
         self,
         tokens: int | Tensor | None = None,
         *,
-        scalars: Mapping[str, float] | None = None,
+        scalars: Mapping[str, Scalar] | None = None,
         each: int = 0,
     ) -> Reduced:
         """See `Replica.reduce_gradients`; the step's passes are over, so W0 is freed as well.

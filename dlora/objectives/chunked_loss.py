@@ -11,9 +11,10 @@ only that gradient [targets, hidden] outlives a chunk.
 from __future__ import annotations
 
 import re
+import sys
 import types
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -77,6 +78,8 @@ class ChunkedTargetLoss(torch.autograd.Function):
 def install(model: nn.Module) -> None:
     """Let a causal language model compute `model(..., targets=[rows, tokens])` → Σ cross entropy.
 
+    `positions`, if they are known, are the places of the targets: see `target_loss`.
+
     Without `targets` the model's own forward runs. The *root's* forward is extended, so that the
     hooks of a sharded base gather and free its weights as usual. The head's forward takes the loss
     as an argument, so that it is called once, with its weight gathered, whatever the chunks.
@@ -86,11 +89,18 @@ def install(model: nn.Module) -> None:
     """
     parts, own_forward = model_parts(model), model.forward
 
-    def forward(self: Any, *args: Any, targets: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self: Any,
+        *args: Any,
+        targets: Tensor | None = None,
+        positions: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         if targets is None:
             return own_forward(*args, **kwargs)
-        hidden = parts.decoder(*args, use_cache=False, **kwargs)[0]
-        return target_loss(parts, hidden, targets)
+        with nullcontext() if "position_ids" in kwargs else one_sequence_per_row():
+            hidden = parts.decoder(*args, use_cache=False, **kwargs)[0]
+        return target_loss(parts, hidden, targets, positions)
 
     def head_forward(self: Any, hidden: Tensor, loss: Any = None) -> Tensor:
         return type(self).forward(self, hidden) if loss is None else loss(hidden)
@@ -99,7 +109,27 @@ def install(model: nn.Module) -> None:
     parts.head.forward = types.MethodType(head_forward, parts.head)
 
 
-def target_loss(parts: Parts, hidden: Tensor, targets: Tensor) -> Tensor:
+@contextmanager
+def one_sequence_per_row() -> Iterator[None]:
+    """Inside, transformers does not look for packed sequences in the positions that it makes.
+
+    It would read a value of each batch, for which the host waits for a GPU.
+    """
+    masking: Any = sys.modules.get("transformers.masking_utils")
+    look = getattr(masking, "find_packed_sequence_indices", None)
+    if look is None:
+        yield
+        return
+    masking.find_packed_sequence_indices = lambda positions: None
+    try:
+        yield
+    finally:
+        masking.find_packed_sequence_indices = look
+
+
+def target_loss(
+    parts: Parts, hidden: Tensor, targets: Tensor, positions: Tensor | None = None
+) -> Tensor:
     """Σ cross entropy over the positions with a target, float32 (float64 for a float64 model).
 
     Without any target the result is 0 with zero gradients, so that ranks stay in step.
@@ -107,8 +137,11 @@ def target_loss(parts: Parts, hidden: Tensor, targets: Tensor) -> Tensor:
     Args:
         hidden: [rows, tokens, H].
         targets: [rows, tokens], −100 where there is none.
+        positions: [N, 2], the (row, token) of each target; found, if they are not given, and then
+            the host waits for a GPU.
     """
-    positions = (targets != IGNORED).nonzero()
+    if positions is None:
+        positions = (targets != IGNORED).nonzero()
     h, t = hidden[tuple(positions.T)], targets[tuple(positions.T)]
     head = parts.head
     vocabulary = getattr(head, "out_features", None) or getattr(head, "nf", 0) or 1 << 16

@@ -12,13 +12,19 @@ from torch import Tensor, nn
 
 
 class Batch(Protocol):
-    """One micro-batch: ids and targets [rows, tokens]; a target is −100 where there is none."""
+    """One micro-batch: ids and targets [rows, tokens]; a target is −100 where there is none.
+
+    `positions` [targets, 2] are the (row, token) of those that are there.
+    """
 
     @property
     def input_ids(self) -> Tensor: ...
 
     @property
     def targets(self) -> Tensor: ...
+
+    @property
+    def positions(self) -> Tensor: ...
 
 
 class Objective(Protocol):
@@ -36,6 +42,7 @@ class Objective(Protocol):
         """Σ over the batch's target tokens, a scalar with a gradient.
 
         The run divides by the number of target tokens of all ranks. `model(input_ids=…, targets=…)`
-        is the summed cross entropy in chunks, and `model(input_ids=…)` gives all logits. Called on
-        every rank as often, also for a batch without a target; the model is called once.
+        is the summed cross entropy in chunks (with `positions=…` it need not look for them), and
+        `model(input_ids=…)` gives all logits. Called on every rank as often, also for a batch
+        without a target; the model is called once.
         """

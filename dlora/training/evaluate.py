@@ -52,7 +52,7 @@ def held_out_loss(context: RunContext) -> float:
     """
     ranks, dataset, model = context.ranks, context.prepared.eval, context.model
     assert dataset is not None
-    sums = torch.zeros(2, dtype=torch.float64)
+    loss, tokens = torch.zeros((), dtype=torch.float64, device=ranks.device), 0
     recomputed = context.config.sharding.activation_checkpointing
     micro_batches = 1 if recomputed else _ROWS
     size = context.config.train.micro_batch_size * micro_batches
@@ -60,10 +60,11 @@ def held_out_loss(context: RunContext) -> float:
     with evaluating(context, micro_batches):
         for ids in dealt[ranks.rank]:
             batch = collate([dataset[i] for i in ids], context.prepared.pad_id, ranks.device)
-            loss = model(input_ids=batch.input_ids, targets=batch.targets)
-            sums += torch.tensor([float(loss), float(batch.num_targets)], dtype=torch.float64)
+            rows = {"input_ids": batch.input_ids, "targets": batch.targets}
+            loss += model(**rows, positions=batch.positions)
+            tokens += batch.num_targets
+    sums = torch.stack([loss, torch.full_like(loss, tokens)])
     if ranks.world > 1:
-        sums = sums.to(ranks.device)
         dist.all_reduce(sums)
     return float(sums[0] / sums[1])
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dlora.sharding.replica.optimizer_state import Named, ReplicaError
+from dlora.sharding.replica.step_scalars import Scalar
 
 
 class FlatBuffers:
@@ -24,7 +25,7 @@ class FlatBuffers:
             the buffers have moved.
 
     Attributes:
-        present: whether this rank has a gradient of each parameter since the last `zero_`.
+        present: whether this rank is known to have a gradient of each parameter since `zero_`.
 
     Raises:
         ReplicaError: there is no parameter, or they differ in dtype or device.
@@ -74,8 +75,10 @@ class FlatBuffers:
 
     def gradient(self, name: str) -> Tensor:
         """The gradient of a parameter, to be added to; present from now on, zero if it was not."""
-        self.check()
-        parameter, view = self._named[name], self._gradient_views[name]
+        parameter = self._named[name]
+        if not is_same_place(parameter, self._value_views[name]):
+            self.check()
+        view = self._gradient_views[name]
         if parameter.grad is None:
             parameter.grad = view.zero_()
         else:
@@ -83,12 +86,16 @@ class FlatBuffers:
         self.present[name] = True
         return view
 
-    def collect(self, is_zero: Callable[[str], bool]) -> None:
+    def collect(self, is_zero: Callable[[str], bool]) -> list[Scalar]:
         """Copy gradients that were set by hand into the buffer, and zero those that are absent.
 
         Args:
             is_zero: whether a parameter without `.grad` counts as one whose gradient is zero.
+
+        Returns:
+            Of each parameter, whether this rank has a gradient: 0 or 1.
         """
+        found: list[Scalar] = []
         for name, parameter in self._named.items():
             view = self._gradient_views[name]
             if parameter.grad is None:
@@ -99,7 +106,10 @@ class FlatBuffers:
                 self.present[name] = True
             elif not self.present[name]:
                 # No backward pass came by, yet the view may have been written to.
-                self.present[name] = bool(view.any())
+                found.append(view.any())
+                continue
+            found.append(float(self.present[name]))
+        return found
 
     def zero_(self, numel: int) -> None:
         """Every gradient, the first `numel` elements, becomes zero and absent."""

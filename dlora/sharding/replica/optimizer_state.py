@@ -11,7 +11,7 @@ replica gets its parameters (`replica.strategy_class`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from dlora.errors import UsageError
 from dlora.sharding.replica.hierarchical_reduce import Reduction, padded, reduction_bytes
-from dlora.sharding.replica.step_scalars import tail_length
+from dlora.sharding.replica.step_scalars import Scalar, fill_, tail_length
 from dlora.sharding.topology import Topology
 
 OPTIMIZER_STATES = ("auto", "replicated", "divided")
@@ -110,8 +110,12 @@ class StateStrategy(Protocol):
             before_step: called before each of its steps where these become collective.
         """
 
-    def sum_(self, scalars: list[float]) -> list[float]:
-        """`gradients` ← Σ over ranks of the gradient buffer; returns Σ of the scalars."""
+    def sum_(self, scalars: Sequence[Scalar]) -> Tensor:
+        """`gradients` ← Σ over ranks of the gradient buffer.
+
+        Returns:
+            [len(scalars) + 1] float64: Σ of each scalar, and the 2-norm of the summed gradients.
+        """
 
     def finalize_gradients(self, present: Mapping[str, bool], divisor: int) -> None:
         """Divide `gradients`, and make them `.grad` of `optimized`: None where not present."""
@@ -125,7 +129,7 @@ class StateStrategy(Protocol):
     def norm(self) -> Tensor:
         """2-norm of the gradients over all ranks, a float64 scalar; the same everywhere."""
 
-    def scale_(self, factor: Tensor) -> None:
+    def scale_(self, factor: float | Tensor) -> None:
         """`gradients` ← factor · `gradients`."""
 
     def local_slices(self) -> dict[str, LocalSlice]:
@@ -191,11 +195,11 @@ class ReplicatedState:
     def attach_optimizer(self, optimizer: Optimizer, before_step: Callable[[], None]) -> None:
         """Equal steps on equal tensors: nothing to do."""
 
-    def sum_(self, scalars: list[float]) -> list[float]:
+    def sum_(self, scalars: Sequence[Scalar]) -> Tensor:
         extras = self._buffer[len(self.gradients) :][: len(scalars)]
-        extras.copy_(torch.tensor(scalars, dtype=torch.float64))
+        fill_(extras, scalars)
         self._reduction.sum_(self._buffer)
-        return extras.tolist()
+        return torch.cat([extras.double(), self.norm()[None]])
 
     def finalize_gradients(self, present: Mapping[str, bool], divisor: int) -> None:
         for name, parameter in self.optimized.items():
@@ -211,7 +215,7 @@ class ReplicatedState:
     def norm(self) -> Tensor:
         return torch.linalg.vector_norm(self.gradients, dtype=torch.float64)
 
-    def scale_(self, factor: Tensor) -> None:
+    def scale_(self, factor: float | Tensor) -> None:
         self.gradients.mul_(factor)
 
     def local_slices(self) -> dict[str, LocalSlice]:

@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -36,6 +39,7 @@ from dlora.sharding.replica.sharded_state import ShardedState
 from dlora.sharding.replica.step_scalars import (
     MOST_SCALARS,
     Reduced,
+    Scalar,
     pack_tail,
     unpack_tail,
 )
@@ -152,7 +156,7 @@ class Replica:
         self,
         tokens: int | Tensor | None = None,
         *,
-        scalars: Mapping[str, float] | None = None,
+        scalars: Mapping[str, Scalar] | None = None,
         each: int = 0,
     ) -> Reduced:
         """Replace every gradient by its mean over ranks: one reduction, the same bits everywhere.
@@ -165,7 +169,8 @@ class Replica:
                 number; gradients then become Σ grad / Σ tokens, the mean over all target tokens of
                 all ranks. Without it they become Σ grad / world.
             scalars: up to 16 numbers by name, which are summed over ranks in the same reduction;
-                every rank must give the same names in the same order.
+                every rank must give the same names in the same order. One that is a tensor is not
+                read before the sum is: the one moment of a step at which the host waits for a GPU.
             each: an integer ≥ 0, below 2^48, of this rank, which every rank gets.
 
         Raises:
@@ -181,29 +186,39 @@ class Replica:
                 f"{len(given)} scalars do not fit the {MOST_SCALARS} slots beside the gradients"
             )
         self._buffers.check()
-        self._buffers.collect(self.strategy.has_gradient)
+        present = self._buffers.collect(self.strategy.has_gradient)
         rank, world = self.topology.rank, self.topology.world
         mine = pack_tail(1 if tokens is None else whole_number(tokens), given, each, rank, world)
-        received = self.strategy.sum_([*map(float, self._buffers.present.values()), *mine])
+        *received, norm = self.strategy.sum_([*present, *mine]).tolist()
         reduced = unpack_tail(received[len(self.named) :], list(given), world)
         ranks_with = dict(zip(self.named, received, strict=False))
         self.present = {name: ranks > 0 for name, ranks in ranks_with.items()}
-        self.strategy.finalize_gradients(self.present, max(reduced.tokens, 1))
+        divisor = max(reduced.tokens, 1)
+        self.strategy.finalize_gradients(self.present, divisor)
+        reduced = replace(reduced, norm=float(self._rounded(norm / divisor)))
         self.reductions += 1
         if self.reductions % AUDIT_EVERY == 0:
             self.audit()
         return reduced
 
-    def clip(self, max_norm: float) -> Tensor:
+    def clip(self, max_norm: float, norm: float | None = None) -> Tensor | float:
         """Scale all gradients so that their global 2-norm is at most `max_norm`.
 
+        Args:
+            norm: theirs, if it is known (`Reduced.norm`) and they were not changed since.
+
         Returns:
-            The norm before clipping, a scalar; the gradients must have been reduced.
+            The norm before clipping; the gradients must have been reduced.
         """
         if not self.named:
             raise ReplicaError("there is nothing to clip: attach adapters first")
-        norm = self.gradient_norm()
-        self.strategy.scale_((max_norm / (norm + 1e-6)).clamp(max=1.0).to(norm.dtype))
+        if norm is None:
+            found = self.gradient_norm()
+            self.strategy.scale_(_factor(max_norm, found).clamp(max=1.0))
+            return found
+        factor = float(_factor(max_norm, self._rounded(norm)))
+        if not factor >= 1:
+            self.strategy.scale_(factor)
         return norm
 
     def gradient_norm(self) -> Tensor:
@@ -244,6 +259,10 @@ class Replica:
         if found:
             raise ReplicaError(f"the adapters are no longer the same on every rank: {found}")
 
+    def _rounded(self, norm: float) -> Any:
+        """A number in the dtype of the values, where the last bits of ranks' own sums are gone."""
+        return np.float64(norm) if self.values.dtype == torch.float64 else np.float32(norm)
+
     def _allocate(self) -> None:
         """Buffers for the parameters as they are, and the parameters in them."""
         self.numel = count(self.named)
@@ -252,3 +271,8 @@ class Replica:
 
     def _after_backward(self, name: str, parameter: nn.Parameter) -> None:
         self._buffers.after_backward(name, parameter)
+
+
+def _factor(max_norm: float, norm: Any) -> Any:
+    """max_norm / (norm + ε), the same bits from a tensor and from a number of NumPy."""
+    return 1 / (norm + 1e-6) * max_norm

@@ -12,7 +12,7 @@ would on whole tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ from dlora.sharding.replica.optimizer_state import (
     item,
 )
 from dlora.sharding.replica.state_gathering import StateKind, gather_ranges, kinds_by_rank
-from dlora.sharding.replica.step_scalars import tail_length
+from dlora.sharding.replica.step_scalars import Scalar, fill_, tail_length
 from dlora.sharding.topology import Topology
 
 
@@ -99,7 +99,7 @@ class ShardedState:
         optimizer.register_step_post_hook(lambda *_: self._reduction.gather_(self._values))
         self._has_optimizer = True
 
-    def sum_(self, scalars: list[float]) -> list[float]:
+    def sum_(self, scalars: Sequence[Scalar]) -> Tensor:
         if not self._has_optimizer:
             raise ReplicaError(
                 "the optimizer state is divided over ranks, and its steps end with a collective: "
@@ -108,11 +108,11 @@ class ShardedState:
         self._reduction.scatter_(self._buffer)
         length = _scalars(self._named, self._reduction.topology)
         sums = self.gradients.new_zeros(length, dtype=torch.float64)
-        sums[: len(scalars)] = torch.tensor(scalars, dtype=torch.float64)
+        fill_(sums[: len(scalars)], scalars)
         sums[-1] = torch.linalg.vector_norm(self.gradients, dtype=torch.float64).square()
         self._reduction.sum_(sums)
         self._norm = sums[-1].sqrt()
-        return sums[: len(scalars)].tolist()
+        return torch.cat([sums[: len(scalars)], self._norm[None]])
 
     def finalize_gradients(self, present: Mapping[str, bool], divisor: int) -> None:
         for name, part in self.optimized.items():
@@ -133,7 +133,7 @@ class ShardedState:
     def norm(self) -> Tensor:
         return self._norm
 
-    def scale_(self, factor: Tensor) -> None:
+    def scale_(self, factor: float | Tensor) -> None:
         self.gradients.mul_(factor)
         self._norm = self._norm * factor
 

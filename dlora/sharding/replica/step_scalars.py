@@ -12,6 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor, tensor
+
+Scalar = float | Tensor  # a tensor stays where it is, so that nobody waits for a GPU
+
 MOST_SCALARS = 16
 _SUMMED_LIMB, _OWN_LIMB = 1 << 12, 1 << 24
 
@@ -24,11 +28,13 @@ class Reduced:
         tokens: Σ tokens over ranks; the number of ranks where none were given.
         scalars: Σ over ranks of each scalar, by name.
         each: the integer of each rank, by rank.
+        norm: 2-norm of the reduced gradients, as `Replica.gradient_norm`.
     """
 
     tokens: int
     scalars: dict[str, float]
     each: list[int]
+    norm: float = 0.0
 
 
 def tail_length(world: int) -> int:
@@ -37,15 +43,24 @@ def tail_length(world: int) -> int:
 
 
 def pack_tail(
-    tokens: int, scalars: Mapping[str, float], each: int, rank: int, world: int
-) -> list[float]:
+    tokens: int, scalars: Mapping[str, Scalar], each: int, rank: int, world: int
+) -> list[Scalar]:
     """One rank's addend, of `tail_length`; every rank must name the same scalars in one order."""
-    tail = [0.0] * tail_length(world)
+    tail: list[Scalar] = [0.0] * tail_length(world)
     tail[:2] = divmod(tokens, _SUMMED_LIMB)
     tail[2 : 2 + len(scalars)] = scalars.values()
     own = 2 + MOST_SCALARS + 2 * rank
     tail[own : own + 2] = divmod(each, _OWN_LIMB)
     return tail
+
+
+def fill_(out: Tensor, scalars: Sequence[Scalar]) -> None:
+    """out [len(scalars)] ← scalars, by one copy to its device, which the host does not wait for."""
+    host = tensor([0.0 if isinstance(s, Tensor) else s for s in scalars], dtype=out.dtype)
+    out.copy_(host.pin_memory() if out.is_cuda else host, non_blocking=True)
+    for place, scalar in enumerate(scalars):
+        if isinstance(scalar, Tensor):
+            out[place].copy_(scalar)
 
 
 def unpack_tail(total: Sequence[float], names: Sequence[str], world: int) -> Reduced:

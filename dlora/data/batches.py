@@ -1,0 +1,73 @@
+"""The micro-batches of one rank, collated ahead by a thread while the model computes."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any
+
+from dlora.data.collate import Batch, collate
+from dlora.data.dataset import Dataset
+from dlora.data.sampler import Sampler, deal
+
+Dealt = tuple[Any, "deque[Future[Batch]]"]
+
+
+class Batches:
+    """A context, in which a thread works one step ahead.
+
+    Args:
+        size: sequences of a micro-batch.
+        pinned: make them in memory that a GPU copies from without waiting.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        sampler: Sampler,
+        *,
+        rank: int,
+        world: int,
+        size: int,
+        pad_id: int,
+        pinned: bool = False,
+    ) -> None:
+        self._dataset, self._sampler = dataset, sampler
+        self._rank, self._world, self._size = rank, world, size
+        self._pad_id, self._pinned = pad_id, pinned
+        self._thread = ThreadPoolExecutor(1, "dlora-batches")
+        self._ahead: dict[int, Dealt] = {}
+
+    def __enter__(self) -> Batches:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def step(self, step: int) -> tuple[Any, Iterator[Batch]]:
+        """(ids of all sequences of a step, this rank's micro-batches), both in order."""
+        ids, futures = self._ahead.pop(step) if step in self._ahead else self._begin(step)
+        if step + 1 < self._sampler.total_steps and step + 1 not in self._ahead:
+            self._ahead[step + 1] = self._begin(step + 1)
+        return ids, _results(futures)
+
+    def _begin(self, step: int) -> Dealt:
+        ids = self._sampler.step(step)
+        mine = deal(ids, self._dataset.lengths, self._world, self._size)[self._rank]
+        return ids, deque(self._thread.submit(self._collate, micro) for micro in mine)
+
+    def _collate(self, ids: list[int]) -> Batch:
+        batch = collate([self._dataset[i] for i in ids], self._pad_id)
+        return batch.pinned() if self._pinned else batch
+
+
+def _results(futures: deque[Future[Batch]]) -> Iterator[Batch]:
+    while futures:
+        yield futures.popleft().result()
