@@ -239,14 +239,15 @@ class Run:
     def passes(self, step: int, batches: Iterator[Batch]) -> tuple[Tensor, int]:
         """Forward and backward of this rank's micro-batches: Σ loss, and its target tokens."""
         loss, tokens = torch.zeros((), device=self.ranks.device), 0
-        for batch in batches:
-            batch = batch.to(self.ranks.device)
-            with self.sample_keys(step, batch):
-                summed = self.objective.loss(self.model, batch)
-                summed.backward()
-            self.checkpoints.look()
-            loss += summed.detach()
-            tokens += batch.num_targets
+        with attachment_of(self.model).values.shared():
+            for batch in batches:
+                batch = batch.to(self.ranks.device)
+                with self.sample_keys(step, batch):
+                    summed = self.objective.loss(self.model, batch)
+                    summed.backward()
+                self.checkpoints.look()
+                loss += summed.detach()
+                tokens += batch.num_targets
         return loss, tokens
 
     def figures(self, ids: Any, reduced: Reduced, seconds: float) -> dict[str, Any]:

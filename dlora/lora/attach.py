@@ -16,6 +16,7 @@ from dlora.lora.dropout import DropoutStream
 from dlora.lora.init import INITS, Initialisation
 from dlora.lora.layers import CHILD, ModulesToSaveCopy, ModulesToSaveLayer, adapt_, layer_kind
 from dlora.lora.states import AdapterState
+from dlora.lora.step_values import StepValues
 from dlora.lora.targets import saved_paths, target_paths
 from dlora.lora.variants import VARIANTS, LoraAdapter
 from dlora.lora.whole_weights import WholeWeights, plain_weights, show_weights
@@ -30,12 +31,14 @@ class Attachment:
         adapted: paths of the modules with an adapter.
         saved: paths of the modules that are trained whole.
         stream: where the adapters' dropout masks come from.
+        values: what the adapters make once for all passes of a step.
     """
 
     config: LoraConfig
     adapted: list[str] = field(default_factory=list)
     saved: list[str] = field(default_factory=list)
     stream: DropoutStream = field(default_factory=DropoutStream)
+    values: StepValues = field(default_factory=StepValues)
 
     @property
     def init(self) -> type[Initialisation]:
@@ -244,6 +247,7 @@ def _attach_adapter(module: nn.Module, path: str, attachment: Attachment, residu
         dropout=config.lora_dropout,
         path=path,
         stream=attachment.stream,
+        values=attachment.values,
         dtype=_master_dtype(module),
         device=device,
         offset=init.needs != "nothing",

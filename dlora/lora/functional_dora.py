@@ -27,7 +27,7 @@ Source: Liu et al. 2024, https://arxiv.org/abs/2402.09353, section 4.3 for the c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -45,10 +45,15 @@ _CHUNK_ELSEWHERE = 1 << 24
 
 
 class Rows(NamedTuple):
-    """What rescales the rows of W0 + s·B·A: μ [m], trained, and ‖W0_j‖² [m]."""
+    """What rescales the rows of W0 + s·B·A: μ [m], trained, and ‖W0_j‖² [m].
+
+    `shared` returns n [m], which it makes with its argument unless it has it already: n is the same
+    in all passes between two optimizer steps.
+    """
 
     magnitude: Tensor
     squares: Tensor
+    shared: Callable[[Callable[[], Tensor]], Tensor]
 
 
 def row_squares(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -97,6 +102,7 @@ class LinearWithDora(torch.autograd.Function):
         B: Tensor,
         magnitude: Tensor,
         squares: Tensor,
+        shared: Callable[[Callable[[], Tensor]], Tensor],
         scaling: float,
         mask: Mask | None,
     ) -> Tensor:
@@ -104,7 +110,7 @@ class LinearWithDora(torch.autograd.Function):
         dropped_Tn = x_Tn if mask is None else mask.drop(x_Tn)
         z_Tr, B_rm = dropped_Tn @ A.to(x.dtype).t(), B.to(x.dtype).t()
         dense = whole(weight, x.dtype)
-        norms = row_norms(dense, A, B, scaling, squares)
+        norms = shared(lambda: row_norms(dense, A, B, scaling, squares))
         e = excess(magnitude, norms, x.dtype)
         v_Tm = F.linear(dropped_Tn, dense).addmm_(z_Tr, B_rm, alpha=scaling)
         if mask is not None:
@@ -146,7 +152,7 @@ class LinearWithDora(torch.autograd.Function):
         if ctx.needs_input_grad[5]:
             sums = torch.mul(dy_Tm, along.view_as(dy_Tm), out=dv_Tm).sum(0).to(lengths.dtype)
             dmagnitude = torch.where(lengths == 0, 0, sums / lengths)
-        return dx, None, None, dA, dB, dmagnitude, None, None, None
+        return dx, None, None, dA, dB, dmagnitude, None, None, None, None
 
 
 def linear(
@@ -219,5 +225,5 @@ def _excess_at(
     weight: Tensor, A: Tensor, B: Tensor, scaling: float, rows: Rows, dtype: torch.dtype
 ) -> Tensor:
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        norms = row_norms(weight, A, B, scaling, rows.squares)
+        norms = rows.shared(lambda: row_norms(weight, A, B, scaling, rows.squares))
     return excess(rows.magnitude, norms, dtype)

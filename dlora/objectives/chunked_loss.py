@@ -26,7 +26,9 @@ from dlora.errors import UsageError
 from dlora.lora.layers import CHILD
 
 IGNORED = -100
-CHUNK_BYTES = 64 << 20  # of float32 logits at a time
+CHUNK_BYTES = {"cpu": 64 << 20}  # of float32 logits at a time, elsewhere CHUNK_BYTES_ELSEWHERE
+CHUNK_BYTES_ELSEWHERE = 256 << 20
+_WHOLE_TILES = 256  # rows of a chunk are a multiple, where it has so many
 
 Logits = Callable[[Tensor, Tensor], Tensor]
 
@@ -75,7 +77,13 @@ class ChunkedTargetLoss(torch.autograd.Function):
         return None, scaled[0], None, None, None, None, *scaled[1:]
 
 
-def install(model: nn.Module) -> None:
+def chunk_rows(vocabulary: int, device: str) -> int:
+    """Rows of logits that are computed at a time on a type of device."""
+    rows = CHUNK_BYTES.get(device, CHUNK_BYTES_ELSEWHERE) // (4 * vocabulary)
+    return max(1, rows if rows < _WHOLE_TILES else rows - rows % _WHOLE_TILES)
+
+
+def install(model: nn.Module, device: str | None = None) -> None:
     """Let a causal language model compute `model(..., targets=[rows, tokens])` → Σ cross entropy.
 
     `positions`, if they are known, are the places of the targets: see `target_loss`.
@@ -83,6 +91,9 @@ def install(model: nn.Module) -> None:
     Without `targets` the model's own forward runs. The *root's* forward is extended, so that the
     hooks of a sharded base gather and free its weights as usual. The head's forward takes the loss
     as an argument, so that it is called once, with its weight gathered, whatever the chunks.
+
+    Args:
+        device: the type of device whose chunks are used; by default where the hidden states are.
 
     Raises:
         UsageError: the model is no decoder with an output head.
@@ -100,7 +111,7 @@ def install(model: nn.Module) -> None:
             return own_forward(*args, **kwargs)
         with nullcontext() if "position_ids" in kwargs else one_sequence_per_row():
             hidden = parts.decoder(*args, use_cache=False, **kwargs)[0]
-        return target_loss(parts, hidden, targets, positions)
+        return target_loss(parts, hidden, targets, positions, device)
 
     def head_forward(self: Any, hidden: Tensor, loss: Any = None) -> Tensor:
         return type(self).forward(self, hidden) if loss is None else loss(hidden)
@@ -128,7 +139,11 @@ def one_sequence_per_row() -> Iterator[None]:
 
 
 def target_loss(
-    parts: Parts, hidden: Tensor, targets: Tensor, positions: Tensor | None = None
+    parts: Parts,
+    hidden: Tensor,
+    targets: Tensor,
+    positions: Tensor | None = None,
+    device: str | None = None,
 ) -> Tensor:
     """Σ cross entropy over the positions with a target, float32 (float64 for a float64 model).
 
@@ -139,13 +154,14 @@ def target_loss(
         targets: [rows, tokens], −100 where there is none.
         positions: [N, 2], the (row, token) of each target; found, if they are not given, and then
             the host waits for a GPU.
+        device: as of `install`.
     """
     if positions is None:
         positions = (targets != IGNORED).nonzero()
     h, t = hidden[tuple(positions.T)], targets[tuple(positions.T)]
     head = parts.head
     vocabulary = getattr(head, "out_features", None) or getattr(head, "nf", 0) or 1 << 16
-    chunk = max(1, CHUNK_BYTES // (4 * int(vocabulary)))
+    chunk = chunk_rows(int(vocabulary), device or hidden.device.type)
     trained = [p for p in head.parameters() if p.requires_grad]
     needs_grad = torch.is_grad_enabled() and (h.requires_grad or bool(trained))
 

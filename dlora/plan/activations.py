@@ -10,7 +10,7 @@ from torch import nn
 
 from dlora.base.quantize import FrozenMatrix, frozen_matrices
 from dlora.lora.variants import LoraAdapter
-from dlora.objectives.chunked_loss import CHUNK_BYTES, model_parts
+from dlora.objectives.chunked_loss import chunk_rows, model_parts
 from dlora.sharding.engines.gather_groups import block_lists
 
 _COPIES = 5  # of a chunk of float32 logits, while its gradient is computed
@@ -36,7 +36,12 @@ class Trace:
 
 
 def estimate(
-    skeleton: Any, tokens: int, checkpointing: bool, reason: str, targets: int | None = None
+    skeleton: Any,
+    tokens: int,
+    checkpointing: bool,
+    reason: str,
+    targets: int | None = None,
+    device: str = "cpu",
 ) -> Trace:
     """Estimate the figures of a micro-batch of `tokens` tokens from shapes alone.
 
@@ -47,6 +52,7 @@ def estimate(
         checkpointing: with activation checkpointing.
         reason: why the model was not traced, for `Trace.estimated`.
         targets: tokens that are targets; None: all of them.
+        device: the type of device that it runs on.
     """
     head = model_parts(skeleton).head
     experts = getattr(skeleton.config, "num_experts_per_tok", None) or 1
@@ -63,7 +69,8 @@ def estimate(
     head_size = sum(p.numel() for p in head.parameters())
     widest: Any = max(head.parameters(), key=lambda p: p.ndim)
     hidden = tokens * min(widest.shape) * widest.element_size()
-    chunk = min(CHUNK_BYTES, 4 * max(widest.shape) * (tokens if targets is None else targets))
+    rows = min(chunk_rows(max(widest.shape), device), tokens if targets is None else targets)
+    chunk = 4 * max(widest.shape) * rows
     beside = [_kept_by_adapters(block) * widest.element_size() for block in blocks]
     each = [matrices + kept for matrices, kept in zip(each, beside, strict=True)]
     saved = len(blocks) * hidden if checkpointing else tokens * sum(each)

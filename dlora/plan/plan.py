@@ -93,6 +93,7 @@ class Subject:
             workload.tokens,
             checkpointing=workload.checkpointing,
             targets=workload.targets,
+            device=device,
         )
         self._method = method_plan(skeleton)
         self._units: dict[tuple[Any, int], tuple[Unit, ...]] = {}

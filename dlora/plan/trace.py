@@ -35,6 +35,7 @@ def trace(
     *,
     checkpointing: bool,
     targets: int | None = None,
+    device: str = "cpu",
 ) -> Trace:
     """The figures of a micro-batch of `rows` sequences of `tokens` tokens.
 
@@ -42,23 +43,23 @@ def trace(
         skeleton: the model on the meta device with adapters attached; left as it is.
         checkpointing: with activation checkpointing.
         targets: tokens that are targets; None: all of them.
+        device: the type of device that it runs on; that of the traced tensors is the CPU.
     """
     targets = rows * tokens if targets is None else targets
     try:
         alike = _alike_blocks(skeleton)
         if alike is None:
-            return _traced(copy.deepcopy(skeleton), rows, tokens, checkpointing, targets)
+            return _traced(copy.deepcopy(skeleton), rows, tokens, checkpointing, targets, device)
         path, number = alike
         traces = []
         for count in (_FEW - 1, _FEW):
             with _shortened(skeleton, path, count):
-                traces.append(
-                    _traced(copy.deepcopy(skeleton), rows, tokens, checkpointing, targets)
-                )
+                twin = copy.deepcopy(skeleton)
+                traces.append(_traced(twin, rows, tokens, checkpointing, targets, device))
         return _extrapolated(traces[0], traces[1], number - _FEW)
     except Exception as error:  # a model's code may need real values
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-        return estimate(skeleton, rows * tokens, checkpointing, reason, targets)
+        return estimate(skeleton, rows * tokens, checkpointing, reason, targets, device)
 
 
 def _extrapolated(fewer: Trace, few: Trace, more: int) -> Trace:
@@ -71,7 +72,9 @@ def _extrapolated(fewer: Trace, few: Trace, more: int) -> Trace:
     )
 
 
-def _traced(twin: Any, rows: int, tokens: int, checkpointing: bool, targets: int) -> Trace:
+def _traced(
+    twin: Any, rows: int, tokens: int, checkpointing: bool, targets: int, device: str
+) -> Trace:
     """Run a copy of the skeleton, which is used up."""
     if twin.config._attn_implementation not in ("eager", "sdpa"):
         twin.set_attn_implementation("sdpa")  # fused ones save the same, and need a GPU
@@ -79,7 +82,7 @@ def _traced(twin: Any, rows: int, tokens: int, checkpointing: bool, targets: int
     if checkpointing:
         twin.activation_checkpointing_enable({"use_reentrant": False})
     head = chunked_loss.model_parts(twin).head
-    chunked_loss.install(twin)
+    chunked_loss.install(twin, device)
     fake = FakeTensorMode()
     known = _make_fake(twin, fake)
     with fake:
@@ -89,30 +92,13 @@ def _traced(twin: Any, rows: int, tokens: int, checkpointing: bool, targets: int
                 known.append(parameter.grad)
     live = LiveBytes(known)
     _mark_loss(head, live)
-    with fake, live, _one_sequence_in_a_row():
+    with fake, live:
         ids = torch.zeros(rows, tokens, dtype=torch.int64)
         marked = live.mark(torch.zeros_like(ids), targets)
         loss = twin(input_ids=ids, targets=marked)
         saved = live.now
         loss.backward()
     return Trace(saved, live.peaks[""], live.peaks["loss"], live.flops)
-
-
-@contextmanager
-def _one_sequence_in_a_row() -> Iterator[None]:
-    """Inside, transformers does not look whether rows are packed, which it cannot see of fake ones.
-
-    It would make a mask [tokens, tokens] for every layer, where a run needs none.
-    """
-    from transformers import masking_utils
-
-    name = "find_packed_sequence_indices"
-    look = getattr(masking_utils, name)
-    setattr(masking_utils, name, lambda position_ids: None)
-    try:
-        yield
-    finally:
-        setattr(masking_utils, name, look)
 
 
 def _mark_loss(head: nn.Module, live: LiveBytes) -> None:

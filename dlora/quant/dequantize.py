@@ -28,7 +28,7 @@ def levels_times_scales(
     """NF4 codes uint8 [k, n/2], scales float32 [k, n/block] → [k, n] in `dtype`.
 
     Args:
-        pairs: float32 [256, 2], the two levels of each byte.
+        pairs: float32 [256, 2], the two levels of each byte, beside the codes.
     """
     fast = bitsandbytes_kernel() if dtype in _BY_BITSANDBYTES else None
     if fast is None:
@@ -43,7 +43,7 @@ def levels_in_torch(
     """`levels_times_scales` without bitsandbytes."""
     k, half = codes.shape
     out = torch.empty(k, 2 * half, dtype=dtype, device=codes.device)
-    both = pairs.to(codes.device).view(torch.int64).view(-1)  # two floats in one look-up
+    both = pairs.view(torch.int64).view(-1)  # two floats in one look-up
 
     def values(rows: slice) -> Tensor:
         found = torch.index_select(both, 0, codes[rows].reshape(-1).int())

@@ -34,6 +34,7 @@ LEVELS = torch.tensor(
 )
 _MIDDLES = (LEVELS[1:] + LEVELS[:-1]) / 2
 _PAIRS = torch.stack([LEVELS.repeat_interleave(16), LEVELS.repeat(16)], dim=1)  # by byte
+_on_device: dict[torch.device, Tensor] = {}
 
 
 class Nf4:
@@ -77,7 +78,16 @@ class Nf4:
             blocks = steps / 255 * of_row
         else:
             blocks = from_bytes(scales, torch.bfloat16).float()
-        return levels_times_scales(codes, blocks, _PAIRS, self.block, dtype)
+        return levels_times_scales(codes, blocks, _pairs(codes.device), self.block, dtype)
+
+
+def _pairs(device: torch.device) -> Tensor:
+    """`_PAIRS` on a device, to which it is copied once: a copy is a wait for a GPU."""
+    if device.type == "cpu":
+        return _PAIRS
+    if device not in _on_device:
+        _on_device[device] = _PAIRS.to(device)
+    return _on_device[device]
 
 
 class Nf4Dq(Nf4):

@@ -13,9 +13,11 @@ from golden import Y as WITHOUT_MAGNITUDE
 from made_tensors import Made
 from refusals import refusal
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from dlora import LoraConfig, attach, disabled, load_adapter, merge, save_adapter, shard, unmerge
+from dlora.lora import functional_dora
 from dlora.lora.attach import attachment_of, named_adapters, trainable_parameters
 from dlora.lora.dropout import SampleKeys
 from dlora.lora.states import AdapterState
@@ -304,3 +306,36 @@ def test_a_base_that_something_else_sharded_is_refused_before_it_is_touched() ->
     said = refusal(attach, model, LoraConfig(r=2, use_dora=True))
     assert "dora starts from W0: weight is sharded; call dlora.sha" in said
     assert type(model[0]) is nn.Linear and not hasattr(model, "dlora")
+
+
+def test_norms_are_made_once_for_all_passes_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside `shared`, whatever the micro-batches and recomputations, with the same gradients."""
+    torch.manual_seed(0)
+    made, make = [], functional_dora.row_norms
+    monkeypatch.setattr(
+        functional_dora, "row_norms", lambda *args: made.append(args) or make(*args)
+    )
+    model = nn.Sequential(nn.Linear(8, 6), nn.Conv1d(4, 5, 3), nn.Linear(4, 3))
+    attach(model, LoraConfig(r=2, use_dora=True, target_modules=["0", "1", "2"]))
+    trained = list(trainable_parameters(model).values())
+    for parameter in trained:
+        nn.init.normal_(parameter)
+    xs = torch.randn(3, 2, 4, 8)
+
+    def step() -> list[Tensor]:
+        for x in xs:
+            checkpoint(model, x, use_reentrant=False).square().sum().backward()
+        gradients = [p.grad.clone() for p in trained]
+        model.zero_grad()
+        return gradients
+
+    apart, made[:] = step(), []
+    with attachment_of(model).values.shared():
+        together = step()
+    assert len(made) == 3
+    assert all(torch.equal(a, b) for a, b in zip(apart, together, strict=True))
+    with torch.no_grad():
+        trained[0].mul_(2)
+    with attachment_of(model).values.shared():
+        assert not torch.equal(step()[0], together[0])
+    assert len(made) == 6

@@ -88,7 +88,7 @@ def check_alike(model: nn.Module, plain: nn.Module, tolerance: float) -> None:
 
 
 def chunks_of(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objective, "CHUNK_BYTES", 4 * VOCABULARY * rows)
+    monkeypatch.setattr(objective, "CHUNK_BYTES", {"cpu": 4 * VOCABULARY * rows})
 
 
 @pytest.mark.parametrize("dtype", EXACT, ids=str)
@@ -200,7 +200,7 @@ def test_no_tensor_is_as_large_as_tokens_times_vocabulary(
     settings: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vocabulary, rows, hidden = 1000, 8, 24
-    monkeypatch.setattr(objective, "CHUNK_BYTES", 4 * vocabulary * rows)
+    monkeypatch.setattr(objective, "CHUNK_BYTES", {"cpu": 4 * vocabulary * rows})
     model = causal_model("llama", vocab_size=vocabulary)
     attach(model, LoraConfig(r=2, **settings))
     objective.install(model)

@@ -13,7 +13,9 @@ from ranks import Pools
 from torch import Tensor, nn
 from toy import Toy, batch, flat, gradients, own_rank, replicated
 
-from dlora.sharding.replica.replica import ReplicaError
+from dlora.sharding.replica import audit
+from dlora.sharding.replica.replica import Replica, ReplicaError
+from dlora.sharding.topology import Topology
 
 LR = 0.05
 SHAPES = [(1, 1), (2, 2), (3, 3), (4, 4), (4, 2), (4, 1), (3, 2)]  # ranks, ranks per node
@@ -190,3 +192,38 @@ def test_too_many_scalars_are_refused() -> None:
     _, replica = replicated()
     with pytest.raises(ReplicaError, match="17 scalars do not fit the 16 slots"):
         replica.reduce_gradients(scalars=dict.fromkeys(map(str, range(17)), 0.0))
+
+
+def clipped_twice(dtype: torch.dtype, scale: float) -> list[torch.Tensor]:
+    """Values of one gradient after `clip` by itself, and after `clip` with the reduced norm."""
+    results = []
+    for known in (False, True):
+        replica = Replica(Topology.current())
+        replica.own({"a": nn.Parameter(torch.zeros(1000, dtype=dtype))})
+        replica.named["a"].grad = scale * torch.randn(
+            1000, dtype=dtype, generator=torch.Generator().manual_seed(own_rank())
+        )
+        reduced = replica.reduce_gradients()
+        wanted = torch.linalg.vector_norm(replica.gradients.double())
+        assert reduced.norm == pytest.approx(float(wanted), rel=1e-6)
+        replica.clip(0.7, reduced.norm) if known else replica.clip(0.7)
+        results.append(replica.gradients.clone())
+    return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_norm_that_is_known_clips_to_the_same_bits(pools: Pools, dtype: torch.dtype) -> None:
+    for scale in (1e-3, 1.0, 123.4):
+        for by_itself, by_norm in pools(2).run(clipped_twice, dtype, scale):
+            assert torch.equal(by_itself, by_norm)
+
+
+@pytest.mark.parametrize("numel", [1, 5, 12, 13])
+def test_a_checksum_in_blocks_is_that_of_the_whole(
+    numel: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit, "_BLOCK", 4)
+    tensor = torch.randn(numel)
+    words = [int(word) for word in tensor.view(torch.int32)]
+    wanted = sum(word * (2 * place + 1) for place, word in enumerate(words))
+    assert int(audit._checksum(tensor)) % 2**64 == wanted % 2**64

@@ -7,6 +7,7 @@ Source: Liu et al. 2024, https://arxiv.org/abs/2402.09353.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -70,4 +71,5 @@ class DoraAdapter(LoraAdapter):
 
     @property
     def _rows(self) -> functional_dora.Rows:
-        return functional_dora.Rows(self.lora_magnitude_vector, self.base_squares)
+        shared = functools.partial(self.values.get, self.path)
+        return functional_dora.Rows(self.lora_magnitude_vector, self.base_squares, shared)

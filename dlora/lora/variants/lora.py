@@ -18,6 +18,7 @@ from dlora.lora.dropout import DropoutStream, Mask
 from dlora.lora.init import Initialisation
 from dlora.lora.method_state import MethodState, PlannedState
 from dlora.lora.states import AdapterState, Stateful
+from dlora.lora.step_values import StepValues
 from dlora.quant.linear import Weight
 
 
@@ -82,6 +83,7 @@ class LoraAdapter(Stateful):
         dropout: float,
         path: str,
         stream: DropoutStream,
+        values: StepValues,
         dtype: torch.dtype,
         device: torch.device,
         offset: bool = False,
@@ -91,7 +93,7 @@ class LoraAdapter(Stateful):
         self.lora_A = nn.Parameter(torch.empty(r, n, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.empty(m, r, dtype=dtype, device=device))
         self.scaling, self.dropout, self.path = scaling, dropout, path
-        self.stream = stream
+        self.stream, self.values = stream, values
         self.residual = residual
         self.offset_A: Tensor | None
         self.offset_B: Tensor | None

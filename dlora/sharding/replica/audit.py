@@ -12,6 +12,7 @@ from torch import Tensor
 from dlora.sharding.comm_bytes import WireCounter, ring_gather_bytes
 
 SHOWN = 5
+_BLOCK = 1 << 20  # words that are multiplied at a time: 16 bytes each beside the tensor
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,13 @@ def unhealed(
 
 def _checksum(tensor: Tensor) -> Tensor:
     """int64 Σ bits_i · (2i + 1) mod 2^64: one changed word changes it, and so does a swap."""
-    words = tensor.contiguous().view(-1).view(torch.int32).to(torch.int64)
-    odd = torch.arange(words.numel(), device=words.device, dtype=torch.int64).mul_(2).add_(1)
-    return (words * odd).sum()
+    words = tensor.contiguous().view(-1).view(torch.int32)
+    total = torch.zeros((), dtype=torch.int64, device=words.device)
+    for first in range(0, words.numel(), _BLOCK):
+        block = words[first : first + _BLOCK].to(torch.int64)
+        odd = torch.arange(first, first + len(block), device=words.device).mul_(2).add_(1)
+        total += block.mul_(odd).sum()
+    return total
 
 
 def _found(names: list[str], every: Tensor) -> list[Difference]:

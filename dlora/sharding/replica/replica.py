@@ -10,12 +10,11 @@ that a step wants summed (loss, tokens, flags) are in the same reduction. The st
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -195,7 +194,7 @@ class Replica:
         self.present = {name: ranks > 0 for name, ranks in ranks_with.items()}
         divisor = max(reduced.tokens, 1)
         self.strategy.finalize_gradients(self.present, divisor)
-        reduced = replace(reduced, norm=float(self._rounded(norm / divisor)))
+        reduced = replace(reduced, norm=self._rounded(norm / divisor))
         self.reductions += 1
         if self.reductions % AUDIT_EVERY == 0:
             self.audit()
@@ -214,9 +213,10 @@ class Replica:
             raise ReplicaError("there is nothing to clip: attach adapters first")
         if norm is None:
             found = self.gradient_norm()
-            self.strategy.scale_(_factor(max_norm, found).clamp(max=1.0))
+            self.strategy.scale_((1 / (found + 1e-6) * max_norm).clamp(max=1.0))
             return found
-        factor = float(_factor(max_norm, self._rounded(norm)))
+        r = self._rounded  # each operation, so that the factor has the bits that tensors would give
+        factor = r(r(1 / r(r(norm) + r(1e-6))) * r(max_norm))
         if not factor >= 1:
             self.strategy.scale_(factor)
         return norm
@@ -259,9 +259,9 @@ class Replica:
         if found:
             raise ReplicaError(f"the adapters are no longer the same on every rank: {found}")
 
-    def _rounded(self, norm: float) -> Any:
-        """A number in the dtype of the values, where the last bits of ranks' own sums are gone."""
-        return np.float64(norm) if self.values.dtype == torch.float64 else np.float32(norm)
+    def _rounded(self, number: float) -> float:
+        """A number in the precision of the values, where the last bits of ranks' own sums go."""
+        return number if self.values.dtype == torch.float64 else ctypes.c_float(number).value
 
     def _allocate(self) -> None:
         """Buffers for the parameters as they are, and the parameters in them."""
@@ -271,8 +271,3 @@ class Replica:
 
     def _after_backward(self, name: str, parameter: nn.Parameter) -> None:
         self._buffers.after_backward(name, parameter)
-
-
-def _factor(max_norm: float, norm: Any) -> Any:
-    """max_norm / (norm + ε), the same bits from a tensor and from a number of NumPy."""
-    return 1 / (norm + 1e-6) * max_norm

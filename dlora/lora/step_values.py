@@ -1,0 +1,37 @@
+"""Values made of the trained tensors that all passes of one optimizer step share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class StepValues:
+    """Shared by all adapters of a model.
+
+    Nothing is kept unless somebody says that the trained tensors stay as they are: no version or
+    address of a tensor tells, as its memory may be written as a part of another one.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[str, object] | None = None
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Inside, trained tensors do not change: what passes have in common is made once."""
+        previous, self._made = self._made, {}
+        try:
+            yield
+        finally:
+            self._made = previous
+
+    def get(self, key: str, make: Callable[[], T]) -> T:
+        """What `make` returns, or has returned for this key before."""
+        if self._made is None:
+            return make()
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]  # type: ignore[return-value]
