@@ -26,6 +26,7 @@ from dlora.metrics.progress import StepDisplay
 from dlora.optim.schedule import lr_factor, set_lr
 from dlora.plan.report import lines_of
 from dlora.runtime.console import console
+from dlora.runtime.determinism import deterministic
 from dlora.runtime.exit_status import exit_with
 from dlora.runtime.failure import reported
 from dlora.runtime.memory import MemoryMeter, trim
@@ -59,7 +60,7 @@ def main(argv: list[str], hooks: Hooks = NO_HOOKS) -> int:
         import_late_ones(config)
         meter = MemoryMeter()  # counts from here: after imports, before data and weights
         preparation = planned(config, ranks)
-        with reported(ranks):
+        with reported(ranks), deterministic(config.train.deterministic):
             ranks.join(config.sharding.loading_timeout_seconds)
             return Run(config, ranks, preparation, meter, lock, hooks).run()
     finally:

@@ -63,7 +63,11 @@ class ShardingConfig:
         "replicated: whole on every rank, saves need no collective; divided: 1/ranks of it on each "
         "rank, for large adapters, saves are collective",
     )
-    activation_checkpointing: bool = option(False, "recompute activations in backward")
+    activation_checkpointing: bool | Literal["auto"] | dict[str, int | bool] = option(
+        False,
+        "recompute activations in backward: in all blocks, in each k-th one ({every: k}), with "
+        "their inputs in host memory ({offload: true}), or auto: the cheapest of these that fits",
+    )
     memory_budget_gb: float | None = option(
         None, "GB per rank; spare memory keeps frozen layers gathered", gt=0
     )
@@ -130,6 +134,9 @@ class TrainConfig:
     micro_batch_size: int = option(4, "sequences per rank and forward", ge=1)
     allow_unused: bool = option(
         False, "continue even if a trained tensor had no gradient in the first 10 steps"
+    )
+    deterministic: bool = option(
+        False, "the same bits from run to run on GPUs as well, by slower kernels"
     )
     seed: int = option(0, "seed of initialisation, data order and dropout", ge=0, lt=2**32)
 

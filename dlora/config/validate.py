@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import fsspec
 
 from dlora.config.options import show
+from dlora.config.recompute import problem
 from dlora.config.sections import SCHEMA, Config, is_set, value_of
 from dlora.errors import LaterError, UsageError
 from dlora.registry import ROOMS, Part, plain, room
@@ -58,8 +59,9 @@ def parts_of(config: Config) -> Iterator[tuple[str, Part]]:
 
 def validate(config: Config) -> None:
     """Raise one `UsageError` that names every key whose value cannot be right."""
-    checks = (_bad_values, _bad_patterns, _contradictions, _cannot_act, _not_built, _not_installed)
-    problems = [problem for check in checks for problem in check(config)]
+    right = (_bad_values, _bad_patterns, _bad_recompute)
+    checks = (*right, _contradictions, _cannot_act, _not_built, _not_installed)
+    problems = [found for check in checks for found in check(config)]
     if problems:
         raise UsageError("; ".join(problems))
 
@@ -87,6 +89,11 @@ def _bad_patterns(config: Config) -> Iterator[str]:
             re.compile(place.replace("{}", pattern))
         except re.error as error:
             yield f"{key}: {show(pattern)} is not a regular expression: {error}"
+
+
+def _bad_recompute(config: Config) -> Iterator[str]:
+    if said := problem(config.sharding.activation_checkpointing):
+        yield f"sharding.activation_checkpointing: {said}"
 
 
 def _contradictions(config: Config) -> Iterator[str]:

@@ -39,7 +39,7 @@ from torch.autograd.function import once_differentiable
 from dlora.lora.dropout import Mask, dropped
 from dlora.quant.linear import Weight, save_with, saved_with, whole
 
-_CAST_BYTES = 1 << 20  # of a factor that are cast at once, as many as a core's cache has room for
+_CAST_BYTES = 1 << 24  # of a factor that are cast at once
 Convolve = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 

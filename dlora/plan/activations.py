@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from dlora.base.quantize import FrozenMatrix, frozen_matrices
+from dlora.config.recompute import Recompute
 from dlora.lora.variants import LoraAdapter
 from dlora.objectives.chunked_loss import chunk_rows, model_parts
 from dlora.sharding.engines.gather_groups import block_lists
@@ -25,6 +26,7 @@ class Trace:
         blocks: most alive at one time, outside of the loss.
         loss: most alive while output head and loss are computed.
         flops: of forward and backward, with what is recomputed.
+        offloaded: in host memory between forward and backward.
         estimated: why the figures are estimated from shapes alone; empty where they are traced.
     """
 
@@ -32,13 +34,14 @@ class Trace:
     blocks: int
     loss: int
     flops: int
+    offloaded: int = 0
     estimated: str = ""
 
 
 def estimate(
     skeleton: Any,
     tokens: int,
-    checkpointing: bool,
+    checkpointing: Recompute,
     reason: str,
     targets: int | None = None,
     device: str = "cpu",
@@ -49,7 +52,7 @@ def estimate(
     of what is saved. The stacked weights of experts count for as many experts as see a token.
 
     Args:
-        checkpointing: with activation checkpointing.
+        checkpointing: which blocks recompute their activations.
         reason: why the model was not traced, for `Trace.estimated`.
         targets: tokens that are targets; None: all of them.
         device: the type of device that it runs on.
@@ -73,12 +76,16 @@ def estimate(
     chunk = 4 * max(widest.shape) * rows
     beside = [_kept_by_adapters(block) * widest.element_size() for block in blocks]
     each = [matrices + kept for matrices, kept in zip(each, beside, strict=True)]
-    saved = len(blocks) * hidden if checkpointing else tokens * sum(each)
+    again = each[:: checkpointing.every] if checkpointing else []
+    inputs = len(again) * hidden
+    kept = tokens * (sum(each) - sum(again)) + (0 if checkpointing.offload else inputs)
+    share = len(again) / len(each) if each else 0
     return Trace(
-        saved=saved,
-        blocks=saved + tokens * max(each, default=0) + transient,
-        loss=saved + 3 * hidden + _COPIES * chunk,
-        flops=tokens * ((6 if checkpointing else 4) * weights + 4 * head_size + 6 * trained),
+        saved=kept,
+        blocks=kept + tokens * max(each, default=0) + transient,
+        loss=kept + 3 * hidden + _COPIES * chunk,
+        flops=round(tokens * ((4 + 2 * share) * weights + 4 * head_size + 6 * trained)),
+        offloaded=inputs if checkpointing.offload else 0,
         estimated=reason,
     )
 

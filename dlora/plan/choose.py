@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+from dlora.config.recompute import ways
 from dlora.errors import UsageError
 from dlora.plan.plan import Plan, Subject
 from dlora.plan.state import modes
@@ -105,36 +107,41 @@ def decide(
     optimizer_state: str,
     capacity: Capacity | None,
     offload: bool = False,
+    checkpointing: Any = None,
     cost: Cost = bytes_first,
 ) -> Decision:
     """Choose among the placements that the settings leave open.
 
-    The optimizer state is divided (`optimizer_state: auto`) only where nothing fits otherwise.
+    The optimizer state is divided (`optimizer_state: auto`), and activations are recomputed
+    (`activation_checkpointing: auto`), only where nothing fits otherwise.
 
     Args:
+        checkpointing: the setting; None: as the subject's workload says.
         base: `"none"`, `"node"`, `"world"`, or `"auto"` for any of them.
         capacity: None if nothing is known: everything fits.
 
     Raises:
         UsageError: no placement is possible, or none fits a budget.
     """
-    seen: list[Candidate] = []
-    for divided in modes(subject.workload.optimizer, optimizer_state, topology.world):
-        found = candidates(
-            subject,
-            topology,
-            engine=engine,
-            base=base,
-            capacity=capacity,
-            divided=divided,
-            offload=offload,
-        )
-        seen += found
-        fitting = [c.plan for c in found if c.plan is not None and c.fits]
-        if fitting:
-            plan = min(fitting, key=cost)
-            has_budget = capacity is not None and capacity.is_budget
-            return Decision(plan, seen, _reason(plan, seen, base, capacity), has_budget)
+    own = subject.workload.checkpointing
+    for how in (own,) if checkpointing is None else ways(checkpointing, subject.device):
+        current, seen = subject.recomputing(how), list[Candidate]()
+        for divided in modes(subject.workload.optimizer, optimizer_state, topology.world):
+            found = candidates(
+                current,
+                topology,
+                engine=engine,
+                base=base,
+                capacity=capacity,
+                divided=divided,
+                offload=offload,
+            )
+            seen += found
+            fitting = [c.plan for c in found if c.plan is not None and c.fits]
+            if fitting:
+                plan = min(fitting, key=cost)
+                has_budget = capacity is not None and capacity.is_budget
+                return Decision(plan, seen, _reason(plan, seen, base, capacity), has_budget)
     return _smallest(seen, capacity)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +15,7 @@ from dlora.base.gguf import gguf_skeleton
 from dlora.base.model import DTYPES, check_experts_divide, find_base, quiet_libraries
 from dlora.base.quantize import quantize_as_set
 from dlora.config.load import Config, parse
+from dlora.config.recompute import Recompute
 from dlora.errors import UsageError
 from dlora.lora.attach import attach, trainable_parameters
 from dlora.objectives.chunked_loss import model_parts
@@ -135,8 +136,10 @@ def survey(config: Config, machines: Machines) -> Survey:
         optimizer_state=section.optimizer_state,
         capacity=capacity,
         offload=section.cpu_offload,
+        checkpointing=section.activation_checkpointing,
         cost=lambda plan: (step_time(plan, speeds).serial, *bytes_first(plan)),
     )
+    subject = subject.recomputing(decision.plan.workload.checkpointing)
     others = [
         candidate
         for engine, part in room("sharding.engines").items()
@@ -167,10 +170,7 @@ def survey(config: Config, machines: Machines) -> Survey:
 
 
 def _with_other_checkpointing(subject: Subject) -> Subject:
-    other = replace(subject.workload, checkpointing=not subject.workload.checkpointing)
-    return Subject(
-        subject.skeleton, subject.trained, other, device=subject.device, check=subject.check
-    )
+    return subject.recomputing(Recompute(0 if subject.workload.checkpointing else 1))
 
 
 def _as(plan: Plan, subject: Subject) -> Plan:

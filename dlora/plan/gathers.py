@@ -50,7 +50,8 @@ def units_of(
     units = []
     for group in groups:
         reached = first_trained <= last_of[group.path]
-        passes = 1 + reached + (workload.checkpointing and group.recomputed)
+        again = group.recomputed and _is_recomputed(group.path, workload.checkpointing.every)
+        passes = 1 + reached + again
         units.append(
             Unit(
                 path=group.path,
@@ -62,6 +63,12 @@ def units_of(
             )
         )
     return tuple(units)
+
+
+def _is_recomputed(path: str, every: int) -> bool:
+    """Whether a group is in one of the blocks that recompute: the first and each `every`-th."""
+    numbers = [int(part) for part in path.split(".") if part.isdigit()]
+    return bool(every) and (not numbers or numbers[0] % every == 0)
 
 
 def _order(skeleton: nn.Module, trained: Collection[str]) -> tuple[int, dict[str, int]]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
+from dlora.config.recompute import Recompute
 from dlora.lora.attach import frozen_tensors
 from dlora.plan.gathers import Unit, units_of
 from dlora.plan.memory import Memory, memory_of
@@ -97,6 +98,13 @@ class Subject:
         )
         self._method = method_plan(skeleton)
         self._units: dict[tuple[Any, int], tuple[Unit, ...]] = {}
+
+    def recomputing(self, how: Recompute) -> Subject:
+        """The same where other activations are recomputed."""
+        if how == self.workload.checkpointing:
+            return self
+        workload = replace(self.workload, checkpointing=how)
+        return Subject(self.skeleton, self.trained, workload, device=self.device, check=self.check)
 
     def units(self, placement: Placement) -> tuple[Unit, ...]:
         """The groups of a placement's engine: those worth most when resident come first."""

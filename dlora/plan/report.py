@@ -55,10 +55,9 @@ def activations_of(plan: Plan) -> str:
     """What a micro-batch takes, in a line."""
     w, a = plan.workload, plan.memory.activations
     busiest = max(a.blocks, a.loss)
-    how = "recomputed in backward" if w.checkpointing else "saved for backward"
     told = (
         f"{mb(busiest)} at most for {w.rows} x {w.tokens} tokens, of these {mb(a.saved)} kept "
-        f"from forward to backward ({how})"
+        f"from forward to backward ({w.checkpointing})"
     )
     return f"{told}; estimated: {a.estimated}" if a.estimated else told
 

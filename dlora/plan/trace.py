@@ -14,12 +14,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dlora.config.recompute import Recompute
 from dlora.objectives import chunked_loss
 from dlora.plan.activations import Trace, estimate
 from dlora.plan.fake_memory import LiveBytes
@@ -33,7 +35,7 @@ def trace(
     rows: int,
     tokens: int,
     *,
-    checkpointing: bool,
+    checkpointing: Recompute,
     targets: int | None = None,
     device: str = "cpu",
 ) -> Trace:
@@ -41,7 +43,7 @@ def trace(
 
     Args:
         skeleton: the model on the meta device with adapters attached; left as it is.
-        checkpointing: with activation checkpointing.
+        checkpointing: which blocks recompute their activations.
         targets: tokens that are targets; None: all of them.
         device: the type of device that it runs on; that of the traced tensors is the CPU.
     """
@@ -51,12 +53,19 @@ def trace(
         if alike is None:
             return _traced(copy.deepcopy(skeleton), rows, tokens, checkpointing, targets, device)
         path, number = alike
+        period = checkpointing.every or 1
+        few = period + _FEW - 1 + (number - period - _FEW + 1) % period
+        if few > number:
+            return _traced(copy.deepcopy(skeleton), rows, tokens, checkpointing, targets, device)
         traces = []
-        for count in (_FEW - 1, _FEW):
+        for count in (few - period, few):
             with _shortened(skeleton, path, count):
                 twin = copy.deepcopy(skeleton)
                 traces.append(_traced(twin, rows, tokens, checkpointing, targets, device))
-        return _extrapolated(traces[0], traces[1], number - _FEW)
+        whole = _extrapolated(traces[0], traces[1], (number - few) // period)
+        if not checkpointing.offload:
+            return whole
+        return _offloaded(whole, traces[1].saved - traces[0].saved, number)
     except Exception as error:  # a model's code may need real values
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         return estimate(skeleton, rows * tokens, checkpointing, reason, targets, device)
@@ -72,15 +81,31 @@ def _extrapolated(fewer: Trace, few: Trace, more: int) -> Trace:
     )
 
 
+def _offloaded(trace: Trace, block: int, number: int) -> Trace:
+    """The same with what each of `number` blocks keeps, `block` bytes, in host memory.
+
+    In backward one of them is on the device again.
+    """
+    away = number * block
+    return replace(
+        trace,
+        saved=trace.saved - away,
+        blocks=trace.blocks - away + block,
+        loss=trace.loss - away,
+        offloaded=away,
+    )
+
+
 def _traced(
-    twin: Any, rows: int, tokens: int, checkpointing: bool, targets: int, device: str
+    twin: Any, rows: int, tokens: int, checkpointing: Recompute, targets: int, device: str
 ) -> Trace:
     """Run a copy of the skeleton, which is used up."""
     if twin.config._attn_implementation not in ("eager", "sdpa"):
         twin.set_attn_implementation("sdpa")  # fused ones save the same, and need a GPU
     twin.train()
     if checkpointing:
-        twin.activation_checkpointing_enable({"use_reentrant": False})
+        every = {"every_n_layers": checkpointing.every}
+        twin.activation_checkpointing_enable({"use_reentrant": False}, **every)
     head = chunked_loss.model_parts(twin).head
     chunked_loss.install(twin, device)
     fake = FakeTensorMode()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from dlora.config.load import Config, OptimizerConfig
+from dlora.config.recompute import Recompute, ways
 from dlora.data import Dataset, Sampler, deal
 from dlora.data.collate import PAD_TO
 from dlora.data.encode import count_targets
@@ -21,7 +22,7 @@ class Workload:
         rows, tokens: sequences of the largest micro-batch, and their padded length.
         micro_batches: forward passes.
         optimizer: the `optimizer` section.
-        checkpointing: activations are recomputed in backward.
+        checkpointing: which activations are recomputed in backward.
         targets: most target tokens of a micro-batch; None: every token may be one.
     """
 
@@ -29,7 +30,7 @@ class Workload:
     tokens: int
     micro_batches: int
     optimizer: OptimizerConfig
-    checkpointing: bool
+    checkpointing: Recompute
     targets: int | None = None
 
 
@@ -56,7 +57,7 @@ def workload_of(
         tokens=tokens,
         micro_batches=micro_batches,
         optimizer=config.optimizer,
-        checkpointing=config.sharding.activation_checkpointing,
+        checkpointing=next(ways(config.sharding.activation_checkpointing, "")),
         targets=targets,
     )
 

@@ -124,7 +124,7 @@ def is_of(value: Any, type_: Any) -> bool:
         return any(value == c and type(value) is type(c) for c in get_args(type_))
     if origin is dict:
         return isinstance(value, Mapping) and all(
-            is_of(v, m) for v in value.values() for m in members(get_args(type_)[1])[-1:]
+            any(is_of(v, m) for m in members(get_args(type_)[1])) for v in value.values()
         )
     if origin is list:
         return isinstance(value, list | tuple) and all(is_of(v, *get_args(type_)) for v in value)

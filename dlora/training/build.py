@@ -55,8 +55,9 @@ def build(
     engine.keep_gathered(model, prepared.budget.resident)
     if config.adapter.path is not None and prepared.resumed is None:
         load_adapter(model, config.adapter.path)
-    if config.sharding.activation_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    if how := prepared.budget.workload.checkpointing:
+        kinds = {"every_n_layers": how.every, "offload": how.offload}
+        model.activation_checkpointing_enable({"use_reentrant": False}, **kinds)  # type: ignore[operator]
     targets.install(model)
     if prepared.resumed is None and residuals is None:
         initialise(config, ranks, prepared, model, replica)
@@ -109,7 +110,7 @@ def _first_batches(config: Config, ranks: Ranks, prepared: Preparation) -> Itera
     One sequence at a time with activation checkpointing, which models ignore in eval mode.
     """
     train, sampler = prepared.train, prepared.sampler
-    rows = 1 if config.sharding.activation_checkpointing else config.train.micro_batch_size
+    rows = 1 if prepared.budget.workload.checkpointing else config.train.micro_batch_size
     for step in range(min(config.adapter.lora_ga_batches, sampler.total_steps)):
         for micro in deal(sampler.step(step), train.lengths, ranks.world, rows)[ranks.rank]:
             yield collate([train[i] for i in micro], prepared.pad_id, ranks.device)

@@ -26,6 +26,7 @@ FREE_KEYS = {
     "train.epochs",
     "train.micro_batch_size",
     "train.allow_unused",
+    "train.deterministic",
 }
 FREE_SECTIONS = {"sharding", "output"}
 # Settings of an adapter that come from elsewhere in the configuration.

@@ -53,8 +53,7 @@ def held_out_loss(context: RunContext) -> float:
     ranks, dataset, model = context.ranks, context.prepared.eval, context.model
     assert dataset is not None
     loss, tokens = torch.zeros((), dtype=torch.float64, device=ranks.device), 0
-    recomputed = context.config.sharding.activation_checkpointing
-    micro_batches = 1 if recomputed else _ROWS
+    micro_batches = 1 if context.prepared.budget.workload.checkpointing else _ROWS
     size = context.config.train.micro_batch_size * micro_batches
     dealt = deal(range(len(dataset)), dataset.lengths, ranks.world, size)
     with evaluating(context, micro_batches):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from dlora.base.model import BaseModel, check_experts_divide, find_base
 from dlora.base.quantize import Quantized
 from dlora.config.load import Config
 from dlora.data import Dataset, Sampler, check_source, load_examples
+from dlora.errors import UsageError
 from dlora.lora.attach import adapter_tensors, attach, load_record, trainable_parameters
 from dlora.lora.config import LoraConfig
 from dlora.lora.dropout import KEYED_BY
@@ -174,6 +175,12 @@ def _decision(
 ) -> Decision:
     """The plan of the run: what the settings leave open is chosen, `base: auto` above all."""
     section, world = config.sharding, topology.world
+    setting = section.activation_checkpointing
+    if isinstance(setting, Mapping) and "offload" in setting and around.device == "cpu":
+        raise UsageError(
+            "sharding.activation_checkpointing: offload needs a GPU; on a CPU activations are in "
+            "host memory already"
+        )
     earlier = earlier_placement(resumed.settings, resumed.state) if resumed else None
     settings = settle(config, earlier, world)
     workload = workload_of(config, world, data, sampler)
@@ -191,6 +198,7 @@ def _decision(
         optimizer_state=settings.optimizer_state,
         capacity=capacity_of(section.memory_budget_gb, around.free),
         offload=section.cpu_offload,
+        checkpointing=setting,
     )
     if not settings.reason:
         return decision

@@ -70,6 +70,7 @@ ADDED = {  # change nothing
     ("data", "max_eval_samples"): None,
     ("data", "on_error"): "stop",
     ("train", "allow_unused"): False,
+    ("train", "deterministic"): False,
     ("output", "remote"): None,
     ("output", "snapshot_every"): 1,
     ("output", "samples"): 0,

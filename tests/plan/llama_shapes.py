@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dlora.base.model import find_base
 from dlora.config.load import OptimizerConfig
+from dlora.config.recompute import Recompute
 from dlora.lora.attach import attach, trainable_parameters
 from dlora.lora.config import LoraConfig
 from dlora.plan.plan import Plan, Subject
@@ -50,7 +51,11 @@ def subject(name: str, checkpointing: bool = False, quantization: str = "none") 
     base.pack(skeleton)
     attach(skeleton, LoraConfig(r=R))
     workload = Workload(
-        1, 256, micro_batches=2, optimizer=OptimizerConfig(), checkpointing=checkpointing
+        1,
+        256,
+        micro_batches=2,
+        optimizer=OptimizerConfig(),
+        checkpointing=Recompute(int(checkpointing)),
     )
     return Subject(skeleton, trainable_parameters(skeleton), workload, device="cuda")
 

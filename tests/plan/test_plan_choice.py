@@ -10,6 +10,7 @@ from llama_shapes import saved_config
 from refusals import refusal
 
 from dlora.config.load import parse
+from dlora.config.recompute import Recompute
 from dlora.plan.command import Machines, main, survey
 
 GB = 10**9
@@ -26,7 +27,9 @@ def words_for(path: str, *words: str) -> list[str]:
 
 def surveyed(path: str, machines: Machines, **settings: Any) -> Any:
     words = [f"--{key.replace('__', '.')}={value}" for key, value in settings.items()]
-    words = words_for(path, *words, "--sharding.activation_checkpointing=true")
+    if "sharding__activation_checkpointing" not in settings:
+        words = ["--sharding.activation_checkpointing=true", *words]
+    words = words_for(path, *words)
     return survey(parse(words, prog="dlora.plan").config, machines)
 
 
@@ -53,6 +56,24 @@ def test_the_optimizer_state_is_divided_only_where_nothing_fits_otherwise(path: 
         found = surveyed(path, machines, adapter__r=256)
         assert found.decision.plan.divided is divided
         assert found.decision.plan.memory.peak <= memory
+
+
+def test_activations_are_recomputed_only_where_nothing_fits_otherwise(path: str) -> None:
+    """As memory shrinks: none, then more and more blocks, then their inputs go to the host."""
+    settings: dict[str, Any] = {"sharding__base": "world", "train__micro_batch_size": 4}
+    settings["data__max_length"] = 512
+    machines, peaks = Machines(nodes=1, gpus_per_node=2, gpu_memory_gb=10_000), {}
+    for way in ("false", "{every: 8}", "{every: 4}", "{every: 2}", "true", "{offload: true}"):
+        found = surveyed(path, machines, sharding__activation_checkpointing=way, **settings)
+        peaks[way] = found.decision.plan.memory.peak
+    assert sorted(peaks.values(), reverse=True) == list(peaks.values())
+    taken = []
+    for peak in peaks.values():
+        least = Machines(nodes=1, gpus_per_node=2, gpu_memory_gb=peak / GB)
+        found = surveyed(path, least, sharding__activation_checkpointing="auto", **settings)
+        assert found.decision.plan.memory.peak <= peak
+        taken.append(found.decision.plan.workload.checkpointing)
+    assert taken == [*map(Recompute, (0, 8, 4, 2, 1)), Recompute(1, offload=True)]
 
 
 def test_a_packed_base_fits_where_a_plain_one_does_not(path: str) -> None:

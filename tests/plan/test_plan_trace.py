@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralC
 
 from dlora import FloraConfig
 from dlora.base.quantize import quantize
+from dlora.config.recompute import Recompute
 from dlora.lora.attach import attach
 from dlora.lora.config import LoraConfig
 from dlora.objectives import chunked_loss as targets
@@ -18,6 +19,7 @@ from dlora.plan.activations import estimate
 from dlora.plan.trace import trace
 from dlora.quant import dequantize as kernel
 
+SAVED, ALL = Recompute(), Recompute(1)
 R, ROWS, TOKENS, VOCABULARY = 8, 2, 128, 4000
 HIDDEN, FFN, LAYERS, HEADS, KV = 256, 688, 6, 4, 2
 LLAMA = {
@@ -93,24 +95,37 @@ def run(model: nn.Module, rows: int, tokens: int, few: int | None = None) -> Non
         loss.backward()
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
+# Every 4th of 6 layers is traced as the first block of a period, and the two behind it.
+@pytest.mark.parametrize("every", [0, 1, 2, full(4)])
 @pytest.mark.parametrize("dtype", [full(torch.float32), torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_bytes_are_those_of_a_real_pass(name: str, dtype: torch.dtype, recomputed: bool) -> None:
-    planned = trace(model_of(name, dtype, "meta"), ROWS, TOKENS, checkpointing=recomputed)
+def test_bytes_are_those_of_a_real_pass(name: str, dtype: torch.dtype, every: int) -> None:
+    how = Recompute(every)
+    planned = trace(model_of(name, dtype, "meta"), ROWS, TOKENS, checkpointing=how)
     model = model_of(name, dtype, "cpu")
-    if recomputed:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+    if every:
+        model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
     saved, most = allocated(model)
     assert planned.estimated == ""
     assert max(planned.blocks, planned.loss) == pytest.approx(most, rel=0.005)
     assert planned.saved == pytest.approx(saved, abs=6000 * LAYERS)  # random states, not traced
 
 
+def test_inputs_in_host_memory_are_not_on_the_device() -> None:
+    """[rows, tokens, hidden] of each layer, one of which comes back at a time."""
+    model = model_of("llama", torch.bfloat16, "meta")
+    here = trace(model, ROWS, TOKENS, checkpointing=ALL)
+    there = trace(model, ROWS, TOKENS, checkpointing=Recompute(1, offload=True))
+    inputs = ROWS * TOKENS * HIDDEN * 2
+    assert there.offloaded == LAYERS * inputs == here.saved - there.saved
+    assert there.blocks == here.blocks - (LAYERS - 1) * inputs
+    assert (there.loss, there.flops) == (here.loss - LAYERS * inputs, here.flops)
+
+
 def test_tokens_that_are_no_targets_have_no_logits() -> None:
     arguments = ("llama", torch.bfloat16)
-    planned = trace(model_of(*arguments, "meta"), ROWS, TOKENS, checkpointing=False, targets=20)
-    whole = trace(model_of(*arguments, "meta"), ROWS, TOKENS, checkpointing=False)
+    planned = trace(model_of(*arguments, "meta"), ROWS, TOKENS, checkpointing=SAVED, targets=20)
+    whole = trace(model_of(*arguments, "meta"), ROWS, TOKENS, checkpointing=SAVED)
     _, most = allocated(model_of(*arguments, "cpu"), few=20)
     assert planned.estimated == ""
     fewer = (ROWS * TOKENS - 20) * 2 * HIDDEN  # hidden states that the head does not see
@@ -123,8 +138,8 @@ def test_tokens_that_are_no_targets_have_no_logits() -> None:
 def test_what_dora_keeps_is_in_it(name: str) -> None:
     """Outputs, of which most models keep some anyway; with a bias something of their size."""
     arguments = (name, torch.bfloat16)
-    planned = trace(model_of(*arguments, "meta", use_dora=True), ROWS, TOKENS, checkpointing=False)
-    plain = trace(model_of(*arguments, "meta"), ROWS, TOKENS, checkpointing=False)
+    planned = trace(model_of(*arguments, "meta", use_dora=True), ROWS, TOKENS, checkpointing=SAVED)
+    plain = trace(model_of(*arguments, "meta"), ROWS, TOKENS, checkpointing=SAVED)
     saved, most = allocated(model_of(*arguments, "cpu", use_dora=True))
     assert planned.estimated == ""
     assert planned.saved > 1.1 * plain.saved
@@ -132,14 +147,14 @@ def test_what_dora_keeps_is_in_it(name: str) -> None:
     assert planned.saved == pytest.approx(saved, abs=6000 * LAYERS)
     if name == "llama":
         skeleton = model_of(*arguments, "meta", use_dora=True)
-        estimated = estimate(skeleton, ROWS * TOKENS, False, "asked for")
+        estimated = estimate(skeleton, ROWS * TOKENS, SAVED, "asked for")
         assert estimated.saved == pytest.approx(planned.saved, rel=0.25)
 
 
 def test_what_flora_keeps_is_in_it() -> None:
     """Its contracted factors, beside z."""
     arguments, settings = ("llama", torch.float32), {"config": FloraConfig, "flora_r_out": 5}
-    planned = trace(model_of(*arguments, "meta", **settings), ROWS, TOKENS, checkpointing=False)
+    planned = trace(model_of(*arguments, "meta", **settings), ROWS, TOKENS, checkpointing=SAVED)
     saved, most = allocated(model_of(*arguments, "cpu", **settings))
     assert planned.estimated == ""
     assert max(planned.blocks, planned.loss) == pytest.approx(most, rel=0.005)
@@ -150,8 +165,8 @@ def test_what_flora_keeps_is_in_it() -> None:
 def test_what_is_unpacked_is_in_it(quantization: str) -> None:
     """One layer at a time; what unpacking a chunk of it takes beside is left to the allowance."""
     arguments = ("heavy", torch.bfloat16)
-    planned = trace(model_of(*arguments, "meta", quantization), 1, 8, checkpointing=False)
-    plain = trace(model_of(*arguments, "meta"), 1, 8, checkpointing=False)
+    planned = trace(model_of(*arguments, "meta", quantization), 1, 8, checkpointing=SAVED)
+    plain = trace(model_of(*arguments, "meta"), 1, 8, checkpointing=SAVED)
     assert planned.estimated == ""
     whole = 2 * HIDDEN * 16384
     assert planned.blocks == pytest.approx(plain.blocks + whole, rel=0.1)
@@ -159,7 +174,7 @@ def test_what_is_unpacked_is_in_it(quantization: str) -> None:
     _, most = allocated(model_of(*arguments, "cpu", quantization), 1, 8)
     chunk = 12 * kernel._CHUNK_BYTES["cpu"]
     assert 0.99 * planned.blocks <= most <= 1.01 * planned.blocks + chunk
-    estimated = estimate(model_of(*arguments, "meta", quantization), 8, False, "asked for")
+    estimated = estimate(model_of(*arguments, "meta", quantization), 8, SAVED, "asked for")
     assert estimated.blocks == pytest.approx(planned.blocks, rel=0.25)
     assert estimated.flops == pytest.approx(planned.flops, rel=0.25)
 
@@ -183,7 +198,7 @@ def test_what_autograd_saves_is_in_it(name: str) -> None:
     # The logits of a chunk were saved as well, and are gone by now.
     alive = {s.data_ptr(): s.nbytes() for see in seen if (s := see()) is not None}
     saved = sum(alive.values()) + 4 * ROWS * TOKENS * HIDDEN  # the gradient of the hidden state
-    planned = trace(model_of(name, torch.float32, "meta"), ROWS, TOKENS, checkpointing=False)
+    planned = trace(model_of(name, torch.float32, "meta"), ROWS, TOKENS, checkpointing=SAVED)
     assert planned.saved == pytest.approx(saved, rel=0.01)
     assert loss.requires_grad
 
@@ -201,14 +216,14 @@ def test_operations_are_those_of_the_formulas() -> None:
     first = 2 * tokens * (sum(m * n for m, n in shapes[:3]) + R * sum(n for _, n in shapes[:3]))
     backward = LAYERS * (block + 2 * adapters + 5 * product) - first
     model = model_of("llama", torch.bfloat16, "meta")
-    assert trace(model, ROWS, TOKENS, checkpointing=False).flops == forward + backward + 2 * head
-    again = trace(model, ROWS, TOKENS, checkpointing=True).flops - (forward + backward + 2 * head)
+    assert trace(model, ROWS, TOKENS, checkpointing=SAVED).flops == forward + backward + 2 * head
+    again = trace(model, ROWS, TOKENS, checkpointing=ALL).flops - (forward + backward + 2 * head)
     assert forward <= again <= forward + first
 
 
 def test_experts_count_for_the_tokens_that_see_them() -> None:
     model = model_of("mixtral", torch.bfloat16, "meta", target_modules=["q_proj"])
-    planned = trace(model, ROWS, TOKENS, checkpointing=False)
+    planned = trace(model, ROWS, TOKENS, checkpointing=SAVED)
     assert planned.estimated == ""
     seen = 2 * 3 * HIDDEN * FFN  # two experts of three matrices for each token
     attention = 2 * HIDDEN * (HIDDEN + HIDDEN // HEADS * KV)
@@ -229,9 +244,9 @@ class Peeking(nn.Module):
 
 def test_a_model_that_cannot_be_traced_is_estimated() -> None:
     model = model_of("llama", torch.bfloat16, "meta")
-    traced = trace(model, ROWS, TOKENS, checkpointing=False)
+    traced = trace(model, ROWS, TOKENS, checkpointing=SAVED)
     model.model.norm = Peeking(model.model.norm)
-    estimated = trace(model, ROWS, TOKENS, checkpointing=False)
+    estimated = trace(model, ROWS, TOKENS, checkpointing=SAVED)
     assert traced.estimated == ""
     assert "_local_scalar_dense" in estimated.estimated
     for figure in ("saved", "blocks", "flops"):
@@ -241,7 +256,7 @@ def test_a_model_that_cannot_be_traced_is_estimated() -> None:
 def test_a_skeleton_is_left_as_it_was() -> None:
     model = model_of("llama", torch.bfloat16, "meta")
     before = {name: id(parameter) for name, parameter in model.named_parameters()}
-    trace(model, ROWS, TOKENS, checkpointing=True)
+    trace(model, ROWS, TOKENS, checkpointing=ALL)
     assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
     assert len(model.model.layers) == LAYERS
     assert all(parameter.is_meta for parameter in model.parameters())
