@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from dlora.errors import UsageError
@@ -58,6 +60,7 @@ def shard(
     ranks_per_node: int | None = None,
     resident: float = 0.0,
     optimizer_state: str = "auto",
+    device: torch.device | str | None = None,
 ) -> TrainedReplica:
     """Distribute the frozen base of `model` over ranks and make its adapters a replica.
 
@@ -80,6 +83,9 @@ def shard(
             (`LoraPro` does not: on a replicated replica `attach_optimizer` distributes its pairs
             over ranks.) After `reduce_gradients` a rank has the mean gradient of its part only, and
             `.grad` of the parameters themselves is None.
+        device: moves the model there, of a base that is sharded a shard at a time: on GPUs, this
+            rank's own. Without it the model is sharded where it is, with a warning if that is the
+            CPU beside a GPU. A base that is sharded already stays where it is.
 
     Returns:
         The replica; it is empty until adapters are attached.
@@ -100,7 +106,11 @@ def shard(
         base = "world" if divided_by else _cheapest_base(model, engine, topology)
     placement = resolve_placement(divided_by or engine, base, topology)
     built = build_engine(placement, topology, sharded=divided_by)
-    replica = replicate(model, built, divided=divided)
+    if divided_by is not None:
+        place = None
+    elif (place := None if device is None else torch.device(device)) is None:
+        _warn_of_cpu(model, topology)
+    replica = replicate(model, built, divided=divided, device=place)
     if resident:
         groups = frozen_groups(replica.engine.groups(model))
         room = resident * sum(group.nbytes for group in groups)
@@ -109,6 +119,17 @@ def shard(
             if room > -1:
                 replica.engine.keep_gathered(model, [group.path])
     return replica
+
+
+def _warn_of_cpu(model: nn.Module, topology: Topology) -> None:
+    """Warn of a model that would train on the CPU beside a GPU."""
+    kinds = {parameter.device.type for parameter in model.parameters()}
+    if kinds == {"cpu"} and torch.cuda.is_available():
+        over = f", and sharded over gloo by {topology.world} ranks" if topology.world > 1 else ""
+        said = (
+            f"shard: the model is on the CPU{over}, beside a GPU; shard(model, device=…) moves it"
+        )
+        warnings.warn(said, stacklevel=3)
 
 
 def _cheapest_base(model: nn.Module, engine: str, topology: Topology) -> str:

@@ -34,7 +34,8 @@ TABLE = {
     "methods": "base lora sharding io optim",
     "checkpoint": "sharding io config lora",
     "adapters": "checkpoint lora methods quant io config registry",
-    "plan": "adapters base config data lora methods objectives optim registry runtime sharding",
+    "plan": "adapters base checkpoint config data lora methods objectives optim registry runtime "
+    "sharding",
     "training": "adapters base checkpoint config data hooks io lora methods metrics objectives "
     "optim plan quant registry runtime sharding",
     "export": "adapters base io lora metrics runtime cli",

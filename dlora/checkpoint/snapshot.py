@@ -29,6 +29,7 @@ Key = tuple[str, str]  # file, name in it
 Kind = tuple[torch.device, torch.dtype]
 Layout = list[tuple[Key, torch.Size, Kind]]
 ADAPTER = "adapter"
+KEEPERS = 2  # ranks of a node that keep snapshots
 
 
 class Snapshots:

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -136,10 +137,19 @@ def replica_of(model: nn.Module) -> TrainedReplica | None:
     return model.__dict__.get(_RECORD)
 
 
-def replicate(model: nn.Module, engine: Engine, *, divided: bool = False) -> TrainedReplica:
+def replicate(
+    model: nn.Module,
+    engine: Engine,
+    *,
+    divided: bool = False,
+    device: torch.device | None = None,
+) -> TrainedReplica:
     """Give the frozen base of `model` to an engine and make its adapters, if any, a replica.
 
     What `dlora.shard` does once the engine is chosen; for callers that loaded the base through one.
+
+    Args:
+        device: where W0 and adapters come to lie; None: they stay where they are.
 
     Raises:
         UsageError: an adapter's parameter is divided over ranks.
@@ -153,7 +163,9 @@ def replicate(model: nn.Module, engine: Engine, *, divided: bool = False) -> Tra
             )
     if not named:
         model.requires_grad_(False)
-    engine.shard(model, ignored=named.values())
+    engine.shard(model, named.values(), device)
+    for parameter in named.values() if device is not None else ():
+        parameter.data = parameter.data.to(device)
     engine.after_load(model)
     replica = TrainedReplica(engine, model, divided=divided)
     model.__dict__[_RECORD] = replica

@@ -3,11 +3,16 @@
 all the time    share of W0 │ resident layers │ A, B, gradients │ optimizer state
                 the factors of frozen offsets, of adapters that start from a matrix
                 on a CPU: two snapshots of A, B and state, and one of the offsets
+                on a GPU: the staging buffers through which snapshots go
 and the most of
-  blocks        saved activations + the busiest moment of a block │ W0: kept + two layers
+  blocks        saved activations + the busiest moment of a block │ W0: kept + two layers, on
+                a GPU three
   loss          saved activations + a chunk of logits, its gradient │ W0: kept + one layer
   a save        on a CPU: the copy that is written, and what clipping copies; an optimizer's step
 and an allowance for the process, and for the holes that an allocator leaves
+
+host memory of a node of GPUs: the snapshots of two ranks, a share of W0 that is offloaded, inputs
+of blocks that recompute
 """
 
 from __future__ import annotations
@@ -17,6 +22,8 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from dlora.checkpoint.device_copy import STAGING_BYTES
+from dlora.checkpoint.snapshot import KEEPERS
 from dlora.plan.activations import Trace
 from dlora.plan.gathers import Unit
 from dlora.plan.method import MethodPlan
@@ -26,6 +33,9 @@ from dlora.sharding.topology import Placement, Topology
 
 # Free bytes that an allocator cannot use, as a share of those that come and go in a step.
 HOLES = 1 / 16
+# Freed layers at one time. CUDA: one computes, one arrives on another stream, and the allocator has
+# not got back yet the one that has computed, as its pools are of one stream each.
+AT_ONCE = {"cpu": 2, "cuda": 3}
 # What a process takes that no tensor here accounts for. CPU: the interpreter's growth, gloo's
 # buffers, scratch of matrix products. CUDA: context, NCCL's buffers, workspaces of cuBLAS.
 PROCESS = {"cpu": 60 * 10**6, "cuda": 1_200 * 10**6}
@@ -45,10 +55,12 @@ class Memory:
         offsets: A0 and B0 of adapters that start from a matrix.
         state: of the optimizer, and of the adapters' method.
         snapshots: the two of A, B and state and the one of the offsets, where they are in the same
-            memory.
+            memory; else what they take on the device.
         activations: what a micro-batch takes.
         saving: most that clipping, a step or a save takes between two passes.
         process: what it takes beside tensors; a constant.
+        host: of a node's host memory, what its ranks put there from GPUs.
+        at_once: freed layers that are gathered at one time.
     """
 
     base_total: int
@@ -63,6 +75,8 @@ class Memory:
     activations: Trace
     saving: int
     process: int
+    host: int = 0
+    at_once: int = 2
 
     @property
     def replica(self) -> int:
@@ -105,7 +119,8 @@ class Memory:
     def holding(self, units: Iterable[Unit], held: Collection[str]) -> Memory:
         """The same rank, with the units of its placement at the paths `held` resident."""
         coming = [unit for unit in units if not unit.always]
-        blocks, loss = most_gathered(unit for unit in coming if unit.path not in held)
+        left = (unit for unit in coming if unit.path not in held)
+        blocks, loss = most_gathered(left, self.at_once)
         resident = sum(unit.gathered for unit in coming if unit.path in held)
         return replace(self, resident=resident, base_gathered=blocks, loss_gathered=loss)
 
@@ -148,7 +163,11 @@ def memory_of(
     kept = state.whole + item * sum(p.numel() for named in method.copies for p in named.values())
     # Then no rank has the whole state, so there are no snapshots.
     collective = divided or (divides(workload.optimizer) == "pairs" and topology.world > 1)
-    saving = max(8 * stepped, 2 * (whole + kept + offsets)) if device == "cpu" else 0
+    saving = max(8 * stepped, 2 * (whole + kept + offsets)) if device == "cpu" else 8 * stepped
+    copies = 0 if collective else 2 * (whole + kept) + offsets
+    staging = min(STAGING_BYTES, whole + kept) if copies else 0
+    keepers = min(KEEPERS, topology.ranks_per_node)
+    away = shard * placement.offload + activations.offloaded
     memory = Memory(
         base_total=sum(unit.nbytes for unit in units),
         base_held=always + (0 if placement.offload and device != "cpu" else shard),
@@ -158,21 +177,26 @@ def memory_of(
         adapters=item * (values + gradients),
         offsets=offsets,
         state=state.held + item * sum(of_method),
-        snapshots=0 if device != "cpu" or collective else 2 * (whole + kept) + offsets,
+        snapshots=copies if device == "cpu" else staging,
         activations=activations,
         saving=max(saving, state.stepping),
         process=PROCESS[device],
+        host=0 if device == "cpu" else keepers * copies + topology.ranks_per_node * away,
+        at_once=AT_ONCE[device],
     )
     return memory if size == 1 else memory.holding(units, held)
 
 
-def most_gathered(coming: Iterable[Unit]) -> tuple[int, int]:
+def most_gathered(coming: Iterable[Unit], at_once: int = 2) -> tuple[int, int]:
     """Most bytes of W0 gathered at one time beside resident units: in the blocks, at the loss.
 
     What an engine keeps for the step counts all the time. In the blocks one layer computes and
     the next one arrives; at the loss there is the buffer in which the last one arrived.
+
+    Args:
+        at_once: freed layers whose memory is taken at one time.
     """
     coming = list(coming)
     kept = sum(unit.gathered for unit in coming if not unit.freed)
     freed = sorted((unit.gathered for unit in coming if unit.freed), reverse=True)
-    return kept + sum(freed[:2]), kept + max((unit.gathered for unit in coming), default=0)
+    return kept + sum(freed[:at_once]), kept + max((unit.gathered for unit in coming), default=0)

@@ -106,6 +106,7 @@ def _parts(plan: Plan) -> list[str]:
         ("  activations, logits and loss", gb(m.activations.loss)),
         ("  allowance for process and allocator", gb(m.allowance)),
         ("  peak", gb(m.peak)),
+        *([("host memory of a node", gb(m.host))] if m.host else []),
         ("sent per optimizer step", ""),
         ("  a rank, inside its node: W0", gb(t.gathers.inside)),
         ("  a rank, inside its node: gradients", gb(t.reduction.inside)),

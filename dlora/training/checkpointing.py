@@ -22,7 +22,7 @@ import torch.distributed as dist
 from dlora.checkpoint import format as checkpoints
 from dlora.checkpoint.format import Checkpoint
 from dlora.checkpoint.host_copy import capture
-from dlora.checkpoint.snapshot import Snapshots
+from dlora.checkpoint.snapshot import KEEPERS, Snapshots
 from dlora.errors import UsageError
 from dlora.hooks import Committed, nothing
 from dlora.metrics.log import complete
@@ -37,7 +37,6 @@ from dlora.training.resume import resolved_yaml
 
 # Texts of gloo's and torch's errors when the connection to a peer is lost.
 _LOST = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
-KEEPERS = 2  # ranks of a node that keep snapshots
 KEEPER_SECONDS = 20.0  # that the others wait for one of them: an agent ends all after the first
 _COMMITTED = "committed"  # of the store: what the first that has committed says
 RESUMES = "the same command resumes from there"

@@ -1,5 +1,6 @@
 """The contract's calls in a loop of the user's own: attach, shard, reduce_gradients, clip."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +153,20 @@ def test_unknown_settings_are_refused_on_one_process(saved_models: Any, setting:
     model = attach(whole(saved_models("llama")), CONFIG)
     with pytest.raises(UsageError, match=f"^sharding.{setting}: expected one of "):
         shard(model, **{setting: "foo"})
+
+
+def test_a_model_goes_where_shard_is_told() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    attach(model, CONFIG)
+    replica = shard(model, device="meta")
+    assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"meta"}
+    assert replica.values.device.type == "meta"
+
+
+def test_a_model_on_the_cpu_beside_a_gpu_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.warns(UserWarning, match="shard: the model is on the CPU, beside a GPU"):
+        shard(nn.Linear(4, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        shard(nn.Linear(4, 4), device="cpu")

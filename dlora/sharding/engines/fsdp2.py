@@ -67,11 +67,17 @@ class Fsdp2:
             }
         )
 
-    def shard(self, model: nn.Module, ignored: Iterable[nn.Parameter]) -> None:
+    def shard(
+        self,
+        model: nn.Module,
+        ignored: Iterable[nn.Parameter],
+        device: torch.device | None = None,
+    ) -> None:
         """`fully_shard` each block of every list of equal blocks, then the root with the rest."""
         if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
             return
-        mesh, outside = self._mesh(next(model.parameters()).device.type), set(ignored)
+        kind = (device or next(model.parameters()).device).type  # where `fully_shard` moves shards
+        mesh, outside = self._mesh(kind), set(ignored)
         for path in block_lists(model):
             for block in model.get_submodule(path).children():
                 fully_shard(block, mesh=mesh, ignored_params=outside, reshard_after_forward=True)

@@ -69,10 +69,18 @@ class Engine(Protocol):
     def load(self, weights: Weights, device: torch.device) -> nn.Module:
         """The model with this rank's shard of every parameter; no rank reads more than it needs."""
 
-    def shard(self, model: nn.Module, ignored: Iterable[nn.Parameter]) -> None:
+    def shard(
+        self,
+        model: nn.Module,
+        ignored: Iterable[nn.Parameter],
+        device: torch.device | None = None,
+    ) -> None:
         """Shard the parameters of `model` in place, all but `ignored`.
 
         A base that is sharded already stays as it is.
+
+        Args:
+            device: where W0 comes to lie; None: it stays where it is.
         """
 
     def after_load(self, model: nn.Module) -> None:

@@ -42,8 +42,15 @@ class Replicated:
             return model.to(device)
         return weights.from_pretrained(**({} if device.type == "cpu" else {"device_map": device}))
 
-    def shard(self, model: nn.Module, ignored: Iterable[nn.Parameter]) -> None:
-        """Nothing to do: every rank has all of it."""
+    def shard(
+        self,
+        model: nn.Module,
+        ignored: Iterable[nn.Parameter],
+        device: torch.device | None = None,
+    ) -> None:
+        """Every rank has all of it."""
+        if device is not None:
+            model.to(device)
 
     def after_load(self, model: nn.Module) -> None:
         own_storage(model)

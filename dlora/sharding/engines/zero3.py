@@ -86,7 +86,13 @@ class Zero3:
         fill(slots_of(model), weights, make_shard)
         return model.to(device)
 
-    def shard(self, model: nn.Module, ignored: Iterable[nn.Parameter]) -> None:
+    def shard(
+        self,
+        model: nn.Module,
+        ignored: Iterable[nn.Parameter],
+        device: torch.device | None = None,
+    ) -> None:
+        """DeepSpeed's partitioning, which puts shards on this process's own device."""
         outside = set(ignored)
         base: list[Any] = [p for p in model.parameters() if p not in outside]
         if any(hasattr(parameter, "_z3_optimizer") for parameter in base):
