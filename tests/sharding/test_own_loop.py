@@ -155,12 +155,22 @@ def test_unknown_settings_are_refused_on_one_process(saved_models: Any, setting:
         shard(model, **{setting: "foo"})
 
 
-def test_a_model_goes_where_shard_is_told() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+def sharded_on(engine: str, device: str) -> dict[str, bool]:
+    """Whether each parameter is divided, of a model that `shard` puts on a device."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), nn.Linear(8, 2))
     attach(model, CONFIG)
-    replica = shard(model, device="meta")
-    assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"meta"}
-    assert replica.values.device.type == "meta"
+    shard(model, engine, "world", device=device)
+    model(torch.ones(1, 8)).sum().backward()
+    assert {t.device.type for t in model.parameters()} == {device}
+    return {name: is_divided(p) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_a_device_is_taken_by_each_engine(pools: Pools, engine: str) -> None:
+    for divided in pools(2).run(sharded_on, engine, "cpu"):
+        assert {name for name in divided if ".adapter." not in name} == {
+            name for name, is_so in divided.items() if is_so
+        }
 
 
 def test_a_model_on_the_cpu_beside_a_gpu_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
