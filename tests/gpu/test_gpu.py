@@ -1,0 +1,174 @@
+"""What only a GPU shows:  python -m pytest tests/gpu  in some minutes on one; skipped elsewhere.
+
+NCCL refuses two ranks on one GPU, so two of them use gloo on CUDA tensors, with W0 on each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_training import command_line
+from tiny import save_chats, save_model
+from torch import Tensor, nn
+from two_ranks import Ranks
+
+from dlora import LoraConfig, attach, shard
+from dlora.checkpoint import format as checkpoints
+from dlora.checkpoint.snapshot import Snapshots
+from dlora.lora.dropout import Mask, mix
+from dlora.metrics.log import read_metrics
+from dlora.train import Run
+
+WANTED = (2, 13)
+FOUND = torch.__version__
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason=f"no GPU; torch is {FOUND}")
+needs_new_torch = pytest.mark.skipif(
+    tuple(map(int, re.findall(r"\d+", FOUND)[:2])) < WANTED,
+    reason=f"torch is {FOUND}, and `dlora.train` needs collectives that 2.13 has",
+)
+STEPS, BROKEN = 8, 6
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """words(directory, **settings): a run of 8 steps on a tiny model."""
+    place = tmp_path_factory.mktemp("tiny")
+    save_model(place / "model", "llama", torch.bfloat16)
+    data = str(save_chats(place / "chats.jsonl", 24))
+
+    def of(directory: Path, **settings: Any) -> list[str]:
+        common: dict[str, Any] = {"model__path": str(place / "model"), "data__train": data}
+        common |= {"output__dir": str(directory), "train__max_steps": STEPS}
+        common |= {"model__dtype": "bfloat16", "adapter__lora_dropout": 0.1}
+        common |= {"output__save_every": 4}
+        return command_line(**common | settings)
+
+    return of
+
+
+def trained(argv: list[str]) -> str:
+    """What a run of one rank prints; it succeeds."""
+    command = [sys.executable, "-m", "dlora.train", *argv]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@needs_new_torch
+def test_a_first_start_and_its_plan(words: Any, tmp_path: Path) -> None:
+    printed = trained(words(tmp_path / "run"))
+    losses = [line["loss"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert len(losses) == STEPS and losses[-1] < losses[0]
+    [ratio] = re.findall(r"^peak memory .*?([\d.]+)\s*$", printed, re.M)[-1:]
+    assert 0.85 < float(ratio) < 1.15, printed
+
+
+@needs_new_torch
+def test_a_run_goes_on_bit_for_bit(words: Any, tmp_path: Path) -> None:
+    """With `train.deterministic`; the optimizer is fused, so its counts of steps are on the GPU."""
+    settings = {"train__deterministic": True, "optimizer__schedule": "constant"}
+    trained(words(tmp_path / "whole", **settings))
+    trained(words(tmp_path / "parts", **settings, train__max_steps=4))
+    trained(words(tmp_path / "parts", **settings))
+    file = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def gloo_on_one_gpu(then: Any) -> None:
+    """Both ranks use GPU 0 and meet over gloo; `then` is what else this one does."""
+    import torch.distributed as dist
+
+    start = dist.init_process_group
+    os.environ["LOCAL_RANK"] = "0"
+
+    def over_gloo(backend: str, **options: Any) -> None:
+        start("gloo", **options | {"device_id": None})
+
+    dist.init_process_group = over_gloo
+    if then is not None:
+        whole = Run.sample_keys
+
+        def struck(run: Any, step: int, batch: Any) -> Any:
+            if step == BROKEN - 1:
+                os.kill(os.getpid(), then)
+            return whole(run, step, batch)
+
+        Run.sample_keys = struck  # type: ignore[method-assign]
+
+
+@needs_new_torch
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
+def test_a_lost_peer(words: Any, tmp_path: Path, how: int) -> None:
+    argv = words(tmp_path / "run", sharding__base="none", sharding__timeout_seconds=20)
+    ranks = Ranks(argv, tmp_path, rank0=(gloo_on_one_gpu, None), rank1=(gloo_on_one_gpu, how))
+    try:
+        assert ranks.status(0, limit=180) == 1, ranks.printed(0)
+    finally:
+        ranks.end()
+    checkpoints.verify(tmp_path / "run" / "checkpoints" / f"step-{BROKEN - 1:06d}")
+    assert "lost a peer: " in ranks.printed(0)
+
+
+def test_masks_are_the_bits_of_a_cpu() -> None:
+    tokens = mix(torch.arange(1000, dtype=torch.int32))
+    for p in (0.05, 0.5):
+        here = Mask(tokens, 12345, p).keep(777)
+        there = Mask(tokens.cuda(), 12345, p).keep(777)
+        assert torch.equal(here, there.cpu())
+
+
+def test_a_snapshot_arrives_beside_the_next_step() -> None:
+    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256)).cuda()
+    attach(model, LoraConfig(r=16))
+    replica, snapshots = shard(model), Snapshots()
+    optimizer = torch.optim.AdamW(replica.parameter_groups(lr=1e-2), fused=True)
+    for step in range(1, 6):
+        model(torch.randn(64, 256, device="cuda")).square().mean().backward()
+        replica.reduce_gradients()
+        snapshots.before_change()
+        optimizer.step()
+        optimizer.zero_grad()
+        wanted = {name: p.detach().clone() for name, p in replica.named.items()}
+        states = replica.states(optimizer)
+        snapshots.take(step, {}, replica, states=states, record=None, frozen={})
+    torch.cuda.synchronize()
+    with snapshots.newest() as found:
+        assert found is not None and found.step == 5
+        kept: dict[str, Tensor] = found.files["adapter"]
+        assert all(torch.equal(kept[name], value.cpu()) for name, value in wanted.items())
+
+
+def test_a_step_waits_for_the_gpu_once() -> None:
+    """As the profiler sees it: one read-back, whatever the accumulation."""
+    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256)).cuda()
+    attach(model, LoraConfig(r=16, lora_dropout=0.05))
+    replica = shard(model)
+    optimizer = torch.optim.AdamW(replica.parameter_groups(lr=1e-2), fused=True)
+    x = torch.randn(64, 256, device="cuda")
+
+    def step() -> None:
+        for _ in range(4):
+            model(x).square().mean().backward()
+        reduced = replica.reduce_gradients()
+        replica.clip(1.0, reduced.norm)
+        optimizer.step()
+        replica.zero_grad()
+
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as seen:
+        step()
+    waits = [e for e in seen.events() if re.search("StreamSynchronize|Memcpy DtoH", e.name)]
+    names = json.dumps([event.name for event in waits])
+    assert sum("DtoH" in event.name for event in waits) <= 1, names
+    assert sum("Synchronize" in event.name for event in waits) <= 1, names
