@@ -98,6 +98,9 @@ class DataConfig:
     format: str = option("chat", "layout of a record", room="data.formats", later=("preference",))
     max_length: int = option(1024, "longest sequence, in tokens", ge=2)
     shuffle: bool = option(True, "a new order each epoch, drawn from train.seed")
+    cache_dir: str | None = option(
+        None, "encode once on a node and keep the result in this directory, by content; null: no"
+    )
     packing: bool = option(False, "several sequences in one row; true comes later", later=(True,))
     on_error: Literal["stop", "skip"] = option(
         "stop", "if a record cannot be used: stop and name its line, or skip and count it"

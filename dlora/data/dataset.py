@@ -77,6 +77,11 @@ class Dataset(Sequence[Example]):
         self.fingerprint = self._fingerprint()
 
     @property
+    def arrays(self) -> tuple[Int32Array, Int32Array, npt.NDArray[np.int64]]:
+        """(input_ids, labels, starts) as they were given."""
+        return self._input_ids, self._labels, self._starts
+
+    @property
     def largest_id(self) -> int:
         """The largest token id."""
         return int(self._input_ids.max())

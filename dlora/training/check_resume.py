@@ -21,6 +21,7 @@ FREE_KEYS = {
     "data.train",  # the files' content is compared, not their names
     "data.eval",
     "data.max_eval_samples",
+    "data.cache_dir",
     "data.on_error",
     "train.max_steps",
     "train.epochs",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from dlora.base.model import BaseModel, check_experts_divide, find_base
 from dlora.base.quantize import Quantized
 from dlora.config.load import Config
 from dlora.data import Dataset, Sampler, check_source, load_examples
+from dlora.data.cache import cached
 from dlora.errors import UsageError
 from dlora.lora.attach import adapter_tensors, attach, load_record, trainable_parameters
 from dlora.lora.config import LoraConfig
@@ -85,10 +88,12 @@ class Surroundings:
     Attributes:
         device: `"cpu"` or `"cuda"`.
         free: bytes that each rank may take; None if that is not known, and then everything fits.
+        writes: whether `data.cache_dir` may be written.
     """
 
     device: str = "cpu"
     free: int | None = None
+    writes: bool = True
 
 
 def prepare(
@@ -116,11 +121,10 @@ def prepare(
         announce(f"model.quantization: {quantized}")
     known = identity(base, skeleton)
     tokenizer = base.tokenizer()
-    train = _load(config, "train", config.data.train, tokenizer, announce)
+    train = _load(config, "train", config.data.train, tokenizer, announce, around.writes)
     held_out = None
     if config.data.eval is not None:
-        most = config.data.max_eval_samples
-        held_out = _load(config, "eval", config.data.eval, tokenizer, announce, most)
+        held_out = _load(config, "eval", config.data.eval, tokenizer, announce, around.writes)
     check_sequences({"data.train": train, "data.eval": held_out}, tokenizer, skeleton)
     sampler = _sampler(config, len(train))
     lora = scheduled(lora, sampler.total_steps)
@@ -257,17 +261,22 @@ def _load(
     source: str | list[str],
     tokenizer: Any,
     announce: Callable[[str], None],
-    most: int | None = None,
+    writes: bool,
 ) -> Dataset:
-    dataset = load_examples(
-        source,
-        key=f"data.{key}",
-        format=config.data.format,
-        tokenizer=tokenizer,
-        max_length=config.data.max_length,
-        on_error=config.data.on_error,
-        most=most,
-    )
+    arguments: dict[str, Any] = {
+        "source": source,
+        "key": f"data.{key}",
+        "format": config.data.format,
+        "tokenizer": tokenizer,
+        "max_length": config.data.max_length,
+        "on_error": config.data.on_error,
+        "most": config.data.max_eval_samples if key == "eval" else None,
+    }
+    build = functools.partial(load_examples, **arguments)
+    if config.data.cache_dir is None or not writes:
+        dataset = build()
+    else:
+        dataset = cached(Path(config.data.cache_dir).expanduser(), build, announce, **arguments)
     announce(f"data.{key}: {dataset.report}")
     return dataset
 

@@ -116,7 +116,7 @@ def prepared(config: Config, ranks: Ranks, *, check: bool = False) -> Preparatio
     found = broadcast(ranks, "checkpoint/found", found and asdict(found))
     resumed = ResumePoint(**found) if found else None
     free = gather(ranks, "free", free_bytes(ranks.device, here))
-    around = Surroundings(ranks.device.type, None if None in free else min(free))
+    around = Surroundings(ranks.device.type, None if None in free else min(free), not check)
 
     def work() -> tuple[Preparation, str]:
         found = prepare(config, topology, console.info, resumed, around)

@@ -67,6 +67,7 @@ ADDED = {  # change nothing
     ("adapter", "lora_ga_gamma"): 16.0,
     ("adapter", "lora_ga_batches"): 2,
     ("optimizer", "lora_pro_moments"): "low",
+    ("data", "cache_dir"): None,
     ("data", "max_eval_samples"): None,
     ("data", "on_error"): "stop",
     ("train", "allow_unused"): False,

@@ -1,0 +1,101 @@
+"""Encoded data sets on disk, by content: `data.cache_dir`.
+
+key     files' names and bytes, the tokenizer, the settings, versions ──SHA-256──> name
+build   the first process that wants it encodes; others on the node wait at a lock, and read it
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import filelock
+import safetensors
+import safetensors.numpy
+
+from dlora.data.builtin import PREFIX
+from dlora.data.dataset import Dataset, Report
+from dlora.data.files import resolve
+from dlora.errors import UsageError
+from dlora.io.files import write_atomically
+
+_FORM = 1  # of the file; part of the key
+_ARRAYS = ("input_ids", "labels", "starts")
+
+
+def cached(
+    cache_dir: Path,
+    build: Callable[[], Dataset],
+    announce: Callable[[str], None],
+    *,
+    source: str | Sequence[str],
+    key: str,
+    tokenizer: Any,
+    **settings: Any,
+) -> Dataset:
+    """What `build` returns, or has returned before for the same content.
+
+    Args:
+        cache_dir: made if need be; files in it are never deleted.
+        source, key, tokenizer, settings: what `build` gives to `load_examples`.
+
+    Raises:
+        UsageError: as `build`; or the directory cannot be written.
+    """
+    name = _name(source, key, tokenizer, settings)
+    path = cache_dir / f"{name}.safetensors"
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{path}.lock"):
+            if (found := _read(path)) is not None:
+                announce(f"{key}: encoded before; read from {path} (data.cache_dir)")
+                return found
+            dataset = build()
+            write_atomically(path, _content(dataset))
+            announce(f"{key}: encoded, and written to {path} (data.cache_dir)")
+            return dataset
+    except OSError as error:
+        raise UsageError(f"data.cache_dir: {cache_dir}: {error.strerror or error}") from None
+
+
+def _name(source: str | Sequence[str], key: str, tokenizer: Any, settings: dict[str, Any]) -> str:
+    digest = hashlib.sha256()
+    versions = [version(package) for package in ("transformers", "tokenizers")]
+    own = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]
+    own.append(sorted((name, str(value)) for name, value in tokenizer.init_kwargs.items()))
+    parts = [_FORM, versions, own, sorted(settings.items())]
+    digest.update(json.dumps(parts, default=str).encode())
+    if isinstance(source, str) and source.startswith(PREFIX):
+        digest.update(f"{source} of Python {sys.version}".encode())
+        return digest.hexdigest()[:32]
+    for path in resolve(source, key):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path}\0{content}\0".encode())  # the name stands in what is said of records
+    return digest.hexdigest()[:32]
+
+
+def _content(dataset: Dataset) -> bytes:
+    arrays: dict[str, Any] = dict(zip(_ARRAYS, dataset.arrays, strict=True))
+    said = {"fingerprint": dataset.fingerprint, "report": json.dumps(asdict(dataset.report))}
+    return safetensors.numpy.save(arrays, said)
+
+
+def _read(path: Path) -> Dataset | None:
+    """The data set of a file; None if there is none, or it is not what was written."""
+    if not path.exists():
+        return None
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            said = file.metadata()
+            ids, labels, starts = (file.get_tensor(name) for name in _ARRAYS)
+        dataset = Dataset(ids, labels, starts, Report(**json.loads(said["report"])))
+        return dataset if dataset.fingerprint == said["fingerprint"] else None
+    except (safetensors.SafetensorError, ValueError, TypeError, KeyError, IndexError):
+        return None
