@@ -16,7 +16,6 @@ torch has no arithmetic for uint32: products wrap alike, and shifts copy the sig
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -88,6 +87,38 @@ class Mask:
             yield rows, _fold_(tokens_T1[rows] ^ columns_n) >= threshold
 
 
+@dataclass(frozen=True)
+class _Grid:
+    """Keys as tensors, which are made outside of what torch may compile.
+
+    Attributes:
+        rows: int32 [rows], the key of each sequence; `whole` [1] that of all of them.
+        longest: tokens of the longest.
+        made: {(device, tokens): hashes [rows, tokens]}, once for all layers.
+    """
+
+    rows: Tensor
+    whole: Tensor
+    longest: int
+    made: dict[tuple[torch.device, int], Tensor]
+
+    @classmethod
+    def of(cls, keys: SampleKeys) -> _Grid:
+        rows = [key_of(keys.seed, keys.step, id) for id in keys.ids]
+        whole = [key_of(keys.seed, keys.step, *keys.ids)]
+        tensors = [torch.tensor(found, dtype=torch.int32) for found in (rows, whole)]
+        return cls(tensors[0], tensors[1], max(keys.lengths, default=0), {})
+
+    def hashes(self, device: torch.device, tokens: int) -> Tensor:
+        """int32 [rows, tokens], a hash of each token."""
+        if torch.compiler.is_compiling():
+            return _tokens(self.rows.to(device), tokens)
+        if (device, tokens) not in self.made:
+            made = _tokens(self.rows, tokens)
+            self.made[device, tokens] = made.to(device, non_blocking=True)
+        return self.made[device, tokens]
+
+
 class DropoutStream:
     """Shared by all adapters of a model: where their masks come from.
 
@@ -96,18 +127,17 @@ class DropoutStream:
     """
 
     def __init__(self) -> None:
-        self._keys: SampleKeys | None = None
+        self._grid: _Grid | None = None
         self._positions: Tensor | None = None
-        self._grids: dict[tuple[torch.device, int], Tensor] = {}  # of the keys
 
     @contextmanager
-    def keyed(self, keys: SampleKeys) -> Iterator[None]:
+    def keyed(self, keys: SampleKeys | None) -> Iterator[None]:
         """Make masks from `keys`; open for forward *and* backward, which may recompute."""
-        previous, self._keys, self._grids = self._keys, keys, {}
+        previous, self._grid = self._grid, None if keys is None else _Grid.of(keys)
         try:
             yield
         finally:
-            self._keys, self._grids = previous, {}
+            self._grid = previous
 
     @contextmanager
     def at(self, positions: Tensor) -> Iterator[None]:
@@ -118,40 +148,31 @@ class DropoutStream:
         finally:
             self._positions = previous
 
-    def mask(self, x: Tensor, p: float, layer: str) -> Mask | None:
+    def mask(self, x: Tensor, p: float, layer: int) -> Mask | None:
         """The mask of x as [T, n], n its last dim; None for keys without sequences.
 
         Args:
             x: [rows, tokens, n] or [rows·tokens, n], rows in the order of the keys; or anything
                 else (an image, say), of which no element belongs to a token.
+            layer: `key_of` its path.
         """
-        total, keys = x.shape[:-1].numel(), self._keys
-        if keys is None:
+        total, grid = x.shape[:-1].numel(), self._grid
+        if grid is None:
             size, dtype = (total,), torch.int32
             hashes_T = torch.randint(-(2**31), 2**31, size, dtype=dtype, device=x.device)
             return Mask(hashes_T, 0, p)
-        if not keys.ids:  # a pass of weight zero, made to keep in step with other ranks
+        rows = len(grid.rows)
+        if not rows:  # a pass of weight zero, made to keep in step with other ranks
             return None
         if self._positions is not None:
             rows_T, tokens_T = self._positions.unbind(1)
-            hashes_T = self._grid(x.device, max(keys.lengths))[rows_T, tokens_T]
-            return Mask(hashes_T, key_of(layer), p)
-        tokens, rest = divmod(total, len(keys.ids))
-        if rest or tokens < max(keys.lengths) or x.ndim > 3:
+            return Mask(grid.hashes(x.device, grid.longest)[rows_T, tokens_T], layer, p)
+        tokens, rest = divmod(total, rows)
+        if rest or tokens < grid.longest or x.ndim > 3:
             # An input that is not a [rows, tokens] grid (a mixture-of-experts branch, say)
             # cannot be split by sequence: one stream for all of it, still exact on recomputation.
-            whole = key_of(keys.seed, keys.step, *keys.ids)
-            return Mask(_tokens([whole], total).view(-1).to(x.device), key_of(layer), p)
-        return Mask(self._grid(x.device, tokens).view(-1), key_of(layer), p)
-
-    def _grid(self, device: torch.device, tokens: int) -> Tensor:
-        """int32 [rows, tokens], the hashes of the keys' tokens; made once for all layers."""
-        if (device, tokens) not in self._grids:
-            keys = self._keys
-            assert keys is not None
-            hashes = _tokens([key_of(keys.seed, keys.step, id) for id in keys.ids], tokens)
-            self._grids[device, tokens] = hashes.to(device, non_blocking=True)
-        return self._grids[device, tokens]
+            return Mask(_tokens(grid.whole.to(x.device), total).view(-1), layer, p)
+        return Mask(grid.hashes(x.device, tokens).view(-1), layer, p)
 
 
 class _Dropped(torch.autograd.Function):
@@ -186,13 +207,12 @@ def _fold_(x: Tensor) -> Tensor:
     return x.bitwise_xor_(x >> 15).mul_(_SECOND)
 
 
-def _tokens(row_keys: list[int], tokens: int) -> Tensor:
+def _tokens(rows: Tensor, tokens: int) -> Tensor:
     """int32 [rows, tokens]: a hash of each token from its row's key and its position."""
-    positions = torch.arange(tokens, dtype=torch.int32).mul_(_GAMMA)
-    return mix(torch.tensor(row_keys, dtype=torch.int32)[:, None] + positions)
+    positions = torch.arange(tokens, dtype=torch.int32, device=rows.device).mul_(_GAMMA)
+    return mix(rows[:, None] + positions)
 
 
-@functools.lru_cache(1 << 16)
 def key_of(*key: object) -> int:
     """32 bits that depend on all of `key`, as an int32."""
     return seed_of(*key) % 2**32 - 2**31

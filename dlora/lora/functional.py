@@ -37,6 +37,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dlora.lora.dropout import Mask, dropped
+from dlora.lora.step_values import Shared, made_anew
 from dlora.quant.linear import Weight, save_with, saved_with, whole
 
 _CAST_BYTES = 1 << 24  # of a factor that are cast at once
@@ -60,13 +61,15 @@ class LinearWithLowRank(torch.autograd.Function):
         E: Tensor | None,
         scaling: float,
         mask: Mask | None,
+        shared: Shared,
     ) -> Tensor:
         x_Tn = x.reshape(-1, x.shape[-1])
-        z_Tr = (x_Tn if mask is None else mask.drop(x_Tn)) @ A.to(x.dtype).t()
+        A_x, B_x = cast(A, B, E, x.dtype, shared)
+        z_Tr = (x_Tn if mask is None else mask.drop(x_Tn)) @ A_x.t()
         y_Tm = F.linear(x_Tn, whole(weight, x.dtype), bias)
-        y_Tm.addmm_(z_Tr, times(B, E).to(x.dtype).t(), alpha=scaling)
+        y_Tm.addmm_(z_Tr, B_x.t(), alpha=scaling)
         save_with(ctx, weight, x_Tn, z_Tr, A, B, E)
-        ctx.scaling, ctx.mask, ctx.x_shape = scaling, mask, x.shape
+        ctx.scaling, ctx.mask, ctx.shared, ctx.x_shape = scaling, mask, shared, x.shape
         return y_Tm.view(*x.shape[:-1], y_Tm.shape[1])
 
     @staticmethod
@@ -75,14 +78,15 @@ class LinearWithLowRank(torch.autograd.Function):
         weight, x_Tn, z_Tr, A, B, E = saved_with(ctx)
         keep = None if ctx.mask is None else ctx.mask.keep(x_Tn.shape[1])
         dy_Tm = grads[0].reshape(-1, grads[0].shape[-1])
-        dyB_Tr = dy_Tm @ times(B, E).to(dy_Tm.dtype)
+        A_x, B_x = cast(A, B, E, dy_Tm.dtype, ctx.shared)
+        dyB_Tr = dy_Tm @ B_x
         dx = dA = dB = dE = None
         if ctx.needs_input_grad[0]:
             dx_Tn = dy_Tm @ whole(weight, dy_Tm.dtype)
             if keep is None:
-                dx_Tn.addmm_(dyB_Tr, A.to(dy_Tm.dtype), alpha=ctx.scaling)
+                dx_Tn.addmm_(dyB_Tr, A_x, alpha=ctx.scaling)
             else:
-                low_rank_Tn = dyB_Tr @ A.to(dy_Tm.dtype)
+                low_rank_Tn = dyB_Tr @ A_x
                 dx_Tn.addcmul_(low_rank_Tn, keep, value=ctx.scaling * ctx.mask.scale)
             dx = dx_Tn.view(ctx.x_shape)
         if ctx.needs_input_grad[3]:
@@ -90,7 +94,7 @@ class LinearWithLowRank(torch.autograd.Function):
             dA = summed(dyB_Tr, dropped_Tn, A.dtype, ctx.scaling)
         if ctx.needs_input_grad[4]:
             dB, dE = _split(summed(dy_Tm, z_Tr, B.dtype, ctx.scaling), B, E)
-        return dx, None, None, dA, dB, dE, None, None
+        return dx, None, None, dA, dB, dE, None, None, None
 
 
 class EmbeddingWithLowRank(torch.autograd.Function):
@@ -144,17 +148,19 @@ def linear(
     *,
     E: Tensor | None = None,
     mask: Mask | None = None,
+    shared: Shared = made_anew,
 ) -> Tensor:
     """Base product and low-rank update in one: see `LinearWithLowRank`.
 
     Args:
         E: singular values [r, 1], or None for ones.
         mask: of dropout, over the rows and columns of x.
+        shared: makes A and B in the dtype of x, once for all passes of a step.
 
     Under `torch.autocast` the product is computed in autocast's dtype, as `F.linear` is.
     """
     with cast_for_autocast(x, weight, bias) as inputs:
-        return LinearWithLowRank.apply(*inputs, A, B, E, scaling, mask)
+        return LinearWithLowRank.apply(*inputs, A, B, E, scaling, mask, shared)
 
 
 @contextmanager
@@ -218,6 +224,16 @@ def convolution(
         y_Nmp = y_Nmp.mT.baddbmm(z_Nrp.mT, B_rm, alpha=scaling).mT
     y = y_Nmp.unflatten(2, y_Nm.shape[2:])
     return y.squeeze(0) if single else y
+
+
+def cast(
+    A: Tensor, B: Tensor, E: Tensor | None, dtype: torch.dtype, shared: Shared
+) -> tuple[Tensor, Tensor]:
+    """A and B·diag(E) in a dtype."""
+    if A.dtype == dtype:
+        return A, times(B, E)
+    A_x = shared(f"A {dtype}", lambda: A.to(dtype))
+    return A_x, shared(f"B {dtype}", lambda: times(B, E).to(dtype))
 
 
 def times(B: Tensor, E: Tensor | None) -> Tensor:

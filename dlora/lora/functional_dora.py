@@ -27,7 +27,7 @@ Source: Liu et al. 2024, https://arxiv.org/abs/2402.09353, section 4.3 for the c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +37,8 @@ from torch.autograd.function import once_differentiable
 
 from dlora.lora import functional
 from dlora.lora.dropout import Mask, dropped
-from dlora.lora.functional import cast_for_autocast, summed
+from dlora.lora.functional import cast, cast_for_autocast, summed
+from dlora.lora.step_values import Shared
 from dlora.quant.linear import Weight, save_with, saved_with, whole
 
 _CHUNK_BYTES = {"cpu": 1 << 20}  # of W0 that are cast at once, elsewhere _CHUNK_ELSEWHERE
@@ -53,7 +54,7 @@ class Rows(NamedTuple):
 
     magnitude: Tensor
     squares: Tensor
-    shared: Callable[[Callable[[], Tensor]], Tensor]
+    shared: Shared
 
 
 def row_squares(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -102,15 +103,16 @@ class LinearWithDora(torch.autograd.Function):
         B: Tensor,
         magnitude: Tensor,
         squares: Tensor,
-        shared: Callable[[Callable[[], Tensor]], Tensor],
+        shared: Shared,
         scaling: float,
         mask: Mask | None,
     ) -> Tensor:
         x_Tn = x.reshape(-1, x.shape[-1])
         dropped_Tn = x_Tn if mask is None else mask.drop(x_Tn)
-        z_Tr, B_rm = dropped_Tn @ A.to(x.dtype).t(), B.to(x.dtype).t()
+        A_x, B_x = cast(A, B, None, x.dtype, shared)
+        z_Tr, B_rm = dropped_Tn @ A_x.t(), B_x.t()
         dense = whole(weight, x.dtype)
-        norms = shared(lambda: row_norms(dense, A, B, scaling, squares))
+        norms = shared("norms", lambda: row_norms(dense, A, B, scaling, squares))
         e = excess(magnitude, norms, x.dtype)
         v_Tm = F.linear(dropped_Tn, dense).addmm_(z_Tr, B_rm, alpha=scaling)
         if mask is not None:
@@ -123,7 +125,7 @@ class LinearWithDora(torch.autograd.Function):
         y = y_Tm.view(*x.shape[:-1], y_Tm.shape[1])
         along, lengths = (y, magnitude) if y_Tm is v_Tm else (v_Tm, norms)
         save_with(ctx, weight, x_Tn, z_Tr, along, A, B, lengths, e)
-        ctx.scaling, ctx.mask, ctx.x_shape = scaling, mask, x.shape
+        ctx.scaling, ctx.mask, ctx.shared, ctx.x_shape = scaling, mask, shared, x.shape
         return y
 
     @staticmethod
@@ -133,7 +135,8 @@ class LinearWithDora(torch.autograd.Function):
         keep = None if ctx.mask is None else ctx.mask.keep(x_Tn.shape[1])
         dy_Tm = grads[0].reshape(-1, grads[0].shape[-1])
         dv_Tm = torch.addcmul(dy_Tm, dy_Tm, e)  # through the low-rank part
-        dvB_Tr = dv_Tm @ B.to(dy_Tm.dtype)
+        A_x, B_x = cast(A, B, None, dy_Tm.dtype, ctx.shared)
+        dvB_Tr = dv_Tm @ B_x
         dx = dA = dB = dmagnitude = None
         if ctx.needs_input_grad[3]:
             dropped_Tn = x_Tn if keep is None else (x_Tn * keep).mul_(ctx.mask.scale)
@@ -143,10 +146,10 @@ class LinearWithDora(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dense = whole(weight, dy_Tm.dtype)
             if keep is None:
-                dx_Tn = (dv_Tm @ dense).addmm_(dvB_Tr, A.to(dy_Tm.dtype), alpha=ctx.scaling)
+                dx_Tn = (dv_Tm @ dense).addmm_(dvB_Tr, A_x, alpha=ctx.scaling)
             else:
                 inner_Tn = torch.mul(dy_Tm, e, out=dv_Tm) @ dense
-                inner_Tn.addmm_(dvB_Tr, A.to(dy_Tm.dtype), alpha=ctx.scaling)
+                inner_Tn.addmm_(dvB_Tr, A_x, alpha=ctx.scaling)
                 dx_Tn = (dy_Tm @ dense).addcmul_(inner_Tn, keep, value=ctx.mask.scale)
             dx = dx_Tn.view(ctx.x_shape)
         if ctx.needs_input_grad[5]:
@@ -225,5 +228,5 @@ def _excess_at(
     weight: Tensor, A: Tensor, B: Tensor, scaling: float, rows: Rows, dtype: torch.dtype
 ) -> Tensor:
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        norms = rows.shared(lambda: row_norms(weight, A, B, scaling, rows.squares))
+        norms = rows.shared("norms", lambda: row_norms(weight, A, B, scaling, rows.squares))
     return excess(rows.magnitude, norms, dtype)

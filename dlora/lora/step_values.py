@@ -6,7 +6,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+from torch import Tensor
+
 T = TypeVar("T")
+Shared = Callable[[str, Callable[[], Tensor]], Tensor]  # (name, how it is made) → the value
+
+
+def made_anew(name: str, make: Callable[[], T]) -> T:
+    """Where nothing is shared: what `make` returns."""
+    return make()
 
 
 class StepValues:

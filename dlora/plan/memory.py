@@ -52,6 +52,7 @@ class Memory:
         base_gathered: most of W0 that is gathered at one time beside these, in the blocks.
         loss_gathered: the same while the loss is computed.
         adapters: values and gradients of A, B and trained copies.
+        casts: A and B in the dtype of W0, for the passes of a step.
         offsets: A0 and B0 of adapters that start from a matrix.
         state: of the optimizer, and of the adapters' method.
         snapshots: the two of A, B and state and the one of the offsets, where they are in the same
@@ -69,6 +70,7 @@ class Memory:
     base_gathered: int
     loss_gathered: int
     adapters: int
+    casts: int
     offsets: int
     state: int
     snapshots: int
@@ -87,7 +89,7 @@ class Memory:
     def in_use(self) -> int:
         """Most bytes of tensors at one time."""
         always = self.base_held + self.resident + self.replica + self.offsets + self.snapshots
-        return always + self.passing
+        return always + self.casts + self.passing
 
     @property
     def passing(self) -> int:
@@ -137,6 +139,7 @@ def memory_of(
     divided: bool,
     device: str,
     offsets: int = 0,
+    casts: int = 0,
     method: MethodPlan = MethodPlan(),  # noqa: B008 - frozen
 ) -> Memory:
     """The memory of a rank.
@@ -148,6 +151,7 @@ def memory_of(
         divided: whether the optimizer state is divided over ranks.
         device: `"cuda"` or `"cpu"`: where the model is.
         offsets: bytes of what adapters have beside `trained`.
+        casts: as of `Memory`.
         method: what their method stores.
     """
     units = list(units)
@@ -175,6 +179,7 @@ def memory_of(
         base_gathered=0,
         loss_gathered=0,
         adapters=item * (values + gradients),
+        casts=casts,
         offsets=offsets,
         state=state.held + item * sum(of_method),
         snapshots=copies if device == "cpu" else staging,

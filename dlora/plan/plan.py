@@ -144,6 +144,7 @@ class Subject:
                 self.trained,
                 activations=self.activations,
                 offsets=sum(t.nbytes for t in frozen_tensors(self.skeleton).values()),
+                casts=self._casts(),
                 device=self.device,
                 method=self._method,
                 **common,
@@ -151,6 +152,16 @@ class Subject:
             traffic=traffic_of(units, held, self.trained, summed=self._method.summed, **common),
             **common,
         )
+
+    def _casts(self) -> int:
+        """Bytes of the trained tensors in the dtype that the model computes in, if it is another.
+
+        That of W0, of a packed one of what is not packed.
+        """
+        frozen = (p for p in self.skeleton.parameters() if not p.requires_grad)
+        dtype = next((p.dtype for p in frozen if p.is_floating_point()), None)
+        others = [p for p in self.trained.values() if dtype is not None and p.dtype != dtype]
+        return sum(p.numel() * dtype.itemsize for p in others) if dtype is not None else 0
 
     def plan_within(
         self, placement: Placement, topology: Topology, budget: int, *, divided: bool = False

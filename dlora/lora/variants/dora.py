@@ -7,7 +7,6 @@ Source: Liu et al. 2024, https://arxiv.org/abs/2402.09353.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -71,5 +70,6 @@ class DoraAdapter(LoraAdapter):
 
     @property
     def _rows(self) -> functional_dora.Rows:
-        shared = functools.partial(self.values.get, self.path)
-        return functional_dora.Rows(self.lora_magnitude_vector, self.base_squares, shared)
+        return functional_dora.Rows(
+            self.lora_magnitude_vector, self.base_squares, self.shared_by_passes
+        )

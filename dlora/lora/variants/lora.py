@@ -5,7 +5,7 @@ Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685; rsLoRA, https://arxiv.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dlora.errors import UsageError
 from dlora.lora import functional
 from dlora.lora.config import LoraConfig
-from dlora.lora.dropout import DropoutStream, Mask
+from dlora.lora.dropout import DropoutStream, Mask, key_of
 from dlora.lora.init import Initialisation
 from dlora.lora.method_state import MethodState, PlannedState
 from dlora.lora.states import AdapterState, Stateful
@@ -94,6 +94,7 @@ class LoraAdapter(Stateful):
         self.lora_B = nn.Parameter(torch.empty(m, r, dtype=dtype, device=device))
         self.scaling, self.dropout, self.path = scaling, dropout, path
         self.stream, self.values = stream, values
+        self._key = key_of(path)
         self.residual = residual
         self.offset_A: Tensor | None
         self.offset_B: Tensor | None
@@ -167,8 +168,10 @@ class LoraAdapter(Stateful):
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         """x [..., n], weight [m, n], packed or not → y [..., m]."""
         A, B = self.factors()
-        E, mask = self.singular_values(), self.mask(x)
-        return functional.linear(x, weight, bias, A, B, self.scaling, E=E, mask=mask)
+        how: dict[str, Any] = {"E": self.singular_values(), "mask": self.mask(x)}
+        return functional.linear(
+            x, weight, bias, A, B, self.scaling, **how, shared=self.shared_by_passes
+        )
 
     def embedding(self, ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
         """ids [...], weight [V, m] → y [..., m]. Dropout does not apply to a look-up (as PEFT)."""
@@ -188,11 +191,15 @@ class LoraAdapter(Stateful):
         E, mask = self.singular_values(), self.mask(x, 1 - weight.ndim)
         return functional.convolution(x, weight, bias, A, B, self.scaling, convolve, E=E, mask=mask)
 
+    def shared_by_passes(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """A value of this adapter that is the same in all passes of a step."""
+        return self.values.get(f"{self.path} {name}", make)
+
     def mask(self, x: Tensor, dim: int = -1) -> Mask | None:
         """Dropout's mask over x with its columns along `dim`; None without dropout."""
         if not self.training or self.state is AdapterState.OFF or self.dropout == 0:
             return None
-        return self.stream.mask(x.movedim(dim, -1), self.dropout, self.path)
+        return self.stream.mask(x.movedim(dim, -1), self.dropout, self._key)
 
     def as_lora(self) -> PlainLora:
         """The plain LoRA of the same ΔW; shares storage with this adapter where it can."""

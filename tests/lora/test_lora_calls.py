@@ -1,0 +1,149 @@
+"""What one adapted layer asks of torch: how many operators, beside PEFT's, and graphs without a
+break."""
+
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+from calls import Calls
+from fake_cuda import fake_cuda
+from torch import Tensor, nn
+
+from dlora import AdaLoraConfig, LoraConfig, attach
+from dlora.lora.attach import attachment_of, trainable_parameters
+from dlora.lora.dropout import SampleKeys
+from dlora.lora.functional import LinearWithLowRank
+from dlora.lora.step_values import StepValues
+
+ROWS, TOKENS, N, M = 2, 5, 8, 6
+# Views and memory: no kernel runs.
+FREE = {
+    "view", "_unsafe_view", "t", "transpose", "detach", "alias", "expand", "reshape", "slice",
+    "unsqueeze", "device", "new_empty", "empty", "empty_like", "new_empty_strided", "permute", "select",
+}  # fmt: skip
+
+
+class Peft(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layer = nn.Linear(N, M, bias=False, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def kernels(step: Callable[[], Any]) -> int:
+    """Operators that compute, in the second of two steps: gradients are added to by then."""
+    step()
+    with Calls() as calls:
+        step()
+    named = {name.split(".")[1].rstrip("_"): n for name, n in calls.counted.items()}
+    return sum(n for name, n in named.items() if name not in {f.rstrip("_") for f in FREE})
+
+
+def passes(model: nn.Module, dtype: torch.dtype) -> Callable[[], None]:
+    x = torch.randn(ROWS, TOKENS, N, dtype=dtype, requires_grad=True)
+    dy = torch.ones(ROWS, TOKENS, M, dtype=dtype)
+
+    def step() -> None:
+        torch.autograd.backward(model(x), dy, inputs=[x, *trained])
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return step
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_operators_of_a_layer(dtype: torch.dtype) -> None:
+    """3 products in forward, 5 in backward, and 3 sums with the gradients that there are, of x too.
+
+    In bfloat16 A and B are cast once in all passes of a step, and on a CPU the factors of the sums
+    in float32 as well.
+    """
+    ours = nn.Sequential(nn.Linear(N, M, bias=False, dtype=dtype))
+    attach(ours, LoraConfig(r=2))
+    config = peft.LoraConfig(r=2, target_modules=["layer"])
+    theirs = peft.get_peft_model(Peft(dtype), config, autocast_adapter_dtype=True)
+    with attachment_of(ours).values.shared():
+        found = kernels(passes(ours, dtype))
+    assert found <= {torch.float32: 11, torch.bfloat16: 15}[dtype]
+    assert found < kernels(passes(theirs, dtype))
+
+
+class Context:
+    """Stands for autograd's, which needs a GPU where a tensor says that it lies on one."""
+
+    needs_input_grad = (True, False, False, True, True, *[False] * 4)
+    saved_tensors: tuple[Tensor | None, ...] = ()
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+
+@torch.no_grad()
+def test_operators_of_a_layer_on_a_gpu() -> None:
+    """Beside the two sums with the gradients that there are: 10 in all."""
+    kinds = {"dtype": torch.bfloat16}
+    values = StepValues()
+    with fake_cuda() as device, values.shared():
+        x, dy = (torch.empty(ROWS, TOKENS, n, device=device, **kinds) for n in (N, M))
+        W0 = torch.empty(M, N, device=device, **kinds)
+        A, B = torch.empty(2, N, device=device), torch.empty(M, 2, device=device)
+
+        def step() -> None:
+            context = Context()
+            arguments = (x, W0, None, A, B, None, 2.0, None, values.get)
+            LinearWithLowRank.forward(context, *arguments)
+            LinearWithLowRank.backward(context, dy)
+
+        assert kernels(step) == 8
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], tuple[int, ...]]] = {
+    "lora": (lambda: nn.Linear(N, M), lambda: LoraConfig(r=2, lora_dropout=0.3), (2, 5, N)),
+    "dora": (
+        lambda: nn.Linear(N, M),
+        lambda: LoraConfig(r=2, use_dora=True, lora_dropout=0.3),
+        (2, 5, N),
+    ),
+    "adalora": (
+        lambda: nn.Linear(N, M),
+        lambda: AdaLoraConfig(
+            init_r=3, target_r=2, total_step=10, lora_dropout=0.3, target_modules=["0"]
+        ),
+        (2, 5, N),
+    ),
+    "embedding": (lambda: nn.Embedding(9, M), lambda: LoraConfig(r=2, target_modules=["0"]), ()),
+    "convolution": (
+        lambda: nn.Conv1d(4, M, 3),
+        lambda: LoraConfig(r=2, target_modules=["0"], lora_dropout=0.3),
+        (2, 4, 5),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_layer_is_one_graph(case: str) -> None:
+    """`fullgraph=True`; other keys of dropout give other masks, as they do without compiling."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    module, config, shape = CASES[case]
+    model = nn.Sequential(module())
+    attach(model, config())
+    trained = list(trainable_parameters(model).values())
+    for parameter in trained:
+        nn.init.normal_(parameter)
+    x = torch.randn(shape, requires_grad=True) if shape else torch.randint(9, (2, 5))
+    inputs = [*trained, *([x] if shape else [])]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    seen = []
+    for step in (1, 2):
+        with attachment_of(model).stream.keyed(SampleKeys(0, step, (4, 5), (5, 4))):
+            eager, graph = (
+                torch.autograd.grad(run(x).square().sum(), inputs) for run in (model, compiled)
+            )
+        for got, wanted in zip(graph, eager, strict=True):
+            torch.testing.assert_close(got, wanted)
+        seen.append(graph[0])
+    assert torch.equal(*seen) is (case == "embedding")  # which has no dropout
