@@ -40,7 +40,7 @@ class DeviceCopies:
             copy_in_pieces(tensors, host, self._buffer(host.dtype))
             self._last = torch.cuda.Event()
             self._last.record(self._stream)
-        self._read = tensors
+        self._read = [*self._read, *tensors]
         return self._last
 
     def wait_on_device(self) -> None:

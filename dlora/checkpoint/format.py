@@ -68,7 +68,7 @@ def write(
     keep_last: int,
     rank: int = 0,
     check: Callable[[], None] = lambda: None,
-    spared: Collection[Path] = (),
+    may_delete: Callable[[Path], bool] = lambda directory: True,
 ) -> Path:
     """Write a checkpoint under `root` and verify it; then delete all but the newest and this one.
 
@@ -80,7 +80,7 @@ def write(
         rank: of the writer, for the temporary name.
         check: called before anything is written and before the checkpoint gets its name; raises
             if another run has taken the directory by then.
-        spared: older ones that are not deleted this time: they are being read.
+        may_delete: whether an older one may be deleted this time, or is being read.
 
     Returns:
         Its directory, `root/step-NNNNNN`.
@@ -111,7 +111,7 @@ def write(
     with contextlib.suppress(OSError):  # a hint is no reason to call the save a failure
         write_atomically(root / LATEST, f"{final.name}\n".encode())
     for _, old in _steps(root)[:-keep_last]:
-        if old != final and old not in spared:
+        if old != final and may_delete(old):
             shutil.rmtree(old, ignore_errors=True)
     return final
 

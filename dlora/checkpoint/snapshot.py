@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -194,9 +195,18 @@ class _Buffer:
             sizes[kind] += shape.numel()
         self.layout, self.flat, self.views = [], {}, {}  # free the old before allocating the new
         for (device, dtype), size in sizes.items():
-            memory = torch.empty(size, dtype=dtype) if device.type == "cpu" else pinned(size, dtype)
-            self.flat[device, dtype] = memory
+            self.flat[device, dtype] = _memory(size, dtype, device)
         for key, shape, _ in layout:
             kind, start = places[key]
             self.views[key] = self.flat[kind][start : start + shape.numel()].view(shape)
         self.layout = layout
+
+
+def _memory(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Host memory for what comes from a device; where it cannot be pinned copies are slower."""
+    if device.type != "cpu":
+        try:
+            return pinned(size, dtype)
+        except RuntimeError as error:
+            warnings.warn(f"{size * dtype.itemsize} B could not be pinned: {error}", stacklevel=2)
+    return torch.empty(size, dtype=dtype)

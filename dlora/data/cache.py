@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -50,16 +51,27 @@ def cached(
     """
     name = _name(source, key, tokenizer, settings)
     path = cache_dir / f"{name}.safetensors"
-    try:
+    with _writable(cache_dir):
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(f"{path}.lock"):
-            if (found := _read(path)) is not None:
-                announce(f"{key}: encoded before; read from {path} (data.cache_dir)")
-                return found
-            dataset = build()
+        lock = filelock.FileLock(f"{path}.lock")
+        lock.acquire()
+    try:
+        if (found := _read(path)) is not None:
+            announce(f"{key}: encoded before; read from {path} (data.cache_dir)")
+            return found
+        dataset = build()
+        with _writable(cache_dir):
             write_atomically(path, _content(dataset))
-            announce(f"{key}: encoded, and written to {path} (data.cache_dir)")
-            return dataset
+        announce(f"{key}: encoded, and written to {path} (data.cache_dir)")
+        return dataset
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _writable(cache_dir: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UsageError(f"data.cache_dir: {cache_dir}: {error.strerror or error}") from None
 

@@ -164,8 +164,8 @@ def replicate(
     if not named:
         model.requires_grad_(False)
     engine.shard(model, named.values(), device)
-    for parameter in named.values() if device is not None else ():
-        parameter.data = parameter.data.to(device)
+    for tensor in (*named.values(), *model.buffers()) if device is not None else ():
+        tensor.data = tensor.data.to(device)
     engine.after_load(model)
     replica = TrainedReplica(engine, model, divided=divided)
     model.__dict__[_RECORD] = replica

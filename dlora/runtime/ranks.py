@@ -145,10 +145,10 @@ class Ranks:
         if self.store is None or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             return
         others = [f"{topic}/parted/{rank}" for rank in range(1, self.world)]
-        if not self.main:
-            self.store.set(others[self.rank - 1], "")
-            return
-        with contextlib.suppress(RuntimeError):  # one that died does not delay the rest
+        with contextlib.suppress(RuntimeError):  # one that is gone does not delay the rest
+            if not self.main:
+                self.store.set(others[self.rank - 1], "")
+                return
             self.store.wait(others, timedelta(seconds=LEAVING_SECONDS))
 
 

@@ -141,16 +141,15 @@ class CheckpointManager:
                 complete(self._context.directory / "metrics.jsonl", snapshot.metrics)
         older = self._done - step
         behind = f", {older} step{'s'[: older - 1]} before the last whole one" if older else ""
-        return f"step {step} is committed in {directory}{behind}; {RESUMES}"
+        line = f"step {step} is committed in {directory}{behind}; {RESUMES}"
+        if ending:
+            note(self._context.ranks, _COMMITTED, line)
+        return line
 
     def commit_alone(self, *, ending: bool) -> str:
         """`commit` for a rank that has lost its peers: an error becomes the line."""
         try:
-            if self.keeps_snapshots:
-                line = self.commit(ending=ending)
-                note(self._context.ranks, _COMMITTED, line)
-            else:
-                line = self._keeper_s_line()
+            line = self.commit(ending=ending) if self.keeps_snapshots else self._keeper_s_line()
         except Exception as error:
             line = f"the last whole step could not be committed: {error}"
         return f"dlora: rank {self._context.ranks.rank}: {line}"
@@ -165,23 +164,23 @@ class CheckpointManager:
             with peers.waiting():  # for a store, as long as it takes
                 self.close()
                 self._context.ranks.leave()
+            return status
         except ReplicaError as error:  # on every rank; its adapters are wrong, so nothing is saved
             console.error(str(error))
-            return 1
         except RuntimeError as error:
-            line, reason = self.commit_alone(ending=True), str(error).strip().split("\n")[0]
             lost = isinstance(error, dist.DistError) or any(sign in str(error) for sign in _LOST)
             lost = lost and found_report(self._context.ranks) is None
-            if not lost:
-                print(line, file=sys.stderr, flush=True)
+            if not lost:  # the others learn of it when it is raised, so nothing is waited for
+                if self.keeps_snapshots:
+                    print(self.commit_alone(ending=True), file=sys.stderr, flush=True)
                 raise
+            line, reason = self.commit_alone(ending=True), str(error).strip().split("\n")[0]
             reason = f"{peers.lost() or 'it is not known which'}; {reason}"
             print(f"{line} (lost a peer: {reason})", file=sys.stderr, flush=True)
             self._context.hooks.lost()
-            return 1
-        finally:
+        with peers.waiting():
             self.close()
-        return status
+        return 1
 
     def close(self) -> None:
         """Wait for what is being copied to `output.remote`; nothing is saved afterwards."""
@@ -247,5 +246,5 @@ class CheckpointManager:
                 self._context.config.output.keep_last,
                 rank=self._context.ranks.rank,
                 check=self._context.lock.check,
-                spared=self._pushes.reading,
+                may_delete=self._pushes.may_delete,
             )

@@ -9,6 +9,7 @@ newer ones.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -20,11 +21,7 @@ from dlora.training.context import RunContext
 
 
 class Pushes:
-    """The copies of one run.
-
-    Attributes:
-        reading: the directory that is being copied, if any: it must stay where it is.
-    """
+    """The copies of one run."""
 
     def __init__(self, context: RunContext) -> None:
         self._context = context
@@ -32,7 +29,9 @@ class Pushes:
         self._thread = ThreadPoolExecutor(1, "dlora-push")
         self._keep_last = context.config.output.keep_last
         self._written: list[str] = []  # names of checkpoints, in order
-        self.reading: set[Path] = set()
+        self._lock = threading.Lock()  # over the two below
+        self._reading: Path | None = None  # what is being copied, and must stay where it is
+        self._deleted: set[Path] = set()
 
     def after(self, writing: Future[Path | None]) -> Committed:
         """Copy a checkpoint once it is written.
@@ -61,6 +60,14 @@ class Pushes:
         """Wait for everything; afterwards only `push` may be called."""
         self._thread.shutdown()
 
+    def may_delete(self, directory: Path) -> bool:
+        """Whether an older checkpoint may be deleted now; if so, it is not copied any more."""
+        with self._lock:
+            if directory == self._reading:
+                return False
+            self._deleted.add(directory)
+            return True
+
     def _note(self, writing: Future[Path | None]) -> None:
         if not writing.exception() and (directory := writing.result()) is not None:
             self._written.append(directory.name)
@@ -68,18 +75,20 @@ class Pushes:
     def _push_written(self, writing: Future[Path | None]) -> Saved | None:
         if (directory := writing.result()) is None:
             return None
-        self.reading.add(directory)
+        newer = sum(name > directory.name for name in self._written)
+        with self._lock:
+            gone = newer >= self._keep_last or directory in self._deleted
+            self._reading = None if gone else directory
+        if gone:
+            console.info(
+                f"{directory.name} is not copied to output.remote, which is slower than saves "
+                "come: newer ones are next"
+            )
+            return _saved(directory, None)
         try:
-            newer = sum(name > directory.name for name in self._written)
-            if newer >= self._keep_last or not directory.exists():  # newer ones were written
-                console.info(
-                    f"{directory.name} is not copied to output.remote, which is slower than saves "
-                    "come: newer ones are next"
-                )
-                return _saved(directory, None)
             return _saved(directory, self.push(directory))
         finally:
-            self.reading.discard(directory)
+            self._reading = None
 
     def _copy(self, name: str, copy: Callable[[RemoteCheckpoints], object]) -> str | None:
         """Copy something to `output.remote`; its URL there.

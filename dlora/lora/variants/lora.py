@@ -193,7 +193,7 @@ class LoraAdapter(Stateful):
 
     def shared_by_passes(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """A value of this adapter that is the same in all passes of a step."""
-        return self.values.get(f"{self.path} {name}", make)
+        return self.values.get(f"{self.path} {self.state.name} {name}", make)
 
     def mask(self, x: Tensor, dim: int = -1) -> Mask | None:
         """Dropout's mask over x with its columns along `dim`; None without dropout."""
