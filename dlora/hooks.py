@@ -17,7 +17,7 @@ class Saved:
 
     Attributes:
         directory: on the disk of the rank that wrote it.
-        url: in `output.remote`; None without one, and if the copy failed.
+        url: in `output.remote`; None without one, if the copy failed, or gave way to newer ones.
     """
 
     directory: Path

@@ -148,17 +148,15 @@ class Run:
                 # 2  forward and backward, summed over this rank's target tokens
                 loss_sum, tokens = self.passes(step, mine)
 
-                checkpoints.before_change()
-
                 # 3  one reduction: gradients become the mean over all target tokens of all ranks
+                checkpoints.before_change()
                 scalars: dict[str, Any] = {"loss": loss_sum}
                 scalars["save"] = float(self.hooks.should_save())
                 scalars |= zip(STOP_FLAGS, stop.poll(), strict=True)
                 reduced = replica.reduce_gradients(tokens, scalars=scalars, each=self.meter.peak())
 
                 # 4  clip, schedule, step (after which the method's state follows)
-                loss = reduced.scalars["loss"] / max(reduced.tokens, 1)
-                norm = reduced.norm
+                loss, norm = reduced.scalars["loss"] / max(reduced.tokens, 1), reduced.norm
                 replica.clip(config.optimizer.max_grad_norm or math.inf, norm)
                 lr = self.set_lr(step)
                 if is_finite(loss, norm):

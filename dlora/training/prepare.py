@@ -146,7 +146,8 @@ def prepare(
     if decision.plan.divided:
         announce(
             f"optimizer state: divided, 1/{topology.world} on each rank, so a save needs all "
-            "ranks: each sends its part to rank 0 (sharding.optimizer_state)"
+            "ranks: each sends its part to rank 0 (sharding.optimizer_state); there are no "
+            "snapshots (output.snapshot_every), and a lost rank leaves the last save"
         )
     return Preparation(
         base,

@@ -43,7 +43,7 @@ def loaded(path: str, dtype: str, base: str, name: str) -> dict[str, Any]:
     topology = Topology.current()
     engine = build_engine(resolve_placement(name, base, topology), topology)
     model: Any = find_base(path, dtype=dtype).load(engine, torch.device("cpu"))
-    engine.shard(model, ignored=())
+    engine.shard(model, ignored=(), device=None)
     engine.after_load(model)
     blocks = [b for p in block_lists(model) for b in model.get_submodule(p).children()]
     maps = Path("/proc/self/maps").read_text()

@@ -100,7 +100,7 @@ def collectives_of_attach(path: str, name: str) -> tuple[int, dict[str, Any]]:
     topology = Topology.current()
     engine = build_engine(resolve_placement(name, "world", topology), topology)
     model = find_base(path, dtype="float32").load(engine, torch.device("cpu"))
-    engine.shard(model, ignored=())
+    engine.shard(model, ignored=(), device=None)
     with CollectiveLog() as log:
         attach_adapters(model, LoraConfig(r=2))
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}

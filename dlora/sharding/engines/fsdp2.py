@@ -29,7 +29,7 @@ from dlora.sharding.engines.gather_groups import (
     groups_of,
     sharding_plan,
 )
-from dlora.sharding.engines.protocol import Weights
+from dlora.sharding.engines.protocol import Device, Weights
 from dlora.sharding.engines.shard_loading import fill, slots_of
 from dlora.sharding.engines.storage import own_storage
 from dlora.sharding.topology import Placement, Topology
@@ -67,12 +67,7 @@ class Fsdp2:
             }
         )
 
-    def shard(
-        self,
-        model: nn.Module,
-        ignored: Iterable[nn.Parameter],
-        device: torch.device | None = None,
-    ) -> None:
+    def shard(self, model: nn.Module, ignored: Iterable[nn.Parameter], device: Device) -> None:
         """`fully_shard` each block of every list of equal blocks, then the root with the rest."""
         if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
             return

@@ -19,6 +19,8 @@ from dlora.sharding.comm_bytes import WireCounter
 from dlora.sharding.engines.gather_groups import Group
 from dlora.sharding.topology import Placement, Topology
 
+Device = torch.device | None  # where W0 comes to lie; None: where it is
+
 
 class Weights(Protocol):
     """The stored weights of a base, which are read as whole modules or as single elements.
@@ -69,18 +71,10 @@ class Engine(Protocol):
     def load(self, weights: Weights, device: torch.device) -> nn.Module:
         """The model with this rank's shard of every parameter; no rank reads more than it needs."""
 
-    def shard(
-        self,
-        model: nn.Module,
-        ignored: Iterable[nn.Parameter],
-        device: torch.device | None = None,
-    ) -> None:
+    def shard(self, model: nn.Module, ignored: Iterable[nn.Parameter], device: Device) -> None:
         """Shard the parameters of `model` in place, all but `ignored`.
 
         A base that is sharded already stays as it is.
-
-        Args:
-            device: where W0 comes to lie; None: it stays where it is.
         """
 
     def after_load(self, model: nn.Module) -> None:

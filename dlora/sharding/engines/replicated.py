@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dlora.sharding.comm_bytes import WireCounter
 from dlora.sharding.engines.gather_groups import Group
-from dlora.sharding.engines.protocol import Weights
+from dlora.sharding.engines.protocol import Device, Weights
 from dlora.sharding.engines.shard_loading import fill, slots_of
 from dlora.sharding.engines.storage import own_storage
 from dlora.sharding.topology import Placement, Topology
@@ -42,12 +42,7 @@ class Replicated:
             return model.to(device)
         return weights.from_pretrained(**({} if device.type == "cpu" else {"device_map": device}))
 
-    def shard(
-        self,
-        model: nn.Module,
-        ignored: Iterable[nn.Parameter],
-        device: torch.device | None = None,
-    ) -> None:
+    def shard(self, model: nn.Module, ignored: Iterable[nn.Parameter], device: Device) -> None:
         """Every rank has all of it."""
         if device is not None:
             model.to(device)

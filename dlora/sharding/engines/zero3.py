@@ -32,7 +32,7 @@ from dlora.sharding.engines.gather_groups import (
     is_vector,
     module_groups,
 )
-from dlora.sharding.engines.protocol import Weights
+from dlora.sharding.engines.protocol import Device, Weights
 from dlora.sharding.engines.shard_loading import fill, slots_of
 from dlora.sharding.topology import Placement, Topology
 
@@ -86,12 +86,7 @@ class Zero3:
         fill(slots_of(model), weights, make_shard)
         return model.to(device)
 
-    def shard(
-        self,
-        model: nn.Module,
-        ignored: Iterable[nn.Parameter],
-        device: torch.device | None = None,
-    ) -> None:
+    def shard(self, model: nn.Module, ignored: Iterable[nn.Parameter], device: Device) -> None:
         """DeepSpeed's partitioning, which puts shards on this process's own device."""
         outside = set(ignored)
         base: list[Any] = [p for p in model.parameters() if p not in outside]
