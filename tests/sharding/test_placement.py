@@ -91,6 +91,12 @@ def test_activation_checkpointing_changes_nothing(
     runs.check(2, 2, same, **where, sharding__activation_checkpointing=True)
 
 
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_recomputing_each_second_block_changes_nothing(runs: Compared, engine: str) -> None:
+    where = {"sharding__engine": engine, "sharding__base": "world"}
+    runs.check(2, 2, {}, **where, sharding__activation_checkpointing={"every": 2})
+
+
 def test_offloaded_partitions_change_nothing(runs: Compared) -> None:
     where = {"sharding__engine": "zero3", "sharding__base": "world", "sharding__cpu_offload": True}
     runs.check(2, 2, {}, **where)

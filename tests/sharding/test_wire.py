@@ -83,11 +83,12 @@ def test_the_plan_is_what_is_sent(
         full("llama", "world", 2, 2, 1, False),
         full("llama", "node", 4, 2, 1, False),
         ("gpt2", "world", 3, 3, 1, True),
+        ("llama", "world", 2, 2, 1, {"every": 2}),  # the first block, and not the second
         ("mixtral", "node", 4, 2, 3, False),
     ],
 )
 def test_zero3_sends_what_the_plan_says(
-    run: Runs, model: str, base: str, world: int, per_node: int, accumulation: int, recomputed: bool
+    run: Runs, model: str, base: str, world: int, per_node: int, accumulation: int, recomputed: Any
 ) -> None:
     """From the third step on: in the first two DeepSpeed records its trace and gathers vectors.
 
