@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
     place_of(options.config, wanted, submitted=True)
     root = Path(wanted.working_dir).expanduser()
     if not root.is_dir():
-        raise UsageError(f"working-dir: {root} is not a directory")
+        raise UsageError(f"--working-dir: {root} is not a directory")
     excluded = [*EXCLUDED, *wanted.exclude]
     words = forwarded(argv, root)
     check_packed(options.config, words, root, excluded)
@@ -107,7 +107,7 @@ def forwarded(argv: list[str], root: Path) -> list[str]:
         if name == "config" and value is not None:
             file, packed = Path(value).resolve(), root.resolve()
             if not file.is_relative_to(packed):
-                raise UsageError(f"config: {value} is not inside the working directory {root}")
+                raise UsageError(f"--config: {value} is not inside the working directory {root}")
             value = str(file.relative_to(packed))
         if name not in own:
             kept.append(word(name, value))
@@ -125,7 +125,7 @@ def check_packed(config: Config, words: list[str], root: Path, excluded: Iterabl
     ignored = [root / name for name in (".gitignore", ".rayignore")]
     lines = [line for file in ignored if file.is_file() for line in file.read_text().splitlines()]
     left_out = pathspec.GitIgnoreSpec.from_lines([*lines, *excluded])
-    named = [("config", w.partition("=")[2]) for w in words if w.startswith("--config=")]
+    named = [("--config", w.partition("=")[2]) for w in words if w.startswith("--config=")]
     named += [("model.path", config.model.path), ("adapter.path", config.adapter.path or "")]
     for key, value in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         named += [(key, path) for path in (value if isinstance(value, list) else [value or ""])]
@@ -169,8 +169,8 @@ def connect(wanted: Submission) -> Any:
     """
     if not wanted.no_auth and not has_token():
         raise UsageError(
-            "address: no token found; set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, or add --no-auth "
-            "if the cluster needs none"
+            "--address: no token found; set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, or add "
+            "--no-auth if the cluster needs none"
         )
     os.environ["RAY_AUTH_MODE"] = "disabled" if wanted.no_auth else "token"
     from ray.exceptions import AuthenticationError
@@ -179,9 +179,9 @@ def connect(wanted: Submission) -> Any:
     try:
         return JobSubmissionClient(wanted.address)
     except ConnectionError as error:
-        raise TransientError(f"address: {wanted.address}: {first_line(error)}") from None
+        raise TransientError(f"--address: {wanted.address}: {first_line(error)}") from None
     except (AuthenticationError, RuntimeError) as error:
-        raise UsageError(f"address: {wanted.address}: {first_line(error)}") from None
+        raise UsageError(f"--address: {wanted.address}: {first_line(error)}") from None
 
 
 def has_token() -> bool:

@@ -78,25 +78,29 @@ def read_space(given: str) -> Space:
         text = Path(given).read_text() if Path(given).suffix in (".yaml", ".json") else given
         space = yaml.safe_load(text)
     except (OSError, yaml.YAMLError) as error:
-        raise UsageError(f"space: {str(error).partition(chr(10))[0]}") from None
+        raise UsageError(f"--space: {str(error).partition(chr(10))[0]}") from None
     if not isinstance(space, dict) or not space:
-        raise UsageError('space: expected {"section.key": [values] or {"loguniform": [low, high]}}')
+        raise UsageError(
+            '--space: expected {"section.key": [values] or {"loguniform": [low, high]}}'
+        )
     for key, values in space.items():
         if key not in SCHEMA:
-            raise UsageError(f"space: {key} is not a key of the configuration")
+            raise UsageError(f"--space: {key} is not a key of the configuration")
         values = space[key] = numbers(values) if SCHEMA[key].type is float else values
         if isinstance(values, dict) and len(values) == 1:
             [(kind, values)] = values.items()
             if kind not in (*RANGES, "choice"):
-                raise UsageError(f"space: {key}: {kind} is not one of {', '.join(RANGES)}, choice")
+                raise UsageError(
+                    f"--space: {key}: {kind} is not one of {', '.join(RANGES)}, choice"
+                )
             if kind in RANGES and not is_range(values, above_zero=kind == "loguniform"):
-                raise UsageError(f"space: {key}: {kind} needs [low, high], low below high")
+                raise UsageError(f"--space: {key}: {kind} needs [low, high], low below high")
             if kind != "choice" and SCHEMA[key].type is int and kind != "randint":
-                raise UsageError(f"space: {key}: {kind} draws fractions; randint draws integers")
+                raise UsageError(f"--space: {key}: {kind} draws fractions; randint draws integers")
             if kind == "randint" and not all(type(value) is int for value in values):
-                raise UsageError(f"space: {key}: randint needs integers")
+                raise UsageError(f"--space: {key}: randint needs integers")
         if not isinstance(values, list) or not values:
-            raise UsageError(f"space: {key}: expected a list or one distribution")
+            raise UsageError(f"--space: {key}: expected a list or one distribution")
     return space
 
 
@@ -128,22 +132,22 @@ def check(config: Config, sweep: Sweep, words: Mapping[str, str | None], space: 
     check_options(config, sweep)
     if sweep.name or config.output.remote:
         raise UsageError(
-            f"{'name' if sweep.name else 'output.remote'}: remove it, since trials would share it; "
-            "each gets its own in output.dir, or in --storage"
+            f"{'--name' if sweep.name else 'output.remote'}: remove it, since trials would share "
+            "it; each gets its own in output.dir, or in --storage"
         )
     if sweep.scheduler == "asha" and (
         config.train.epochs or {"train.epochs", "train.max_steps"} & space.keys()
     ):
-        raise UsageError("scheduler: asha compares trials by step; fix train.max_steps")
+        raise UsageError("--scheduler: asha compares trials by step; fix train.max_steps")
     if sweep.scheduler == "asha" and told_every(config) >= config.train.max_steps:
         raise UsageError(
-            "scheduler: asha compares trials while they run; set data.eval with output.eval_every, "
-            "or else output.save_every, below train.max_steps"
+            "--scheduler: asha compares trials while they run; set data.eval with "
+            "output.eval_every, or else output.save_every, below train.max_steps"
         )
     if twice := sorted(words.keys() & space.keys()):
-        raise UsageError(f"space: {twice[0]} is on the command line as well; set it in one place")
+        raise UsageError(f"--space: {twice[0]} is on the command line too; set it in one place")
     if sweep.metric == "eval_loss" and not evaluates(config):
-        raise UsageError("metric: eval_loss needs data.eval and output.eval_every above 0")
+        raise UsageError("--metric: eval_loss needs data.eval and output.eval_every above 0")
     if evaluates(config) and "output.save_every" in words.keys() | space.keys():
         raise UsageError(
             "output.save_every: a trial saves when it evaluates; output.eval_every says when"

@@ -131,7 +131,7 @@ def check_options(config: Config, workers: Workers) -> None:
             "adapter.path"
         )
     if "GPU" in workers.resources and not workers.use_gpu:
-        raise UsageError("resources: GPU needs --use-gpu")
+        raise UsageError("--resources: GPU needs --use-gpu")
     if find_spec("ray") is None:
         raise UsageError("Ray is not installed: pip install 'dlora[ray]'")
 
@@ -152,7 +152,7 @@ def place_of(config: Config, workers: Workers, *, submitted: bool) -> Place:
         name = workers.name or directory.name
         if "://" in workers.storage:
             return Place(workers.storage, name)
-        key, path = "storage", Path(workers.storage).expanduser()
+        key, path = "--storage", Path(workers.storage).expanduser()
     if submitted and not path.is_absolute():
         raise UsageError(
             f"{key}: {path} is in the job's working directory, which is deleted with the job; name "
@@ -226,10 +226,10 @@ def number(text: str) -> int | tuple[int, int]:
     """
     parts = text.split(":")
     if len(parts) > 2 or not all(part.isdecimal() and int(part) for part in parts):
-        raise UsageError(f"num-workers: expected N or MIN:MAX, got {text!r}")
+        raise UsageError(f"--num-workers: expected N or MIN:MAX, got {text!r}")
     least, most = int(parts[0]), int(parts[-1])
     if least > most:
-        raise UsageError(f"num-workers: {least} is more than {most}")
+        raise UsageError(f"--num-workers: {least} is more than {most}")
     return (least, most) if len(parts) == 2 else least
 
 

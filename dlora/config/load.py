@@ -7,7 +7,7 @@ are declared is in `dlora.registry`; how they are read, in `sources.py` (where a
 """
 
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,8 @@ def parse(argv: Sequence[str], prog: str, extra: type | None = None) -> Options:
     Raises:
         UsageError: the command line, the file or a value is wrong.
     """
-    extras = options_of(extra, lambda name: name.replace("_", "-")) if extra else {}
+    declared = options_of(extra, lambda name: name.replace("_", "-")) if extra else {}
+    extras = {name: replace(opt, key=f"--{name}") for name, opt in declared.items()}
     flags = {key: opt.doc for key, opt in extras.items() if opt.type is bool}
     valued = {key: opt for key, opt in {**extras, **SCHEMA}.items() if key not in flags}
     if {"-h", "--help"} & set(argv):

@@ -101,7 +101,7 @@ class DataConfig:
     cache_dir: str | None = option(
         None, "encode once on a node and keep the result in this directory, by content; null: no"
     )
-    packing: bool = option(False, "several sequences in one row; true comes later", later=(True,))
+    packing: Literal[False] = option(False, "several sequences in one row", later=(True, "auto"))
     on_error: Literal["stop", "skip"] = option(
         "stop", "if a record cannot be used: stop and name its line, or skip and count it"
     )

@@ -99,13 +99,15 @@ def print_help(
     sections: Mapping[str, str],
     switches: Mapping[str, str],
 ) -> None:
-    """Print every option with type, default and meaning, under its section's one-line meaning."""
+    """Print the options that work, with type, default and meaning, below each section's meaning."""
     parser = argparse.ArgumentParser(prog, usage=f"{prog} --config FILE [--section.key VALUE ...]")
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of options")
     for name, doc in switches.items():
         parser.add_argument(f"--{name}", action="store_true", help=doc)
     groups = {name: parser.add_argument_group(name, doc) for name, doc in sections.items()}
     for key, opt in schema.items():
+        if opt.is_planned:
+            continue
         default = "required" if opt.default is MISSING else f"default: {plain(opt.default)}"
         doc = f"{opt.help} (type: {opt.spelling}{opt.range and ', ' + opt.range}, {default})"
         group = groups.get(key.partition(".")[0], parser)

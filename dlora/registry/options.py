@@ -48,6 +48,11 @@ class Option:
         return self.type
 
     @property
+    def is_planned(self) -> bool:
+        """Whether it is a switch that cannot be turned on yet, which no page and no help lists."""
+        return get_args(self.type) == (False,)
+
+    @property
     def spelling(self) -> str:
         """The type in words: "one of lora, adalora, flora", "int or null"."""
         return " or ".join(map(_spell_type, members(self.type)))

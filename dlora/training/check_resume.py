@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from typing import Any
 
 from torch import Tensor
 
@@ -12,6 +13,8 @@ from dlora.config.load import SCHEMA, Config, to_dict
 from dlora.data import Sampler
 from dlora.errors import UsageError
 from dlora.lora.config import LoraConfig
+from dlora.optim.schedule import lr_factor
+from dlora.registry.options import is_of
 from dlora.training.find_checkpoint import ResumePoint
 
 # Keys that may change between a run and its continuation: they do not alter the result.
@@ -42,6 +45,7 @@ def check_resume(
     sampler: Sampler,
     fingerprint: str,
     base: str | None,
+    announce: Callable[[str], None],
 ) -> None:
     """Check that resuming from `resumed` continues the run that saved it.
 
@@ -49,12 +53,21 @@ def check_resume(
         lora: what this run attaches, and `tensors` what its adapters then have.
         fingerprint: of the training data.
         base: identity of the base, where it is known.
+        announce: gets a line where the user has changed what may change, and it changes the result.
 
     Raises:
         UsageError: settings, data, names or shapes differ, or the run ends before that step.
     """
-    if not config.output.resume_force:
-        _refuse_conflicts(resumed, config, lora, fingerprint, base)
+    conflicts = "; ".join(_conflicts(resumed, config, lora, fingerprint, base))
+    if config.output.resume_force:
+        if conflicts:
+            announce(f"output.resume_force: resumes {resumed.directory} although {conflicts}")
+    else:
+        if conflicts:
+            raise UsageError(
+                f"output.resume: {resumed.directory} belongs to another run: {conflicts} "
+                "(output.resume: none starts afresh, output.resume_force: true resumes anyway)"
+            )
         wanted = sampler.sequences(resumed.step)
         seen = resumed.state["data"].get("sequences", wanted)
         if resumed.step < sampler.total_steps and seen != wanted:
@@ -69,6 +82,8 @@ def check_resume(
             f"train.{config.train.governed_by}: {resumed.directory} is at step {resumed.step} "
             f"already, past the run's {sampler.total_steps}"
         )
+    if line := _changed_rate(resumed, config, sampler.total_steps):
+        announce(line)
 
 
 def _check_fits(saved: Mapping[str, list[int]], named: Mapping[str, Tensor]) -> None:
@@ -86,15 +101,15 @@ def _check_fits(saved: Mapping[str, list[int]], named: Mapping[str, Tensor]) -> 
             )
 
 
-def _refuse_conflicts(
+def _conflicts(
     resumed: ResumePoint, config: Config, lora: LoraConfig, fingerprint: str, base: str | None
-) -> None:
-    """Raise a `UsageError` if settings, base or data differ from those of the saved run."""
-    conflicts, compared = [], set(FREE_KEYS)
+) -> Iterator[str]:
+    """What of settings, base and data differs from the saved run."""
+    compared = set(FREE_KEYS)
     if base and (before := resumed.state.get("base")):
         compared |= {"model.path", "model.revision"}  # what they name is known
         if before != base:
-            conflicts.append(f"model.path: {config.model.path} is another base")
+            yield f"model.path: {config.model.path} is another base"
     if resumed.lora is not None:
         whose = "{} of the adapter" if config.adapter.path else "adapter.{}"
         before, now = asdict(resumed.lora), asdict(lora)
@@ -104,18 +119,44 @@ def _refuse_conflicts(
         for name in (name for name in now if name in before and name not in ignored):
             if json.dumps(before[name]) != json.dumps(now[name]):
                 key = SAID_AS.get(name, whose.format(name))
-                conflicts.append(f"{key} was {before[name]!r} and is {now[name]!r}")
+                yield f"{key} was {before[name]!r} and is {now[name]!r}"
     for section, options in to_dict(config).items():
         for name, value in options.items() if section not in FREE_SECTIONS else ():
             key = f"{section}.{name}"
             # An option that the checkpoint lacks is newer than it.
             saved = resumed.settings.get(section, {}).get(name, SCHEMA[key].default)
             if key not in compared and saved != value:
-                conflicts.append(f"{key} was {saved!r} and is {value!r}")
+                yield f"{key} was {saved!r} and is {value!r}"
     if resumed.state["data"]["fingerprint"] != fingerprint:
-        conflicts.append("data.train contains other sequences")
-    if conflicts:
-        raise UsageError(
-            f"output.resume: {resumed.directory} belongs to another run: {'; '.join(conflicts)} "
-            "(output.resume: none starts afresh, output.resume_force: true resumes anyway)"
-        )
+        yield "data.train contains other sequences"
+
+
+def _changed_rate(resumed: ResumePoint, config: Config, total: int) -> str:
+    """A line about the learning rate, where its schedule is not the one that the run began with.
+
+    A schedule spans all steps, so that more or fewer of them change the rate of those that are
+    left: a finished cosine run that is made longer jumps from almost 0 to a high rate.
+    """
+    done, before = resumed.step, resumed.state.get("total_steps")
+    if not isinstance(before, int) or not 0 < done < total:
+        return ""
+    names = ("lr", "schedule", "warmup_ratio")
+    now = {name: getattr(config.optimizer, name) for name in names}
+    section = resumed.settings.get("optimizer", {})
+    saved = {n: v if is_of(v := section.get(n), type(now[n])) else now[n] for n in names}
+
+    def rate(of: Mapping[str, Any], steps: int, step: int) -> float:
+        return float(of["lr"] * lr_factor(of["schedule"], step, steps, of["warmup_ratio"]))
+
+    steps = (done, done + 1, min(before, total))
+    if all(rate(saved, before, step) == rate(now, total, step) for step in steps):
+        return ""
+    changes = [f"optimizer.{n} was {saved[n]} and is {now[n]}" for n in names if saved[n] != now[n]]
+    if before != total:
+        changes.insert(0, f"the schedule spanned {before} steps and spans {total}")
+    unchanged = "its end" if done >= before else f"{rate(saved, before, done):.3g}"
+    return (
+        f"optimizer.schedule: lr was {rate(saved, before, done - 1):.3g} at step {done}, and is "
+        f"{rate(now, total, done):.3g} at step {done + 1}, where the run that saved had "
+        f"{unchanged}: {'; '.join(changes)}"
+    )

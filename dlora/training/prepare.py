@@ -130,7 +130,7 @@ def prepare(
     lora = scheduled(lora, sampler.total_steps)
     if resumed is not None:
         tensors = adapter_tensors(skeleton)
-        check_resume(resumed, config, lora, tensors, sampler, train.fingerprint, known)
+        check_resume(resumed, config, lora, tensors, sampler, train.fingerprint, known, announce)
         if lora.lora_dropout and not resumed.has_masks_of(KEYED_BY):
             announce(
                 "output.resume: the checkpoint is of a version that drew dropout masks otherwise: "

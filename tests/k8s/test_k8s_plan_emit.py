@@ -140,7 +140,7 @@ def test_an_overlay_that_has_changed_refuses(emitted: Emit, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ("--emit pod --gpu-memory-gb 80", "emit: expected one of rayjob, trainjob, jobset"),
+        ("--emit pod --gpu-memory-gb 80", "--emit: expected one of rayjob, trainjob, jobset"),
         ("--emit jobset", "--emit needs --gpu-memory-gb"),
         ("--emit-to x.yaml", "--emit-to needs --emit"),
         ("--emit jobset --gpu-memory-gb 80 --format json", "--format: --emit prints a patch"),

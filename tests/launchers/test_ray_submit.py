@@ -96,7 +96,7 @@ def test_a_job_s_status_is_the_run_s(ray: Cluster, place: Path) -> None:
     ("changes", "message"),
     [
         ({"RAY_AUTH_TOKEN_PATH": None, "HOME": "/nonexistent"}, "no token found"),
-        ({"RAY_AUTH_TOKEN_PATH": None, "RAY_AUTH_TOKEN": "f" * 32}, "address: "),
+        ({"RAY_AUTH_TOKEN_PATH": None, "RAY_AUTH_TOKEN": "f" * 32}, "--address: "),
     ],
     ids=["none", "wrong"],
 )
@@ -177,12 +177,12 @@ def test_what_is_forwarded(place: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (["--data.train", "mine/a.jsonl"], "data.train: mine/a.jsonl is not copied to"),
         (["--data.train", "../chats.jsonl"], "data.train: ../chats.jsonl is not inside the"),
         (["--data.train", "a**.jsonl"], "data.train: a**.jsonl: Invalid pattern"),
-        (["--storage", "runs"], "storage: runs is in the job's working directory, which is"),
+        (["--storage", "runs"], "--storage: runs is in the job's working directory, which is"),
         (["--output.resume", "none"], "output.resume: must be auto"),
-        (["--resources", '{"GPU": 1}'], "resources: GPU needs --use-gpu"),
-        (["--num-workers", "2:1"], "num-workers: 2 is more than 1"),
-        (["--num-workers", "many"], "num-workers: expected N or MIN:MAX, got 'many'"),
-        (["--working-dir", "nowhere"], "working-dir: nowhere is not a directory"),
+        (["--resources", '{"GPU": 1}'], "--resources: GPU needs --use-gpu"),
+        (["--num-workers", "2:1"], "--num-workers: 2 is more than 1"),
+        (["--num-workers", "many"], "--num-workers: expected N or MIN:MAX, got 'many'"),
+        (["--working-dir", "nowhere"], "--working-dir: nowhere is not a directory"),
         (["--resources", '{"CPU": 0}'], "resources['CPU']: must be > 0"),
         (["--check"], "--check is an option of dlora.train"),
         (["--adress", "x"], "--adress"),
@@ -215,7 +215,7 @@ def test_a_cluster_that_does_not_answer_may_do_so_later(
 
 def test_a_configuration_elsewhere_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
-    with pytest.raises(UsageError, match=r"config: packed/run\.json is not inside the working"):
+    with pytest.raises(UsageError, match=r"--config: packed/run\.json is not inside the working"):
         forwarded(["--config", "packed/run.json"], place / "seen")
 
 

@@ -70,19 +70,19 @@ def test_draws_and_early_ends(ray: Cluster, run_file: Path) -> None:
 @pytest.mark.parametrize(
     ("space", "message"),
     [
-        ("{}", "space: expected {"),
-        ("{adapter.r: [", "space: while parsing"),
-        ("{adapter.rank: [1]}", "space: adapter.rank is not a key of the configuration"),
-        ("{adapter.r: 4}", "space: adapter.r: expected a list or one distribution"),
-        ("{adapter.r: []}", "space: adapter.r: expected a list or one distribution"),
+        ("{}", "--space: expected {"),
+        ("{adapter.r: [", "--space: while parsing"),
+        ("{adapter.rank: [1]}", "--space: adapter.rank is not a key of the configuration"),
+        ("{adapter.r: 4}", "--space: adapter.r: expected a list or one distribution"),
+        ("{adapter.r: []}", "--space: adapter.r: expected a list or one distribution"),
         ("{adapter.r: [0]}", "adapter.r: must be >= 1"),
-        ("{optimizer.lr: {normal: [0, 1]}}", "space: optimizer.lr: normal is not one of uniform"),
-        ("{optimizer.lr: {loguniform: [0, 1]}}", "space: optimizer.lr: loguniform needs"),
-        ("{optimizer.lr: {uniform: [2, 1]}}", "space: optimizer.lr: uniform needs"),
-        ("{train.seed: [1]}", "space: train.seed is on the command line as well"),
-        ("nowhere.yaml", "space: "),
-        ("{adapter.r: {uniform: [2, 8]}}", "space: adapter.r: uniform draws fractions"),
-        ("{adapter.r: {randint: [2, 8.5]}}", "space: adapter.r: randint needs integers"),
+        ("{optimizer.lr: {normal: [0, 1]}}", "--space: optimizer.lr: normal is not one of uniform"),
+        ("{optimizer.lr: {loguniform: [0, 1]}}", "--space: optimizer.lr: loguniform needs"),
+        ("{optimizer.lr: {uniform: [2, 1]}}", "--space: optimizer.lr: uniform needs"),
+        ("{train.seed: [1]}", "--space: train.seed is on the command line too"),
+        ("nowhere.yaml", "--space: "),
+        ("{adapter.r: {uniform: [2, 8]}}", "--space: adapter.r: uniform draws fractions"),
+        ("{adapter.r: {randint: [2, 8.5]}}", "--space: adapter.r: randint needs integers"),
     ],
 )
 def test_a_wrong_space_is_one_line(run_file: Path, space: str, message: str) -> None:
@@ -94,7 +94,7 @@ def test_a_wrong_space_is_one_line(run_file: Path, space: str, message: str) -> 
 
 def test_nobody_computes_the_figure(run_file: Path) -> None:
     argv = ["--config", str(run_file), "--space", "{adapter.r: [2]}", "--output.eval_every", "0"]
-    with pytest.raises(UsageError, match="metric: eval_loss needs data.eval"):
+    with pytest.raises(UsageError, match="--metric: eval_loss needs data.eval"):
         main(argv)
 
 
@@ -102,14 +102,14 @@ def test_nobody_computes_the_figure(run_file: Path) -> None:
     ("more", "message"),
     [
         (["--output.remote", "file:///x"], "output.remote: remove it, since trials"),
-        (["--name", "x"], "name: remove it, since trials"),
+        (["--name", "x"], "--name: remove it, since trials"),
         (
             ["--scheduler", "asha", "--space", "{train.max_steps: [1, 2]}"],
-            "scheduler: asha compares trials by step",
+            "--scheduler: asha compares trials by step",
         ),
         (
             ["--scheduler", "asha", "--output.eval_every", "6"],
-            "scheduler: asha compares trials while",
+            "--scheduler: asha compares trials while",
         ),
         (["--output.save_every", "2"], "output.save_every: a trial saves when it evaluates"),
         (["--space", "{output.save_every: [2]}"], "output.save_every: a trial saves when it"),

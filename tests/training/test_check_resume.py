@@ -14,6 +14,11 @@ from refusals import preparation, refusal
 from run_training import Runs, figures, same_bits, told, train
 from safetensors.torch import load_file, save_file
 from tiny import save_chats
+from transformers import (
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+)
 
 from dlora.adapters.source import open_adapter
 from dlora.checkpoint.format import Checkpoint, newest, read, write
@@ -181,6 +186,94 @@ def test_a_manifest_that_is_none_is_skipped(finished: Path, tmp_path: Path, cont
     warnings: list[str] = []
     assert newest(root, warnings.append) == root / "step-000003"
     assert len(warnings) == 1 and "manifest.json" in warnings[0]
+
+
+# -- a schedule that spans other steps -------------------------------------------------------------
+
+SCHEDULES = {
+    "cosine": get_cosine_schedule_with_warmup,
+    "linear": get_linear_schedule_with_warmup,
+    "constant": lambda optimizer, warmup, _: get_constant_schedule_with_warmup(optimizer, warmup),
+}
+
+
+def rates(schedule: str, total: int, lr: float = 2e-3, warmup: int = 1) -> list[float]:
+    """transformers' learning rate at each of `total` steps."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=lr)
+    scheduler = SCHEDULES[schedule](optimizer, warmup, total)
+    found = []
+    for _ in range(total):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("step", "changes", "says"),
+    [
+        (4, {"train__max_steps": 9}, "had its end: the schedule spanned 4 steps and spans 9"),
+        (2, {"train__max_steps": 9}, "the schedule spanned 4 steps and spans 9"),
+        (2, {"train__max_steps": 3}, "the schedule spanned 4 steps and spans 3"),
+        (
+            4,
+            {"train__max_steps": None, "train__epochs": 4},
+            "had its end: the schedule spanned 4 steps and spans 10",
+        ),
+        (2, {"optimizer__schedule": "linear"}, "optimizer.schedule was cosine and is linear"),
+        (2, {"optimizer__lr": 1e-3}, "optimizer.lr was 0.002 and is 0.001"),
+        (
+            2,
+            {"optimizer__warmup_ratio": 0.5},
+            "optimizer.warmup_ratio was 0.03 and is 0.5",
+        ),
+    ],
+)
+def test_a_rate_that_jumps_is_said_with_both_values(
+    finished: Path,
+    command: Any,
+    capsys: pytest.CaptureFixture[str],
+    step: int,
+    changes: dict[str, Any],
+    says: str,
+) -> None:
+    checkpoint = finished / "checkpoints" / f"step-{step:06d}"
+    forced = any(key.startswith("optimizer__") for key in changes)
+    preparation(
+        command(finished, output__resume=str(checkpoint), output__resume_force=forced, **changes)
+    )
+    said = [line for line in capsys.readouterr().out.splitlines() if ": lr was" in line]
+    schedule = changes.get("optimizer__schedule", "cosine")
+    total = 10 if "train__epochs" in changes else changes.get("train__max_steps", STEPS)
+    warmup = 2 if "optimizer__warmup_ratio" in changes else 1
+    before = rates("cosine", STEPS)
+    after = rates(schedule, total, changes.get("optimizer__lr", 2e-3), warmup)
+    assert said == [line for line in said if line.endswith(says)] and len(said) == 1
+    assert f"lr was {before[step - 1]:.3g} at step {step}, " in said[0]
+    assert f"is {after[step]:.3g} at step {step + 1}, " in said[0]
+    assert step == STEPS or f"that saved had {before[step]:.3g}: " in said[0]
+
+
+def test_a_rate_that_does_not_jump_is_not_spoken_of(
+    finished: Path, run: Runs, command: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same command; and more steps at a constant rate, as transformers' schedule has them."""
+    checkpoint = str(finished / "checkpoints" / "step-000002")
+    preparation(command(finished, output__resume=checkpoint))
+    constant = {"optimizer__schedule": "constant"}
+    run("run", 1, train__max_steps=2, **constant)
+    capsys.readouterr()
+    preparation(command(run.root / "run", train__max_steps=9, **constant))
+    assert rates("constant", 9)[2] == rates("constant", 4)[2]
+    assert "lr was" not in capsys.readouterr().out
+
+
+def test_what_is_forced_is_named(
+    finished: Path, command: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    preparation(command(finished, optimizer__max_grad_norm=0.5, output__resume_force=True))
+    (line,) = [s for s in capsys.readouterr().out.splitlines() if "resume_force: " in s]
+    assert line.endswith("although optimizer.max_grad_norm was 1.0 and is 0.5")
 
 
 # -- epochs ----------------------------------------------------------------------------------------
