@@ -18,13 +18,35 @@ ENUMS = {
     "effect": {"NoSchedule", "PreferNoSchedule", "NoExecute"},
     "medium": {"", "Memory"},
     "protocol": {"TCP", "UDP", "SCTP"},
-    # training-operator 1.9, pkg/apis/kubeflow.org/v1/common_types.go: CleanPodPolicy
+    # kubeflow/training-operator:pkg/apis/kubeflow.org/v1/common_types.go: CleanPodPolicy
     "cleanPodPolicy": {"All", "Running", "None"},
-    # KubeRay 1.7, ray-operator/apis/ray/v1/rayjob_types.go: JobSubmissionMode
+    # ray-project/kuberay:ray-operator/apis/ray/v1/rayjob_types.go: JobSubmissionMode
     "submissionMode": {"K8sJobMode", "HTTPMode", "SidecarMode", "InteractiveMode"},
     r"podFailurePolicy\.rules\.\d+\.action": {"FailJob", "FailIndex", "Ignore", "Count"},
     r"onExitCodes\.operator": {"In", "NotIn"},
     r"tolerations\.\d+\.operator": {"Exists", "Equal", "Lt", "Gt"},
+    r"onPodConditions\.\d+\.status": {"True", "False", "Unknown"},
+    r"onPodConditions\.\d+\.type": {"DisruptionTarget"},
+    "fsGroupChangePolicy": {"Always", "OnRootMismatch"},
+    r"seccompProfile\.type": {"RuntimeDefault", "Unconfined", "Localhost"},
+    r"capabilities\.(drop|add)": {"ALL", "NET_BIND_SERVICE"},
+    "imagePullPolicy": {"Always", "IfNotPresent", "Never"},
+    "terminationMessagePolicy": {"File", "FallbackToLogsOnError"},
+    "dnsPolicy": {"ClusterFirst", "ClusterFirstWithHostNet", "Default", "None"},
+    "preemptionPolicy": {"Never", "PreemptLowerPriority"},
+    "whenUnsatisfiable": {"DoNotSchedule", "ScheduleAnyway"},
+    "podReplacementPolicy": {"Failed", "TerminatingOrFailed"},
+    "mountPropagation": {"None", "HostToContainer", "Bidirectional"},
+    "volumeMode": {"Filesystem", "Block"},
+    "scheme": {"HTTP", "HTTPS"},
+    # The definitions have these; the tests also run without them.
+    # kubernetes-sigs/jobset:api/jobset/v1alpha2/jobset_types.go, FailurePolicyAction
+    r"failurePolicy\.rules\.\d+\.action": {
+        *("FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"),
+        *("RestartJob", "RestartJobAndIgnoreMaxRestarts"),
+    },
+    # ray-project/kuberay:ray-operator/apis/ray/v1/raycluster_types.go, AuthMode
+    r"authOptions\.mode": {"disabled", "token"},
     r"matchExpressions\.\d+\.operator": {"In", "NotIn", "Exists", "DoesNotExist"},
 }
 UNITS = {"": Decimal(1), "m": Decimal("0.001")} | {

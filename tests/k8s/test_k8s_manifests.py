@@ -1,13 +1,15 @@
 """Every kustomization of k8s/ builds, and all checks pass on what it renders to, and on nothing
 else: each reports the faults that are planted there."""
 
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import k8s_schema
 import pytest
 import yaml
 from k8s_faults import CHECKS, FAULTS, planted
-from k8s_manifests import BUILT, K8S, OVERLAYS, ROOT, documents, pods, read, the, walk
+from k8s_manifests import BUILT, K8S, OVERLAYS, ROOT, Document, documents, pods, read, the, walk
 
 EXPECTED = {
     "cpu-demo": {"Job"},
@@ -34,6 +36,45 @@ def test_nothing_is_wrong(name: str, check: str) -> None:
 def test_a_fault_is_reported(check: str, fault: tuple[str, str, Any, str]) -> None:
     found = CHECKS[check](planted(*fault[:3]))
     assert any(fault[3] in line for line in found), found
+
+
+# Whatever another document or the operator's own definition looks up by name.
+FREE = {"kind", "apiVersion", "name", "command", "args", "entrypoint"}
+
+
+def words_of(doc: Document, path: str = "") -> Iterator[tuple[str, str]]:
+    """(path, value) of the values that are one capitalised word, as the API's own choices are."""
+    for place, mapping in walk(doc):
+        for key, value in mapping.items():
+            for end, word in enumerate(value) if isinstance(value, list) else [("", value)]:
+                if isinstance(word, str) and re.fullmatch(r"[A-Z][A-Za-z0-9]+", word):
+                    yield f"{place}.{key}".lstrip(".") + (f".{end}" if end != "" else ""), word
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_a_typo_in_a_choice_is_reported(name: str) -> None:
+    """The API server lets many through: PyTorchJob's restartPolicy, RayJob's submissionMode, and in
+    custom resources all of a pod's own."""
+    tried = set()
+    for index, doc in enumerate(documents(name)):
+        for path, word in words_of(doc):
+            *keys, last = [key for key in path.split(".") if not key.isdecimal()][-2:]
+            if last in FREE or doc["kind"] == "ConfigMap" or (doc["kind"], *keys, last) in tried:
+                continue
+            tried.add((doc["kind"], *keys, last))
+            docs = documents(name)
+            put(docs[index], path, word[0] + word[1:].swapcase())
+            reported = [line for check in CHECKS.values() for line in check(docs)]
+            assert reported, f"{doc['kind']} {path}: {word}"
+    assert len(tried) >= 10
+
+
+def put(doc: Document, path: str, value: Any) -> None:
+    *keys, last = path.split(".")
+    target: Any = doc
+    for key in keys:
+        target = target[int(key)] if isinstance(target, list) else target[key]
+    target[int(last) if isinstance(target, list) else last] = value
 
 
 def test_a_runtime_after_its_job_is_reported() -> None:
