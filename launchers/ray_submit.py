@@ -128,7 +128,8 @@ def check_packed(config: Config, words: list[str], root: Path, excluded: Iterabl
     named = [("--config", w.partition("=")[2]) for w in words if w.startswith("--config=")]
     named += [("model.path", config.model.path), ("adapter.path", config.adapter.path or "")]
     for key, value in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        named += [(key, path) for path in (value if isinstance(value, list) else [value or ""])]
+        entries = value if isinstance(value, list) else [value or ""]
+        named += [(key, str(e["path"]) if isinstance(e, dict) else e) for e in entries]
     for key, path in named:
         for file in files_of(root, key, path):
             if left_out.match_file(file):

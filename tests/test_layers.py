@@ -58,7 +58,15 @@ OWNERS = {
 # What may be imported inside a function: heavy packages, and those that only an extra installs.
 HEAVY = {"transformers", "torch.utils.tensorboard", "matplotlib", "ray", "deepspeed"}
 HEAVY |= {"launchers.ray_stop", "launchers.ray_worker"}  # they import ray
-OPTIONAL = {"bitsandbytes", "pathspec", "s3fs", "huggingface_hub", "aiohttp"}
+OPTIONAL = {
+    "bitsandbytes",
+    "zstandard",
+    "compression",
+    "pathspec",
+    "s3fs",
+    "huggingface_hub",
+    "aiohttp",
+}
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,8 @@ def _fitted(type_: Any, value: Any, given: Given | None = None) -> Any:
         kinds = members(get_args(type_)[1])
         return {name: _first(kinds, item) for name, item in value.items()}
     elif get_origin(type_) is list and isinstance(value, list):
-        return [_first(get_args(type_), item) for item in value]
+        kinds = members(get_args(type_)[0])
+        return [_first(kinds, item) for item in value]
     elif (
         type_ is type(None)
         and value is None

@@ -90,14 +90,27 @@ class ShardingConfig:
 class DataConfig:
     """What the adapter learns from."""
 
-    train: str | list[str] = required("file, list of files, glob, or builtin:docstrings")
-    eval: str | list[str] | None = option(None, "as train; also builtin:docstrings-heldout")
+    train: str | list[str | dict[str, str | float]] | dict[str, str | float] = required(
+        "file, glob, directory of datasets.save_to_disk, data set id of the Hugging Face hub, "
+        "{path: ..., weight: w, split: ..., name: ..., revision: ...}, a list of these, or "
+        "builtin:docstrings"
+    )
+    eval: str | list[str | dict[str, str | float]] | dict[str, str | float] | None = option(
+        None, "as train, or builtin:docstrings-heldout; weights cannot act"
+    )
+    columns: dict[str, str] = option({}, "{field of the format: the column that it is in}")
     max_eval_samples: int | None = option(
         None, "evaluate on the first so many records of data.eval; null: on all", ge=1
     )
     format: str = option("chat", "layout of a record", room="data.formats", later=("preference",))
     max_length: int = option(1024, "longest sequence, in tokens", ge=2)
     shuffle: bool = option(True, "a new order each epoch, drawn from train.seed")
+    streaming: bool = option(
+        False, "read data.train while training, in windows, instead of keeping it in memory"
+    )
+    shuffle_window: int = option(
+        10_000, "sequences that are shuffled together", ge=1, when={"streaming": True}
+    )
     cache_dir: str | None = option(
         None, "encode once on a node and keep the result in this directory, by content; null: no"
     )

@@ -45,6 +45,17 @@ INERT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
         "data.eval is null",
     ),
     ("data.max_eval_samples", lambda c: c.data.eval is None, "data.eval is null"),
+    ("data.shuffle_window", lambda c: not c.data.shuffle, "data.shuffle is false"),
+    (
+        "data.cache_dir",
+        lambda c: c.data.streaming and c.data.eval is None,
+        "data.streaming reads the files anew, and data.eval is null",
+    ),
+    (
+        "data.streaming",
+        lambda c: isinstance(c.data.train, str) and c.data.train.startswith("builtin:"),
+        "a builtin data set is in memory anyway",
+    ),
     ("output.resume_force", lambda c: c.output.resume == "none", "output.resume is none"),
 )
 

@@ -1,10 +1,12 @@
 """Records → conversations → token sequences → steps → micro-batches, in this order.
 
-files.py     finds and reads JSONL files      builtin.py   a data set every machine has
+files.py     finds files and data sets        kinds/       reads them, one file for each kind
+columns.py   renames their columns            builtin.py   a data set every machine has
 formats/     a record as a conversation       chat.py      a conversation as text, with its answers
 encode.py    text as ids and labels           dataset.py   all of it: `load_examples`
-sampler.py   the order, and the dealing       collate.py   tensors
-batches.py   micro-batches, made ahead
+sampler.py   the order, and the dealing       stream.py    both for what does not fit memory
+collate.py   tensors                          batches.py   micro-batches, made ahead
+cache.py     encoded once on a node
 
 Nothing here knows of ranks beyond their number: every rank loads the same data set and takes its
 own part of every step.

@@ -10,7 +10,9 @@ from typing import Any
 
 from dlora.data.collate import Batch, collate
 from dlora.data.dataset import Dataset
+from dlora.data.encode import Example
 from dlora.data.sampler import Sampler, deal
+from dlora.data.stream import Stream, StreamSampler
 
 Dealt = tuple[Any, "deque[Future[Batch]]"]
 
@@ -25,8 +27,8 @@ class Batches:
 
     def __init__(
         self,
-        dataset: Dataset,
-        sampler: Sampler,
+        dataset: Dataset | Stream,
+        sampler: Sampler | StreamSampler,
         *,
         rank: int,
         world: int,
@@ -61,10 +63,11 @@ class Batches:
     def _begin(self, step: int) -> Dealt:
         ids = self._sampler.step(step)
         mine = deal(ids, self._dataset.lengths, self._world, self._size)[self._rank]
-        return ids, deque(self._thread.submit(self._collate, micro) for micro in mine)
+        micros = ([self._dataset[i] for i in micro] for micro in mine)
+        return ids, deque(self._thread.submit(self._collate, micro) for micro in micros)
 
-    def _collate(self, ids: list[int]) -> Batch:
-        batch = collate([self._dataset[i] for i in ids], self._pad_id)
+    def _collate(self, examples: list[Example]) -> Batch:
+        batch = collate(examples, self._pad_id)
         return batch.pinned() if self._pinned else batch
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -20,13 +20,13 @@ import filelock
 import safetensors
 import safetensors.numpy
 
-from dlora.data.builtin import PREFIX
 from dlora.data.dataset import Dataset, Report
-from dlora.data.files import resolve
+from dlora.data.files import Sources, is_builtin, resolve, sources_of
+from dlora.data.kinds import KINDS
 from dlora.errors import UsageError
 from dlora.io.files import write_atomically
 
-_FORM = 1  # of the file; part of the key
+_FORM = 2  # of the file; part of the key
 _ARRAYS = ("input_ids", "labels", "starts")
 
 
@@ -35,7 +35,7 @@ def cached(
     build: Callable[[], Dataset],
     announce: Callable[[str], None],
     *,
-    source: str | Sequence[str],
+    source: Sources,
     key: str,
     tokenizer: Any,
     **settings: Any,
@@ -76,26 +76,28 @@ def _writable(cache_dir: Path) -> Iterator[None]:
         raise UsageError(f"data.cache_dir: {cache_dir}: {error.strerror or error}") from None
 
 
-def _name(source: str | Sequence[str], key: str, tokenizer: Any, settings: dict[str, Any]) -> str:
+def _name(source: Sources, key: str, tokenizer: Any, settings: dict[str, Any]) -> str:
     digest = hashlib.sha256()
     versions = [version(package) for package in ("transformers", "tokenizers")]
     own = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]
     own.append(sorted((name, str(value)) for name, value in tokenizer.init_kwargs.items()))
     parts = [_FORM, versions, own, sorted(settings.items())]
     digest.update(json.dumps(parts, default=str).encode())
-    if isinstance(source, str) and source.startswith(PREFIX):
+    if is_builtin(source):
         digest.update(f"{source} of Python {sys.version}".encode())
         return digest.hexdigest()[:32]
-    for path in resolve(source, key):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(f"{path}\0{content}\0".encode())  # the name stands in what is said of records
+    digest.update(repr([entry.weight for entry in sources_of(source, key)]).encode())
+    for place in resolve(source, key):
+        content = KINDS[place.kind].digest(place)
+        # The name stands in what is said of records.
+        digest.update(f"{place.path}\0{place.part}\0{content}\0".encode())
     return digest.hexdigest()[:32]
 
 
 def _content(dataset: Dataset) -> bytes:
     arrays: dict[str, Any] = dict(zip(_ARRAYS, dataset.arrays, strict=True))
     said = {"fingerprint": dataset.fingerprint, "report": json.dumps(asdict(dataset.report))}
+    said["weights"] = json.dumps(dataset.weights)
     return safetensors.numpy.save(arrays, said)
 
 
@@ -107,7 +109,8 @@ def _read(path: Path) -> Dataset | None:
         with safetensors.safe_open(path, "numpy") as file:
             said = file.metadata()
             ids, labels, starts = (file.get_tensor(name) for name in _ARRAYS)
-        dataset = Dataset(ids, labels, starts, Report(**json.loads(said["report"])))
+        weights = tuple((int(stop), float(w)) for stop, w in json.loads(said["weights"]))
+        dataset = Dataset(ids, labels, starts, Report(**json.loads(said["report"])), weights)
         return dataset if dataset.fingerprint == said["fingerprint"] else None
     except (safetensors.SafetensorError, ValueError, TypeError, KeyError, IndexError):
         return None

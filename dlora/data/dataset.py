@@ -1,21 +1,26 @@
 """The data set: a source's records as token sequences, in three flat arrays."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, overload
+from types import MappingProxyType
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from dlora.data.builtin import PREFIX
 from dlora.data.chat import ChatRenderer, Rendered
+from dlora.data.columns import Columns
 from dlora.data.encode import Encoder, Example, Int32Array, count_targets
-from dlora.data.files import Faults, Record, read_records
+from dlora.data.files import Sources, is_builtin, read_records, sources_of
 from dlora.data.formats import FORMATS, Conversation, RecordError
+from dlora.data.kinds import Faults, Record
+from dlora.data.sampler import Weights, are_plain
 from dlora.errors import UsageError
 
+NO_COLUMNS: Mapping[str, str] = MappingProxyType({})
 _BATCH = 512  # texts per call of the tokenizer: enough for its threads, little in memory
 
 
@@ -58,8 +63,9 @@ class Dataset(Sequence[Example]):
         starts: int64 [N + 1], where each begins.
         lengths: int64 [N], tokens of each sequence.
         fingerprint: SHA-256 (hex) over every sequence in order: its id and its length as
-            little-endian int64, its input_ids and its labels as little-endian int32. Equal on
-            ranks with equal data.
+            little-endian int64, its input_ids and its labels as little-endian int32; then the
+            weights, where they are not all 1. Equal on ranks with equal data.
+        weights: ((stop, weight), ...): how often the sequences before each stop are shown.
     """
 
     def __init__(
@@ -68,12 +74,14 @@ class Dataset(Sequence[Example]):
         labels: Int32Array,
         starts: npt.NDArray[np.int64],
         report: Report,
+        weights: Weights = (),
     ):
         self._input_ids, self._labels, self._starts = input_ids, labels, starts
         for array in (input_ids, labels, starts):
             array.setflags(write=False)  # examples are views of these
         self.lengths = np.diff(starts)
         self.report = report
+        self.weights = weights
         self.fingerprint = self._fingerprint()
 
     @property
@@ -88,6 +96,10 @@ class Dataset(Sequence[Example]):
 
     def __len__(self) -> int:
         return len(self._starts) - 1
+
+    def first(self, count: int) -> list[Example]:
+        """The first examples."""
+        return self[:count]
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -106,11 +118,13 @@ class Dataset(Sequence[Example]):
             digest.update(np.array([example.id, len(example)], "<i8").tobytes())
             digest.update(example.input_ids.astype("<i4", copy=False).tobytes())
             digest.update(example.labels.astype("<i4", copy=False).tobytes())
+        if not are_plain(self.weights):
+            digest.update(repr(self.weights).encode("ascii"))
         return digest.hexdigest()
 
 
 def load_examples(
-    source: str | Sequence[str],
+    source: Sources,
     *,
     key: str,
     format: str,
@@ -118,11 +132,12 @@ def load_examples(
     max_length: int,
     on_error: str = "stop",
     most: int | None = None,
+    columns: Mapping[str, str] = NO_COLUMNS,
 ) -> Dataset:
     """Reads and encodes a data source.
 
     Args:
-        source: a file, a glob, a list of either, or "builtin:docstrings[-heldout]".
+        source: what `data.train` takes.
         key: "data.train" or "data.eval", for errors.
         format: a name in FORMATS; the builtin source takes "chat".
         tokenizer: a fast tokenizer of transformers, with a chat template unless format is "text".
@@ -130,75 +145,155 @@ def load_examples(
             left.
         on_error: "stop" at a record that cannot be used, or "skip" and count it.
         most: read no more than this many records that can be used; None: all.
+        columns: see `Columns`.
 
     Raises:
         UsageError: with file and line: something that the user can correct.
     """
-    faults = Faults(skip=on_error == "skip")
-    contents = _contents(source, key, format, faults)
-    encoder = Encoder(tokenizer, special_tokens=format == "text", key=key)
-    renderer = ChatRenderer(tokenizer, key) if format != "text" else None
-    texts = islice(_texts(contents, renderer, faults), most)
-
-    ids: list[Int32Array] = []
-    labels: list[Int32Array] = []
-    records = dropped = shortened = 0
-    while batch := list(islice(texts, _BATCH)):
-        records += len(batch)
-        for row, row_labels in encoder.encode(batch):
-            targets = count_targets(row_labels[:max_length])
-            if not targets:
-                dropped += 1
-                continue
-            shortened += targets < count_targets(row_labels)
-            ids.append(row[:max_length])
-            labels.append(row_labels[:max_length])
-    report = Report(
-        records=records,
-        kept=len(ids),
-        dropped=dropped,
-        shortened=shortened,
-        targets=sum(map(count_targets, labels)),
-        longest=max(map(len, ids), default=0),
+    reading = Reading(
+        source,
+        key=key,
+        format=format,
+        tokenizer=tokenizer,
         max_length=max_length,
-        skipped=faults.count,
-        first_fault=faults.first,
+        on_error=on_error,
         most=most,
+        columns=columns,
     )
-    if not ids and faults.count and not records:
-        raise UsageError(f"none of {faults.count} records can be used, the first: {faults.first}")
-    if not ids:
-        raise UsageError(
-            f"{key}: none of {records} records has a target token within data.max_length "
-            f"{max_length}; raise data.max_length or shorten the prompts"
+    found = list(reading)
+    reading.check()
+    starts = np.cumsum([0, *(len(one.input_ids) for one in found)], dtype=np.int64)
+    ids = np.concatenate([one.input_ids for one in found])
+    labels = np.concatenate([one.labels for one in found])
+    weights = weights_of(source, key, np.array([one.part for one in found]))
+    return Dataset(ids, labels, starts, reading.report, weights)
+
+
+def weights_of(source: Sources, key: str, parts: npt.NDArray[np.int64]) -> Weights:
+    """The weights of a source's entries, each with the number of sequences up to its end.
+
+    Args:
+        parts: int64 [N], of which entry each sequence is; it never decreases.
+    """
+    if is_builtin(source):
+        return ((len(parts), 1.0),)
+    entries = sources_of(source, key)
+    stops = np.searchsorted(parts, range(len(entries)), side="right")
+    return tuple((int(stop), e.weight) for stop, e in zip(stops, entries, strict=True))
+
+
+class Encoded(NamedTuple):
+    """A sequence of a source, cut to max_length; `part` is the entry that it comes from."""
+
+    input_ids: Int32Array
+    labels: Int32Array
+    part: int
+
+
+class Reading:
+    """One pass over a source: its sequences in their order, a few in memory at one time.
+
+    Args: as for `load_examples`.
+
+    Attributes:
+        report: what became of the records that have been read so far.
+    """
+
+    def __init__(
+        self,
+        source: Sources,
+        *,
+        key: str,
+        format: str,
+        tokenizer: Any,
+        max_length: int,
+        on_error: str = "stop",
+        most: int | None = None,
+        columns: Mapping[str, str] = NO_COLUMNS,
+    ) -> None:
+        self._key, self._max_length, self._most = key, max_length, most
+        self._faults = Faults(skip=on_error == "skip")
+        self._columns = Columns(columns, format)
+        contents = _contents(source, key, format, self._faults, self._columns)
+        self._encoder = Encoder(tokenizer, special_tokens=format == "text", key=key)
+        renderer = ChatRenderer(tokenizer, key) if format != "text" else None
+        self._texts = islice(_texts(contents, renderer, self._faults), most)
+        self._counts: Counter[str] = Counter()
+        self._longest = 0
+
+    def __iter__(self) -> Iterator[Encoded]:
+        counts, limit = self._counts, self._max_length
+        while batch := list(islice(self._texts, _BATCH)):
+            counts["records"] += len(batch)
+            encoded = self._encoder.encode([text for text, _ in batch])
+            for (ids, labels), (_, part) in zip(encoded, batch, strict=True):
+                targets = count_targets(labels[:limit])
+                if not targets:
+                    counts["dropped"] += 1
+                    continue
+                counts["kept"] += 1
+                counts["targets"] += targets
+                counts["shortened"] += targets < count_targets(labels)
+                self._longest = max(self._longest, min(limit, len(ids)))
+                yield Encoded(ids[:limit], labels[:limit], part)
+        if self._most is None:
+            self._columns.check_seen(self._key)
+
+    @property
+    def report(self) -> Report:
+        named = ("records", "kept", "dropped", "shortened", "targets")
+        return Report(
+            **{name: self._counts[name] for name in named},
+            longest=self._longest,
+            max_length=self._max_length,
+            skipped=self._faults.count,
+            first_fault=self._faults.first,
+            most=self._most,
         )
-    starts = np.cumsum([0, *map(len, ids)], dtype=np.int64)
-    return Dataset(np.concatenate(ids), np.concatenate(labels), starts, report)
+
+    def check(self) -> None:
+        """Raise a `UsageError` if the pass found nothing to train on."""
+        said, faults = self.report, self._faults
+        if not said.kept and faults.count and not said.records:
+            raise UsageError(
+                f"none of {faults.count} records can be used, the first: {faults.first}"
+            )
+        if not said.kept:
+            raise UsageError(
+                f"{self._key}: none of {said.records} records has a target token within "
+                f"data.max_length {self._max_length}; raise data.max_length or shorten the prompts"
+            )
 
 
 def check_source(
-    source: str | Sequence[str], *, key: str, format: str, on_error: str = "stop"
+    source: Sources,
+    *,
+    key: str,
+    format: str,
+    on_error: str = "stop",
+    columns: Mapping[str, str] = NO_COLUMNS,
 ) -> None:
     """Raises the UsageErrors of `load_examples` that need no tokenizer: files, lines and fields."""
-    for _ in _contents(source, key, format, Faults(skip=on_error == "skip")):
+    faults = Faults(skip=on_error == "skip")
+    for _ in _contents(source, key, format, faults, Columns(columns, format)):
         pass
 
 
 def _contents(
-    source: str | Sequence[str], key: str, format: str, faults: Faults
+    source: Sources, key: str, format: str, faults: Faults, columns: Columns
 ) -> Iterator[tuple[Record, Conversation | str]]:
     """Every record of the source with what its format makes of it."""
     if format not in FORMATS:
         raise UsageError(f"data.format: {format!r} is unknown; expected one of {list(FORMATS)}")
-    if isinstance(source, str) and source.startswith(PREFIX) and format != "chat":
+    if is_builtin(source) and format != "chat":
         raise UsageError(
             f"data.format: {key} {source} contains chats; set it to chat, not {format}"
         )
     for record in read_records(source, key, faults):
         try:
-            content = FORMATS[format].read(record.value)
+            content = FORMATS[format].read(columns(record.value))
         except RecordError as error:
-            faults.add(UsageError(f"{record.where}: {error}"))
+            faults.add(UsageError(f"{record.where}: {error}{columns.missing(record.value)}"))
         else:
             yield record, content
 
@@ -207,11 +302,11 @@ def _texts(
     contents: Iterator[tuple[Record, Conversation | str]],
     renderer: ChatRenderer | None,
     faults: Faults,
-) -> Iterator[Rendered]:
-    """Every record as a text with spans."""
+) -> Iterator[tuple[Rendered, int]]:
+    """Every record as a text with spans, and the entry that it comes from."""
     for record, content in contents:
         if isinstance(content, str):
-            yield Rendered(content, spans=None, append_eos=True)
+            yield Rendered(content, spans=None, append_eos=True), record.part
             continue
         assert renderer is not None
         try:
@@ -219,4 +314,4 @@ def _texts(
         except RecordError as error:
             faults.add(UsageError(f"{record.where}: {error}"))
         else:
-            yield rendered
+            yield rendered, record.part

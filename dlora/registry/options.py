@@ -132,7 +132,9 @@ def is_of(value: Any, type_: Any) -> bool:
             any(is_of(v, m) for m in members(get_args(type_)[1])) for v in value.values()
         )
     if origin is list:
-        return isinstance(value, list | tuple) and all(is_of(v, *get_args(type_)) for v in value)
+        return isinstance(value, list | tuple) and all(
+            any(is_of(v, m) for m in members(get_args(type_)[0])) for v in value
+        )
     if type_ in (int, float) and isinstance(value, bool):
         return False
     return isinstance(value, int | float) if type_ is float else isinstance(value, type_)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dlora.config.load import SCHEMA, Config, to_dict
 from dlora.data import Sampler
+from dlora.data.stream import StreamSampler
 from dlora.errors import UsageError
 from dlora.lora.config import LoraConfig
 from dlora.optim.schedule import lr_factor
@@ -21,7 +22,7 @@ from dlora.training.find_checkpoint import ResumePoint
 FREE_KEYS = {
     "model.cache_dir",
     "adapter.path",  # the adapter's settings are compared, not its path
-    "data.train",  # the files' content is compared, not their names
+    "data.train",  # the files' content and their weights are compared, not their names
     "data.eval",
     "data.max_eval_samples",
     "data.cache_dir",
@@ -42,7 +43,7 @@ def check_resume(
     config: Config,
     lora: LoraConfig,
     tensors: Mapping[str, Tensor],
-    sampler: Sampler,
+    sampler: Sampler | StreamSampler,
     fingerprint: str,
     base: str | None,
     announce: Callable[[str], None],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dlora.adapters.peft_format import PREFIX, peft_slots
 from dlora.adapters.save_load import WEIGHTS, check_numbers, check_shapes
 from dlora.config.load import Config
 from dlora.data import Dataset
+from dlora.data.stream import Stream
 from dlora.errors import UsageError
 from dlora.io.files import inside
 from dlora.io.safetensors import stored_tensors
@@ -87,28 +89,49 @@ def check_adapter(model: nn.Module, directory: str) -> None:
     check_numbers(tensors)
 
 
-def check_sequences(data: Mapping[str, Dataset | None], tokenizer: Any, model: Any) -> None:
-    """Check that the model has an embedding for every token, and learned every position.
+@dataclass(frozen=True)
+class Limits:
+    """What a model can take.
 
-    Args:
-        data: data sets by their keys.
+    Attributes:
+        rows: of its embedding.
+        positions: that it has learned; None: any.
     """
-    rows, positions = embedding_rows(model), learned_positions(model)
-    for key, dataset in data.items():
-        if dataset is None:
-            continue
-        if dataset.largest_id >= rows:
-            token = tokenizer.convert_ids_to_tokens(dataset.largest_id)
+
+    tokenizer: Any
+    rows: int
+    positions: int | None
+
+    def check(self, key: str, largest_id: int, longest: int) -> None:
+        """Check that the model has an embedding for every token, and learned every position.
+
+        Args:
+            key: of the data set, whose largest token and most tokens of a sequence these are.
+        """
+        if largest_id >= self.rows:
+            token = self.tokenizer.convert_ids_to_tokens(largest_id)
             raise UsageError(
-                f"{key}: contains the token {dataset.largest_id} ({token!r}), but the model's "
-                f"embedding has {rows} rows; its tokenizer knows tokens that model.path does not"
+                f"{key}: contains the token {largest_id} ({token!r}), but the model's embedding "
+                f"has {self.rows} rows; its tokenizer knows tokens that model.path does not"
             )
-        longest = dataset.report.longest
-        if positions is not None and longest > positions:
+        if self.positions is not None and longest > self.positions:
             raise UsageError(
                 f"data.max_length: {key} contains a sequence of {longest} tokens, but the model "
-                f"has learned {positions} positions; set data.max_length to {positions} or less"
+                f"has learned {self.positions} positions; set data.max_length to {self.positions} "
+                "or less"
             )
+
+
+def limits_of(tokenizer: Any, model: Any) -> Limits:
+    """The limits of a model; it may be on the meta device."""
+    return Limits(tokenizer, embedding_rows(model), learned_positions(model))
+
+
+def check_sequences(data: Mapping[str, Dataset | Stream | None], limits: Limits) -> None:
+    """Check data sets, by their keys; of a stream, the first window."""
+    for key, dataset in data.items():
+        if dataset is not None:
+            limits.check(key, dataset.largest_id, dataset.report.longest)
 
 
 def pad_token(tokenizer: Any, model: Any) -> int:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dlora.data import NO_TARGET, Dataset, deal
+from dlora.data import NO_TARGET, Example, deal
 from dlora.data.collate import collate
 from dlora.runtime.console import console
 from dlora.training.checks import learned_positions
@@ -77,8 +77,7 @@ def print_samples(context: RunContext, when: str) -> None:
         answers = sample_answers(
             context.model,
             prepared.tokenizer,
-            prepared.eval or prepared.train,
-            count=count,
+            (prepared.eval or prepared.train).first(count),
             pad_id=prepared.pad_id,
         )
     for prompt, reference, answer in answers:
@@ -88,18 +87,16 @@ def print_samples(context: RunContext, when: str) -> None:
 def sample_answers(
     model: Any,
     tokenizer: Any,
-    dataset: Dataset,
+    examples: list[Example],
     *,
-    count: int,
     pad_id: int,
     max_new_tokens: int = 24,
 ) -> list[tuple[str, str, str]]:
-    """(prompt, reference, answer) of the first `count` examples, decoded greedily.
+    """(prompt, reference, answer) of examples, decoded greedily.
 
     Collective on a sharded base: every rank generates the same tokens, so that gathers match. The
     model is in eval mode, without gradients.
     """
-    examples = [dataset[i] for i in range(min(count, len(dataset)))]
     starts = [int((example.labels != NO_TARGET).argmax()) for example in examples]
     prompts = [example.input_ids[:s].tolist() for example, s in zip(examples, starts, strict=True)]
     longest = max(map(len, prompts))

@@ -17,6 +17,7 @@ from dlora.checkpoint.state import saved_lora
 from dlora.config.load import SCHEMA, Config
 from dlora.config.strict_yaml import parse_yaml
 from dlora.data import Sampler
+from dlora.data.stream import StreamSampler
 from dlora.errors import UsageError
 from dlora.io.files import read_object
 from dlora.io.safetensors import stored_tensors
@@ -160,7 +161,7 @@ def state_at(
     step: int,
     config: Config,
     lora: LoraConfig,
-    sampler: Sampler,
+    sampler: Sampler | StreamSampler,
     fingerprint: str,
     base: str | None,
 ) -> dict[str, Any]:

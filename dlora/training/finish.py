@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dlora.adapters.save_load import save_adapter
+from dlora.data.stream import Stream
 from dlora.metrics.log import held_out_line
 from dlora.plan.measured import measure
 from dlora.plan.report import comparison
@@ -23,6 +24,8 @@ def finish(
     Args:
         records: lines of the metrics, one for each step since the start.
     """
+    if isinstance(context.prepared.train, Stream):  # of a data set in memory, the start said it
+        console.info(f"data.train: read in the last pass: {context.prepared.train.report}")
     print_samples(context, "after training")
     if context.ranks.main and (line := held_out_line(context.directory)):
         console.info(line)

@@ -18,6 +18,7 @@ from dlora.base.quantize import Quantized
 from dlora.config.load import Config
 from dlora.data import Dataset, Sampler, check_source, load_examples
 from dlora.data.cache import cached
+from dlora.data.stream import Stream, StreamSampler
 from dlora.errors import UsageError
 from dlora.lora.attach import adapter_tensors, attach, load_record, trainable_parameters
 from dlora.lora.config import LoraConfig
@@ -29,12 +30,14 @@ from dlora.plan.workload import workload_of
 from dlora.sharding.topology import Placement, Topology
 from dlora.training.check_resume import check_resume
 from dlora.training.checks import (
+    Limits,
     check_adapter,
     check_dropout,
     check_gradients,
     check_placement,
     check_ranks_per_node,
     check_sequences,
+    limits_of,
     pad_token,
 )
 from dlora.training.earlier_placement import earlier_placement, settle
@@ -47,9 +50,9 @@ class Preparation:
 
     base: BaseModel
     tokenizer: Any
-    train: Dataset
+    train: Dataset | Stream
     eval: Dataset | None
-    sampler: Sampler
+    sampler: Sampler | StreamSampler
     lora: LoraConfig
     topology: Topology
     pad_id: int
@@ -121,12 +124,12 @@ def prepare(
         announce(f"model.quantization: {quantized}")
     known = identity(base, skeleton)
     tokenizer = base.tokenizer()
-    train = _load(config, "train", config.data.train, tokenizer, announce, around.writes)
-    held_out = None
-    if config.data.eval is not None:
-        held_out = _load(config, "eval", config.data.eval, tokenizer, announce, around.writes)
-    check_sequences({"data.train": train, "data.eval": held_out}, tokenizer, skeleton)
-    sampler = _sampler(config, len(train))
+    load = functools.partial(_load, config, tokenizer, announce, around.writes)
+    train = _stream(config, tokenizer, announce) if config.data.streaming else load("train")
+    held_out = load("eval") if config.data.eval is not None else None
+    limits = limits_of(tokenizer, skeleton)
+    check_sequences({"data.train": train, "data.eval": held_out}, limits)
+    sampler = _sampler(config, train, limits, announce)
     lora = scheduled(lora, sampler.total_steps)
     if resumed is not None:
         tensors = adapter_tensors(skeleton)
@@ -141,6 +144,9 @@ def prepare(
             "model.dtype: this CPU has no instructions for bfloat16, which is many times slower "
             "than float32 on it"
         )
+    if isinstance(sampler, StreamSampler) and resumed and resumed.step < sampler.total_steps:
+        announce(f"data.streaming: reading on to step {resumed.step}")
+        sampler.step(resumed.step)
     announce(_steps_line(sampler, config.train.global_batch_size))
     decision = _decision(config, skeleton, topology, train, sampler, around, resumed)
     if decision.plan.divided:
@@ -173,8 +179,8 @@ def _decision(
     config: Config,
     skeleton: Any,
     topology: Topology,
-    data: Dataset,
-    sampler: Sampler,
+    data: Dataset | Stream,
+    sampler: Sampler | StreamSampler,
     around: Surroundings,
     resumed: ResumePoint | None,
 ) -> Decision:
@@ -188,7 +194,9 @@ def _decision(
         )
     earlier = earlier_placement(resumed.settings, resumed.state) if resumed else None
     settings = settle(config, earlier, world)
-    workload = workload_of(config, world, data, sampler)
+    workload = workload_of(config, world)  # any sequence may be the longest
+    if isinstance(data, Dataset) and isinstance(sampler, Sampler):
+        workload = workload_of(config, world, data, sampler)
     decision = decide(
         Subject(
             skeleton,
@@ -218,7 +226,11 @@ def _base(config: Config, announce: Callable[[str], None]) -> BaseModel:
         for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
             if source is not None:
                 check_source(
-                    source, key=key, format=config.data.format, on_error=config.data.on_error
+                    source,
+                    key=key,
+                    format=config.data.format,
+                    on_error=config.data.on_error,
+                    columns=config.data.columns,
                 )
     return find_base(
         config.model.path,
@@ -250,28 +262,59 @@ def _adapted(
     return skeleton, quantized
 
 
-def _sampler(config: Config, num_examples: int) -> Sampler:
+def _sampler(
+    config: Config, data: Dataset | Stream, limits: Limits, announce: Callable[[str], None]
+) -> Sampler | StreamSampler:
     train = config.train
     length = {train.governed_by: getattr(train, train.governed_by)}
-    return Sampler(num_examples, train.global_batch_size, train.seed, config.data.shuffle, **length)
+    if isinstance(data, Dataset):
+        order = (train.seed, config.data.shuffle)
+        weights = data.weights
+        return Sampler(len(data), train.global_batch_size, *order, **length, weights=weights)
+    data.check = functools.partial(limits.check, "data.train")
+    sampler = StreamSampler(data, train.global_batch_size, **length)
+    if train.governed_by == "epochs":
+        announce(f"data.train: {data.report} (counted in a pass of its own, for train.epochs)")
+    data.announce = announce
+    return sampler
 
 
-def _load(
-    config: Config,
-    key: str,
-    source: str | list[str],
-    tokenizer: Any,
-    announce: Callable[[str], None],
-    writes: bool,
-) -> Dataset:
-    arguments: dict[str, Any] = {
-        "source": source,
-        "key": f"data.{key}",
+def reading_of(config: Config, tokenizer: Any) -> dict[str, Any]:
+    """How records are read and encoded: what `Reading` takes beside a source and its key."""
+    return {
         "format": config.data.format,
         "tokenizer": tokenizer,
         "max_length": config.data.max_length,
         "on_error": config.data.on_error,
+        "columns": config.data.columns,
+    }
+
+
+def _stream(config: Config, tokenizer: Any, announce: Callable[[str], None]) -> Stream:
+    data, settings = config.data, reading_of(config, tokenizer)
+    stream = Stream(
+        data.train,
+        window=data.shuffle_window,
+        seed=config.train.seed,
+        shuffle=data.shuffle,
+        **settings,
+    )
+    order = f"shuffled in windows of {data.shuffle_window}" if data.shuffle else "not shuffled"
+    announce(
+        f"data.streaming: sequences are read file after file and {order}; of the first window: "
+        f"{stream.report}"
+    )
+    return stream
+
+
+def _load(
+    config: Config, tokenizer: Any, announce: Callable[[str], None], writes: bool, key: str
+) -> Dataset:
+    arguments: dict[str, Any] = {
+        "source": getattr(config.data, key),
+        "key": f"data.{key}",
         "most": config.data.max_eval_samples if key == "eval" else None,
+        **reading_of(config, tokenizer),
     }
     build = functools.partial(load_examples, **arguments)
     if config.data.cache_dir is None or not writes:
@@ -282,8 +325,8 @@ def _load(
     return dataset
 
 
-def _steps_line(sampler: Sampler, size: int) -> str:
+def _steps_line(sampler: Sampler | StreamSampler, size: int) -> str:
     steps = sampler.total_steps
-    last = len(sampler.step(steps - 1))
+    last = sampler.sequences(steps) - sampler.sequences(steps - 1)
     rest = "" if last == size else f", the last of only {last}"
     return f"train: {steps} optimizer steps of {size} sequences{rest}"

@@ -12,7 +12,9 @@ from refusals import refusal
 from sampling import full
 
 from dlora.data import FORMATS, load_examples
-from dlora.data.files import LONGEST_LINE, Faults, read_records
+from dlora.data.files import read_records
+from dlora.data.kinds import Faults
+from dlora.data.kinds.kind import LONGEST_RECORD
 from dlora.errors import UsageError
 
 
@@ -114,7 +116,7 @@ def test_a_line_that_does_not_end_is_passed_over_in_pieces(tmp_path: Path) -> No
     assert [record.value for record in records] == [json.loads(line) for line in GOOD[:2]]
     assert (faults.count, records[1].where) == (1, f"data.train: {path}:3")
     assert "2: a line of more than 16 MiB" in faults.first
-    assert peak < 5 * LONGEST_LINE
+    assert peak < 5 * LONGEST_RECORD
 
 
 JSON = st.recursive(

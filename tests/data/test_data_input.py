@@ -170,7 +170,8 @@ def folder(tmp_path: Path, monkeypatch: Any) -> Path:
     ],
 )
 def test_ways_to_name_files(source: Any, expected: list[str], folder: Path):
-    assert resolve(source, "k") == [Path(name).expanduser() for name in expected]
+    found = [place.path for place in resolve(source, "k")]
+    assert found == [Path(name).expanduser() for name in expected]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from dlora.data import Sampler, batch_hash, deal
 from dlora.data.sampler import epoch_order
+from dlora.errors import UsageError
 
 SMALL = settings(max_examples=100, deadline=None, derandomize=True)
 
@@ -143,3 +144,51 @@ def test_a_step_is_the_same_on_any_number_of_ranks(micro: int):
             for dealt in (deal(sampler.step(t), lengths, world, micro) for world in (1, 2, 3, 4))
         }
         assert hashes == {batch_hash(sampler.step(t))}
+
+
+@SMALL
+@given(
+    sizes=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    weights=st.lists(st.sampled_from([0.25, 0.5, 1, 1.5, 2, 3.25]), min_size=4, max_size=4),
+    batch=st.integers(1, 30),
+    seed=st.integers(0, 2**40),
+    shuffle=st.booleans(),
+)
+def test_each_sequence_is_shown_as_often_as_its_weight_says(
+    sizes: list[int], weights: list[float], batch: int, seed: int, shuffle: bool
+):
+    """⌊w⌋ or ⌈w⌉ times, and an entry's shows add up to w times its size, rounded."""
+    parts = list(zip(np.cumsum(sizes).tolist(), weights, strict=False))
+    wanted = [
+        int(w) * n + int((w - int(w)) * n + 0.5) for n, w in zip(sizes, weights, strict=False)
+    ]
+    if not all(wanted):
+        with pytest.raises(UsageError, match="shows none of . records in any epoch"):
+            Sampler(sum(sizes), batch, seed, shuffle, epochs=1, weights=tuple(parts))
+        return
+    sampler = Sampler(sum(sizes), batch, seed, shuffle, epochs=3, weights=tuple(parts))
+    stream = [i for t in range(sampler.total_steps) for i in sampler.step(t)]
+    assert len(stream) == 3 * sum(wanted)
+    for epoch in range(3):
+        shows = Counter(stream[epoch * sum(wanted) : (epoch + 1) * sum(wanted)])
+        start = 0
+        for (stop, weight), total in zip(parts, wanted, strict=True):
+            times = [shows[i] for i in range(start, stop)]
+            assert sum(times) == total
+            assert {int(weight), int(np.ceil(weight))} >= set(times)
+            start = stop
+
+
+def test_fractions_are_drawn_anew_for_every_epoch_and_by_the_seed():
+    def drawn(seed: int, epoch: int) -> list[int]:
+        sampler = Sampler(40, 20, seed, False, max_steps=9, weights=((40, 0.5),))
+        return sampler.step(epoch)
+
+    assert drawn(0, 0) == sorted(drawn(0, 0)) and len(set(drawn(0, 0))) == 20
+    assert len({tuple(drawn(seed, epoch)) for seed in (0, 1) for epoch in (0, 1, 2)}) == 6
+
+
+def test_weights_of_one_change_nothing():
+    plain = Sampler(40, 7, 3, True, max_steps=20)
+    weighted = Sampler(40, 7, 3, True, max_steps=20, weights=((10, 1.0), (40, 1.0)))
+    assert [plain.step(t) for t in range(20)] == [weighted.step(t) for t in range(20)]

@@ -9,6 +9,7 @@ class Alpaca:
     """{"instruction": "...", "input": "..." (may be missing), "output": "..."}"""
 
     name = "alpaca"
+    fields = ("instruction", "input", "output", "system")
 
     @staticmethod
     def read(record: dict[str, Any]) -> Conversation:

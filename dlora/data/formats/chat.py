@@ -9,6 +9,7 @@ class Chat:
     """{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}, ...]}"""
 
     name = "chat"
+    fields = ("messages",)
 
     @staticmethod
     def read(record: dict[str, Any]) -> Conversation:

@@ -31,9 +31,11 @@ class RecordFormat(Protocol):
 
     Attributes:
         name: the value of `data.format`.
+        fields: of a record that it reads; `data.columns` names where they are.
     """
 
     name: ClassVar[str]
+    fields: ClassVar[tuple[str, ...]]
 
     @staticmethod
     def read(record: dict[str, Any]) -> Conversation | str:

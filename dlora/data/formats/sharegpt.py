@@ -9,6 +9,7 @@ class ShareGpt:
     """{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", ...}, ...]}"""
 
     name = "sharegpt"
+    fields = ("conversations", "system")
 
     @staticmethod
     def read(record: dict[str, Any]) -> Conversation:

@@ -9,6 +9,7 @@ class Text:
     """{"text": "..."}: every token is trained on, with an end-of-sequence token behind the last."""
 
     name = "text"
+    fields = ("text",)
 
     @staticmethod
     def read(record: dict[str, Any]) -> str:
