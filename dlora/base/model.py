@@ -17,6 +17,7 @@ from dlora.base.gguf import converted_base
 from dlora.base.packed_reader import StoredPackedWeights
 from dlora.base.quantize import Quantized, quantize_as_set
 from dlora.base.reader import StoredWeights
+from dlora.base.skeleton import AUTO, pin_dtypes, untie, untied_config, with_attention
 from dlora.base.source import BaseSource
 from dlora.base.weight_files import are_local, check_files, check_loaded
 from dlora.errors import UsageError
@@ -39,12 +40,12 @@ class BaseModel(BaseSource):
 
     Attributes:
         trust_remote_code: run the Python code that comes with the base.
-        attn_implementation: as in transformers' `from_pretrained`.
+        attn_implementation: as in transformers' `from_pretrained`; `"auto"`: as without it.
         quantization: how `load` packs the linear layers of the blocks; `"none"`: not at all.
     """
 
     trust_remote_code: bool = False
-    attn_implementation: str = "sdpa"
+    attn_implementation: str = AUTO
     quantization: str = "none"
 
     def config(self) -> Any:
@@ -62,16 +63,29 @@ class BaseModel(BaseSource):
         return tokenizer
 
     def skeleton(self) -> nn.Module:
-        """The model on the meta device: names and shapes without a byte of weights."""
+        """The model on the meta device: names, shapes and dtypes without a byte of weights.
+
+        Of weights that the configuration ties, those stay tied that are equal in the files, if the
+        files are on this machine.
+
+        Raises:
+            UsageError: the configuration cannot be read, or the class does not support
+                `attn_implementation`.
+        """
+        skeleton = with_attention(self._from_config, self.attn_implementation)
+        pin_dtypes(skeleton, self.dtype)
+        if skeleton.all_tied_weights_keys and are_local(self):
+            with suppress(UsageError):  # `check_stored` says what is wrong with the files
+                untie(skeleton, StoredWeights(self, skeleton).unequal_ties())
+        return skeleton
+
+    def _from_config(self, **attention: str) -> Any:
         from transformers import AutoModelForCausalLM
 
         config = self.config()
         with torch.device("meta"), _naming_path(self.path):
             return AutoModelForCausalLM.from_config(
-                config,
-                dtype=self.dtype,
-                attn_implementation=self.attn_implementation,
-                trust_remote_code=self.trust_remote_code,
+                config, dtype=self.dtype, trust_remote_code=self.trust_remote_code, **attention
             )
 
     def pack(self, skeleton: nn.Module) -> Quantized | None:
@@ -143,6 +157,7 @@ class BaseWeights:
 
     def __init__(self, base: BaseModel, left: Any = None) -> None:
         self._base, self._left = base, left
+        check_files(base)  # they are downloaded now, since they say which weights are tied
         self.skeleton: Any = base.skeleton()
         self.element_wise = base.quantization != "none"
 
@@ -158,11 +173,13 @@ class BaseWeights:
         """
         from transformers import AutoModelForCausalLM
 
-        check_files(self._base)
+        if self._base.attn_implementation != AUTO:
+            sharding["attn_implementation"] = self._base.attn_implementation
+        if (config := untied_config(self._base.config(), self.skeleton)) is not None:
+            sharding["config"] = config
         model, found = self._base._reading(
             AutoModelForCausalLM.from_pretrained,
             dtype=self._base.dtype,
-            attn_implementation=self._base.attn_implementation,
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
@@ -249,7 +266,7 @@ def find_base(
     revision: str | None = None,
     trust_remote_code: bool = False,
     cache_dir: str = "~/.cache/dlora",
-    attn_implementation: str = "sdpa",
+    attn_implementation: str = AUTO,
     quantization: str = "none",
     announce: Callable[[str], None] = print,
 ) -> BaseModel:

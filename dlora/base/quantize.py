@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dlora.base.skeleton import pinned_dtypes
 from dlora.errors import UsageError, and_more
 from dlora.lora.layers import AdaptedLayer, layer_kind
 from dlora.lora.targets import linear_paths
@@ -156,6 +157,5 @@ def _uses(model: nn.Module) -> Counter[int]:
 
 
 def _must_be_float32(model: Any, path: str) -> bool:
-    names = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
-    modules = {entry for name in names for entry in getattr(model, name, None) or ()}
-    return not modules.isdisjoint(path.split("."))
+    """Whether the class pins the weight in any dtype; in float16 it pins all that it ever does."""
+    return bool(pinned_dtypes(model, [f"{path}.weight"], torch.float16))

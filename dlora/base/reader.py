@@ -25,7 +25,7 @@ from transformers.core_model_loading import Concatenate, MergeModulelist
 from dlora.base.source import BaseSource
 from dlora.base.weight_files import Origin, origins_of_parameters, weight_files
 from dlora.errors import UsageError, and_more
-from dlora.io.safetensors import FLOATS, StoredTensor, stored_tensors
+from dlora.io.safetensors import FLOATS, INTEGERS, StoredTensor, stored_tensors
 
 BLOCK_NUMEL = 1 << 22  # elements read at a time
 
@@ -59,6 +59,7 @@ class StoredWeights:
             raise UsageError(f"model.path: {error}") from error
         expected = skeleton.state_dict()
         self._shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+        self._dtypes = {name: tensor.dtype for name, tensor in expected.items()}
         self._origins: dict[str, tuple[str, Origin]] = {}
         for name, origin in origins_of_parameters(skeleton, self._tensors, expected).items():
             for target, shape in self._made_shapes(name, origin).items():
@@ -75,6 +76,30 @@ class StoredWeights:
         """Fill `out` [n] with the elements [start, start + n) of the parameter `name`, cast."""
         stored_name = self._stored_name(name)
         assert stored_name is not None  # the constructor has checked
+        self._read(stored_name, start, out)
+
+    def unequal_ties(self) -> list[str]:
+        """The tied parameters whose files have another value than for the one they are tied to.
+
+        transformers does not tie these; it compares them in the dtype in which they are loaded.
+        """
+        tied: dict[str, str] = self._skeleton.all_tied_weights_keys
+        both = [(name, twin) for name, twin in tied.items() if {name, twin} <= self._origins.keys()]
+        return [name for name, twin in both if not self._are_equal(name, twin)]
+
+    def _are_equal(self, name: str, twin: str) -> bool:
+        origins = [self._origins[tensor][1] for tensor in (name, twin)]
+        numel = math.prod(self._shapes[name])
+        if all(origin.converter is None for origin in origins):
+            one, other = (self._tensors[origin.keys[-1]] for origin in origins)
+            return _have_equal_elements(one, other, self._dtypes[name])
+        values = [torch.empty(numel, dtype=self._dtypes[name]) for _ in origins]
+        self._read(name, 0, values[0])
+        self._read(twin, 0, values[1])
+        return torch.equal(*values)
+
+    def _read(self, stored_name: str, start: int, out: Tensor) -> None:
+        """`read` of a parameter that has this name in the files."""
         first, origin = self._origins[stored_name]
         if origin.converter is not None:
             out.copy_(self._made(stored_name, first, origin, start, start + out.numel()))
@@ -94,15 +119,18 @@ class StoredWeights:
         return next((n for n in self._alias.get(name, [name]) if n in self._origins), None)
 
     def _check_shape(self, name: str, shape: tuple[int, ...], origin: Origin) -> None:
-        wanted = self._shapes.get(name, shape)
+        if name not in self._shapes:
+            return
+        wanted, is_float = self._shapes[name], self._dtypes[name].is_floating_point
         stored = [self._tensors[key] for key in origin.keys]
-        strange = [tensor for tensor in stored if tensor.dtype not in FLOATS]
-        if name not in self._shapes or (shape == wanted and not strange):
+        strange = [t for t in stored if t.dtype not in (FLOATS if is_float else INTEGERS)]
+        if shape == wanted and not strange:
             return
         stored_dtype = f"{strange[0].dtype} " if strange else ""
+        needed = f"{'floats' if is_float else 'integers'} {list(wanted)}"
         raise UsageError(
             f"model.path: {stored[0].file} contains {name} as {stored_dtype}{list(shape)}, but the "
-            f"model needs floats {list(wanted)}; config.json and the weights do not belong together"
+            f"model needs {needed}; config.json and the weights do not belong together"
         )
 
     def _made_shapes(self, name: str, origin: Origin) -> dict[str, tuple[int, ...]]:
@@ -148,6 +176,16 @@ class StoredWeights:
     def _without_data(self, key: str) -> Tensor:
         stored = self._tensors[key]
         return torch.empty(stored.shape, dtype=FLOATS.get(stored.dtype), device="meta")
+
+
+@functools.lru_cache(maxsize=64)  # a run asks several times, and equal ones are read to the end
+def _have_equal_elements(one: StoredTensor, other: StoredTensor, dtype: torch.dtype) -> bool:
+    numel = math.prod(one.shape)
+    for start in range(0, numel, BLOCK_NUMEL):
+        stop = min(start + BLOCK_NUMEL, numel)
+        if not torch.equal(*(t.elements(start, stop).to(dtype) for t in (one, other))):
+            return False
+    return True
 
 
 def _stacks_alone(origin: Origin) -> bool:

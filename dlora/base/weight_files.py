@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -52,6 +53,9 @@ LEFT_OUT = ("*.index.json", FILE_LIST, "adapter_config.json")
 class StoredBase:
     """The files of a model directory or hub snapshot; only their headers are read.
 
+    Attributes:
+        tensors: by key, in the order of the files.
+
     Raises:
         UsageError: there are no safetensors, they are damaged, or they are quantized.
     """
@@ -62,20 +66,29 @@ class StoredBase:
                 f"{base.path} is quantized; ΔW can only be added to floating-point weights"
             )
         self.base = base
-        self.tensors: dict[str, StoredTensor] = {}  # by key, in the order of the files
+        self.tensors: dict[str, StoredTensor] = {}
         for file in weight_files(base):
             self.tensors |= stored_tensors(file)
         expected = skeleton.state_dict()
         self._shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+        origins = origins_of_parameters(skeleton, self.tensors, expected)
         self._keys = {
-            name: origin.keys
-            for name, origin in origins_of_parameters(skeleton, self.tensors, expected).items()
-            if origin.converter is None
+            name: origin.keys for name, origin in origins.items() if origin.converter is None
+        }
+        self._dtypes = {
+            key: expected[name].dtype
+            for name, origin in origins.items()
+            if name in expected
+            for key in origin.keys
         }
 
     def has(self, name: str) -> bool:
         """Whether exactly one key becomes the parameter `name`, by a new name alone."""
         return len(self._keys.get(name, ())) == 1
+
+    def dtype_of(self, key: str) -> torch.dtype:
+        """The dtype in which `key` is loaded: the base's, or that which its class pins it to."""
+        return self._dtypes.get(key, self.base.dtype)
 
     def key_of(self, name: str) -> str:
         """The one key that becomes the parameter `name` by a new name alone.

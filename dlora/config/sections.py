@@ -13,7 +13,13 @@ from dlora.registry import Option, carries, option, options_of, required, room
 
 T = TypeVar("T")
 Attention = Literal[
-    "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"
+    "auto",
+    "sdpa",
+    "eager",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flash_attention_4",
+    "flex_attention",
 ]
 
 
@@ -29,7 +35,9 @@ class ModelConfig:
         "bfloat16", "storage and compute type of W0", later=("float16",)
     )
     quantization: str = option("none", "packed storage of W0", room="quant")
-    attn_implementation: Attention = option("sdpa", "transformers' attention kernel")
+    attn_implementation: Attention = option(
+        "auto", "transformers' attention kernel; auto: sdpa where the class has it, else its own"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

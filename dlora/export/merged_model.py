@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dlora.adapters.source import AdapterSource
+from dlora.base.skeleton import untied_config
 from dlora.base.weight_files import INDEX, StoredBase
 from dlora.errors import UsageError, dtype_name
 from dlora.io.safetensors import (
@@ -51,7 +52,8 @@ class MergedModel:
     Args:
         skeleton: the base on the meta device, with the adapter attached by `source`.
         stored: the base's files, opened before anything was attached.
-        dtype: of all floating-point tensors; None: as each is stored in the base.
+        dtype: of floating-point tensors, as the base is loaded in it: the class may pin some to
+            float32; None: as each is stored in the base.
 
     Raises:
         UsageError: an adapted parameter is not stored by itself, as floats of its shape.
@@ -120,7 +122,7 @@ class MergedModel:
 
     def _tensor(self, tensor: StoredTensor, edit: Edit | None) -> NewTensor:
         stored = FLOATS.get(tensor.dtype)
-        dtype = stored and (self.dtype or stored)
+        dtype = stored and (self.stored.dtype_of(tensor.key) if self.dtype else stored)
         if dtype is None or (edit is None and dtype == stored):
             shape, nbytes = tensor.shape, tensor.nbytes
             return NewTensor(tensor.key, tensor.dtype, shape, nbytes, tensor.blocks)
@@ -175,11 +177,10 @@ class MergedModel:
         config = self.stored.config()
         if self.dtype is not None:
             _set_dtype(config, dtype_name(self.dtype))
+        read = type(self.skeleton.config).from_dict(dict(config))
+        if self.untied or untied_config(read, self.skeleton) is not None:
+            _set_untied(config)
         if self.untied:
-            config["tie_word_embeddings"] = False
-            text = config.get("text_config")
-            if isinstance(text, dict) and "tie_word_embeddings" in text:
-                text["tie_word_embeddings"] = False
             self._check_untied(config)
         return config
 
@@ -228,6 +229,13 @@ def _shards(tensors: list[NewTensor]) -> list[list[NewTensor]]:
         shards[-1].append(tensor)
         size += tensor.nbytes
     return shards
+
+
+def _set_untied(config: dict[str, Any]) -> None:
+    """Record, wherever a configuration ties the embedding and the head, that they are two."""
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict) and (part is config or "tie_word_embeddings" in part):
+            part["tie_word_embeddings"] = False
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:

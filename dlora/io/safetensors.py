@@ -31,6 +31,14 @@ FLOATS = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+INTEGERS = {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 FLOAT_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
 
@@ -71,8 +79,8 @@ class StoredTensor:
         return self.elements(first * numel, last * numel).view(shape)
 
     def elements(self, start: int, stop: int) -> Tensor:
-        """Read the elements [start, stop) of the flattened floating-point tensor."""
-        dtype = FLOATS[self.dtype]
+        """Read the elements [start, stop) of the flattened tensor, of `FLOATS` or `INTEGERS`."""
+        dtype = FLOATS.get(self.dtype) or INTEGERS[self.dtype]
         block = bytearray((stop - start) * dtype.itemsize)
         with self.file.open("rb") as file:
             file.seek(self.start + start * dtype.itemsize)

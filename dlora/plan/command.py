@@ -14,6 +14,7 @@ from dlora.adapters.settings import keyed_by, lora_config
 from dlora.base.gguf import gguf_skeleton
 from dlora.base.model import DTYPES, check_experts_divide, find_base, quiet_libraries
 from dlora.base.quantize import quantize_as_set
+from dlora.base.skeleton import AUTO, check_attention
 from dlora.config.load import Config, parse
 from dlora.config.recompute import Recompute
 from dlora.errors import UsageError
@@ -195,14 +196,18 @@ def _capacity(config: Config, machines: Machines) -> tuple[Capacity | None, str]
 
 def _skeleton(config: Config) -> nn.Module:
     """The model on the meta device; of a .gguf file nothing but its header is read."""
-    path = Path(config.model.path).expanduser()
+    path, attention = Path(config.model.path).expanduser(), config.model.attn_implementation
+    is_fused = attention not in ("sdpa", "eager")  # this machine may lack what those need
     if path.suffix == ".gguf" and path.is_file():
         quiet_libraries()
-        return gguf_skeleton(path.resolve(), DTYPES[config.model.dtype])
-    return find_base(
-        config.model.path,
-        dtype=config.model.dtype,
-        revision=config.model.revision,
-        trust_remote_code=config.model.trust_remote_code,
-        attn_implementation=config.model.attn_implementation,
-    ).skeleton()
+        skeleton: nn.Module = gguf_skeleton(path.resolve(), DTYPES[config.model.dtype])
+    else:
+        skeleton = find_base(
+            config.model.path,
+            dtype=config.model.dtype,
+            revision=config.model.revision,
+            trust_remote_code=config.model.trust_remote_code,
+            attn_implementation=AUTO if is_fused else attention,
+        ).skeleton()
+    check_attention(skeleton, attention)
+    return skeleton

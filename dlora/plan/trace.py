@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dlora.base.recomputation import recompute_blocks
 from dlora.config.recompute import Recompute
 from dlora.objectives import chunked_loss
 from dlora.plan.activations import Trace, estimate
@@ -100,12 +101,10 @@ def _traced(
     twin: Any, rows: int, tokens: int, checkpointing: Recompute, targets: int, device: str
 ) -> Trace:
     """Run a copy of the skeleton, which is used up."""
-    if twin.config._attn_implementation not in ("eager", "sdpa"):
-        twin.set_attn_implementation("sdpa")  # fused ones save the same, and need a GPU
+    if twin.config._attn_implementation not in ("eager", "sdpa"):  # others need a GPU
+        twin.set_attn_implementation("sdpa" if twin._supports_sdpa else "eager")  # saves the same
     twin.train()
-    if checkpointing:
-        every = {"every_n_layers": checkpointing.every}
-        twin.activation_checkpointing_enable({"use_reentrant": False}, **every)
+    recompute_blocks(twin, checkpointing.every)
     head = chunked_loss.model_parts(twin).head
     chunked_loss.install(twin, device)
     fake = FakeTensorMode()

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dlora.adapters.save_load import load_adapter
+from dlora.base.recomputation import recompute_blocks
 from dlora.config.load import Config
 from dlora.data import deal
 from dlora.data.collate import Batch, collate
@@ -55,9 +56,8 @@ def build(
     engine.keep_gathered(model, prepared.budget.resident)
     if config.adapter.path is not None and prepared.resumed is None:
         load_adapter(model, config.adapter.path)
-    if how := prepared.budget.workload.checkpointing:
-        kinds = {"every_n_layers": how.every, "offload": how.offload}
-        model.activation_checkpointing_enable({"use_reentrant": False}, **kinds)  # type: ignore[operator]
+    how = prepared.budget.workload.checkpointing
+    recompute_blocks(model, how.every, how.offload)
     targets.install(model)
     if prepared.resumed is None and residuals is None:
         initialise(config, ranks, prepared, model, replica)

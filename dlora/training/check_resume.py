@@ -34,6 +34,8 @@ FREE_KEYS = {
     "train.deterministic",
 }
 FREE_SECTIONS = {"sharding", "output"}
+# Values that say the same: a class without `sdpa` refuses it.
+SAME = {"model.attn_implementation": ("auto", "sdpa")}
 # Settings of an adapter that come from elsewhere in the configuration.
 SAID_AS = {"total_step": "train.max_steps or train.epochs (the method's schedule spans all steps)"}
 
@@ -126,7 +128,8 @@ def _conflicts(
             key = f"{section}.{name}"
             # An option that the checkpoint lacks is newer than it.
             saved = resumed.settings.get(section, {}).get(name, SCHEMA[key].default)
-            if key not in compared and saved != value:
+            same = saved == value or all(said in SAME.get(key, ()) for said in (saved, value))
+            if key not in compared and not same:
                 yield f"{key} was {saved!r} and is {value!r}"
     if resumed.state["data"]["fingerprint"] != fingerprint:
         yield "data.train contains other sequences"

@@ -54,6 +54,24 @@ def check_placement(config: Config, topology: Topology) -> None:
         resolve_placement(section.engine, section.base, topology, offload=section.cpu_offload)
 
 
+def check_attention(config: Config, device: str) -> None:
+    """Check that `model.attn_implementation` can train on a type of device in `model.dtype`.
+
+    What the model's class supports and which packages are installed is checked with the skeleton.
+    """
+    chosen, dtype = config.model.attn_implementation, config.model.dtype
+    if chosen == "flex_attention" and device == "cpu":
+        raise UsageError(
+            "model.attn_implementation: flex_attention has no backward pass on a CPU; leave it at "
+            "auto"
+        )
+    if chosen.startswith("flash") and dtype not in ("bfloat16", "float16"):
+        raise UsageError(
+            f"model.attn_implementation: {chosen} computes in bfloat16 or float16, and model.dtype "
+            f"is {dtype}"
+        )
+
+
 def check_dropout(model: nn.Module) -> None:
     """Check that `adapter.lora_dropout` can act: it does not apply to embeddings."""
     dropout = attachment_of(model).config.lora_dropout

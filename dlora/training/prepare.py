@@ -32,6 +32,7 @@ from dlora.training.check_resume import check_resume
 from dlora.training.checks import (
     Limits,
     check_adapter,
+    check_attention,
     check_dropout,
     check_gradients,
     check_placement,
@@ -117,6 +118,7 @@ def prepare(
     """
     check_ranks_per_node(config, topology.world)
     check_placement(config, topology)
+    check_attention(config, around.device)
     lora = lora_config(config, resumed.lora if resumed else None)
     base = _base(config, announce)
     skeleton, quantized = _adapted(config, base, lora, resumed)

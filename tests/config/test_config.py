@@ -38,7 +38,7 @@ REQUIRED = "model: {path: org/base}\ndata: {train: train.jsonl}\noutput: {dir: r
 # The block of the contract, without its comments, and with the three required values of REQUIRED.
 CONTRACT = """
 model: {path: org/base, revision: null, trust_remote_code: false, cache_dir: ~/.cache/dlora,
-  dtype: bfloat16, quantization: none, attn_implementation: sdpa}
+  dtype: bfloat16, quantization: none, attn_implementation: auto}
 adapter: {method: lora, path: null, r: 16, lora_alpha: 32, lora_dropout: 0.0,
   target_modules: all-linear, use_rslora: false, use_dora: false, init_lora_weights: true,
   rank_pattern: {}, alpha_pattern: {}, modules_to_save: [], init_r: 12, target_r: 8, tinit: 0,

@@ -81,17 +81,30 @@ def worth_holding(groups: Iterable[Group], model: nn.Module) -> list[Group]:
 
 
 def block_lists(model: nn.Module) -> list[str]:
-    """Paths of the outermost `ModuleList`s (or `Sequential`s) of two or more alike blocks."""
+    """Paths of the outermost `ModuleList`s (or `Sequential`s) of two or more alike blocks.
+
+    Blocks of a `ModuleList` may be of different classes, if these are related.
+    """
     found: list[str] = []
     for path, module in model.named_modules():
         if not path or any(path.startswith(f"{outer}.") for outer in found):
             continue
         blocks = list(module.children())
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(blocks) > 1:
-            alike = len({type(block) for block in blocks}) == 1
+            is_list = isinstance(module, nn.ModuleList)
+            alike = len({type(block) for block in blocks}) == 1 or (is_list and _related(blocks))
             if alike and all(any(True for _ in block.parameters()) for block in blocks):
                 found.append(path)
     return found
+
+
+def _related(blocks: Sequence[nn.Module]) -> bool:
+    """Whether blocks of different classes have a class in common that is more than a module.
+
+    So have the layers of hybrid models, such as Jamba's with attention and those with Mamba.
+    """
+    common = set.intersection(*(set(type(block).__mro__) for block in blocks))
+    return bool(common - set(nn.Module.__mro__))
 
 
 def sharding_plan(skeleton: nn.Module) -> dict[str, str]:

@@ -1,0 +1,122 @@
+"""The model on the meta device, as `from_pretrained` would make it of a configuration and files.
+
+`from_config` alone differs from it in three things, which are mended here: the dtype of tensors
+that a class pins to float32, weights that a configuration ties although the files have two
+different ones, and the attention of a class without `sdpa`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
+
+from dlora.errors import UsageError
+
+AUTO = "auto"  # the value of `model.attn_implementation` that leaves the choice to the class
+# What a class says of the kernels that it can use; `eager` has no flag.
+_FLAGS = {"sdpa": "_supports_sdpa", "flash": "_supports_flash_attn", "flex": "_supports_flex_attn"}
+
+
+def with_attention(build: Callable[..., Any], implementation: str) -> Any:
+    """`build()`, a skeleton, with `attn_implementation` unless that is `auto`.
+
+    Raises:
+        UsageError: the class cannot use that implementation, or not on this machine.
+    """
+    if implementation == AUTO:
+        return build()
+    try:
+        return build(attn_implementation=implementation)
+    except (ValueError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
+    model = build()  # fails once more where something else is wrong
+    check_attention(model, implementation)
+    raise UsageError(f"model.attn_implementation: {implementation} cannot be used: {reason}")
+
+
+def check_attention(model: Any, implementation: str) -> None:
+    """Raise a `UsageError` if a model's class has no kernel of that name."""
+    flag = _FLAGS.get(implementation.partition("_")[0])
+    if flag is not None and not getattr(model, flag, True):
+        raise UsageError(
+            f"model.attn_implementation: {type(model).__name__} does not support {implementation}; "
+            f"auto takes {model.config._attn_implementation}"
+        )
+
+
+def pinned_dtypes(model: Any, names: Iterable[str], dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """{name: dtype} of the tensors that a class wants in another dtype than the model's."""
+    plan = model._get_dtype_plan(dtype) if isinstance(model, PreTrainedModel) else {}
+    if not plan:
+        return {}
+    pattern, keys, _ = build_glob_alternation(list(plan))
+    found = ((name, pattern.search(name)) for name in names)
+    return {name: plan[keys[match.lastgroup]] for name, match in found if match and match.lastgroup}
+
+
+def pin_dtypes(skeleton: Any, dtype: torch.dtype) -> None:
+    """Give the parameters and persistent buffers of a skeleton the dtypes that loading gives them.
+
+    Tied parameters stay tied.
+    """
+    made: dict[int, nn.Parameter] = {}
+    for name, pinned in pinned_dtypes(skeleton, skeleton.state_dict(), dtype).items():
+        owner, _, last = name.rpartition(".")
+        module = skeleton.get_submodule(owner)
+        tensor = getattr(module, last)
+        if not tensor.is_floating_point() or tensor.dtype == pinned:
+            continue
+        if last in module._buffers:
+            module._buffers[last] = tensor.to(pinned)
+            continue
+        if id(tensor) not in made:
+            made[id(tensor)] = nn.Parameter(tensor.to(pinned), requires_grad=tensor.requires_grad)
+        module.register_parameter(last, made[id(tensor)])
+
+
+def untie(skeleton: Any, names: Iterable[str]) -> None:
+    """Give each of the tied parameters `names` of a skeleton a weight of its own.
+
+    The configuration of a model that ties nothing any more says so, as transformers advises.
+    """
+    cut = set(names)
+    for name in cut:
+        owner, _, last = name.rpartition(".")
+        module = skeleton.get_submodule(owner)
+        old = module.get_parameter(last)
+        own = nn.Parameter(torch.empty_like(old), requires_grad=old.requires_grad)
+        module.register_parameter(last, own)
+    for prefix, model in _models_in(skeleton):
+        before = [*model.all_tied_weights_keys]
+        for key in before:
+            if prefix + key in cut:
+                del model.all_tied_weights_keys[key]
+        if before and not model.all_tied_weights_keys:
+            model.config.tie_word_embeddings = False
+
+
+def untied_config(config: Any, skeleton: Any) -> Any:
+    """`config` changed so that it ties what the skeleton ties; None where it does already.
+
+    Args:
+        config: as it was read; the skeleton's own may be that of its text part.
+    """
+    own = config if type(config) is type(skeleton.config) else config.get_text_config()
+    if getattr(skeleton.config, "tie_word_embeddings", False) or not getattr(
+        own, "tie_word_embeddings", False
+    ):
+        return None
+    own.tie_word_embeddings = False
+    return config
+
+
+def _models_in(skeleton: Any) -> Iterator[tuple[str, Any]]:
+    """(prefix of its parameters, model) of a model and of the models inside it."""
+    for path, module in skeleton.named_modules():
+        if isinstance(module, PreTrainedModel):
+            yield f"{path}." if path else "", module
