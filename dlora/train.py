@@ -103,7 +103,7 @@ class Run:
         stop_path = config.output.stop_path if ranks.main else None
         self.stop = StopRequest(stop_path, self.hooks.should_stop)
         self.losses = FiniteWatch(self.directory / "nonfinite.json" if ranks.main else None)
-        self.unused = UnusedWatch(allowed=config.train.allow_unused)
+        self.unused = UnusedWatch(config.train.allow_unused, preparation.unreached)
         self.hang = HangWatch(config.sharding.timeout_seconds)
         self.objective = objective_of(config)
         with self.peers.watching(config.sharding.loading_timeout_seconds):

@@ -5,14 +5,15 @@
     ADALORA   base_model.model.<path>.lora_{A,B,E}          AdaLoRA's own form
 
 Embeddings have `lora_embedding_A` without `.weight`, and modules trained whole have their own
-names.
+names. An adapted parameter has its adapter at the path of its module; PEFT wraps the module once
+for each of them, so there is a `.base_layer` in the path for every later one (`_wrapped`).
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from dlora.errors import UsageError
 from dlora.lora.attach import (
     Attachment,
     attachment_of,
+    children_of,
     named_adapters,
     named_copies,
     trainable_parameters,
@@ -40,8 +42,8 @@ def peft_names(model: nn.Module) -> dict[str, str]:
     """PEFT's key of each trainable parameter of a LoRA or DoRA, by its name in the model."""
     names: dict[str, str] = {}
     for path, layer, adapter in named_adapters(model):
-        for factor, key in _keys(path, layer, adapter).items():
-            names[f"{path}.{CHILD}.{factor}"] = key
+        for factor, key in _keys(model, path, layer, adapter).items():
+            names[f"{adapter.place}.{factor}"] = key
     return names | _copy_names(model)
 
 
@@ -50,7 +52,7 @@ def peft_slots(model: nn.Module) -> dict[str, Tensor]:
     parameters = trainable_parameters(model)
     slots = {key: parameters[name].detach() for name, key in peft_names(model).items()}
     for path, layer, adapter in named_adapters(model):
-        for factor, key in _keys(path, layer, adapter).items():
+        for factor, key in _keys(model, path, layer, adapter).items():
             slots[key] = _shaped(layer, factor, slots[key])
     return slots
 
@@ -92,7 +94,7 @@ def lora_files(model: nn.Module, base: str | None) -> tuple[dict[str, Any], dict
             parts = {"lora_A": forms[path].A, "lora_B": forms[path].B}
             if isinstance(adapter, DoraAdapter):
                 parts[MAGNITUDE] = adapter.lora_magnitude_vector.detach()
-            for name, key in _keys(path, layer, adapter).items():
+            for name, key in _keys(model, path, layer, adapter).items():
                 tensors[key] = _shaped(layer, name, parts[name])
     sizes: dict[str, Any] = {
         "r": config.r,
@@ -107,6 +109,8 @@ def lora_files(model: nn.Module, base: str | None) -> tuple[dict[str, Any], dict
         sizes = _sizes(forms)
     settings = {"peft_type": "LORA", **_common(model, base, forms), **sizes}
     settings["use_dora"] = config.use_dora
+    if config.target_parameters:
+        settings["target_parameters"] = sorted(config.target_parameters)
     return settings, _written(tensors | _copies(model))
 
 
@@ -131,7 +135,7 @@ def adalora_files(model: nn.Module, base: str | None) -> tuple[dict[str, Any], d
     adapted = []
     for path, layer, adapter in named_adapters(model):
         assert isinstance(adapter, AdaLoraAdapter)
-        if isinstance(layer, AdaptedLayer) and (layer.is_embedding or layer.kernel(layer)):
+        if layer.is_embedding or layer.kernel(layer):
             what = "embedding" if layer.is_embedding else "convolution"
             raise UsageError(f"peft_type: PEFT's ADALORA does not support the {what} {path}")
         left = adapter.triplets()
@@ -160,7 +164,9 @@ def _common(model: nn.Module, base: str | None, adapted: Collection[str]) -> dic
         "task_type": "CAUSAL_LM" if hasattr(model, "get_output_embeddings") else None,
         "base_model_name_or_path": base,
         "lora_dropout": attachment.config.lora_dropout,
-        "target_modules": peft_targets(model, attachment, adapted),
+        "target_modules": peft_targets(
+            model, attachment, [path for path in adapted if path not in attachment.parameters]
+        ),
         "modules_to_save": sorted(attachment.config.modules_to_save) or None,
         "fan_in_fan_out": _stored_transposed(model),
         "bias": "none",
@@ -198,7 +204,7 @@ def peft_targets(
     The shortest that will do: last names, else full paths, else an expression (a path such as
     `head` also means `block.head`).
     """
-    inner = tuple(f"{path}.{CHILD}" for path in (*attachment.adapted, *attachment.saved))
+    inner = tuple(child.place for child in children_of(model))
     paths = [p for p, _ in model.named_modules() if p and not f"{p}.".startswith(inner)]
     wanted = set(adapted)
     for names in ({path.rpartition(".")[2] for path in wanted}, wanted):
@@ -213,17 +219,35 @@ def _in_saved(path: str, attachment: Attachment) -> bool:
     return any(f"{path}.".startswith(f"{saved}.") for saved in attachment.saved)
 
 
-def _keys(path: str, layer: nn.Module, adapter: LoraAdapter) -> dict[str, str]:
+def _keys(model: nn.Module, path: str, layer: AdaptedLayer, adapter: LoraAdapter) -> dict[str, str]:
     """PEFT's keys of the factors of a LoRA and of DoRA's magnitudes, by their names here."""
-    embedding = isinstance(layer, AdaptedLayer) and layer.is_embedding
-    key = "lora_embedding_{}" if embedding else "lora_{}.weight"
-    keys = {f"lora_{factor}": f"{PREFIX}{path}.{key.format(factor)}" for factor in "AB"}
+    key = "lora_embedding_{}" if layer.is_embedding else "lora_{}.weight"
+    place = PREFIX + _wrapped(attachment_of(model).parameters, path)
+    keys = {f"lora_{factor}": f"{place}.{key.format(factor)}" for factor in "AB"}
     if isinstance(adapter, DoraAdapter):
-        keys[MAGNITUDE] = f"{PREFIX}{path}.{MAGNITUDE}"
+        keys[MAGNITUDE] = f"{place}.{MAGNITUDE}"
     return keys
 
 
-def _shaped(layer: nn.Module, factor: str, tensor: Tensor) -> Tensor:
+def _wrapped(parameters: Sequence[str], path: str) -> str:
+    """The path of an adapter in PEFT's model, where a module is wrapped for each of its adapted
+    parameters: the last of them is outermost, and what is inside the module is inside all.
+
+    Args:
+        parameters: paths of all adapted parameters, in the model's order.
+        path: of an adapted module or parameter.
+    """
+    module = path.rpartition(".")[0] if path in parameters else path
+    names, place = module.split("."), []
+    for end, name in enumerate(names, start=1):
+        here = ".".join(names[:end])
+        own = [each for each in parameters if each.rpartition(".")[0] == here]
+        inside = own.index(path) + 1 if path in own else 0
+        place += [name, *["base_layer"] * (len(own) - inside)]
+    return ".".join(place)
+
+
+def _shaped(layer: AdaptedLayer, factor: str, tensor: Tensor) -> Tensor:
     """A tensor as PEFT stores it: of a convolution A is a kernel, B one of size 1, and a magnitude
     broadcasts against the output.
     """
@@ -261,4 +285,4 @@ def _written(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _stored_transposed(model: nn.Module) -> bool:
     """PEFT's `fan_in_fan_out`: the adapted layers are Conv1D (an embedding does not count)."""
     layers = [layer for _, layer, _ in named_adapters(model)]
-    return any(h.transposed and not h.is_embedding for h in layers if isinstance(h, AdaptedLayer))
+    return any(layer.transposed and not layer.is_embedding for layer in layers)

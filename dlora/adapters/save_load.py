@@ -24,7 +24,7 @@ from dlora.io.safetensors import FLOATS, StoredTensor, stored_tensors
 from dlora.lora.attach import attachment_of, frozen_tensors, named_adapters
 from dlora.lora.config import LoraConfig
 from dlora.lora.layers import layer_kind
-from dlora.lora.targets import target_paths
+from dlora.lora.targets import module_paths
 from dlora.methods.attach import attach
 from dlora.quant.linear import is_packed
 
@@ -36,7 +36,6 @@ _READ = {  # PEFT's keys that have a meaning here, with the value that means "no
     "layers_to_transform": None,
     "layer_replication": None,
     "megatron_config": None,
-    "target_parameters": None,
     "trainable_token_indices": None,
     "exclude_modules": None,
     "arrow_config": None,
@@ -53,6 +52,7 @@ _INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 _KINDS: dict[str, tuple[type, ...]] = {  # types that `LoraConfig` does not check
     "lora_dropout": (float, int),
     "target_modules": (str, list),
+    "target_parameters": (list,),
     "modules_to_save": (list,),
     "rank_pattern": (dict,),
     "alpha_pattern": (dict,),
@@ -193,6 +193,7 @@ def read_config(directory: str | Path) -> LoraConfig:
             rank_pattern=raw.get("rank_pattern") or {},
             alpha_pattern=raw.get("alpha_pattern") or {},
             modules_to_save=list(modules_to_save),
+            target_parameters=raw.get("target_parameters") or [],
         )
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
@@ -212,7 +213,7 @@ def _check_ranks(
     model: nn.Module, config: LoraConfig, file: Path, tensors: Mapping[str, StoredTensor]
 ) -> None:
     """Check that every r is that of a stored tensor, before tensors of that size are allocated."""
-    for path in target_paths(model, config):
+    for path in module_paths(model, config):
         kind = layer_kind(model.get_submodule(path))
         name = "lora_embedding_A" if kind and kind.is_embedding else "lora_A.weight"
         stored, r = tensors.get(key := f"{PREFIX}{path}.{name}"), config.r_for(path)

@@ -28,6 +28,7 @@ from dlora.errors import UsageError, and_more
 from dlora.io.files import inside, read_object
 from dlora.io.safetensors import FLOATS, StoredTensor, stored_tensors
 from dlora.lora.attach import (
+    adapted_at,
     adapter_tensors,
     attach,
     load_record,
@@ -35,8 +36,8 @@ from dlora.lora.attach import (
     named_copies,
 )
 from dlora.lora.config import LoraConfig
-from dlora.lora.layers import CHILD
 from dlora.lora.merge import scale_of_rows
+from dlora.lora.states import Stateful
 from dlora.lora.variants import VARIANTS, LoraAdapter
 
 
@@ -117,8 +118,8 @@ class AdapterSource:
 
     def materialize(self, model: nn.Module) -> None:
         """Give the adapters of a model on the meta device their tensors, in float32."""
-        for path, _, child in (*named_adapters(model), *named_copies(model)):
-            self._fill(child, path, torch.float32)
+        for _, _, child in (*named_adapters(model), *named_copies(model)):
+            self._fill(child, torch.float32)
 
     def update(
         self,
@@ -137,13 +138,24 @@ class AdapterSource:
         Returns:
             ΔW in the layout of the module's weight, and the scale of its rows (None for ones).
         """
-        layer: Any = model.get_submodule(path)
-        self._fill(layer.adapter, path, dtype)
+        layer, adapter = adapted_at(model, path)
+        self._fill(adapter, dtype)
         try:
-            delta = layer.as_stored(layer, layer.adapter.delta())
-            return delta, scale_of_rows(layer, layer.adapter, delta, slices)
+            delta = layer.as_stored(layer, adapter.delta())
+            return delta, scale_of_rows(layer, adapter, delta, slices)
         finally:
-            layer.adapter.to("meta")
+            adapter.to("meta")
+
+    def update_of_expert(
+        self, model: nn.Module, path: str, dtype: torch.dtype, expert: int
+    ) -> Tensor:
+        """ΔW of one matrix of a stack, [1, …] in the layout of the stack; see `update`."""
+        layer, adapter = adapted_at(model, path)
+        self._fill(adapter, dtype)
+        try:
+            return layer.as_stored(layer, adapter.delta(slice(expert, expert + 1)))
+        finally:
+            adapter.to("meta")
 
     def check_base_copy(self, name: str, pairs: list[tuple[Tensor, Tensor]] | Iterator) -> None:
         """Raise a `UsageError` unless PEFT's copy of W0 is the base's, but for a cast of one."""
@@ -157,10 +169,10 @@ class AdapterSource:
                     "--base must be the model that it was trained on"
                 )
 
-    def _fill(self, child: nn.Module, path: str, dtype: torch.dtype) -> None:
+    def _fill(self, child: Stateful, dtype: torch.dtype) -> None:
         offsets = child.offsets() if isinstance(child, LoraAdapter) else {}
         names = [*offsets, *(name for name, _ in child.named_parameters())]
-        tensors = {name: self.read(f"{path}.{CHILD}.{name}", dtype) for name in names}
+        tensors = {name: self.read(f"{child.place}.{name}", dtype) for name in names}
         child.load_state_dict(tensors, assign=True)
 
 

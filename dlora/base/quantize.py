@@ -17,7 +17,7 @@ from torch import nn
 from dlora.base.skeleton import pinned_dtypes
 from dlora.errors import UsageError, and_more
 from dlora.lora.layers import AdaptedLayer, layer_kind
-from dlora.lora.targets import linear_paths
+from dlora.lora.targets import linear_paths, readers_of_weights
 from dlora.quant.formats import FORMATS
 from dlora.quant.linear import CODES, SCALES, Packing, is_packed, pack
 from dlora.sharding.engines.gather_groups import block_lists
@@ -81,6 +81,8 @@ def quantize(model: nn.Module, quantization: str) -> Quantized:
         raise UsageError("quantize: this model is already packed")
     packed, weights, nbytes = [], 0, 0
     left, uses = dict(_not_linear(model)), _uses(model)
+    for path, reader in readers_of_weights(model).items():
+        left[path] = f"{reader} reads its weight itself"
     for path in _linear_in_blocks(model):
         module = model.get_submodule(path)
         k, n = module.get_parameter("weight").shape

@@ -20,10 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import Concatenate, MergeModulelist
 
 from dlora.base.source import BaseSource
-from dlora.base.weight_files import Origin, origins_of_parameters, weight_files
+from dlora.base.weight_files import Origin, origins_of_parameters, stacks_alone, weight_files
 from dlora.errors import UsageError, and_more
 from dlora.io.safetensors import FLOATS, INTEGERS, StoredTensor, stored_tensors
 
@@ -153,7 +152,7 @@ class StoredWeights:
         """The elements [start, stop) of a converted parameter."""
         wanted: Sequence[int] = range(len(origin.keys))
         before = 0
-        if _stacks_alone(origin):
+        if stacks_alone(origin):
             row = math.prod(self._shapes[target][1:])
             first, last = start // row, -(-stop // row)
             wanted, before = _of_rows(origin.patterns, first, last), first * row
@@ -186,17 +185,6 @@ def _have_equal_elements(one: StoredTensor, other: StoredTensor, dtype: torch.dt
         if not torch.equal(*(t.elements(start, stop).to(dtype) for t in (one, other))):
             return False
     return True
-
-
-def _stacks_alone(origin: Origin) -> bool:
-    """Whether the keys are stacked along dim 0 and that dim is not touched again."""
-    assert origin.converter is not None
-    stack, *rest = origin.converter.operations
-    return (
-        isinstance(stack, MergeModulelist)
-        and stack.dim == 0
-        and all(isinstance(op, Concatenate) and op.dim > 0 for op in rest)
-    )
 
 
 def _of_rows(patterns: Sequence[str], first: int, last: int) -> list[int]:

@@ -18,13 +18,17 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
     rename_source_key,
+    revert_weight_conversion,
 )
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
@@ -72,9 +76,8 @@ class StoredBase:
         expected = skeleton.state_dict()
         self._shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
         origins = origins_of_parameters(skeleton, self.tensors, expected)
-        self._keys = {
-            name: origin.keys for name, origin in origins.items() if origin.converter is None
-        }
+        self._skeleton, self._origins = skeleton, origins
+        self._keys = {name: o.keys for name, o in origins.items() if o.converter is None}
         self._dtypes = {
             key: expected[name].dtype
             for name, origin in origins.items()
@@ -111,6 +114,33 @@ class StoredBase:
             )
         return keys[0]
 
+    def stacked(self, name: str) -> dict[int, list[str]]:
+        """{expert: its keys} of a parameter that transformers stacks from keys of each expert."""
+        origin = self._origins.get(name)
+        if origin is None or origin.converter is None or not stacks_alone(origin):
+            return {}
+        by_pattern: dict[str, list[str]] = {}
+        for key, pattern in zip(origin.keys, origin.patterns, strict=True):
+            by_pattern.setdefault(pattern, []).append(key)
+        experts = self._shapes[name][0]
+        if any(len(keys) != experts for keys in by_pattern.values()):
+            return {}
+        return {e: [keys[e] for keys in by_pattern.values()] for e in range(experts)}
+
+    def unstacked(self, name: str, expert: int, value: Tensor) -> dict[str, Tensor]:
+        """{key: its part} of a value [1, …] for one expert of such a parameter.
+
+        It is taken apart as transformers takes weights apart that it saves.
+        """
+        first, own = self.stacked(name)[0], self.stacked(name)[expert]
+        parts = revert_weight_conversion(self._skeleton, {name: value})
+        if parts.keys() != set(first):
+            raise UsageError(
+                f"{name} is adapted, but transformers saves it as {and_more(sorted(parts), 1)}, "
+                f"which {self.base.path} does not contain, so it cannot be merged in place"
+            )
+        return {key: parts[key_of_first] for key_of_first, key in zip(first, own, strict=True)}
+
     def config(self) -> dict[str, Any]:
         """The content of `config.json`."""
         path = _cached(self.base, "config.json")
@@ -138,6 +168,17 @@ class Origin:
     keys: list[str]
     patterns: list[str]
     converter: WeightConverter | None
+
+
+def stacks_alone(origin: Origin) -> bool:
+    """Whether the keys are stacked along dim 0 and that dim is not touched again."""
+    assert origin.converter is not None
+    stack, *rest = origin.converter.operations
+    return (
+        isinstance(stack, MergeModulelist)
+        and stack.dim == 0
+        and all(isinstance(op, Concatenate) and op.dim > 0 for op in rest)
+    )
 
 
 def origins_of_parameters(

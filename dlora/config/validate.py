@@ -35,7 +35,7 @@ INERT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     (
         "adapter.r adapter.lora_alpha adapter.target_modules adapter.use_rslora adapter.use_dora "
         "adapter.init_lora_weights adapter.rank_pattern adapter.alpha_pattern "
-        "adapter.modules_to_save",
+        "adapter.modules_to_save adapter.target_parameters",
         lambda c: c.adapter.path is not None,
         "the adapter at adapter.path sets it",
     ),

@@ -35,7 +35,7 @@ from dlora.io.safetensors import (
     new_float_tensor,
     write_tensors,
 )
-from dlora.lora.attach import named_adapters, named_copies
+from dlora.lora.attach import named_adapters, named_copies, weight_at
 from dlora.lora.layers import CHILD
 from dlora.lora.merge import change_of, merged_weight
 from dlora.metrics.progress import CopyDisplay
@@ -64,11 +64,19 @@ class MergedModel:
     stored: StoredBase
     dtype: torch.dtype | None
     losses: dict[str, float] = field(default_factory=dict)  # filled by `write`, by module
+    # of parameters that are stored in parts, one or more for each expert, by key
+    parts: dict[str, Edit] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.edits: dict[str, Edit] = {}
-        for path, _, _ in named_adapters(self.skeleton):
-            self.edits[f"{path}.weight"] = self._add_delta(path)
+        for path, layer, _ in named_adapters(self.skeleton):
+            name = weight_at(path, layer)
+            experts = self.stored.stacked(name)
+            if not experts:
+                self.edits[name] = self._add_delta(path)
+            for expert, keys in experts.items():
+                for key in keys:
+                    self.parts[key] = self._add_part(path, name, expert, key)
         for path, _, copy in named_copies(self.skeleton):
             for name, _ in copy.named_parameters():
                 self.edits[f"{path}.{name}"] = self._replace(f"{path}.{CHILD}.{name}")
@@ -108,7 +116,7 @@ class MergedModel:
         """Every tensor of the new model: those of the files in their order, then those untied."""
         edits = {self._key_for(name): name for name in self.edits}
         for key, tensor in self.stored.tensors.items():
-            yield self._tensor(tensor, self.edits.get(edits.get(key, "")))
+            yield self._tensor(tensor, self.parts.get(key) or self.edits.get(edits.get(key, "")))
         for name, holder in self.untied.items():
             if not self.stored.has(name):
                 origin = self.stored.tensors[self.stored.key_of(holder)]
@@ -145,6 +153,17 @@ class MergedModel:
                 lost, total = lost + merged.loss**2 * square, total + square
                 yield merged.weight
             self.losses[path] = math.sqrt(lost / total) if total else 0.0
+
+        return edit
+
+    def _add_part(self, path: str, name: str, expert: int, key: str) -> Edit:
+        def edit(tensor: StoredTensor, dtype: torch.dtype) -> Iterator[Tensor]:
+            wide = torch.promote_types(FLOATS[tensor.dtype], torch.float32)
+            delta = self.source.update_of_expert(self.skeleton, path, wide, expert)
+            part = self.stored.unstacked(name, expert, delta)[key]
+            merged = merged_weight(tensor.rows(), part, dtype)
+            self.losses[key] = merged.loss
+            yield merged.weight
 
         return edit
 

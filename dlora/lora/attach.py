@@ -14,10 +14,24 @@ from dlora.errors import UsageError
 from dlora.lora.config import LoraConfig
 from dlora.lora.dropout import DropoutStream
 from dlora.lora.init import INITS, Initialisation
-from dlora.lora.layers import CHILD, ModulesToSaveCopy, ModulesToSaveLayer, adapt_, layer_kind
+from dlora.lora.layers import (
+    CHILD,
+    AdaptedLayer,
+    ModulesToSaveCopy,
+    ModulesToSaveLayer,
+    adapt_,
+    layer_kind,
+)
+from dlora.lora.left import what_is_left
+from dlora.lora.parameters import (
+    AdaptedParameters,
+    ParameterAdapter,
+    ParameterAdapters,
+    ParameterLayer,
+)
 from dlora.lora.states import AdapterState
 from dlora.lora.step_values import StepValues
-from dlora.lora.targets import saved_paths, target_paths
+from dlora.lora.targets import module_paths, parameter_paths, saved_paths
 from dlora.lora.variants import VARIANTS, LoraAdapter
 from dlora.lora.whole_weights import WholeWeights, plain_weights, show_weights
 from dlora.quant.linear import is_packed
@@ -28,15 +42,19 @@ class Attachment:
     """What `attach` did to a model; stored on the model as `model.dlora`.
 
     Attributes:
-        adapted: paths of the modules with an adapter.
+        adapted: paths of the modules with an adapter, then those of adapted parameters.
+        parameters: the latter alone.
         saved: paths of the modules that are trained whole.
+        left: lines for the user about what `all-linear` left alone.
         stream: where the adapters' dropout masks come from.
         values: what the adapters make once for all passes of a step.
     """
 
     config: LoraConfig
     adapted: list[str] = field(default_factory=list)
+    parameters: list[str] = field(default_factory=list)
     saved: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
     stream: DropoutStream = field(default_factory=DropoutStream)
     values: StepValues = field(default_factory=StepValues)
 
@@ -69,8 +87,10 @@ def attach(
     """
     if hasattr(model, "dlora"):
         raise UsageError("attach: this model already has adapters")
-    adapted, saved = target_paths(model, config), saved_paths(model, config)
-    for path in (*adapted, *saved):
+    adapted, saved = module_paths(model, config), saved_paths(model, config)
+    parameters = parameter_paths(model, config)
+    owners = dict.fromkeys(path.rpartition(".")[0] for path in parameters)
+    for path in (*adapted, *saved, *owners):
         _check_free(model.get_submodule(path), path)
     for path in adapted:
         _check_start(model.get_submodule(path), path, config, residual)
@@ -80,16 +100,21 @@ def attach(
     if VARIANTS[config.variant].needs_weight and whole_weights is None:
         for path in adapted:
             plain_weights(f"attach: {config.variant} starts from W0")(model.get_submodule(path))
-    attachment = Attachment(config, adapted, saved)
+    left = what_is_left(model, config, adapted, parameters)
+    attachment = Attachment(config, [*adapted, *parameters], parameters, saved, left)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for path in adapted:
         _attach_adapter(model.get_submodule(path), path, attachment, residual)
+    for owner in owners:
+        adapt_(model.get_submodule(owner), AdaptedParameters, ParameterAdapters(), owner)
+    for path in parameters:
+        _adapt_parameter(model, path, attachment)
     for path in saved:
         module = model.get_submodule(path)
         with (whole_weights or plain_weights("modules_to_save"))(module) as weights:
             child = ModulesToSaveCopy(weights, _master_dtype(module))
-        adapt_(module, ModulesToSaveLayer, child)
+        adapt_(module, ModulesToSaveLayer, child, path)
     _forbid_fused_inference(model)
     model.dlora = attachment  # type: ignore[assignment]
     show_weights(named_adapters(model), whole_weights)
@@ -104,11 +129,34 @@ def attachment_of(model: nn.Module) -> Attachment:
     return attachment
 
 
-def named_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, LoraAdapter]]:
-    """(path, layer, adapter) of every module with A and B, in the model's order."""
-    for path in attachment_of(model).adapted:
+def named_adapters(model: nn.Module) -> Iterator[tuple[str, Any, LoraAdapter]]:
+    """(path, layer, adapter) of every module with A and B, in the model's order.
+
+    An adapted parameter has a layer of its own (`ParameterLayer`), and comes after the modules.
+    """
+    attachment = attachment_of(model)
+    for path in attachment.adapted:
+        yield path, *adapted_at(model, path)
+
+
+def adapted_at(model: nn.Module, path: str) -> tuple[Any, Any]:
+    """Layer and adapter at one of the paths of `Attachment.adapted`."""
+    if path not in attachment_of(model).parameters:
         layer = model.get_submodule(path)
-        yield path, layer, layer.get_submodule(CHILD)  # type: ignore[misc]
+        return layer, layer.get_submodule(CHILD)
+    owner, _, name = path.rpartition(".")
+    module = model.get_submodule(owner)
+    return ParameterLayer(module, name), module.get_submodule(f"{CHILD}.{name}")
+
+
+def owner_of(path: str, layer: AdaptedLayer) -> str:
+    """The path of the module that has the weight of the layer at `path`."""
+    return path.rpartition(".")[0] if isinstance(layer, ParameterLayer) else path
+
+
+def weight_at(path: str, layer: AdaptedLayer) -> str:
+    """The name in the model of the weight of the layer at `path`, which is not packed."""
+    return f"{owner_of(path, layer)}.{layer.weight_names[0]}"
 
 
 def named_copies(model: nn.Module) -> Iterator[tuple[str, nn.Module, ModulesToSaveCopy]]:
@@ -122,8 +170,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """A, B and trained copies by their full names, in the model's order, the same on every rank."""
     children = [*named_adapters(model), *named_copies(model)]
     return {
-        f"{path}.{CHILD}.{name}": parameter
-        for path, _, child in children
+        f"{child.place}.{name}": parameter
+        for _, _, child in children
         for name, parameter in child.named_parameters()
     }
 
@@ -131,8 +179,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The frozen tensors of the adapters by full names: the factors of their offsets."""
     return {
-        f"{path}.{CHILD}.{name}": tensor
-        for path, _, adapter in named_adapters(model)
+        f"{adapter.place}.{name}": tensor
+        for _, _, adapter in named_adapters(model)
         for name, tensor in adapter.offsets().items()
     }
 
@@ -242,13 +290,7 @@ def _attach_adapter(module: nn.Module, path: str, attachment: Attachment, residu
     adapter = VARIANTS[config.variant](
         m=m,
         n=n,
-        r=config.r_for(path),
-        scaling=config.scaling_for(path),
-        dropout=config.lora_dropout,
-        path=path,
-        stream=attachment.stream,
-        values=attachment.values,
-        dtype=_master_dtype(module),
+        **_common(attachment, path, module),
         device=device,
         offset=init.needs != "nothing",
         residual=residual and init.needs == "weight" and is_packed(module),
@@ -257,7 +299,43 @@ def _attach_adapter(module: nn.Module, path: str, attachment: Attachment, residu
     if device.type != "meta":
         adapter.reset(is_embedding=kind.is_embedding, init=init)
     adapter.train(module.training)
-    adapt_(module, kind, adapter)
+    adapt_(module, kind, adapter, path)
+
+
+def _adapt_parameter(model: nn.Module, path: str, attachment: Attachment) -> None:
+    """Put A and B of one parameter among its module's `ParameterAdapters`."""
+    owner, _, name = path.rpartition(".")
+    module = model.get_submodule(owner)
+    layer = ParameterLayer(module, name)
+    experts, m, n = layer.sizes()
+    device = module.get_parameter(name).device
+    adapter = ParameterAdapter(
+        m=m,
+        n=n,
+        experts=experts,
+        transposed=layer.stored_transposed,
+        **_common(attachment, path, module),
+        device=device,
+    )
+    if device.type != "meta":
+        adapter.reset(is_embedding=False, init=attachment.init)
+    adapter.train(module.training)
+    adapter.place = f"{owner}.{CHILD}.{name}"
+    module.get_submodule(CHILD).add_module(name, adapter)
+
+
+def _common(attachment: Attachment, path: str, module: nn.Module) -> dict[str, Any]:
+    """What every adapter is made with."""
+    config = attachment.config
+    return {
+        "r": config.r_for(path),
+        "scaling": config.scaling_for(path),
+        "dropout": config.lora_dropout,
+        "path": path,
+        "stream": attachment.stream,
+        "values": attachment.values,
+        "dtype": _master_dtype(module),
+    }
 
 
 def _kernel(module: nn.Module) -> tuple[int, ...]:

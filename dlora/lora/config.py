@@ -31,6 +31,9 @@ class LoraConfig:
             A Kaiming-uniform and B zero.
         rank_pattern, alpha_pattern: regular expression → r or α for the modules whose path matches
             `(.*\\.)?(expression)$`; the first match in the order given wins.
+        target_parameters: names of parameters, matrices or stacks of matrices such as the weights
+            of experts, that get an A and a B for each matrix (a name matches a parameter whose path
+            is it or ends with `.name`).
         modules_to_save: modules trained whole, in a float32 copy beside the frozen original: those
             whose path ends with one of these names (`norm` is `input_layernorm` too, as in PEFT).
             They get no adapter.
@@ -68,10 +71,13 @@ class LoraConfig:
         {}, "lora_alpha by module name or regular expression", gt=0, le=1099511627776.0
     )
     modules_to_save: list[str] = option([], "modules trained and saved in full")
+    target_parameters: list[str] = option(
+        [], "names of parameters to adapt, such as mlp.experts.gate_up_proj"
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
-        if not self.target_modules and not self.modules_to_save:
+        if not (self.target_modules or self.modules_to_save or self.target_parameters):
             raise UsageError("target_modules: is empty, so nothing would be trained")
         patterns = [("rank_pattern", key) for key in self.rank_pattern]
         patterns += [("alpha_pattern", key) for key in self.alpha_pattern]
@@ -96,9 +102,30 @@ class LoraConfig:
             raise UsageError(f"use_dora: DoRA needs a plain LoRA, not {self.method}")
         if self.init_lora_weights is not True and self.method != "lora":
             raise UsageError(f"init_lora_weights: {self.method} has its own initialisation")
+        if self.target_parameters:
+            self._check_parameters()
         for r in {self.r, *self.rank_pattern.values()}:
             if problem := INITS[self.init_lora_weights].check(r):
                 raise UsageError(f"init_lora_weights: {problem}")
+
+    def _check_parameters(self) -> None:
+        """As in PEFT: W0 + ΔW is one weight there, so nothing acts on an input or an output."""
+        if self.lora_dropout:
+            raise UsageError(
+                f"lora_dropout: {self.lora_dropout} cannot act on target_parameters, whose ΔW is "
+                "part of the weight; set it to 0"
+            )
+        form = "dora (use_dora)" if self.use_dora else self.method
+        if form != "lora":
+            raise UsageError(f"target_parameters: need a plain LoRA, not {form}")
+        if (
+            INITS[self.init_lora_weights].needs != "nothing"
+            or self.init_lora_weights == "orthogonal"
+        ):
+            raise UsageError(
+                f"target_parameters: {self.init_lora_weights} is no start for them; set "
+                "init_lora_weights: true, or gaussian"
+            )
 
     def for_steps(self, total_steps: int) -> LoraConfig:
         """These settings for a run of `total_steps` optimizer steps."""

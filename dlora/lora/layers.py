@@ -16,8 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlora.lora.own_forward import computes_embedding, computes_linear, embed_scale
 from dlora.lora.states import AdapterState, Stateful
-from dlora.quant.linear import PackedMixin, frozen_weight
+from dlora.quant.linear import (
+    WEIGHT_NAMES,
+    PackedMixin,
+    frozen_weight,
+    replace_weight,
+    restore_weight,
+    unpacked,
+)
 
 CHILD = "adapter"
 
@@ -27,6 +35,9 @@ class AdaptedLayer:
 
     is_embedding = False
     transposed = False  # True where the weight is stored [in, out]
+    weight_names: tuple[str, ...] = (
+        WEIGHT_NAMES  # of the weight, packed or not, in the module that has it
+    )
 
     @staticmethod
     def accepts(module: nn.Module) -> bool:
@@ -53,6 +64,23 @@ class AdaptedLayer:
         """The layer's weight → [m, n]."""
         return weight.t() if cls.transposed else weight.flatten(1)
 
+    def whole_weight(self: Any) -> Tensor:
+        """The weight as it is stored; a packed one in its dtype before packing."""
+        return unpacked(self)
+
+    def first_parameter(self: Any) -> tuple[str, nn.Parameter]:
+        """Name and value of the weight, of a packed one of the first of its parts."""
+        name = next(name for name in self.weight_names if name in self._parameters)
+        return name, self.get_parameter(name)
+
+    def replace(self: Any, weight: Tensor) -> dict[str, nn.Parameter]:
+        """Put a whole frozen weight in the place of its own; returns the latter, for `restore`."""
+        return replace_weight(self, weight)
+
+    def restore(self: Any, originals: dict[str, nn.Parameter]) -> None:
+        """Undo `replace`."""
+        restore_weight(self, originals)
+
     @classmethod
     def gradient_times(
         cls, module: Any, x: Tensor, dy: Tensor, basis: Tensor, *, transposed: bool
@@ -69,12 +97,14 @@ class AdaptedLayer:
 
 
 class AdaptedLinear(AdaptedLayer):
-    """`nn.Linear`: weight [out, in], packed or not."""
+    """`nn.Linear`, or a subclass that computes the same: weight [out, in], packed or not."""
 
     @staticmethod
     def accepts(module: nn.Module) -> bool:
-        own = (nn.Linear.forward, PackedMixin.forward)
-        return isinstance(module, nn.Linear) and type(module).forward in own
+        if not isinstance(module, nn.Linear):
+            return False
+        plain = type(module).forward in (nn.Linear.forward, PackedMixin.forward)
+        return plain or computes_linear(module)
 
     @staticmethod
     def shape(module: Any) -> tuple[int, int]:
@@ -113,7 +143,10 @@ class AdaptedConv1D(AdaptedLayer):
 
 
 class AdaptedEmbedding(AdaptedLayer):
-    """`nn.Embedding`: weight [V, dim]; ΔW of row v is s·B·A[:, v], so (m, n) = (dim, V)."""
+    """`nn.Embedding`: weight [V, dim]; ΔW of row v is s·B·A[:, v], so (m, n) = (dim, V).
+
+    Where the layer has an `embed_scale` c (Gemma), y = c·(W0 + ΔW)[ids], as in PEFT.
+    """
 
     is_embedding = True
     transposed = True
@@ -122,8 +155,8 @@ class AdaptedEmbedding(AdaptedLayer):
     def accepts(module: nn.Module) -> bool:
         return (
             isinstance(module, nn.Embedding)
-            and type(module).forward is nn.Embedding.forward
             and module.max_norm is None  # renormalises W0 in place on every look-up
+            and (type(module).forward is nn.Embedding.forward or computes_embedding(module))
         )
 
     @staticmethod
@@ -133,13 +166,15 @@ class AdaptedEmbedding(AdaptedLayer):
     def forward(self: Any, ids: Tensor) -> Tensor:
         if not self.adapter.active:
             return super().forward(ids)  # type: ignore[misc]
-        return self.adapter.embedding(ids, self.weight, self.padding_idx)
+        y = self.adapter.embedding(ids, self.weight, self.padding_idx)
+        return y * embed_scale(self, y.dtype) if hasattr(self, "embed_scale") else y
 
     @classmethod
     def gradient_times(
         cls, module: Any, x: Tensor, dy: Tensor, basis: Tensor, *, transposed: bool
     ) -> Tensor:
         ids_T, dy_Tm = x.reshape(-1), dy.reshape(-1, dy.shape[-1]).to(basis.dtype)
+        dy_Tm = dy_Tm * embed_scale(module, dy_Tm.dtype)
         if module.padding_idx is not None:
             dy_Tm = dy_Tm.masked_fill((ids_T == module.padding_idx)[:, None], 0)
         if not transposed:
@@ -278,8 +313,9 @@ def adapted_class(base: Any, kind: Any) -> type:
     return type(f"Adapted{base.__name__}", (kind, base), {"__module__": base.__module__})
 
 
-def adapt_(module: nn.Module, kind: type, child: nn.Module) -> None:
-    """Give `module` the child and the class, in place."""
+def adapt_(module: nn.Module, kind: type, child: Any, path: str) -> None:
+    """Give `module`, at `path`, the child and the class, in place."""
     module.add_module(CHILD, child)
+    child.place = f"{path}.{CHILD}"
     base: Any = type(module)
     module.__class__ = adapted_class(base, kind)

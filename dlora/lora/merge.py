@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from dlora.errors import UsageError
-from dlora.lora.attach import attachment_of, named_adapters, named_copies
+from dlora.lora.attach import attachment_of, named_adapters, named_copies, owner_of
 from dlora.lora.layers import AdaptedLayer
 from dlora.lora.states import AdapterState
 from dlora.lora.variants import LoraAdapter
-from dlora.quant.linear import WEIGHT_NAMES, replace_weight, restore_weight, unpacked
 
 LOSS_WORTH_A_WARNING = 0.01
 
@@ -95,13 +94,13 @@ def merge(model: nn.Module) -> nn.Module:
     losses: dict[str, float] = {}
     originals: dict[str, nn.Parameter] = {}
     for path, layer, adapter in named_adapters(model):
-        assert isinstance(layer, AdaptedLayer)
-        weight, delta = unpacked(layer), layer.as_stored(layer, adapter.addend())
+        weight, delta = layer.whole_weight(), layer.as_stored(layer, adapter.addend())
         scale = scale_of_rows(layer, adapter, delta, [(0, len(weight), weight)])
         result = merged_weight(weight, change_of(weight, delta, scale))
         losses[path] = result.loss
-        taken = replace_weight(layer, result.weight)
-        originals |= {f"{path}.{name}": parameter for name, parameter in taken.items()}
+        owner = owner_of(path, layer)
+        taken = layer.replace(result.weight)
+        originals |= {f"{owner}.{name}": parameter for name, parameter in taken.items()}
         if adapter.state is not AdapterState.EMPTY:
             adapter.become(AdapterState.MERGED)
     for path, layer, copy in named_copies(model):
@@ -128,8 +127,9 @@ def unmerge(model: nn.Module) -> nn.Module:
     for path, layer, adapter in named_adapters(model):
         if adapter.state is not AdapterState.EMPTY:
             adapter.become(AdapterState.ON)
-        names = [name for name in WEIGHT_NAMES if f"{path}.{name}" in originals]
-        restore_weight(layer, {name: originals.pop(f"{path}.{name}") for name in names})
+        owner = owner_of(path, layer)
+        names = [name for name in layer.weight_names if f"{owner}.{name}" in originals]
+        layer.restore({name: originals.pop(f"{owner}.{name}") for name in names})
     for path, original in originals.items():
         _set_parameter(model, path, original)
     for _, _, copy in named_copies(model):
@@ -164,10 +164,11 @@ def _check_mergeable(model: nn.Module) -> None:
         if adapter.state not in (AdapterState.ON, AdapterState.EMPTY):
             raise UsageError(f"merge: the adapter of {path} {adapter.state.value}")
     for path, layer, _ in named_adapters(model):
-        name = next(name for name in WEIGHT_NAMES if name in layer._parameters)
-        if type(layer.get_parameter(name).data) is not Tensor:
+        name, parameter = layer.first_parameter()
+        if type(parameter.data) is not Tensor:
             raise UsageError(
-                f"merge: {path}.{name} is sharded; save the adapter and use dlora.export --merge"
+                f"merge: {owner_of(path, layer)}.{name} is sharded; save the adapter and use "
+                "dlora.export --merge"
             )
 
 

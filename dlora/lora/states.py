@@ -41,10 +41,12 @@ class Stateful(nn.Module):
     """A child of an adapted layer that is in one of the states.
 
     Attributes:
+        place: its path in the model.
         state: changed by `become` alone.
     """
 
     what: ClassVar[str] = "adapter"
+    place: str
     state = AdapterState.ON
 
     def become(self, state: AdapterState) -> None:

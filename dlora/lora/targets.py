@@ -1,46 +1,77 @@
-"""Which modules a configuration means: PEFT's matching rules, and errors that name candidates."""
+"""Which modules and parameters a configuration means: PEFT's rules, and errors with candidates."""
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
+from enum import Enum
 
 from torch import nn
 
 from dlora.errors import UsageError
 from dlora.lora.config import LoraConfig
 from dlora.lora.layers import AdaptedConv1D, AdaptedLinear, layer_kind, obstacle
+from dlora.lora.parameters import check_parameter, shape_of
+from dlora.lora.suggest import suggestion, why_not
+from dlora.lora.text_part import reached_by_text, text_part
+from dlora.lora.weight_reads import weight_reads
+
+ALL_LINEAR = "all-linear"
+
+
+class Passed(Enum):
+    """Why `all-linear` leaves a linear layer alone, beside those whose weight a module reads."""
+
+    OTHER_INPUT = "text alone does not reach it"
 
 
 def target_paths(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Paths of the modules that get A and B, in the model's order.
+    """Paths of the modules and then of the parameters that get A and B, in the model's order.
 
     Raises:
-        UsageError: an entry of `target_modules` or a pattern matches nothing, or matches a module
-            that cannot carry an adapter.
+        UsageError: an entry of `target_modules`, `target_parameters` or a pattern matches nothing,
+            or matches what cannot carry an adapter.
     """
+    return [*module_paths(model, config), *parameter_paths(model, config)]
+
+
+def module_paths(model: nn.Module, config: LoraConfig) -> list[str]:
+    """The modules among `target_paths`; the errors are the same."""
     modules = {path: module for path, module in model.named_modules() if path}
     saved = set(saved_paths(model, config))
     targets = config.target_modules
-    if targets == "all-linear":
-        paths = [p for p in _all_linear(model, modules) if not _inside(p, saved)]
+    if targets == ALL_LINEAR:
+        passed = passed_over(model)
+        paths = [p for p in _linear(model) if p not in passed and not _inside(p, saved)]
     else:
-        paths = _matching(modules, targets, saved)
+        paths = _matching(model, modules, targets, saved)
         for path in paths:
             _check_adaptable(path, modules)
-    if not paths and not saved:
+        _check_called(model, paths)
+    if not paths and not saved and not config.target_parameters:
         raise UsageError(f"target_modules: {targets!r} matches no linear layer of this model")
-    for key, pattern in (
-        ("rank_pattern", config.rank_pattern),
-        ("alpha_pattern", config.alpha_pattern),
-    ):
-        for expression in pattern:
-            if not any(re.match(rf"(.*\.)?({expression})$", path) for path in paths):
-                raise UsageError(
-                    f"{key}: {expression!r} matches none of the {len(paths)} adapted modules"
-                    f"{_candidates(expression, paths)}"
-                )
+    _check_patterns(config, [*paths, *_parameters_named(model, config)])
+    return paths
+
+
+def parameter_paths(model: nn.Module, config: LoraConfig) -> list[str]:
+    """The parameters among `target_paths`; the errors are the same."""
+    paths = _parameters_named(model, config)
+    if not paths:
+        return []
+    adapted, saved = set(module_paths(model, config)), set(saved_paths(model, config))
+    for path in paths:
+        check_parameter(path, model.get_parameter(path))
+        owner = path.rpartition(".")[0]
+        if not owner:
+            raise UsageError(f"target_parameters: {path} belongs to no module inside the model")
+        if _inside(owner, saved):
+            raise UsageError(f"target_parameters: modules_to_save trains {path} already")
+        if owner in adapted:
+            raise UsageError(
+                f"target_parameters: target_modules adapts {owner} already; leave one of them out"
+            )
+    _check_called(model, [path.rpartition(".")[0] for path in paths], "target_parameters")
     return paths
 
 
@@ -51,14 +82,16 @@ def saved_paths(model: nn.Module, config: LoraConfig) -> list[str]:
         UsageError: a name matches no module, one without parameters, or one inside another match.
     """
     modules = {path: module for path, module in model.named_modules() if path}
+    trainable = [p for p, m in modules.items() if any(True for _ in m.parameters())]
     paths: list[str] = []
     for name in config.modules_to_save:
         matches = [p for p in modules if p.endswith(name)]
         if not matches:
+            why = why_not(name, model, wanted="module").partition("; use")[0]
             raise UsageError(
-                f"modules_to_save: {name!r} matches no module{_candidates(name, modules)}"
+                f"modules_to_save: {name!r} matches no module{why or suggestion(name, trainable)}"
             )
-        matches = [p for p in matches if any(True for _ in modules[p].parameters())]
+        matches = [p for p in matches if p in trainable]
         if not matches:
             raise UsageError(f"modules_to_save: {name!r} has no parameters to train")
         paths += matches
@@ -69,29 +102,46 @@ def saved_paths(model: nn.Module, config: LoraConfig) -> list[str]:
 
 
 def linear_paths(model: nn.Module) -> list[str]:
-    """Paths of the linear layers but for the output head, in the model's order."""
-    return _all_linear(model, {path: module for path, module in model.named_modules() if path})
+    """Paths of the linear layers that are called, but for the output head, in the model's order."""
+    read = _bypassed(model)
+    return [path for path in _linear(model) if path not in read]
 
 
-def _all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
+def passed_over(model: nn.Module) -> dict[str, Passed | str]:
+    """{linear layer that `all-linear` leaves alone: why, or the class that reads its weight}."""
+    read, part = _bypassed(model), text_part(model)
+    passed: dict[str, Passed | str] = {}
+    for path in _linear(model):
+        if not reached_by_text(model, path, part):
+            passed[path] = Passed.OTHER_INPUT
+        elif path in read:
+            passed[path] = read[path]
+    return passed
+
+
+def readers_of_weights(model: nn.Module) -> dict[str, str]:
+    """{linear layer: the class that reads its weight past the layer}, but for the output head."""
+    read = _bypassed(model)
+    return {path: read[path] for path in _linear(model) if path in read}
+
+
+def _bypassed(model: nn.Module) -> dict[str, str]:
+    return {path: read.reader for path, read in weight_reads(model).items() if read.bypasses}
+
+
+def _linear(model: nn.Module) -> list[str]:
     """Every linear layer but the output head, which PEFT leaves out too."""
-    head = _output_head(model)
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
     return [
         path
-        for path, module in modules.items()
-        if layer_kind(module) in (AdaptedLinear, AdaptedConv1D)
-        and module is not head
-        and not _in_attention_kernel(path, modules)
+        for path, module in model.named_modules()
+        if path and layer_kind(module) in (AdaptedLinear, AdaptedConv1D) and module is not head
     ]
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
-    find = getattr(model, "get_output_embeddings", None)
-    return find() if callable(find) else None
-
-
 def _matching(
-    modules: dict[str, nn.Module], targets: str | Iterable[str], saved: set[str]
+    model: nn.Module, modules: dict[str, nn.Module], targets: str | Iterable[str], saved: set[str]
 ) -> list[str]:
     """What an expression or the names mean; as in PEFT, `modules_to_save` take precedence."""
     is_regex = isinstance(targets, str)
@@ -101,44 +151,82 @@ def _matching(
         expression = entry if is_regex else rf"(.*\.)?{re.escape(entry)}"
         meant = {p for p in modules if re.fullmatch(expression, p)}
         if not meant:
-            raise UsageError(f"{named} matches no module{_candidates(entry, modules)}")
+            why = "" if is_regex else why_not(entry, model, wanted="module")
+            adaptable = [p for p, m in modules.items() if layer_kind(m) is not None]
+            raise UsageError(f"{named} matches no module{why or suggestion(entry, adaptable)}")
         if all(_inside(p, saved) for p in meant):
             raise UsageError(f"{named} matches only modules that modules_to_save trains already")
         found |= meant
     return [p for p in modules if p in found and not _inside(p, saved)]
 
 
+def _parameters_named(model: nn.Module, config: LoraConfig) -> list[str]:
+    """What the names of `target_parameters` mean, in the model's order."""
+    if not config.target_parameters:
+        return []
+    named = [path for path, _ in model.named_parameters(remove_duplicate=False)]
+    found: set[str] = set()
+    for name in config.target_parameters:
+        meant = {path for path in named if path == name or path.endswith(f".{name}")}
+        if not meant:
+            why = why_not(name, model, wanted="parameter")
+            stacks = [p for p in named if len(shape_of(model.get_parameter(p))) == 3]
+            others = [p for p in named if len(shape_of(model.get_parameter(p))) == 2]
+            raise UsageError(
+                f"target_parameters: {name!r} matches no parameter"
+                f"{why or suggestion(name, stacks or others)}"
+            )
+        found |= meant
+    return [path for path in named if path in found]
+
+
+def _check_patterns(config: LoraConfig, paths: list[str]) -> None:
+    for key, pattern in (
+        ("rank_pattern", config.rank_pattern),
+        ("alpha_pattern", config.alpha_pattern),
+    ):
+        for expression in pattern:
+            if not any(re.match(rf"(.*\.)?({expression})$", path) for path in paths):
+                raise UsageError(
+                    f"{key}: {expression!r} matches none of the {len(paths)} adapted modules"
+                    f"{suggestion(expression, paths)}"
+                )
+
+
 def _check_adaptable(path: str, modules: dict[str, nn.Module]) -> None:
     module = modules[path]
-    if layer_kind(module) is None:
+    if layer_kind(module) is not None:
+        return
+    stacks = [
+        name
+        for name, parameter in module.named_parameters(recurse=False)
+        if len(shape_of(parameter)) == 3
+    ]
+    last = path.rpartition(".")[2]
+    why = obstacle(module) or "Linear, Conv1D, Embedding and Conv1d, 2d, 3d can"
+    if stacks and obstacle(module) is None:
         why = (
-            obstacle(module)
-            or "Linear, Conv1D, Embedding and Conv1d, 2d, 3d can, with their own forward"
+            "its weights are stacks of matrices: use target_parameters: "
+            f"[{', '.join(f'{last}.{name}' for name in stacks)}]"
         )
-        raise UsageError(
-            f"target_modules: {path} is a {type(module).__name__}, which cannot carry an adapter "
-            f"({why})"
-        )
-    if _in_attention_kernel(path, modules):
-        raise UsageError(
-            f"target_modules: {path} belongs to a MultiheadAttention, which reads the weight "
-            "itself and would never call the adapter"
-        )
+    elif isinstance(module, (nn.Linear, nn.Embedding)):
+        why = "its forward computes something else than the layer that it is derived from"
+    raise UsageError(
+        f"target_modules: {path} is a {type(module).__name__}, which cannot carry an adapter "
+        f"({why})"
+    )
 
 
-def _in_attention_kernel(path: str, modules: dict[str, nn.Module]) -> bool:
-    return isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention)
+def _check_called(model: nn.Module, paths: list[str], key: str = "target_modules") -> None:
+    """Raise a `UsageError` about a layer that is never called, so that an adapter cannot act."""
+    read = weight_reads(model)
+    for path in paths:
+        if path in read and not read[path].called:
+            raise UsageError(
+                f"{key}: {path} would have no effect: {read[path].reader} reads the weight itself "
+                "and never calls the layer, and with it the adapter"
+            )
 
 
 def _inside(path: str, roots: set[str]) -> bool:
     return any(path == root or path.startswith(f"{root}.") for root in roots)
-
-
-def _candidates(name: str, paths: Iterable[str]) -> str:
-    """'; did you mean …' with the nearest last components, or a few that exist."""
-    tails = list(dict.fromkeys(p.rpartition(".")[2] for p in paths))
-    tails = [tail for tail in tails if not tail.isdigit()]
-    near = difflib.get_close_matches(name.rpartition(".")[2], tails, n=3)
-    if near:
-        return f"; did you mean {', '.join(near)}?"
-    return f"; names in this model: {', '.join(tails[:12])}" if tails else ""

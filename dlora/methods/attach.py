@@ -29,6 +29,8 @@ def attach(model: nn.Module, config: LoraConfig) -> nn.Module:
         UsageError: as there, or A and B start from a W0 that was not sharded by `dlora.shard`.
     """
     attach_unstarted(model, config)
+    for line in attachment_of(model).left:
+        warnings.warn(line, stacklevel=2)
     init = attachment_of(model).init
     if init.needs == "gradient":
         await_start(model)

@@ -21,6 +21,7 @@ from dlora.lora.attach import (
     trainable_parameters,
 )
 from dlora.lora.method_state import MethodState
+from dlora.lora.parameters import ParameterAdapter
 from dlora.lora.variants import VARIANTS
 from dlora.optim.groups import parameter_groups
 from dlora.optim.lora_pro import Pair
@@ -106,6 +107,8 @@ class TrainedReplica(Replica):
         """
         found = []
         for path, _, adapter in named_adapters(self._model):
+            if isinstance(adapter, ParameterAdapter) and adapter.experts is not None:
+                raise UsageError(f"LoraPro: the adapter at {path} has a pair for each expert")
             pair = Pair(adapter.lora_A, adapter.lora_B, adapter.scaling)
             for name, other in adapter.named_parameters():
                 # A magnitude, one number for each row of the layer's weight, acts on their product.

@@ -58,7 +58,10 @@ class LoraProRule:
     unused = {
         "loraplus_lr_ratio": "lora_pro's updates of A and B are one update of W, at one rate",
     }
-    clashes = (("adapter.method", "!=", "lora", "which steps only pairs of A and B"),)
+    clashes = (  # type: ignore[var-annotated]
+        ("adapter.method", "!=", "lora", "which steps only pairs of A and B"),
+        ("adapter.target_parameters", "!=", [], "which steps only pairs of one A and one B"),
+    )
 
     @staticmethod
     def build(groups: Groups, pairs: Sequence[Any], section: Any, *_: Any) -> Optimizer:

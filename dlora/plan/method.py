@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from dlora.lora.attach import attachment_of, named_adapters
-from dlora.lora.layers import CHILD
 
 
 @dataclass(frozen=True)
@@ -27,11 +26,11 @@ def method_plan(skeleton: nn.Module) -> MethodPlan:
     """The sum of what the adapter classes declare; see `LoraAdapter.planned_state`."""
     copies: list[dict[str, nn.Parameter]] = []
     summed, config = 0, attachment_of(skeleton).config
-    for path, _, adapter in named_adapters(skeleton):
+    for _, _, adapter in named_adapters(skeleton):
         planned = adapter.planned_state(config)
         summed += planned.summed
         for name, count in planned.copies.items():
             copies += [{} for _ in range(count - len(copies))]
             for named in copies[:count]:
-                named[f"{path}.{CHILD}.{name}"] = adapter.get_parameter(name)
+                named[f"{adapter.place}.{name}"] = adapter.get_parameter(name)
     return MethodPlan(tuple(copies), summed)

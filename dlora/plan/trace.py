@@ -188,7 +188,7 @@ def _signature(block: nn.Module) -> list[Any]:
                 (name, value)
                 for name, value in vars(module).items()
                 if isinstance(value, bool | int | float | str)
-                and name not in ("path", "_key")  # an adapter's own
+                and name not in ("path", "place", "_key")  # an adapter's own
                 and "idx" not in name
             ),
             [(name, p.shape, p.dtype) for name, p in module.named_parameters(recurse=False)],

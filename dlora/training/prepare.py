@@ -20,9 +20,16 @@ from dlora.data import Dataset, Sampler, check_source, load_examples
 from dlora.data.cache import cached
 from dlora.data.stream import Stream, StreamSampler
 from dlora.errors import UsageError
-from dlora.lora.attach import adapter_tensors, attach, load_record, trainable_parameters
+from dlora.lora.attach import (
+    adapter_tensors,
+    attach,
+    attachment_of,
+    load_record,
+    trainable_parameters,
+)
 from dlora.lora.config import LoraConfig
 from dlora.lora.dropout import KEYED_BY
+from dlora.lora.left import unreached_by_text
 from dlora.objectives.chunked_loss import model_parts
 from dlora.plan.choose import Decision, capacity_of, decide
 from dlora.plan.plan import Plan, Subject
@@ -47,7 +54,11 @@ from dlora.training.find_checkpoint import ResumePoint
 
 @dataclass(frozen=True)
 class Preparation:
-    """What `prepare` found out; it has no weights."""
+    """What `prepare` found out; it has no weights.
+
+    Attributes:
+        unreached: adapted modules that text alone does not reach, of a model that takes images too.
+    """
 
     base: BaseModel
     tokenizer: Any
@@ -60,6 +71,7 @@ class Preparation:
     resumed: ResumePoint | None
     decision: Decision
     base_identity: str | None
+    unreached: tuple[str, ...] = ()
 
     @property
     def budget(self) -> Plan:
@@ -124,6 +136,9 @@ def prepare(
     skeleton, quantized = _adapted(config, base, lora, resumed)
     if quantized is not None:
         announce(f"model.quantization: {quantized}")
+    attachment = attachment_of(skeleton)
+    for line in attachment.left:
+        announce(f"adapter.{line}")
     known = identity(base, skeleton)
     tokenizer = base.tokenizer()
     load = functools.partial(_load, config, tokenizer, announce, around.writes)
@@ -169,6 +184,7 @@ def prepare(
         resumed,
         decision,
         known,
+        unreached=tuple(unreached_by_text(skeleton, [*attachment.adapted, *attachment.saved])),
     )
 
 

@@ -12,7 +12,7 @@ import faulthandler
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +77,19 @@ def is_finite(*values: float) -> bool:
 class UnusedWatch:
     """Trained tensors that no pass has reached: nothing would ever train them.
 
-    Zero is a gradient; a tensor without any is not part of what is computed (or, in a mixture of
-    experts, belongs to one that no token has been sent to).
+    Zero is a gradient; a tensor without any is not part of what is computed. An expert that no
+    token has been sent to is, if another expert of its list has had a gradient.
+
+    Args:
+        allowed: do not watch.
+        expected: modules that are known not to be reached, which the run has said.
     """
 
-    def __init__(self, allowed: bool) -> None:
+    def __init__(self, allowed: bool, expected: Collection[str] = ()) -> None:
         self._left = 0 if allowed else STEPS_TO_BE_USED_IN
+        self._expected = tuple(f"{path}." for path in expected)
         self._unused: set[str] | None = None
+        self._used_in_lists: set[str] = set()
 
     def see(self, named: Mapping[str, Tensor], present: Mapping[str, bool]) -> str | None:
         """See which tensors had a gradient on some rank; returns why the run has to end, or None.
@@ -92,19 +98,36 @@ class UnusedWatch:
         """
         if self._left == 0:
             return None
-        absent = {name for name, tensor in named.items() if tensor.numel() and not present[name]}
+        absent = {
+            name
+            for name, tensor in named.items()
+            if tensor.numel() and not present[name] and not name.startswith(self._expected)
+        }
+        self._used_in_lists |= {_of_any_expert(name) for name in named if present[name]}
         self._unused = absent if self._unused is None else self._unused & absent
         self._left -= 1
         if not self._unused:
             self._left = 0
-        if self._left or not self._unused:
+        if self._left:
             return None
-        names = sorted(self._unused)
+        experts = self._used_in_lists
+        names = sorted(n for n in self._unused if _of_any_expert(n) not in experts)
+        if not names:
+            return None
         return (
             f"no gradient in {STEPS_TO_BE_USED_IN} steps on any rank for {and_more(names, 5)}; "
             "leave them out (adapter.target_modules, adapter.modules_to_save) or set "
             "train.allow_unused: true"
         )
+
+
+def _of_any_expert(name: str) -> str:
+    """A name without its index in a list inside a block: `layers.3.mlp.experts.*.w1`."""
+    parts = name.split(".")
+    indices = [place for place, part in enumerate(parts) if part.isdigit()]
+    if len(indices) < 2:
+        return name
+    return ".".join("*" if place == indices[-1] else part for place, part in enumerate(parts))
 
 
 class HangWatch:

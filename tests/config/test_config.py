@@ -61,6 +61,7 @@ ADDED = {  # change nothing
     ("sharding", "cpu_offload"): False,
     ("sharding", "audit"): "stop",
     ("sharding", "loading_timeout_seconds"): 3600,
+    ("adapter", "target_parameters"): [],
     ("adapter", "importance"): "uncertainty",
     ("adapter", "budget_unit"): "triplets",
     ("adapter", "flora_r_out"): None,
