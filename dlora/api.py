@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dlora.base.eval_mode import random_settings
 from dlora.errors import UsageError
 from dlora.lora.attach import trainable_parameters
 from dlora.methods.attach import attach, warn_of_left
@@ -110,6 +111,7 @@ def shard(
         place = None
     elif (place := None if device is None else torch.device(device)) is None:
         _warn_of_cpu(model, topology)
+    _warn_of_randomness(model)
     replica = replicate(model, built, divided=divided, device=place)
     if resident:
         groups = frozen_groups(replica.engine.groups(model))
@@ -128,6 +130,16 @@ def _warn_of_cpu(model: nn.Module, topology: Topology) -> None:
         over = f", and sharded over gloo by {topology.world} ranks" if topology.world > 1 else ""
         said = (
             f"shard: the model is on the CPU{over}, beside a GPU; shard(model, device=…) moves it"
+        )
+        warnings.warn(said, stacklevel=3)
+
+
+def _warn_of_randomness(model: nn.Module) -> None:
+    """Warn of a base that draws at random in training mode."""
+    if drawn := random_settings(model):
+        said = (
+            f"shard: in training mode the base draws at random ({', '.join(drawn)}), on each rank "
+            "for itself, so that losses depend on ranks and micro-batches; load it with 0 for these"
         )
         warnings.warn(said, stacklevel=3)
 

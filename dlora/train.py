@@ -11,18 +11,16 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from dlora.config.load import Config
 from dlora.data import batch_hash
 from dlora.data.batches import Batches
 from dlora.data.collate import Batch
 from dlora.hooks import NO_HOOKS, Hooks
 from dlora.lora.attach import attachment_of
-from dlora.lora.dropout import SampleKeys, seed_of
+from dlora.lora.dropout import SampleKeys
 from dlora.metrics.log import SilentLog
 from dlora.metrics.progress import StepDisplay
+from dlora.objectives.router_loss import whole_loss
 from dlora.optim.schedule import lr_factor, set_lr
 from dlora.plan.report import lines_of
 from dlora.runtime.console import console
@@ -146,12 +144,11 @@ class Run:
                 ids, mine = batches.step(step)
 
                 # 2  forward and backward, summed over this rank's target tokens
-                loss_sum, tokens = self.passes(step, mine)
+                sums, tokens = self.passes(step, mine)
 
                 # 3  one reduction: gradients become the mean over all target tokens of all ranks
                 checkpoints.before_change()
-                scalars: dict[str, Any] = {"loss": loss_sum}
-                scalars["save"] = float(self.hooks.should_save())
+                scalars: dict[str, Any] = {**sums, "save": float(self.hooks.should_save())}
                 scalars |= zip(STOP_FLAGS, stop.poll(), strict=True)
                 reduced = replica.reduce_gradients(tokens, scalars=scalars, each=self.meter.peak())
 
@@ -235,24 +232,30 @@ class Run:
             pinned=ranks.device.type == "cuda",
         )
 
-    def passes(self, step: int, batches: Iterator[Batch]) -> tuple[Tensor, int]:
-        """Forward and backward of this rank's micro-batches: Σ loss, and its target tokens."""
-        loss, tokens = torch.zeros((), device=self.ranks.device), 0
+    def passes(self, step: int, batches: Iterator[Batch]) -> tuple[dict[str, Any], int]:
+        """Forward and backward of this rank's micro-batches: summed losses, and target tokens."""
+        sums: dict[str, Any] = {}
+        tokens = 0
         with attachment_of(self.model).values.shared():
             for batch in batches:
                 batch = batch.to(self.ranks.device)
                 with self.sample_keys(step, batch):
                     summed = self.objective.loss(self.model, batch)
-                    summed.backward()
+                    whole, reported = whole_loss(self.model, summed, batch.num_targets)
+                    whole.backward()
                 self.checkpoints.look()
-                loss += summed.detach()
+                for name, value in reported.items():
+                    sums[name] = sums.get(name, 0.0) + value
                 tokens += batch.num_targets
-        return loss, tokens
+        return sums, tokens
 
     def figures(self, ids: Any, reduced: Reduced, seconds: float) -> dict[str, Any]:
         """The figures of a step beside its loss, for the metrics; tokens exclude padding."""
         all_tokens = int(sum(self.prepared.train.lengths[i] for i in ids))
         return {
+            **{
+                n: s / max(reduced.tokens, 1) for n, s in reduced.scalars.items() if n == "aux_loss"
+            },
             "tokens": reduced.tokens,
             "all_tokens": all_tokens,
             "step_seconds": seconds,
@@ -281,12 +284,8 @@ class Run:
         return set_lr(self.optimizer, factor)
 
     def sample_keys(self, step: int, batch: Batch) -> Any:
-        """Inside, dropout masks depend on the sequences of `batch`, not on the rank.
-
-        The base's own dropout layers, where it has any, draw from torch's generator.
-        """
+        """Inside, dropout masks depend on the sequences of `batch`, not on the rank."""
         seed = self.config.train.seed
-        torch.manual_seed(seed_of(seed, step, *batch.ids[:1]))
         keys = SampleKeys(seed, step, batch.ids, batch.lengths)
         return attachment_of(self.model).stream.keyed(keys)
 

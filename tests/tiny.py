@@ -13,6 +13,8 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MixtralConfig,
+    OPTConfig,
+    Phi3Config,
     PreTrainedTokenizerFast,
 )
 
@@ -44,6 +46,17 @@ _GPT2 = {
     **dict.fromkeys(("bos_token_id", "eos_token_id"), VOCABULARY - 2),
     **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
 }
+# Chats of `save_chats` are shorter and longer than this.
+_ORIGINAL = 48
+_LONGROPE = {
+    "rope_type": "longrope",
+    "original_max_position_embeddings": _ORIGINAL,
+    "factor": 4.0,
+    "short_factor": [1.0] * 5,
+    "long_factor": [3.0, 4.0, 5.0, 6.0, 7.0],
+}
+_NO_IDS = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+_DROPOUT = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.1)
 MODELS: dict[str, Any] = {
     "llama": lambda: LlamaConfig(**_LLAMA),
     "tied": lambda: LlamaConfig(**_LLAMA, tie_word_embeddings=True),
@@ -58,6 +71,37 @@ MODELS: dict[str, Any] = {
     "gpt2_blocks": lambda: GPT2Config(**_GPT2 | {"n_embd": 64}),
     "mixtral": lambda: MixtralConfig(
         **_LLAMA | {"intermediate_size": 72}, num_local_experts=4, num_experts_per_tok=2
+    ),
+    # What a loss must not depend on, but could: neighbours in a batch, and random numbers.
+    "longrope": lambda: Phi3Config(
+        **_LLAMA | _NO_IDS | {"original_max_position_embeddings": _ORIGINAL},
+        rope_parameters={"rope_theta": 10000.0, **_LONGROPE},
+    ),
+    "dynamic": lambda: LlamaConfig(
+        **_LLAMA | {"max_position_embeddings": _ORIGINAL},
+        rope_parameters={"rope_theta": 10000.0, "rope_type": "dynamic", "factor": 2.0},
+    ),
+    "gpt2_dropout": lambda: GPT2Config(**_GPT2 | _DROPOUT),
+    "opt_dropout": lambda: OPTConfig(
+        **_NO_IDS,
+        vocab_size=VOCABULARY,
+        hidden_size=40,
+        word_embed_proj_dim=40,
+        ffn_dim=72,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        layerdrop=0.5,
+        attention_dropout=0.1,
+    ),
+    "llama_dropout": lambda: LlamaConfig(**_LLAMA, attention_dropout=0.3),
+    "mixtral_aux": lambda: MixtralConfig(
+        **_LLAMA | {"intermediate_size": 72},
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        router_jitter_noise=0.3,
+        output_router_logits=True,
+        router_aux_loss_coef=0.5,
     ),
 }
 

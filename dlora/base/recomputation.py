@@ -36,7 +36,7 @@ def recompute_blocks(model: Any, every: int, offload: bool = False) -> None:
         model.activation_checkpointing_enable({"use_reentrant": False}, **kinds)
         return
     for block in list(_blocks(model))[::every]:
-        block.forward = _recomputing(block, block.forward, offload)
+        block.forward = _recomputing(model, block.forward, offload)
 
 
 def _has_its_own(model: Any) -> bool:
@@ -52,11 +52,11 @@ def _blocks(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _recomputing(
-    block: nn.Module, forward: Callable[..., Any], offload: bool
+    model: nn.Module, forward: Callable[..., Any], offload: bool
 ) -> Callable[..., Any]:
     @functools.wraps(forward)
     def recomputing(*args: Any, **kwargs: Any) -> Any:
-        if not (block.training and torch.is_grad_enabled()):
+        if not (model.training and torch.is_grad_enabled()):
             return forward(*args, **kwargs)
         kwargs |= {name: None for name in _CACHES if kwargs.get(name) is not None}
         if kwargs.get("use_cache"):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -24,6 +24,8 @@ from torch.autograd.function import once_differentiable
 
 from dlora.errors import UsageError
 from dlora.lora.layers import CHILD
+from dlora.objectives.own_length import OwnLengths
+from dlora.objectives.router_loss import install_router_loss
 
 IGNORED = -100
 CHUNK_BYTES = {"cpu": 64 << 20}  # of float32 logits at a time, elsewhere CHUNK_BYTES_ELSEWHERE
@@ -86,7 +88,9 @@ def chunk_rows(vocabulary: int, device: str) -> int:
 def install(model: nn.Module, device: str | None = None) -> None:
     """Let a causal language model compute `model(..., targets=[rows, tokens])` → Σ cross entropy.
 
-    `positions`, if they are known, are the places of the targets: see `target_loss`.
+    `positions`, if they are known, are the places of the targets: see `target_loss`. `lengths` are
+    the tokens of each row without padding, on which some models' positions depend; an auxiliary
+    loss of its own is left for `router_loss.whole_loss`.
 
     Without `targets` the model's own forward runs. The *root's* forward is extended, so that the
     hooks of a sharded base gather and free its weights as usual. The head's forward takes the loss
@@ -99,19 +103,25 @@ def install(model: nn.Module, device: str | None = None) -> None:
         UsageError: the model is no decoder with an output head.
     """
     parts, own_forward = model_parts(model), model.forward
+    own_lengths, router = OwnLengths(model), install_router_loss(model)
 
     def forward(
         self: Any,
         *args: Any,
         targets: Tensor | None = None,
         positions: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> Any:
+        own_lengths.set(lengths, needed=targets is not None)
         if targets is None:
             return own_forward(*args, **kwargs)
+        asked = router.begin() if router is not None else {}
         with nullcontext() if "position_ids" in kwargs else one_sequence_per_row():
-            hidden = parts.decoder(*args, use_cache=False, **kwargs)[0]
-        return target_loss(parts, hidden, targets, positions, device)
+            outputs = parts.decoder(*args, use_cache=False, **asked, **kwargs)
+        if asked and router is not None:
+            router.compute(outputs, targets.shape, lengths)
+        return target_loss(parts, outputs[0], targets, positions, device)
 
     def head_forward(self: Any, hidden: Tensor, loss: Any = None) -> Tensor:
         return type(self).forward(self, hidden) if loss is None else loss(hidden)
@@ -178,6 +188,11 @@ _DIVISOR = "logits_scaling"
 _DIVIDED = re.compile("granite|minicpm3")  # others multiply by an attribute of that name
 _KNOWN = {*_CAPS, _DIVISOR, "logit_scale", "lm_head_multiplier"}
 _OTHERWISE = {"prophetnet": "several streams of hidden states"}  # that no attribute shows
+_NOT_CAUSAL = {  # (attribute of the configuration that makes it so, what a token then depends on)
+    "xlnet": ("", "every token sees all others"),
+    "cpmant": ("", "a token sees the padding after it"),
+    "doge": ("is_moe", "its router mixes the tokens of a batch"),
+}
 _ON_LOGITS = re.compile(r"^(?!(attn|moe|router|num|output_router)_).*(logit|lm_head_)")
 
 
@@ -240,6 +255,9 @@ def model_parts(model: Any) -> Parts:
         )
     if getattr(model.config, "is_encoder_decoder", False):
         raise UsageError(f"model.path: {type(model).__name__} is an encoder-decoder model")
+    setting, reason = _NOT_CAUSAL.get(model.config.model_type, ("", ""))
+    if reason and (not setting or getattr(model.config, setting)):
+        raise UsageError(f"model.path: {type(model).__name__} is not causal: {reason}")
     parts = Parts(model, decoder, head)
     others = [
         name

@@ -6,6 +6,7 @@ finds it by its `name`. Options that the file declares become a section of that 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 class Batch(Protocol):
     """One micro-batch: ids and targets [rows, tokens]; a target is −100 where there is none.
 
-    `positions` [targets, 2] are the (row, token) of those that are there.
+    `positions` [targets, 2] are the (row, token) of those that are there, `lengths` the tokens of
+    each row without padding.
     """
 
     @property
@@ -25,6 +27,9 @@ class Batch(Protocol):
 
     @property
     def positions(self) -> Tensor: ...
+
+    @property
+    def lengths(self) -> Sequence[int]: ...
 
 
 class Objective(Protocol):
@@ -43,6 +48,7 @@ class Objective(Protocol):
 
         The run divides by the number of target tokens of all ranks. `model(input_ids=…, targets=…)`
         is the summed cross entropy in chunks (with `positions=…` it need not look for them), and
-        `model(input_ids=…)` gives all logits. Called on every rank as often, also for a batch
+        `model(input_ids=…)` gives all logits. Pass `lengths=batch.lengths` to either: the positions
+        of some models depend on them. Called on every rank as often, also for a batch
         without a target; the model is called once.
         """

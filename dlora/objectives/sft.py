@@ -18,5 +18,5 @@ class Sft:
         """Take `None`: there are no options."""
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        ids, targets = batch.input_ids, batch.targets
-        return model(input_ids=ids, targets=targets, positions=batch.positions)
+        rows = {"input_ids": batch.input_ids, "targets": batch.targets}
+        return model(**rows, positions=batch.positions, lengths=batch.lengths)

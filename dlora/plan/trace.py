@@ -21,9 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dlora.base.eval_mode import keep_in_eval
 from dlora.base.recomputation import recompute_blocks
 from dlora.config.recompute import Recompute
 from dlora.objectives import chunked_loss
+from dlora.objectives.router_loss import whole_loss
 from dlora.plan.activations import Trace, estimate
 from dlora.plan.fake_memory import LiveBytes
 from dlora.sharding.engines.gather_groups import block_lists
@@ -103,8 +105,9 @@ def _traced(
     """Run a copy of the skeleton, which is used up."""
     if twin.config._attn_implementation not in ("eager", "sdpa"):  # others need a GPU
         twin.set_attn_implementation("sdpa" if twin._supports_sdpa else "eager")  # saves the same
-    twin.train()
     recompute_blocks(twin, checkpointing.every)
+    keep_in_eval(twin)
+    twin.train()
     head = chunked_loss.model_parts(twin).head
     chunked_loss.install(twin, device)
     fake = FakeTensorMode()
@@ -119,7 +122,8 @@ def _traced(
     with fake, live:
         ids = torch.zeros(rows, tokens, dtype=torch.int64)
         marked = live.mark(torch.zeros_like(ids), targets)
-        loss = twin(input_ids=ids, targets=marked)
+        loss = twin(input_ids=ids, targets=marked, lengths=[tokens] * rows)
+        loss, _ = whole_loss(twin, loss, targets)
         saved = live.now
         loss.backward()
     return Trace(saved, live.peaks[""], live.peaks["loss"], live.flops)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dlora.adapters.save_load import load_adapter
+from dlora.base.eval_mode import keep_in_eval
 from dlora.base.recomputation import recompute_blocks
 from dlora.config.load import Config
 from dlora.data import deal
@@ -58,6 +59,7 @@ def build(
         load_adapter(model, config.adapter.path)
     how = prepared.budget.workload.checkpointing
     recompute_blocks(model, how.every, how.offload)
+    keep_in_eval(model)
     targets.install(model)
     if prepared.resumed is None and residuals is None:
         initialise(config, ranks, prepared, model, replica)

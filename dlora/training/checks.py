@@ -24,6 +24,8 @@ from dlora.io.safetensors import stored_tensors
 from dlora.lora.attach import attachment_of, named_adapters
 from dlora.lora.layers import AdaptedLayer
 from dlora.objectives.chunked_loss import model_parts
+from dlora.objectives.own_length import check_scalings
+from dlora.objectives.router_loss import find_router_loss
 from dlora.sharding.topology import Topology, resolve_placement
 
 
@@ -70,6 +72,13 @@ def check_attention(config: Config, device: str) -> None:
             f"model.attn_implementation: {chosen} computes in bfloat16 or float16, and model.dtype "
             f"is {dtype}"
         )
+
+
+def check_loss(model: nn.Module) -> None:
+    """Check that the loss of each sequence can be computed as it is alone."""
+    model_parts(model)
+    check_scalings(model)
+    find_router_loss(model)
 
 
 def check_dropout(model: nn.Module) -> None:

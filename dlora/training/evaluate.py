@@ -12,6 +12,7 @@ from torch import nn
 
 from dlora.data import NO_TARGET, Example, deal
 from dlora.data.collate import collate
+from dlora.objectives.own_length import depends_on_length, forget_lengths
 from dlora.runtime.console import console
 from dlora.training.checks import learned_positions
 from dlora.training.context import RunContext
@@ -60,7 +61,7 @@ def held_out_loss(context: RunContext) -> float:
         for ids in dealt[ranks.rank]:
             batch = collate([dataset[i] for i in ids], context.prepared.pad_id, ranks.device)
             rows = {"input_ids": batch.input_ids, "targets": batch.targets}
-            loss += model(**rows, positions=batch.positions)
+            loss += model(**rows, positions=batch.positions, lengths=batch.lengths)
             tokens += batch.num_targets
     sums = torch.stack([loss, torch.full_like(loss, tokens)])
     if ranks.world > 1:
@@ -102,17 +103,13 @@ def sample_answers(
     longest = max(map(len, prompts))
     if (positions := learned_positions(model)) is not None:
         max_new_tokens = min(max_new_tokens, positions - longest)
-    device = next(model.parameters()).device
-    ids = torch.tensor([[pad_id] * (longest - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    generated = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=pad_id,
-    )
-    answers = tokenizer.batch_decode(generated[:, longest:], skip_special_tokens=True)
+    # A state, or positions that depend on the length, would take padding for a part of the prompt.
+    alone = getattr(model, "_is_stateful", False) or depends_on_length(model)
+    answers = [
+        answer
+        for group in ([[prompt] for prompt in prompts] if alone else [prompts])
+        for answer in _answers(model, tokenizer, group, pad_id, max_new_tokens)
+    ]
     return [
         (
             tokenizer.decode(prompt, skip_special_tokens=True).strip(),
@@ -123,3 +120,22 @@ def sample_answers(
         )
         for prompt, example, answer in zip(prompts, examples, answers, strict=True)
     ]
+
+
+def _answers(
+    model: Any, tokenizer: Any, prompts: list[list[int]], pad_id: int, max_new_tokens: int
+) -> list[str]:
+    """What the model says to prompts, padded on the left to one length."""
+    forget_lengths(model)
+    longest = max(map(len, prompts))
+    device = next(model.parameters()).device
+    ids = torch.tensor([[pad_id] * (longest - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    generated = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=pad_id,
+    )
+    return tokenizer.batch_decode(generated[:, longest:], skip_special_tokens=True)

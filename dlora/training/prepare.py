@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dlora.adapters.settings import keyed_by, lora_config, scheduled
+from dlora.base.eval_mode import random_settings
 from dlora.base.identity import identity
 from dlora.base.model import BaseModel, check_experts_divide, find_base
 from dlora.base.quantize import Quantized
@@ -30,7 +31,6 @@ from dlora.lora.attach import (
 from dlora.lora.config import LoraConfig
 from dlora.lora.dropout import KEYED_BY
 from dlora.lora.left import unreached_by_text
-from dlora.objectives.chunked_loss import model_parts
 from dlora.plan.choose import Decision, capacity_of, decide
 from dlora.plan.plan import Plan, Subject
 from dlora.plan.workload import workload_of
@@ -42,6 +42,7 @@ from dlora.training.checks import (
     check_attention,
     check_dropout,
     check_gradients,
+    check_loss,
     check_placement,
     check_ranks_per_node,
     check_sequences,
@@ -139,6 +140,8 @@ def prepare(
     attachment = attachment_of(skeleton)
     for line in attachment.left:
         announce(f"adapter.{line}")
+    if drawn := random_settings(skeleton):
+        announce(f"model: its own {', '.join(drawn)} are off in training, since W0 is frozen")
     known = identity(base, skeleton)
     tokenizer = base.tokenizer()
     load = functools.partial(_load, config, tokenizer, announce, around.writes)
@@ -268,7 +271,7 @@ def _adapted(
     """The base on the meta device with its adapters, after all checks of names and shapes."""
     skeleton = base.skeleton()
     base.check_stored(skeleton)
-    model_parts(skeleton)
+    check_loss(skeleton)
     quantized = base.pack(skeleton)
     with keyed_by("adapter"):
         attach(skeleton, lora, residual=True)

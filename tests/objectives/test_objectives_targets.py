@@ -285,6 +285,31 @@ REFUSED: dict[str, tuple[Any, str]] = {
         ),
         "BertLMHeadModel does more than decoder, output head",
     ),
+    "every token sees all others": (
+        lambda: transformers.XLNetLMHeadModel(
+            transformers.XLNetConfig(vocab_size=32, d_model=8, n_layer=1, n_head=2, d_inner=8)
+        ),
+        "XLNetLMHeadModel is not causal: every token sees all others",
+    ),
+    "padding on the right is seen": (
+        lambda: transformers.CpmAntForCausalLM(
+            transformers.CpmAntConfig(
+                vocab_size=32,
+                hidden_size=8,
+                num_attention_heads=2,
+                dim_head=4,
+                dim_ff=8,
+                num_hidden_layers=1,
+            )
+        ),
+        "CpmAntForCausalLM is not causal: a token sees the padding after it",
+    ),
+    "routing mixes a batch": (
+        lambda: transformers.DogeForCausalLM(
+            transformers.DogeConfig(**SMALL, **HEADS, is_moe=True, num_experts=4)
+        ),
+        "DogeForCausalLM is not causal: its router mixes the tokens of a batch",
+    ),
     "a scale that is unknown": (
         lambda: transformers.HyperCLOVAXForCausalLM(
             transformers.HyperCLOVAXConfig(
