@@ -115,4 +115,4 @@ def find_router_loss(model: nn.Module) -> RouterLoss | None:
     if function is None or not coefficients[0]:
         return None
     known = {"num_experts": experts, "top_k": model.num_experts_per_tok}
-    return RouterLoss(function, known, float(coefficients[0]))  # type: ignore[arg-type]
+    return RouterLoss(function, known, float(coefficients[0]))
