@@ -3,11 +3,11 @@
     python benchmarks/methods.py [--seeds 0 1 2] [--methods lora dora …] [--runs runs/methods]
 
 Each run is a `dlora.train` of its own: `configs/quickstart.yaml` for 60 steps of 8 sequences, r=16,
-lora_alpha=32, with what `METHODS` changes. The learning rate is the quickstart's where a method
-starts like LoRA, and lower where it steps larger matrices or starts from large factors; no method's
-has been searched for. Full fine-tuning trains every block in float32 masters, in one process. A run
-that is in the JSON is not made again, and one that was stopped goes on from its checkpoint. Step
-times are compared in one process (`method_steps.py`), as runs beside each other cannot be.
+lora_alpha=32, with what `METHODS` changes. The learning rate is 2e-3 where a method starts like
+LoRA, and lower where it steps larger matrices or starts from large factors; no method's has been
+searched for. Full fine-tuning trains every block in float32 masters, in one process. A run that is
+in the JSON is not made again, and one that was stopped goes on from its checkpoint. Step times are
+compared in one process (`method_steps.py`), as runs beside each other cannot be.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from runs import ROOT, held_out, options, rows_of, train
 from dlora.io.safetensors import stored_tensors
 
 BLOCKS = 30  # of the demo model
-LOW_LR = {"lr": 5e-4}
+LR, HELD_OUT = 2e-3, 128
+LOW_LR = {"lr": LR / 4}
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "lora": {},
     "rslora": {"adapter": {"use_rslora": True}},
@@ -56,6 +57,8 @@ def run(method: str, seed: int, runs: Path) -> dict[str, Any]:
     directory = runs / f"{method.replace(' ', '_')}_seed{seed}"
     config = options("quickstart.yaml", METHODS[method])
     config["model"]["dtype"] = "bfloat16"
+    config["optimizer"] |= {"lr": LR} | METHODS[method].get("optimizer", {})
+    config["data"]["max_eval_samples"] = HELD_OUT
     if config["adapter"].get("method") == "adalora":
         del config["adapter"]["r"]
     config["train"] = {

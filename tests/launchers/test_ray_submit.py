@@ -209,7 +209,7 @@ def test_a_cluster_that_does_not_answer_may_do_so_later(
     monkeypatch.chdir(place / "packed")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "f" * 32)
     words = ["--address", "http://127.0.0.1:9", "--config", "run.json", "--storage", "/stored"]
-    with pytest.raises(TransientError, match=r"^address: http://127\.0\.0\.1:9: [^\n]+$"):
+    with pytest.raises(TransientError, match=r"^--address: http://127\.0\.0\.1:9: [^\n]+$"):
         main([*words, "--model.path", "./"])  # the working directory itself is packed
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def most_held_while_loading(path: str, name: str, quantization: str) -> tuple[in
     topology = Topology.current()
     engine = build_engine(resolve_placement(name, "world", topology), topology)
     gc.collect()
-    trim()  # what imports left free would be returned while the base is read, and hide its bytes
+    trim()  # what is free already would be used while the base is read, and hide its bytes
     before, most, done = anonymous_bytes(), 0, threading.Event()
 
     def watch() -> None:
@@ -67,6 +68,14 @@ def most_held_while_loading(path: str, name: str, quantization: str) -> tuple[in
     return most - before, after - before
 
 
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    """Two ranks whose memory holds nothing of other files' tests; what a case leaves is trimmed."""
+    pool = Pool(2, tmp_path_factory.mktemp("ranks"), fresh=True)
+    yield pool
+    pool.close()
+
+
 @pytest.mark.parametrize(
     ("engine", "stored", "quantization"),
     [
@@ -81,13 +90,11 @@ def most_held_while_loading(path: str, name: str, quantization: str) -> tuple[in
     ],
 )
 def test_no_rank_ever_holds_the_whole_base(
-    tmp_path: Path, engine: str, stored: str, quantization: str
+    fresh: Pool, tmp_path: Path, engine: str, stored: str, quantization: str
 ) -> None:
     """promise 1.8: a rank reads its share only, and packs it while it reads."""
     total, largest_layer = save_llama(tmp_path, getattr(torch, stored), quantization)
-    pool = Pool(2, tmp_path / "ranks", fresh=True)
-    results = pool.run(most_held_while_loading, str(tmp_path), engine, quantization)
-    pool.close()
+    results = fresh.run(most_held_while_loading, str(tmp_path), engine, quantization)
     print(engine, stored, quantization, total / 1e6, largest_layer / 1e6, results)
     for most, after in results:
         assert most <= total / 2 + largest_layer + SLACK
