@@ -103,6 +103,9 @@ MODELS: dict[str, Any] = {
         output_router_logits=True,
         router_aux_loss_coef=0.5,
     ),
+    "mixtral_blocks": lambda: MixtralConfig(
+        **_LLAMA | _BLOCKS, num_local_experts=4, num_experts_per_tok=2
+    ),
 }
 
 

@@ -45,15 +45,16 @@ Convolve = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class LinearWithLowRank(torch.autograd.Function):
-    """y = x W0ᵀ + b + s·(drop(x) Aᵀ) (B E)ᵀ for x [..., n], W0 [m, n], A [r, n], B [m, r].
+    """y = x W0ᵀ + b + s·(drop(x) Aᵀ) (B E)ᵀ for x [T, n], W0 [m, n], A [r, n], B [m, r].
 
-    E is [r, 1], the diagonal of a matrix, or None for the identity.
+    E is [r, 1], the diagonal of a matrix, or None for the identity. Shapes of x with more dims are
+    its callers': what a `Function` returns must be no view, which models could not add to in place.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
+        x_Tn: Tensor,
         weight: Weight,
         bias: Tensor | None,
         A: Tensor,
@@ -63,24 +64,23 @@ class LinearWithLowRank(torch.autograd.Function):
         mask: Mask | None,
         shared: Shared,
     ) -> Tensor:
-        x_Tn = x.reshape(-1, x.shape[-1])
-        A_x, B_x = cast(A, B, E, x.dtype, shared)
+        A_x, B_x = cast(A, B, E, x_Tn.dtype, shared)
         z_Tr = (x_Tn if mask is None else mask.drop(x_Tn)) @ A_x.t()
-        y_Tm = F.linear(x_Tn, whole(weight, x.dtype), bias)
+        y_Tm = F.linear(x_Tn, whole(weight, x_Tn.dtype), bias)
         y_Tm.addmm_(z_Tr, B_x.t(), alpha=scaling)
         save_with(ctx, weight, x_Tn, z_Tr, A, B, E)
-        ctx.scaling, ctx.mask, ctx.shared, ctx.x_shape = scaling, mask, shared, x.shape
-        return y_Tm.view(*x.shape[:-1], y_Tm.shape[1])
+        ctx.scaling, ctx.mask, ctx.shared = scaling, mask, shared
+        return y_Tm
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight, x_Tn, z_Tr, A, B, E = saved_with(ctx)
         keep = None if ctx.mask is None else ctx.mask.keep(x_Tn.shape[1])
-        dy_Tm = grads[0].reshape(-1, grads[0].shape[-1])
+        dy_Tm = grads[0]
         A_x, B_x = cast(A, B, E, dy_Tm.dtype, ctx.shared)
         dyB_Tr = dy_Tm @ B_x
-        dx = dA = dB = dE = None
+        dx_Tn = dA = dB = dE = None
         if ctx.needs_input_grad[0]:
             dx_Tn = dy_Tm @ whole(weight, dy_Tm.dtype)
             if keep is None:
@@ -88,17 +88,16 @@ class LinearWithLowRank(torch.autograd.Function):
             else:
                 low_rank_Tn = dyB_Tr @ A_x
                 dx_Tn.addcmul_(low_rank_Tn, keep, value=ctx.scaling * ctx.mask.scale)
-            dx = dx_Tn.view(ctx.x_shape)
         if ctx.needs_input_grad[3]:
             dropped_Tn = x_Tn if keep is None else (x_Tn * keep).mul_(ctx.mask.scale)
             dA = summed(dyB_Tr, dropped_Tn, A.dtype, ctx.scaling)
         if ctx.needs_input_grad[4]:
             dB, dE = _split(summed(dy_Tm, z_Tr, B.dtype, ctx.scaling), B, E)
-        return dx, None, None, dA, dB, dE, None, None, None
+        return dx_Tn, None, None, dA, dB, dE, None, None, None
 
 
 class EmbeddingWithLowRank(torch.autograd.Function):
-    """y = W0[ids] + s·Aᵀ[ids] (B E)ᵀ for ids [...], W0 [V, m], A [r, V], B [m, r], E [r, 1].
+    """y = W0[ids] + s·Aᵀ[ids] (B E)ᵀ for ids [T], W0 [V, m], A [r, V], B [m, r], E [r, 1].
 
     A row that is the base's `padding_idx` takes part but receives no gradient, as in PEFT.
     """
@@ -106,7 +105,7 @@ class EmbeddingWithLowRank(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        ids: Tensor,
+        ids_T: Tensor,
         weight: Tensor,
         A: Tensor,
         B: Tensor,
@@ -114,19 +113,18 @@ class EmbeddingWithLowRank(torch.autograd.Function):
         scaling: float,
         padding_idx: int | None,
     ) -> Tensor:
-        ids_T = ids.reshape(-1)
         z_Tr = A.t()[ids_T].to(weight.dtype)
         y_Tm = F.embedding(ids_T, weight)
         y_Tm.addmm_(z_Tr, times(B, E).to(weight.dtype).t(), alpha=scaling)
         ctx.save_for_backward(ids_T, z_Tr, A, B, E)
         ctx.scaling, ctx.padding_idx = scaling, padding_idx
-        return y_Tm.view(*ids.shape, weight.shape[1])
+        return y_Tm
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         ids_T, z_Tr, A, B, E = ctx.saved_tensors
-        dy_Tm = grads[0].reshape(-1, B.shape[0])
+        dy_Tm = grads[0]
         dA = dB = dE = None
         if ctx.needs_input_grad[2]:
             dz_Tr = (dy_Tm @ times(B, E).to(dy_Tm.dtype)).to(A.dtype) * ctx.scaling
@@ -160,7 +158,10 @@ def linear(
     Under `torch.autocast` the product is computed in autocast's dtype, as `F.linear` is.
     """
     with cast_for_autocast(x, weight, bias) as inputs:
-        return LinearWithLowRank.apply(*inputs, A, B, E, scaling, mask, shared)
+        x, *rest = inputs
+        x_Tn = x.reshape(-1, x.shape[-1])
+        y_Tm = LinearWithLowRank.apply(x_Tn, *rest, A, B, E, scaling, mask, shared)
+        return y_Tm.view(*x.shape[:-1], y_Tm.shape[1])
 
 
 @contextmanager
@@ -188,7 +189,8 @@ def embedding(
     E: Tensor | None = None,
 ) -> Tensor:
     """Table look-up and low-rank update in one: see `EmbeddingWithLowRank`."""
-    return EmbeddingWithLowRank.apply(ids, weight, A, B, E, scaling, padding_idx)
+    y_Tm = EmbeddingWithLowRank.apply(ids.reshape(-1), weight, A, B, E, scaling, padding_idx)
+    return y_Tm.view(*ids.shape, weight.shape[1])
 
 
 def convolution(

@@ -91,12 +91,12 @@ def _in_dtype(weight: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
 
 
 class LinearWithDora(torch.autograd.Function):
-    """y of the formulas above for x [..., n], W0 [m, n], A [r, n], B [m, r]."""
+    """y of the formulas above for x [T, n], W0 [m, n], A [r, n], B [m, r]."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
+        x_Tn: Tensor,
         weight: Weight,
         bias: Tensor | None,
         A: Tensor,
@@ -107,13 +107,12 @@ class LinearWithDora(torch.autograd.Function):
         scaling: float,
         mask: Mask | None,
     ) -> Tensor:
-        x_Tn = x.reshape(-1, x.shape[-1])
         dropped_Tn = x_Tn if mask is None else mask.drop(x_Tn)
-        A_x, B_x = cast(A, B, None, x.dtype, shared)
+        A_x, B_x = cast(A, B, None, x_Tn.dtype, shared)
         z_Tr, B_rm = dropped_Tn @ A_x.t(), B_x.t()
-        dense = whole(weight, x.dtype)
+        dense = whole(weight, x_Tn.dtype)
         norms = shared("norms", lambda: row_norms(dense, A, B, scaling, squares))
-        e = excess(magnitude, norms, x.dtype)
+        e = excess(magnitude, norms, x_Tn.dtype)
         v_Tm = F.linear(dropped_Tn, dense).addmm_(z_Tr, B_rm, alpha=scaling)
         if mask is not None:
             y_Tm = F.linear(x_Tn, dense, bias).addmm_(z_Tr, B_rm, alpha=scaling)
@@ -122,22 +121,21 @@ class LinearWithDora(torch.autograd.Function):
             y_Tm = torch.addcmul(v_Tm, v_Tm, e).add_(bias)
         else:
             y_Tm = v_Tm.addcmul_(v_Tm, e)
-        y = y_Tm.view(*x.shape[:-1], y_Tm.shape[1])
-        along, lengths = (y, magnitude) if y_Tm is v_Tm else (v_Tm, norms)
+        along, lengths = (y_Tm, magnitude) if y_Tm is v_Tm else (v_Tm, norms)
         save_with(ctx, weight, x_Tn, z_Tr, along, A, B, lengths, e)
-        ctx.scaling, ctx.mask, ctx.shared, ctx.x_shape = scaling, mask, shared, x.shape
-        return y
+        ctx.scaling, ctx.mask, ctx.shared = scaling, mask, shared
+        return y_Tm
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight, x_Tn, z_Tr, along, A, B, lengths, e = saved_with(ctx)
         keep = None if ctx.mask is None else ctx.mask.keep(x_Tn.shape[1])
-        dy_Tm = grads[0].reshape(-1, grads[0].shape[-1])
+        dy_Tm = grads[0]
         dv_Tm = torch.addcmul(dy_Tm, dy_Tm, e)  # through the low-rank part
         A_x, B_x = cast(A, B, None, dy_Tm.dtype, ctx.shared)
         dvB_Tr = dv_Tm @ B_x
-        dx = dA = dB = dmagnitude = None
+        dx_Tn = dA = dB = dmagnitude = None
         if ctx.needs_input_grad[3]:
             dropped_Tn = x_Tn if keep is None else (x_Tn * keep).mul_(ctx.mask.scale)
             dA = summed(dvB_Tr, dropped_Tn, A.dtype, ctx.scaling)
@@ -151,11 +149,10 @@ class LinearWithDora(torch.autograd.Function):
                 inner_Tn = torch.mul(dy_Tm, e, out=dv_Tm) @ dense
                 inner_Tn.addmm_(dvB_Tr, A_x, alpha=ctx.scaling)
                 dx_Tn = (dy_Tm @ dense).addcmul_(inner_Tn, keep, value=ctx.mask.scale)
-            dx = dx_Tn.view(ctx.x_shape)
         if ctx.needs_input_grad[5]:
-            sums = torch.mul(dy_Tm, along.view_as(dy_Tm), out=dv_Tm).sum(0).to(lengths.dtype)
+            sums = torch.mul(dy_Tm, along, out=dv_Tm).sum(0).to(lengths.dtype)
             dmagnitude = torch.where(lengths == 0, 0, sums / lengths)
-        return dx, None, None, dA, dB, dmagnitude, None, None, None, None
+        return dx_Tn, None, None, dA, dB, dmagnitude, None, None, None, None
 
 
 def linear(
@@ -171,7 +168,10 @@ def linear(
 ) -> Tensor:
     """See `LinearWithDora`; arguments as of `dlora.lora.functional.linear`."""
     with cast_for_autocast(x, weight, bias) as inputs:
-        return LinearWithDora.apply(*inputs, A, B, *rows, scaling, mask)
+        x, *rest = inputs
+        x_Tn = x.reshape(-1, x.shape[-1])
+        y_Tm = LinearWithDora.apply(x_Tn, *rest, A, B, *rows, scaling, mask)
+        return y_Tm.view(*x.shape[:-1], y_Tm.shape[1])
 
 
 def embedding(
