@@ -19,6 +19,9 @@ from torch import nn
 from dlora.lora.attach import named_adapters
 
 _RANDOM = re.compile(r"dropout|pdrop|drop_?(path|rate|prob)|layer_?drop|jitter")
+# Their own mode means something else, and they draw nothing: in eval mode an xLSTM computes long
+# sequences without a gradient, and an RWKV rescales its weights in place.
+_OTHERWISE = {"xLSTMModel", "RwkvModel"}
 _ELSEWHERE = re.compile(r"classif|summary")  # of heads that predict no next token
 
 
@@ -38,7 +41,8 @@ def _train(model: nn.Module, mode: bool = True) -> nn.Module:
     type(model).train(model, False)
     if mode:
         adapters = (m for _, _, adapter in named_adapters(model) for m in adapter.modules())
-        for module in (model, *adapters, *_recomputed(model)):
+        others = (m for m in model.modules() if {k.__name__ for k in type(m).mro()} & _OTHERWISE)
+        for module in (model, *adapters, *_recomputed(model), *others):
             module.training = True
     return model
 

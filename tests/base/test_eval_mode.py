@@ -82,6 +82,38 @@ def test_adapters_and_what_recomputes_are_in_training_mode() -> None:
     assert not any(module.training for module in model.modules())
 
 
+def test_weights_are_not_rescaled() -> None:
+    """An RWKV would divide some of W0 by 2 in eval mode, and multiply it again in training mode."""
+    model = transformers.RwkvForCausalLM(
+        transformers.RwkvConfig(
+            vocab_size=97, hidden_size=24, num_hidden_layers=3, context_length=32, rescale_every=2
+        )
+    )
+    randomize(model)
+    attach(model, LoraConfig(r=2, target_modules=["key"]))
+    keep_in_eval(model)
+    model.train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model(token_ids(), use_cache=False).logits.sum().backward()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+def test_a_long_sequence_has_a_gradient() -> None:
+    """An xLSTM would compute what is longer than a chunk without one in eval mode."""
+    model = transformers.xLSTMForCausalLM(
+        transformers.xLSTMConfig(
+            vocab_size=97, hidden_size=32, num_heads=2, num_blocks=2, max_inference_chunksize=8
+        )
+    )
+    randomize(model)
+    attach(model, LoraConfig(r=2, target_modules=["q"]))
+    keep_in_eval(model)
+    model.train()
+    assert model.backbone.training
+    assert model.backbone(token_ids(2, 16), use_cache=False)[0].requires_grad
+
+
 def test_settings_that_draw_are_named() -> None:
     named = random_settings(BASES["GPT-2"]())
     assert sorted(named) == ["attn_pdrop 0.3", "embd_pdrop 0.3", "resid_pdrop 0.3"]
