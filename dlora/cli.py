@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from dlora.adapters.source import AdapterSource, BaseReference
+from dlora.adapters.source import AdapterSource, Answering, BaseReference
 from dlora.base.model import BaseModel, find_base
+from dlora.data.stops import turn_ends
+from dlora.data.template import set_template
 from dlora.errors import UsageError
 
 
@@ -78,3 +80,32 @@ def chosen_base(
         )
         base.config()
     return base, option
+
+
+def answering(
+    base: BaseModel, source: AdapterSource | None, *, needed: bool = True
+) -> tuple[Any, list[int]]:
+    """How base and adapter answer.
+
+    Args:
+        needed: a base without a tokenizer is an error; otherwise None is in its place.
+
+    Returns:
+        The base's tokenizer, with the chat template that the adapter was trained with, and the
+        tokens that end an answer in it.
+
+    Raises:
+        UsageError: the base has no tokenizer, or the adapter's template is not valid.
+    """
+    recorded = source.answering if source else Answering()
+    try:
+        tokenizer = base.tokenizer()
+    except UsageError:
+        if needed or recorded.template or recorded.variables:
+            raise
+        return None, list(recorded.ends)
+    try:
+        set_template(tokenizer, recorded.template, recorded.variables)
+    except UsageError as error:
+        raise UsageError(f"{source and source.directory}: {error}") from None
+    return tokenizer, sorted({*turn_ends(tokenizer), *recorded.ends})

@@ -14,7 +14,9 @@ import torch
 
 from dlora.adapters.source import open_adapter
 from dlora.base.model import DTYPES, BaseModel
-from dlora.cli import OneLineParser, chosen_base, naming_base
+from dlora.cli import OneLineParser, answering, chosen_base, naming_base
+from dlora.data.encode import text_prompt
+from dlora.data.stops import stop_tokens
 from dlora.errors import UsageError
 from dlora.runtime.exit_status import exit_with
 from dlora.sharding.engines.protocol import build_engine
@@ -36,7 +38,8 @@ def main(argv: list[str]) -> int:
         announce=report,
     )
     with naming_base(option):
-        tokenizer, skeleton = base.tokenizer(), base.skeleton()
+        tokenizer, ends = answering(base, source)
+        skeleton = base.skeleton()
     encoded = encode(tokenizer, args.prompt, args.system)
     if source is not None:
         source.attach_to(skeleton)  # an adapter that does not fit fails before weights are read
@@ -45,7 +48,8 @@ def main(argv: list[str]) -> int:
     if source is not None:
         source.attach_to(model)
         source.load_into(model)
-    _answer(model, tokenizer, encoded, args.max_new_tokens, args.temperature)
+    stops = stop_tokens(tokenizer, model.generation_config.eos_token_id, ends)
+    _answer(model, tokenizer, encoded, stops, args.max_new_tokens, args.temperature)
     return 0
 
 
@@ -63,7 +67,7 @@ def encode(tokenizer: Any, prompt: str, system: str | None) -> torch.Tensor:
     if not tokenizer.chat_template:
         if system is not None:
             raise UsageError("--system cannot act: the tokenizer has no chat template")
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        ids = torch.tensor([text_prompt(tokenizer, prompt)])
     else:
         messages = [{"role": "user", "content": prompt}]
         if system is not None:
@@ -91,10 +95,22 @@ def _loaded(base: BaseModel) -> Any:
 
 
 def _answer(
-    model: Any, tokenizer: Any, ids: torch.Tensor, max_new_tokens: int, temperature: float
+    model: Any,
+    tokenizer: Any,
+    ids: torch.Tensor,
+    stops: list[int],
+    max_new_tokens: int,
+    temperature: float,
 ) -> None:
-    """Print the answer, word by word."""
+    """Print the answer up to a token of `stops`, word by word."""
     from transformers import TextStreamer
+
+    class Answer(TextStreamer):
+        """Prints no token that ends the answer, be it a special one or not."""
+
+        def put(self, value: torch.Tensor) -> None:
+            if self.next_tokens_are_prompt or int(value.view(-1)[-1]) not in stops:
+                super().put(value)
 
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and ids.shape[1] >= limit:
@@ -109,21 +125,11 @@ def _answer(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
-            eos_token_id=_ends(model, tokenizer),
+            eos_token_id=stops or None,
             pad_token_id=tokenizer.pad_token_id or 0,
-            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            streamer=Answer(tokenizer, skip_prompt=True, skip_special_tokens=True),
             **(sampling or {"do_sample": False}),
         )
-
-
-def _ends(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end an answer: the model's, and the one that ends a turn in the template.
-
-    A base that was never tuned on chats does not know the latter; an adapter learned it.
-    """
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    return sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None})
 
 
 def _at_least_one(word: str) -> int:

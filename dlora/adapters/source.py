@@ -51,6 +51,21 @@ class BaseReference:
     cache_dir: str | None = None
 
 
+@dataclass(frozen=True)
+class Answering:
+    """What an adapter records of how it was trained to answer.
+
+    Attributes:
+        template: the chat template; None: the base's own.
+        variables: defaults of the template's variables.
+        ends: tokens that end an answer, beside those of the base.
+    """
+
+    template: str | None = None
+    variables: dict[str, Any] = field(default_factory=dict)
+    ends: tuple[int, ...] = ()
+
+
 @dataclass
 class AdapterSource:
     """An adapter directory or a checkpoint; `open_adapter` makes it."""
@@ -61,6 +76,7 @@ class AdapterSource:
     base: BaseReference
     is_checkpoint: bool
     record: dict[str, Any] | None = None  # of a checkpoint: what its method records
+    answering: Answering = field(default_factory=Answering)
     _tensors: dict[str, StoredTensor] = field(default_factory=dict)  # by name in the model
     _shapes: dict[str, torch.Size] = field(default_factory=dict)  # that the model has them in
     # PEFT stores W0 of adapted embeddings too: where, by the parameter's name
@@ -206,7 +222,31 @@ def _from_peft(directory: Path) -> AdapterSource:
         path, raw.get("revision") or run.get("revision"), None, run.get("cache_dir")
     )
     file = inside(directory, WEIGHTS)
-    return AdapterSource(directory, file, config, base, is_checkpoint=False)
+    answering = Answering(_template(directory), ends=_ends(directory))
+    return AdapterSource(directory, file, config, base, False, answering=answering)
+
+
+def _template(directory: Path) -> str | None:
+    """The chat template beside an adapter."""
+    path = inside(directory, "chat_template.jinja")
+    try:
+        return path.read_text(encoding="utf-8") if path.exists() else None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read: {error}") from None
+
+
+def _ends(directory: Path) -> tuple[int, ...]:
+    """The tokens that end an answer, in the generation settings beside an adapter."""
+    path = inside(directory, "generation_config.json")
+    if not path.exists():
+        return ()
+    found = read_object(path).get("eos_token_id")
+    ends = found if isinstance(found, list) else [] if found is None else [found]
+    if any(type(end) is not int or end < 0 for end in ends):
+        raise UsageError(
+            f"{path}: eos_token_id: {found!r} is neither a token id nor a list of them"
+        )
+    return tuple(ends)
 
 
 def _from_checkpoint(directory: Path) -> AdapterSource:
@@ -232,6 +272,7 @@ def _from_checkpoint(directory: Path) -> AdapterSource:
         base,
         is_checkpoint=True,
         record=record,
+        answering=Answering(config.data.chat_template, dict(config.data.chat_template_kwargs)),
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from dlora.config.chat_template import template_text
 from dlora.config.options import Given, convert
 from dlora.config.sections import (
     SCHEMA,
@@ -72,6 +73,8 @@ SWITCHES = {
     "print_config": "print the resolved configuration and exit",
 }
 
+TEMPLATE = "data.chat_template"
+
 # Reading and writing -----------------------------------------------------------------------------
 
 
@@ -99,7 +102,10 @@ def parse(argv: Sequence[str], prog: str, extra: type | None = None) -> Options:
     words |= dict.fromkeys(flags.keys() & words.keys(), "true")
     given = read_file(words["config"], SCHEMA) if "config" in words else {}
     given |= {key: Given(word, is_word=True) for key, word in words.items() if key in SCHEMA}
-    config = _build({key: convert(SCHEMA[key], value) for key, value in given.items()})
+    values = {key: convert(SCHEMA[key], value) for key, value in given.items()}
+    if values.get(TEMPLATE):  # the run and its checkpoints carry the text, not a file's name
+        values[TEMPLATE] = template_text(values[TEMPLATE])
+    config = _build(values)
     validate(config)
     if "print_config" in words:
         print(dump_yaml(config), end="")

@@ -111,6 +111,12 @@ class DataConfig:
         None, "evaluate on the first so many records of data.eval; null: on all", ge=1
     )
     format: str = option("chat", "layout of a record", room="data.formats", later=("preference",))
+    chat_template: str | None = option(
+        None, "a Jinja file, or the template itself, in place of the tokenizer's chat template"
+    )
+    chat_template_kwargs: dict[str, bool | str | int | float | None] = option(
+        {}, "variables of the chat template, such as {enable_thinking: false}"
+    )
     max_length: int = option(1024, "longest sequence, in tokens", ge=2)
     shuffle: bool = option(True, "a new order each epoch, drawn from train.seed")
     streaming: bool = option(

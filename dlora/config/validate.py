@@ -44,6 +44,11 @@ INERT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
         lambda c: c.data.eval is None and c.output.eval_every != 0,  # 0 asks for nothing
         "data.eval is null",
     ),
+    (
+        "data.chat_template data.chat_template_kwargs",
+        lambda c: c.data.format == "text",
+        "data.format: text has no chats",
+    ),
     ("data.max_eval_samples", lambda c: c.data.eval is None, "data.eval is null"),
     ("data.shuffle_window", lambda c: not c.data.shuffle, "data.shuffle is false"),
     (

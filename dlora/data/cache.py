@@ -20,13 +20,14 @@ import filelock
 import safetensors
 import safetensors.numpy
 
-from dlora.data.dataset import Dataset, Report
+from dlora.data.dataset import Dataset
 from dlora.data.files import Sources, is_builtin, resolve, sources_of
 from dlora.data.kinds import KINDS
+from dlora.data.report import Report
 from dlora.errors import UsageError
 from dlora.io.files import write_atomically
 
-_FORM = 2  # of the file; part of the key
+_FORM = 3  # of the file; part of the key
 _ARRAYS = ("input_ids", "labels", "starts")
 
 

@@ -3,7 +3,6 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from types import MappingProxyType
 from typing import Any, NamedTuple, overload
@@ -11,47 +10,20 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 import numpy.typing as npt
 
-from dlora.data.chat import ChatRenderer, Rendered
+from dlora.data.chat import Rendered
 from dlora.data.columns import Columns
 from dlora.data.encode import Encoder, Example, Int32Array, count_targets
 from dlora.data.files import Sources, is_builtin, read_records, sources_of
-from dlora.data.formats import FORMATS, Conversation, RecordError
+from dlora.data.formats import FORMATS, Continuation, Conversation, RecordError, read_record
 from dlora.data.kinds import Faults, Record
+from dlora.data.render import Renderer
+from dlora.data.report import Report
 from dlora.data.sampler import Weights, are_plain
 from dlora.errors import UsageError
 
 NO_COLUMNS: Mapping[str, str] = MappingProxyType({})
+Content = tuple[Conversation | Continuation | str, Mapping[str, Any]]  # and the fields beside it
 _BATCH = 512  # texts per call of the tokenizer: enough for its threads, little in memory
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """Statistics of a source's records. Lengths and targets are tokens of what was kept."""
-
-    records: int
-    kept: int
-    dropped: int  # no target left within max_length
-    shortened: int  # some of the targets cut off at max_length
-    targets: int
-    longest: int
-    max_length: int
-    skipped: int = 0  # beside the records above: what data.on_error: skip left out
-    first_fault: str = ""
-    most: int | None = None  # the first so many records were read
-
-    def __str__(self) -> str:
-        first = "the first " if self.most else ""
-        return (
-            f"{first}{self.records} records: {self.kept} kept with {self.targets} target tokens, "
-            f"the longest has {self.longest} tokens; max_length {self.max_length} dropped "
-            f"{self.dropped} (no answer left) and shortened "
-            f"{self.shortened}{self._said_of_faults()}"
-        )
-
-    def _said_of_faults(self) -> str:
-        if not self.skipped:
-            return ""
-        return f"; {self.skipped} more skipped (data.on_error), the first: {self.first_fault}"
 
 
 class Dataset(Sequence[Example]):
@@ -216,8 +188,10 @@ class Reading:
         self._columns = Columns(columns, format)
         contents = _contents(source, key, format, self._faults, self._columns)
         self._encoder = Encoder(tokenizer, special_tokens=format == "text", key=key)
-        renderer = ChatRenderer(tokenizer, key) if format != "text" else None
-        self._texts = islice(_texts(contents, renderer, self._faults), most)
+        self._renderer = Renderer(tokenizer, key)
+        if format != "text":
+            self._renderer.chats()  # a template that cannot be used fails before a record is read
+        self._texts = islice(_texts(contents, self._renderer, self._faults), most)
         self._counts: Counter[str] = Counter()
         self._longest = 0
 
@@ -241,6 +215,7 @@ class Reading:
 
     @property
     def report(self) -> Report:
+        remarks = self._renderer.remarks
         named = ("records", "kept", "dropped", "shortened", "targets")
         return Report(
             **{name: self._counts[name] for name in named},
@@ -249,6 +224,10 @@ class Reading:
             skipped=self._faults.count,
             first_fault=self._faults.first,
             most=self._most,
+            ignored=dict(remarks.ignored),
+            control_tokens=dict(remarks.control_tokens),
+            left_out_thinking=remarks.thinking,
+            ends=self._encoder.ends,
         )
 
     def check(self) -> None:
@@ -281,7 +260,7 @@ def check_source(
 
 def _contents(
     source: Sources, key: str, format: str, faults: Faults, columns: Columns
-) -> Iterator[tuple[Record, Conversation | str]]:
+) -> Iterator[tuple[Record, Content]]:
     """Every record of the source with what its format makes of it."""
     if format not in FORMATS:
         raise UsageError(f"data.format: {format!r} is unknown; expected one of {list(FORMATS)}")
@@ -291,7 +270,7 @@ def _contents(
         )
     for record in read_records(source, key, faults):
         try:
-            content = FORMATS[format].read(columns(record.value))
+            content = read_record(format, columns(record.value))
         except RecordError as error:
             faults.add(UsageError(f"{record.where}: {error}{columns.missing(record.value)}"))
         else:
@@ -299,18 +278,12 @@ def _contents(
 
 
 def _texts(
-    contents: Iterator[tuple[Record, Conversation | str]],
-    renderer: ChatRenderer | None,
-    faults: Faults,
+    contents: Iterator[tuple[Record, Content]], renderer: Renderer, faults: Faults
 ) -> Iterator[tuple[Rendered, int]]:
     """Every record as a text with spans, and the entry that it comes from."""
-    for record, content in contents:
-        if isinstance(content, str):
-            yield Rendered(content, spans=None, append_eos=True), record.part
-            continue
-        assert renderer is not None
+    for record, (content, beside) in contents:
         try:
-            rendered = renderer.render(content)
+            rendered = renderer.render(content, beside)
         except RecordError as error:
             faults.add(UsageError(f"{record.where}: {error}"))
         else:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dlora.data.chat import Rendered, TargetSpan
+from dlora.data.answers import TargetSpan
+from dlora.data.chat import Rendered
 from dlora.errors import UsageError
 
 NO_TARGET = -100
@@ -49,6 +50,35 @@ def count_targets(labels: Int32Array) -> int:
     return int(np.count_nonzero(labels[1:] != NO_TARGET))
 
 
+def added_around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Ids that the tokenizer adds before and behind a text, such as a BOS."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return whole[:start], whole[start + len(bare) :]
+    return [], []
+
+
+def once(ids: list[int], around: tuple[list[int], list[int]]) -> slice:
+    """The tokens of a text without those of the tokenizer's own that the text writes as well."""
+    before, after = around
+    first, stop = 0, len(ids)
+    if before and ids[len(before) : 2 * len(before)] == before:
+        first = len(before)
+    if after and ids[-2 * len(after) : -len(after)] == after:
+        stop -= len(after)
+    return slice(first, stop)
+
+
+def text_prompt(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a plain text that is to be continued: as in training, but without an end."""
+    before, after = added_around(tokenizer)
+    ids = tokenizer(text)["input_ids"]
+    ids = ids[: len(ids) - len(after)]
+    return ids[once(ids, (before, []))]
+
+
 class Encoder:
     """Tokenizes rendered texts.
 
@@ -57,6 +87,9 @@ class Encoder:
         special_tokens: let the tokenizer add its own around each text, such as a BOS. Plain texts
             want them; a chat template writes them itself.
         key: the configuration's name of the data set, for errors.
+
+    Attributes:
+        ends: token ids that ended what was trained on so far; see `stop_tokens`.
 
     Raises:
         UsageError: the tokenizer is a slow one, which has no character offsets.
@@ -72,6 +105,19 @@ class Encoder:
         self.special_tokens = special_tokens
         self.key = key
         self.added = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+        self._around = added_around(tokenizer) if special_tokens else ([], [])
+        self._last_ends: set[int] = set()  # of the last answers of conversations
+        self._other_ends: set[int] = set()
+        self._inside: set[int] = set()  # added tokens in answers, before their ends
+
+    @property
+    def ends(self) -> list[int]:
+        """Ids that ended what was trained on so far, and so end what is generated.
+
+        One that only ends earlier turns and also stands inside of answers, as between the channels
+        of gpt-oss, ends no answer.
+        """
+        return sorted(self._last_ends | (self._other_ends - self._inside))
 
     def encode(self, texts: Sequence[Rendered]) -> list[tuple[Int32Array, Int32Array]]:
         """Ids and labels of each text, both int32 [S], in one call of the tokenizer."""
@@ -93,9 +139,13 @@ class Encoder:
     def _labelled(
         self, ids: Int32Array, offsets: list[tuple[int, int]], text: Rendered
     ) -> tuple[Int32Array, Int32Array]:
+        kept = once(ids.tolist(), self._around)
+        ids = ids[kept]
         labels = ids.copy() if text.spans is None else np.full_like(ids, NO_TARGET)
-        starts, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
-        for span in text.spans or ():
+        starts, ends = np.asarray(offsets, np.int64).reshape(-1, 2)[kept].T
+        if behind := len(self._around[1]):  # their offsets are 0, but they come last
+            starts[-behind:] = ends[-behind:] = len(text.text)
+        for number, span in enumerate(text.spans or (), start=1):
             first, stop = self._tokens(span, starts, ends)
             if first < stop and text.text[starts[first] : span.start].strip():
                 first += 1  # a token that joins header and answer; never met when generating
@@ -105,14 +155,25 @@ class Encoder:
                     f"{text.text[-60:]!r}; this tokenizer cannot be used for chats"
                 )
             labels[first:stop] = ids[first:stop]
+            self._note(ids[first:stop], span, number == len(text.spans or ()))
         if text.append_eos:
             eos = self._eos()
             if not len(ids) or ids[-1] != eos:
                 ids = np.append(ids, np.int32(eos))
                 labels = np.append(labels, np.int32(eos))
             labels[-1] = eos
+            self._last_ends.add(eos)
         labels[:1] = NO_TARGET
         return ids, labels
+
+    def _note(self, answer: Int32Array, span: TargetSpan, is_last: bool) -> None:
+        """Note what ends an answer, and what is in it."""
+        if not len(answer):
+            return
+        row = answer.tolist()
+        if span.ends_turn:
+            (self._last_ends if is_last else self._other_ends).add(row.pop())
+        self._inside |= self.added.intersection(row)
 
     @staticmethod
     def _tokens(

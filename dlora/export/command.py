@@ -13,9 +13,10 @@ from pathlib import Path
 
 from dlora.adapters.save_load import save_adapter
 from dlora.adapters.source import AdapterSource, open_adapter
+from dlora.base.answering import write_beside_adapter, write_into_model
 from dlora.base.model import DTYPES, BaseModel
 from dlora.base.weight_files import StoredBase
-from dlora.cli import OneLineParser, chosen_base, naming_base
+from dlora.cli import OneLineParser, answering, chosen_base, naming_base
 from dlora.errors import UsageError
 from dlora.export.merged_model import MergedModel
 from dlora.io.files import new_directory
@@ -117,6 +118,7 @@ def _write_adapter(
     source.materialize(skeleton)
     with new_directory(target) as folder:
         save_adapter(skeleton, folder, base_model_name_or_path=base.path, peft_type=peft_type)
+        write_beside_adapter(folder, base, *answering(base, source, needed=False))
 
 
 def _merge(
@@ -129,6 +131,7 @@ def _merge(
         print(f"{' and '.join(merged.untied)} no longer share a weight: each is written separately")
     with new_directory(target) as folder, CopyDisplay(merged.nbytes) as display:
         merged.write(folder, display)
+        write_into_model(folder, base, *answering(base, source, needed=False))
     if line := rounding_line(merged.losses, dtype or "the base's dtype"):
         print(f"warning: {line}", file=sys.stderr)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from dlora.data import NO_TARGET, Example, deal
 from dlora.data.collate import collate
+from dlora.data.stops import stop_tokens, until_stop
 from dlora.objectives.own_length import depends_on_length, forget_lengths
 from dlora.runtime.console import console
 from dlora.training.checks import learned_positions
@@ -80,6 +81,7 @@ def print_samples(context: RunContext, when: str) -> None:
             prepared.tokenizer,
             (prepared.eval or prepared.train).first(count),
             pad_id=prepared.pad_id,
+            ends=prepared.train.report.ends,
         )
     for prompt, reference, answer in answers:
         console.info(f"--- sample, {when}\n{prompt}\n  wanted: {reference}\n  answer: {answer}")
@@ -91,9 +93,13 @@ def sample_answers(
     examples: list[Example],
     *,
     pad_id: int,
+    ends: Sequence[int] = (),
     max_new_tokens: int = 24,
 ) -> list[tuple[str, str, str]]:
     """(prompt, reference, answer) of examples, decoded greedily.
+
+    Args:
+        ends: tokens that end the answers of the data, where an answer then ends as well.
 
     Collective on a sharded base: every rank generates the same tokens, so that gathers match. The
     model is in eval mode, without gradients.
@@ -103,29 +109,32 @@ def sample_answers(
     longest = max(map(len, prompts))
     if (positions := learned_positions(model)) is not None:
         max_new_tokens = min(max_new_tokens, positions - longest)
+    stops = stop_tokens(tokenizer, model.generation_config.eos_token_id, ends)
+
+    def plain(tokens: list[int]) -> str:
+        return tokenizer.decode(until_stop(tokens, stops), skip_special_tokens=True).strip()
+
     # A state, or positions that depend on the length, would take padding for a part of the prompt.
     alone = getattr(model, "_is_stateful", False) or depends_on_length(model)
     answers = [
         answer
         for group in ([[prompt] for prompt in prompts] if alone else [prompts])
-        for answer in _answers(model, tokenizer, group, pad_id, max_new_tokens)
+        for answer in _answers(model, group, pad_id, stops, max_new_tokens)
     ]
     return [
         (
             tokenizer.decode(prompt, skip_special_tokens=True).strip(),
-            tokenizer.decode(
-                [t for t in example.labels.tolist() if t != NO_TARGET], skip_special_tokens=True
-            ).strip(),
-            answer.strip(),
+            plain([t for t in example.labels.tolist() if t != NO_TARGET]),
+            plain(answer),
         )
         for prompt, example, answer in zip(prompts, examples, answers, strict=True)
     ]
 
 
 def _answers(
-    model: Any, tokenizer: Any, prompts: list[list[int]], pad_id: int, max_new_tokens: int
-) -> list[str]:
-    """What the model says to prompts, padded on the left to one length."""
+    model: Any, prompts: list[list[int]], pad_id: int, stops: list[int], max_new_tokens: int
+) -> list[list[int]]:
+    """What the model says to prompts, padded on the left to one length; each up to `stops`."""
     forget_lengths(model)
     longest = max(map(len, prompts))
     device = next(model.parameters()).device
@@ -137,5 +146,7 @@ def _answers(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=pad_id,
+        eos_token_id=stops or None,
     )
-    return tokenizer.batch_decode(generated[:, longest:], skip_special_tokens=True)
+    answers: list[list[int]] = generated[:, longest:].tolist()
+    return answers

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dlora.adapters.save_load import save_adapter
+from dlora.base.answering import write_beside_adapter
 from dlora.data.stream import Stream
 from dlora.metrics.log import held_out_line
 from dlora.plan.measured import measure
@@ -43,6 +44,9 @@ def save_result(context: RunContext, checkpoints: CheckpointManager) -> int:
             context.lock.check()
             base = context.config.model.path
             save_adapter(context.model, where, base_model_name_or_path=base)
+            prepared = context.prepared
+            ends = prepared.train.report.ends
+            write_beside_adapter(where, prepared.base, prepared.tokenizer, ends)
             checkpoints.publish(where)
     except OSError as error:
         console.error(f"{where} could not be written: {error}; free the disk and {RESUMES}")

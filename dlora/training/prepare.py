@@ -16,10 +16,12 @@ from dlora.base.eval_mode import random_settings
 from dlora.base.identity import identity
 from dlora.base.model import BaseModel, check_experts_divide, find_base
 from dlora.base.quantize import Quantized
+from dlora.config.chat_template import template_text
 from dlora.config.load import Config
 from dlora.data import Dataset, Sampler, check_source, load_examples
 from dlora.data.cache import cached
 from dlora.data.stream import Stream, StreamSampler
+from dlora.data.template import set_template
 from dlora.errors import UsageError
 from dlora.lora.attach import (
     adapter_tensors,
@@ -143,7 +145,7 @@ def prepare(
     if drawn := random_settings(skeleton):
         announce(f"model: its own {', '.join(drawn)} are off in training, since W0 is frozen")
     known = identity(base, skeleton)
-    tokenizer = base.tokenizer()
+    tokenizer = _tokenizer(config, base)
     load = functools.partial(_load, config, tokenizer, announce, around.writes)
     train = _stream(config, tokenizer, announce) if config.data.streaming else load("train")
     held_out = load("eval") if config.data.eval is not None else None
@@ -281,6 +283,14 @@ def _adapted(
     if config.adapter.path is not None and resumed is None:
         check_adapter(skeleton, config.adapter.path)
     return skeleton, quantized
+
+
+def _tokenizer(config: Config, base: BaseModel) -> Any:
+    """The base's tokenizer, with the chat template that the configuration asks for."""
+    tokenizer, template = base.tokenizer(), config.data.chat_template
+    text = None if template is None else template_text(template)
+    set_template(tokenizer, text, config.data.chat_template_kwargs)
+    return tokenizer
 
 
 def _sampler(

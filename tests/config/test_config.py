@@ -73,6 +73,8 @@ ADDED = {  # change nothing
     ("data", "columns"): {},
     ("data", "streaming"): False,
     ("data", "shuffle_window"): 10_000,
+    ("data", "chat_template"): None,
+    ("data", "chat_template_kwargs"): {},
     ("data", "max_eval_samples"): None,
     ("data", "on_error"): "stop",
     ("train", "allow_unused"): False,
@@ -269,6 +271,12 @@ COMMAND_LINES = [  # words, key, the value that they mean
     (["--output.eval_every", "0"], "output.eval_every", 0),
     (["--data.train", '["a b.jsonl", c.jsonl]'], "data.train", ["a b.jsonl", "c.jsonl"]),
     (["--data.eval", "builtin:docstrings-heldout"], "data.eval", "builtin:docstrings-heldout"),
+    (["--data.chat_template", "{{ messages }}"], "data.chat_template", "{{ messages }}"),
+    (
+        ["--data.chat_template_kwargs", "{a: false, b: '1', c: 1, d: 1.5, e: x, f: null}"],
+        "data.chat_template_kwargs",
+        {"a": False, "b": "1", "c": 1, "d": 1.5, "e": "x", "f": None},
+    ),
     (["--output.dir", "2026-01-31"], "output.dir", "2026-01-31"),
     (["--output.dir=--odd"], "output.dir", "--odd"),
 ]
@@ -333,6 +341,15 @@ def test_no_file_is_needed():
     assert parse([*words, "--check"], "train").check
 
 
+def test_a_chat_template_s_file_is_read_at_once(base, tmp_path):
+    (tmp_path / "t.jinja").write_text("{{ é }}\n", encoding="utf-8")
+    config = load(base, ["--data.chat_template", str(tmp_path / "t.jinja")])
+    assert config.data.chat_template == "{{ é }}\n"
+    (tmp_path / "t.jinja").write_text(" ")
+    said = refusal(load, base, ["--data.chat_template", str(tmp_path / "t.jinja")])
+    assert said.startswith(f"data.chat_template: {tmp_path / 't.jinja'} is empty")
+
+
 def test_epochs_govern_when_set(base):
     assert load(base).train.governed_by == "max_steps"
     assert load(base, ["--train.epochs", "2"]).train.governed_by == "epochs"
@@ -374,6 +391,8 @@ MISTAKES = [  # words of the command line, what the one line has to say
     (["--adapter.rank_pattern", "{q: a}"], ["adapter.rank_pattern: expected dict[str, int]"]),
     (["--adapter.modules_to_save", "head"], ["adapter.modules_to_save: expected list[str]"]),
     (["--train.epochs", "1.5"], ["train.epochs: expected int or null"]),
+    (["--data.chat_template", "no.jinja"], ["data.chat_template: no.jinja: No such file", "Jinja"]),
+    (["--data.chat_template_kwargs", "{a: [1]}"], ["data.chat_template_kwargs: expected dict"]),
 ]  # fmt: skip
 
 

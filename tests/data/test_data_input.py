@@ -9,7 +9,7 @@ from refusals import refusal
 
 from dlora.data import FORMATS, load_examples
 from dlora.data.files import read_records, resolve
-from dlora.data.formats import RecordError
+from dlora.data.formats import RecordError, read_record
 from dlora.errors import UsageError
 
 CHAT: dict[str, list[Any]] = {
@@ -69,18 +69,20 @@ BAD_RECORDS: list[tuple[str, dict[str, Any], str]] = [
     ("chat", {"messages": [user(), {"content": "b"}]}, "messages[1] has no field 'role', only"),
     ("chat", {"messages": [user(), {"role": "assistant"}]}, "messages[1] has no field 'content'"),
     ("chat", {"messages": [user(5)]}, "messages[0].content is a number; expected a string"),
-    ("chat", {"messages": [user([{}])]}, "messages[0].content is a list; expected a string"),
+    ("chat", {"messages": [user([{}])]}, "messages[0].content[0] is a part of type 'nothing'; "),
+    ("chat", {"messages": [user({})]}, "messages[0].content is an object; expected a string"),
     ("chat", {"messages": [user(), assistant(None)]}, "messages[1].content is null; expected"),
     ("chat", {"messages": [{"role": True, "content": ""}]}, "messages[0].role is a boolean"),
     ("chat", {"messages": [{"role": "gpt", "content": ""}]},
-     "messages[0] has role 'gpt'; expected one of 'system', 'user', 'assistant', 'tool'"),
+     "messages[0] has role 'gpt'; expected one of 'system', 'developer', 'user', 'assistant', "
+     "'tool', 'function'"),
     ("chat", {"messages": [user()]},
      "'messages' has nothing to train on; expected a message with role 'assistant'"),
     ("chat", {"messages": [user(), assistant(" \n")]}, "messages[1] is an empty answer"),
-    ("chat", {"messages": [user(), assistant(weight=0)]}, "messages[1] has 'weight', which is not"),
+    ("chat", {"messages": [user(), assistant(weight=2)]}, "messages[1] has 'weight': 2; expected"),
     ("chat", {"messages": [user("\ud800")]}, "messages[0].content contains half a surrogate pair"),
     ("sharegpt", CHAT, "no field 'conversations', only 'messages'"),
-    ("sharegpt", {"conversations": [{"from": "bot", "value": "a"}]}, "[0] has from 'bot'; exp"),
+    ("sharegpt", {"conversations": [{"from": "fox", "value": "a"}]}, "[0] has from 'fox'; exp"),
     ("sharegpt", {"conversations": [{"from": "gpt", "value": ""}]}, "conversations[0] is an empty"),
     ("sharegpt", {"conversations": [{"from": "human", "value": "a"}]}, "a message with from 'gpt'"),
     ("sharegpt", {"conversations": [{"from": "human", "content": "a"}]}, "has no field 'value'"),
@@ -107,7 +109,7 @@ def test_a_bad_record_names_file_and_line(
     said = refusal(load_examples, path, tokenizer=make_tokenizer(), **reading)
     assert said.startswith(f"data.eval: {path}:2: ") and expected in said
     with pytest.raises(RecordError):
-        FORMATS[name].read(record)
+        read_record(name, record)
 
 
 def refused(source: Any) -> str:

@@ -10,8 +10,8 @@ import torch
 from dlora.config.load import parse
 from dlora.data import Dataset, Sampler, deal
 from dlora.data.collate import collate
-from dlora.data.dataset import Report
 from dlora.data.encode import NO_TARGET
+from dlora.data.report import Report
 from dlora.plan.capacity import free_bytes
 from dlora.plan.choose import capacity_of
 from dlora.plan.workload import workload_of

@@ -1,29 +1,30 @@
 """What a data format is, and what all of them read records with.
 
 A new one is one file of this folder with a class like those beside it. Its `read` raises
-`RecordError` for whatever it cannot take; the reader puts the file and the line in front.
+`RecordError` for whatever it cannot take; the reader puts the file and the line in front. What it
+does not read is passed to a chat template that reads it, or counted among the ignored fields.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-Conversation = list[dict[str, str]]  # [{"role": "user", "content": "..."}, ...], as in transformers
-
-ROLES = ("system", "user", "assistant", "tool")
-_SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "tool": "tool",
-}
-# Parts of a message that change what should be learnt: dropping them would train something else.
-_NOT_BUILT = ("tool_calls", "function_call", "reasoning_content", "weight")
+# A message has a "role" and a "content" as in transformers, and what else the template may read;
+# an answer with "train": False is no target.
+Message = dict[str, Any]
+Conversation = list[Message]
 
 
 class RecordError(ValueError):
     """A record does not fit its format; the message says what was found and what was expected."""
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """A plain text whose beginning, the prompt, is not trained on."""
+
+    prompt: str
+    completion: str
 
 
 class RecordFormat(Protocol):
@@ -38,7 +39,7 @@ class RecordFormat(Protocol):
     fields: ClassVar[tuple[str, ...]]
 
     @staticmethod
-    def read(record: dict[str, Any]) -> Conversation | str:
+    def read(record: Mapping[str, Any]) -> Conversation | Continuation | str:
         """The record as a conversation, or as a plain text of which every token is trained on.
 
         Raises:
@@ -46,74 +47,47 @@ class RecordFormat(Protocol):
         """
 
 
-def conversation(
-    record: dict[str, Any], field: str, role_field: str, text_field: str, answer: str
-) -> Conversation:
-    """The messages that the list at `field` has.
+class Fields(Mapping[str, Any]):
+    """The fields of a record, which remember whether they were read."""
 
-    Args:
-        role_field, text_field: of each of its objects.
-        answer: what a message to train on has, for the error where there is none.
-    """
-    read = [_turn(t, f"{field}[{i}]", role_field, text_field) for i, t in _turns(record, field)]
-    return _checked(read, field, answer)
+    def __init__(self, record: Mapping[str, Any]) -> None:
+        self._record = record
+        self._unread = dict.fromkeys(record)
 
+    def __getitem__(self, name: str) -> Any:
+        value = self._record[name]
+        self._unread.pop(name, None)
+        return value
 
-def _turns(record: dict[str, Any], field: str) -> Iterator[tuple[int, Any]]:
-    value = _field(record, field)
-    if not isinstance(value, list):
-        raise RecordError(f"{field!r} is {_kind(value)}; expected a list of objects")
-    if not value:
-        raise RecordError(f"{field!r} is empty; expected at least a question and an answer")
-    return enumerate(value)
+    def __contains__(self, name: object) -> bool:
+        return name in self._record
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._record)
 
-def _turn(turn: Any, where: str, role_field: str, text_field: str) -> dict[str, str]:
-    """One message of a conversation; `where` names it in errors, such as "messages[2]"."""
-    if not isinstance(turn, dict):
-        raise RecordError(
-            f"{where} is {_kind(turn)}; expected an object with {role_field!r} and {text_field!r}"
-        )
-    roles = _SHAREGPT_ROLES if role_field == "from" else {role: role for role in ROLES}
-    name = _string(turn, role_field, where)
-    if name not in roles:
-        raise RecordError(f"{where} has {role_field} {name!r}; expected one of {_names(roles)}")
-    for field in _NOT_BUILT:
-        if turn.get(field) is not None:
-            raise RecordError(f"{where} has {field!r}, which is not supported; expected only text")
-    return {"role": roles[name], "content": _string(turn, text_field, where)}
+    def __len__(self) -> int:
+        return len(self._record)
+
+    def peek(self, name: str) -> Any:
+        """A value, or None, which does not count as read."""
+        return self._record.get(name)
+
+    def rest(self) -> dict[str, Any]:
+        """What was not read, without nulls."""
+        values = ((name, self._record[name]) for name in self._unread)
+        return {name: value for name, value in values if value is not None}
 
 
-def _checked(conversation: Conversation, field: str, wanted: str) -> Conversation:
-    """The conversation, once it is known to have an answer and no empty one."""
-    answers = [i for i, turn in enumerate(conversation) if turn["role"] == "assistant"]
-    if not answers:
-        raise RecordError(f"{field!r} has nothing to train on; expected a message with {wanted}")
-    for i in answers:
-        if not conversation[i]["content"].strip():
-            raise RecordError(f"{field}[{i}] is an empty answer; expected some text")
-    return conversation
-
-
-def system(record: dict[str, Any]) -> Conversation:
-    prompt = optional(record, "system")
-    return [{"role": "system", "content": prompt}] if prompt else []
-
-
-def _field(record: Mapping[str, Any], field: str, where: str = "") -> Any:
-    if field not in record:
-        place = f"{where} has" if where else "the record has"
-        found = f"{_names(record)}" if record else "nothing"
-        hint = "" if where else "; see data.format"
-        raise RecordError(f"{place} no field {field!r}, only {found}{hint}")
-    return record[field]
-
-
-def _string(record: Mapping[str, Any], field: str, where: str = "") -> str:
+def string(record: Mapping[str, Any], field: str, where: str = "") -> str:
+    """The text of a field that has to be there; `where` names the object that it belongs to."""
     value = _field(record, field, where)
-    name = f"{where}.{field}" if where else repr(field)
+    return as_text(value, f"{where}.{field}" if where else repr(field))
+
+
+def as_text(value: Any, name: str) -> str:
+    """A value that has to be a text; `name` is its name in errors."""
     if not isinstance(value, str):
-        raise RecordError(f"{name} is {_kind(value)}; expected a string")
+        raise RecordError(f"{name} is {kind_of(value)}; expected a string")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:  # "\ud800" is valid JSON, but no tokenizer takes half a character
@@ -122,7 +96,8 @@ def _string(record: Mapping[str, Any], field: str, where: str = "") -> str:
 
 
 def filled(record: Mapping[str, Any], field: str) -> str:
-    value = _string(record, field)
+    """The text of a field that has to be there and not blank."""
+    value = string(record, field)
     if not value.strip():
         raise RecordError(f"{field!r} is empty; expected some text")
     return value
@@ -132,17 +107,31 @@ def optional(record: Mapping[str, Any], field: str) -> str:
     """The field's text; "" where it is missing, null or blank."""
     if record.get(field) is None:
         return ""
-    value = _string(record, field)
+    value = string(record, field)
     return value if value.strip() else ""
 
 
-def _names(names: Mapping[str, Any]) -> str:
+def first_of(record: Mapping[str, Any], *fields: str) -> str:
+    """The first of some spellings of a field that the record has; the first of all if none."""
+    return next((f for f in fields if f in record), fields[0])
+
+
+def _field(record: Mapping[str, Any], field: str, where: str = "") -> Any:
+    if field not in record:
+        place = f"{where} has" if where else "the record has"
+        found = f"{names(record)}" if record else "nothing"
+        hint = "" if where else "; see data.format"
+        raise RecordError(f"{place} no field {field!r}, only {found}{hint}")
+    return record[field]
+
+
+def names(fields: Mapping[str, Any]) -> str:
     """At most eight names, quoted."""
-    shown = [repr(name) for name in list(names)[:8]]
-    return ", ".join(shown) + (", ..." if len(names) > 8 else "")
+    shown = [repr(name) for name in list(fields)[:8]]
+    return ", ".join(shown) + (", ..." if len(fields) > 8 else "")
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     """What JSON calls the value's type, with its article."""
     if value is None:
         return "null"
