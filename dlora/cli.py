@@ -82,30 +82,23 @@ def chosen_base(
     return base, option
 
 
-def answering(
-    base: BaseModel, source: AdapterSource | None, *, needed: bool = True
-) -> tuple[Any, list[int]]:
-    """How base and adapter answer.
+def answering(tokenizer: Any, source: AdapterSource | None) -> list[int]:
+    """Let a base's tokenizer write chats as the adapter was trained on them.
 
     Args:
-        needed: a base without a tokenizer is an error; otherwise None is in its place.
+        tokenizer: gets the adapter's chat template; None: the base has none.
 
     Returns:
-        The base's tokenizer, with the chat template that the adapter was trained with, and the
-        tokens that end an answer in it.
+        The tokens that end an answer.
 
     Raises:
-        UsageError: the base has no tokenizer, or the adapter's template is not valid.
+        UsageError: the adapter's template is not valid.
     """
     recorded = source.answering if source else Answering()
-    try:
-        tokenizer = base.tokenizer()
-    except UsageError:
-        if needed or recorded.template or recorded.variables:
-            raise
-        return None, list(recorded.ends)
+    if tokenizer is None:
+        return list(recorded.ends)
     try:
         set_template(tokenizer, recorded.template, recorded.variables)
     except UsageError as error:
         raise UsageError(f"{source and source.directory}: {error}") from None
-    return tokenizer, sorted({*turn_ends(tokenizer), *recorded.ends})
+    return sorted({*turn_ends(tokenizer), *recorded.ends})

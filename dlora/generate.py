@@ -38,8 +38,8 @@ def main(argv: list[str]) -> int:
         announce=report,
     )
     with naming_base(option):
-        tokenizer, ends = answering(base, source)
-        skeleton = base.skeleton()
+        tokenizer, skeleton = base.tokenizer(), base.skeleton()
+    ends = answering(tokenizer, source)
     encoded = encode(tokenizer, args.prompt, args.system)
     if source is not None:
         source.attach_to(skeleton)  # an adapter that does not fit fails before weights are read

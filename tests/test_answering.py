@@ -93,7 +93,7 @@ def test_samples_end_there_too(base: Path, tmp_path: Path) -> None:
     assert [answer for _, _, answer in answers] == ["one", "one"]
 
 
-MARKS = CHATML.replace("<|im_end|>", "{{ stop }}").replace("'{{ stop }}", "' + stop + '")
+MARKS = CHATML.replace("'<|im_end|>\n'", "stop + '\n'")
 
 
 def test_a_run_writes_the_template_and_the_ends_beside_its_adapter(
@@ -103,7 +103,7 @@ def test_a_run_writes_the_template_and_the_ends_beside_its_adapter(
     base = save_chain(tmp_path / "base", template=False)
     (tmp_path / "t.jinja").write_text(MARKS)
     chats = str(save_chats(tmp_path / "c.jsonl", 4))
-    directory, _ = run(
+    run(
         "run",
         1,
         model__path=str(base),
@@ -113,6 +113,7 @@ def test_a_run_writes_the_template_and_the_ends_beside_its_adapter(
         optimizer__lr=0.0,
         train__max_steps=1,
     )
+    directory = tmp_path / "run"
     (tmp_path / "t.jinja").unlink()
     adapter = directory / "adapter"
     assert json.loads((adapter / "generation_config.json").read_text())["eos_token_id"] == IM_END

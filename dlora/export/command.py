@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from dlora.adapters.save_load import save_adapter
 from dlora.adapters.source import AdapterSource, open_adapter
@@ -118,7 +119,16 @@ def _write_adapter(
     source.materialize(skeleton)
     with new_directory(target) as folder:
         save_adapter(skeleton, folder, base_model_name_or_path=base.path, peft_type=peft_type)
-        write_beside_adapter(folder, base, *answering(base, source, needed=False))
+        tokenizer = _tokenizer(base)
+        write_beside_adapter(folder, base, tokenizer, answering(tokenizer, source))
+
+
+def _tokenizer(base: BaseModel) -> Any:
+    """The base's tokenizer, or None: weights alone can be exported as well."""
+    try:
+        return base.tokenizer()
+    except UsageError:
+        return None
 
 
 def _merge(
@@ -131,7 +141,8 @@ def _merge(
         print(f"{' and '.join(merged.untied)} no longer share a weight: each is written separately")
     with new_directory(target) as folder, CopyDisplay(merged.nbytes) as display:
         merged.write(folder, display)
-        write_into_model(folder, base, *answering(base, source, needed=False))
+        tokenizer = _tokenizer(base)
+        write_into_model(folder, base, tokenizer, answering(tokenizer, source))
     if line := rounding_line(merged.losses, dtype or "the base's dtype"):
         print(f"warning: {line}", file=sys.stderr)
 

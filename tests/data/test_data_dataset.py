@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from templates import TEXT_ARGUMENTS as CHATML
 from tokenizers import processors
 
 from dlora.data import NO_TARGET, Dataset, load_examples
+from dlora.data.encode import text_prompt
 from dlora.errors import UsageError
 
 
@@ -79,6 +81,46 @@ def test_text_keeps_what_the_tokenizer_adds_and_no_second_eos(make_tokenizer: An
     assert tokenizer.decode(example.input_ids) == "<s>Hello<|im_end|>"
     assert example.labels[0] == NO_TARGET
     assert example.labels[1:].tolist() == example.input_ids[1:].tolist()
+
+
+def adding(tokenizer: Any, form: str) -> Any:
+    """The tokenizer, which now adds special tokens as `form` says: "<s> $A"."""
+    special = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<s>", "<|im_end|>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=form, special_tokens=special
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("form", ["<s> $A", "<s> $A <|im_end|>", "$A"])
+@pytest.mark.parametrize("text", ["<s>Hello", "<s> Hello<|im_end|>", "Hello<|im_end|>"])
+def test_a_text_has_its_ends_once(form: str, text: str, make_tokenizer: Any, jsonl: Any):
+    tokenizer = adding(make_tokenizer(None), form)
+    example = load(jsonl({"text": text}), tokenizer, "text")[0]
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    wanted = tokenizer.encode(text, add_special_tokens=False)
+    wanted = [bos] * ("<s>" in form and wanted[0] != bos) + wanted + [eos] * (wanted[-1] != eos)
+    assert example.input_ids.tolist() == wanted
+    assert example.labels.tolist() == [NO_TARGET, *wanted[1:]]
+    if text.startswith("<s>") or "<s>" in form:  # a prompt to continue has the same beginning
+        asked = text.removesuffix("<|im_end|>")
+        assert text_prompt(tokenizer, asked) == wanted[:-1]
+
+
+def test_a_completion_is_the_target_whatever_is_added_around(make_tokenizer: Any, jsonl: Any):
+    record = {"prompt": "<s>Hello there", "completion": " How are"}
+    for form in ("<s> $A", "<s> $A <|im_end|>", "$A"):
+        tokenizer = adding(make_tokenizer(None), form)
+        example = load(jsonl(record), tokenizer, "text")[0]
+        assert tokenizer.decode(example.input_ids) == "<s>Hello there How are<|im_end|>"
+        targets = example.input_ids[example.labels != NO_TARGET]
+        assert tokenizer.decode(targets) == " How are<|im_end|>"
+
+
+def test_a_chat_template_s_bos_stands_once(make_tokenizer: Any, jsonl: Any):
+    tokenizer = adding(make_tokenizer("{{ bos_token }}" + CHATML), "<s> $A")
+    example = load(jsonl(chat("Hi", "yes")), tokenizer)[0]
+    assert example.input_ids.tolist().count(tokenizer.bos_token_id) == 1
 
 
 def test_a_chat_template_writes_its_own_special_tokens(make_tokenizer: Any, jsonl: Any):

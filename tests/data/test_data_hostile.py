@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from random_records import records
 from refusals import refusal
 from sampling import full
+from templates import QWEN, THREE_ROLES
 
 from dlora.data import FORMATS, load_examples
 from dlora.data.files import read_records
@@ -156,3 +158,19 @@ def test_any_lines_are_a_data_set_or_one_line_of_error(
             assert "\n" not in str(error)
 
     check()
+
+
+@pytest.mark.parametrize("format", sorted(FORMATS))
+@pytest.mark.parametrize("template", [QWEN, THREE_ROLES], ids=["qwen", "three roles"])
+def test_no_record_and_no_field_is_lost_without_a_count(
+    format: str, template: str, tmp_path: Path, make_tokenizer: Any
+) -> None:
+    """500 records of each format, many of them odd; each is taken or counted."""
+    made = records(format, 250, 1 + (template is QWEN))
+    path = written(tmp_path / "d.jsonl", [json.dumps(record).encode() for record in made])
+    data = load(path, make_tokenizer(template), format=format, on_error="skip", max_length=200)
+    report = data.report
+    assert report.records + report.skipped == len(made)
+    assert report.kept + report.dropped == report.records
+    assert report.ignored["nothing reads this"] == report.records > len(made) // 6
+    assert "\n" not in str(report) and len(data) == report.kept

@@ -68,7 +68,9 @@ def mark_record(record: Fields, conversation: Conversation) -> None:
             for i, (turn, each) in enumerate(zip(conversation, values, strict=True)):
                 if each is not None:
                     mark(turn, _meaning(name, each, f"{name}[{i}]"), f"{name}[{i}]")
-        elif name == "mask" and isinstance(value, str):  # NeMo: who is not trained on
+        elif (
+            name == "mask" and isinstance(value, str) and not is_yes_or_no(value)
+        ):  # NeMo: who is not trained on
             roles = {_ROLES.get(r.strip().lower(), "") for r in record[name].split(",")}
             for turn in conversation:
                 if turn["role"] in roles and turn["role"] == "assistant":
@@ -112,7 +114,9 @@ def refused_whole(record: Fields) -> str | None:
 
 
 def is_yes_or_no(value: Any) -> bool:
-    """A boolean, 0 or 1, but no float: a `loss` of 0.0 may be a measurement."""
+    """A boolean, 0, 1 or such a word, but no float: a `loss` of 0.0 may be a measurement."""
+    if isinstance(value, str):
+        return value.strip().lower() in _WORDS
     return isinstance(value, bool) or type(value) is int and value in (0, 1)
 
 
