@@ -130,9 +130,15 @@ def _conflicts(
             saved = resumed.settings.get(section, {}).get(name, SCHEMA[key].default)
             same = saved == value or all(said in SAME.get(key, ()) for said in (saved, value))
             if key not in compared and not same:
-                yield f"{key} was {saved!r} and is {value!r}"
+                yield f"{key} was {_short(saved)} and is {_short(value)}"
     if resumed.state["data"]["fingerprint"] != fingerprint:
         yield "data.train contains other sequences"
+
+
+def _short(value: Any) -> str:
+    """A value for a message; a chat template may be pages long."""
+    shown = repr(value)
+    return shown if len(shown) <= 200 else f"{shown[:197]}..."
 
 
 def _changed_rate(resumed: ResumePoint, config: Config, total: int) -> str:

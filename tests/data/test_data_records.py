@@ -364,6 +364,9 @@ def test_fields_that_nothing_reads_are_named_with_counts(make_tokenizer: Any, js
     assert "ignored fields: source 2, " in str(data.report).replace("message.id 1, ", "").replace(
         "message.name 1, ", ""
     )
+    part = {"type": "text", "text": "Hello", "cache_control": {"type": "x"}}
+    data = load(jsonl, tokenizer, {"messages": [{**USER, "content": [part]}, ANSWER]})
+    assert data.report.ignored == {"message.content.cache_control": 1}
     data = load(jsonl, tokenizer, {"text": "a", "url": "b"}, format="text")
     assert data.report.ignored == {"url": 1}
 

@@ -26,6 +26,7 @@ SHAREGPT_ROLES = {
     **dict.fromkeys(("function_call", "tool_call"), "assistant"),
 }
 _CALLS = ("function_call", "tool_call")  # roles whose text is a call of a tool
+_PART = ("type", "text", "thinking")  # what is read of a part of a content
 THINKING = "reasoning_content"  # the name that transformers hands to templates under all of them
 THINKING_NAMES = (THINKING, "thinking", "reasoning")
 
@@ -104,8 +105,11 @@ def _content(turn: dict[str, Any], where: str, field: str, rest: Message) -> Mes
     for i, part in enumerate(value):
         kind, text = _part(part, f"{name}[{i}]")
         (thoughts if kind == "thinking" else texts).append(text)
-    if thoughts:
-        rest.setdefault(THINKING, "".join(thoughts))
+        others = part.items() if isinstance(part, dict) else ()
+        rest |= {f"content.{k}": v for k, v in others if k not in _PART and v is not None}
+    thought = "".join(thoughts)
+    if thought and rest.setdefault(THINKING, thought) != thought:
+        raise RecordError(f"{name} and {THINKING!r} say different things; expected one of them")
     if len(texts) == 1:
         return {"content": texts[0]}
     return {"content": [{"type": "text", "text": text} for text in texts]}
