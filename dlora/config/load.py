@@ -103,7 +103,9 @@ def parse(argv: Sequence[str], prog: str, extra: type | None = None) -> Options:
     given = read_file(words["config"], SCHEMA) if "config" in words else {}
     given |= {key: Given(word, is_word=True) for key, word in words.items() if key in SCHEMA}
     values = {key: convert(SCHEMA[key], value) for key, value in given.items()}
-    if values.get(TEMPLATE):  # the run and its checkpoints carry the text, not a file's name
+    if (
+        values.get(TEMPLATE) or ""
+    ).strip():  # the run and its checkpoints carry the text, not a file's name
         values[TEMPLATE] = template_text(values[TEMPLATE])
     config = _build(values)
     validate(config)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from exported import Case, attach_random, load_live, logits, made_by_peft, weights, write_checkpoint
 from safetensors.torch import load_file
+from tiny import tokenizer
 from tiny import whole as loaded
 from transformers import AutoModelForCausalLM
 
@@ -61,9 +62,14 @@ def test_merged_model_computes_what_peft_and_the_live_model_compute(case, bases,
     config_before = json.loads((base / "config.json").read_text())
     changed = {key for key in config if config[key] != config_before.get(key)}
     assert changed == ({"tie_word_embeddings"} if case.untied else set())
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
         if (base / name).exists():
             assert (tmp_path / "merged" / name).read_bytes() == (base / name).read_bytes()
+    settings = json.loads((base / "generation_config.json").read_text())
+    ends = settings.get("eos_token_id")  # the base's own, and the end of a turn
+    if ends != tokenizer().eos_token_id:
+        settings["eos_token_id"] = [ends, tokenizer().eos_token_id]
+    assert json.loads((tmp_path / "merged/generation_config.json").read_text()) == settings
 
 
 def test_checkpoint_becomes_a_plain_adapter_and_a_merged_model(bases, tmp_path):

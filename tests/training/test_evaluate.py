@@ -29,7 +29,7 @@ def test_answers_end_where_positions_do(
     assert int((data[0].labels >= 0).argmax()) == 246
     model = AutoModelForCausalLM.from_pretrained(saved_models(name), dtype=torch.float32)
     assert learned_positions(model) == positions
-    [(_, wanted, _)] = sample_answers(model, tokenizer(), data, count=1, pad_id=0)
+    [(_, wanted, _)] = sample_answers(model, tokenizer(), data.first(1), pad_id=0)
     assert wanted == "b"
 
 
