@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlora.adapters.task_type import auto_mapping_of, task_type_of
 from dlora.errors import UsageError
 from dlora.lora.attach import (
     Attachment,
@@ -29,11 +30,13 @@ from dlora.lora.attach import (
     trainable_parameters,
 )
 from dlora.lora.layers import CHILD, AdaptedConvolution, AdaptedLayer
+from dlora.lora.tasks import head_names
 from dlora.lora.variants import LoraAdapter, PlainLora
 from dlora.lora.variants.adalora import AdaLoraAdapter, AdaLoraConfig
 from dlora.lora.variants.dora import DoraAdapter
 
 PREFIX = "base_model.model."
+NO_TARGETS = "dummy-target-modules"  # PEFT's word for an adapter of `modules_to_save` alone
 MAGNITUDE = "lora_magnitude_vector"
 _RANK_EPSILON = 1e-5  # PEFT scales AdaLoRA by lora_alpha / (init_r + this)
 
@@ -159,20 +162,27 @@ def adalora_files(model: nn.Module, base: str | None) -> tuple[dict[str, Any], d
 
 
 def _common(model: nn.Module, base: str | None, adapted: Collection[str]) -> dict[str, Any]:
-    attachment = attachment_of(model)
+    attachment, task = attachment_of(model), task_type_of(model)
+    modules = [path for path in adapted if path not in attachment.parameters]
     return {
-        "task_type": "CAUSAL_LM" if hasattr(model, "get_output_embeddings") else None,
+        "task_type": task,
+        "auto_mapping": None if task else auto_mapping_of(model),
         "base_model_name_or_path": base,
         "lora_dropout": attachment.config.lora_dropout,
-        "target_modules": peft_targets(
-            model, attachment, [path for path in adapted if path not in attachment.parameters]
-        ),
-        "modules_to_save": sorted(attachment.config.modules_to_save) or None,
+        "target_modules": peft_targets(model, attachment, modules) if adapted else NO_TARGETS,
+        "modules_to_save": _saved_names(model, attachment) or None,
         "fan_in_fan_out": _stored_transposed(model),
         "bias": "none",
         "init_lora_weights": True,
         "inference_mode": True,
     }
+
+
+def _saved_names(model: nn.Module, attachment: Attachment) -> list[str]:
+    """The names by which PEFT finds the modules that are trained whole."""
+    config = attachment.config
+    names = {*config.modules_to_save, *head_names(model, config.task_type)}
+    return sorted(n for n in names if any(path.endswith(n) for path in attachment.saved))
 
 
 def _sizes(forms: dict[str, PlainLora]) -> dict[str, Any]:

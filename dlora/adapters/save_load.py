@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dlora.adapters.peft_format import PREFIX, adalora_files, lora_files, peft_slots
+from dlora.adapters.layouts import config_in_layout_of, in_layout_of
+from dlora.adapters.peft_format import NO_TARGETS, PREFIX, adalora_files, lora_files, peft_slots
 from dlora.errors import UsageError, and_more
 from dlora.io.files import inside, read_object, write_atomically
 from dlora.io.safetensors import FLOATS, StoredTensor, stored_tensors
@@ -33,11 +34,9 @@ FORMS = {"LORA": lora_files, "ADALORA": adalora_files}  # by PEFT's name
 _READ = {  # PEFT's keys that have a meaning here, with the value that means "not used"
     "bias": "none",
     "lora_bias": False,
-    "layers_to_transform": None,
     "layer_replication": None,
     "megatron_config": None,
     "trainable_token_indices": None,
-    "exclude_modules": None,
     "arrow_config": None,
     "alora_invocation_tokens": None,
     "ensure_weight_tying": False,
@@ -53,11 +52,14 @@ _KINDS: dict[str, tuple[type, ...]] = {  # types that `LoraConfig` does not chec
     "lora_dropout": (float, int),
     "target_modules": (str, list),
     "target_parameters": (list,),
+    "exclude_modules": (str, list),
+    "layers_pattern": (str, list),
     "modules_to_save": (list,),
     "rank_pattern": (dict,),
     "alpha_pattern": (dict,),
     "base_model_name_or_path": (str,),
     "revision": (str,),
+    "task_type": (str,),
 }
 
 
@@ -96,6 +98,9 @@ def save_adapter(
 def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     """Load an adapter that dlora or PEFT wrote; attaches it first where nothing is attached.
 
+    Names are matched as PEFT's loader does: a target, a pattern or a module to save that the model
+    lacks is ignored, and those of an older layout of the model are renamed.
+
     Returns:
         `model`.
 
@@ -105,8 +110,8 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
             the file and the key.
     """
     directory = Path(directory).expanduser()
-    config, file = read_config(directory), inside(directory, WEIGHTS)
-    tensors = stored_tensors(file)
+    config, file = config_in_layout_of(model, read_config(directory)), inside(directory, WEIGHTS)
+    tensors = in_layout_of(model, stored_tensors(file))
     check_numbers(tensors)
     if not hasattr(model, "dlora"):
         _check_ranks(model, config, file, tensors)
@@ -194,6 +199,11 @@ def read_config(directory: str | Path) -> LoraConfig:
             alpha_pattern=raw.get("alpha_pattern") or {},
             modules_to_save=list(modules_to_save),
             target_parameters=raw.get("target_parameters") or [],
+            exclude_modules=raw.get("exclude_modules") or None,
+            layers_to_transform=raw.get("layers_to_transform"),
+            layers_pattern=raw.get("layers_pattern") or None,
+            task_type=raw.get("task_type"),
+            strict_names=False,
         )
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
@@ -227,8 +237,10 @@ def _check_ranks(
 
 def _targets(raw: Any, modules_to_save: tuple[str, ...]) -> str | list[str]:
     """PEFT's own rule drops what `modules_to_save` names from a list (as all-linear leaves it)."""
+    if raw == NO_TARGETS:
+        return []
     if isinstance(raw, str):
-        return raw
+        return raw.lower() if raw.lower() == "all-linear" else raw
     saved = [re.compile(rf"(.*\.)?{name}(\..*)?") for name in modules_to_save]
     return sorted(n for n in raw or () if not any(s.fullmatch(n) for s in saved))
 

@@ -18,6 +18,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from dlora.adapters.layouts import config_in_layout_of, in_layout_of
 from dlora.adapters.peft_format import PREFIX, peft_names, peft_slots
 from dlora.adapters.save_load import CONFIG, WEIGHTS, check_numbers, read_config
 from dlora.adapters.settings import lora_config
@@ -88,12 +89,14 @@ class AdapterSource:
         Raises:
             UsageError: the adapter does not fit the model, or has NaN or infinite values.
         """
+        config, stored = self.config, stored_tensors(self.file)
+        if not self.is_checkpoint:
+            config, stored = config_in_layout_of(model, config), in_layout_of(model, stored)
         try:
-            attach(model, self.config)
+            attach(model, config)
         except UsageError as error:
             raise UsageError(f"{self.directory} does not fit the base: {error}") from None
         load_record(model, self.record)
-        stored = stored_tensors(self.file)
         parameters = adapter_tensors(model)
         keys = {name: name for name in parameters} if self.is_checkpoint else peft_names(model)
         slots = parameters if self.is_checkpoint else peft_slots(model)

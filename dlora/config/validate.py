@@ -35,7 +35,8 @@ INERT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     (
         "adapter.r adapter.lora_alpha adapter.target_modules adapter.use_rslora adapter.use_dora "
         "adapter.init_lora_weights adapter.rank_pattern adapter.alpha_pattern "
-        "adapter.modules_to_save adapter.target_parameters",
+        "adapter.modules_to_save adapter.target_parameters adapter.exclude_modules "
+        "adapter.layers_to_transform adapter.layers_pattern",
         lambda c: c.adapter.path is not None,
         "the adapter at adapter.path sets it",
     ),
@@ -95,8 +96,9 @@ def _bad_patterns(config: Config) -> Iterator[str]:
         for name in ("rank_pattern", "alpha_pattern")
         for pattern in getattr(adapter, name)
     ]
-    if isinstance(adapter.target_modules, str):
-        patterns.append(("adapter.target_modules", adapter.target_modules, "{}"))
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(expression := getattr(adapter, name), str):
+            patterns.append((f"adapter.{name}", expression, "{}"))
     for key, pattern, place in patterns:
         if not isinstance(pattern, str):
             yield f"{key}: the name {show(pattern)} must be quoted"

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from dlora.errors import UsageError
 from dlora.lora.init import INITS
+from dlora.lora.tasks import AUTO, TASKS
 from dlora.registry import carries, check_options, option
 
 
@@ -25,6 +26,12 @@ class LoraConfig:
         target_modules: `"all-linear"` (every linear layer but the output head), a list of module
             names (a name matches a module whose path is it or ends with `.name`), or a regular
             expression that must match a module's whole path.
+        exclude_modules: names, or a regular expression, of modules that get no adapter although
+            `target_modules` means them.
+        layers_to_transform, layers_pattern: the numbers of the blocks that get adapters, and the
+            names of the lists that they count in (`layers`; None: the first number of a path
+            counts). `target_modules` is a list then, in which a whole path always means its
+            module.
         use_rslora: rank-stabilised scale, https://arxiv.org/abs/2312.03732.
         use_dora: a trained magnitude for each row of W0 + ΔW, https://arxiv.org/abs/2402.09353.
         init_lora_weights: how A and B start, by the name of a file in `dlora.lora.init`; `True` is
@@ -37,6 +44,11 @@ class LoraConfig:
         modules_to_save: modules trained whole, in a float32 copy beside the frozen original: those
             whose path ends with one of these names (`norm` is `input_layernorm` too, as in PEFT).
             They get no adapter.
+        task_type: what the model is for, see `dlora.lora.tasks`. For sequence and token
+            classification and question answering its head is one of `modules_to_save`. `"auto"`:
+            by the model's class; None: no task, so that no head is trained unasked.
+        strict_names: a name or an expression that matches nothing is an error. Those in PEFT's
+            files need not match: its loader ignores them.
 
     The options of the initialisations, such as `lora_ga_gamma`, are fields too. The bounds of r
     and α keep arithmetic finite also for adapters from unknown sources.
@@ -59,6 +71,15 @@ class LoraConfig:
     )
     use_rslora: bool = option(False, "scale by lora_alpha / sqrt(r) instead")
     use_dora: bool = option(False, "weight-decomposed LoRA: a trained magnitude per output")
+    exclude_modules: str | list[str] | None = option(
+        None, "modules that get no adapter, of those that target_modules means"
+    )
+    layers_to_transform: int | list[int] | None = option(
+        None, "only the blocks with these numbers, of a target_modules that is a list", ge=0
+    )
+    layers_pattern: str | list[str] | None = option(
+        None, "names of the lists that layers_to_transform counts in; null: any"
+    )
     init_lora_weights: bool | str = option(
         True,
         "true: A is Kaiming-uniform and B zero; pissa, milora: from W0; lora_ga: from its gradient",
@@ -74,6 +95,8 @@ class LoraConfig:
     target_parameters: list[str] = option(
         [], "names of parameters to adapt, such as mlp.experts.gate_up_proj"
     )
+    task_type: str | None = AUTO
+    strict_names: bool = True
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -81,8 +104,12 @@ class LoraConfig:
             raise UsageError("target_modules: is empty, so nothing would be trained")
         patterns = [("rank_pattern", key) for key in self.rank_pattern]
         patterns += [("alpha_pattern", key) for key in self.alpha_pattern]
-        if isinstance(self.target_modules, str):
-            patterns.append(("target_modules", self.target_modules))
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(expression := getattr(self, name), str):
+                patterns.append((name, expression))
+        lists = self.layers_pattern or []
+        lists = [lists] if isinstance(lists, str) else lists
+        patterns += [("layers_pattern", expression) for expression in lists]
         for name, pattern in patterns:
             try:
                 re.compile(pattern)
@@ -90,6 +117,11 @@ class LoraConfig:
                 raise UsageError(
                     f"{name}: {pattern!r} is not a regular expression: {error}"
                 ) from None
+        if self.task_type not in (AUTO, None, *TASKS):
+            raise UsageError(
+                f"task_type: expected one of {', '.join(TASKS)}, got {self.task_type!r}"
+            )
+        self._check_layers()
         self._check_form()
 
     @property
@@ -126,6 +158,12 @@ class LoraConfig:
                 f"target_parameters: {self.init_lora_weights} is no start for them; set "
                 "init_lora_weights: true, or gaussian"
             )
+
+    def _check_layers(self) -> None:
+        if self.layers_to_transform is None and self.layers_pattern is not None:
+            raise UsageError("layers_pattern: cannot act without layers_to_transform")
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise UsageError("layers_to_transform: needs a target_modules that is a list of names")
 
     def for_steps(self, total_steps: int) -> LoraConfig:
         """These settings for a run of `total_steps` optimizer steps."""

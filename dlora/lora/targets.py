@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from enum import Enum
 
 from torch import nn
 
 from dlora.errors import UsageError
+from dlora.lora.choice import chosen
 from dlora.lora.config import LoraConfig
 from dlora.lora.layers import AdaptedConv1D, AdaptedLinear, layer_kind, obstacle
 from dlora.lora.parameters import check_parameter, shape_of
 from dlora.lora.suggest import suggestion, why_not
+from dlora.lora.tasks import head_names
 from dlora.lora.text_part import reached_by_text, text_part
 from dlora.lora.weight_reads import weight_reads
 
@@ -29,8 +30,8 @@ def target_paths(model: nn.Module, config: LoraConfig) -> list[str]:
     """Paths of the modules and then of the parameters that get A and B, in the model's order.
 
     Raises:
-        UsageError: an entry of `target_modules`, `target_parameters` or a pattern matches nothing,
-            or matches what cannot carry an adapter.
+        UsageError: an entry of `target_modules`, `target_parameters` or a pattern matches nothing
+            (with `strict_names`), or matches what cannot carry an adapter.
     """
     return [*module_paths(model, config), *parameter_paths(model, config)]
 
@@ -42,14 +43,17 @@ def module_paths(model: nn.Module, config: LoraConfig) -> list[str]:
     targets = config.target_modules
     if targets == ALL_LINEAR:
         passed = passed_over(model)
-        paths = [p for p in _linear(model) if p not in passed and not _inside(p, saved)]
+        meant = [p for p in _linear(model) if p not in passed and not _inside(p, saved)]
     else:
-        paths = _matching(model, modules, targets, saved)
+        meant = _matching(model, modules, config, saved)
+    paths = chosen(meant, config)
+    if targets != ALL_LINEAR:
         for path in paths:
             _check_adaptable(path, modules)
         _check_called(model, paths)
     if not paths and not saved and not config.target_parameters:
-        raise UsageError(f"target_modules: {targets!r} matches no linear layer of this model")
+        what = "module that is not excluded" if meant else "linear layer of this model"
+        raise UsageError(f"target_modules: {targets!r} matches no {what}")
     _check_patterns(config, [*paths, *_parameters_named(model, config)])
     return paths
 
@@ -84,8 +88,10 @@ def saved_paths(model: nn.Module, config: LoraConfig) -> list[str]:
     modules = {path: module for path, module in model.named_modules() if path}
     trainable = [p for p, m in modules.items() if any(True for _ in m.parameters())]
     paths: list[str] = []
-    for name in config.modules_to_save:
+    for name in (*config.modules_to_save, *head_names(model, config.task_type)):
         matches = [p for p in modules if p.endswith(name)]
+        if not matches and not config.strict_names:
+            continue
         if not matches:
             why = why_not(name, model, wanted="module").partition("; use")[0]
             raise UsageError(
@@ -141,20 +147,21 @@ def _linear(model: nn.Module) -> list[str]:
 
 
 def _matching(
-    model: nn.Module, modules: dict[str, nn.Module], targets: str | Iterable[str], saved: set[str]
+    model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig, saved: set[str]
 ) -> list[str]:
     """What an expression or the names mean; as in PEFT, `modules_to_save` take precedence."""
+    targets = config.target_modules
     is_regex = isinstance(targets, str)
     found: set[str] = set()
     for entry in [targets] if isinstance(targets, str) else targets:
         named = f"target_modules: {'the regular expression ' if is_regex else ''}{entry!r}"
         expression = entry if is_regex else rf"(.*\.)?{re.escape(entry)}"
         meant = {p for p in modules if re.fullmatch(expression, p)}
-        if not meant:
+        if not meant and config.strict_names:
             why = "" if is_regex else why_not(entry, model, wanted="module")
             adaptable = [p for p, m in modules.items() if layer_kind(m) is not None]
             raise UsageError(f"{named} matches no module{why or suggestion(entry, adaptable)}")
-        if all(_inside(p, saved) for p in meant):
+        if config.strict_names and all(_inside(p, saved) for p in meant):
             raise UsageError(f"{named} matches only modules that modules_to_save trains already")
         found |= meant
     return [p for p in modules if p in found and not _inside(p, saved)]
@@ -168,7 +175,7 @@ def _parameters_named(model: nn.Module, config: LoraConfig) -> list[str]:
     found: set[str] = set()
     for name in config.target_parameters:
         meant = {path for path in named if path == name or path.endswith(f".{name}")}
-        if not meant:
+        if not meant and config.strict_names:
             why = why_not(name, model, wanted="parameter")
             stacks = [p for p in named if len(shape_of(model.get_parameter(p))) == 3]
             others = [p for p in named if len(shape_of(model.get_parameter(p))) == 2]
@@ -185,7 +192,7 @@ def _check_patterns(config: LoraConfig, paths: list[str]) -> None:
         ("rank_pattern", config.rank_pattern),
         ("alpha_pattern", config.alpha_pattern),
     ):
-        for expression in pattern:
+        for expression in pattern if config.strict_names else ():
             if not any(re.match(rf"(.*\.)?({expression})$", path) for path in paths):
                 raise UsageError(
                     f"{key}: {expression!r} matches none of the {len(paths)} adapted modules"

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from dlora.adapters.layouts import in_layout_of
 from dlora.adapters.peft_format import PREFIX, peft_slots
 from dlora.adapters.save_load import WEIGHTS, check_numbers, check_shapes
 from dlora.config.load import Config
@@ -108,7 +109,7 @@ def check_gradients(model: nn.Module) -> None:
 def check_adapter(model: nn.Module, directory: str) -> None:
     """Check, as `load_adapter` does, that an adapter's file fits a model and is finite."""
     path = inside(Path(directory).expanduser(), WEIGHTS)
-    tensors = stored_tensors(path)
+    tensors = in_layout_of(model, stored_tensors(path))
     shapes = {key: stored.shape for key, stored in tensors.items()}
     for adapted, _, _ in named_adapters(model):
         shapes.pop(f"{PREFIX}{adapted}.base_layer.weight", None)

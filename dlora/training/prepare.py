@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dlora.adapters.layouts import config_in_layout_of
 from dlora.adapters.settings import keyed_by, lora_config, scheduled
 from dlora.base.eval_mode import random_settings
 from dlora.base.identity import identity
@@ -136,7 +137,7 @@ def prepare(
     check_attention(config, around.device)
     lora = lora_config(config, resumed.lora if resumed else None)
     base = _base(config, announce)
-    skeleton, quantized = _adapted(config, base, lora, resumed)
+    skeleton, quantized, lora = _adapted(config, base, lora, resumed)
     if quantized is not None:
         announce(f"model.quantization: {quantized}")
     attachment = attachment_of(skeleton)
@@ -269,9 +270,14 @@ def _base(config: Config, announce: Callable[[str], None]) -> BaseModel:
 
 def _adapted(
     config: Config, base: BaseModel, lora: LoraConfig, resumed: ResumePoint | None
-) -> tuple[nn.Module, Quantized | None]:
-    """The base on the meta device with its adapters, after all checks of names and shapes."""
+) -> tuple[nn.Module, Quantized | None, LoraConfig]:
+    """The base on the meta device with its adapters, after all checks of names and shapes.
+
+    Returned with what was packed, and the settings with the names that the base has today.
+    """
     skeleton = base.skeleton()
+    if config.adapter.path is not None:
+        lora = config_in_layout_of(skeleton, lora)
     base.check_stored(skeleton)
     check_loss(skeleton)
     quantized = base.pack(skeleton)
@@ -282,7 +288,7 @@ def _adapted(
     check_gradients(skeleton)
     if config.adapter.path is not None and resumed is None:
         check_adapter(skeleton, config.adapter.path)
-    return skeleton, quantized
+    return skeleton, quantized, lora
 
 
 def _tokenizer(config: Config, base: BaseModel) -> Any:

@@ -28,7 +28,8 @@ from dlora.lora.variants import VARIANTS
 
 pytestmark = quiet_peft
 INPUT, WIDTH, R, STEPS = 10, 12, 4, 3
-FILLED_IN = {"total_step"}  # settings that a run knows by itself
+# Settings that a run knows by itself, and those of PEFT's files.
+FILLED_IN = {"total_step", "task_type", "strict_names"}
 
 
 class Net(nn.Module):
