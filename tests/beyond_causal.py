@@ -123,7 +123,7 @@ def _labelled_image(generator: torch.Generator) -> dict[str, Tensor]:
 
 
 def _image_and_text(generator: torch.Generator) -> dict[str, Any]:
-    return _text(generator) | _image(generator) | {"return_loss": True}
+    return _text(generator) | _image(generator)
 
 
 IMAGE_TOKEN = VOCABULARY - 1
@@ -225,24 +225,35 @@ class Kind:
         randomize(model)
         return model.eval()
 
+    def rows(self, batch: dict[str, Any]) -> list[str]:
+        """The names of the inputs that have a row, or several, for each sample."""
+        shared = ("img_ids", "txt_ids")
+        return [name for name in batch if name not in shared]
+
     def batch(self, seed: int = 3) -> dict[str, Any]:
         """Inputs of `ROWS` rows."""
         return self.inputs(torch.Generator().manual_seed(seed))
 
 
+# The outputs that a class is for; of other classes it is the first one.
+_OUTPUTS = ("logits", "start_logits", "end_logits", "sample", "text_embeds", "image_embeds")
+
+
+def _outputs(found: Any) -> Tensor:
+    parts = [found[name] for name in _OUTPUTS if name in found]
+    return torch.cat([part.flatten() for part in parts or [found[0]]])
+
+
 def output_of(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     """The output that the class is for, all of it in one vector."""
-    found = model(**batch)
-    names = ("logits", "start_logits", "end_logits", "sample", "logits_per_image")
-    parts = [found[name] for name in names if name in found]
-    return torch.cat([part.flatten() for part in parts or [found[0]]])
+    return _outputs(model(**batch))
 
 
 def loss_of(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     """The class's own loss; without one, the mean of sin of the output."""
     found = model(**batch)
     own = found.get("loss")
-    return own if own is not None else found[0].sin().mean()
+    return own if own is not None else _outputs(found).sin().mean()
 
 
 _QUERIES = ["query", "value"]
@@ -298,7 +309,7 @@ KINDS: dict[str, Kind] = {
                    "vision_config": _VIT | {"model_type": "clip_vision_model"},
                    "image_token_index": IMAGE_TOKEN, "vision_feature_layer": -1},
                   _image_in_text, _ATTENTION, None,
-                  ["model.vision_tower.vision_model.encoder.layers",
+                  ["model.vision_tower.encoder.layers",
                    "model.language_model.layers"]),
     "qwen2-vl": Kind("transformers", "Qwen2VLForConditionalGeneration",
                      {"text_config": _TEXT | {"rope_parameters": {"rope_type": "default",

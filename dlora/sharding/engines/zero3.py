@@ -112,6 +112,7 @@ class Zero3:
                 **_look_ahead(model),
             )
         hooks = self._hooks
+        _gather_what_others_read(model)
         # DeepSpeed does not see the end of backward in a module whose input needs no gradient.
         model.register_forward_pre_hook(lambda *_: hooks.release_backward_leftovers())
 
@@ -212,6 +213,23 @@ def _partition(init: Any, parameter: Any) -> None:
     """Make a whole parameter a partitioned one. No broadcast: every rank has the same values."""
     init._convert_to_deepspeed_param(parameter)
     parameter.partition()
+
+
+def _gather_what_others_read(model: nn.Module) -> None:
+    """Gather a weight that another module reads past its owner's forward (CLIP's positions).
+
+    DeepSpeed's engine switches its own search for such weights on while its model's forward runs.
+    It notes who reads a weight, so that backward gathers it there too.
+    """
+    tables: list[Any] = [module._parameters for module in model.modules()]
+    tables = [table for table in tables if hasattr(table, "_in_forward")]
+
+    def switch(on: bool) -> None:
+        for table in tables:
+            table._in_forward = on
+
+    model.register_forward_pre_hook(lambda *_: switch(True))
+    model.register_forward_hook(lambda *_: switch(False), always_call=True)
 
 
 def _look_ahead(model: nn.Module) -> dict[str, int]:
