@@ -74,7 +74,8 @@ def save_adapter(
 
     Args:
         directory: created if need be; each file is written beside its place and renamed.
-        base_model_name_or_path: recorded in the configuration; by default the model's own.
+        base_model_name_or_path: recorded in the configuration, a path as an absolute one; by
+            default the model's own.
         peft_type: `"LORA"`: a plain LoRA with the same logits, whatever the adapter's form;
             `"ADALORA"`: AdaLoRA's own form, of the triplets that are left.
 
@@ -84,7 +85,7 @@ def save_adapter(
     if peft_type not in FORMS:
         raise UsageError(f"peft_type: expected one of {', '.join(FORMS)}, got {peft_type!r}")
     name = base_model_name_or_path or getattr(getattr(model, "config", None), "name_or_path", None)
-    settings, tensors = FORMS[peft_type](model, name)
+    settings, tensors = FORMS[peft_type](model, name and _everywhere(name))
     for key, tensor in tensors.items():
         if tensor.numel() == 0 and peft_type == "LORA":  # PEFT's AdaLoRA has modules of rank 0
             raise UsageError(f"save_adapter: {key} is empty; refusing to write it")
@@ -93,6 +94,22 @@ def save_adapter(
     write_atomically(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))
     # Not sorted: of two patterns that match, the first one counts.
     write_atomically(directory / CONFIG, (json.dumps(settings, indent=2) + "\n").encode())
+
+
+def _everywhere(name: str) -> str:
+    """A hub id, or the absolute path of what is here: adapters are used in other directories."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else name
+
+
+def converted_line(path: str, source: str) -> str | None:
+    """What to say of an adapter whose base was converted from a `.gguf` file; None of others."""
+    if not path.endswith(".gguf"):
+        return None
+    return (
+        f"the adapter names the converted base {source}, since PEFT reads no .gguf; it is needed "
+        f"as long as the adapter is"
+    )
 
 
 def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:

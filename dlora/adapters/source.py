@@ -219,8 +219,11 @@ def _from_peft(directory: Path) -> AdapterSource:
     raw = read_object(directory / CONFIG)
     path = raw.get("base_model_name_or_path")
     run = _model_section(directory.parent / "config.yaml")
-    if not path or run.get("path") != path:
+    if not path or not _is_base_of(run, path):
         run = {}
+    converted = run.get("path", "").endswith(".gguf") and path is not None
+    if converted and Path(path).is_absolute() and not Path(path).exists():
+        path = run["path"]  # what it was converted to has been deleted
     base = BaseReference(
         path, raw.get("revision") or run.get("revision"), None, run.get("cache_dir")
     )
@@ -277,6 +280,12 @@ def _from_checkpoint(directory: Path) -> AdapterSource:
         record=record,
         answering=Answering(config.data.chat_template, dict(config.data.chat_template_kwargs)),
     )
+
+
+def _is_base_of(run: dict[str, str], path: str) -> bool:
+    """Whether a run's `model.path` is the base that its adapter records."""
+    named = Path(run.get("path", "")).expanduser()
+    return named.suffix == ".gguf" or path in (run.get("path"), str(named.absolute()))
 
 
 def _model_section(path: Path) -> dict[str, str]:

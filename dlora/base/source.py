@@ -12,8 +12,9 @@ class BaseSource:
     """The place of a base's files; nothing is read until they are opened.
 
     Attributes:
-        path: as the user wrote it; adapters record it, and errors name it.
-        source: the directory or hub id that transformers reads.
+        path: as the user wrote it; errors name it.
+        source: the directory or hub id that transformers reads, and that adapters record; of a
+            `.gguf` file, the directory that it was converted to.
         dtype: in which the weights are loaded.
         revision: of a hub id.
     """

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dlora.adapters.save_load import save_adapter
+from dlora.adapters.save_load import converted_line, save_adapter
 from dlora.adapters.source import AdapterSource, open_adapter
 from dlora.base.answering import write_beside_adapter, write_into_model
 from dlora.base.model import DTYPES, BaseModel
@@ -118,9 +118,11 @@ def _write_adapter(
     source.attach_to(skeleton)
     source.materialize(skeleton)
     with new_directory(target) as folder:
-        save_adapter(skeleton, folder, base_model_name_or_path=base.path, peft_type=peft_type)
+        save_adapter(skeleton, folder, base_model_name_or_path=base.source, peft_type=peft_type)
         tokenizer = _tokenizer(base)
         write_beside_adapter(folder, base, tokenizer, answering(tokenizer, source))
+    if line := converted_line(base.path, base.source):
+        print(line)
 
 
 def _tokenizer(base: BaseModel) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dlora.adapters.save_load import save_adapter
+from dlora.adapters.save_load import converted_line, save_adapter
 from dlora.base.answering import write_beside_adapter
 from dlora.data.stream import Stream
 from dlora.metrics.log import held_out_line
@@ -42,12 +42,13 @@ def save_result(context: RunContext, checkpoints: CheckpointManager) -> int:
     try:
         if context.ranks.main:
             context.lock.check()
-            base = context.config.model.path
-            save_adapter(context.model, where, base_model_name_or_path=base)
             prepared = context.prepared
-            ends = prepared.train.report.ends
-            write_beside_adapter(where, prepared.base, prepared.tokenizer, ends)
+            base, ends = prepared.base, prepared.train.report.ends
+            save_adapter(context.model, where, base_model_name_or_path=base.source)
+            write_beside_adapter(where, base, prepared.tokenizer, ends)
             checkpoints.publish(where)
+            if line := converted_line(base.path, base.source):
+                console.info(line)
     except OSError as error:
         console.error(f"{where} could not be written: {error}; free the disk and {RESUMES}")
         return 1
