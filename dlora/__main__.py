@@ -1,4 +1,4 @@
-"""The `dlora` command: `dlora train|launch|plan|export|generate …` is `python -m dlora.NAME …`."""
+"""The `dlora` command: `dlora NAME …` is `python -m dlora.NAME …`, for each name of COMMANDS."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ from dlora.runtime.exit_status import exit_with
 COMMANDS = {
     "train": "train adapters, as `torchrun -m dlora.train` does",
     "launch": "train on several processes, with torchrun's options",
+    "data": "print records as the model sees them, with statistics, without weights",
     "plan": "plan memory, traffic and placement for given machines, without weights",
     "export": "write an adapter or checkpoint as a plain PEFT LoRA, or merge it",
     "generate": "answer a prompt with a base, or with a base and an adapter",
 }
-MODULES = {"plan": "dlora.plan.command", "export": "dlora.export.command"}  # packages
+MODULES = {  # of those whose name is a package
+    "data": "dlora.training.show_data",
+    "plan": "dlora.plan.command",
+    "export": "dlora.export.command",
+}
 
 
 def run(argv: list[str]) -> int:

@@ -22,6 +22,7 @@ import io
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,23 @@ def converted_base(
         gc.collect()
         trim()
     return target
+
+
+def gguf_tokenizer(path: Path) -> Any:
+    """The tokenizer of a `.gguf` file, without a conversion and without its weights.
+
+    Raises:
+        UsageError: the file is damaged, or transformers does not know its tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    place: dict[str, Any] = {"gguf_file": str(path.expanduser().absolute())}
+    with (
+        tempfile.TemporaryDirectory() as folder,  # so that no file beside `path` matters
+        _reading(path),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, **place)
 
 
 def gguf_skeleton(path: Path, dtype: torch.dtype) -> PreTrainedModel:
