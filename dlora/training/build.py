@@ -45,6 +45,7 @@ def build(
     engine = build_engine(prepared.placement, prepared.topology)
     residuals = residuals_of(config, prepared)
     model = prepared.base.load(engine, ranks.device, residuals and residuals.left)
+    torch.manual_seed(config.train.seed)  # some classes draw while they are made, engine by engine
     by_pairs = room("optim")[config.optimizer.name].says["divides"] == "pairs"
     replica = replicate(model, engine, divided=prepared.divided and not by_pairs)
     if config.sharding.audit == "heal":

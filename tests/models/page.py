@@ -1,0 +1,76 @@
+"""docs/models.md from the rows of the table."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+from collections.abc import Mapping
+from typing import Any
+
+from .architectures import CAUSAL, Architecture
+from .columns import COLUMNS
+
+PACKAGES = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes")
+Row = Mapping[str, tuple[str, str]]  # {column: (mark, reason)}
+
+_HEAD = """# Models
+
+Every class of transformers' mapping of causal language models, and of the mapping of image-text-to-text models with text alone, tiny and random, through the whole
+of dlora. `make models-table` makes this page; `tests/models/` has the sizes (`tiny_configs.py`: by the names of fields, so that classes of a newer transformers are
+found by themselves) and what each column compares (`columns.py`). `make test` checks a sample of the rows, `make test-full` all of them.
+
+Made on {date} with {versions}.
+
+| column | ✓ means | ✓ of those that the class can |
+|---|---|---|
+{columns}
+
+✓ as above · **no** the command refuses it, before a weight is read, with the reason below · *class* transformers' class or PEFT cannot · **✗** it is wrong here · – PEFT has no default targets for the type
+
+"""
+
+
+def page(rows: Mapping[Architecture, Row]) -> str:
+    """The whole page."""
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    text = _HEAD.format(
+        date=datetime.date.today().isoformat(),
+        versions=versions,
+        columns="\n".join(_column(name, rows.values()) for name in COLUMNS),
+    )
+    reasons: dict[str, int] = {}
+    causal = {a: row for a, row in rows.items() if a.auto == CAUSAL}
+    composite = {a: row for a, row in rows.items() if a.auto != CAUSAL}
+    for title, part in (("Causal language models", causal), ("Composite models", composite)):
+        if part:
+            text += f"## {title}\n\n{_rows(part, reasons)}\n\n"
+    text += "## Reasons\n\n"
+    return text + "\n".join(f"{number}. {reason}" for reason, number in reasons.items()) + "\n"
+
+
+def share(column: str, rows: Any) -> tuple[int, int]:
+    """(✓, all that the class does not make impossible) of a column."""
+    marks = [row[column][0] for row in rows]
+    return marks.count("✓"), sum(mark not in ("class", "–") for mark in marks)
+
+
+def _column(name: str, rows: Any) -> str:
+    good, possible = share(name, rows)
+    doc = " ".join((COLUMNS[name].__doc__ or "").split()).replace("|", "\\|")
+    return f"| {name} | {doc} | {good} of {possible} ({good / max(possible, 1):.0%}) |"
+
+
+def _rows(rows: Mapping[Architecture, Row], reasons: dict[str, int]) -> str:
+    lines = [f"| class | type | {' | '.join(COLUMNS)} |", "|---|---|" + ":-:|" * len(COLUMNS)]
+    for architecture, row in rows.items():
+        cells = [_cell(*row[name], reasons) for name in COLUMNS]
+        lines.append(f"| {architecture.name} | {architecture.model_type} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(mark: str, reason: str, reasons: dict[str, int]) -> str:
+    if mark in ("✓", "–"):
+        return mark
+    number = reasons.setdefault(reason, len(reasons) + 1)
+    shown = {"refused": "**no**", "class": "*class*", "✗": "**✗**"}[mark]
+    return f"{shown} {number}"

@@ -1,0 +1,65 @@
+"""The table of docs/models.md: a sample of its rows, each of a kind of its own, and all of them."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from .architectures import Architecture, architectures
+from .columns import COLUMNS
+from .page import Row, page, share
+from .table import PAGE, Workers
+
+SAMPLE = {
+    "llama": "plain",
+    "gpt2": "Conv1D, learned positions, dropout in the base",
+    "qwen3_moe": "stacked experts",
+    "jamba": "hybrid: Mamba, attention, experts; a parent that reads a layer's weight",
+    "deepseek_v3": "low-rank attention, experts, a tensor that stays float32",
+    "bloom": "no SDPA; keys of its files without a prefix",
+    "gemma3": "composite: text and vision",
+    "gemma2": "a scaled embedding, soft caps, tied weights",
+}
+ENOUGH = 0.9
+
+
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
+    made = Workers(tmp_path_factory.mktemp("models"))
+    yield made
+    made.close()
+
+
+def wrong(architecture: Architecture, row: Row) -> list[str]:
+    """Cells that are neither ✓ nor have a reason that the command or the class gives."""
+    return [
+        f"{architecture.model_type}, {n}: {why}" for n, (mark, why) in row.items() if mark == "✗"
+    ]
+
+
+def test_a_sample_of_kinds_is_right_in_every_column(workers: Workers) -> None:
+    sample = [a for a in architectures() if a.model_type in SAMPLE]
+    assert len(sample) == len(SAMPLE)
+    assert sum((wrong(*row) for row in workers.rows(sample)), []) == []
+
+
+# All classes, twenty minutes on two quiet cores; the sample has one of each kind.
+@pytest.mark.full
+@pytest.mark.timeout(7200)
+def test_nine_in_ten_classes_are_right_in_every_column(workers: Workers) -> None:
+    rows = dict(workers.rows(architectures()))
+    assert sum((wrong(*row) for row in rows.items()), []) == []
+    for column in COLUMNS:
+        good, possible = share(column, rows.values())
+        assert good > 100 and good >= ENOUGH * possible, column
+
+
+def test_the_page_is_of_this_table() -> None:
+    """Its columns, and a row for every class that was there when it was made."""
+    text = PAGE.read_text(encoding="utf-8")
+    assert f"| class | type | {' | '.join(COLUMNS)} |" in text
+    made = dict.fromkeys(COLUMNS, ("refused", "a reason"))
+    assert "| llama | **no** 1 | **no** 1 |" in page({architectures()[0]: made}).replace(
+        architectures()[0].model_type, "llama"
+    )
+    for model_type in SAMPLE:
+        assert f"| {model_type} |" in text
