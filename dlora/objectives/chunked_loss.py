@@ -5,12 +5,13 @@ where the vocabulary has 50,000 to 250,000 entries. Here the head sees only posi
 a few hundred at a time, and the gradient with respect to its input is taken at once, in forward;
 only that gradient [targets, hidden] outlives a chunk.
 
-    loss = Σ_i −log softmax(f(W h_i))[t_i]        f: the model's own soft cap or scale of the logits
+    loss = Σ_i −log softmax(f(W h_i))[t_i]        f: what the model's class makes of the logits
+
+Where the class does more than that between decoder and logits, its own logits are used, whole.
 """
 
 from __future__ import annotations
 
-import re
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -19,11 +20,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dlora.errors import UsageError
 from dlora.lora.layers import CHILD
+from dlora.objectives.output_head import OutputHead, output_head, without_cache
 from dlora.objectives.own_length import OwnLengths
 from dlora.objectives.router_loss import install_router_loss
 
@@ -85,16 +87,17 @@ def chunk_rows(vocabulary: int, device: str) -> int:
     return max(1, rows if rows < _WHOLE_TILES else rows - rows % _WHOLE_TILES)
 
 
-def install(model: nn.Module, device: str | None = None) -> None:
+def install(model: Any, device: str | None = None) -> None:
     """Let a causal language model compute `model(..., targets=[rows, tokens])` → Σ cross entropy.
 
     `positions`, if they are known, are the places of the targets: see `target_loss`. `lengths` are
     the tokens of each row without padding, on which some models' positions depend; an auxiliary
     loss of its own is left for `router_loss.whole_loss`.
 
-    Without `targets` the model's own forward runs. The *root's* forward is extended, so that the
-    hooks of a sharded base gather and free its weights as usual. The head's forward takes the loss
-    as an argument, so that it is called once, with its weight gathered, whatever the chunks.
+    Without `targets` the model's own forward runs. With them it runs as well, and its head computes
+    the loss of its input in place of logits: so all that the class does in front of the head stays,
+    the hooks of a sharded base gather and free its weights as usual, and the head is called once,
+    with its weight gathered, whatever the chunks.
 
     Args:
         device: the type of device whose chunks are used; by default where the hidden states are.
@@ -102,7 +105,9 @@ def install(model: nn.Module, device: str | None = None) -> None:
     Raises:
         UsageError: the model is no decoder with an output head.
     """
-    parts, own_forward = model_parts(model), model.forward
+    head, own_forward, arguments = output_head(model), model.forward, without_cache(model)
+    losses: list[Callable[[Tensor], Tensor]] = []  # the one that is wanted of the next head call
+    found: list[Tensor] = []
     own_lengths, router = OwnLengths(model), install_router_loss(model)
 
     def forward(
@@ -116,18 +121,35 @@ def install(model: nn.Module, device: str | None = None) -> None:
         own_lengths.set(lengths, needed=targets is not None)
         if targets is None:
             return own_forward(*args, **kwargs)
-        asked = router.begin() if router is not None else {}
-        with nullcontext() if "position_ids" in kwargs else one_sequence_per_row():
-            outputs = parts.decoder(*args, use_cache=False, **asked, **kwargs)
-        if asked and router is not None:
-            router.compute(outputs, targets.shape, lengths)
-        return target_loss(parts, outputs[0], targets, positions, device)
+        if positions is None:
+            positions = (targets != IGNORED).nonzero()
 
-    def head_forward(self: Any, hidden: Tensor, loss: Any = None) -> Tensor:
-        return type(self).forward(self, hidden) if loss is None else loss(hidden)
+        def loss(hidden: Tensor) -> Tensor:
+            return target_loss(head, hidden, targets, positions, device)
+
+        asked = router.begin() if router is not None else {}
+        losses[:], found[:] = [loss] if head.finish is not None else [], []
+        try:
+            with nullcontext() if "position_ids" in kwargs else one_sequence_per_row():
+                outputs = own_forward(*args, **kwargs, **asked, **arguments)
+            if asked and router is not None:
+                router.compute(outputs, targets.shape, lengths)
+            if head.finish is not None:
+                return found.pop()
+            return loss_of_logits(outputs.logits, targets, positions)
+        finally:
+            losses.clear()
+            found.clear()
+
+    def head_forward(self: Any, hidden: Tensor) -> Tensor:
+        if not losses:
+            return type(self).forward(self, hidden)
+        found.append(losses.pop()(hidden))
+        return hidden.new_zeros(*hidden.shape[:-1], 1)
 
     model.forward = types.MethodType(forward, model)
-    parts.head.forward = types.MethodType(head_forward, parts.head)
+    if head.finish is not None:
+        head.module.forward = types.MethodType(head_forward, head.module)
 
 
 @contextmanager
@@ -149,10 +171,10 @@ def one_sequence_per_row() -> Iterator[None]:
 
 
 def target_loss(
-    parts: Parts,
+    head: OutputHead,
     hidden: Tensor,
     targets: Tensor,
-    positions: Tensor | None = None,
+    positions: Tensor,
     device: str | None = None,
 ) -> Tensor:
     """Σ cross entropy over the positions with a target, float32 (float64 for a float64 model).
@@ -160,117 +182,36 @@ def target_loss(
     Without any target the result is 0 with zero gradients, so that ranks stay in step.
 
     Args:
-        hidden: [rows, tokens, H].
+        hidden: [rows, tokens, H], the input of the head.
         targets: [rows, tokens], −100 where there is none.
-        positions: [N, 2], the (row, token) of each target; found, if they are not given, and then
-            the host waits for a GPU.
+        positions: [N, 2], the (row, token) of each target.
         device: as of `install`.
     """
-    if positions is None:
-        positions = (targets != IGNORED).nonzero()
     h, t = hidden[tuple(positions.T)], targets[tuple(positions.T)]
-    head = parts.head
-    vocabulary = getattr(head, "out_features", None) or getattr(head, "nf", 0) or 1 << 16
-    chunk = chunk_rows(int(vocabulary), device or hidden.device.type)
-    trained = [p for p in head.parameters() if p.requires_grad]
+    module, finish = head.module, head.finish
+    assert finish is not None
+    stream = getattr(getattr(module, CHILD, None), "stream", None)
+
+    def logits(rows: Tensor, at: Tensor) -> Tensor:
+        """[chunk, V] of rows [chunk, H] at the places [chunk, 2]; the head's adapter included."""
+        with stream.at(at) if stream is not None else nullcontext():
+            return finish(type(module).forward(module, rows))
+
+    chunk = chunk_rows(head.vocabulary, device or hidden.device.type)
+    trained = [p for p in module.parameters() if p.requires_grad]
     needs_grad = torch.is_grad_enabled() and (h.requires_grad or bool(trained))
-
-    def loss(rows: Tensor) -> Tensor:
-        arguments = (parts.logits, rows, t, positions, chunk, needs_grad, *trained)
-        return ChunkedTargetLoss.apply(*arguments)
-
-    return head(h, loss=loss)
+    return ChunkedTargetLoss.apply(logits, h, t, positions, chunk, needs_grad, *trained)
 
 
-# Attributes of a configuration that scale or cap the logits.
-_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-_DIVISOR = "logits_scaling"
-_DIVIDED = re.compile("granite|minicpm3")  # others multiply by an attribute of that name
-_KNOWN = {*_CAPS, _DIVISOR, "logit_scale", "lm_head_multiplier"}
-_OTHERWISE = {"prophetnet": "several streams of hidden states"}  # that no attribute shows
-_NOT_CAUSAL = {  # (attribute of the configuration that makes it so, what a token then depends on)
-    "xlnet": ("", "every token sees all others"),
-    "cpmant": ("", "a token sees the padding after it"),
-    "doge": ("is_moe", "its router mixes the tokens of a batch"),
-}
-_ON_LOGITS = re.compile(r"^(?!(attn|moe|router|num|output_router)_).*(logit|lm_head_)")
-
-
-class Parts:
-    """The decoder and the head of a causal language model, and what it does to logits.
-
-    Attributes:
-        unknown: the attribute of the configuration that does something to logits that is not known
-            here; empty if there is none.
-    """
-
-    def __init__(self, model: nn.Module, decoder: nn.Module, head: nn.Module) -> None:
-        self.decoder, self.head = decoder, head
-        config: Any = getattr(model, "config", None)
-        self._cap = next((cap for name in _CAPS if (cap := getattr(config, name, None))), None)
-        scale = getattr(model, "logit_scale", None) or 1.0  # Cohere
-        scale *= getattr(decoder, "lm_head_multiplier", None) or 1.0  # Falcon-H1
-        self._scale = scale / (getattr(config, _DIVISOR, None) or 1.0)  # Granite
-        acting = [
-            name
-            for name, value in vars(config).items()
-            if _ON_LOGITS.match(name) and value not in (None, False, True, 0, 1)
-        ]
-        known = _KNOWN if _DIVIDED.match(config.model_type) else _KNOWN - {_DIVISOR}
-        unknown = [name for name in acting if name not in known]
-        self.unknown = [*unknown, _OTHERWISE.get(config.model_type, "")][0]
-
-    def logits(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """The head's own forward (adapter included), then the model's scale and soft cap.
-
-        Args:
-            hidden: [chunk, H].
-            positions: [chunk, 2], the (row, token) of each in the batch.
-
-        Returns:
-            [chunk, V].
-        """
-        stream = getattr(getattr(self.head, CHILD, None), "stream", None)
-        with stream.at(positions) if stream is not None else nullcontext():
-            return self.finish(type(self.head).forward(self.head, hidden))
-
-    def finish(self, logits: Tensor) -> Tensor:
-        """Scale and cap the head's output as the model does."""
-        logits = logits * self._scale if self._scale != 1.0 else logits
-        return torch.tanh(logits / self._cap) * self._cap if self._cap else logits
-
-
-def model_parts(model: Any) -> Parts:
-    """Find the decoder and the output head the way transformers names them.
-
-    Raises:
-        UsageError: the model is no decoder with an output head, or computes something between them
-            or after them that is not known here.
-    """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    decoder = getattr(model, "base_model", None)
-    if head is None or decoder is None or decoder is model:
+def loss_of_logits(logits: Tensor, targets: Tensor, positions: Tensor) -> Tensor:
+    """The same of the logits [rows, tokens, V] that a class has computed."""
+    if logits.shape[:2] != targets.shape:
         raise UsageError(
-            f"model.path: {type(model).__name__} is not a causal language model with an output head"
+            f"model.path: its class computes logits {list(logits.shape)} for tokens "
+            f"{list(targets.shape)}, so the loss of each token is not known"
         )
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UsageError(f"model.path: {type(model).__name__} is an encoder-decoder model")
-    setting, reason = _NOT_CAUSAL.get(model.config.model_type, ("", ""))
-    if reason and (not setting or getattr(model.config, setting)):
-        raise UsageError(f"model.path: {type(model).__name__} is not causal: {reason}")
-    parts = Parts(model, decoder, head)
-    others = [
-        name
-        for name, child in model.named_children()
-        if child not in (decoder, head) and any(True for _ in child.parameters())
-    ]
-    if head not in model.children() or others or parts.unknown:
-        raise UsageError(
-            f"model.path: {type(model).__name__} does more than decoder, output head and a scale "
-            f"or soft cap of the logits ({[*others, parts.unknown][0] or 'its head'}), so its loss "
-            "cannot be computed in chunks"
-        )
-    return parts
+    z, t = logits[tuple(positions.T)], targets[tuple(positions.T)]
+    return F.cross_entropy(_at_least_float32(z), t, reduction="sum")
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from torch import nn
 from dlora.base.quantize import FrozenMatrix, frozen_matrices
 from dlora.config.recompute import Recompute
 from dlora.lora.variants import LoraAdapter
-from dlora.objectives.chunked_loss import chunk_rows, model_parts
+from dlora.objectives.chunked_loss import chunk_rows
+from dlora.objectives.output_head import output_head
 from dlora.sharding.engines.gather_groups import block_lists
 
 _COPIES = 5  # of a chunk of float32 logits, while its gradient is computed
@@ -57,7 +58,7 @@ def estimate(
         targets: tokens that are targets; None: all of them.
         device: the type of device that it runs on.
     """
-    head = model_parts(skeleton).head
+    head = output_head(skeleton).module
     experts = getattr(skeleton.config, "num_experts_per_tok", None) or 1
     blocks = [b for p in block_lists(skeleton) for b in skeleton.get_submodule(p).children()]
     matrices = [list(frozen_matrices(block)) for block in blocks]

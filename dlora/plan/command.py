@@ -19,7 +19,7 @@ from dlora.config.load import Config, parse
 from dlora.config.recompute import Recompute
 from dlora.errors import UsageError
 from dlora.lora.attach import attach, trainable_parameters
-from dlora.objectives.chunked_loss import model_parts
+from dlora.objectives.output_head import output_head
 from dlora.plan.capacity import free_bytes
 from dlora.plan.choose import Capacity, bytes_first, capacity_of, decide
 from dlora.plan.choose import candidates as candidates_of
@@ -112,7 +112,7 @@ def survey(config: Config, machines: Machines) -> Survey:
     capacity, device = _capacity(config, machines)
     skeleton = _skeleton(config)
     size = sum(p.numel() for p in skeleton.parameters())
-    model_parts(skeleton)
+    output_head(skeleton)
     quantized = quantize_as_set(skeleton, config.model.quantization)
     with keyed_by("adapter"):
         attach(skeleton, lora_config(config))

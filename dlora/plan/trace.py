@@ -25,6 +25,7 @@ from dlora.base.eval_mode import keep_in_eval
 from dlora.base.recomputation import recompute_blocks
 from dlora.config.recompute import Recompute
 from dlora.objectives import chunked_loss
+from dlora.objectives.output_head import output_head
 from dlora.objectives.router_loss import whole_loss
 from dlora.plan.activations import Trace, estimate
 from dlora.plan.fake_memory import LiveBytes
@@ -108,7 +109,7 @@ def _traced(
     recompute_blocks(twin, checkpointing.every)
     keep_in_eval(twin)
     twin.train()
-    head = chunked_loss.model_parts(twin).head
+    head = output_head(twin).module
     chunked_loss.install(twin, device)
     fake = FakeTensorMode()
     known = _make_fake(twin, fake)

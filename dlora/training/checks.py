@@ -24,7 +24,7 @@ from dlora.io.files import inside
 from dlora.io.safetensors import stored_tensors
 from dlora.lora.attach import attachment_of, named_adapters
 from dlora.lora.layers import AdaptedLayer
-from dlora.objectives.chunked_loss import model_parts
+from dlora.objectives.output_head import output_head
 from dlora.objectives.own_length import check_scalings
 from dlora.objectives.router_loss import find_router_loss
 from dlora.sharding.topology import Topology, resolve_placement
@@ -77,7 +77,7 @@ def check_attention(config: Config, device: str) -> None:
 
 def check_loss(model: nn.Module) -> None:
     """Check that the loss of each sequence can be computed as it is alone."""
-    model_parts(model)
+    output_head(model)
     check_scalings(model)
     find_router_loss(model)
 
@@ -95,9 +95,10 @@ def check_dropout(model: nn.Module) -> None:
 
 def check_gradients(model: nn.Module) -> None:
     """Check that every adapted weight has a gradient, if adapters start from gradients."""
-    attachment, head = attachment_of(model), model_parts(model).head
-    if attachment.init.needs != "gradient":
+    if attachment_of(model).init.needs != "gradient":
         return
+    found = output_head(model)
+    head = None if found.finish is None else found.module
     for path, layer, _ in named_adapters(model):
         if layer is head:
             raise UsageError(
