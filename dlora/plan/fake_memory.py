@@ -69,6 +69,9 @@ class LiveBytes(TorchDispatchMode):
         if func is aten.nonzero.default:
             found = self._targets.get(args[0].untyped_storage()._cdata, args[0].numel())
             result = args[0].new_empty((found, args[0].ndim), dtype=torch.int64)
+        elif func is aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+            # torch knows the shape of it in bfloat16 alone, but computes it in any dtype.
+            result = args[0].new_empty(_grouped_shape(*args, **kwargs))
         else:
             result = func(*args, **kwargs)
         if func is aten.ne.Scalar and args[0].untyped_storage()._cdata in self._targets:
@@ -110,6 +113,14 @@ def _fused_on_cpu(count: Callable[..., int], causal: int) -> Callable[..., int]:
 def _grouped(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
     """a [T, K] and b [groups, K, N], whose groups divide T; or a [M, T], b [T, N]: gradients."""
     return 2 * a.shape[-2:].numel() * b.shape[-1]
+
+
+def _grouped_shape(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Any:
+    """The shape of the product: groups divide a dim of a, of b or of both, or none."""
+    if a.ndim == b.ndim == 2:
+        assert offs is not None  # both are divided along what is summed
+        return (len(offs), a.shape[0], b.shape[1])
+    return (*a.shape[:-1], b.shape[-1]) if b.ndim == 3 else (a.shape[1], b.shape[1])
 
 
 # torch's own counts, and those of what it has none for.

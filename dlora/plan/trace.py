@@ -12,6 +12,7 @@ each add what they save for backward; where they differ, all of them run.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 
 from dlora.base.eval_mode import keep_in_eval
 from dlora.base.recomputation import recompute_blocks
@@ -71,8 +76,27 @@ def trace(
             return whole
         return _offloaded(whole, traces[1].saved - traces[0].saved, number)
     except Exception as error:  # a model's code may need real values
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-        return estimate(skeleton, rows * tokens, checkpointing, reason, targets, device)
+        return estimate(skeleton, rows * tokens, checkpointing, _reason(error), targets, device)
+
+
+def _reason(error: Exception) -> str:
+    """Why a trace failed, in one line."""
+    first = (str(error).strip() or type(error).__name__).split("\n")[0]
+    if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
+        return f"the model's code depends on values of tensors ({first})"
+    return first
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, torch does not print the traceback of an operation that it has no shapes for."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _extrapolated(fewer: Trace, few: Trace, more: int) -> Trace:
@@ -120,7 +144,7 @@ def _traced(
                 known.append(parameter.grad)
     live = LiveBytes(known)
     _mark_loss(head, live)
-    with fake, live:
+    with _quiet(), fake, live:
         ids = torch.zeros(rows, tokens, dtype=torch.int64)
         marked = live.mark(torch.zeros_like(ids), targets)
         loss = twin(input_ids=ids, targets=marked, lengths=[tokens] * rows)
