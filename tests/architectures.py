@@ -64,11 +64,14 @@ _EXTRA: dict[str, dict[str, Any]] = {
 def tiny_config(kind: str, **extra: Any) -> Any:
     """The configuration; one of several parts gets the same sizes in each of them."""
     default = AutoConfig.for_model(kind)
-    config = type(default)(**_sizes_of(default) | _EXTRA.get(kind, {}) | extra)
+    given = _EXTRA.get(kind, {}) | extra
+    whole = {name: value for name, value in given.items() if name not in default.sub_configs}
+    config = type(default)(**_sizes_of(default) | whole)
     for name in config.sub_configs:
         part = getattr(config, name, None)
         if part is not None:
-            setattr(config, name, type(part)(**_sizes_of(part)))
+            own = given.get(name, {})
+            setattr(config, name, type(part)(**_sizes_of(part) | own))
     return config
 
 
