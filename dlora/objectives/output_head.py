@@ -79,10 +79,10 @@ def _finish_of(model: Any, head: Any) -> Callable[[Tensor], Tensor] | None:
     if head not in own or len(own) != 2 or any(True for _ in model.parameters(recurse=False)):
         return None  # layers between the decoder and the head, or after it
     [decoder] = [child for child in own if child is not head]
-    run = _Finish(model, decoder, head)
     z = torch.empty(_TRIAL, OutputHead(head, None).vocabulary)
     z.uniform_(-_WIDE, _WIDE, generator=torch.Generator().manual_seed(0))
     try:
+        run = _Finish(model, decoder, head)
         with torch.no_grad():
             logits, some = run(z), run(z[2:4])
             run(z[:, :1])  # what stands for the logits while the loss is computed

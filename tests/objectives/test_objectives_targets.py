@@ -341,7 +341,6 @@ ACCEPTED: dict[str, tuple[dict[str, Any], bool]] = {
     "nanochat": ({}, True),
     "gemma3": ({"text_config": {"final_logit_softcapping": 1.5}}, True),
     "gemma4": ({"text_config": {"final_logit_softcapping": 1.5}}, True),
-    "chameleon": ({}, False),  # masks the logits of image tokens
     "bert": ({"is_decoder": True}, False),  # layers between the decoder and the head
 }
 
@@ -362,7 +361,7 @@ def test_the_loss_is_the_class_s_own(kind: str) -> None:
     loss = model(input_ids=IDS, targets=targets)
     assert float(loss.detach()) / int((targets >= 0).sum()) == pytest.approx(wanted, rel=1e-5)
     loss.backward()
-    assert any(gradient.any() for gradient in gradients(model).values())
+    assert any(g is not None and g.any() for g in gradients(model).values())  # text has no images
 
 
 FAMILIES = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
