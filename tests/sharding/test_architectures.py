@@ -18,7 +18,7 @@ from dlora.metrics.log import read_metrics
 from dlora.plan.trace import trace
 from dlora.sharding.engines.gather_groups import block_lists
 
-ATTENTION = ["q_proj", "v_proj"]
+ATTENTION = ["q_proj", "k_proj", "v_proj"]
 
 
 def words(root: Path, kind: str, name: str, **settings: Any) -> list[str]:
