@@ -29,7 +29,7 @@ def write_beside_adapter(
     """Write into an adapter's directory what its base says otherwise, and nothing else.
 
     Args:
-        tokenizer: the base's, with the chat template of the training; None: it has none.
+        tokenizer: the base's, with the chat template of the training; None: that is the base's own.
         ends: tokens that end an answer.
     """
     settings = generation_settings(base)
@@ -37,7 +37,7 @@ def write_beside_adapter(
         write_atomically(directory / GENERATION, _json(settings))
     else:  # of an earlier run in the same directory
         (directory / GENERATION).unlink(missing_ok=True)
-    if tokenizer is None or tokenizer.chat_template == base.tokenizer().chat_template:
+    if tokenizer is None:
         (directory / TEMPLATE).unlink(missing_ok=True)
         return
     with tempfile.TemporaryDirectory() as made:
@@ -52,7 +52,7 @@ def write_into_model(folder: Path, base: BaseModel, tokenizer: Any, ends: Iterab
     settings = generation_settings(base)
     if add_ends(settings, ends):
         (folder / GENERATION).write_bytes(_json(settings))
-    if tokenizer is None or tokenizer.chat_template == base.tokenizer().chat_template:
+    if tokenizer is None:
         return
     shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
     with tempfile.TemporaryDirectory() as made:
@@ -61,15 +61,20 @@ def write_into_model(folder: Path, base: BaseModel, tokenizer: Any, ends: Iterab
             target = folder / path.relative_to(made)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
-    settings = read_object(folder / "tokenizer_config.json")
-    if settings.pop("chat_template", None) is not None:  # one place has the template
-        (folder / "tokenizer_config.json").write_bytes(_json(settings))
+    if (path := folder / "tokenizer_config.json").exists():
+        settings = read_object(path)
+        if settings.pop("chat_template", None) is not None:  # one place has the template
+            path.write_bytes(_json(settings))
 
 
 def generation_settings(base: BaseModel) -> dict[str, Any]:
     """The base's generation_config.json; without one, what its config.json says of tokens."""
     path = cached_file(
-        base.source, GENERATION, revision=base.revision, _raise_exceptions_for_missing_entries=False
+        base.source,
+        GENERATION,
+        revision=base.revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,  # the weights have been read
     )
     if path:
         return read_object(Path(path))

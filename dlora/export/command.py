@@ -119,18 +119,23 @@ def _write_adapter(
     source.materialize(skeleton)
     with new_directory(target) as folder:
         save_adapter(skeleton, folder, base_model_name_or_path=base.source, peft_type=peft_type)
-        tokenizer = _tokenizer(base)
-        write_beside_adapter(folder, base, tokenizer, answering(tokenizer, source))
+        write_beside_adapter(folder, base, *_answering(base, source))
     if line := converted_line(base.path, base.source):
         print(line)
 
 
-def _tokenizer(base: BaseModel) -> Any:
-    """The base's tokenizer, or None: weights alone can be exported as well."""
+def _answering(base: BaseModel, source: AdapterSource) -> tuple[Any, list[int]]:
+    """The tokenizer, if the adapter has a chat template of its own, and what ends an answer."""
+    recorded = source.answering
+    has_own = recorded.template is not None or recorded.variables
     try:
-        return base.tokenizer()
-    except UsageError:
-        return None
+        tokenizer = base.tokenizer()
+    except UsageError:  # weights alone can be exported as well
+        if has_own:
+            raise
+        tokenizer = None
+    ends = answering(tokenizer, source)
+    return (tokenizer if has_own else None), ends
 
 
 def _merge(
@@ -143,8 +148,7 @@ def _merge(
         print(f"{' and '.join(merged.untied)} no longer share a weight: each is written separately")
     with new_directory(target) as folder, CopyDisplay(merged.nbytes) as display:
         merged.write(folder, display)
-        tokenizer = _tokenizer(base)
-        write_into_model(folder, base, tokenizer, answering(tokenizer, source))
+        write_into_model(folder, base, *_answering(base, source))
     if line := rounding_line(merged.losses, dtype or "the base's dtype"):
         print(f"warning: {line}", file=sys.stderr)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from dlora.adapters.save_load import converted_line, save_adapter
@@ -42,10 +43,9 @@ def save_result(context: RunContext, checkpoints: CheckpointManager) -> int:
     try:
         if context.ranks.main:
             context.lock.check()
-            prepared = context.prepared
-            base, ends = prepared.base, prepared.train.report.ends
+            base = context.prepared.base
             save_adapter(context.model, where, base_model_name_or_path=base.source)
-            write_beside_adapter(where, base, prepared.tokenizer, ends)
+            _write_answering(context, where)
             checkpoints.publish(where)
             if line := converted_line(base.path, base.source):
                 console.info(line)
@@ -54,3 +54,11 @@ def save_result(context: RunContext, checkpoints: CheckpointManager) -> int:
         return 1
     console.info(f"adapter: {where}")
     return 0
+
+
+def _write_answering(context: RunContext, where: Path) -> None:
+    """Write beside the adapter what its base lacks to answer as it was trained."""
+    prepared, data = context.prepared, context.config.data
+    has_own = data.chat_template is not None or data.chat_template_kwargs
+    tokenizer = prepared.tokenizer if has_own else None
+    write_beside_adapter(where, prepared.base, tokenizer, prepared.train.report.ends)

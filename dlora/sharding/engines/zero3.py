@@ -115,10 +115,6 @@ class Zero3:
         _gather_what_others_read(model)
         # DeepSpeed does not see the end of backward in a module whose input needs no gradient.
         model.register_forward_pre_hook(lambda *_: hooks.release_backward_leftovers())
-        # A module may read the weight of another one, and not call it: Mamba reads its convolution.
-        # Within a forward DeepSpeed gathers what is read, and from then on with the reader.
-        model.register_forward_pre_hook(lambda *_: _gather_on_reading(model, True))
-        model.register_forward_hook(lambda *_: _gather_on_reading(model, False), always_call=True)
 
     def after_load(self, model: nn.Module) -> None:
         partitioned = _partitioned(model.parameters())
@@ -197,13 +193,6 @@ class Zero3:
         return counting
 
 
-def _gather_on_reading(model: nn.Module, begins: bool) -> None:
-    """Tell DeepSpeed that a forward begins or has ended, as its own engine does."""
-    for module in model.modules():
-        if hasattr(module._parameters, "_in_forward"):
-            module._parameters._in_forward = begins
-
-
 def _shard_group(placement: Placement) -> dist.ProcessGroup | None:
     if placement.replicas == 1:
         return dist.group.WORLD
@@ -227,7 +216,7 @@ def _partition(init: Any, parameter: Any) -> None:
 
 
 def _gather_what_others_read(model: nn.Module) -> None:
-    """Gather a weight that another module reads past its owner's forward (CLIP's positions).
+    """Gather a weight that another module reads past its owner's forward (Mamba's convolution).
 
     DeepSpeed's engine switches its own search for such weights on while its model's forward runs.
     It notes who reads a weight, so that backward gathers it there too.
