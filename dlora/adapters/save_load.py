@@ -17,6 +17,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from dlora.adapters.diffusers_format import (
+    LORA_WEIGHTS,
+    diffusers_file,
+    header,
+    is_of_diffusers,
+)
 from dlora.adapters.layouts import config_in_layout_of, in_layout_of
 from dlora.adapters.peft_format import NO_TARGETS, PREFIX, adalora_files, lora_files, peft_slots
 from dlora.errors import UsageError, and_more
@@ -72,6 +78,8 @@ def save_adapter(
 ) -> None:
     """Write the adapter of `model` so that stock PEFT loads it. Any rank may, without a collective.
 
+    Of a model of diffusers the file that its pipelines load is written too.
+
     Args:
         directory: created if need be; each file is written beside its place and renamed.
         base_model_name_or_path: recorded in the configuration, a path as an absolute one; by
@@ -91,7 +99,12 @@ def save_adapter(
             raise UsageError(f"save_adapter: {key} is empty; refusing to write it")
     directory = Path(directory).expanduser()
     directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    metadata = {"format": "pt"}
+    if is_of_diffusers(model) and peft_type == "LORA":
+        metadata = header(settings, PREFIX)
+        if (content := diffusers_file(model, settings, tensors)) is not None:
+            write_atomically(directory / LORA_WEIGHTS, content)
+    write_atomically(directory / WEIGHTS, save(tensors, metadata=metadata))
     # Not sorted: of two patterns that match, the first one counts.
     write_atomically(directory / CONFIG, (json.dumps(settings, indent=2) + "\n").encode())
 
