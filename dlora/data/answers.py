@@ -88,21 +88,29 @@ class Answers:
         written = _squeezed(self.text[span.start : span.end])
         if _squeezed(text_of(turn)) not in written:
             raise self._changed(i)
-        if _squeezed(turn.get(THINKING, "")) not in written:
+        if self._lacks_thinking(i):
             if i == len(self._messages) - 1 or not _NAMES & self._template.names:
                 raise RecordError(
                     f"the model's chat template leaves out the thinking of message {i + 1}; name "
                     "one that writes it with data.chat_template"
                 )
             self.no_thinking.append(i)
+        elif _squeezed(turn.get(THINKING, "")) not in written:
+            raise self._changed(i)
         return span
 
     def check_history(self, untrained: Iterable[int]) -> None:
         """Note the thinking that the text lacks of answers that are not trained on."""
-        for i in untrained:
-            thinking = self._messages[i].get(THINKING)
-            if thinking and _squeezed(thinking) not in _squeezed(self.text):
-                self.no_thinking.append(i)
+        self.no_thinking += [i for i in untrained if self._lacks_thinking(i)]
+
+    def _lacks_thinking(self, i: int) -> bool:
+        """Whether message i has thinking, without which the text would be the same."""
+        messages = self._messages
+        if THINKING not in messages[i]:
+            return False
+        return self._try([*messages[:i], _without_thinking(messages[i]), *messages[i + 1 :]]) == (
+            self.text
+        )
 
     def _text_span(self, i: int) -> TargetSpan:
         messages, text = self._messages, self.text
@@ -166,29 +174,37 @@ class Answers:
             end = len(text) - len(after)
             common = len(os.path.commonprefix([before, text[:end]]))
             stop, ends_turn = self._turn_end(end, tail)
-            return TargetSpan(self._start(i, common), stop, ends_turn)
+            return TargetSpan(self._start(i, before, common), stop, ends_turn)
         # The template needs the calls behind which results of tools come, or ends them otherwise.
-        bare = [{k: v for k, v in t.items() if k not in _NAMES} for t in messages[: i + 1]]
+        bare = [_without_thinking(turn) for turn in messages[: i + 1]]
         for upto in (messages[: i + 1], bare):
             whole = self._try(upto)
             last = self._tokens.last.search(whole)
             end = last.end() if last else len(whole.rstrip())
             if end and text.startswith(whole[:end]):
-                other = self._try(marked).partition(MARKER)[0]
-                common = len(os.path.commonprefix([other, whole[:end]]))
-                return TargetSpan(self._start(i, common), end, last is not None)
+                before = self._try(marked).partition(MARKER)[0]
+                common = len(os.path.commonprefix([before, whole[:end]]))
+                return TargetSpan(self._start(i, before, common), end, last is not None)
         raise self._changed(i)
 
-    def _start(self, i: int, common: int) -> int:
-        """Where the model begins to write message i, given where it differs from another answer."""
+    def _start(self, i: int, before: str, common: int) -> int:
+        """Where the model begins to write message i.
+
+        Args:
+            before: what the template writes before another answer in its place.
+            common: characters of it that are before this one as well.
+        """
         if (prompt := self._prompt(i)) is not None:
             return len(prompt)
         # Answers before it may look otherwise in the prompt; what opens an answer is its end.
         history = self._messages[:i]
         whole = self._try(history)
         opened = self._try(history, prompt=True).removeprefix(whole) if whole else ""
-        at = self.text.rfind(opened, 0, common) if opened.strip() else -1
-        return common if at < 0 else at + len(opened)
+        at = before.rfind(opened) if opened.strip() else -1
+        start = len(before) if at < 0 else at + len(opened)
+        if start > common:
+            raise self._changed(i)
+        return start
 
     def _turn_end(self, end: int, tail: str) -> tuple[int, bool]:
         """Where the turn of the answer that ends at `end` is over, and whether by a token.
@@ -230,6 +246,10 @@ def with_text(turn: Message, text: str) -> Message:
     """The message with another text, in parts if it has parts."""
     in_parts = isinstance(turn.get("content"), list)
     return {**turn, "content": [{"type": "text", "text": text}] if in_parts else text}
+
+
+def _without_thinking(turn: Message) -> Message:
+    return {name: value for name, value in turn.items() if name not in _NAMES}
 
 
 def _squeezed(text: str) -> str:

@@ -208,6 +208,18 @@ def test_thinking_that_the_template_strips_of_earlier_answers_is_counted(
     assert "thinking of 2 answers before the last left out by the chat template" in str(data.report)
 
 
+def test_thinking_is_missed_although_its_words_are_elsewhere(
+    make_tokenizer: Any, jsonl: Any
+) -> None:
+    tokenizer = make_tokenizer(QWEN)
+    same = {"role": "assistant", "content": "yes", "thinking": "yes"}
+    data = load(jsonl, tokenizer, {"messages": [USER, same, USER, {**same, "train": False}]})
+    assert target_texts(tokenizer, data[0]) == [f"yes{END}"]
+    assert data.report.left_out_thinking == 1
+    data = load(jsonl, tokenizer, {"messages": [USER, {**same, "train": False}, USER, ANSWER]})
+    assert data.report.left_out_thinking == 1
+
+
 def test_thinking_that_the_template_never_writes_is_refused(
     make_tokenizer: Any, jsonl: Any
 ) -> None:
