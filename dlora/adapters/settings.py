@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
+from dlora.adapters.hub import adapter_directory
 from dlora.adapters.save_load import read_config
 from dlora.config.load import Config
 from dlora.config.sections import AdapterConfig
@@ -28,7 +29,8 @@ def lora_config(config: Config, earlier: LoraConfig | None = None) -> LoraConfig
         if section.path is not None:
             if earlier is not None and not Path(section.path).expanduser().is_dir():
                 return replace(earlier, lora_dropout=section.lora_dropout)
-            return replace(read_config(section.path), lora_dropout=section.lora_dropout)
+            directory = adapter_directory(section.path)
+            return replace(read_config(directory), lora_dropout=section.lora_dropout)
         variant = VARIANTS[section.method]
         names = {field.name for field in fields(variant.settings)} & set(vars(section))
         says = room("lora.variants")[section.method].says

@@ -18,6 +18,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from dlora.adapters.hub import adapter_directory
 from dlora.adapters.layouts import config_in_layout_of, in_layout_of
 from dlora.adapters.peft_format import PREFIX, peft_names, peft_slots
 from dlora.adapters.save_load import CONFIG, WEIGHTS, check_numbers, read_config
@@ -201,7 +202,7 @@ def open_adapter(directory: str | Path) -> AdapterSource:
     Raises:
         UsageError: it is neither, it is damaged, or it is no LoRA.
     """
-    directory = Path(directory).expanduser()
+    directory = adapter_directory(directory, "--adapter")
     if not directory.is_dir():
         raise UsageError(f"--adapter: directory {directory} does not exist")
     if (directory / CONFIG).exists():

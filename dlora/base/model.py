@@ -308,7 +308,8 @@ def quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    for library in ("torch.distributed", "huggingface_hub"):  # of the latter, each retry
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def _looks_local(path: str) -> bool:

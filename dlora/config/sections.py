@@ -46,7 +46,9 @@ class AdapterConfig:
     """What is trained beside W0; names and meanings are PEFT's."""
 
     method: str = option("lora", "the form of the adapter", room="lora.variants")
-    path: str | None = option(None, "start from this adapter instead of a fresh one")
+    path: str | None = option(
+        None, "start from this adapter, a directory or hub id, instead of a fresh one"
+    )
 
     if TYPE_CHECKING:
 

@@ -1,6 +1,6 @@
 """`data.columns`: {field of the format: the column of the records that it is in}."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from dlora.errors import UsageError
@@ -15,19 +15,14 @@ class Columns:
         format: the name of the records' format.
 
     Raises:
-        UsageError: the format reads no such field, or a mapping changes nothing.
+        UsageError: a mapping changes nothing.
     """
 
     def __init__(self, wanted: Mapping[str, str], format: str) -> None:
         self._wanted, self._unseen = dict(wanted), dict(wanted)
         part = room("data.formats").get(format)
-        fields = part.says.get("fields") if part else None
+        self._format, self._fields = format, part.says.get("fields", ()) if part else ()
         for field, column in self._wanted.items():
-            if fields is not None and field not in fields:
-                raise UsageError(
-                    f"data.columns.{field}: data.format: {format} reads no {field!r}; it reads "
-                    f"{', '.join(map(repr, fields))}"
-                )
             if field == column:
                 raise UsageError(f"data.columns.{field}: it is called {column!r} already")
 
@@ -49,6 +44,19 @@ class Columns:
         """For an error of a record: the columns that it lacks, if there are any."""
         lacking = [f"{c!r} (data.columns.{f})" for f, c in self._wanted.items() if c not in record]
         return f"; it has no column {' or '.join(lacking)}" if lacking else ""
+
+    def check_read(self, ignored: Collection[str]) -> None:
+        """Raise a `UsageError` if nothing reads a field, neither the format nor a chat template.
+
+        Args:
+            ignored: fields of records that nothing read.
+        """
+        for field in self._wanted:
+            if field in ignored and field not in self._fields:
+                raise UsageError(
+                    f"data.columns.{field}: data.format: {self._format} reads no {field!r}; it "
+                    f"reads {', '.join(map(repr, self._fields))}"
+                )
 
     def check_seen(self, key: str) -> None:
         """Raise a `UsageError` if no record that was read has one of the columns.

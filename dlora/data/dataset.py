@@ -199,6 +199,7 @@ class Reading:
         counts, limit = self._counts, self._max_length
         while batch := list(islice(self._texts, _BATCH)):
             counts["records"] += len(batch)
+            self._columns.check_read(self._renderer.remarks.ignored)
             encoded = self._encoder.encode([text for text, _ in batch])
             for (ids, labels), (_, part) in zip(encoded, batch, strict=True):
                 targets = count_targets(labels[:limit])

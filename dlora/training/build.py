@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from dlora.adapters.hub import adapter_directory
 from dlora.adapters.save_load import load_adapter
 from dlora.base.eval_mode import keep_in_eval
 from dlora.base.recomputation import recompute_blocks
@@ -57,7 +58,7 @@ def build(
         residuals.start(model)
     engine.keep_gathered(model, prepared.budget.resident)
     if config.adapter.path is not None and prepared.resumed is None:
-        load_adapter(model, config.adapter.path)
+        load_adapter(model, adapter_directory(config.adapter.path))
     how = prepared.budget.workload.checkpointing
     recompute_blocks(model, how.every, how.offload)
     keep_in_eval(model)

@@ -107,9 +107,9 @@ def check_gradients(model: nn.Module) -> None:
             )
 
 
-def check_adapter(model: nn.Module, directory: str) -> None:
+def check_adapter(model: nn.Module, directory: Path) -> None:
     """Check, as `load_adapter` does, that an adapter's file fits a model and is finite."""
-    path = inside(Path(directory).expanduser(), WEIGHTS)
+    path = inside(directory, WEIGHTS)
     tensors = in_layout_of(model, stored_tensors(path))
     shapes = {key: stored.shape for key, stored in tensors.items()}
     for adapted, _, _ in named_adapters(model):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dlora.adapters.hub import adapter_directory
 from dlora.adapters.layouts import config_in_layout_of
 from dlora.adapters.settings import keyed_by, lora_config, scheduled
 from dlora.base.eval_mode import random_settings
@@ -146,7 +147,7 @@ def prepare(
     if drawn := random_settings(skeleton):
         announce(f"model: its own {', '.join(drawn)} are off in training, since W0 is frozen")
     known = identity(base, skeleton)
-    tokenizer = _tokenizer(config, base)
+    tokenizer = with_template(config, base.tokenizer())
     load = functools.partial(_load, config, tokenizer, announce, around.writes)
     train = _stream(config, tokenizer, announce) if config.data.streaming else load("train")
     held_out = load("eval") if config.data.eval is not None else None
@@ -287,13 +288,13 @@ def _adapted(
     check_dropout(skeleton)
     check_gradients(skeleton)
     if config.adapter.path is not None and resumed is None:
-        check_adapter(skeleton, config.adapter.path)
+        check_adapter(skeleton, adapter_directory(config.adapter.path))
     return skeleton, quantized, lora
 
 
-def _tokenizer(config: Config, base: BaseModel) -> Any:
-    """The base's tokenizer, with the chat template that the configuration asks for."""
-    tokenizer, template = base.tokenizer(), config.data.chat_template
+def with_template(config: Config, tokenizer: Any) -> Any:
+    """The tokenizer with the chat template that the configuration asks for."""
+    template = config.data.chat_template
     text = None if template is None else template_text(template)
     set_template(tokenizer, text, config.data.chat_template_kwargs)
     return tokenizer

@@ -25,7 +25,7 @@ from dlora.data.files import is_builtin, sources_of
 from dlora.data.sampler import shown
 from dlora.errors import UsageError
 from dlora.registry import option
-from dlora.training.prepare import reading_of
+from dlora.training.prepare import reading_of, with_template
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     if options.check:
         raise UsageError("--check is an option of dlora.train; dlora.data trains nothing anyway")
     config: Config = options.config
-    tokenizer = tokenizer_of(config)
+    tokenizer = with_template(config, tokenizer_of(config))
     for name in ("train", "eval"):
         if getattr(config.data, name) is not None:
             for line in lines_of(config, name, tokenizer, options.extra.show, in_colour()):

@@ -38,6 +38,7 @@ def test_swapped_and_replaced_columns(jsonl: Any, make_tokenizer: Any) -> None:
     ("columns", "expected"),
     [
         ({"text": "q"}, "data.columns.text: data.format: alpaca reads no 'text'; it reads 'ins"),
+        ({"text": "r"}, "data.columns.text: no record of data.train has a column 'r'"),
         ({"output": "output"}, "data.columns.output: it is called 'output' already"),
         ({"system": "rules"}, "data.columns.system: no record of data.train has a column 'rules'"),
         ({"output": "answer"}, "no column 'answer' (data.columns.output)"),
@@ -46,7 +47,7 @@ def test_swapped_and_replaced_columns(jsonl: Any, make_tokenizer: Any) -> None:
 def test_useless_mappings_are_refused_by_key(
     columns: dict[str, str], expected: str, jsonl: Any, make_tokenizer: Any
 ) -> None:
-    records = ALPACA
+    records = [{**record, "q": "of nobody"} for record in ALPACA]
     if columns == {"output": "answer"}:
         records = [{"instruction": "a", "reply": "b"}]
     assert expected in refusal(load, jsonl(*records), make_tokenizer(), columns=columns)

@@ -1,6 +1,7 @@
 """Data sets of the Hugging Face hub."""
 
 import functools
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,6 +35,7 @@ class Hub:
 @functools.lru_cache(maxsize=8)  # the same for its digest and for each epoch
 def _loaded(place: Place) -> Any:
     datasets.disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry would be a line
     try:
         found = datasets.load_dataset(
             str(place.path), place.subset, split=place.split, revision=place.revision

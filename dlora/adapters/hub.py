@@ -1,0 +1,43 @@
+"""Adapters of the Hugging Face hub: PEFT's two files, in huggingface_hub's cache."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from pathlib import Path
+
+from dlora.adapters.save_load import CONFIG, WEIGHTS
+from dlora.errors import UsageError
+
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name
+
+
+def adapter_directory(path: str | Path, option: str = "adapter.path") -> Path:
+    """The directory of an adapter; one that is not here and is named like an id is downloaded.
+
+    Args:
+        option: what the user set, for errors.
+
+    Raises:
+        UsageError: the hub does not have it, or cannot be reached.
+    """
+    local = Path(path).expanduser()
+    is_id = isinstance(path, str) and _ID.fullmatch(path) and not local.parent.exists()
+    return local if local.exists() or not is_id else _downloaded(str(path), option)
+
+
+@functools.lru_cache(maxsize=8)  # its settings are read before its weights
+def _downloaded(repository: str, option: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        found = snapshot_download(repository, allow_patterns=[CONFIG, WEIGHTS])
+    except Exception as error:  # of the network and of the hub
+        said = (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise UsageError(
+            f"{option}: {repository} is no directory here, and cannot be had from the Hugging Face "
+            f"hub: {said}"
+        ) from None
+    return Path(found)
