@@ -216,6 +216,8 @@ def _check_adaptable(path: str, modules: dict[str, nn.Module]) -> None:
             "its weights are stacks of matrices: use target_parameters: "
             f"[{', '.join(f'{last}.{name}' for name in stacks)}]"
         )
+    elif isinstance(module, nn.Embedding) and module.max_norm is not None:
+        why = "max_norm rewrites its weight at every look-up"
     elif isinstance(module, (nn.Linear, nn.Embedding)):
         why = "its forward computes something else than the layer that it is derived from"
     raise UsageError(

@@ -160,16 +160,18 @@ def test_dlora_loads_what_peft_saves(case: str, tmp_path: Path) -> None:
     assert relative_error(logits(ours), logits(theirs)) < 1e-5
 
 
-def test_of_a_mixture_the_linear_layers_are_adapted_and_peft_s_experts_refused(
-    tmp_path: Path,
-) -> None:
+def test_of_a_mixture_the_linear_layers_are_adapted_and_peft_s_experts_load(tmp_path: Path) -> None:
+    """To PEFT, `all-linear` of a Mixtral is its experts and routers as well."""
     theirs = peft_model("mixtral", {"target_modules": "all-linear", "r": 4})
     linear = [p for p, m in theirs.named_modules() if type(m) is peft.tuners.lora.layer.Linear]
-    ours = attach(causal_model("mixtral"), LoraConfig(r=4))
+    with pytest.warns(UserWarning, match="stacked weights of experts"):
+        ours = attach(causal_model("mixtral"), LoraConfig(r=4))
     assert [f"base_model.model.{path}" for path in ours.dlora.adapted] == linear
+    randomize_trainable(theirs)
     theirs.save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="target_parameters: .* is not supported"):
-        load_adapter(causal_model("mixtral"), tmp_path)
+    there = load_adapter(causal_model("mixtral"), tmp_path)
+    assert len(there.dlora.parameters) == 2 * 3
+    assert relative_error(logits(there), logits(theirs)) < 1e-5
 
 
 class Twins(nn.Module):

@@ -262,3 +262,22 @@ def test_a_skeleton_is_left_as_it_was() -> None:
     assert all(parameter.is_meta for parameter in model.parameters())
     assert "forward" not in vars(model)
     assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+def test_adapted_experts_are_planned_without_a_copy_of_their_weights() -> None:
+    """A and B, their casts and the products with A; W0 + ΔW, as PEFT forms it, would be seen."""
+    attention: dict[str, Any] = {"target_modules": ["q_proj"]}
+    plain = trace(
+        model_of("mixtral", torch.bfloat16, "meta", **attention), ROWS, TOKENS, checkpointing=SAVED
+    )
+    model = model_of("mixtral", torch.bfloat16, "meta", **attention, target_parameters=EXPERTS)
+    planned = trace(model, ROWS, TOKENS, checkpointing=SAVED)
+    assert planned.estimated == ""
+    weights = [p for name, p in model.named_parameters() if name.endswith(tuple(EXPERTS))]
+    factors = [p for name, p in model.named_parameters() if "experts.adapter" in name]
+    assert 0 < planned.saved - plain.saved < sum(p.nbytes for p in weights) / 2
+    assert planned.saved - plain.saved >= sum(p.numel() for p in factors) * 2 / 2
+    assert planned.flops > plain.flops
