@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from dlora.lora.attach import named_adapters
+from dlora.lora.variants import LoraAdapter
 
 _RANDOM = re.compile(r"dropout|pdrop|drop_?(path|rate|prob)|layer_?drop|jitter")
 # Their own mode means something else, and they draw nothing: in eval mode an xLSTM computes long
@@ -40,7 +40,9 @@ def keep_in_eval(model: nn.Module) -> None:
 def _train(model: nn.Module, mode: bool = True) -> nn.Module:
     type(model).train(model, False)
     if mode:
-        adapters = (m for _, _, adapter in named_adapters(model) for m in adapter.modules())
+        # Found by their class: a trace runs a model whose record names more blocks than it has.
+        found = (m for m in model.modules() if isinstance(m, LoraAdapter))
+        adapters = (m for adapter in found for m in adapter.modules())
         others = (m for m in model.modules() if {k.__name__ for k in type(m).mro()} & _OTHERWISE)
         for module in (model, *adapters, *_recomputed(model), *others):
             module.training = True

@@ -144,10 +144,15 @@ def _kind(module: Any, scaling: str, layer_type: str | None, n: int) -> Hashable
 def _alone(module: Any, x: Tensor, positions: Tensor, layer_type: str | None, n: int) -> Any:
     """What the class computes for a sequence of n tokens alone, [1, S, D] with zeros after n."""
     own, more = type(module).forward, _named(layer_type)
+    padding = positions.shape[-1] - n
+    if padding < 0:  # DeepSeek-V4's compressed tokens
+        raise UsageError(
+            f"model.path: {type(module).__name__} is given positions of other things than tokens, "
+            "so rotary scaling by the length of each sequence alone is not known"
+        )
     first = positions[..., :1, :]
     own(module, x, first[..., :1], *more)  # a short sequence resets what a longer one left
     made = own(module, x, first[..., :n], *more)
-    padding = positions.shape[-1] - n
 
     def padded(part: Tensor) -> Tensor:
         zeros = part.new_zeros(*part.shape[:-2], padding, part.shape[-1])
