@@ -10,23 +10,34 @@ loads them. PEFT applies the same rules to its files, and so does this.
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
 from dlora.adapters.peft_format import PREFIX
+from dlora.adapters.stacked_experts import stack_experts
+from dlora.io.safetensors import StoredTensor
 from dlora.lora.config import LoraConfig
+from dlora.lora.layers import layer_kind
+from dlora.lora.parameters import shape_of
 
-T = TypeVar("T")
+_EXPERT = re.compile(r"\.experts\.\d+\.\w+$")
 _FACTORS = ".lora_"  # before the names of PEFT's own tensors
 
 
-def in_layout_of(model: nn.Module, tensors: Mapping[str, T]) -> dict[str, T]:
-    """The tensors of a PEFT file by the keys that the model has for them today.
+def in_layout_of(
+    model: nn.Module, config: LoraConfig, tensors: Mapping[str, StoredTensor]
+) -> tuple[LoraConfig, dict[str, StoredTensor]]:
+    """Settings and tensors of a PEFT file, with the names that the model has for them today.
 
-    A key stays where the model has its module, or where no rule leads to one that it has.
+    A name stays where the model has it, or where no rule leads to one that it has.
+
+    Raises:
+        UsageError: see `stack_experts`.
     """
     rename = _renaming(model)
     modules = {path for path, _ in model.named_modules()}
@@ -37,24 +48,50 @@ def in_layout_of(model: nn.Module, tensors: Mapping[str, T]) -> dict[str, T]:
         known = modules if factors else parameters  # `modules_to_save` are stored by parameters
         if key.startswith(PREFIX) and path not in known:
             moved = rename(path + factors + rest).partition(_FACTORS)[0]
-            key = f"{PREFIX}{moved}{factors}{rest}" if moved in known else key
+            # Of one expert of a stack the module is not there, but the list of all is.
+            there = moved in known or _EXPERT.sub(".experts", moved) in modules
+            key = f"{PREFIX}{moved}{factors}{rest}" if there else key
         renamed[key] = tensor
-    return renamed
-
-
-def config_in_layout_of(model: nn.Module, config: LoraConfig) -> LoraConfig:
-    """Settings from a PEFT file with the paths in `target_modules` that the model has today."""
-    if isinstance(config.target_modules, str):
-        return config
-    rename = _renaming(model)
-    modules = {path for path, _ in model.named_modules()}
 
     def today(path: str) -> str:
         known = any(f".{module}".endswith(f".{path}") for module in modules)
         moved = path if known else rename(f"{path}.weight").removesuffix(".weight")
         return moved if moved in modules else path
 
-    return replace(config, target_modules=[today(path) for path in config.target_modules])
+    if not isinstance(config.target_modules, str):
+        config = replace(config, target_modules=[today(path) for path in config.target_modules])
+    return stack_experts(model, _with_routers(model, config, renamed), renamed)
+
+
+def _with_routers(
+    model: nn.Module, config: LoraConfig, tensors: Mapping[str, StoredTensor]
+) -> LoraConfig:
+    """Settings that adapt the weight of what was a linear layer once, as a mixture's router was."""
+    paths = {key.removeprefix(PREFIX).partition(_FACTORS)[0] for key in tensors}
+    routers = [
+        path
+        for path, module in model.named_modules()
+        if path in paths
+        and layer_kind(module) is None
+        and [len(shape_of(p)) for p in module.parameters(recurse=False)][:1] == [2]
+        and "weight" in module._parameters
+    ]
+    parameters = [f"{path}.weight" for path in routers]
+    if not routers or set(parameters) <= set(config.target_parameters):
+        return config
+    excluded = config.exclude_modules or []
+    if isinstance(excluded, str):
+        excluded = "|".join([f"({excluded})", *map(re.escape, routers)])
+    else:
+        excluded = [*excluded, *routers]
+    if config.lora_dropout:
+        warnings.warn("the routers' lora_dropout is 0: none acts on a weight", stacklevel=4)
+    return replace(
+        config,
+        target_parameters=[*config.target_parameters, *parameters],
+        exclude_modules=excluded,
+        lora_dropout=0.0,
+    )
 
 
 def _renaming(model: Any) -> Callable[[str], str]:

@@ -232,14 +232,14 @@ def _in_saved(path: str, attachment: Attachment) -> bool:
 def _keys(model: nn.Module, path: str, layer: AdaptedLayer, adapter: LoraAdapter) -> dict[str, str]:
     """PEFT's keys of the factors of a LoRA and of DoRA's magnitudes, by their names here."""
     key = "lora_embedding_{}" if layer.is_embedding else "lora_{}.weight"
-    place = PREFIX + _wrapped(attachment_of(model).parameters, path)
+    place = PREFIX + wrapped(attachment_of(model).parameters, path)
     keys = {f"lora_{factor}": f"{place}.{key.format(factor)}" for factor in "AB"}
     if isinstance(adapter, DoraAdapter):
         keys[MAGNITUDE] = f"{place}.{MAGNITUDE}"
     return keys
 
 
-def _wrapped(parameters: Sequence[str], path: str) -> str:
+def wrapped(parameters: Sequence[str], path: str) -> str:
     """The path of an adapter in PEFT's model, where a module is wrapped for each of its adapted
     parameters: the last of them is outermost, and what is inside the module is inside all.
 

@@ -23,7 +23,7 @@ from dlora.adapters.diffusers_format import (
     header,
     is_of_diffusers,
 )
-from dlora.adapters.layouts import config_in_layout_of, in_layout_of
+from dlora.adapters.layouts import in_layout_of
 from dlora.adapters.peft_format import NO_TARGETS, PREFIX, adalora_files, lora_files, peft_slots
 from dlora.errors import UsageError, and_more
 from dlora.io.files import inside, read_object, write_atomically
@@ -140,8 +140,8 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
             the file and the key.
     """
     directory = Path(directory).expanduser()
-    config, file = config_in_layout_of(model, read_config(directory)), inside(directory, WEIGHTS)
-    tensors = in_layout_of(model, stored_tensors(file))
+    file = inside(directory, WEIGHTS)
+    config, tensors = in_layout_of(model, read_config(directory), stored_tensors(file))
     check_numbers(tensors)
     if not hasattr(model, "dlora"):
         _check_ranks(model, config, file, tensors)

@@ -7,11 +7,16 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
+from torch import nn
+
 from dlora.adapters.hub import adapter_directory
-from dlora.adapters.save_load import read_config
+from dlora.adapters.layouts import in_layout_of
+from dlora.adapters.save_load import WEIGHTS, read_config
 from dlora.config.load import Config
 from dlora.config.sections import AdapterConfig
 from dlora.errors import UsageError
+from dlora.io.files import inside
+from dlora.io.safetensors import stored_tensors
 from dlora.lora.config import LoraConfig
 from dlora.lora.variants import VARIANTS
 from dlora.registry import room
@@ -37,6 +42,20 @@ def lora_config(config: Config, earlier: LoraConfig | None = None) -> LoraConfig
         # The method has no use for these, so there is nothing to set.
         names -= {*says.get("unused", {}), *says.get("instead", {})}
         return variant.settings(**{name: getattr(section, name) for name in names})
+
+
+def settings_today(model: nn.Module, lora: LoraConfig, directory: Path) -> LoraConfig:
+    """The settings of the adapter at `adapter.path` with the names that `model` has today.
+
+    Unchanged where the directory has been deleted since a run began with it.
+    """
+    file = inside(directory, WEIGHTS)
+    if not file.exists():
+        return lora
+    dropout = lora.lora_dropout
+    today, _ = in_layout_of(model, replace(lora, lora_dropout=0.0), stored_tensors(file))
+    with keyed_by("adapter"):
+        return replace(today, lora_dropout=dropout)
 
 
 def scheduled(lora: LoraConfig, total_steps: int) -> LoraConfig:

@@ -19,7 +19,7 @@ import yaml
 from torch import Tensor, nn
 
 from dlora.adapters.hub import adapter_directory
-from dlora.adapters.layouts import config_in_layout_of, in_layout_of
+from dlora.adapters.layouts import in_layout_of
 from dlora.adapters.peft_format import PREFIX, peft_names, peft_slots
 from dlora.adapters.save_load import CONFIG, WEIGHTS, check_numbers, read_config
 from dlora.adapters.settings import lora_config
@@ -92,7 +92,7 @@ class AdapterSource:
         """
         config, stored = self.config, stored_tensors(self.file)
         if not self.is_checkpoint:
-            config, stored = config_in_layout_of(model, config), in_layout_of(model, stored)
+            config, stored = in_layout_of(model, config, stored)
         try:
             attach(model, config)
         except UsageError as error:

@@ -110,7 +110,7 @@ def check_gradients(model: nn.Module) -> None:
 def check_adapter(model: nn.Module, directory: Path) -> None:
     """Check, as `load_adapter` does, that an adapter's file fits a model and is finite."""
     path = inside(directory, WEIGHTS)
-    tensors = in_layout_of(model, stored_tensors(path))
+    _, tensors = in_layout_of(model, attachment_of(model).config, stored_tensors(path))
     shapes = {key: stored.shape for key, stored in tensors.items()}
     for adapted, _, _ in named_adapters(model):
         shapes.pop(f"{PREFIX}{adapted}.base_layer.weight", None)

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from dlora.adapters.hub import adapter_directory
-from dlora.adapters.layouts import config_in_layout_of
-from dlora.adapters.settings import keyed_by, lora_config, scheduled
+from dlora.adapters.settings import keyed_by, lora_config, scheduled, settings_today
 from dlora.base.eval_mode import random_settings
 from dlora.base.identity import identity
 from dlora.base.model import BaseModel, check_experts_divide, find_base
@@ -278,7 +277,10 @@ def _adapted(
     """
     skeleton = base.skeleton()
     if config.adapter.path is not None:
-        lora = config_in_layout_of(skeleton, lora)
+        # Of a resumed run whose adapter is gone, the checkpoint has the settings.
+        here = Path(config.adapter.path).expanduser()
+        found = here if resumed else adapter_directory(config.adapter.path)
+        lora = settings_today(skeleton, lora, found)
     base.check_stored(skeleton)
     check_loss(skeleton)
     quantized = base.pack(skeleton)
