@@ -52,6 +52,14 @@ _EXTRA: dict[str, dict[str, Any]] = {
     },
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "moe", "mlp"]},
+    "zamba": {
+        "num_hidden_layers": 6,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "n_mamba_heads": 2,
+        "attention_head_dim": 16,
+        "attention_hidden_size": 64,
+    },
     "zamba2": {
         "layers_block_type": ["mamba", "hybrid"] * 2,
         "hybrid_layer_ids": [1, 3],

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.core_model_loading import build_glob_alternation
 
 from dlora.errors import UsageError
 
@@ -51,9 +49,11 @@ def check_attention(model: Any, implementation: str) -> None:
 
 def pinned_dtypes(model: Any, names: Iterable[str], dtype: torch.dtype) -> dict[str, torch.dtype]:
     """{name: dtype} of the tensors that a class wants in another dtype than the model's."""
-    plan = model._get_dtype_plan(dtype) if isinstance(model, PreTrainedModel) else {}
+    plan = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}
     if not plan:
         return {}
+    from transformers.core_model_loading import build_glob_alternation
+
     pattern, keys, _ = build_glob_alternation(list(plan))
     found = ((name, pattern.search(name)) for name in names)
     return {name: plan[keys[match.lastgroup]] for name, match in found if match and match.lastgroup}
@@ -118,5 +118,5 @@ def untied_config(config: Any, skeleton: Any) -> Any:
 def _models_in(skeleton: Any) -> Iterator[tuple[str, Any]]:
     """(prefix of its parameters, model) of a model and of the models inside it."""
     for path, module in skeleton.named_modules():
-        if isinstance(module, PreTrainedModel):
+        if hasattr(module, "all_tied_weights_keys"):
             yield f"{path}." if path else "", module

@@ -9,6 +9,7 @@ from architectures import IDS, loss_of, save_tiny, tiny_model
 from counted_runs import check_last_step, last_step
 from ranks import Pools
 from run_training import command_line, train
+from sampling import full
 from tiny import save_chats
 from torch.distributed.fsdp import FSDPModule
 
@@ -54,7 +55,7 @@ def sharded(kind: str, engine: str) -> tuple[float, int, int]:
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
-@pytest.mark.parametrize("kind", ["jamba", "nemotron_h"])
+@pytest.mark.parametrize("kind", ["jamba", full("nemotron_h")])
 def test_blocks_of_different_classes_are_units(
     pools: Pools, tmp_path: Path, kind: str, engine: str
 ) -> None:
@@ -70,7 +71,15 @@ def test_blocks_of_different_classes_are_units(
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
-@pytest.mark.parametrize(("kind", "targets"), [("ctrl", ["Wq", "Wv"]), ("jetmoe", ["kv_proj"])])
+def test_blocks_that_share_weights_are_one_unit(pools: Pools, engine: str) -> None:
+    wanted = loss_of(tiny_model("zamba"))
+    for loss, units, blocks in pools(2).run(sharded, "zamba", engine):
+        assert loss == pytest.approx(wanted)
+        assert (units, blocks) == (6 if engine == "fsdp2" else 0, 6)
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+@pytest.mark.parametrize(("kind", "targets"), [("ctrl", ["Wq", "Wv"]), full("jetmoe", ["kv_proj"])])
 def test_classes_without_activation_checkpointing_recompute(
     pools: Pools, tmp_path: Path, kind: str, targets: list[str], engine: str
 ) -> None:

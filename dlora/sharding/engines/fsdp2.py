@@ -25,9 +25,9 @@ from dlora.sharding.engines.gather_groups import (
     FREE,
     KEEP,
     Group,
-    block_lists,
     groups_of,
     sharding_plan,
+    sharing_blocks,
 )
 from dlora.sharding.engines.protocol import Device, Weights
 from dlora.sharding.engines.shard_loading import fill, slots_of
@@ -68,14 +68,16 @@ class Fsdp2:
         )
 
     def shard(self, model: nn.Module, ignored: Iterable[nn.Parameter], device: Device) -> None:
-        """`fully_shard` each block of every list of equal blocks, then the root with the rest."""
+        """`fully_shard` each block of every list of blocks, then the root with the rest.
+
+        Blocks that share parameters are one unit, as FSDP2 wants it.
+        """
         if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
             return
         kind = (device or next(model.parameters()).device).type  # where `fully_shard` moves shards
         mesh, outside = self._mesh(kind), set(ignored)
-        for path in block_lists(model):
-            for block in model.get_submodule(path).children():
-                fully_shard(block, mesh=mesh, ignored_params=outside, reshard_after_forward=True)
+        for blocks in sharing_blocks(model):
+            fully_shard(blocks, mesh=mesh, ignored_params=outside, reshard_after_forward=True)
         fully_shard(model, mesh=mesh, ignored_params=outside)
 
     def after_load(self, model: nn.Module) -> None:

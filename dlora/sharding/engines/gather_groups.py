@@ -107,6 +107,21 @@ def _related(blocks: Sequence[nn.Module]) -> bool:
     return bool(common - set(nn.Module.__mro__))
 
 
+def sharing_blocks(model: nn.Module) -> list[list[nn.Module]]:
+    """The blocks of all lists; those that have a parameter in common are together (Zamba's)."""
+    together: list[list[nn.Module]] = []
+    owner: dict[int, list[nn.Module]] = {}
+    for path in block_lists(model):
+        for block in model.get_submodule(path).children():
+            own = {id(parameter) for parameter in block.parameters()}
+            group = next((owner[key] for key in own if key in owner), None)
+            if group is None:
+                together.append(group := [])
+            group.append(block)
+            owner |= dict.fromkeys(own, group)
+    return together
+
+
 def sharding_plan(skeleton: nn.Module) -> dict[str, str]:
     """transformers' plan for a model, completed with the blocks that it leaves out (GPT-2: all).
 
