@@ -38,6 +38,11 @@ from dlora.lora.variants.dora import DoraAdapter
 PREFIX = "base_model.model."
 NO_TARGETS = "dummy-target-modules"  # PEFT's word for an adapter of `modules_to_save` alone
 MAGNITUDE = "lora_magnitude_vector"
+# Names of experts' layers before transformers 5, by the layout; PEFT's `_MOE_TARGET_MODULE_MAPPING`.
+_EXPERTS_OF = {
+    "mixtral": ("gate", "w1", "w2", "w3"),
+    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
+}
 _RANK_EPSILON = 1e-5  # PEFT scales AdaLoRA by lora_alpha / (init_r + this)
 
 
@@ -90,7 +95,8 @@ def lora_files(model: nn.Module, base: str | None) -> tuple[dict[str, Any], dict
     Returns:
         The content of `adapter_config.json`, and the tensors by PEFT's keys.
     """
-    forms, config = plain_forms(model), attachment_of(model).config
+    forms, attached = plain_forms(model), attachment_of(model)
+    config = attached.config
     tensors: dict[str, Tensor] = {}
     for path, layer, adapter in named_adapters(model):
         if path in forms:
@@ -112,9 +118,33 @@ def lora_files(model: nn.Module, base: str | None) -> tuple[dict[str, Any], dict
         sizes = _sizes(forms)
     settings = {"peft_type": "LORA", **_common(model, base, forms), **sizes}
     settings["use_dora"] = config.use_dora
-    if config.target_parameters:
-        settings["target_parameters"] = sorted(config.target_parameters)
+    parameters = sorted(config.target_parameters)
+    if taken := taken_for_experts(model, [p for p in forms if p not in attached.parameters]):
+        rest = [path for path in forms if path not in (*taken, *attached.parameters)]
+        settings["target_modules"] = peft_targets(model, attached, rest)
+        settings["lora_dropout"] = 0.0  # PEFT has none for parameters, and no use for it here
+        parameters += [f"{path}.weight" for path in taken]
+        for key in ("rank_pattern", "alpha_pattern"):
+            settings[key] |= {rf"({name})\.weight": v for name, v in settings[key].items()}
+    if parameters:
+        settings["target_parameters"] = parameters
     return settings, _written(tensors | _copies(model))
+
+
+def taken_for_experts(model: nn.Module, adapted: Collection[str]) -> list[str]:
+    """The adapted linear layers that PEFT, by their names, takes for experts of an older layout.
+
+    In models whose experts transformers 5 stacked it turns such targets into `target_parameters`
+    of the stacks, and drops what else has the name: dense layers and shared experts. Named as
+    parameters themselves they are what they are.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind is None:
+        return []
+    from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN as LAYOUTS
+
+    names = _EXPERTS_OF.get("mixtral" if kind == "mixtral" else LAYOUTS.get(kind, ""), ())
+    return [path for path in adapted if path.rpartition(".")[2] in names]
 
 
 def adalora_files(model: nn.Module, base: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -186,6 +186,32 @@ class BaseWeights:
             **sharding,
         )
         check_loaded(self._base.path, found)
+        if "distributed_config" in sharding:
+            self._set_buffers(model)
+        return model
+
+    @functools.cached_property
+    def makes_rows(self) -> bool:
+        """Whether transformers, sharding while it reads, would give ranks other rows."""
+        is_quantized = getattr(self.skeleton.config, "quantization_config", None) is not None
+        return not is_quantized and self._plain.makes_rows
+
+    def _set_buffers(self, model: nn.Module) -> None:
+        """Set the buffers that no file has: transformers forgets some where it shards."""
+        made = self._with_buffers()
+        for name, _ in made.named_non_persistent_buffers():
+            owner, _, last = name.rpartition(".")
+            buffers = model.get_submodule(owner)._buffers
+            if buffers.get(last) is not None:
+                buffers[last] = made.get_buffer(name).to(buffers[last].device)
+
+    def _with_buffers(self) -> Any:
+        """The skeleton with real buffers; values of those in the files are still to be read."""
+        model = self.skeleton
+        for tensor in model.state_dict(keep_vars=True).values():
+            tensor._is_hf_initialized = True
+        model._move_missing_keys_from_meta_to_device(set(), None, None, None)
+        model._initialize_missing_keys(False)
         return model
 
     def empty(self) -> nn.Module:
@@ -199,13 +225,10 @@ class BaseWeights:
         read, revision = GenerationConfig.from_pretrained, base.revision or "main"
         with suppress(OSError):  # not every base has one
             model.generation_config = read(base.source, revision=revision)
-        for tensor in model.state_dict(keep_vars=True).values():
-            tensor._is_hf_initialized = True
         persistent = dict(model.named_buffers())
         for name, _ in model.named_non_persistent_buffers():
             del persistent[name]
-        model._move_missing_keys_from_meta_to_device(set(), None, None, None)
-        model._initialize_missing_keys(False)
+        self._with_buffers()
         for name, buffer in persistent.items():
             value = torch.empty(buffer.shape, dtype=buffer.dtype)
             stored.read(name, 0, value.view(-1))
@@ -219,9 +242,12 @@ class BaseWeights:
         self._stored.read(name, start, out)
 
     @functools.cached_property
+    def _plain(self) -> StoredWeights:
+        return StoredWeights(self._base, self.skeleton)
+
+    @functools.cached_property
     def _stored(self) -> Any:
-        stored = StoredWeights(self._base, self.skeleton)
-        return StoredPackedWeights(stored, self.skeleton, self._left)
+        return StoredPackedWeights(self._plain, self.skeleton, self._left)
 
 
 def check_experts_divide(skeleton: Any, placement: Placement) -> None:

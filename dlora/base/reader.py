@@ -108,6 +108,15 @@ class StoredWeights:
             piece = out[offset : offset + BLOCK_NUMEL]
             piece.copy_(stored.elements(start + offset, start + offset + piece.numel()))
 
+    @property
+    def makes_rows(self) -> bool:
+        """Whether rows of some parameter are made of several keys, or of parts of one.
+
+        Where transformers shards while it reads, it does that with the shards: other rows.
+        """
+        origins = [origin for _, origin in self._origins.values() if origin.converter is not None]
+        return not all(map(stacks_alone, origins))
+
     def is_plain(self, name: str) -> bool:
         """Whether a parameter is only renamed; one that is converted is converted at every read."""
         stored_name = self._stored_name(name)

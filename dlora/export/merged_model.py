@@ -196,18 +196,22 @@ class MergedModel:
         config = self.stored.config()
         if self.dtype is not None:
             _set_dtype(config, dtype_name(self.dtype))
-        read = type(self.skeleton.config).from_dict(dict(config))
+        read = self._parsed(config)
         if self.untied or untied_config(read, self.skeleton) is not None:
             _set_untied(config)
         if self.untied:
             self._check_untied(config)
         return config
 
+    def _parsed(self, config: dict[str, Any]) -> Any:
+        """A `config.json` as transformers reads it; it writes an infinite number as an object."""
+        kind = type(self.skeleton.config)
+        return kind.from_dict(kind._decode_special_floats(dict(config)))
+
     def _check_untied(self, config: dict[str, Any]) -> None:
         """Check that a model with the new configuration has the untied weights one by one."""
-        model_config = type(self.skeleton.config).from_dict(dict(config))
         with torch.device("meta"):
-            still = type(self.skeleton)(model_config).all_tied_weights_keys
+            still = type(self.skeleton)(self._parsed(config)).all_tied_weights_keys
         for name in self.untied:
             if name in still or name in still.values():
                 raise UsageError(

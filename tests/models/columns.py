@@ -10,7 +10,7 @@ import math
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import peft
 import torch
 import torch.nn.functional as F
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 from torch import Tensor
 from transformers import TextStreamer
@@ -177,15 +178,14 @@ def grouping(s: Subject) -> Cell:
 
 
 def all_linear(s: Subject) -> Cell:
-    """`all-linear` adapts the modules that PEFT's does, but for those that text never gets to."""
-    theirs, attachment = peft_model(s, "all-linear"), attachment_of(s.run.model)
-    named = {*theirs.base_model.targeted_module_names}
-    missing = named - {*attachment.adapted}
-    if missing and attachment.left:  # and so it is said
-        loss_of(theirs, s.run, backward=True)
-        reached = {path for path in missing if gets_gradient(theirs, path)}
-        named -= missing - reached
-    return same_modules(attachment.adapted, sorted(named))
+    """`all-linear` adapts the layers that PEFT's means, but for those that text never gets to."""
+    attachment, base = attachment_of(s.run.model), s.architecture.read(s.directory)
+    config = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    # Its own rule, and not its adapters: those replace what an older transformers called experts.
+    meant = {*_maybe_include_all_linear_layers(config, base).target_modules}
+    if attachment.left and (missing := meant - {*attachment.adapted}):  # said, and so checked
+        meant -= missing - reached(base, missing, s.run)
+    return same_modules(attachment.adapted, sorted(meant))
 
 
 def defaults(s: Subject) -> Cell:
@@ -193,7 +193,13 @@ def defaults(s: Subject) -> Cell:
     names = DEFAULTS.get(s.reference.config.model_type)
     if names is None:
         return Cell("–", "PEFT has no default targets for it")
-    theirs = peft_model(s, None).base_model.targeted_module_names
+    try:
+        model = peft.get_peft_model(
+            s.architecture.read(s.directory), peft.LoraConfig(task_type="CAUSAL_LM")
+        )
+    except ValueError as error:
+        return Cell("class", f"PEFT: {first_line(error)}")
+    theirs = list(model.base_model.targeted_module_names)
     skeleton = s.run.prepared.base.skeleton()
     with refusing():
         attach(
@@ -392,17 +398,11 @@ def _targets(example: Any) -> int:
     return int((example.labels[1:] != NO_TARGET).sum())
 
 
-def peft_model(s: Subject, targets: str | None) -> Any:
-    """A fresh base with PEFT's adapters, whose B is not 0."""
-    base = s.architecture.read(s.directory)
-    config = peft.LoraConfig(
-        r=4, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False
-    )
-    return peft.get_peft_model(base, config).eval()
-
-
-def gets_gradient(model: Any, path: str) -> bool:
-    """Whether PEFT's adapter of a module took part in the last loss."""
-    layer = model.base_model.model.get_submodule(path)
-    trained = [p for name, p in layer.named_parameters() if "lora_" in name]
-    return any(p.grad is not None and bool(p.grad.any()) for p in trained)
+def reached(model: Any, paths: Collection[str], run: Run) -> set[str]:
+    """Those of the layers at `paths` that are called when a model sees the text of a run."""
+    called: set[str] = set()
+    for path in paths:
+        layer = model.get_submodule(path)
+        layer.register_forward_hook(lambda *_, path=path: called.add(path))
+    loss_of(model, run)
+    return called

@@ -18,6 +18,10 @@ SAMPLE = {
     "bloom": "no SDPA; keys of its files without a prefix",
     "gemma3": "composite: text and vision",
     "gemma2": "a scaled embedding, soft caps, tied weights",
+    "falcon_h1": "a buffer that no file has, an infinite number in the configuration",
+    "hrm_text": "rows that are made of parts of the stored ones",
+    "ernie4_5_moe": "dense layers of a name that PEFT gives to experts",
+    "diffllama": "draws random numbers while it is made",
 }
 ENOUGH = 0.9
 

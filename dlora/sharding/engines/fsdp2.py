@@ -54,10 +54,10 @@ class Fsdp2:
     def load(self, weights: Weights, device: torch.device) -> nn.Module:
         """transformers shards while it reads, by the plan that `sharding_plan` completes.
 
-        A base that is read element by element is sharded here into the same units, and every rank
-        reads its own rows.
+        A base that is read element by element, or whose rows transformers would mix, is sharded here
+        into the same units, and every rank reads its own rows.
         """
-        if weights.element_wise:
+        if weights.element_wise or weights.makes_rows:
             return self._load_rows(weights, device)
         return weights.from_pretrained(
             distributed_config={

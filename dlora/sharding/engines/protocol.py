@@ -28,10 +28,12 @@ class Weights(Protocol):
     Attributes:
         skeleton: the model on the meta device.
         element_wise: whether `empty` and `read` must be used, since only they know the format.
+        makes_rows: whether an engine that divides by rows must use them.
     """
 
     skeleton: nn.Module
     element_wise: bool
+    makes_rows: bool
 
     def from_pretrained(self, **sharding: Any) -> nn.Module:
         """The model as transformers' `from_pretrained` reads it with these arguments."""
