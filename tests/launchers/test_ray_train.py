@@ -22,7 +22,7 @@ from dlora.checkpoint import format as checkpoints
 from dlora.config.load import parse
 from launchers.ray_train import Workers, placed, trainer
 
-STEPS, LIMIT_SECONDS = 40, 400
+STEPS, LIMIT_SECONDS = 60, 400
 BY_NODE = {"sharding__base": "node"}
 Configured = Callable[..., Path]
 
@@ -124,9 +124,7 @@ def test_it_is_the_run_without_ray(
     for ours, theirs in zip(lines(place / "whole"), lines(place / "nodes"), strict=True):
         assert ours["wire_bytes"] == theirs["wire_bytes"]
     stored = place / "whole" / "ray"
-    assert sorted(p.name for p in stored.glob("step-*")) == [
-        f"step-{s:06d}" for s in (STEPS - 4, STEPS)
-    ]
+    assert sorted(p.name for p in stored.glob("step-*")) == ["step-000056", "step-000060"]
     for file in (place / "whole/adapter").iterdir():
         assert (stored / "adapter" / file.name).read_bytes() == file.read_bytes()
     check_told(stored, place / "whole")
@@ -152,7 +150,6 @@ def test_a_stop_by_signal_commits(
     assert starts_in(log.read_text()) == 1
 
 
-@pytest.mark.full  # 45 s; `test_a_signal_reaches_ranks_that_are_there` has ranks that never asked
 def test_a_run_that_waits_for_room_is_stopped_at_once(
     ray: Cluster, configured: Configured, place: Path
 ) -> None:
@@ -172,9 +169,6 @@ import ray
 from launchers import ray_stop
 
 stop = ray_stop.Stop()
-if sys.argv[1] == "awaited":
-    ray.get(stop.flag.forget.remote())
-    os.kill(os.getpid(), signal.SIGTERM)
 ray.get(stop.flag.forget.remote())  # it is there: what comes at once to an actor has no order
 asked = stop.flag.get.remote()
 assert ray.wait([asked], timeout=2) == ([], [asked])
@@ -191,13 +185,12 @@ print("heard", ray.get(asked, timeout=30))
     [
         ("there", 0, "stopping after this step; a second signal ends the run at once\nheard 15\n"),
         ("lost", 143, ""),
-        ("awaited", 143, ""),
     ],
 )
 def test_a_signal_reaches_ranks_that_are_there(
     ray: Cluster, ranks: str, status: int, printed: str
 ) -> None:
-    """At once; where Ray has lost them, or has never had room for them, the program itself."""
+    """At once, and where Ray has lost them the program itself."""
     made = ray.python("-c", SIGNALLED, ranks)
     assert made.returncode == status, made.stderr
     assert made.stdout == printed
@@ -221,6 +214,28 @@ def test_the_same_command_goes_on_after_pruning(
     assert "resuming after step 4" in log.read_text() and starts_in(log.read_text()) == 1
 
 
+def test_a_killed_worker_is_started_again(
+    ray: Cluster, configured: Configured, place: Path, without_ray: Path
+) -> None:
+    """And what Ray's storage refuses meanwhile, as where a node does not see it, ends nothing."""
+    away, kept = place / "away", place / "kept/killed"
+    config, log = configured("killed", output__remote=f"file://{away}"), place / "killed.log"
+    command = ["launchers.ray_train", "--config", str(config), "--num-workers", "2"]
+    with ray.running(*command, "--storage", str(kept.parent), log=log) as job:
+        wait_for(lambda: list(kept.glob("checkpoint_*/checkpoint.json")) != [])
+        (kept / ".validate_storage_marker").unlink()
+        [victim] = ray.workers(node=1)
+        assert victim.nice() == psutil.Process().nice()  # as torchrun would start it
+        wait_for(lambda: last_step(place / "killed") >= 5)
+        victim.kill()
+        assert ended(job, log) == 0, log.read_text()
+    assert "resuming after step" in log.read_text() and starts_in(log.read_text()) == 2
+    assert re.search("dlora: warning: step .* could not be reported to Ray", log.read_text())
+    checkpoints.verify(away / f"step-{STEPS:06d}")
+    assert not list(kept.glob("step-*"))
+    check_same(place / "killed", without_ray)
+
+
 @pytest.mark.parametrize("gpus", [False, True])
 def test_a_worker_sees_gpus_only_if_asked_for(configured: Configured, gpus: bool) -> None:
     """Ray takes none away, so ranks would use those of others, or one that is not there."""
@@ -233,37 +248,19 @@ def test_a_worker_sees_gpus_only_if_asked_for(configured: Configured, gpus: bool
     assert made.scaling_config.use_gpu is gpus
 
 
-def test_a_killed_worker_is_started_again_and_a_lost_node_leaves_a_smaller_run(
+def test_a_lost_node_leaves_a_smaller_run(
     ray: Cluster, configured: Configured, place: Path, without_ray: Path
 ) -> None:
-    """The run ends as if nothing had been lost. And what Ray's storage refuses meanwhile, as where
-    a node does not see it, ends nothing."""
-    away, kept, directory = place / "away", place / "kept/lost", place / "lost"
-    config, log = configured("lost", output__remote=f"file://{away}"), place / "lost.log"
+    config, log = configured("elastic"), place / "elastic.log"
     command = ["launchers.ray_train", "--config", str(config), "--num-workers", "1:2"]
-
-    def resumed() -> list[int]:
-        return [int(step) for step in re.findall(r"resuming after step (\d+)", log.read_text())]
-
-    with ray.running(*command, "--storage", str(kept.parent), log=log) as job:
-        wait_for(lambda: list(kept.glob("checkpoint_*/checkpoint.json")) != [])
-        (kept / ".validate_storage_marker").unlink()
-        [victim] = ray.workers(node=1)
-        assert victim.nice() == psutil.Process().nice()  # as torchrun would start it
-        wait_for(lambda: last_step(directory) >= 5)
-        victim.kill()
-        wait_for(lambda: len(resumed()) == 1)
-        wait_for(lambda: last_step(directory) > resumed()[0])
-        assert "1 rank(s)" not in log.read_text()
+    with ray.running(*command, log=log) as job:
+        wait_for(lambda: last_step(place / "elastic") >= 5)
         ray.kill_second()
         assert ended(job, log) == 0, log.read_text()
     assert "1 rank(s)" in log.read_text()
-    assert len(resumed()) == 2 and resumed()[1] >= resumed()[0] >= 4
-    assert starts_in(log.read_text()) == 3
-    assert re.search("dlora: warning: step .* could not be reported to Ray", log.read_text())
-    checkpoints.verify(away / f"step-{STEPS:06d}")
-    assert not list(kept.glob("step-*"))
-    check_same(directory, without_ray)
+    resumed = re.search(r"resuming after step (\d+)", log.read_text())
+    assert resumed is not None and int(resumed[1]) >= 4
+    check_same(place / "elastic", without_ray)
 
 
 @pytest.mark.full  # a Ray of its own, which loses a node
