@@ -190,6 +190,27 @@ def test_a_weight_that_a_parent_reads_is_left_alone_and_said() -> None:
     assert "JambaMambaMixer reads its weight itself" in packed.left.values()
 
 
+def mamba() -> Any:
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(**_SIZES | {"hidden_size": 64}, state_size=4)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def test_what_a_fused_kernel_would_take_is_left_alone_but_where_it_is_named() -> None:
+    """A Mamba hands `x_proj.weight` to a kernel where there is one, and else calls the layer."""
+    model = mamba()
+    with pytest.warns(UserWarning, match="dt_proj.*MambaMixer reads their weight itself"):
+        attach(model, LoraConfig(r=2))
+    assert {path.rpartition(".")[2] for path in model.dlora.adapted} == {"in_proj"}
+
+    packed = mamba()
+    assert {path.rpartition(".")[2] for path in quantize(packed, "nf4").packed} == {"in_proj"}
+    attach(packed, LoraConfig(r=2, target_modules=["x_proj", "in_proj"]))
+    randomize_trainable(packed)
+    packed.train()(token_ids()).logits.sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in trainable_parameters(packed).values())
+
+
 class Readers(nn.Module):
     """Every way in which a parent may come by a weight."""
 
