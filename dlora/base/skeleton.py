@@ -31,7 +31,8 @@ def with_attention(build: Callable[..., Any], implementation: str) -> Any:
     try:
         return build(attn_implementation=implementation)
     except (ValueError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
+        first = str(error.__cause__ or error).strip().split("\n")[0].split(". ")[0]
+        reason = first.rpartition("following error: ")[2].rstrip(".")
     model = build()  # fails once more where something else is wrong
     check_attention(model, implementation)
     raise UsageError(f"model.attn_implementation: {implementation} cannot be used: {reason}")

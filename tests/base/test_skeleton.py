@@ -1,5 +1,6 @@
 """The base as its files and its class make it: ties, dtypes and attention of `from_pretrained`."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,8 @@ def test_equal_matrices_are_one(tmp_path: Path) -> None:
     assert skeleton.lm_head.weight is skeleton.model.embed_tokens.weight
     base = with_head(tmp_path / "nearly", "llama", other=False)
     tensors = load_file(base / "model.safetensors")
-    tensors[HEAD] *= 1 + 1e-6
+    tensors[EMBEDDING] = tensors[EMBEDDING].bfloat16().float()
+    tensors[HEAD] = tensors[EMBEDDING] * (1 + 1e-6)
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     assert HEAD in shapes_agree(base, "bfloat16").all_tied_weights_keys
     assert HEAD not in shapes_agree(base, "float32").all_tied_weights_keys
@@ -133,7 +135,7 @@ def test_a_merge_has_both_matrices(tmp_path: Path) -> None:
 
 # -- tensors that a class pins to float32 ----------------------------------------------------------
 
-PINNED = {"deepseek_v3": "e_score_correction_bias", "ernie4_5_moe": "mlp.gate."}
+PINNED = {"deepseek_v3": "e_score_correction_bias", "ernie4_5_moe": "mlp.(gate|moe_statics)"}
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
@@ -156,7 +158,7 @@ def test_pinned_tensors_of_a_packed_and_of_a_merged_base(tmp_path: Path, kind: s
     assert export([*argv, "--dtype", "bfloat16"]) == 0
     stored = load_file(tmp_path / "merged" / "model.safetensors")
     wide_ones = {key for key, tensor in stored.items() if tensor.dtype == torch.float32}
-    assert wide_ones and all(PINNED[kind] in key for key in wide_ones)
+    assert wide_ones and all(re.search(PINNED[kind], key) for key in wide_ones)
 
 
 def test_integers_of_a_base_are_read(tmp_path: Path) -> None:
