@@ -7,7 +7,7 @@ import logging
 import re
 from pathlib import Path
 
-from dlora.adapters.save_load import CONFIG, WEIGHTS
+from dlora.adapters.write import CONFIG, WEIGHTS
 from dlora.errors import UsageError
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name

@@ -22,7 +22,7 @@ from dlora.adapters.peft_format import PREFIX
 from dlora.adapters.stacked_experts import stack_experts
 from dlora.io.safetensors import StoredTensor
 from dlora.lora.config import LoraConfig
-from dlora.lora.layers import layer_kind
+from dlora.lora.layers import CHILD, layer_kind
 from dlora.lora.parameters import shape_of
 
 _EXPERT = re.compile(r"\.experts\.\d+\.\w+$")
@@ -53,14 +53,32 @@ def in_layout_of(
             key = f"{PREFIX}{moved}{factors}{rest}" if there else key
         renamed[key] = tensor
 
+    config = _named_today(config, modules, rename)
+    return stack_experts(model, _with_routers(model, config, renamed), renamed)
+
+
+def _named_today(config: LoraConfig, modules: set[str], rename: Callable[[str], str]) -> LoraConfig:
+    """Settings with the paths of today in place of old ones; names and expressions stay."""
+
     def today(path: str) -> str:
         known = any(f".{module}".endswith(f".{path}") for module in modules)
         moved = path if known else rename(f"{path}.weight").removesuffix(".weight")
         return moved if moved in modules else path
 
+    def with_paths_of_today(pattern: dict[str, Any]) -> dict[str, Any]:
+        paths = {expression: expression.replace("\\", "") for expression in pattern}
+        return {
+            e if today(path) == path else re.escape(today(path)): pattern[e]
+            for e, path in paths.items()
+        }
+
+    changed: dict[str, Any] = {
+        "rank_pattern": with_paths_of_today(config.rank_pattern),
+        "alpha_pattern": with_paths_of_today(config.alpha_pattern),
+    }
     if not isinstance(config.target_modules, str):
-        config = replace(config, target_modules=[today(path) for path in config.target_modules])
-    return stack_experts(model, _with_routers(model, config, renamed), renamed)
+        changed["target_modules"] = [today(path) for path in config.target_modules]
+    return replace(config, **changed)
 
 
 def _with_routers(
@@ -72,6 +90,8 @@ def _with_routers(
         path
         for path, module in model.named_modules()
         if path in paths
+        and not hasattr(module, CHILD)
+        and not isinstance(module, (nn.Linear, nn.Embedding))
         and layer_kind(module) is None
         and [len(shape_of(p)) for p in module.parameters(recurse=False)][:1] == [2]
         and "weight" in module._parameters

@@ -6,7 +6,6 @@ what is in the files.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from dlora.adapters.diffusers_format import (
@@ -25,8 +23,9 @@ from dlora.adapters.diffusers_format import (
 )
 from dlora.adapters.layouts import in_layout_of
 from dlora.adapters.peft_format import NO_TARGETS, PREFIX, adalora_files, lora_files, peft_slots
+from dlora.adapters.write import CONFIG, WEIGHTS, recorded_name, write_files
 from dlora.errors import UsageError, and_more
-from dlora.io.files import inside, read_object, write_atomically
+from dlora.io.files import inside, read_object
 from dlora.io.safetensors import FLOATS, StoredTensor, stored_tensors
 from dlora.lora.attach import attachment_of, frozen_tensors, named_adapters
 from dlora.lora.config import LoraConfig
@@ -35,7 +34,6 @@ from dlora.lora.targets import module_paths
 from dlora.methods.attach import attach
 from dlora.quant.linear import is_packed
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FORMS = {"LORA": lora_files, "ADALORA": adalora_files}  # by PEFT's name
 _READ = {  # PEFT's keys that have a meaning here, with the value that means "not used"
     "bias": "none",
@@ -93,36 +91,24 @@ def save_adapter(
     if peft_type not in FORMS:
         raise UsageError(f"peft_type: expected one of {', '.join(FORMS)}, got {peft_type!r}")
     name = base_model_name_or_path or getattr(getattr(model, "config", None), "name_or_path", None)
-    settings, tensors = FORMS[peft_type](model, name and _everywhere(name))
-    for key, tensor in tensors.items():
-        if tensor.numel() == 0 and peft_type == "LORA":  # PEFT's AdaLoRA has modules of rank 0
-            raise UsageError(f"save_adapter: {key} is empty; refusing to write it")
-    directory = Path(directory).expanduser()
-    directory.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "pt"}
+    settings, tensors = adapter_files(model, name, peft_type)
+    metadata, beside = None, {}
     if is_of_diffusers(model) and peft_type == "LORA":
         metadata = header(settings, PREFIX)
         if (content := diffusers_file(model, settings, tensors)) is not None:
-            write_atomically(directory / LORA_WEIGHTS, content)
-    write_atomically(directory / WEIGHTS, save(tensors, metadata=metadata))
-    # Not sorted: of two patterns that match, the first one counts.
-    write_atomically(directory / CONFIG, (json.dumps(settings, indent=2) + "\n").encode())
+            beside[LORA_WEIGHTS] = content
+    write_files(directory, settings, tensors, metadata, beside)
 
 
-def _everywhere(name: str) -> str:
-    """A hub id, or the absolute path of what is here: adapters are used in other directories."""
-    path = Path(name).expanduser()
-    return str(path.absolute()) if path.exists() else name
-
-
-def converted_line(path: str, source: str) -> str | None:
-    """What to say of an adapter whose base was converted from a `.gguf` file; None of others."""
-    if not path.endswith(".gguf"):
-        return None
-    return (
-        f"the adapter names the converted base {source}, since PEFT reads no .gguf; it is needed "
-        f"as long as the adapter is"
-    )
+def adapter_files(
+    model: nn.Module, base: str | None, peft_type: str = "LORA"
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The settings and tensors that `save_adapter` writes."""
+    settings, tensors = FORMS[peft_type](model, base and recorded_name(base))
+    for key, tensor in tensors.items():
+        if tensor.numel() == 0 and peft_type == "LORA":  # PEFT's AdaLoRA has modules of rank 0
+            raise UsageError(f"save_adapter: {key} is empty; refusing to write it")
+    return settings, tensors
 
 
 def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:

@@ -11,7 +11,8 @@ from torch import nn
 
 from dlora.adapters.hub import adapter_directory
 from dlora.adapters.layouts import in_layout_of
-from dlora.adapters.save_load import WEIGHTS, read_config
+from dlora.adapters.save_load import read_config
+from dlora.adapters.write import WEIGHTS
 from dlora.config.load import Config
 from dlora.config.sections import AdapterConfig
 from dlora.errors import UsageError

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from dlora.adapters.hub import adapter_directory
 from dlora.adapters.layouts import in_layout_of
 from dlora.adapters.peft_format import PREFIX, peft_names, peft_slots
-from dlora.adapters.save_load import CONFIG, WEIGHTS, check_numbers, read_config
+from dlora.adapters.save_load import check_numbers, read_config
 from dlora.adapters.settings import lora_config
+from dlora.adapters.write import CONFIG, WEIGHTS
 from dlora.checkpoint import format as checkpoint
 from dlora.checkpoint.state import saved_lora
 from dlora.config.load import load
@@ -222,8 +223,8 @@ def _from_peft(directory: Path) -> AdapterSource:
     run = _model_section(directory.parent / "config.yaml")
     if not path or not _is_base_of(run, path):
         run = {}
-    converted = run.get("path", "").endswith(".gguf") and path is not None
-    if converted and Path(path).is_absolute() and not Path(path).exists():
+    from_gguf = run.get("path", "").endswith(".gguf")
+    if path and from_gguf and Path(path).is_absolute() and not Path(path).exists():
         path = run["path"]  # what it was converted to has been deleted
     base = BaseReference(
         path, raw.get("revision") or run.get("revision"), None, run.get("cache_dir")

@@ -16,6 +16,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +96,7 @@ def stack_experts(
         alphas[pattern] = config.scaling_for(old[path]) * (math.sqrt(r) if config.use_rslora else r)
     if config.lora_dropout:
         warnings.warn("the experts' lora_dropout is 0: none acts on their stack", stacklevel=4)
-    settings = {
+    settings: dict[str, Any] = {
         "target_parameters": [*config.target_parameters, *paths],
         "rank_pattern": ranks | config.rank_pattern,
         "alpha_pattern": alphas | config.alpha_pattern,

@@ -12,8 +12,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dlora.adapters.save_load import converted_line, save_adapter
+from dlora.adapters.checkpoint_layout import (
+    adapted_names,
+    in_checkpoint_layout,
+    part_line,
+    whole_class,
+)
+from dlora.adapters.save_load import adapter_files, save_adapter
 from dlora.adapters.source import AdapterSource, open_adapter
+from dlora.adapters.write import converted_line, write_files
 from dlora.base.answering import write_beside_adapter, write_into_model
 from dlora.base.model import DTYPES, BaseModel
 from dlora.base.weight_files import StoredBase
@@ -33,6 +40,8 @@ def main(argv: list[str]) -> int:
         raise UsageError("--dtype cannot act without --merge: a plain adapter is always float32")
     if args.format != "lora" and args.merge:
         raise UsageError("--format cannot act with --merge: a merged model has no adapter")
+    if args.layout != "class" and (args.merge or args.format != "lora"):
+        raise UsageError("--layout cannot act with --merge or --format adalora")
     source = open_adapter(args.adapter)
     if args.format != "lora" and source.config.method != args.format:
         raise UsageError(
@@ -55,7 +64,7 @@ def main(argv: list[str]) -> int:
         if args.merge:
             _merge(source, base, skeleton, target, args.dtype)
         else:
-            _write_adapter(source, base, skeleton, target, args.format.upper())
+            _write_adapter(source, base, skeleton, target, args)
     except OSError as error:
         raise UsageError(f"--to: cannot write {args.to}: {error.strerror or error}") from error
     print(f"wrote {args.to}")
@@ -81,6 +90,13 @@ def _parser() -> argparse.ArgumentParser:
         choices=("lora", "adalora"),
         default="lora",
         help="form of the adapter: a plain LoRA, or PEFT's AdaLoRA (default: lora)",
+    )
+    parser.add_argument(
+        "--layout",
+        choices=("class", "checkpoint"),
+        default="class",
+        help="names of modules: of the class that dlora loads, or of the base's files, which fit "
+        "vLLM where the class is the text part of a composite model (default: class)",
     )
     parser.add_argument(
         "--dtype",
@@ -113,14 +129,23 @@ def _target(to: str, adapter: Path) -> Path:
 
 
 def _write_adapter(
-    source: AdapterSource, base: BaseModel, skeleton, target: Path, peft_type: str
+    source: AdapterSource, base: BaseModel, skeleton, target: Path, args: argparse.Namespace
 ) -> None:
+    stored = StoredBase(base, skeleton) if args.layout == "checkpoint" else None
     source.attach_to(skeleton)
     source.materialize(skeleton)
     with new_directory(target) as folder:
-        save_adapter(skeleton, folder, base_model_name_or_path=base.source, peft_type=peft_type)
+        if stored is None:
+            kind = args.format.upper()
+            save_adapter(skeleton, folder, base_model_name_or_path=base.source, peft_type=kind)
+        else:
+            keys = {name: stored.key_of(name) for name in adapted_names(skeleton)}
+            whole = whole_class(skeleton, base.config())
+            files = adapter_files(skeleton, base.source)
+            write_files(folder, *in_checkpoint_layout(files, keys, whole))
         write_beside_adapter(folder, base, *_answering(base, source))
-    if line := converted_line(base.path, base.source):
+    part = part_line(skeleton, base.config()) if stored is None else None
+    for line in filter(None, (converted_line(base.path, base.source), part)):
         print(line)
 
 

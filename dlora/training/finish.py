@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dlora.adapters.save_load import converted_line, save_adapter
+from dlora.adapters.checkpoint_layout import part_line
+from dlora.adapters.save_load import save_adapter
+from dlora.adapters.write import converted_line
 from dlora.base.answering import write_beside_adapter
 from dlora.data.stream import Stream
 from dlora.metrics.log import held_out_line
@@ -47,7 +49,8 @@ def save_result(context: RunContext, checkpoints: CheckpointManager) -> int:
             save_adapter(context.model, where, base_model_name_or_path=base.source)
             _write_answering(context, where)
             checkpoints.publish(where)
-            if line := converted_line(base.path, base.source):
+            lines = converted_line(base.path, base.source), part_line(context.model, base.config())
+            for line in filter(None, lines):
                 console.info(line)
     except OSError as error:
         console.error(f"{where} could not be written: {error}; free the disk and {RESUMES}")
