@@ -1,6 +1,7 @@
 # make train   on a fresh machine: installs, brings the demo model, trains it on two processes
 # make test    on a fresh machine: installs with the test extras, runs the tests
 # make test-full   the whole matrices that `make test` samples
+# make models-table   docs/models.md: what works with which architecture
 # make lint    format, lint and types
 #
 # TORCH_INDEX=URL chooses another build of torch (for example a CUDA one).
@@ -15,7 +16,7 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 # Processes that run tests side by side, each a file at a time.
 TEST_PROCESSES ?= 2
 
-.PHONY: train test test-full lint model install install-test clean
+.PHONY: train test test-full models-table lint model install install-test clean
 
 train: install model
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --nproc-per-node 2 -m dlora.train --config configs/quickstart.yaml
@@ -32,6 +33,10 @@ test-full-sharding test-full-training test-full-methods test-full-launchers: tes
 	$(PYTEST) -m full tests/$*
 test-full-rest: install-test model
 	$(PYTEST) -m full tests $(patsubst %,--ignore=tests/%,$(filter-out rest,$(FULL)))
+
+# docs/models.md: every architecture of transformers, tiny, through the whole of dlora.
+models-table: install-test
+	PYTHONPATH=tests $(BIN)/python -m models.table
 
 lint: install-test
 	$(BIN)/ruff format --check .

@@ -159,7 +159,7 @@ def test_few_files_lie_beside_the_rooms() -> None:
 
 def test_tests_mirror_the_rooms() -> None:
     folders = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
-    assert folders <= {*TABLE, "k8s", "gpu"}
+    assert folders <= {*TABLE, "k8s", "gpu", "models"}
 
 
 def test_no_import_leads_back() -> None:

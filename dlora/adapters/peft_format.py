@@ -38,7 +38,7 @@ from dlora.lora.variants.dora import DoraAdapter
 PREFIX = "base_model.model."
 NO_TARGETS = "dummy-target-modules"  # PEFT's word for an adapter of `modules_to_save` alone
 MAGNITUDE = "lora_magnitude_vector"
-# Names of experts' layers before transformers 5, by the layout; PEFT's `_MOE_TARGET_MODULE_MAPPING`.
+# Experts' layers before transformers 5, by layout: PEFT's `_MOE_TARGET_MODULE_MAPPING`.
 _EXPERTS_OF = {
     "mixtral": ("gate", "w1", "w2", "w3"),
     "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),

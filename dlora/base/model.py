@@ -17,14 +17,23 @@ from dlora.base.gguf import converted_base
 from dlora.base.packed_reader import StoredPackedWeights
 from dlora.base.quantize import Quantized, quantize_as_set
 from dlora.base.reader import StoredWeights
-from dlora.base.skeleton import AUTO, pin_dtypes, untie, untied_config, with_attention
+from dlora.base.skeleton import (
+    AUTO,
+    auto_class,
+    check_experts_divide,
+    make_buffers,
+    pin_dtypes,
+    set_buffers,
+    untie,
+    untied_config,
+    with_attention,
+)
 from dlora.base.source import BaseSource
 from dlora.base.weight_files import are_local, check_files, check_loaded
 from dlora.errors import UsageError
 from dlora.runtime.memory import trim
 from dlora.sharding.engines.protocol import Engine
 from dlora.sharding.engines.storage import own_storage
-from dlora.sharding.topology import Placement
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -80,11 +89,9 @@ class BaseModel(BaseSource):
         return skeleton
 
     def _from_config(self, **attention: str) -> Any:
-        from transformers import AutoModelForCausalLM
-
         config = self.config()
         with torch.device("meta"), _naming_path(self.path):
-            return AutoModelForCausalLM.from_config(
+            return auto_class(config).from_config(
                 config, dtype=self.dtype, trust_remote_code=self.trust_remote_code, **attention
             )
 
@@ -171,14 +178,14 @@ class BaseWeights:
             UsageError: the files lack a parameter or have it in another shape; transformers would
                 initialise it at random. Local files are checked earlier (`check_stored`).
         """
-        from transformers import AutoModelForCausalLM
-
         if self._base.attn_implementation != AUTO:
             sharding["attn_implementation"] = self._base.attn_implementation
-        if (config := untied_config(self._base.config(), self.skeleton)) is not None:
-            sharding["config"] = config
+        config = self._base.config()
+        auto = auto_class(config)
+        if (untied := untied_config(config, self.skeleton)) is not None:
+            sharding["config"] = untied
         model, found = self._base._reading(
-            AutoModelForCausalLM.from_pretrained,
+            auto.from_pretrained,
             dtype=self._base.dtype,
             use_safetensors=True,
             ignore_mismatched_sizes=True,
@@ -187,7 +194,7 @@ class BaseWeights:
         )
         check_loaded(self._base.path, found)
         if "distributed_config" in sharding:
-            self._set_buffers(model)
+            set_buffers(model, self.skeleton)
         return model
 
     @functools.cached_property
@@ -195,24 +202,6 @@ class BaseWeights:
         """Whether transformers, sharding while it reads, would give ranks other rows."""
         is_quantized = getattr(self.skeleton.config, "quantization_config", None) is not None
         return not is_quantized and self._plain.makes_rows
-
-    def _set_buffers(self, model: nn.Module) -> None:
-        """Set the buffers that no file has: transformers forgets some where it shards."""
-        made = self._with_buffers()
-        for name, _ in made.named_non_persistent_buffers():
-            owner, _, last = name.rpartition(".")
-            buffers = model.get_submodule(owner)._buffers
-            if buffers.get(last) is not None:
-                buffers[last] = made.get_buffer(name).to(buffers[last].device)
-
-    def _with_buffers(self) -> Any:
-        """The skeleton with real buffers; values of those in the files are still to be read."""
-        model = self.skeleton
-        for tensor in model.state_dict(keep_vars=True).values():
-            tensor._is_hf_initialized = True
-        model._move_missing_keys_from_meta_to_device(set(), None, None, None)
-        model._initialize_missing_keys(False)
-        return model
 
     def empty(self) -> nn.Module:
         """The packed model with parameters on the meta device and real buffers.
@@ -228,7 +217,7 @@ class BaseWeights:
         persistent = dict(model.named_buffers())
         for name, _ in model.named_non_persistent_buffers():
             del persistent[name]
-        self._with_buffers()
+        make_buffers(model)
         for name, buffer in persistent.items():
             value = torch.empty(buffer.shape, dtype=buffer.dtype)
             stored.read(name, 0, value.view(-1))
@@ -248,31 +237,6 @@ class BaseWeights:
     @functools.cached_property
     def _stored(self) -> Any:
         return StoredPackedWeights(self._plain, self.skeleton, self._left)
-
-
-def check_experts_divide(skeleton: Any, placement: Placement) -> None:
-    """Raise a `UsageError` if a rank would get no expert: transformers cannot stack none."""
-    if placement.engine != "fsdp2":  # flat partitions may cut an expert anywhere
-        return
-    ranks = placement.shard_size
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import MergeModulelist
-
-    stacked = tuple(
-        pattern
-        for transform in get_model_conversion_mapping(skeleton)
-        if any(isinstance(op, MergeModulelist) for op in getattr(transform, "operations", ()))
-        for pattern in transform.target_patterns
-    )
-    for path, parameter in skeleton.named_parameters():
-        if not path.endswith(stacked):
-            continue
-        experts = parameter.shape[0]
-        if -(-experts // ranks) * (ranks - 1) >= experts:
-            raise UsageError(
-                f"sharding.base: {path} has {experts} experts, so some of {ranks} ranks would get "
-                "none; shard W0 over fewer ranks (base: node, or none)"
-            )
 
 
 @contextmanager

@@ -14,10 +14,26 @@ import torch
 from torch import nn
 
 from dlora.errors import UsageError
+from dlora.sharding.topology import Placement
 
 AUTO = "auto"  # the value of `model.attn_implementation` that leaves the choice to the class
 # What a class says of the kernels that it can use; `eager` has no flag.
 _FLAGS = {"sdpa": "_supports_sdpa", "flash": "_supports_flash_attn", "flex": "_supports_flex_attn"}
+
+
+def auto_class(config: Any) -> Any:
+    """The auto class of transformers that a base is built by.
+
+    A model that takes images is a causal language model as well, of text alone, where transformers
+    lists it only among those that answer about images (LLaVA).
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    kind, own_code = type(config), getattr(config, "auto_map", None) or {}
+    if kind in AutoModelForCausalLM._model_mapping or AutoModelForCausalLM.__name__ in own_code:
+        return AutoModelForCausalLM
+    takes_images = kind in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
 
 
 def with_attention(build: Callable[..., Any], implementation: str) -> Any:
@@ -121,3 +137,46 @@ def _models_in(skeleton: Any) -> Iterator[tuple[str, Any]]:
     for path, module in skeleton.named_modules():
         if hasattr(module, "all_tied_weights_keys"):
             yield f"{path}." if path else "", module
+
+
+def make_buffers(skeleton: Any) -> None:
+    """Give a skeleton real buffers; the values of those in the files are still to be read."""
+    for tensor in skeleton.state_dict(keep_vars=True).values():
+        tensor._is_hf_initialized = True
+    skeleton._move_missing_keys_from_meta_to_device(set(), None, None, None)
+    skeleton._initialize_missing_keys(False)
+
+
+def set_buffers(model: nn.Module, skeleton: Any) -> None:
+    """Set the buffers of a loaded model that no file has: transformers forgets some in sharding."""
+    make_buffers(skeleton)
+    for name, _ in skeleton.named_non_persistent_buffers():
+        owner, _, last = name.rpartition(".")
+        buffers = model.get_submodule(owner)._buffers
+        if (buffer := buffers.get(last)) is not None:
+            buffers[last] = skeleton.get_buffer(name).to(buffer.device)
+
+
+def check_experts_divide(skeleton: Any, placement: Placement) -> None:
+    """Raise a `UsageError` if a rank would get no expert: transformers cannot stack none."""
+    if placement.engine != "fsdp2":  # flat partitions may cut an expert anywhere
+        return
+    ranks = placement.shard_size
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import MergeModulelist
+
+    stacked = tuple(
+        pattern
+        for transform in get_model_conversion_mapping(skeleton)
+        if any(isinstance(op, MergeModulelist) for op in getattr(transform, "operations", ()))
+        for pattern in transform.target_patterns
+    )
+    for path, parameter in skeleton.named_parameters():
+        if not path.endswith(stacked):
+            continue
+        experts = parameter.shape[0]
+        if -(-experts // ranks) * (ranks - 1) >= experts:
+            raise UsageError(
+                f"sharding.base: {path} has {experts} experts, so some of {ranks} ranks would get "
+                "none; shard W0 over fewer ranks (base: node, or none)"
+            )

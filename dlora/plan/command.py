@@ -12,9 +12,9 @@ from torch import nn
 
 from dlora.adapters.settings import keyed_by, lora_config
 from dlora.base.gguf import gguf_skeleton
-from dlora.base.model import DTYPES, check_experts_divide, find_base, quiet_libraries
+from dlora.base.model import DTYPES, find_base, quiet_libraries
 from dlora.base.quantize import quantize_as_set
-from dlora.base.skeleton import AUTO, check_attention
+from dlora.base.skeleton import AUTO, check_attention, check_experts_divide
 from dlora.config.load import Config, parse
 from dlora.config.recompute import Recompute
 from dlora.errors import UsageError

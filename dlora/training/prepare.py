@@ -15,8 +15,9 @@ from dlora.adapters.hub import adapter_directory
 from dlora.adapters.settings import keyed_by, lora_config, scheduled, settings_today
 from dlora.base.eval_mode import random_settings
 from dlora.base.identity import identity
-from dlora.base.model import BaseModel, check_experts_divide, find_base
+from dlora.base.model import BaseModel, find_base
 from dlora.base.quantize import Quantized
+from dlora.base.skeleton import check_experts_divide
 from dlora.config.chat_template import template_text
 from dlora.config.load import Config
 from dlora.data import Dataset, Sampler, check_source, load_examples

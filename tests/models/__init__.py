@@ -1,1 +1,1 @@
-"""Every architecture of transformers, tiny and random, through the whole of dlora: docs/models.md."""
+"""Every architecture of transformers, tiny and random, through dlora: docs/models.md."""

@@ -7,7 +7,7 @@ import importlib.metadata
 from collections.abc import Mapping
 from typing import Any
 
-from .architectures import CAUSAL, Architecture
+from .architectures import CAUSAL, Architecture, architectures
 from .columns import COLUMNS
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes")
@@ -15,17 +15,21 @@ Row = Mapping[str, tuple[str, str]]  # {column: (mark, reason)}
 
 _HEAD = """# Models
 
-Every class of transformers' mapping of causal language models, and of the mapping of image-text-to-text models with text alone, tiny and random, through the whole
-of dlora. `make models-table` makes this page; `tests/models/` has the sizes (`tiny_configs.py`: by the names of fields, so that classes of a newer transformers are
-found by themselves) and what each column compares (`columns.py`). `make test` checks a sample of the rows, `make test-full` all of them.
+Every class of transformers' mapping of causal language models, and of the mapping of
+image-text-to-text models with text alone, tiny and random, through the whole of dlora.
+`make models-table` makes this page. `tests/models/` has the sizes (`tiny_configs.py`: by the names
+of fields, so that classes of a newer transformers are found by themselves) and what a column
+compares (`columns.py`: with transformers' class, PEFT or bitsandbytes, never with dlora itself).
+`make test` checks a sample of the rows, `make test-full` all of them.
 
-Made on {date} with {versions}.
+Made on {date} with {versions}: {count} of {all} classes.
 
 | column | ✓ means | ✓ of those that the class can |
 |---|---|---|
 {columns}
 
-✓ as above · **no** the command refuses it, before a weight is read, with the reason below · *class* transformers' class or PEFT cannot · **✗** it is wrong here · – PEFT has no default targets for the type
+✓ as above · **no** the command refuses it, before a weight is read, for the reason below ·
+*class* transformers' class or PEFT cannot · **✗** it is wrong here · – there is nothing to compare
 
 """
 
@@ -36,6 +40,8 @@ def page(rows: Mapping[Architecture, Row]) -> str:
     text = _HEAD.format(
         date=datetime.date.today().isoformat(),
         versions=versions,
+        count=len(rows),
+        all=len(architectures()),
         columns="\n".join(_column(name, rows.values()) for name in COLUMNS),
     )
     reasons: dict[str, int] = {}

@@ -1,8 +1,8 @@
 """A tiny configuration of any architecture: the class's own defaults with every size made small.
 
-Sizes are known by their names (`RULES`), nested configurations are made small too, and of lists with
-an entry for each layer one layer of each kind is taken. So a class that a newer transformers brings
-needs nothing here; `EXCEPTIONS` has those whose sizes depend on one another in a way of their own.
+Sizes are known by their names (`RULES`), nested configurations are made small too, and of lists
+with an entry for each layer one layer of each kind is taken. So a class of a newer transformers
+needs nothing here; `EXCEPTIONS` has those whose sizes depend on one another in their own way.
 """
 
 from __future__ import annotations

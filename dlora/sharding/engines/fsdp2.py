@@ -54,8 +54,8 @@ class Fsdp2:
     def load(self, weights: Weights, device: torch.device) -> nn.Module:
         """transformers shards while it reads, by the plan that `sharding_plan` completes.
 
-        A base that is read element by element, or whose rows transformers would mix, is sharded here
-        into the same units, and every rank reads its own rows.
+        A base that is read element by element, or whose rows transformers would mix, is sharded
+        here into the same units, and every rank reads its own rows.
         """
         if weights.element_wise or weights.makes_rows:
             return self._load_rows(weights, device)
