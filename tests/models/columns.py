@@ -135,23 +135,25 @@ def merging(s: Subject) -> Cell:
 
 def generate(s: Subject) -> Cell:
     """`dlora.generate` writes what PEFT's model writes."""
+    tokenizer, model = s.run.prepared.tokenizer, s.peft_model
+    ids = dlora.generate.encode(tokenizer, PROMPT, None)
+    try:
+        with silence() as theirs, torch.no_grad():
+            model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            )
+    except Exception as error:  # whatever a class raises
+        return Cell("class", f"its generate fails: {first_line(error)}")
     words = ["--base", str(s.directory), "--adapter", str(s.adapter), "--dtype", "float32"]
     words += ["--prompt", PROMPT, "--max-new-tokens", str(NEW_TOKENS)]
     with silence() as ours, refusing():
         dlora.generate.main(words)
-    tokenizer = s.run.prepared.tokenizer
-    ids = dlora.generate.encode(tokenizer, PROMPT, None)
-    model = s.peft_model
-    with silence() as theirs, torch.no_grad():
-        model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        )
     if ours.getvalue() != theirs.getvalue():
         return Cell("✗", f"{ours.getvalue()!r} instead of {theirs.getvalue()!r}")
     return YES
