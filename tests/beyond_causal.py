@@ -344,3 +344,20 @@ KINDS: dict[str, Kind] = {
                  _flux_latents, [*_DIFFUSION, "proj_mlp"], None,
                  ["transformer_blocks", "single_transformer_blocks"]),
 }  # fmt: skip
+
+
+def table() -> str:
+    """The table of docs/other_models.md."""
+    lines = [
+        "| class | adapted in the tests | `task_type` | head | units |",
+        "|---|---|---|---|---|",
+    ]
+    heads = {"SEQ_CLS": "`classifier` or `score`", "QUESTION_ANS": "`qa_outputs`"}
+    heads["TOKEN_CLS"] = heads["SEQ_CLS"]
+    for kind in KINDS.values():
+        targets = kind.targets if isinstance(kind.targets, list) else [kind.targets]
+        named = ", ".join(f"`{name}`" for name in targets)
+        units = ", ".join(f"`{path}`" for path in kind.units) or "lists of alike blocks inside"
+        head = heads.get(kind.task or "", "–")
+        lines.append(f"| `{kind.name}` | {named} | {kind.task or '–'} | {head} | {units} |")
+    return "\n".join(lines)

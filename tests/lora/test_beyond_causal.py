@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from beside_peft import check_steps
-from beyond_causal import KINDS, Kind, loss_of, output_of
+from beyond_causal import KINDS, Kind, loss_of, output_of, table
 from causal_models import quiet_peft, randomize_trainable, relative_error
 from torch import Tensor, nn
 
@@ -127,3 +127,8 @@ def test_without_a_task_no_head_is_trained_and_peft_needs_none(tmp_path: Path) -
     again = load_adapter(kind.model(), tmp_path)
     assert again.dlora.saved == []
     assert relative_error(output_of(again, batch), output_of(model, batch)) < 1e-5
+
+
+def test_the_page_has_the_table_of_what_is_tested() -> None:
+    page = Path(__file__).parents[2] / "docs/other_models.md"
+    assert table() in page.read_text("utf-8"), table()
