@@ -35,7 +35,7 @@ from dlora.runtime.stop_signals import StopRequest, exit_status
 from dlora.sharding.replica.step_scalars import Reduced
 from dlora.training.build import build, objective_of
 from dlora.training.checkpointing import RESUMES, CheckpointManager
-from dlora.training.evaluate import held_out_loss, print_samples
+from dlora.training.evaluate import held_out, print_samples
 from dlora.training.finish import finish, save_result
 from dlora.training.prepare import Preparation
 from dlora.training.resume import open_directory, resume
@@ -178,7 +178,7 @@ class Run:
                 status = 1 if trouble else exit_status(stops)
                 evaluated = self.evaluates and due(done, config.output.eval_every, last=last)
                 if evaluated:
-                    record["eval_loss"] = held_out_loss(self.context)
+                    record |= held_out(self.context)
                 if evaluated or due(done, config.output.log_every):
                     log.write(record)
                     display.update(record, replica.method.progress())
@@ -212,8 +212,8 @@ class Run:
         if self.start == 0:
             print_samples(self.context, "before training")
             if self.evaluates:
-                log.write({"step": 0, "eval_loss": (before := held_out_loss(self.context))})
-                console.info(f"held-out loss before training: {before:.4f}")
+                log.write({"step": 0, **(before := held_out(self.context))})
+                console.info(f"held-out loss before training: {before['eval_loss']:.4f}")
         self.replica.zero_grad()
         self.replica.reductions = self.start  # audits fall on the same steps as without a stop
         self.replica.wire.take()
@@ -228,7 +228,7 @@ class Run:
             rank=ranks.rank,
             world=ranks.world,
             size=self.config.train.micro_batch_size,
-            pad_id=prepared.pad_id,
+            collate=prepared.collate,
             pinned=ranks.device.type == "cuda",
         )
 

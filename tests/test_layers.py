@@ -25,6 +25,7 @@ TABLE = {
     "sharding": "registry",
     "data": "io registry",
     "objectives": "lora registry",
+    "tasks": "base data lora objectives registry",
     "optim": "lora sharding registry",
     "config": "registry",
     "runtime": "hooks",
@@ -35,9 +36,9 @@ TABLE = {
     "checkpoint": "sharding io config lora",
     "adapters": "checkpoint lora methods quant io config registry",
     "plan": "adapters base checkpoint config data lora methods objectives optim registry runtime "
-    "sharding",
+    "sharding tasks",
     "training": "adapters base checkpoint config data hooks io lora methods metrics objectives "
-    "optim plan quant registry runtime sharding",
+    "optim plan quant registry runtime sharding tasks",
     "export": "adapters base io lora metrics runtime cli",
     "launchers": "train config hooks",
 }

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from dlora.base.gguf import converted_base
+from dlora.base.model_class import CAUSAL, ModelClass
 from dlora.base.packed_reader import StoredPackedWeights
 from dlora.base.quantize import Quantized, quantize_as_set
 from dlora.base.reader import StoredWeights
 from dlora.base.skeleton import (
     AUTO,
-    auto_class,
     check_experts_divide,
     make_buffers,
     pin_dtypes,
@@ -51,17 +51,21 @@ class BaseModel(BaseSource):
         trust_remote_code: run the Python code that comes with the base.
         attn_implementation: as in transformers' `from_pretrained`; `"auto"`: as without it.
         quantization: how `load` packs the linear layers of the blocks; `"none"`: not at all.
+        made_as: the class of the model.
     """
 
     trust_remote_code: bool = False
     attn_implementation: str = AUTO
     quantization: str = "none"
+    made_as: ModelClass = CAUSAL
 
     def config(self) -> Any:
         """The model's configuration."""
         from transformers import AutoConfig
 
-        return self._reading(AutoConfig.from_pretrained)
+        config = self._reading(AutoConfig.from_pretrained)
+        self.made_as.configure(config)
+        return config
 
     def tokenizer(self) -> Any:
         """The model's tokenizer, padding on the right."""
@@ -85,13 +89,17 @@ class BaseModel(BaseSource):
         pin_dtypes(skeleton, self.dtype)
         if skeleton.all_tied_weights_keys and are_local(self):
             with suppress(UsageError):  # `check_stored` says what is wrong with the files
-                untie(skeleton, StoredWeights(self, skeleton).unequal_ties())
+                untie(skeleton, self.stored(skeleton).unequal_ties())
         return skeleton
+
+    def stored(self, skeleton: Any) -> StoredWeights:
+        """The weights in the files, for a skeleton without adapters."""
+        return StoredWeights(self, skeleton, self.made_as.may_lack(skeleton))
 
     def _from_config(self, **attention: str) -> Any:
         config = self.config()
         with torch.device("meta"), _naming_path(self.path):
-            return auto_class(config).from_config(
+            return self.made_as.auto(config).from_config(
                 config, dtype=self.dtype, trust_remote_code=self.trust_remote_code, **attention
             )
 
@@ -125,7 +133,7 @@ class BaseModel(BaseSource):
         trim()  # blocks that were read and cast are free, and the heap would keep them
         return model.requires_grad_(False)
 
-    def check_stored(self, skeleton: Any) -> None:
+    def check_stored(self, skeleton: Any) -> list[str]:
         """Check by the headers of the base's files that they are whole and fit the configuration.
 
         Nothing is downloaded for this. transformers checks a base that is quantized in its files.
@@ -133,10 +141,14 @@ class BaseModel(BaseSource):
         Args:
             skeleton: the model on the meta device, without adapters.
 
+        Returns:
+            The parameters that the files may lack, and do.
+
         Raises:
             UsageError: there are no weights, they are damaged or another model's, or the files are
                 quantized and `quantization` is set as well.
         """
+        lacking: list[str] = []
         if getattr(skeleton.config, "quantization_config", None) is not None:
             if self.quantization != "none":
                 raise UsageError(
@@ -144,9 +156,10 @@ class BaseModel(BaseSource):
                     f"{self.path} is already quantized; set model.quantization: none"
                 )
         elif are_local(self):
-            StoredWeights(self, skeleton)
+            lacking = self.stored(skeleton).lacking
         if are_local(self):
             check_files(self)
+        return lacking
 
     def _reading(self, read: Callable[..., Any], **kwargs: Any) -> Any:
         """Call a `from_pretrained` on the source."""
@@ -180,19 +193,19 @@ class BaseWeights:
         """
         if self._base.attn_implementation != AUTO:
             sharding["attn_implementation"] = self._base.attn_implementation
-        config = self._base.config()
-        auto = auto_class(config)
-        if (untied := untied_config(config, self.skeleton)) is not None:
-            sharding["config"] = untied
+        made_as, config = self._base.made_as, self._base.config()
+        untied = untied_config(config, self.skeleton)
+        if untied is not None or made_as is not CAUSAL:
+            sharding["config"] = untied or config
         model, found = self._base._reading(
-            auto.from_pretrained,
+            made_as.auto(self._base.config()).from_pretrained,
             dtype=self._base.dtype,
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **sharding,
         )
-        check_loaded(self._base.path, found)
+        check_loaded(self._base.path, found, made_as.may_lack(self.skeleton))
         if "distributed_config" in sharding:
             set_buffers(model, self.skeleton)
         return model
@@ -232,7 +245,7 @@ class BaseWeights:
 
     @functools.cached_property
     def _plain(self) -> StoredWeights:
-        return StoredWeights(self._base, self.skeleton)
+        return self._base.stored(self.skeleton)
 
     @functools.cached_property
     def _stored(self) -> Any:
@@ -258,6 +271,7 @@ def find_base(
     cache_dir: str = "~/.cache/dlora",
     attn_implementation: str = AUTO,
     quantization: str = "none",
+    made_as: ModelClass = CAUSAL,
     announce: Callable[[str], None] = print,
 ) -> BaseModel:
     """Find a base by a hub id, a local directory or a `.gguf` file.
@@ -288,7 +302,7 @@ def find_base(
         raise UsageError(f"model.path: directory {path} does not exist")
     else:
         source = path
-    settings = (revision, trust_remote_code, attn_implementation, quantization)
+    settings = (revision, trust_remote_code, attn_implementation, quantization, made_as)
     return BaseModel(path, source, DTYPES[dtype], *settings)
 
 

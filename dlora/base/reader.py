@@ -14,7 +14,7 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -37,13 +37,19 @@ class StoredWeights:
     Args:
         base: the files.
         skeleton: the model on the meta device, unpacked and without adapters.
+        may_lack: parameters that are zero where the files do not contain them.
+
+    Attributes:
+        lacking: those of them that the files do not contain.
 
     Raises:
         UsageError: the base is quantized; there are no weights, or they are damaged; or the files
             lack a parameter or have it in another shape than the configuration.
     """
 
-    def __init__(self, base: BaseSource, skeleton: PreTrainedModel) -> None:
+    def __init__(
+        self, base: BaseSource, skeleton: PreTrainedModel, may_lack: Collection[str] = ()
+    ) -> None:
         if getattr(skeleton.config, "quantization_config", None) is not None:
             raise UsageError(
                 f"model.path: {base.path} is quantized; engine zero3 and model.quantization need a "
@@ -67,12 +73,16 @@ class StoredWeights:
         self._alias = _aliases(skeleton)
         missing = [name for name in expected if self._stored_name(name) is None]
         missing = [name for name in missing if not _may_be_missing(skeleton, name)]
-        if missing:
+        self.lacking = [name for name in missing if name in may_lack]
+        if missing := [name for name in missing if name not in may_lack]:
             names = and_more(missing, 1)
             raise UsageError(f"model.path: the files of {base.path} do not contain {names}")
 
     def read(self, name: str, start: int, out: Tensor) -> None:
         """Fill `out` [n] with the elements [start, start + n) of the parameter `name`, cast."""
+        if name in self.lacking:
+            out.zero_()
+            return
         stored_name = self._stored_name(name)
         assert stored_name is not None  # the constructor has checked
         self._read(stored_name, start, out)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -247,14 +247,15 @@ def check_files(base: BaseSource) -> None:
         )
 
 
-def check_loaded(path: str, found: dict[str, Any]) -> None:
+def check_loaded(path: str, found: dict[str, Any], may_lack: Collection[str] = ()) -> None:
     """Raise a `UsageError` if `from_pretrained` found a parameter missing or of another shape.
 
     Args:
         path: of the base, for the error.
         found: transformers' report, with `ignore_mismatched_sizes`.
+        may_lack: parameters that may be missing.
     """
-    if missing := sorted(found["missing_keys"]):
+    if missing := sorted(set(found["missing_keys"]) - set(may_lack)):
         raise UsageError(f"model.path: the files of {path} do not contain {and_more(missing, 1)}")
     for name, stored, wanted in sorted(found["mismatched_keys"]):
         raise UsageError(

@@ -159,6 +159,13 @@ class OptimizerConfig:
 class TrainConfig:
     """How much is trained, and on what objective."""
 
+    task: str = option("causal", "what the model is trained to do", room="tasks")
+    num_labels: int | None = option(
+        None,
+        "labels of a classification; null: as many as data.train has",
+        ge=2,
+        when={"task": "classification"},
+    )
     objective: str = option("sft", "the loss", room="objectives", later=("dpo",))
     max_steps: int = option(200, "optimizer steps in all", ge=1)
     epochs: int | None = option(None, "passes over the data; set it instead of max_steps", ge=1)
@@ -250,6 +257,11 @@ for _name, _section in SECTIONS.items():
 def value_of(config: Config, key: str) -> Any:
     """The value at a dotted key."""
     return operator.attrgetter(key)(config)
+
+
+def record_format(config: Config) -> str:
+    """The layout of records: that of `train.task`, which for some is another than `data.format`."""
+    return room("tasks")[config.train.task].says.get("format") or config.data.format
 
 
 def is_set(config: Config, key: str) -> bool:

@@ -14,7 +14,7 @@ import fsspec
 
 from dlora.config.options import show
 from dlora.config.recompute import problem
-from dlora.config.sections import SCHEMA, Config, is_set, value_of
+from dlora.config.sections import SCHEMA, Config, is_set, record_format, value_of
 from dlora.errors import LaterError, UsageError
 from dlora.registry import ROOMS, Part, plain, room
 
@@ -49,6 +49,11 @@ INERT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
         "data.chat_template data.chat_template_kwargs",
         lambda c: c.data.format == "text",
         "data.format: text has no chats",
+    ),
+    (
+        "data.chat_template data.chat_template_kwargs",
+        lambda c: record_format(c) == "labelled",
+        "train.task reads plain texts",
     ),
     ("data.max_eval_samples", lambda c: c.data.eval is None, "data.eval is null"),
     ("data.shuffle_window", lambda c: not c.data.shuffle, "data.shuffle is false"),
@@ -143,6 +148,12 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield (
             f"adapter.path: {adapter.method} cannot start from an adapter on disk, which is a "
             "plain LoRA"
+        )
+    task, format = config.train.task, record_format(config)
+    if format != config.data.format and is_set(config, "data.format"):
+        yield (
+            f"data.format: {config.data.format} cannot act: train.task: {task} reads the fields "
+            "text and label (data.columns names where they are)"
         )
     if config.train.governed_by == "epochs" and is_set(config, "train.max_steps"):
         yield "train.max_steps: train.epochs is set as well; set only one of the two"

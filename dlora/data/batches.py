@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
-from dlora.data.collate import Batch, collate
+from dlora.data.collate import Batch
 from dlora.data.dataset import Dataset
 from dlora.data.encode import Example
 from dlora.data.sampler import Sampler, deal
@@ -22,6 +22,7 @@ class Batches:
 
     Args:
         size: sequences of a micro-batch.
+        collate: makes one of them.
         pinned: make them in memory that a GPU copies from without waiting.
     """
 
@@ -33,12 +34,12 @@ class Batches:
         rank: int,
         world: int,
         size: int,
-        pad_id: int,
+        collate: Callable[[Sequence[Example]], Batch],
         pinned: bool = False,
     ) -> None:
         self._dataset, self._sampler = dataset, sampler
         self._rank, self._world, self._size = rank, world, size
-        self._pad_id, self._pinned = pad_id, pinned
+        self._to_batch, self._pinned = collate, pinned
         self._thread = ThreadPoolExecutor(1, "dlora-batches")
         self._ahead: dict[int, Dealt] = {}
 
@@ -67,7 +68,7 @@ class Batches:
         return ids, deque(self._thread.submit(self._collate, micro) for micro in micros)
 
     def _collate(self, examples: list[Example]) -> Batch:
-        batch = collate(examples, self._pad_id)
+        batch = self._to_batch(examples)
         return batch.pinned() if self._pinned else batch
 
 

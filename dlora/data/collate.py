@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dlora.data.encode import NO_TARGET, Example
+from dlora.data.encode import NO_TARGET, Example, Int32Array
 
 PAD_TO = 8  # few distinct shapes: each new one costs kernels of its own
 
@@ -28,6 +29,7 @@ class Batch:
         ids: the sequences' ids in the data set.
         lengths: their tokens without padding.
         num_targets: targets that are not -100.
+        extra: what the model takes beside `input_ids`, by name.
     """
 
     input_ids: Tensor
@@ -36,6 +38,12 @@ class Batch:
     ids: list[int]
     lengths: list[int]
     num_targets: int
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What the model is called with, by name."""
+        return {"input_ids": self.input_ids, **self.extra}
 
     def to(self, device: torch.device | str) -> Batch:
         """The same on a device; from pinned memory, nobody waits for the copies."""
@@ -47,7 +55,8 @@ class Batch:
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
         tensors = {name: change(getattr(self, name)) for name in TENSORS}
-        return replace(self, **tensors)  # type: ignore[arg-type]
+        extra = {name: change(tensor) for name, tensor in self.extra.items()}
+        return replace(self, **tensors, extra=extra)  # type: ignore[arg-type]
 
 
 TENSORS = ("input_ids", "targets", "positions")
@@ -60,15 +69,20 @@ def collate(examples: Sequence[Example], pad_id: int, device: torch.device | str
     it through the model, because its peers gather W0 together with it.
     """
     lengths = [len(example) for example in examples]
-    rows, longest = max(1, len(examples)), max(lengths, default=1)
-    padded = -(-longest // PAD_TO) * PAD_TO
-    input_ids = torch.full((rows, padded), pad_id, dtype=torch.int64)
-    targets = torch.full((rows, padded), NO_TARGET, dtype=torch.int64)
-    for row, example in enumerate(examples):
-        # Copied: an example is a read-only view, which torch.from_numpy does not take.
-        input_ids[row, : len(example)] = torch.tensor(example.input_ids, dtype=torch.int64)
-        shifted = torch.tensor(example.labels[1:], dtype=torch.int64)
-        targets[row, : len(shifted)] = shifted
+    input_ids = padded([example.input_ids for example in examples], pad_id)
+    shifted = [np.append(example.labels[1:], np.int32(NO_TARGET)) for example in examples]
+    targets = padded(shifted, NO_TARGET)
     positions = (targets != NO_TARGET).nonzero()
     ids = [example.id for example in examples]
     return Batch(input_ids, targets, positions, ids, lengths, len(positions)).to(device)
+
+
+def padded(rows: Sequence[Int32Array], value: int) -> Tensor:
+    """The rows in one int64 tensor [B, S], S a multiple of 8; at least one row, of `value`s."""
+    longest = max(map(len, rows), default=1)
+    size = (max(1, len(rows)), -(-longest // PAD_TO) * PAD_TO)
+    made = torch.full(size, value, dtype=torch.int64)
+    for row, values in enumerate(rows):
+        # Copied: an example is a read-only view, which torch.from_numpy does not take.
+        made[row, : len(values)] = torch.tensor(values, dtype=torch.int64)
+    return made

@@ -10,19 +10,28 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 import numpy.typing as npt
 
-from dlora.data.chat import Rendered
 from dlora.data.columns import Columns
 from dlora.data.encode import Encoder, Example, Int32Array, count_targets
 from dlora.data.files import Sources, is_builtin, read_records, sources_of
-from dlora.data.formats import FORMATS, Continuation, Conversation, RecordError, read_record
+from dlora.data.formats import (
+    FORMATS,
+    Continuation,
+    Conversation,
+    LabelledText,
+    RecordError,
+    read_record,
+)
+from dlora.data.formats.labelled import Labelled
 from dlora.data.kinds import Faults, Record
+from dlora.data.labelled import LabelledTexts
 from dlora.data.render import Renderer
 from dlora.data.report import Report
 from dlora.data.sampler import Weights, are_plain
 from dlora.errors import UsageError
 
 NO_COLUMNS: Mapping[str, str] = MappingProxyType({})
-Content = tuple[Conversation | Continuation | str, Mapping[str, Any]]  # and the fields beside it
+# What a format makes of a record, and the fields beside it.
+Content = tuple[Conversation | Continuation | LabelledText | str, Mapping[str, Any]]
 _BATCH = 512  # texts per call of the tokenizer: enough for its threads, little in memory
 
 
@@ -105,6 +114,7 @@ def load_examples(
     on_error: str = "stop",
     most: int | None = None,
     columns: Mapping[str, str] = NO_COLUMNS,
+    labels: Sequence[str] = (),
 ) -> Dataset:
     """Reads and encodes a data source.
 
@@ -118,6 +128,7 @@ def load_examples(
         on_error: "stop" at a record that cannot be used, or "skip" and count it.
         most: read no more than this many records that can be used; None: all.
         columns: see `Columns`.
+        labels: of a classification, whose format is "labelled": their names in order.
 
     Raises:
         UsageError: with file and line: something that the user can correct.
@@ -131,14 +142,15 @@ def load_examples(
         on_error=on_error,
         most=most,
         columns=columns,
+        labels=labels,
     )
     found = list(reading)
     reading.check()
     starts = np.cumsum([0, *(len(one.input_ids) for one in found)], dtype=np.int64)
     ids = np.concatenate([one.input_ids for one in found])
-    labels = np.concatenate([one.labels for one in found])
+    targets = np.concatenate([one.labels for one in found])
     weights = weights_of(source, key, np.array([one.part for one in found]))
-    return Dataset(ids, labels, starts, reading.report, weights)
+    return Dataset(ids, targets, starts, reading.report, weights)
 
 
 def weights_of(source: Sources, key: str, parts: npt.NDArray[np.int64]) -> Weights:
@@ -182,21 +194,27 @@ class Reading:
         on_error: str = "stop",
         most: int | None = None,
         columns: Mapping[str, str] = NO_COLUMNS,
+        labels: Sequence[str] = (),
     ) -> None:
         self._key, self._max_length, self._most = key, max_length, most
         self._faults = Faults(skip=on_error == "skip")
         self._columns = Columns(columns, format)
         contents = _contents(source, key, format, self._faults, self._columns)
-        self._encoder = Encoder(tokenizer, special_tokens=format == "text", key=key)
-        self._renderer = Renderer(tokenizer, key)
-        if format != "text":
-            self._renderer.chats()  # a template that cannot be used fails before a record is read
+        self._renderer: Any
+        self._encoder: Any
+        if format == Labelled.name:
+            self._renderer = self._encoder = LabelledTexts(tokenizer, key, labels, max_length)
+        else:
+            self._encoder = Encoder(tokenizer, special_tokens=format == "text", key=key)
+            self._renderer = Renderer(tokenizer, key)
+            if format != "text":
+                self._renderer.chats()  # a template that cannot be used fails before the records
         self._texts = islice(_texts(contents, self._renderer, self._faults), most)
         self._counts: Counter[str] = Counter()
         self._longest = 0
 
     def __iter__(self) -> Iterator[Encoded]:
-        counts, limit = self._counts, self._max_length
+        counts, limit = self._counts, self._encoder.limit(self._max_length)
         while batch := list(islice(self._texts, _BATCH)):
             counts["records"] += len(batch)
             self._columns.check_read(self._renderer.remarks.ignored)
@@ -209,7 +227,7 @@ class Reading:
                 counts["kept"] += 1
                 counts["targets"] += targets
                 counts["shortened"] += targets < count_targets(labels)
-                self._longest = max(self._longest, min(limit, len(ids)))
+                self._longest = max(self._longest, len(ids[:limit]))
                 yield Encoded(ids[:limit], labels[:limit], part)
         if self._most is None:
             self._columns.check_seen(self._key)
@@ -217,9 +235,10 @@ class Reading:
     @property
     def report(self) -> Report:
         remarks = self._renderer.remarks
-        named = ("records", "kept", "dropped", "shortened", "targets")
+        named = ("records", "kept", "dropped", "targets")
         return Report(
             **{name: self._counts[name] for name in named},
+            shortened=self._counts["shortened"] + self._encoder.shortened,
             longest=self._longest,
             max_length=self._max_length,
             skipped=self._faults.count,
@@ -259,6 +278,16 @@ def check_source(
         pass
 
 
+def labels_in(
+    source: Sources, *, key: str, on_error: str, columns: Mapping[str, str]
+) -> Iterator[str]:
+    """The label of each labelled text of a source, by a pass of its own."""
+    faults, format = Faults(skip=on_error == "skip"), Labelled.name
+    for _, (content, _) in _contents(source, key, format, faults, Columns(columns, format)):
+        assert isinstance(content, LabelledText)
+        yield content.label
+
+
 def _contents(
     source: Sources, key: str, format: str, faults: Faults, columns: Columns
 ) -> Iterator[tuple[Record, Content]]:
@@ -279,9 +308,9 @@ def _contents(
 
 
 def _texts(
-    contents: Iterator[tuple[Record, Content]], renderer: Renderer, faults: Faults
-) -> Iterator[tuple[Rendered, int]]:
-    """Every record as a text with spans, and the entry that it comes from."""
+    contents: Iterator[tuple[Record, Content]], renderer: Any, faults: Faults
+) -> Iterator[tuple[Any, int]]:
+    """Every record as its encoder takes it, and the entry that it comes from."""
     for record, (content, beside) in contents:
         try:
             rendered = renderer.render(content, beside)

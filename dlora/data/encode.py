@@ -46,8 +46,8 @@ class Example:
 
 
 def count_targets(labels: Int32Array) -> int:
-    """Number of positions i >= 1 with labels[i] != -100."""
-    return int(np.count_nonzero(labels[1:] != NO_TARGET))
+    """Number of positions with labels[i] != -100."""
+    return int(np.count_nonzero(labels != NO_TARGET))
 
 
 def added_around(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -109,6 +109,12 @@ class Encoder:
         self._last_ends: set[int] = set()  # of the last answers of conversations
         self._other_ends: set[int] = set()
         self._inside: set[int] = set()  # added tokens in answers, before their ends
+
+    shortened = 0  # by the encoder itself
+
+    def limit(self, max_length: int) -> int:
+        """Tokens of a sequence, beyond which it is cut."""
+        return max_length
 
     @property
     def ends(self) -> list[int]:

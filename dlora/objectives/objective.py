@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 
 class Batch(Protocol):
-    """One micro-batch: ids and targets [rows, tokens]; a target is −100 where there is none.
+    """One micro-batch: what the model takes, and targets [rows, tokens], −100 where there is none.
 
     `positions` [targets, 2] are the (row, token) of those that are there, `lengths` the tokens of
     each row without padding.
     """
 
     @property
-    def input_ids(self) -> Tensor: ...
+    def inputs(self) -> dict[str, Tensor]: ...
 
     @property
     def targets(self) -> Tensor: ...

@@ -18,5 +18,5 @@ class Sft:
         """Take `None`: there are no options."""
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        rows = {"input_ids": batch.input_ids, "targets": batch.targets}
-        return model(**rows, positions=batch.positions, lengths=batch.lengths)
+        where = {"positions": batch.positions, "lengths": batch.lengths}
+        return model(**batch.inputs, targets=batch.targets, **where)

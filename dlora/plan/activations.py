@@ -12,8 +12,8 @@ from dlora.base.quantize import FrozenMatrix, frozen_matrices
 from dlora.config.recompute import Recompute
 from dlora.lora.variants import LoraAdapter
 from dlora.objectives.chunked_loss import chunk_rows
-from dlora.objectives.output_head import output_head
 from dlora.sharding.engines.gather_groups import block_lists
+from dlora.tasks import CAUSAL, Task
 
 _COPIES = 5  # of a chunk of float32 logits, while its gradient is computed
 
@@ -46,6 +46,7 @@ def estimate(
     reason: str,
     targets: int | None = None,
     device: str = "cpu",
+    task: Task = CAUSAL,
 ) -> Trace:
     """Estimate the figures of a micro-batch of `tokens` tokens from shapes alone.
 
@@ -57,8 +58,9 @@ def estimate(
         reason: why the model was not traced, for `Trace.estimated`.
         targets: tokens that are targets; None: all of them.
         device: the type of device that it runs on.
+        task: what the model is trained to do.
     """
-    head = output_head(skeleton).module
+    head = task.head(skeleton)
     experts = getattr(skeleton.config, "num_experts_per_tok", None) or 1
     blocks = [b for p in block_lists(skeleton) for b in skeleton.get_submodule(p).children()]
     matrices = [list(frozen_matrices(block)) for block in blocks]

@@ -19,7 +19,6 @@ from dlora.config.load import Config, parse
 from dlora.config.recompute import Recompute
 from dlora.errors import UsageError
 from dlora.lora.attach import attach, trainable_parameters
-from dlora.objectives.output_head import output_head
 from dlora.plan.capacity import free_bytes
 from dlora.plan.choose import Capacity, bytes_first, capacity_of, decide
 from dlora.plan.choose import candidates as candidates_of
@@ -31,6 +30,8 @@ from dlora.plan.tables import Survey, as_json, as_text
 from dlora.plan.workload import workload_of
 from dlora.registry import option, room
 from dlora.sharding.topology import Topology
+from dlora.tasks import CAUSAL, TASKS, Task
+from dlora.tasks.made_as import model_class_for
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,10 @@ def survey(config: Config, machines: Machines) -> Survey:
     """
     topology = Topology(0, machines.nodes * machines.gpus_per_node, machines.gpus_per_node)
     capacity, device = _capacity(config, machines)
-    skeleton = _skeleton(config)
+    task = task_in_plan(config.train.task, config.train.num_labels)
+    skeleton = _skeleton(config, task)
     size = sum(p.numel() for p in skeleton.parameters())
-    output_head(skeleton)
+    task.check(skeleton)
     quantized = quantize_as_set(skeleton, config.model.quantization)
     with keyed_by("adapter"):
         attach(skeleton, lora_config(config))
@@ -121,6 +123,7 @@ def survey(config: Config, machines: Machines) -> Survey:
         trainable_parameters(skeleton),
         workload_of(config, topology.world),
         device=device,
+        task=task,
         check=lambda placement: check_experts_divide(skeleton, placement),
     )
     speeds = Speeds(
@@ -170,6 +173,12 @@ def survey(config: Config, machines: Machines) -> Survey:
     )
 
 
+def task_in_plan(name: str, num_labels: int | None) -> Task:
+    """The task of a plan, which reads no data: without their number, there are two labels."""
+    kind = TASKS[name]
+    return kind([str(i) for i in range(num_labels or 2)] if kind.draws_head else ())
+
+
 def _with_other_checkpointing(subject: Subject) -> Subject:
     return subject.recomputing(Recompute(0 if subject.workload.checkpointing else 1))
 
@@ -194,11 +203,11 @@ def _capacity(config: Config, machines: Machines) -> tuple[Capacity | None, str]
     return capacity_of(budget, None), "cuda"
 
 
-def _skeleton(config: Config) -> nn.Module:
+def _skeleton(config: Config, task: Task) -> nn.Module:
     """The model on the meta device; of a .gguf file nothing but its header is read."""
     path, attention = Path(config.model.path).expanduser(), config.model.attn_implementation
     is_fused = attention not in ("sdpa", "eager")  # this machine may lack what those need
-    if path.suffix == ".gguf" and path.is_file():
+    if path.suffix == ".gguf" and path.is_file() and task.name == CAUSAL.name:
         quiet_libraries()
         skeleton: nn.Module = gguf_skeleton(path.resolve(), DTYPES[config.model.dtype])
     else:
@@ -208,6 +217,7 @@ def _skeleton(config: Config) -> nn.Module:
             revision=config.model.revision,
             trust_remote_code=config.model.trust_remote_code,
             attn_implementation=AUTO if is_fused else attention,
+            made_as=model_class_for(task),
         ).skeleton()
     check_attention(skeleton, attention)
     return skeleton

@@ -19,6 +19,7 @@ from dlora.plan.workload import Workload
 from dlora.sharding.engines.gather_groups import frozen_groups, worth_holding
 from dlora.sharding.engines.protocol import engine_class
 from dlora.sharding.topology import Placement, Topology
+from dlora.tasks import CAUSAL, Task
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Subject:
     Args:
         trained: A, B and trained copies by name.
         device: `"cuda"` or `"cpu"`: where the model will be.
+        task: what it is trained to do.
         check: raises a `UsageError` for a placement that the model does not allow.
     """
 
@@ -84,10 +86,11 @@ class Subject:
         workload: Workload,
         *,
         device: str,
+        task: Task = CAUSAL,
         check: Callable[[Placement], None] = lambda placement: None,
     ) -> None:
         self.skeleton, self.trained = skeleton, trained
-        self.workload, self.device, self.check = workload, device, check
+        self.workload, self.device, self.check, self.task = workload, device, check, task
         self.activations = trace(
             skeleton,
             workload.rows,
@@ -95,6 +98,7 @@ class Subject:
             checkpointing=workload.checkpointing,
             targets=workload.targets,
             device=device,
+            task=task,
         )
         self._method = method_plan(skeleton)
         self._units: dict[tuple[Any, int], tuple[Unit, ...]] = {}
@@ -104,7 +108,8 @@ class Subject:
         if how == self.workload.checkpointing:
             return self
         workload = replace(self.workload, checkpointing=how)
-        return Subject(self.skeleton, self.trained, workload, device=self.device, check=self.check)
+        others: dict[str, Any] = {"device": self.device, "task": self.task, "check": self.check}
+        return Subject(self.skeleton, self.trained, workload, **others)
 
     def units(self, placement: Placement) -> tuple[Unit, ...]:
         """The groups of a placement's engine: those worth most when resident come first."""

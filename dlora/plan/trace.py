@@ -29,12 +29,11 @@ from torch._subclasses.fake_tensor import (
 from dlora.base.eval_mode import keep_in_eval
 from dlora.base.recomputation import recompute_blocks
 from dlora.config.recompute import Recompute
-from dlora.objectives import chunked_loss
-from dlora.objectives.output_head import output_head
 from dlora.objectives.router_loss import whole_loss
 from dlora.plan.activations import Trace, estimate
 from dlora.plan.fake_memory import LiveBytes
 from dlora.sharding.engines.gather_groups import block_lists
+from dlora.tasks import CAUSAL, Task
 
 _FEW = 3  # blocks that are enough to know what one more adds
 
@@ -47,6 +46,7 @@ def trace(
     checkpointing: Recompute,
     targets: int | None = None,
     device: str = "cpu",
+    task: Task = CAUSAL,
 ) -> Trace:
     """The figures of a micro-batch of `rows` sequences of `tokens` tokens.
 
@@ -55,22 +55,24 @@ def trace(
         checkpointing: which blocks recompute their activations.
         targets: tokens that are targets; None: all of them.
         device: the type of device that it runs on; that of the traced tensors is the CPU.
+        task: what the model is trained to do.
     """
     targets = rows * tokens if targets is None else targets
+    how = (rows, tokens, checkpointing, targets, device, task)
     try:
         alike = _alike_blocks(skeleton)
         if alike is None:
-            return _traced(copy.deepcopy(skeleton), rows, tokens, checkpointing, targets, device)
+            return _traced(copy.deepcopy(skeleton), *how)
         path, number = alike
         period = checkpointing.every or 1
         few = period + _FEW - 1 + (number - period - _FEW + 1) % period
         if few > number:
-            return _traced(copy.deepcopy(skeleton), rows, tokens, checkpointing, targets, device)
+            return _traced(copy.deepcopy(skeleton), *how)
         traces = []
         for count in (few - period, few):
             with _shortened(skeleton, path, count):
                 twin = copy.deepcopy(skeleton)
-                traces.append(_traced(twin, rows, tokens, checkpointing, targets, device))
+                traces.append(_traced(twin, *how))
         whole = _extrapolated(traces[0], traces[1], (number - few) // period)
         if not checkpointing.offload:
             return whole
@@ -125,7 +127,13 @@ def _offloaded(trace: Trace, block: int, number: int) -> Trace:
 
 
 def _traced(
-    twin: Any, rows: int, tokens: int, checkpointing: Recompute, targets: int, device: str
+    twin: Any,
+    rows: int,
+    tokens: int,
+    checkpointing: Recompute,
+    targets: int,
+    device: str,
+    task: Task,
 ) -> Trace:
     """Run a copy of the skeleton, which is used up."""
     if twin.config._attn_implementation not in ("eager", "sdpa"):  # others need a GPU
@@ -133,8 +141,8 @@ def _traced(
     recompute_blocks(twin, checkpointing.every)
     keep_in_eval(twin)
     twin.train()
-    head = output_head(twin).module
-    chunked_loss.install(twin, device)
+    head = task.head(twin)
+    task.install(twin, device)
     fake = FakeTensorMode()
     known = _make_fake(twin, fake)
     with fake:
@@ -142,12 +150,12 @@ def _traced(
             if parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter)
                 known.append(parameter.grad)
-    live = LiveBytes(known)
+    live, batch = LiveBytes(known), task.collate([task.example(tokens)] * rows, pad_id=0)
     _mark_loss(head, live)
     with _quiet(), fake, live:
-        ids = torch.zeros(rows, tokens, dtype=torch.int64)
-        marked = live.mark(torch.zeros_like(ids), targets)
-        loss = twin(input_ids=ids, targets=marked, lengths=[tokens] * rows)
+        inputs = {name: fake.from_tensor(tensor) for name, tensor in batch.inputs.items()}
+        marked = live.mark(fake.from_tensor(batch.targets), targets)
+        loss = twin(**inputs, targets=marked, lengths=batch.lengths)
         loss, _ = whole_loss(twin, loss, targets)
         saved = live.now
         loss.backward()

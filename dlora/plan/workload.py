@@ -10,6 +10,7 @@ from dlora.config.recompute import Recompute, ways
 from dlora.data import Dataset, Sampler, deal
 from dlora.data.collate import PAD_TO
 from dlora.data.encode import count_targets
+from dlora.tasks import TASKS
 
 EXACT_SEQUENCES = 50_000  # up to so many every micro-batch of a run is measured, in about a second
 
@@ -46,7 +47,8 @@ def workload_of(
     sequences, size = config.train.global_batch_size, config.train.micro_batch_size
     micro_batches = -(-sequences // (world * size))
     rows = -(-sequences // (world * micro_batches))
-    tokens, targets = _padded(config.data.max_length), None
+    longest = config.data.max_length * TASKS[config.train.task].longest
+    tokens, targets = _padded(longest), None
     if data is not None and sampler is not None:
         if sampler.sequences(sampler.total_steps) <= EXACT_SEQUENCES:
             rows, tokens, targets = _largest_micro_batch(data, sampler, world, size)

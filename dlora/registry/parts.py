@@ -21,6 +21,7 @@ ROOMS = {
     "lora.init": "adapter.init_lora_weights",
     "data.formats": "data.format",
     "objectives": "train.objective",
+    "tasks": "train.task",
     "quant": "model.quantization",
     "sharding.engines": "sharding.engine",
     "optim": "optimizer.name",

@@ -12,10 +12,11 @@ from torch.optim import Optimizer
 from dlora.adapters.hub import adapter_directory
 from dlora.adapters.save_load import load_adapter
 from dlora.base.eval_mode import keep_in_eval
+from dlora.base.model_class import draw_copies
 from dlora.base.recomputation import recompute_blocks
 from dlora.config.load import Config
 from dlora.data import deal
-from dlora.data.collate import Batch, collate
+from dlora.data.collate import Batch
 from dlora.hooks import Hooks
 from dlora.lora.attach import attachment_of
 from dlora.lora.init import INITS
@@ -23,7 +24,6 @@ from dlora.methods.attach import attach_unstarted, start_adapters
 from dlora.methods.lora_ga import PASSES, GradientEstimate
 from dlora.methods.packed_residual import Residuals
 from dlora.methods.trained_replica import TrainedReplica, replicate
-from dlora.objectives import chunked_loss as targets
 from dlora.objectives.objective import Objective
 from dlora.optim.rule import Rule
 from dlora.registry import room
@@ -56,13 +56,15 @@ def build(
     attach_unstarted(model, prepared.lora, residual=residuals is not None)
     if residuals is not None:
         residuals.start(model)
+    if prepared.drawn and prepared.resumed is None:
+        draw_copies(model, prepared.base.skeleton(), prepared.drawn, config.train.seed)
     engine.keep_gathered(model, prepared.budget.resident)
     if config.adapter.path is not None and prepared.resumed is None:
         load_adapter(model, adapter_directory(config.adapter.path))
     how = prepared.budget.workload.checkpointing
     recompute_blocks(model, how.every, how.offload)
     keep_in_eval(model)
-    targets.install(model)
+    prepared.task.install(model)
     if prepared.resumed is None and residuals is None:
         initialise(config, ranks, prepared, model, replica)
     model.train()
@@ -117,7 +119,7 @@ def _first_batches(config: Config, ranks: Ranks, prepared: Preparation) -> Itera
     rows = 1 if prepared.budget.workload.checkpointing else config.train.micro_batch_size
     for step in range(min(config.adapter.lora_ga_batches, sampler.total_steps)):
         for micro in deal(sampler.step(step), train.lengths, ranks.world, rows)[ranks.rank]:
-            yield collate([train[i] for i in micro], prepared.pad_id, ranks.device)
+            yield prepared.collate([train[i] for i in micro]).to(ranks.device)
 
 
 def objective_of(config: Config) -> Objective:

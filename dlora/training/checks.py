@@ -25,10 +25,9 @@ from dlora.io.files import inside
 from dlora.io.safetensors import stored_tensors
 from dlora.lora.attach import attachment_of, named_adapters
 from dlora.lora.layers import AdaptedLayer
-from dlora.objectives.output_head import output_head
-from dlora.objectives.own_length import check_scalings
-from dlora.objectives.router_loss import find_router_loss
 from dlora.sharding.topology import Topology, resolve_placement
+from dlora.tasks import Task
+from dlora.tasks.generation import learned_positions
 
 
 def check_output(config: Config) -> None:
@@ -76,13 +75,6 @@ def check_attention(config: Config, device: str) -> None:
         )
 
 
-def check_loss(model: nn.Module) -> None:
-    """Check that the loss of each sequence can be computed as it is alone."""
-    output_head(model)
-    check_scalings(model)
-    find_router_loss(model)
-
-
 def check_dropout(model: nn.Module) -> None:
     """Check that `adapter.lora_dropout` can act: it does not apply to embeddings."""
     dropout = attachment_of(model).config.lora_dropout
@@ -94,12 +86,11 @@ def check_dropout(model: nn.Module) -> None:
         )
 
 
-def check_gradients(model: nn.Module) -> None:
+def check_gradients(model: nn.Module, task: Task) -> None:
     """Check that every adapted weight has a gradient, if adapters start from gradients."""
     if attachment_of(model).init.needs != "gradient":
         return
-    found = output_head(model)
-    head = None if found.finish is None else found.module
+    head = task.in_chunks(model)
     for path, layer, _ in named_adapters(model):
         if layer is head:
             raise UsageError(
@@ -173,13 +164,3 @@ def pad_token(tokenizer: Any, model: Any) -> int:
 def embedding_rows(model: Any) -> int:
     """Tokens that the model has an embedding for."""
     return model.get_input_embeddings().num_embeddings
-
-
-def learned_positions(model: Any) -> int | None:
-    """The longest sequence of a model whose positions are rows of a table; None for others."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    words = model.get_input_embeddings()
-    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not words]
-    # Some models (OPT) keep two rows in front for positions that are not used.
-    learned = limit is not None and any(0 <= t.num_embeddings - limit <= 2 for t in tables)
-    return limit if learned else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from dlora.adapters.save_load import save_adapter
 from dlora.adapters.write import converted_line
 from dlora.base.answering import write_beside_adapter
 from dlora.data.stream import Stream
+from dlora.io.files import write_atomically
 from dlora.metrics.log import held_out_line
 from dlora.plan.measured import measure
 from dlora.plan.report import comparison
@@ -60,8 +62,14 @@ def save_result(context: RunContext, checkpoints: CheckpointManager) -> int:
 
 
 def _write_answering(context: RunContext, where: Path) -> None:
-    """Write beside the adapter what its base lacks to answer as it was trained."""
+    """Write beside the adapter what its base lacks to answer as it was trained.
+
+    Of a classification these are the names of its labels, in order.
+    """
     prepared, data = context.prepared, context.config.data
+    if labels := prepared.task.labels:
+        write_atomically(where / "labels.json", json.dumps(labels, ensure_ascii=False).encode())
+        return
     has_own = data.chat_template is not None or data.chat_template_kwargs
     tokenizer = prepared.tokenizer if has_own else None
     write_beside_adapter(where, prepared.base, tokenizer, prepared.train.report.ends)

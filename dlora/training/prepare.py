@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from dlora.adapters.hub import adapter_directory
-from dlora.adapters.settings import keyed_by, lora_config, scheduled, settings_today
+from dlora.adapters.settings import scheduled
 from dlora.base.eval_mode import random_settings
 from dlora.base.identity import identity
-from dlora.base.model import BaseModel, find_base
-from dlora.base.quantize import Quantized
+from dlora.base.model import BaseModel
 from dlora.base.skeleton import check_experts_divide
-from dlora.config.chat_template import template_text
 from dlora.config.load import Config
-from dlora.data import Dataset, Sampler, check_source, load_examples
-from dlora.data.cache import cached
+from dlora.data import Dataset, Example, Sampler
+from dlora.data.collate import Batch
 from dlora.data.stream import Stream, StreamSampler
-from dlora.data.template import set_template
-from dlora.errors import UsageError
+from dlora.errors import UsageError, and_more
 from dlora.lora.attach import (
     adapter_tensors,
-    attach,
     attachment_of,
-    load_record,
     trainable_parameters,
 )
 from dlora.lora.config import LoraConfig
@@ -39,14 +31,10 @@ from dlora.plan.choose import Decision, capacity_of, decide
 from dlora.plan.plan import Plan, Subject
 from dlora.plan.workload import workload_of
 from dlora.sharding.topology import Placement, Topology
+from dlora.tasks import Task
 from dlora.training.check_resume import check_resume
 from dlora.training.checks import (
-    Limits,
-    check_adapter,
     check_attention,
-    check_dropout,
-    check_gradients,
-    check_loss,
     check_placement,
     check_ranks_per_node,
     check_sequences,
@@ -55,6 +43,14 @@ from dlora.training.checks import (
 )
 from dlora.training.earlier_placement import earlier_placement, settle
 from dlora.training.find_checkpoint import ResumePoint
+from dlora.training.prepare_data import (
+    load_data,
+    open_stream,
+    sampler_of,
+    steps_line,
+    with_template,
+)
+from dlora.training.prepare_model import adapted, task_of
 
 
 @dataclass(frozen=True)
@@ -62,6 +58,7 @@ class Preparation:
     """What `prepare` found out; it has no weights.
 
     Attributes:
+        drawn: parameters of a head that the base lacks.
         unreached: adapted modules that text alone does not reach, of a model that takes images too.
     """
 
@@ -76,7 +73,13 @@ class Preparation:
     resumed: ResumePoint | None
     decision: Decision
     base_identity: str | None
+    task: Task
+    drawn: tuple[str, ...] = ()
     unreached: tuple[str, ...] = ()
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """One micro-batch, on the CPU."""
+        return self.task.collate(examples, self.pad_id)
 
     @property
     def budget(self) -> Plan:
@@ -136,11 +139,16 @@ def prepare(
     check_ranks_per_node(config, topology.world)
     check_placement(config, topology)
     check_attention(config, around.device)
-    lora = lora_config(config, resumed.lora if resumed else None)
-    base = _base(config, announce)
-    skeleton, quantized, lora = _adapted(config, base, lora, resumed)
-    if quantized is not None:
-        announce(f"model.quantization: {quantized}")
+    task, base = task_of(config, announce)
+    model = adapted(config, task, base, resumed)
+    skeleton = model.skeleton
+    if model.quantized is not None:
+        announce(f"model.quantization: {model.quantized}")
+    if model.drawn:
+        announce(
+            f"model: {and_more(list(model.drawn))} is not in the files of the base: drawn from "
+            "train.seed, trained, and saved with the adapter"
+        )
     attachment = attachment_of(skeleton)
     for line in attachment.left:
         announce(f"adapter.{line}")
@@ -148,13 +156,14 @@ def prepare(
         announce(f"model: its own {', '.join(drawn)} are off in training, since W0 is frozen")
     known = identity(base, skeleton)
     tokenizer = with_template(config, base.tokenizer())
-    load = functools.partial(_load, config, tokenizer, announce, around.writes)
-    train = _stream(config, tokenizer, announce) if config.data.streaming else load("train")
+    read = (config, tokenizer, task, announce)
+    load = functools.partial(load_data, *read, around.writes)
+    train = open_stream(*read) if config.data.streaming else load("train")
     held_out = load("eval") if config.data.eval is not None else None
     limits = limits_of(tokenizer, skeleton)
     check_sequences({"data.train": train, "data.eval": held_out}, limits)
-    sampler = _sampler(config, train, limits, announce)
-    lora = scheduled(lora, sampler.total_steps)
+    sampler = sampler_of(config, train, limits, announce)
+    lora = scheduled(model.lora, sampler.total_steps)
     if resumed is not None:
         tensors = adapter_tensors(skeleton)
         check_resume(resumed, config, lora, tensors, sampler, train.fingerprint, known, announce)
@@ -171,8 +180,8 @@ def prepare(
     if isinstance(sampler, StreamSampler) and resumed and resumed.step < sampler.total_steps:
         announce(f"data.streaming: reading on to step {resumed.step}")
         sampler.step(resumed.step)
-    announce(_steps_line(sampler, config.train.global_batch_size))
-    decision = _decision(config, skeleton, topology, train, sampler, around, resumed)
+    announce(steps_line(sampler, config.train.global_batch_size))
+    decision = _decision(config, task, skeleton, topology, train, sampler, around, resumed)
     if decision.plan.divided:
         announce(
             f"optimizer state: divided, 1/{topology.world} on each rank, so a save needs all "
@@ -191,6 +200,8 @@ def prepare(
         resumed,
         decision,
         known,
+        task,
+        model.drawn,
         unreached=tuple(unreached_by_text(skeleton, [*attachment.adapted, *attachment.saved])),
     )
 
@@ -202,6 +213,7 @@ def multiplies_bfloat16() -> bool:
 
 def _decision(
     config: Config,
+    task: Task,
     skeleton: Any,
     topology: Topology,
     data: Dataset | Stream,
@@ -227,6 +239,7 @@ def _decision(
             skeleton,
             trainable_parameters(skeleton),
             workload,
+            task=task,
             device=around.device,
             check=lambda placement: check_experts_divide(skeleton, placement),
         ),
@@ -242,132 +255,3 @@ def _decision(
         return decision
     is_open = settings.base == "auto"
     return replace(decision, reason=settings.reason + (f": {decision.reason}" if is_open else ""))
-
-
-def _base(config: Config, announce: Callable[[str], None]) -> BaseModel:
-    """The base that the `model` section names."""
-    if config.model.path.endswith(".gguf"):
-        # Its tokenizer needs the conversion, and an error in the data should not wait for that.
-        for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-            if source is not None:
-                check_source(
-                    source,
-                    key=key,
-                    format=config.data.format,
-                    on_error=config.data.on_error,
-                    columns=config.data.columns,
-                )
-    return find_base(
-        config.model.path,
-        dtype=config.model.dtype,
-        revision=config.model.revision,
-        trust_remote_code=config.model.trust_remote_code,
-        cache_dir=config.model.cache_dir,
-        attn_implementation=config.model.attn_implementation,
-        quantization=config.model.quantization,
-        announce=announce,
-    )
-
-
-def _adapted(
-    config: Config, base: BaseModel, lora: LoraConfig, resumed: ResumePoint | None
-) -> tuple[nn.Module, Quantized | None, LoraConfig]:
-    """The base on the meta device with its adapters, after all checks of names and shapes.
-
-    Returned with what was packed, and the settings with the names that the base has today.
-    """
-    skeleton = base.skeleton()
-    if config.adapter.path is not None:
-        # Of a resumed run whose adapter is gone, the checkpoint has the settings.
-        here = Path(config.adapter.path).expanduser()
-        found = here if resumed else adapter_directory(config.adapter.path)
-        lora = settings_today(skeleton, lora, found)
-    base.check_stored(skeleton)
-    check_loss(skeleton)
-    quantized = base.pack(skeleton)
-    with keyed_by("adapter"):
-        attach(skeleton, lora, residual=True)
-    load_record(skeleton, resumed.record if resumed else None)
-    check_dropout(skeleton)
-    check_gradients(skeleton)
-    if config.adapter.path is not None and resumed is None:
-        check_adapter(skeleton, adapter_directory(config.adapter.path))
-    return skeleton, quantized, lora
-
-
-def with_template(config: Config, tokenizer: Any) -> Any:
-    """The tokenizer with the chat template that the configuration asks for."""
-    template = config.data.chat_template
-    text = None if template is None else template_text(template)
-    set_template(tokenizer, text, config.data.chat_template_kwargs)
-    return tokenizer
-
-
-def _sampler(
-    config: Config, data: Dataset | Stream, limits: Limits, announce: Callable[[str], None]
-) -> Sampler | StreamSampler:
-    train = config.train
-    length = {train.governed_by: getattr(train, train.governed_by)}
-    if isinstance(data, Dataset):
-        order = (train.seed, config.data.shuffle)
-        weights = data.weights
-        return Sampler(len(data), train.global_batch_size, *order, **length, weights=weights)
-    data.check = functools.partial(limits.check, "data.train")
-    sampler = StreamSampler(data, train.global_batch_size, **length)
-    if train.governed_by == "epochs":
-        announce(f"data.train: {data.report} (counted in a pass of its own, for train.epochs)")
-    data.announce = announce
-    return sampler
-
-
-def reading_of(config: Config, tokenizer: Any) -> dict[str, Any]:
-    """How records are read and encoded: what `Reading` takes beside a source and its key."""
-    return {
-        "format": config.data.format,
-        "tokenizer": tokenizer,
-        "max_length": config.data.max_length,
-        "on_error": config.data.on_error,
-        "columns": config.data.columns,
-    }
-
-
-def _stream(config: Config, tokenizer: Any, announce: Callable[[str], None]) -> Stream:
-    data, settings = config.data, reading_of(config, tokenizer)
-    stream = Stream(
-        data.train,
-        window=data.shuffle_window,
-        seed=config.train.seed,
-        shuffle=data.shuffle,
-        **settings,
-    )
-    order = f"shuffled in windows of {data.shuffle_window}" if data.shuffle else "not shuffled"
-    announce(
-        f"data.streaming: sequences are read file after file and {order}; of the first window: "
-        f"{stream.report}"
-    )
-    return stream
-
-
-def _load(
-    config: Config, tokenizer: Any, announce: Callable[[str], None], writes: bool, key: str
-) -> Dataset:
-    arguments: dict[str, Any] = {
-        "source": getattr(config.data, key),
-        "key": f"data.{key}",
-        "most": config.data.max_eval_samples if key == "eval" else None,
-        **reading_of(config, tokenizer),
-    }
-    build = functools.partial(load_examples, **arguments)
-    if config.data.cache_dir is None or not writes:
-        dataset = build()
-    else:
-        dataset = cached(Path(config.data.cache_dir).expanduser(), build, announce, **arguments)
-    announce(f"data.{key}: {dataset.report}")
-    return dataset
-
-
-def _steps_line(sampler: Sampler | StreamSampler, size: int) -> str:
-    steps = sampler.total_steps
-    last = sampler.sequences(steps) - sampler.sequences(steps - 1)
-    rest = "" if last == size else f", the last of only {last}"
-    return f"train: {steps} optimizer steps of {size} sequences{rest}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from dlora.data.files import is_builtin, sources_of
 from dlora.data.sampler import shown
 from dlora.errors import UsageError
 from dlora.registry import option
-from dlora.training.prepare import reading_of, with_template
+from dlora.tasks import TASKS
+from dlora.training.prepare_data import labels_in_data, reading_of, with_template
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"
@@ -80,7 +81,9 @@ def lines_of(config: Config, name: str, tokenizer: Any, count: int, colour: bool
     """
     source, key = getattr(config.data, name), f"data.{name}"
     most = config.data.max_eval_samples if name == "eval" else None
-    reading = Reading(source, key=key, most=most, **reading_of(config, tokenizer))
+    kind = TASKS[config.train.task]
+    labels = labels_in_data(config) if kind.draws_head else ()
+    reading = Reading(source, key=key, most=most, **reading_of(config, tokenizer, kind(labels)))
     lengths: list[int] = []
     parts: list[int] = []
     for one in reading:
@@ -89,7 +92,7 @@ def lines_of(config: Config, name: str, tokenizer: Any, count: int, colour: bool
         if len(lengths) <= count:
             targets = int((one.labels != NO_TARGET).sum())
             yield f"--- {key}, record {len(lengths)}: {lengths[-1]} tokens, {targets} targets"
-            yield marked(one, tokenizer, colour)
+            yield marked(one, tokenizer, colour, labels)
     reading.check()
     report = reading.report
     if count:
@@ -107,9 +110,12 @@ def lines_of(config: Config, name: str, tokenizer: Any, count: int, colour: bool
         yield f"  {entry.path}: {size} sequences, shown {shows} times an epoch"
 
 
-def marked(one: Encoded, tokenizer: Any, colour: bool) -> str:
-    """A sequence as text with its targets marked."""
+def marked(one: Encoded, tokenizer: Any, colour: bool, labels: Sequence[str] = ()) -> str:
+    """A sequence as text with its targets marked; of a classification, followed by its label."""
     before, after = (_GREEN, _PLAIN) if colour else ("[", "]")
+    if labels:
+        text = _CONTROL.sub(_escaped, decoded(one.input_ids, 0, len(one.input_ids), tokenizer))
+        return f"{text} {before}{labels[int(one.labels[-1])]}{after}"
     is_target = one.labels != NO_TARGET
     cuts = [0, *(np.flatnonzero(np.diff(is_target)) + 1).tolist(), len(is_target)]
     text = ""

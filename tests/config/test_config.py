@@ -65,6 +65,8 @@ ADDED = {  # change nothing
     ("adapter", "exclude_modules"): None,
     ("adapter", "layers_to_transform"): None,
     ("adapter", "layers_pattern"): None,
+    ("train", "task"): "causal",
+    ("train", "num_labels"): None,
     ("adapter", "importance"): "uncertainty",
     ("adapter", "budget_unit"): "triplets",
     ("adapter", "flora_r_out"): None,

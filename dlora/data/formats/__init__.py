@@ -9,6 +9,7 @@ from dlora.data.formats.record import (
     Continuation,
     Conversation,
     Fields,
+    LabelledText,
     RecordError,
     RecordFormat,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "FORMATS",
     "Continuation",
     "Conversation",
+    "LabelledText",
     "RecordError",
     "RecordFormat",
     "read_record",
@@ -28,7 +30,7 @@ __all__ = [
 
 def read_record(
     format: str, record: Mapping[str, Any]
-) -> tuple[Conversation | Continuation | str, dict[str, Any]]:
+) -> tuple[Conversation | Continuation | LabelledText | str, dict[str, Any]]:
     """A record as its format reads it, and the fields that the format does not read.
 
     Raises:

@@ -27,6 +27,14 @@ class Continuation:
     completion: str
 
 
+@dataclass(frozen=True, slots=True)
+class LabelledText:
+    """A text and its label; one that is a whole number is written in decimals."""
+
+    text: str
+    label: str
+
+
 class RecordFormat(Protocol):
     """A layout of records.
 
@@ -39,7 +47,7 @@ class RecordFormat(Protocol):
     fields: ClassVar[tuple[str, ...]]
 
     @staticmethod
-    def read(record: Mapping[str, Any]) -> Conversation | Continuation | str:
+    def read(record: Mapping[str, Any]) -> Conversation | Continuation | LabelledText | str:
         """The record as a conversation, or as a plain text of which every token is trained on.
 
         Raises:

@@ -33,7 +33,10 @@ class Weights(Protocol):
 
     skeleton: nn.Module
     element_wise: bool
-    makes_rows: bool
+
+    @property
+    def makes_rows(self) -> bool:
+        """See above."""
 
     def from_pretrained(self, **sharding: Any) -> nn.Module:
         """The model as transformers' `from_pretrained` reads it with these arguments."""

@@ -1,0 +1,59 @@
+"""Causal language modelling: every target token is predicted from the tokens before it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from dlora.data.collate import Batch, collate
+from dlora.data.encode import NO_TARGET, Example
+from dlora.objectives import chunked_loss
+from dlora.objectives.output_head import output_head
+from dlora.objectives.own_length import check_scalings
+from dlora.objectives.router_loss import find_router_loss
+from dlora.tasks.generation import generated
+from dlora.tasks.task import Task
+
+
+class Causal(Task):
+    """A decoder with an output head; its loss is computed in chunks."""
+
+    name = "causal"
+    auto_class = "AutoModelForCausalLM"
+
+    def check(self, model: nn.Module) -> None:
+        """Check that the loss of each sequence can be computed as it is alone."""
+        output_head(model)
+        check_scalings(model)
+        find_router_loss(model)
+
+    def in_chunks(self, model: nn.Module) -> nn.Module | None:
+        found = output_head(model)
+        return None if found.finish is None else found.module
+
+    def collate(self, examples: Sequence[Example], pad_id: int) -> Batch:
+        return collate(examples, pad_id)
+
+    def example(self, tokens: int) -> Example:
+        ids = np.zeros(tokens, np.int32)
+        return Example(0, ids, ids)
+
+    def install(self, model: nn.Module, device: str | None = None) -> None:
+        chunked_loss.install(model, device)
+
+    def answers(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        examples: Sequence[Example],
+        *,
+        pad_id: int,
+        ends: Sequence[int] = (),
+    ) -> list[tuple[str, str, str]]:
+        """The prompt is what comes before the first target; the answer is decoded greedily."""
+        starts = [int((example.labels != NO_TARGET).argmax()) for example in examples]
+        prompts = [e.input_ids[:s].tolist() for e, s in zip(examples, starts, strict=True)]
+        return generated(model, tokenizer, examples, prompts, pad_id=pad_id, ends=ends)

@@ -1,0 +1,120 @@
+"""Sequence to sequence: an encoder reads a text, and a decoder writes another.
+
+In the data set the two stand behind each other, and the targets are all of the second:
+
+    ids     s0   s1   s2   </s>  t0  t1  </s>        encoder: s0 s1 s2 </s>
+    labels  -100 -100 -100 -100  t0  t1  </s>        decoder: <start> t0 t1 → t0 t1 </s>
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dlora.data.collate import Batch, padded
+from dlora.data.encode import NO_TARGET, Example
+from dlora.errors import UsageError
+from dlora.tasks.generation import generated
+from dlora.tasks.task import Task
+
+
+class Seq2Seq(Task):
+    """An encoder-decoder model with an output head."""
+
+    name = "seq2seq"
+    auto_class = "AutoModelForSeq2SeqLM"
+    format = "labelled"
+    longest = 2
+
+    _start = 0  # the token that a decoder begins with
+
+    def configure(self, config: Any, pad_id: int | None) -> None:
+        """Find the token that a decoder starts with."""
+        text = config.get_text_config(decoder=True)
+        candidates = (
+            getattr(config, "decoder_start_token_id", None),
+            getattr(text, "decoder_start_token_id", None),
+            getattr(text, "bos_token_id", None),
+        )
+        start = next((token for token in candidates if token is not None), None)
+        if start is None:
+            raise UsageError("model.path: its configuration has no decoder_start_token_id")
+        self._start = int(start)
+
+    def check(self, model: nn.Module) -> None:
+        if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise UsageError(f"train.task: {type(model).__name__} has no encoder and decoder")
+
+    def collate(self, examples: Sequence[Example], pad_id: int) -> Batch:
+        """Sources [B, S] with their mask, what the decoder reads [B, T], and its targets [B, T]."""
+        pairs = [_parts(example) for example in examples] or [
+            (np.full(1, pad_id, np.int32), np.full(1, NO_TARGET, np.int32))
+        ]
+        sources, answers = zip(*pairs, strict=True)
+        targets = padded(answers, NO_TARGET)
+        read = targets.roll(1, dims=1)
+        read[:, 0] = self._start
+        read[read == NO_TARGET] = pad_id
+        mask = padded([np.ones_like(source) for source in sources], 0)
+        positions = (targets != NO_TARGET).nonzero()
+        return Batch(
+            input_ids=padded(sources, pad_id),
+            targets=targets,
+            positions=positions,
+            ids=[example.id for example in examples],
+            lengths=[len(source) for source in sources] if examples else [],
+            num_targets=len(positions),
+            extra={"attention_mask": mask, "decoder_input_ids": read},
+        )
+
+    def example(self, tokens: int) -> Example:
+        """Half of the tokens are read, the others written."""
+        ids = np.zeros(max(tokens, 2), np.int32)
+        labels = ids.copy()
+        labels[: len(ids) // 2] = NO_TARGET
+        return Example(0, ids, labels)
+
+    def install(self, model: nn.Module, device: str | None = None) -> None:
+        own_forward = model.forward
+
+        def forward(
+            self: Any,
+            *args: Any,
+            targets: Tensor | None = None,
+            positions: Tensor | None = None,
+            lengths: Any = None,
+            **kwargs: Any,
+        ) -> Any:
+            if targets is None:
+                return own_forward(*args, **kwargs)
+            logits = own_forward(*args, use_cache=False, **kwargs).logits
+            found = (targets != NO_TARGET).nonzero() if positions is None else positions
+            z = logits[tuple(found.T)]
+            z = z if z.dtype == torch.float64 else z.float()
+            return F.cross_entropy(z, targets[tuple(found.T)], reduction="sum")
+
+        model.forward = types.MethodType(forward, model)
+
+    def answers(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        examples: Sequence[Example],
+        *,
+        pad_id: int,
+        ends: Sequence[int] = (),
+    ) -> list[tuple[str, str, str]]:
+        prompts = [_parts(example)[0].tolist() for example in examples]
+        return generated(model, tokenizer, examples, prompts, pad_id=pad_id, ends=ends)
+
+
+def _parts(example: Example) -> tuple[Any, Any]:
+    """(source, target) of a sequence, which begins with the first label."""
+    split = int((example.labels != NO_TARGET).argmax())
+    return example.input_ids[:split], example.labels[split:]

@@ -1,0 +1,98 @@
+"""What a task is: everything of a run that depends on what the model is trained to do.
+
+The loop, sharding, the adapters, checkpoints and the plan are the same for all of them:
+
+    record ── sequence ── a batch's inputs ── model(**inputs, targets=…) ── Σ loss
+              `encode`    `collate`           `install`                     `evaluate`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dlora.data.collate import Batch
+from dlora.data.encode import Example
+
+
+class Task:
+    """What the model is trained to do; what a subclass leaves out is that of a language model.
+
+    Attributes:
+        name: the value of `train.task`.
+        auto_class: transformers' class that makes the model of a base.
+        format: the layout of records that it reads; empty: that of `data.format`.
+        draws_head: whether a base may lack the head, which is then drawn and trained.
+        longest: tokens of a sequence in `data.max_length`.
+    """
+
+    name: ClassVar[str]
+    auto_class: ClassVar[str]
+    format: ClassVar[str] = ""
+    draws_head: ClassVar[bool] = False
+    longest: ClassVar[int] = 1
+
+    def __init__(self, labels: Sequence[str] = ()) -> None:
+        """Take the names of the labels, in order, where the task has labels."""
+        self.labels = tuple(labels)
+
+    def configure(self, config: Any, pad_id: int | None) -> None:
+        """Set on a model's configuration what the task needs of it."""
+
+    def check(self, model: nn.Module) -> None:
+        """Raise a `UsageError` if the model, which may be on the meta device, cannot do it."""
+        raise NotImplementedError
+
+    def head(self, model: Any) -> nn.Module:
+        """The module that makes what is scored."""
+        head: nn.Module = model.get_output_embeddings()
+        return head
+
+    def in_chunks(self, model: nn.Module) -> nn.Module | None:
+        """The head, if its loss is computed in chunks, so that nobody sees its whole output."""
+        return None
+
+    def collate(self, examples: Sequence[Example], pad_id: int) -> Batch:
+        """One micro-batch; of no examples, one without a target, which the model takes as well."""
+        raise NotImplementedError
+
+    def example(self, tokens: int) -> Example:
+        """A sequence of so many tokens with as many targets as can be, for the plan."""
+        raise NotImplementedError
+
+    def install(self, model: nn.Module, device: str | None = None) -> None:
+        """Let the model compute `model(**batch.inputs, targets=…, positions=…)` → Σ loss."""
+        raise NotImplementedError
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(Σ loss, counts [K]) of a batch, whose sums over all batches `figures` takes."""
+        where = {"positions": batch.positions, "lengths": batch.lengths}
+        loss = model(**batch.inputs, targets=batch.targets, **where)
+        return loss, torch.zeros(0, device=loss.device)
+
+    @property
+    def counted(self) -> int:
+        """K, how many numbers `evaluate` counts."""
+        return 0
+
+    def figures(self, counts: Tensor) -> dict[str, float]:
+        """What the counts of a whole data set say, by name; `eval_` is put in front."""
+        return {}
+
+    def answers(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        examples: Sequence[Example],
+        *,
+        pad_id: int,
+        ends: Sequence[int] = (),
+    ) -> list[tuple[str, str, str]]:
+        """(what was asked, what was wanted, what the model answers) of each example.
+
+        Collective on a sharded base, and the same on every rank.
+        """
+        raise NotImplementedError

@@ -1,0 +1,186 @@
+"""Whole runs of `train.task`: classification and sequence to sequence, beside PEFT."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import AutoPeftModelForSeq2SeqLM, AutoPeftModelForSequenceClassification
+from ranks import Pools
+from run_training import Runs, check_near, command_line, same_bits
+from sampling import full
+from tiny import VOCABULARY, tokenizer
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from dlora.config.load import parse
+from dlora.errors import UsageError
+from dlora.sharding.topology import Topology
+from dlora.training.prepare import prepare
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES |= {"intermediate_size": 48, "vocab_size": VOCABULARY}
+BASES: dict[str, Any] = {  # none of the first two has a head for a classification
+    "bert": lambda: BertModel(BertConfig(**SIZES), add_pooling_layer=False),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "t5": lambda: T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=VOCABULARY,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=2,
+            num_heads=4,
+            decoder_start_token_id=VOCABULARY - 1,
+            pad_token_id=VOCABULARY - 1,
+            eos_token_id=VOCABULARY - 2,
+        )
+    ),
+}
+WORDS = {"cat": "meow", "dog": "woof", "bird": "tweet"}
+ROWS = [
+    {"sound": f"{sound} {'!' * (number % 5)}", "label": name}
+    for number in range(5)
+    for name, sound in WORDS.items()
+]
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """command(directory, base, **settings): the words of a run of the task that the base is for."""
+    root = tmp_path_factory.mktemp("tasks")
+    data = root / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, ROWS)))
+    for name, build in BASES.items():
+        torch.manual_seed(0)
+        build().save_pretrained(root / name)
+        tokenizer().save_pretrained(root / name)
+
+    def of(directory: Path, base: str, **settings: Any) -> list[str]:
+        common = {
+            "model__path": str(root / base),
+            "data__train": str(data),
+            "data__eval": str(data),
+            "data__columns": {"text": "sound"},
+            "train__task": "seq2seq" if base == "t5" else "classification",
+            "output__eval_every": 10,
+            "output__dir": str(directory),
+        }
+        return command_line(**common | settings)
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("base", "engine"),
+    [  # the other pairs differ in nothing that the tasks know of
+        ("bert", "fsdp2"),
+        ("llama", "zero3"),
+        ("t5", "fsdp2"),
+        full("bert", "zero3"),
+        full("llama", "fsdp2"),
+        full("t5", "zero3"),
+    ],
+)
+def test_a_run_on_two_ranks_is_that_of_one_process_and_peft_has_its_figures(
+    run: Runs, tmp_path: Path, base: str, engine: str
+) -> None:
+    one = run("one", 1, base)
+    got = run("two", 2, base, sharding__engine=engine, sharding__base="world")
+    check_near(*((results, [r for r in lines if "loss" in r]) for results, lines in (got, one)))
+    names = {"eval_loss"} if base == "t5" else {"eval_loss", "eval_accuracy", "eval_f1"}
+    said = {name: got[1][-1][name] for name in names}
+    assert said == pytest.approx({name: one[1][-1][name] for name in names}, rel=1e-4)
+    found = written(tmp_path / "two") if base == "t5" else classified(tmp_path / "two")
+    assert said == pytest.approx(found, rel=1e-4)
+
+
+def classified(run: Path) -> dict[str, float]:
+    """Loss, accuracy and mean F1 of a run's adapter in PEFT, text by text."""
+    labels = json.loads((run / "adapter/labels.json").read_text())
+    assert labels == sorted(WORDS)
+    model = AutoPeftModelForSequenceClassification.from_pretrained(
+        str(run / "adapter"), num_labels=len(labels), dtype=torch.float32
+    ).eval()
+    loss, guesses = 0.0, []
+    for row in ROWS:
+        with torch.no_grad():
+            logits = model(**tokenizer()(row["sound"], return_tensors="pt")).logits
+        loss += float(F.cross_entropy(logits, torch.tensor([labels.index(row["label"])])))
+        guesses.append(labels[int(logits.argmax())])
+    pairs = list(zip([row["label"] for row in ROWS], guesses, strict=True))
+    scores = []
+    for label in labels:
+        right = pairs.count((label, label))
+        scores.append(2 * right / (sum(w == label for w, _ in pairs) + guesses.count(label)))
+    return {
+        "eval_loss": loss / len(ROWS),
+        "eval_accuracy": sum(w == g for w, g in pairs) / len(pairs),
+        "eval_f1": sum(scores) / len(scores),
+    }
+
+
+def written(run: Path) -> dict[str, float]:
+    """The loss of a run's adapter in PEFT, over the tokens of all answers, pair by pair."""
+    model = AutoPeftModelForSeq2SeqLM.from_pretrained(str(run / "adapter"), dtype=torch.float32)
+    model.eval()
+    loss, tokens = 0.0, 0
+    for row in ROWS:
+        target = tokenizer()(text_target=row["label"], return_tensors="pt")["input_ids"]
+        given = tokenizer()(row["sound"], return_tensors="pt")
+        with torch.no_grad():
+            found = model(**given, labels=target)
+        loss, tokens = loss + float(found.loss) * target.numel(), tokens + target.numel()
+    return {"eval_loss": loss / tokens}
+
+
+def test_a_resumed_classification_is_the_uninterrupted_one(run: Runs, pools: Pools) -> None:
+    settings = {"optimizer__schedule": "constant", "output__save_every": 3, "train__max_steps": 6}
+    whole, _ = run("whole", 1, "bert", **settings)
+    run("stopped", 1, "bert", **settings | {"train__max_steps": 3})
+    again, _ = run("stopped", 1, "bert", **settings)
+    assert same_bits(again[0]["tensors"], whole[0]["tensors"])
+    assert any("classifier" in name for name in whole[0]["tensors"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "says"),
+    [
+        ([{"sound": "a", "label": 0.5}] * 2, {}, "'label' is 0.5; expected a name or a whole"),
+        ([{"sound": "a", "label": "x"}] * 2, {}, "has 1 labels ('x')"),
+        (ROWS, {"train__num_labels": 2}, "train.num_labels: is 2, but data.train has 3: 'bird'"),
+        (ROWS, {"data__format": "alpaca"}, "data.format: alpaca cannot act: train.task"),
+        (ROWS, {"data__columns": {"text": "noise"}}, "no column 'noise' (data.columns.text)"),
+        (ROWS, {"train__task": "causal", "data__columns": None}, "no field 'messages'"),
+        (ROWS, {"train__task": "seq2seq"}, "train.task: transformers has no model of llama for it"),
+        (ROWS, {"train__task": "causal", "train__num_labels": 3}, "train.task is not classific"),
+    ],
+    ids=["float", "one label", "number", "format", "column", "causal", "seq2seq", "num_labels"],
+)
+def test_what_cannot_be_classified_is_refused(
+    command: Any, tmp_path: Path, rows: Any, settings: Any, says: str
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    given = {"data__train": str(data), "data__eval": None, "output__eval_every": 0} | settings
+    with pytest.raises(UsageError) as error:
+        config = parse(command(tmp_path / "run", "llama", **given), prog="dlora.train").config
+        prepare(config, Topology(0, 1, 1), lambda line: None)
+    assert says in str(error.value)
+
+
+def test_a_held_out_label_that_training_lacks_names_its_line(command: Any, tmp_path: Path) -> None:
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(json.dumps({"sound": "moo", "label": "cow"}))
+    words = command(tmp_path / "run", "llama", data__eval=str(held_out))
+    config = parse(words, prog="dlora.train").config
+    with pytest.raises(UsageError, match=r"held_out\.jsonl:1: 'label' is 'cow', which is none of"):
+        prepare(config, Topology(0, 1, 1), lambda line: None)
