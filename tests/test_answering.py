@@ -17,7 +17,7 @@ from dlora import LoraConfig, attach, generate, save_adapter
 from dlora.data import load_examples
 from dlora.data.stops import turn_ends
 from dlora.export import command as export
-from dlora.training.evaluate import sample_answers
+from dlora.tasks import CAUSAL
 
 FLOAT = ["--dtype", "float32", "--max-new-tokens", "24"]
 IM_END, PAD = 257, 258
@@ -87,7 +87,7 @@ def test_samples_end_there_too(base: Path, tmp_path: Path) -> None:
         tokenizer=tokenizer,
         max_length=99,
     )
-    answers = sample_answers(
+    answers = CAUSAL.answers(
         whole(base), tokenizer, data.first(2), pad_id=PAD, ends=data.report.ends
     )
     assert [answer for _, _, answer in answers] == ["one", "one"]

@@ -25,7 +25,7 @@ from dlora.runtime.memory import MemoryMeter
 from dlora.runtime.ranks import Ranks
 from dlora.runtime.run_lock import RunLock
 from dlora.train import Run
-from dlora.training.evaluate import held_out_loss
+from dlora.training.evaluate import held_out
 from dlora.training.startup import prepared
 
 from .architectures import CHATS
@@ -109,7 +109,7 @@ def _meter() -> MemoryMeter:
 
 def figures(run: Run) -> Figures:
     """The figures of a run, whose adapters are random afterwards."""
-    base = held_out_loss(run.context)
+    base = held_out(run.context)["eval_loss"]
     randomize(run)
     run.model.eval()
     loss, norm = _step(run)

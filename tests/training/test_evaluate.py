@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from dlora.data import load_examples
-from dlora.training.checks import learned_positions
-from dlora.training.evaluate import sample_answers
+from dlora.tasks import CAUSAL
+from dlora.tasks.generation import learned_positions
 
 
 @pytest.mark.parametrize(("name", "positions"), [("gpt2", 256), ("llama", None)])
@@ -29,7 +29,7 @@ def test_answers_end_where_positions_do(
     assert int((data[0].labels >= 0).argmax()) == 246
     model = AutoModelForCausalLM.from_pretrained(saved_models(name), dtype=torch.float32)
     assert learned_positions(model) == positions
-    [(_, wanted, _)] = sample_answers(model, tokenizer(), data.first(1), pad_id=0)
+    [(_, wanted, _)] = CAUSAL.answers(model, tokenizer(), data.first(1), pad_id=0)
     assert wanted == "b"
 
 

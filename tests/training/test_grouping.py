@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from dlora.data import Dataset, deal, load_examples
 from dlora.data.collate import collate
-from dlora.training.evaluate import sample_answers
+from dlora.tasks import CAUSAL
+from dlora.tasks.generation import MOST_NEW_TOKENS
 
 SEQUENCES = 8
 STILL = {"optimizer__lr": 0.0, "train__max_steps": 1, "train__global_batch_size": SEQUENCES}
@@ -128,7 +129,7 @@ def test_an_auxiliary_loss_is_trained_alike_on_every_engine(
 def test_samples_are_answers_to_each_prompt_alone(saved_models: Any, chats: str) -> None:
     data = read(chats)
     model = whole(saved_models("dynamic"))
-    together = sample_answers(model, tokenizer(), data, count=4, pad_id=0, max_new_tokens=6)
+    together = CAUSAL.answers(model, tokenizer(), data.first(4), pad_id=0)
     for number, (_, _, answer) in enumerate(together):
         example = data[number]
         start = int((example.labels >= 0).argmax())
@@ -136,7 +137,7 @@ def test_samples_are_answers_to_each_prompt_alone(saved_models: Any, chats: str)
         alone = whole(saved_models("dynamic")).generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=6,
+            max_new_tokens=MOST_NEW_TOKENS,
             do_sample=False,
             pad_token_id=0,
         )
