@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from dlora.adapters.source import AdapterSource, Answering, BaseReference
 from dlora.base.model import BaseModel, find_base
+from dlora.base.model_class import CAUSAL, class_for
 from dlora.data.stops import turn_ends
 from dlora.data.template import set_template
 from dlora.errors import UsageError
@@ -76,6 +77,7 @@ def chosen_base(
             revision=revision,
             trust_remote_code=trust_remote_code,
             cache_dir=recorded.cache_dir or "~/.cache/dlora",
+            made_as=class_for(source.task, source.labels) if source else CAUSAL,
             announce=announce,
         )
         base.config()

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from dlora.adapters.source import open_adapter
+from dlora.adapters.source import AdapterSource, open_adapter
 from dlora.base.model import DTYPES, BaseModel
 from dlora.cli import OneLineParser, answering, chosen_base, naming_base
 from dlora.data.encode import text_prompt
 from dlora.data.stops import stop_tokens
 from dlora.errors import UsageError
+from dlora.lora.tasks import HEADS
 from dlora.runtime.exit_status import exit_with
 from dlora.sharding.engines.protocol import build_engine
 from dlora.sharding.topology import Topology, resolve_placement
@@ -39,8 +40,11 @@ def main(argv: list[str]) -> int:
     )
     with naming_base(option):
         tokenizer, skeleton = base.tokenizer(), base.skeleton()
-    ends = answering(tokenizer, source)
-    encoded = encode(tokenizer, args.prompt, args.system)
+    ends, labels = answering(tokenizer, source), _labels(source)
+    if labels or getattr(skeleton.config, "is_encoder_decoder", False):
+        encoded = _plain(tokenizer, args.prompt, args.system)
+    else:
+        encoded = encode(tokenizer, args.prompt, args.system)
     if source is not None:
         source.attach_to(skeleton)  # an adapter that does not fit fails before weights are read
     with naming_base(option):
@@ -48,6 +52,9 @@ def main(argv: list[str]) -> int:
     if source is not None:
         source.attach_to(model)
         source.load_into(model)
+    if labels:
+        _classify(model, encoded, labels)
+        return 0
     stops = stop_tokens(tokenizer, model.generation_config.eos_token_id, ends)
     _answer(model, tokenizer, encoded, stops, args.max_new_tokens, args.temperature)
     return 0
@@ -84,6 +91,40 @@ def encode(tokenizer: Any, prompt: str, system: str | None) -> torch.Tensor:
     if ids.numel() == 0:
         raise UsageError("--prompt: has no tokens")
     return ids
+
+
+def _labels(source: AdapterSource | None) -> list[str]:
+    """The labels that an adapter tells apart; none: it answers.
+
+    Raises:
+        UsageError: it does neither.
+    """
+    task = source.task if source else None
+    if task not in HEADS:
+        return []
+    assert source is not None
+    if task != "SEQ_CLS":
+        raise UsageError(
+            f"--adapter: {source.directory} is of task_type {task}; dlora.generate writes answers, "
+            "or names the label of a text"
+        )
+    return source.labels
+
+
+def _plain(tokenizer: Any, prompt: str, system: str | None) -> torch.Tensor:
+    """Token ids [1, T] of a text with the tokenizer's own around it, as such models read it."""
+    if system is not None:
+        raise UsageError("--system cannot act: this model reads one text")
+    ids: torch.Tensor = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    return ids
+
+
+def _classify(model: Any, ids: torch.Tensor, labels: list[str]) -> None:
+    """Print the likeliest label of a text, and its probability."""
+    with inference(model):
+        logits = model(input_ids=ids.to(next(model.parameters()).device)).logits[0]
+    place = int(logits.argmax())
+    print(f"{labels[place]} ({float(logits.float().softmax(-1)[place]):.3f})")
 
 
 def _loaded(base: BaseModel) -> Any:

@@ -9,7 +9,8 @@ for being finite, before anything is done with a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from dlora.checkpoint import format as checkpoint
 from dlora.checkpoint.state import saved_lora
 from dlora.config.load import load
 from dlora.errors import UsageError, and_more
-from dlora.io.files import inside, read_object
+from dlora.io.files import inside, read_object, write_atomically
 from dlora.io.safetensors import FLOATS, StoredTensor, stored_tensors
 from dlora.lora.attach import (
     adapted_at,
@@ -41,7 +42,11 @@ from dlora.lora.attach import (
 from dlora.lora.config import LoraConfig
 from dlora.lora.merge import scale_of_rows
 from dlora.lora.states import Stateful
+from dlora.lora.tasks import HEADS
 from dlora.lora.variants import VARIANTS, LoraAdapter
+
+LABELS = "labels.json"  # beside the adapter of a classification: their names, in order
+_PEFT_TASKS = {"classification": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}  # of `train.task`
 
 
 @dataclass(frozen=True)
@@ -80,10 +85,33 @@ class AdapterSource:
     is_checkpoint: bool
     record: dict[str, Any] | None = None  # of a checkpoint: what its method records
     answering: Answering = field(default_factory=Answering)
+    task: str | None = None  # PEFT's word for what it was trained for
     _tensors: dict[str, StoredTensor] = field(default_factory=dict)  # by name in the model
     _shapes: dict[str, torch.Size] = field(default_factory=dict)  # that the model has them in
     # PEFT stores W0 of adapted embeddings too: where, by the parameter's name
     base_copies: dict[str, StoredTensor] = field(default_factory=dict)
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels of a classification, in order: those that its run had, or `LABEL_i`.
+
+        Raises:
+            UsageError: the file of their names has none.
+        """
+        file, key = ("state.json" if self.is_checkpoint else LABELS), "labels"
+        path = inside(self.directory, file)
+        found = read_object(path).get(key) if path.exists() else None
+        if found is None:
+            return [f"LABEL_{i}" for i in range(self._outputs())]
+        if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+            raise UsageError(f"{path}: {key}: is no list of names")
+        return found
+
+    def _outputs(self) -> int:
+        """How many outputs the head in the file has, the last of its layers; 0: there is none."""
+        heads, stored = HEADS.get(self.task or "", ()), stored_tensors(self.file)
+        named = [t for key, t in stored.items() if any(f".{head}." in f".{key}" for head in heads)]
+        return named[-1].shape[0] if named else 0
 
     def attach_to(self, model: nn.Module) -> None:
         """Attach adapters of the right form to `model`, and check that their tensors are here.
@@ -231,7 +259,14 @@ def _from_peft(directory: Path) -> AdapterSource:
     )
     file = inside(directory, WEIGHTS)
     answering = Answering(_template(directory), ends=_ends(directory))
-    return AdapterSource(directory, file, config, base, False, answering=answering)
+    task = raw.get("task_type")
+    return AdapterSource(directory, file, config, base, False, answering=answering, task=task)
+
+
+def write_labels(directory: Path, labels: Sequence[str]) -> None:
+    """Write the names of a classification's labels beside its adapter."""
+    named = json.dumps({"labels": list(labels)}, ensure_ascii=False)
+    write_atomically(directory / LABELS, named.encode())
 
 
 def _template(directory: Path) -> str | None:
@@ -281,6 +316,7 @@ def _from_checkpoint(directory: Path) -> AdapterSource:
         is_checkpoint=True,
         record=record,
         answering=Answering(config.data.chat_template, dict(config.data.chat_template_kwargs)),
+        task=_PEFT_TASKS.get(config.train.task),
     )
 
 

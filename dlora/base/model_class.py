@@ -8,8 +8,9 @@ from the run's seed (`draw_copies`), so that it is the same on every rank and un
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,6 +69,34 @@ class ModelClass:
 
 
 CAUSAL = ModelClass()
+# The classes for PEFT's other tasks, and whether a base has no head for them.
+_OF_TASK = {
+    "SEQ_CLS": ("AutoModelForSequenceClassification", True),
+    "TOKEN_CLS": ("AutoModelForTokenClassification", True),
+    "QUESTION_ANS": ("AutoModelForQuestionAnswering", True),
+    "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", False),
+}
+
+
+def class_for(task: str | None, labels: Sequence[str]) -> ModelClass:
+    """What the base of an adapter is made as.
+
+    Args:
+        task: PEFT's word for what the adapter was trained for.
+        labels: of a classification, in order.
+    """
+    if task not in _OF_TASK:
+        return CAUSAL
+    name, draws_head = _OF_TASK[task]
+    return ModelClass(name, partial(set_labels, labels=labels), draws_head)
+
+
+def set_labels(config: Any, labels: Sequence[str]) -> None:
+    """Let a configuration have these labels, in this order; none: those that it has."""
+    if labels:
+        config.num_labels = len(labels)
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: i for i, label in enumerate(labels)}
 
 
 def owners_of(names: Collection[str]) -> list[str]:

@@ -150,7 +150,8 @@ def _contradictions(config: Config) -> Iterator[str]:
             "plain LoRA"
         )
     task, format = config.train.task, record_format(config)
-    if format != config.data.format and is_set(config, "data.format"):
+    # The default says nothing: the file of a run has it too.
+    if config.data.format not in (format, SCHEMA["data.format"].default):
         yield (
             f"data.format: {config.data.format} cannot act: train.task: {task} reads the fields "
             "text and label (data.columns names where they are)"

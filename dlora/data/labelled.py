@@ -77,6 +77,7 @@ class LabelledTexts:
         self._renderer = Renderer(tokenizer, key)
         self._place = {label: i for i, label in enumerate(labels)}
         self._ends: set[int] = set()
+        self._special = set(tokenizer.all_special_ids)
         self.shortened = 0
 
     def limit(self, max_length: int) -> int:
@@ -115,7 +116,7 @@ class LabelledTexts:
                 for ids, record in zip(texts, records, strict=True)
             ]
         answers = self._ids([record.label for record in records], target=True)
-        self._ends.update(int(ids[-1]) for ids in answers if len(ids))
+        self._ends.update(int(ids[-1]) for ids in answers if len(ids) and ids[-1] in self._special)
         return [
             (
                 np.concatenate([ids, answer]),
@@ -135,6 +136,11 @@ class LabelledTexts:
             for i, ids in zip(long, cut, strict=True):
                 whole[i] = ids
         self.shortened += len(long)
+        eos = self._tokenizer.eos_token_id
+        if target and eos is not None:  # not every tokenizer puts it behind a text
+            for i in set(range(len(whole))) - set(long):
+                if not whole[i] or whole[i][-1] not in self._special:
+                    whole[i] = [*whole[i], eos][:most]
         return [np.asarray(ids, np.int32) for ids in whole]
 
 

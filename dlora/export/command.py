@@ -19,7 +19,7 @@ from dlora.adapters.checkpoint_layout import (
     whole_class,
 )
 from dlora.adapters.save_load import adapter_files, save_adapter
-from dlora.adapters.source import AdapterSource, open_adapter
+from dlora.adapters.source import AdapterSource, open_adapter, write_labels
 from dlora.adapters.write import converted_line, write_files
 from dlora.base.answering import write_beside_adapter, write_into_model
 from dlora.base.model import DTYPES, BaseModel
@@ -29,6 +29,7 @@ from dlora.errors import UsageError
 from dlora.export.merged_model import MergedModel
 from dlora.io.files import new_directory
 from dlora.lora.merge import rounding_line
+from dlora.lora.tasks import HEADS
 from dlora.metrics.progress import CopyDisplay
 from dlora.runtime.exit_status import exit_with
 
@@ -143,7 +144,10 @@ def _write_adapter(
             whole = whole_class(skeleton, base.config())
             files = adapter_files(skeleton, base.source)
             write_files(folder, *in_checkpoint_layout(files, keys, whole))
-        write_beside_adapter(folder, base, *_answering(base, source))
+        if source.task in HEADS:
+            write_labels(folder, source.labels)
+        else:
+            write_beside_adapter(folder, base, *_answering(base, source))
     part = part_line(skeleton, base.config()) if stored is None else None
     for line in filter(None, (converted_line(base.path, base.source), part)):
         print(line)
@@ -166,14 +170,15 @@ def _answering(base: BaseModel, source: AdapterSource) -> tuple[Any, list[int]]:
 def _merge(
     source: AdapterSource, base: BaseModel, skeleton, target: Path, dtype: str | None
 ) -> None:
-    stored = StoredBase(base, skeleton)
+    stored, new = StoredBase(base, skeleton), base.stored(skeleton).lacking
     source.attach_to(skeleton)
-    merged = MergedModel(skeleton, source, stored, DTYPES[dtype] if dtype else None)
+    merged = MergedModel(skeleton, source, stored, DTYPES[dtype] if dtype else None, new)
     if merged.untied:
         print(f"{' and '.join(merged.untied)} no longer share a weight: each is written separately")
     with new_directory(target) as folder, CopyDisplay(merged.nbytes) as display:
         merged.write(folder, display)
-        write_into_model(folder, base, *_answering(base, source))
+        if source.task not in HEADS:  # those of a head write nothing
+            write_into_model(folder, base, *_answering(base, source))
     if line := rounding_line(merged.losses, dtype or "the base's dtype"):
         print(f"warning: {line}", file=sys.stderr)
 

@@ -14,13 +14,13 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dlora.adapters.source import AdapterSource
@@ -38,6 +38,7 @@ from dlora.io.safetensors import (
 from dlora.lora.attach import named_adapters, named_copies, weight_at
 from dlora.lora.layers import CHILD
 from dlora.lora.merge import change_of, merged_weight
+from dlora.lora.tasks import HEADS
 from dlora.metrics.progress import CopyDisplay
 
 MERGED_FILE_BYTES = 256 * 10**6
@@ -54,6 +55,7 @@ class MergedModel:
         stored: the base's files, opened before anything was attached.
         dtype: of floating-point tensors, as the base is loaded in it: the class may pin some to
             float32; None: as each is stored in the base.
+        new: parameters of a head that the base lacks, and the adapter has.
 
     Raises:
         UsageError: an adapted parameter is not stored by itself, as floats of its shape.
@@ -63,6 +65,7 @@ class MergedModel:
     source: AdapterSource
     stored: StoredBase
     dtype: torch.dtype | None
+    new: Collection[str] = ()
     losses: dict[str, float] = field(default_factory=dict)  # filled by `write`, by module
     # of parameters that are stored in parts, one or more for each expert, by key
     parts: dict[str, Edit] = field(default_factory=dict)
@@ -78,8 +81,9 @@ class MergedModel:
                 for key in keys:
                     self.parts[key] = self._add_part(path, name, expert, key)
         for path, _, copy in named_copies(self.skeleton):
-            for name, _ in copy.named_parameters():
-                self.edits[f"{path}.{name}"] = self._replace(f"{path}.{CHILD}.{name}")
+            for name in names_in(path, copy):
+                own = name.removeprefix(f"{path}.")
+                self.edits[name] = self._replace(f"{path}.{CHILD}.{own}")
         self.untied = self._untied()
         self.config = self._config()
         self.shards = _shards(list(self._tensors()))
@@ -121,10 +125,22 @@ class MergedModel:
             if not self.stored.has(name):
                 origin = self.stored.tensors[self.stored.key_of(holder)]
                 yield self._tensor(replace(origin, key=name), self.edits.get(name))
+        for name in self.new:
+            yield self._drawn(name)
+
+    def _drawn(self, name: str) -> NewTensor:
+        """A tensor that the files do not have."""
+        original = self.skeleton.get_parameter(name)
+        found = (FLOATS.get(tensor.dtype) for tensor in self.stored.tensors.values())
+        dtype = self.dtype or next(filter(None, found))  # as the base is stored
+        path = next(p for p, _, copy in named_copies(self.skeleton) if name in names_in(p, copy))
+        own = f"{path}.{CHILD}.{name.removeprefix(f'{path}.')}"
+        shape = tuple(original.shape)
+        return new_float_tensor(name, dtype, shape, lambda: iter([self.source.read(own, dtype)]))
 
     def _key_for(self, name: str) -> str:
         """The key of an edited parameter, which may be one that the files do not have yet."""
-        if name in self.untied and not self.stored.has(name):
+        if name in self.new or (name in self.untied and not self.stored.has(name)):
             return name
         return self.stored.key_of(name)
 
@@ -199,6 +215,10 @@ class MergedModel:
         read = self._parsed(config)
         if self.untied or untied_config(read, self.skeleton) is not None:
             _set_untied(config)
+        if self.source.task in HEADS:
+            own = self.skeleton.config
+            config |= {"architectures": [type(self.skeleton).__name__], "id2label": own.id2label}
+            config |= {"label2id": own.label2id, "pad_token_id": own.pad_token_id}
         if self.untied:
             self._check_untied(config)
         return config
@@ -226,6 +246,11 @@ class MergedModel:
             same_shape = original.shape == copy.shape
             pairs = ((copy.rows(*b), original.rows(*b)) for b in (blocks if same_shape else ()))
             self.source.check_base_copy(name, pairs)
+
+
+def names_in(path: str, copy: nn.Module) -> list[str]:
+    """The names in the model of the parameters that the trained copy of the module `path` has."""
+    return [f"{path}.{name}" for name, _ in copy.named_parameters()]
 
 
 def _cast(tensor: StoredTensor, dtype: torch.dtype) -> Iterator[Tensor]:

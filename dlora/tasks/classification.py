@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dlora.base.model_class import set_labels
 from dlora.data.collate import Batch, collate, padded
 from dlora.data.encode import NO_TARGET, Example
 from dlora.errors import UsageError
@@ -33,9 +34,7 @@ class Classification(Task):
 
     def configure(self, config: Any, pad_id: int | None) -> None:
         """Set the labels, and the padding by which a decoder finds a sequence's last token."""
-        config.num_labels = len(self.labels)
-        config.id2label = dict(enumerate(self.labels))
-        config.label2id = {label: i for i, label in enumerate(self.labels)}
+        set_labels(config, self.labels)
         config.problem_type = "single_label_classification"
         text = config.get_text_config()
         if getattr(text, "pad_token_id", None) is None:

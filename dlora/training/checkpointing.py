@@ -222,7 +222,8 @@ class CheckpointManager:
     def _state(self, step: int) -> dict[str, Any]:
         found = self._context.prepared
         fingerprints = found.train.fingerprint, found.base_identity
-        state = state_at(step, self._context.config, found.lora, found.sampler, *fingerprints)
+        about = (self._context.config, found.lora, found.sampler, *fingerprints)
+        state = state_at(step, *about, found.task.labels)
         return state | {"ranks": self._context.ranks.world}
 
     @contextlib.contextmanager

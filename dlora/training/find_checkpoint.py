@@ -164,9 +164,15 @@ def state_at(
     sampler: Sampler | StreamSampler,
     fingerprint: str,
     base: str | None,
+    labels: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """`state.json` after `step` optimizer steps; other arguments as for `check_resume`."""
-    return {
+    """`state.json` after `step` optimizer steps; other arguments as for `check_resume`.
+
+    Args:
+        labels: of a classification, in order.
+    """
+    named = {"labels": list(labels)} if labels else {}
+    return named | {
         "step": step,
         "total_steps": sampler.total_steps,
         "schedule": {"name": config.optimizer.schedule, "next_step": step},

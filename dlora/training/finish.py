@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dlora.adapters.checkpoint_layout import part_line
 from dlora.adapters.save_load import save_adapter
+from dlora.adapters.source import write_labels
 from dlora.adapters.write import converted_line
 from dlora.base.answering import write_beside_adapter
 from dlora.data.stream import Stream
-from dlora.io.files import write_atomically
 from dlora.metrics.log import held_out_line
 from dlora.plan.measured import measure
 from dlora.plan.report import comparison
@@ -68,7 +67,7 @@ def _write_answering(context: RunContext, where: Path) -> None:
     """
     prepared, data = context.prepared, context.config.data
     if labels := prepared.task.labels:
-        write_atomically(where / "labels.json", json.dumps(labels, ensure_ascii=False).encode())
+        write_labels(where, labels)
         return
     has_own = data.chat_template is not None or data.chat_template_kwargs
     tokenizer = prepared.tokenizer if has_own else None

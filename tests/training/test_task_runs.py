@@ -13,6 +13,7 @@ from run_training import Runs, check_near, command_line, same_bits
 from sampling import full
 from tiny import VOCABULARY, tokenizer
 from transformers import (
+    AutoModelForSequenceClassification,
     BertConfig,
     BertModel,
     LlamaConfig,
@@ -21,8 +22,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from dlora import generate
 from dlora.config.load import parse
 from dlora.errors import UsageError
+from dlora.export import command as export
 from dlora.sharding.topology import Topology
 from dlora.training.prepare import prepare
 
@@ -105,7 +108,7 @@ def test_a_run_on_two_ranks_is_that_of_one_process_and_peft_has_its_figures(
 
 def classified(run: Path) -> dict[str, float]:
     """Loss, accuracy and mean F1 of a run's adapter in PEFT, text by text."""
-    labels = json.loads((run / "adapter/labels.json").read_text())
+    labels = json.loads((run / "adapter/labels.json").read_text())["labels"]
     assert labels == sorted(WORDS)
     model = AutoPeftModelForSequenceClassification.from_pretrained(
         str(run / "adapter"), num_labels=len(labels), dtype=torch.float32
@@ -134,12 +137,62 @@ def written(run: Path) -> dict[str, float]:
     model.eval()
     loss, tokens = 0.0, 0
     for row in ROWS:
-        target = tokenizer()(text_target=row["label"], return_tensors="pt")["input_ids"]
+        ids = tokenizer()(text_target=row["label"])["input_ids"]
+        target = torch.tensor([[*ids, tokenizer().eos_token_id]])  # this tokenizer puts none
         given = tokenizer()(row["sound"], return_tensors="pt")
         with torch.no_grad():
             found = model(**given, labels=target)
         loss, tokens = loss + float(found.loss) * target.numel(), tokens + target.numel()
     return {"eval_loss": loss / tokens}
+
+
+def test_what_a_classification_leaves_can_be_exported_and_tried(
+    run: Runs, tmp_path: Path, capsys: Any
+) -> None:
+    """As a model of transformers with its labels, and as the label of a text; of both forms."""
+    run("run", 1, "bert", train__max_steps=3, output__save_every=3)
+    adapter = tmp_path / "run/adapter"
+    peft = AutoPeftModelForSequenceClassification.from_pretrained(
+        str(adapter), num_labels=3, dtype=torch.float32
+    ).eval()
+    text = tokenizer()("woof", return_tensors="pt")
+    with torch.no_grad():
+        wanted = peft(**text).logits
+    for number, source in enumerate((adapter, tmp_path / "run/checkpoints/step-000003")):
+        merged = tmp_path / f"merged-{number}"
+        assert export.main(["--adapter", str(source), "--to", str(merged), "--merge"]) == 0
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            merged, output_loading_info=True, dtype=torch.float32
+        )
+        assert not found["missing_keys"]
+        with torch.no_grad():
+            torch.testing.assert_close(model.eval()(**text).logits, wanted, rtol=1e-5, atol=1e-6)
+    assert AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "merged-0"
+    ).config.id2label == dict(enumerate(sorted(WORDS)))
+    capsys.readouterr()
+    words = ["--adapter", str(adapter), "--prompt", "woof", "--dtype", "float32"]
+    assert generate.main(words) == 0
+    label, probability = capsys.readouterr().out.split()
+    assert label == sorted(WORDS)[int(wanted.argmax())]
+    assert float(probability.strip("()")) == pytest.approx(
+        float(wanted.softmax(-1).max()), abs=1e-3
+    )
+
+
+def test_an_adapter_of_an_encoder_decoder_writes_what_peft_writes(
+    run: Runs, tmp_path: Path, capsys: Any
+) -> None:
+    run("run", 1, "t5", train__max_steps=3)
+    adapter = str(tmp_path / "run/adapter")
+    model = AutoPeftModelForSeq2SeqLM.from_pretrained(adapter, dtype=torch.float32).eval()
+    given = tokenizer()("woof", return_tensors="pt")
+    made = model.generate(**given, max_new_tokens=6, do_sample=False)
+    capsys.readouterr()
+    words = ["--adapter", adapter, "--prompt", "woof", "--max-new-tokens", "6"]
+    assert generate.main([*words, "--dtype", "float32"]) == 0
+    wanted = tokenizer().decode(made[0, 1:], skip_special_tokens=True)
+    assert capsys.readouterr().out.strip() == wanted.strip()
 
 
 def test_a_resumed_classification_is_the_uninterrupted_one(run: Runs, pools: Pools) -> None:
