@@ -63,8 +63,8 @@ def _task_of_class(model: nn.Module) -> str | None:
 
 
 def _takes_what_is_passed(model: nn.Module, task: str) -> bool:
-    # Of the class: a run extends the forward of its model.
-    parameters = inspect.signature(_own_class(model).forward).parameters
+    own: Any = _own_class(model)  # a run extends the forward of its model
+    parameters = inspect.signature(own.forward).parameters
     if all(name in parameters for name in _PASSED):
         return True
     # A model of text ignores an argument that is None; one of several kinds of input may not.
