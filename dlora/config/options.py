@@ -52,7 +52,9 @@ def _parsed(opt: Option, word: str) -> Any:
     try:
         return parse_yaml(word, opt.key)[0]
     except UsageError:
-        if any(get_origin(member) is dict for member in members(opt.accepted)):
+        kinds = members(opt.accepted)
+        is_mapping = any(get_origin(kind) is dict for kind in kinds)
+        if is_mapping and (str not in kinds or word.lstrip().startswith("{")):
             raise  # of a duplicate key
         return word
 

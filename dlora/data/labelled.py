@@ -105,6 +105,8 @@ class LabelledTexts:
                 f"{_shown(list(self._place))}"
             )
         self._renderer.render(content.text, beside)
+        if not self._place:  # a text as well
+            self._renderer.render(content.label, {})
         return content
 
     def encode(self, records: Sequence[LabelledText]) -> list[tuple[Int32Array, Int32Array]]:

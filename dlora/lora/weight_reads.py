@@ -13,8 +13,9 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import operator
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,18 @@ from torch import nn
 _OF_NO_VALUE = {"dtype", "device", "shape", "ndim", "size", "data", "is_cuda", "numel", "dim"}
 _OF_NO_VALUE |= {"requires_grad", "requires_grad_", "copy_", "stride", "type", "grad", "nbytes"}
 _PREDICATES = {"isinstance": isinstance, "hasattr": hasattr, "getattr": getattr, "len": len}
+_COMPARISONS: dict[type, Callable[[Any, Any], bool]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Is: operator.is_,
+    ast.IsNot: operator.is_not,
+    ast.In: lambda one, other: one in other,
+    ast.NotIn: lambda one, other: one not in other,
+}
 _EACH = "*"  # in a path: each module of a list
 _NOT_COMPUTING = ("__init__", "_init", "init_", "reset_", "extra_repr", "_reset", "tie_", "_tie")
 # Methods of base classes for all models, which know no layer of a model.
@@ -182,10 +195,9 @@ class _Uses(ast.NodeVisitor):
                 return None
             if isinstance(node, ast.Attribute) and node.attr == "training":
                 return None
-        names = {"__builtins__": {}, "self": self._module, **_PREDICATES}
         try:
-            return bool(eval(compile(ast.Expression(test), "", "eval"), names))  # noqa: S307
-        except Exception:  # an attribute that is not there yet
+            return bool(_value(test, self._module))
+        except Exception:  # an attribute that is not there yet, or another kind of expression
             return None
 
     def _weight_of(self, node: ast.AST) -> str | None:
@@ -207,6 +219,37 @@ class _Uses(ast.NodeVisitor):
             return node.attr
         before = self._path(node.value)
         return before and f"{before}.{node.attr}"
+
+
+def _value(node: ast.expr, module: nn.Module) -> Any:
+    """The value of an expression of a module's own attributes, constants and predicates.
+
+    Raises:
+        LookupError: it has something else in it.
+    """
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.Name) and node.id == "self":
+        return module
+    if isinstance(node, ast.Attribute):
+        return getattr(_value(node.value, module), node.attr)
+    if isinstance(node, ast.Subscript):
+        return _value(node.value, module)[_value(node.slice, module)]
+    if isinstance(node, ast.Tuple | ast.List):
+        return [_value(item, module) for item in node.elts]
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        return not _value(node.operand, module)
+    if isinstance(node, ast.BoolOp):
+        decide = all if isinstance(node.op, ast.And) else any
+        return decide(_value(item, module) for item in node.values)
+    if isinstance(node, ast.Compare):
+        sides = [_value(side, module) for side in (node.left, *node.comparators)]
+        pairs = zip(node.ops, sides, sides[1:], strict=False)
+        return all(_COMPARISONS[type(op)](one, other) for op, one, other in pairs)
+    if isinstance(node, ast.Call) and _is_predicate(node) and not node.keywords:
+        function: Any = _PREDICATES[ast.unparse(node.func)]
+        return function(*(_value(argument, module) for argument in node.args))
+    raise LookupError(ast.unparse(node))
 
 
 def _is_predicate(node: ast.Call) -> bool:

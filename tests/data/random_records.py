@@ -35,6 +35,8 @@ def records(format: str, count: int, seed: int) -> list[dict[str, Any]]:
 def _record(format: str, draw: random.Random) -> dict[str, Any]:
     if format == "alpaca":
         record = {"instruction": _text(draw), "input": _text(draw), "output": _text(draw)}
+    elif format == "labelled":
+        record = {"text": _text(draw), "label": draw.choice([_text(draw), draw.randint(0, 9), 0.5])}
     elif format == "text":
         record = {"text": "<s>" * draw.randint(0, 1) + _text(draw)}
     else:

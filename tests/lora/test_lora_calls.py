@@ -88,7 +88,7 @@ def test_operators_of_a_layer_on_a_gpu() -> None:
     kinds = {"dtype": torch.bfloat16}
     values = StepValues()
     with fake_cuda() as device, values.shared():
-        x, dy = (torch.empty(ROWS, TOKENS, n, device=device, **kinds) for n in (N, M))
+        x, dy = (torch.empty(ROWS * TOKENS, n, device=device, **kinds) for n in (N, M))
         W0 = torch.empty(M, N, device=device, **kinds)
         A, B = torch.empty(2, N, device=device), torch.empty(M, 2, device=device)
 

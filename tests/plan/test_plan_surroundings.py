@@ -44,6 +44,7 @@ def test_the_largest_micro_batch_is_that_of_the_run(world: int, size: int) -> No
     starts = np.cumsum([0, *lengths])
     ids = np.zeros(starts[-1], dtype=np.int32)
     labels = np.where(generator.random(len(ids)) < 0.3, 1, NO_TARGET).astype(np.int32)
+    labels[starts[:-1]] = NO_TARGET  # the first token has none that could predict it
     data = Dataset(ids, labels, starts, Report(61, 61, 0, 0, 0, max(lengths), 256))
     sampler = Sampler(60, 12, seed=3, shuffle=True, max_steps=4)
     words = ["--model.path=m", "--data.train=d.jsonl", "--output.dir=o"]

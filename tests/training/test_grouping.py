@@ -59,11 +59,11 @@ def test_the_loss_of_a_step_is_that_of_its_sequences_alone(
     groupings: list[tuple[int, int, dict[str, Any]]] = [(1, size, {}) for size in (1, 2, 4, 8)]
     groupings += [(1, 8, AGAIN), (2, 4, ENGINES[0] | AGAIN), (2, 2, ENGINES[1] | AGAIN)]
     for number, (world, size, settings) in enumerate(groupings):
-        settings |= STILL | {"model": model, "train__micro_batch_size": size}
+        given = settings | STILL | {"model": model, "train__micro_batch_size": size}
         if number == 0:
-            settings |= {"data__eval": chats, "output__eval_every": 1}
-        _, lines = run(str(number), world, **settings)
-        assert lines[-1]["loss"] == pytest.approx(wanted, rel=1e-6), settings
+            given |= {"data__eval": chats, "output__eval_every": 1}
+        _, lines = run(str(number), world, **given)
+        assert lines[-1]["loss"] == pytest.approx(wanted, rel=1e-6), given
         hashes.add(lines[-1]["batch_hash"])
         for line in lines:
             assert line.get("eval_loss", wanted) == pytest.approx(wanted, rel=1e-6)
@@ -74,9 +74,10 @@ def test_the_loss_of_a_step_is_that_of_its_sequences_alone(
 def test_gradients_do_not_depend_on_the_grouping(run: Runs, model: str) -> None:
     """Nor on recomputation, which has to see the positions and the mode of the forward pass."""
     settings = {"model": model, "train__max_steps": 3, "adapter__lora_dropout": 0.1}
-    alone = run("alone", 1, train__micro_batch_size=1, **settings)
-    check_near(run("again", 1, train__micro_batch_size=4, **settings, **AGAIN), alone)
-    check_near(run("two", 2, train__micro_batch_size=2, **settings, **ENGINES[0]), alone)
+    alone = run("alone", 1, **settings | {"train__micro_batch_size": 1})
+    four, two = {"train__micro_batch_size": 4}, {"train__micro_batch_size": 2}
+    check_near(run("again", 1, **AGAIN | settings | four), alone)
+    check_near(run("two", 2, **ENGINES[0] | settings | two), alone)
 
 
 def test_what_is_off_is_named(run: Runs) -> None:
