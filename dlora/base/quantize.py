@@ -18,6 +18,7 @@ from dlora.base.skeleton import pinned_dtypes
 from dlora.errors import UsageError, and_more
 from dlora.lora.layers import AdaptedLayer, layer_kind
 from dlora.lora.targets import linear_paths, readers_of_weights
+from dlora.lora.weight_reads import weights_asked_for
 from dlora.quant.formats import FORMATS
 from dlora.quant.linear import CODES, SCALES, Packing, is_packed, pack
 from dlora.sharding.engines.gather_groups import block_lists
@@ -81,6 +82,7 @@ def quantize(model: nn.Module, quantization: str) -> Quantized:
         raise UsageError("quantize: this model is already packed")
     packed, weights, nbytes = [], 0, 0
     left, uses = dict(_not_linear(model)), _uses(model)
+    asked = weights_asked_for(model)
     for path, reader in readers_of_weights(model).items():
         left[path] = f"{reader} reads its weight itself"
     for path in _linear_in_blocks(model):
@@ -88,6 +90,8 @@ def quantize(model: nn.Module, quantization: str) -> Quantized:
         k, n = module.get_parameter("weight").shape
         if n % fmt.block:
             left[path] = f"its rows have {n} weights, not a multiple of the block size {fmt.block}"
+        elif path in asked:
+            left[path] = f"{asked[path]} asks for its weight, which a packed layer has not"
         elif _must_be_float32(model, path):
             left[path] = "the model needs it in float32"
         elif uses[id(module.weight)] > 1:

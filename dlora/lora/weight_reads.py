@@ -81,6 +81,25 @@ def weight_reads(model: nn.Module) -> dict[str, Read]:
     return found
 
 
+def weights_asked_for(model: nn.Module) -> dict[str, str]:
+    """{layer: the class that asks its weight for no values, such as its dtype}."""
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        kind: Any = type(module)
+        if isinstance(module, _SWITCHED_OFF) or not _asking(kind):
+            continue
+        for inner in sorted(_uses(kind, module).asked):
+            for layer in _modules_at(module, inner):
+                found[f"{path}.{layer}" if path else layer] = kind.__name__
+    return found
+
+
+@functools.cache
+def _asking(kind: type) -> frozenset[str]:
+    """What the methods of a class ask a weight of in any branch."""
+    return frozenset(_uses(kind, None).asked)
+
+
 @functools.cache
 def _mentioned(kind: type) -> frozenset[str]:
     """What the methods of a class read in any branch."""
@@ -130,6 +149,7 @@ class _Uses(ast.NodeVisitor):
 
     def __init__(self, module: nn.Module | None) -> None:
         self.read, self.called, self.whole = set[str](), set[str](), set[str]()
+        self.asked = set[str]()  # for the dtype of a weight, say, which a packed layer has not
         self._module, self._aliases = module, dict[str, str]()
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
@@ -174,7 +194,8 @@ class _Uses(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
-        if node.attr in _OF_NO_VALUE and self._weight_of(node.value):
+        if node.attr in _OF_NO_VALUE and (path := self._weight_of(node.value)):
+            self.asked.add(path)
             return
         if path := self._weight_of(node):
             self.read.add(path)
