@@ -170,7 +170,8 @@ def _answering(base: BaseModel, source: AdapterSource) -> tuple[Any, list[int]]:
 def _merge(
     source: AdapterSource, base: BaseModel, skeleton, target: Path, dtype: str | None
 ) -> None:
-    stored, new = StoredBase(base, skeleton), base.stored(skeleton).lacking
+    stored = StoredBase(base, skeleton)
+    new = base.stored(skeleton).lacking if base.made_as.draws_head else []
     source.attach_to(skeleton)
     merged = MergedModel(skeleton, source, stored, DTYPES[dtype] if dtype else None, new)
     if merged.untied:
