@@ -168,6 +168,8 @@ class DropoutStream:
             rows_T, tokens_T = self._positions.unbind(1)
             return Mask(grid.hashes(x.device, grid.longest)[rows_T, tokens_T], layer, p)
         tokens, rest = divmod(total, rows)
+        if x.ndim == 2 and total == rows:  # a vector of each sequence, as of a pooler
+            return Mask(grid.hashes(x.device, 1).view(-1), layer, p)
         if rest or tokens < grid.longest or x.ndim > 3:
             # An input that is not a [rows, tokens] grid (a mixture-of-experts branch, say)
             # cannot be split by sequence: one stream for all of it, still exact on recomputation.

@@ -60,7 +60,7 @@ class ChunkedTargetLoss(torch.autograd.Function):
             piece = slice(start, start + chunk)
             with torch.set_grad_enabled(needs_grad):
                 h = hidden.detach()[piece].requires_grad_(needs_grad)
-                z = _at_least_float32(logits(h, positions[piece]))
+                z = at_least_float32(logits(h, positions[piece]))
                 loss = F.cross_entropy(z, targets[piece], reduction="sum")
             total += loss.detach().double()
             wanted = [t for t, s in zip((h, *parameters), sums, strict=False) if s is not None]
@@ -211,8 +211,9 @@ def loss_of_logits(logits: Tensor, targets: Tensor, positions: Tensor) -> Tensor
             f"{list(targets.shape)}, so the loss of each token is not known"
         )
     z, t = logits[tuple(positions.T)], targets[tuple(positions.T)]
-    return F.cross_entropy(_at_least_float32(z), t, reduction="sum")
+    return F.cross_entropy(at_least_float32(z), t, reduction="sum")
 
 
-def _at_least_float32(logits: Tensor) -> Tensor:
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Logits in the dtype that their loss is computed in."""
     return logits if logits.dtype == torch.float64 else logits.float()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from torch import nn
@@ -14,7 +13,6 @@ from dlora.objectives import chunked_loss
 from dlora.objectives.output_head import output_head
 from dlora.objectives.own_length import check_scalings
 from dlora.objectives.router_loss import find_router_loss
-from dlora.tasks.generation import generated
 from dlora.tasks.task import Task
 
 
@@ -44,16 +42,9 @@ class Causal(Task):
     def install(self, model: nn.Module, device: str | None = None) -> None:
         chunked_loss.install(model, device)
 
-    def answers(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        examples: Sequence[Example],
-        *,
-        pad_id: int,
-        ends: Sequence[int] = (),
-    ) -> list[tuple[str, str, str]]:
-        """The prompt is what comes before the first target; the answer is decoded greedily."""
-        starts = [int((example.labels != NO_TARGET).argmax()) for example in examples]
-        prompts = [e.input_ids[:s].tolist() for e, s in zip(examples, starts, strict=True)]
-        return generated(model, tokenizer, examples, prompts, pad_id=pad_id, ends=ends)
+    def prompt(self, example: Example) -> list[int]:
+        """What comes before the first target."""
+        before: list[int] = example.input_ids[
+            : int((example.labels != NO_TARGET).argmax())
+        ].tolist()
+        return before

@@ -8,7 +8,6 @@ the adapters and saved with them, as PEFT does.
 
 from __future__ import annotations
 
-import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from dlora.base.model_class import set_labels
 from dlora.data.collate import Batch, collate, padded
 from dlora.data.encode import NO_TARGET, Example
 from dlora.errors import UsageError
+from dlora.objectives.chunked_loss import at_least_float32
 from dlora.tasks.task import Task
 
 
@@ -73,28 +73,16 @@ class Classification(Task):
         labels[-1] = 0
         return Example(0, ids, labels)
 
-    def install(self, model: nn.Module, device: str | None = None) -> None:
-        own_forward = model.forward
-
-        def forward(
-            self: Any,
-            *args: Any,
-            targets: Tensor | None = None,
-            positions: Any = None,
-            lengths: Any = None,
-            **kwargs: Any,
-        ) -> Any:
-            found = own_forward(*args, **kwargs)
-            return found if targets is None else _loss(found.logits, targets)
-
-        model.forward = types.MethodType(forward, model)
+    def loss(self, logits: Tensor, targets: Tensor, positions: Tensor | None) -> Tensor:
+        z = at_least_float32(logits)
+        return F.cross_entropy(z, targets, reduction="sum", ignore_index=NO_TARGET)
 
     def evaluate(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """The counts are the confusion matrix, flattened: [C · C], by wanted and found label."""
         logits, wanted = model(**batch.inputs).logits, batch.targets
         number, known = len(self.labels), wanted != NO_TARGET
         pairs = wanted[known] * number + logits.argmax(-1)[known]
-        return _loss(logits, wanted), torch.bincount(pairs, minlength=number**2)
+        return self.loss(logits, wanted, None), torch.bincount(pairs, minlength=number**2)
 
     @property
     def counted(self) -> int:
@@ -130,9 +118,3 @@ class Classification(Task):
             )
             for example, label in zip(examples, found, strict=True)
         ]
-
-
-def _loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Σ cross entropy of logits [B, C], at least in float32; 0 with a gradient without targets."""
-    z = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(z, targets, reduction="sum", ignore_index=NO_TARGET)

@@ -8,19 +8,17 @@ In the data set the two stand behind each other, and the targets are all of the 
 
 from __future__ import annotations
 
-import types
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlora.data.collate import Batch, padded
 from dlora.data.encode import NO_TARGET, Example
 from dlora.errors import UsageError
-from dlora.tasks.generation import generated
+from dlora.objectives.chunked_loss import at_least_float32
 from dlora.tasks.task import Task
 
 
@@ -68,7 +66,8 @@ class Seq2Seq(Task):
             targets=targets,
             positions=positions,
             ids=[example.id for example in examples],
-            lengths=[len(source) for source in sources] if examples else [],
+            # Dropout keeps encoder and decoder apart by layer, and both have so many tokens.
+            lengths=[min(map(len, pair)) for pair in pairs] if examples else [],
             num_targets=len(positions),
             extra={"attention_mask": mask, "decoder_input_ids": read},
         )
@@ -80,38 +79,14 @@ class Seq2Seq(Task):
         labels[: len(ids) // 2] = NO_TARGET
         return Example(0, ids, labels)
 
-    def install(self, model: nn.Module, device: str | None = None) -> None:
-        own_forward = model.forward
+    def loss(self, logits: Tensor, targets: Tensor, positions: Tensor | None) -> Tensor:
+        found = (targets != NO_TARGET).nonzero() if positions is None else positions
+        z = at_least_float32(logits[tuple(found.T)])
+        return F.cross_entropy(z, targets[tuple(found.T)], reduction="sum")
 
-        def forward(
-            self: Any,
-            *args: Any,
-            targets: Tensor | None = None,
-            positions: Tensor | None = None,
-            lengths: Any = None,
-            **kwargs: Any,
-        ) -> Any:
-            if targets is None:
-                return own_forward(*args, **kwargs)
-            logits = own_forward(*args, use_cache=False, **kwargs).logits
-            found = (targets != NO_TARGET).nonzero() if positions is None else positions
-            z = logits[tuple(found.T)]
-            z = z if z.dtype == torch.float64 else z.float()
-            return F.cross_entropy(z, targets[tuple(found.T)], reduction="sum")
-
-        model.forward = types.MethodType(forward, model)
-
-    def answers(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        examples: Sequence[Example],
-        *,
-        pad_id: int,
-        ends: Sequence[int] = (),
-    ) -> list[tuple[str, str, str]]:
-        prompts = [_parts(example)[0].tolist() for example in examples]
-        return generated(model, tokenizer, examples, prompts, pad_id=pad_id, ends=ends)
+    def prompt(self, example: Example) -> list[int]:
+        source: list[int] = _parts(example)[0].tolist()
+        return source
 
 
 def _parts(example: Example) -> tuple[Any, Any]:

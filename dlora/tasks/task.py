@@ -8,6 +8,8 @@ The loop, sharding, the adapters, checkpoints and the plan are the same for all 
 
 from __future__ import annotations
 
+import types
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -16,9 +18,10 @@ from torch import Tensor, nn
 
 from dlora.data.collate import Batch
 from dlora.data.encode import Example
+from dlora.tasks.generation import generated
 
 
-class Task:
+class Task(ABC):
     """What the model is trained to do; what a subclass leaves out is that of a language model.
 
     Attributes:
@@ -42,9 +45,9 @@ class Task:
     def configure(self, config: Any, pad_id: int | None) -> None:
         """Set on a model's configuration what the task needs of it."""
 
+    @abstractmethod
     def check(self, model: nn.Module) -> None:
         """Raise a `UsageError` if the model, which may be on the meta device, cannot do it."""
-        raise NotImplementedError
 
     def head(self, model: Any) -> nn.Module:
         """The module that makes what is scored."""
@@ -55,16 +58,33 @@ class Task:
         """The head, if its loss is computed in chunks, so that nobody sees its whole output."""
         return None
 
+    @abstractmethod
     def collate(self, examples: Sequence[Example], pad_id: int) -> Batch:
         """One micro-batch; of no examples, one without a target, which the model takes as well."""
-        raise NotImplementedError
 
+    @abstractmethod
     def example(self, tokens: int) -> Example:
         """A sequence of so many tokens with as many targets as can be, for the plan."""
-        raise NotImplementedError
 
     def install(self, model: nn.Module, device: str | None = None) -> None:
         """Let the model compute `model(**batch.inputs, targets=…, positions=…)` → Σ loss."""
+        own_forward = model.forward
+
+        def forward(
+            _: Any,
+            *args: Any,
+            targets: Tensor | None = None,
+            positions: Tensor | None = None,
+            lengths: Any = None,
+            **kwargs: Any,
+        ) -> Any:
+            found = own_forward(*args, **kwargs)
+            return found if targets is None else self.loss(found.logits, targets, positions)
+
+        model.forward = types.MethodType(forward, model)
+
+    def loss(self, logits: Tensor, targets: Tensor, positions: Tensor | None) -> Tensor:
+        """Σ cross entropy of a model's own logits, where `install` does not compute it itself."""
         raise NotImplementedError
 
     def evaluate(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -82,6 +102,10 @@ class Task:
         """What the counts of a whole data set say, by name; `eval_` is put in front."""
         return {}
 
+    def prompt(self, example: Example) -> list[int]:
+        """The tokens of a sequence that a model which writes gets of it."""
+        raise NotImplementedError
+
     def answers(
         self,
         model: nn.Module,
@@ -91,8 +115,12 @@ class Task:
         pad_id: int,
         ends: Sequence[int] = (),
     ) -> list[tuple[str, str, str]]:
-        """(what was asked, what was wanted, what the model answers) of each example.
+        """(what was asked, what was wanted, what the model answers, greedily) of each example.
 
         Collective on a sharded base, and the same on every rank.
+
+        Args:
+            ends: tokens that end the answers of the data.
         """
-        raise NotImplementedError
+        prompts = [self.prompt(example) for example in examples]
+        return generated(model, tokenizer, examples, prompts, pad_id=pad_id, ends=ends)

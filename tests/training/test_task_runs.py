@@ -33,6 +33,7 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES |= {"intermediate_size": 48, "vocab_size": VOCABULARY}
 BASES: dict[str, Any] = {  # none of the first two has a head for a classification
     "bert": lambda: BertModel(BertConfig(**SIZES), add_pooling_layer=False),
+    "pooled": lambda: BertModel(BertConfig(**SIZES)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
     "t5": lambda: T5ForConditionalGeneration(
         T5Config(
@@ -98,7 +99,7 @@ def test_a_run_on_two_ranks_is_that_of_one_process_and_peft_has_its_figures(
 ) -> None:
     one = run("one", 1, base)
     got = run("two", 2, base, sharding__engine=engine, sharding__base="world")
-    check_near(*((results, [r for r in lines if "loss" in r]) for results, lines in (got, one)))
+    check_near(trained(got), trained(one))
     names = {"eval_loss"} if base == "t5" else {"eval_loss", "eval_accuracy", "eval_f1"}
     said = {name: got[1][-1][name] for name in names}
     assert said == pytest.approx({name: one[1][-1][name] for name in names}, rel=1e-4)
@@ -144,6 +145,20 @@ def written(run: Path) -> dict[str, float]:
             found = model(**given, labels=target)
         loss, tokens = loss + float(found.loss) * target.numel(), tokens + target.numel()
     return {"eval_loss": loss / tokens}
+
+
+@pytest.mark.parametrize("base", ["pooled", "t5"])
+def test_dropout_is_that_of_each_sequence_whatever_the_micro_batch(run: Runs, base: str) -> None:
+    """Also in a pooler, which has one vector of each, and in a decoder that is shorter."""
+    settings = {"adapter__lora_dropout": 0.2, "train__max_steps": 3}
+    alone = run("alone", 1, base, train__micro_batch_size=1, **settings)
+    check_near(*map(trained, (run("four", 1, base, train__micro_batch_size=4, **settings), alone)))
+
+
+def trained(run: Any) -> Any:
+    """A run without the lines that are evaluations alone."""
+    results, lines = run
+    return results, [line for line in lines if "loss" in line]
 
 
 def test_what_a_classification_leaves_can_be_exported_and_tried(
