@@ -42,7 +42,7 @@ class Task(ABC):
         """Take the names of the labels, in order, where the task has labels."""
         self.labels = tuple(labels)
 
-    def configure(self, config: Any, pad_id: int | None) -> None:
+    def configure(self, config: Any, pad_id: int | None) -> None:  # noqa: B027 - may do nothing
         """Set on a model's configuration what the task needs of it."""
 
     @abstractmethod
