@@ -98,8 +98,9 @@ class BaseModel(BaseSource):
 
     def _from_config(self, **attention: str) -> Any:
         config = self.config()
+        auto = self.made_as.auto(config)
         with torch.device("meta"), _naming_path(self.path):
-            return self.made_as.auto(config).from_config(
+            return auto.from_config(
                 config, dtype=self.dtype, trust_remote_code=self.trust_remote_code, **attention
             )
 
