@@ -393,7 +393,7 @@ MISTAKES = [  # words of the command line, what the one line has to say
     (["--train.objective", "ppo"], ["train.objective: expected one of sft, got 'ppo'"]),
     (["--model.quantization", "null"], ["model.quantization: expected one of none, int8"]),
     (["--adapter.init_lora_weights", "false"], ["adapter.init_lora_weights: expected one of true"]),
-    (["--adapter.rank_pattern", "{q: a}"], ["adapter.rank_pattern: expected dict[str, int]"]),
+    (["--adapter.rank_pattern", "{q: a}"], ["adapter.rank_pattern: expected a mapping of names to int"]),
     (["--adapter.modules_to_save", "head"], ["adapter.modules_to_save: expected list[str]"]),
     (["--train.epochs", "1.5"], ["train.epochs: expected int or null"]),
     (["--data.chat_template", "no.jinja"], ["data.chat_template: no.jinja: No such file", "Jinja"]),
