@@ -1,5 +1,5 @@
-"""A method, an initialisation, an objective, an optimizer, an engine, a task, a format of weights or
-of records and a kind of file are one added file each.
+"""A method, an initialisation, an objective, an optimizer, an engine, a task, a format of weights
+or of records, and a kind of file are one added file each.
 
 Each test adds one file to a copy of the package, names it in YAML and runs it on two ranks.
 """
