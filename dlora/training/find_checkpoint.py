@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from dlora.checkpoint import format as checkpoints
+from dlora.checkpoint.listing import newest
 from dlora.checkpoint.remote import remote_of
 from dlora.checkpoint.state import saved_lora
 from dlora.config.load import SCHEMA, Config
@@ -97,7 +98,7 @@ def find_checkpoint(
 def _newest(root: Path, announce: Callable[[str], None]) -> ResumePoint | None:
     """The newest checkpoint on the disk from which a run can resume."""
     found: list[ResumePoint] = []
-    checkpoints.newest(root, announce, lambda directory: found.append(_opened(directory)))
+    newest(root, announce, lambda directory: found.append(_opened(directory)))
     return found[0] if found else None
 
 

@@ -397,7 +397,7 @@ MISTAKES = [  # words of the command line, what the one line has to say
     (["--adapter.modules_to_save", "head"], ["modules_to_save: expected a list of str"]),
     (["--train.epochs", "1.5"], ["train.epochs: expected int or null"]),
     (["--data.chat_template", "no.jinja"], ["data.chat_template: no.jinja: No such file", "Jinja"]),
-    (["--data.chat_template_kwargs", "{a: [1]}"], ["data.chat_template_kwargs: expected a mapping of names"]),
+    (["--data.chat_template_kwargs", "{a: [1]}"], ["kwargs: expected a mapping of names"]),
 ]  # fmt: skip
 
 
