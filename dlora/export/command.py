@@ -18,8 +18,10 @@ from dlora.adapters.checkpoint_layout import (
     part_line,
     whole_class,
 )
+from dlora.adapters.open_adapter import open_adapter
+from dlora.adapters.recorded import write_labels
 from dlora.adapters.save_load import adapter_files, save_adapter
-from dlora.adapters.source import AdapterSource, open_adapter, write_labels
+from dlora.adapters.source import AdapterSource
 from dlora.adapters.write import converted_line, write_files
 from dlora.base.answering import write_beside_adapter, write_into_model
 from dlora.base.model import DTYPES, BaseModel

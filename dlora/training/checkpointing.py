@@ -224,7 +224,7 @@ class CheckpointManager:
         found = self._context.prepared
         fingerprints = found.train.fingerprint, found.base_identity
         about = (self._context.config, found.lora, found.sampler, *fingerprints)
-        state = state_at(step, *about, found.task.labels)
+        state = state_at(step, *about, found.task.labels, found.train.report.ends)
         return state | {"ranks": self._context.ranks.world}
 
     @contextlib.contextmanager

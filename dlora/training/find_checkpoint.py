@@ -166,13 +166,17 @@ def state_at(
     fingerprint: str,
     base: str | None,
     labels: Sequence[str] = (),
+    ends: Sequence[int] = (),
 ) -> dict[str, Any]:
     """`state.json` after `step` optimizer steps; other arguments as for `check_resume`.
 
     Args:
         labels: of a classification, in order.
+        ends: tokens that end an answer of the data.
     """
-    named = {"labels": list(labels)} if labels else {}
+    named: dict[str, Any] = {"labels": list(labels)} if labels else {}
+    if ends:
+        named["ends"] = list(ends)
     return named | {
         "step": step,
         "total_steps": sampler.total_steps,

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dlora.adapters.checkpoint_layout import part_line
+from dlora.adapters.recorded import write_labels
 from dlora.adapters.save_load import save_adapter
-from dlora.adapters.source import write_labels
 from dlora.adapters.write import converted_line
 from dlora.base.answering import write_beside_adapter
 from dlora.data.stream import Stream

@@ -18,7 +18,7 @@ from refusals import refusal
 from safetensors.torch import save
 from tiny import command
 
-from dlora.adapters.source import open_adapter
+from dlora.adapters.open_adapter import open_adapter
 from dlora.checkpoint import format as checkpoints
 from dlora.checkpoint.format import Checkpoint
 from dlora.checkpoint.writing import write

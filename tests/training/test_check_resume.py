@@ -20,7 +20,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from dlora.adapters.source import open_adapter
+from dlora.adapters.open_adapter import open_adapter
 from dlora.checkpoint.format import Checkpoint, read
 from dlora.checkpoint.listing import newest
 from dlora.checkpoint.writing import write
