@@ -8,8 +8,8 @@
 Importing dlora loads torch, and nothing larger.
 """
 
-from dlora.adapters.save_load import load_adapter, save_adapter
-from dlora.api import attach, shard, start_from_gradients
+from dlora.adapters.save_load import save_adapter
+from dlora.api import attach, load_adapter, shard, start_from_gradients
 from dlora.base.quantize import quantize
 from dlora.errors import UsageError
 from dlora.lora.attach import disabled

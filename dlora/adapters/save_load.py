@@ -21,6 +21,7 @@ from dlora.adapters.diffusers_format import (
     header,
     is_of_diffusers,
 )
+from dlora.adapters.hub import adapter_directory
 from dlora.adapters.layouts import in_layout_of
 from dlora.adapters.peft_format import NO_TARGETS, PREFIX, adalora_files, lora_files, peft_slots
 from dlora.adapters.write import CONFIG, WEIGHTS, recorded_name, write_files
@@ -117,6 +118,9 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     Names are matched as PEFT's loader does: a target, a pattern or a module to save that the model
     lacks is ignored, and those of an older layout of the model are renamed.
 
+    Args:
+        directory: of PEFT's files, or the id of a repository of the Hugging Face hub.
+
     Returns:
         `model`.
 
@@ -125,7 +129,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
             have, contains NaN or infinite values, or does not fit the model; the message names
             the file and the key.
     """
-    directory = Path(directory).expanduser()
+    directory = adapter_directory(directory, "load_adapter")
     file = inside(directory, WEIGHTS)
     config, tensors = in_layout_of(model, read_config(directory), stored_tensors(file))
     check_numbers(tensors)

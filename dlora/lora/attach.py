@@ -358,6 +358,10 @@ def _forbid_fused_inference(model: nn.Module) -> None:
         if not any(hasattr(child, CHILD) for child in module.modules()):
             continue
         if isinstance(module, nn.TransformerEncoderLayer):
-            module.register_forward_pre_hook(lambda module, args: None)
+            module.register_forward_pre_hook(_no_fused_layer)
         elif isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
+
+
+def _no_fused_layer(module: nn.Module, args: Any) -> None:
+    """A hook that does nothing."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 from enum import Enum
 from typing import ClassVar
 
-from torch import nn
-
 from dlora.errors import UsageError
+from dlora.lora.own_storage import OwnStorage
 
 
 class AdapterState(Enum):
@@ -37,7 +36,7 @@ _FOLLOWING = {
 }
 
 
-class Stateful(nn.Module):
+class Stateful(OwnStorage):
     """A child of an adapted layer that is in one of the states.
 
     Attributes:
