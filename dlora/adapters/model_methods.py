@@ -174,7 +174,9 @@ class AdaptedModel:
 
     def delete_adapter(self: Any, *_: Any, **__: Any) -> None:
         """Refused: what was attached stays."""
-        raise UsageError("delete_adapter: dlora adapters stay attached; disable_adapters() is there")
+        raise UsageError(
+            "delete_adapter: dlora adapters stay attached; disable_adapters() is there"
+        )
 
     def enable_peft_hotswap(self: Any, *_: Any, **__: Any) -> None:
         """Refused: there is nothing of PEFT's to be swapped."""
@@ -253,4 +255,3 @@ def _peft_asks() -> bool:
             return True
         frame = frame.f_back
     return False
-

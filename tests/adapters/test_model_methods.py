@@ -1,7 +1,10 @@
 """The methods that a model gains by `attach`, beside those of PEFT and transformers."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from tiny import whole
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from dlora import LoraConfig, UsageError, attach, disabled, load_adapter, quantize, save_adapter
+from dlora import LoraConfig, UsageError, attach, disabled, quantize, save_adapter
 from dlora import shard as shard_base
 from dlora.lora.attach import trainable_parameters
 
@@ -85,29 +88,44 @@ def test_what_cannot_be_honoured_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_adapter_goes_to_the_hub_and_comes_back(
-    saved_models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+PUSHED = """
+import sys
+from pathlib import Path
+from test_model_methods import adapted
+from tiny import whole
+from dlora import UsageError, load_adapter, save_adapter
+
+path, out = sys.argv[1:]
+model = adapted(path)
+assert model.push_to_hub("me/adapter", token="hf_none").commit_url.endswith("cafe")
+model.save_pretrained(f"{out}/sent", push_to_hub=True, repo_id="me/second", token="hf_none")
+save_adapter(load_adapter(whole(path), "me/adapter"), f"{out}/back")
+try:
+    load_adapter(whole(path), "me/none")
+except UsageError as error:
+    print(error)
+"""
+
+
+def test_an_adapter_goes_to_the_hub_and_comes_back(saved_models: Any, tmp_path: Path) -> None:
     path = saved_models("llama")
-    model = adapted(path)
     with Hub(tmp_path / "hub").served() as hub:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-        assert model.push_to_hub("me/adapter", token="hf_none").commit_url
-        saved = tmp_path / "saved"
-        model.save_pretrained(saved, push_to_hub=True, repo_id="me/second", token="hf_none")
-        assert names(hub.root / "models/me/adapter") == FILES
-        for file in FILES:
-            for name in ("adapter", "second"):
-                sent = (hub.root / "models/me" / name / file).read_bytes()
-                assert sent == (saved / file).read_bytes()
-        other = load_adapter(whole(path), "me/adapter")
-        with pytest.raises(UsageError, match="load_adapter: me/none is no directory here, and can"):
-            load_adapter(whole(path), "me/none")
-    assert same_bits(trainable_parameters(other), trainable_parameters(model))
+        paths = os.pathsep.join(filter(None, sys.path))
+        here = os.environ | hub.environment(tmp_path / "cache") | {"PYTHONPATH": paths}
+        program = [sys.executable, "-c", PUSHED, path, str(tmp_path)]
+        done = subprocess.run(program, env=here, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith("load_adapter: me/none is no directory here, and cannot be had")
+    assert names(hub.root / "models/me/adapter") == FILES
+    for file in FILES:
+        wanted = (tmp_path / "sent" / file).read_bytes()
+        for name in ("adapter", "second"):
+            assert (hub.root / "models/me" / name / file).read_bytes() == wanted
+    assert (tmp_path / "back" / FILES[1]).read_bytes() == (
+        tmp_path / "sent" / FILES[1]
+    ).read_bytes()
     with pytest.raises(UsageError, match="^push_to_hub: me/adapter: "):  # nobody answers
-        model.push_to_hub("me/adapter", token="hf_none")
+        adapted(path).push_to_hub("me/adapter", token="hf_none")
 
 
 def counted(path: str) -> str:
@@ -132,7 +150,9 @@ def test_counts_are_pefts(
     model = adapted(path)
     model.print_trainable_parameters()
     assert capsys.readouterr().out == wanted
-    packed = attach(quantize(whole(path), "int8") or whole(path), CONFIG)
+    packed = whole(path)
+    quantize(packed, "int8")
+    attach(packed, CONFIG)
     assert packed.get_nb_trainable_parameters() == model.get_nb_trainable_parameters()
     assert pools(2).run(counted, path) == [wanted] * 2
 
