@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dlora.adapters.model_methods import equip
+from dlora.adapters.peft_settings import config_for
 from dlora.adapters.save_load import load_adapter as read_adapter
 from dlora.base.eval_mode import random_settings
 from dlora.errors import UsageError
@@ -30,13 +31,14 @@ from dlora.sharding.topology import Topology, resolve_placement
 __all__ = ["attach", "load_adapter", "shard", "start_from_gradients"]
 
 
-def attach(model: nn.Module, config: LoraConfig) -> nn.Module:
+def attach(model: nn.Module, config: LoraConfig | Any) -> nn.Module:
     """Put adapters on `model` in place, before or after `shard`, and return the model.
 
+    `config` is dlora's, or a `LoraConfig` or `AdaLoraConfig` of PEFT with PEFT's meaning.
     It gains the methods of `dlora.adapters.model_methods.AdaptedModel`: `save_pretrained` writes
     the adapter, `print_trainable_parameters` counts. See `dlora.methods.attach.attach`.
     """
-    attach_adapters(model, config)
+    attach_adapters(model, config_for(model, config))
     equip(model)
     return model
 

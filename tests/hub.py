@@ -83,7 +83,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.asked.append(f"{self.command} {self.path}")
         steps = [unquote(step) for step in urlsplit(self.path).path.strip("/").split("/")]
         if steps == ["api", "repos", "create"]:
-            return self._create(json.loads(body))
+            self._create(json.loads(body))
+            return
         if steps[0] == "api" and len(steps) >= 4 and steps[1] in ("models", "datasets"):
             self._about(steps[1], "/".join(steps[2:4]), steps[4:], body)
             return

@@ -1,4 +1,4 @@
-"""Adapters of the Hugging Face hub: PEFT's files, read through huggingface_hub's cache or uploaded."""
+"""Adapters of the Hugging Face hub: PEFT's files, by way of huggingface_hub."""
 
 from __future__ import annotations
 

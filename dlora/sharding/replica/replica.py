@@ -222,8 +222,8 @@ class Replica:
             raise ReplicaError("there is nothing to clip: attach adapters first")
         if self.unreduced:
             raise UsageError(
-                "replica.clip would clip this rank's own gradients: call replica.reduce_gradients() "
-                "before it"
+                "replica.clip would clip this rank's own gradients: call "
+                "replica.reduce_gradients() before it"
             )
         if norm is None:
             found = self.gradient_norm()
