@@ -24,6 +24,7 @@ from dlora.methods.matrix_init import Started
 from dlora.methods.trained_replica import TrainedReplica, replica_of, replicate
 from dlora.plan.own_loop import cheapest_base
 from dlora.sharding.engines.gather_groups import frozen_groups, worth_holding
+from dlora.sharding.engines.own_engine import check_engine
 from dlora.sharding.engines.protocol import build_engine, engine_class, sharded_by
 from dlora.sharding.replica.optimizer_state import state_is_divided
 from dlora.sharding.topology import Topology, resolve_placement
@@ -128,6 +129,7 @@ def shard(
             "shard: this is a DeepSpeed engine, which does not reduce or step the adapters; pass "
             "engine.module, and call engine.module in the training loop"
         )
+    check_engine(model)
     topology = Topology.current(ranks_per_node)
     divided_by = sharded_by(model)
     divided = state_is_divided(optimizer_state)

@@ -8,7 +8,7 @@ methods mean dlora's adapters.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from dlora.adapters.hub import upload
 from dlora.adapters.peft_format import PREFIX
 from dlora.adapters.save_load import adapter_files, load_adapter, save_adapter
 from dlora.errors import UsageError
-from dlora.lora.attach import disabled
+from dlora.lora.attach import children_of, disabled
 from dlora.lora.made_class import made_class
 from dlora.lora.switch import switch_off, switch_on
 from dlora.quant.linear import is_packed
@@ -200,6 +200,12 @@ class AdaptedModel:
         self.set_adapter(adapter_name)
         _, tensors = adapter_files(self, None)
         return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+
+    def _apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """`.to()` and its like: a cast that the replica forbids is refused before it begins."""
+        for child in children_of(self):
+            child.check_cast(fn)
+        return super()._apply(fn, recurse)  # type: ignore[misc]
 
     # -- others' adapters -----------------------------------------------------------------------
 

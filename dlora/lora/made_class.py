@@ -12,6 +12,8 @@ from typing import Any
 
 from dlora.errors import UsageError
 
+REPLICA = "dlora_replica"  # what dlora.shard leaves on a model
+
 
 @functools.cache
 def made_class(mixin: Any, base: Any, name: str) -> type:
@@ -31,7 +33,8 @@ def original_class(cls: type) -> type:
 
 
 def _reduce(self: Any, protocol: int) -> Any:
-    if "_made_of" not in type(self).__dict__:  # fully_shard put its own class in front
+    # Where fully_shard put its own class in front, this class is not the object's any more.
+    if REPLICA in self.__dict__ or "_made_of" not in type(self).__dict__:
         raise UsageError(
             f"{type(self).__name__} is sharded, so it cannot be pickled or copied; do that before "
             "dlora.shard, or save the adapter (dlora.save_adapter) and load it into another model"

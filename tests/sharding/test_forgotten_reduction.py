@@ -24,7 +24,7 @@ STEPS, LR = 4, 1e-2
 def started(path: str, **options: Any) -> tuple[Any, Any]:
     torch.manual_seed(place()[0])
     model = attach(whole(path), CONFIG)
-    return model, shard(model, base="world", **options)
+    return model, shard(model, **{"base": "none", **options})
 
 
 def values(replica: Any) -> dict[str, Tensor]:
@@ -40,7 +40,11 @@ def optimizers(replica: Any, count: int) -> list[Any]:
 
 def loop(path: str, reduces: bool, how: str) -> dict[str, Any]:
     """A few steps; the adapters after them, what was warned of, and the reductions made."""
-    model, replica = started(path, optimizer_state="divided" if how == "divided" else "auto")
+    model, replica = started(
+        path,
+        base="world" if how == "plain" else "none",
+        optimizer_state="divided" if how == "divided" else "auto",
+    )
     used = optimizers(replica, 2 if how == "two optimizers" else 1)
     if how == "divided":
         replica.attach_optimizer(used[0])
@@ -48,9 +52,7 @@ def loop(path: str, reduces: bool, how: str) -> dict[str, Any]:
 
     def passed(ids: Tensor) -> Tensor:
         loss = model(input_ids=ids, labels=ids).loss
-        if how == "no batch" and rank == 1:
-            loss = loss.detach()  # gathers W0, but trains nothing
-        else:
+        if how != "no batch" or rank == 0:
             loss.backward()
         if reduces:
             replica.reduce_gradients()
