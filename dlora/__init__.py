@@ -17,6 +17,7 @@ from dlora.lora.config import LoraConfig
 from dlora.lora.merge import merge, unmerge
 from dlora.lora.variants.adalora import AdaLoraConfig
 from dlora.lora.variants.flora import FloraConfig
+from dlora.methods.average import ema
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "UsageError",
     "attach",
     "disabled",
+    "ema",
     "load_adapter",
     "merge",
     "quantize",

@@ -37,11 +37,13 @@ _OF_OBJECTS: dict[str, Any] = {
     "peft_type": None,
     "base_model_name_or_path": None,
     "revision": None,
-    "auto_mapping": None,
-    "peft_version": None,
     "runtime_config": None,
 }
-_NO_EFFECT = ("fan_in_fan_out", "megatron_core", "qalora_group_size")  # found by itself, or unused
+# Found by dlora itself, or only beside one of those above.
+_NO_EFFECT = (
+    *("fan_in_fan_out", "auto_mapping", "peft_version"),
+    *("megatron_core", "qalora_group_size"),
+)
 _INSTEAD = {
     "bias": "biases of the base stay frozen; train a whole module with modules_to_save",
     "lora_bias": "A and B have no biases here",
