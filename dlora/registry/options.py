@@ -143,6 +143,8 @@ def is_of(value: Any, type_: Any) -> bool:
 def _spell_type(type_: Any) -> str:
     if get_origin(type_) is Literal:
         return "one of " + ", ".join(map(plain, get_args(type_)))
+    if get_origin(type_) is list and get_origin(kind := get_args(type_)[0]) is Literal:
+        return "a list of " + ", ".join(map(plain, get_args(kind)))
     if get_origin(type_) is not None:
         return str(type_)
     names = {bool: "true or false", type(None): "null"}
