@@ -37,8 +37,8 @@ from dlora.training.checkpointing import RESUMES, CheckpointManager
 from dlora.training.evaluate import held_out, print_samples
 from dlora.training.finish import finish, save_result
 from dlora.training.prepare import Preparation
-from dlora.training.reporting import open_log, start_sinks
 from dlora.training.rates import rates
+from dlora.training.reporting import open_log, start_sinks
 from dlora.training.resume import resume
 from dlora.training.startup import enter, import_late_ones, lock_output, prepared
 from dlora.training.watchdogs import FiniteWatch, HangWatch, UnusedWatch, is_finite

@@ -57,6 +57,7 @@ class BaseReference:
     revision: str | None = None
     dtype: str | None = None
     cache_dir: str | None = None
+    gguf: str | None = None  # the file that `path` was converted from, where it is known
 
 
 @dataclass(frozen=True)
@@ -255,7 +256,11 @@ def _from_peft(directory: Path) -> AdapterSource:
     if path and from_gguf and Path(path).is_absolute() and not Path(path).exists():
         path = run["path"]  # what it was converted to has been deleted
     base = BaseReference(
-        path, raw.get("revision") or run.get("revision"), None, run.get("cache_dir")
+        path,
+        raw.get("revision") or run.get("revision"),
+        None,
+        run.get("cache_dir"),
+        run["path"] if from_gguf else None,
     )
     file = inside(directory, WEIGHTS)
     answering = Answering(_template(directory), ends=_ends(directory))

@@ -218,6 +218,6 @@ def _not_installed(config: Config) -> Iterator[str]:
 
 
 def _is_installed(package: str) -> bool:
-    """Whether a package can be imported; a mere directory of its name, as trackers make, is none."""
+    """Whether a package can be imported; a directory of its name, as trackers make, is none."""
     found = importlib.util.find_spec(package)
     return found is not None and found.origin is not None
