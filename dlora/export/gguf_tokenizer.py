@@ -45,6 +45,8 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, rows: int) -> None:
     if model["type"] != "BPE":
         raise UsageError(f"--format: gguf has no place for a {model['type']} tokenizer here")
     falls_back = bool(model.get("byte_fallback"))
+    if not model["merges"]:
+        raise UsageError("--format: gguf: llama.cpp reads no tokenizer without merges")
     words, kinds = _tokens(tokenizer, rows, falls_back)
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     writer.add_tokenizer_model("llama" if falls_back else "gpt2")

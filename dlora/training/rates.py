@@ -14,7 +14,7 @@ from dlora.training.prepare import Preparation
 from dlora.training.prepare_model import adapted
 
 # Dense bfloat16 operations per second of a device, from the vendors' data sheets, by a part of the
-# name that torch reports; the first that fits counts. A device that throttles or is shared has less.
+# name that torch reports; the first that fits counts. One that throttles has less.
 PEAKS = {
     "B200": 2250e12,
     "H200": 989e12,

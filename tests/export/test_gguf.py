@@ -1,5 +1,6 @@
 """Files for llama.cpp: read back by the `gguf` package and by transformers, beside PEFT."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from exported import IDS, Case, attach_random, loaded, logits, made_by_peft, wri
 from gguf_files import convert, tiny_llama
 from refusals import refusal
 from tiny import tokenizer
+from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
@@ -24,10 +27,11 @@ from transformers import (
 from dlora import LoraConfig, save_adapter
 from dlora.export.command import main
 from dlora.export.serving import serving_lines
+from dlora.lora.attach import named_adapters
 
 HEADS = {"q_proj": 4, "k_proj": 2}
 SIZES = {
-    "vocab_size": 259,
+    "vocab_size": 262,
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
@@ -43,13 +47,14 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the")]
 BASES: dict[str, Any] = {
     "llama": lambda: LlamaConfig(**SIZES),
     "tied": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True),
     "llama3": lambda: LlamaConfig(**SIZES, rope_parameters=LLAMA3),
     "biased": lambda: LlamaConfig(**SIZES, attention_bias=True),
     "qwen2": lambda: Qwen2Config(**SIZES),
-    "qwen3": lambda: Qwen3Config(**SIZES, head_dim=16),
+    "qwen3": lambda: Qwen3Config(**SIZES, head_dim=128),
 }
 
 
@@ -59,14 +64,46 @@ def save_base(directory: Path, name: str) -> Path:
     for parameter in model.parameters():
         nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.15)
     model.save_pretrained(directory)
-    tokenizer().save_pretrained(directory)
+    merging_tokenizer().save_pretrained(directory)
     return directory
+
+
+def merging_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of bytes, with a few merges: llama.cpp reads none without."""
+    made = tokenizer()
+    described = json.loads(made.backend_tokenizer.to_str())
+    vocabulary = described["model"]["vocab"]
+    for pair in MERGES:
+        vocabulary["".join(pair)] = len(vocabulary)
+    last = len(vocabulary) - len(MERGES)
+    assert last == 259
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=MERGES))
+    core.pre_tokenizer, core.decoder = (
+        made.backend_tokenizer.pre_tokenizer,
+        made.backend_tokenizer.decoder,
+    )
+    merging = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token="<|im_end|>",
+        pad_token="<pad>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    merging.chat_template = made.chat_template
+    return merging
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     reader = gguf.GGUFReader(path)
     values = {name: field.contents() for name, field in reader.fields.items()}
     return values, {t.name: np.array(t.data) for t in reader.tensors}
+
+
+def check_logits(got: nn.Module, wanted: nn.Module) -> None:
+    """Equal but for rounding, which is a share of the largest."""
+    expected = logits(wanted)
+    torch.testing.assert_close(
+        logits(got), expected, rtol=0, atol=1e-5 * float(expected.abs().max())
+    )
 
 
 def turned_back(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -126,7 +163,7 @@ def test_an_adapter_has_the_changes_that_peft_computes(
         np.testing.assert_allclose(delta, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", [name for name in BASES if name != "biased"])
 def test_a_merged_model_has_the_logits_in_transformers(name: str, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", name)
     adapter = made_by_peft(base, Case(name, ["q_proj", "k_proj", "up_proj"]), tmp_path / "adapter")
@@ -146,22 +183,22 @@ def test_a_merged_model_has_the_logits_in_transformers(name: str, tmp_path: Path
         scaled = live.base_model.model.model.rotary_emb.inv_freq.numpy()
         np.testing.assert_allclose(plain / factors, scaled, rtol=1e-6)
         again.model.rotary_emb = live.base_model.model.model.rotary_emb
-    # PEFT adds the change to the output, a merge adds it to the weight.
-    torch.testing.assert_close(logits(again), logits(live), rtol=1e-5, atol=2e-5)
+    check_logits(again, live.merge_and_unload())
     if name != "llama":
         return
-    texts = ["Hello, world 123", "<|im_start|>user\nüber<|im_end|>"]
+    texts = ["Hello the world 123", "<|im_start|>user\nüber the<|im_end|>"]
     read_back = AutoTokenizer.from_pretrained(tmp_path / "to", gguf_file="model.gguf")
     for text in texts:
         assert read_back(text).input_ids == AutoTokenizer.from_pretrained(base)(text).input_ids
     assert read_back.chat_template == tokenizer().chat_template
+    assert read_back.eos_token == "<|im_end|>"
 
 
 def test_a_base_from_a_gguf_keeps_its_metadata_and_tokenizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))  # the cache of conversions
-    file = tiny_llama(tmp_path / "base.gguf")
+    file = tiny_llama(tmp_path / "base.gguf", types=(gguf.GGMLQuantizationType.F32,))
     converted, _ = convert(file, tmp_path / "cache")
     model = attach_random(loaded(converted), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
     save_adapter(model, tmp_path / "adapter")
@@ -180,7 +217,7 @@ def test_a_base_from_a_gguf_keeps_its_metadata_and_tokenizer(
     again = AutoModelForCausalLM.from_pretrained(
         tmp_path / "merged", gguf_file="model.gguf", dtype=torch.float32
     )
-    torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=2e-5)
+    check_logits(again, model)
     # The adapter's Modelfile names the file that Ollama has as well.
     assert main([*words, "--to", str(tmp_path / "to")]) == 0
     lines = (tmp_path / "to/Modelfile").read_text().splitlines()
@@ -205,17 +242,32 @@ def test_half_precision_keeps_vectors_in_float32(tmp_path: Path) -> None:
         torch.testing.assert_close(logits(again), logits(wanted), rtol=1e-5, atol=1e-5)
 
 
-def test_a_checkpoint_is_contracted_first(tmp_path: Path) -> None:
+def test_a_bias_has_the_order_of_its_rows(tmp_path: Path) -> None:
+    """Which transformers does not turn back for a Llama."""
+    base = save_base(tmp_path / "base", "biased")
+    adapter = made_by_peft(base, Case("biased", ["v_proj"]), tmp_path / "adapter")
+    words = ["--adapter", str(adapter), "--to", str(tmp_path / "to"), "--merge"]
+    assert main([*words, "--format", "gguf", "--dtype", "float32"]) == 0
+    _, tensors = read(tmp_path / "to/model.gguf")
+    for index, layer in enumerate(loaded(base).model.layers):
+        for word, heads in HEADS.items():
+            found = tensors[f"blk.{index}.attn_{word[0]}.bias"]
+            wanted = getattr(layer.self_attn, word).bias.detach().numpy()
+            np.testing.assert_array_equal(turned_back(found, heads), wanted)
+
+
+def test_a_checkpoint_is_read_too(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "llama")
     directory, model = write_checkpoint(
-        base, tmp_path / "run", method="adalora", init_r=3, target_r=2, target_modules=["v_proj"]
+        base, tmp_path / "run", r=3, use_rslora=True, target_modules=["v_proj"]
     )
     words = ["--adapter", str(directory), "--to", str(tmp_path / "to"), "--format", "gguf"]
     assert main(words) == 0
     values, tensors = read(tmp_path / "to/adapter.gguf")
+    adapters = {path: adapter for path, _, adapter in named_adapters(model)}
     for index in (0, 1):
         down, up = (tensors[f"blk.{index}.attn_v.weight.lora_{side}"] for side in "ab")
-        adapter = model.model.layers[index].self_attn.v_proj.dlora
+        adapter = adapters[f"model.layers.{index}.self_attn.v_proj"]
         delta = values["adapter.lora.alpha"] / down.shape[0] * (up @ down)
         np.testing.assert_allclose(delta, adapter.delta().detach().numpy(), rtol=1e-4, atol=1e-6)
 
