@@ -53,7 +53,11 @@ def _from_peft(directory: Path) -> AdapterSource:
     if path and from_gguf and Path(path).is_absolute() and not Path(path).exists():
         path = run["path"]  # what it was converted to has been deleted
     base = BaseReference(
-        path, raw.get("revision") or run.get("revision"), None, run.get("cache_dir")
+        path,
+        raw.get("revision") or run.get("revision"),
+        None,
+        run.get("cache_dir"),
+        run["path"] if from_gguf else None,
     )
     file = inside(directory, WEIGHTS)
     answering = Answering(template_in(directory), ends=ends_in(directory))

@@ -22,6 +22,7 @@ class BaseReference:
     revision: str | None = None
     dtype: str | None = None
     cache_dir: str | None = None
+    gguf: str | None = None  # the file that `path` was converted from, where it is known
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,8 @@ ADDED = {  # change nothing
     ("adapter", "lora_ga_batches"): 2,
     ("optimizer", "lora_pro_moments"): "low",
     ("data", "cache_dir"): None,
+    ("output", "report_to"): [],
+    ("output", "metrics_port"): None,
     ("data", "columns"): {},
     ("data", "streaming"): False,
     ("data", "shuffle_window"): 10_000,
