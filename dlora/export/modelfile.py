@@ -40,8 +40,11 @@ def modelfile(base: str, adapter: str | None, tokenizer: Any, ends: Iterable[int
         lines.append(f"ADAPTER {adapter}")
     if tokenizer is None:
         return "\n".join(lines) + "\n"
-    if (template := _template(tokenizer)) is not None:
+    if (found := _template(tokenizer)) is not None:
+        template, system = found
         lines.append(f'TEMPLATE """{template}"""')
+        if system:
+            lines.append(f'SYSTEM """{system}"""')
     elif tokenizer.chat_template:
         lines.append("# The chat template has no known twin here: Ollama takes one by the file's.")
     for end in ends:
@@ -55,18 +58,30 @@ def write_modelfile(folder: Path, *what: Any) -> None:
     (folder / MODELFILE).write_text(modelfile(*what), encoding="utf-8")
 
 
-def _template(tokenizer: Any) -> str | None:
-    """Ollama's template for a tokenizer's own; None: none of these writes a chat as it does."""
+def _template(tokenizer: Any) -> tuple[str, str] | None:
+    """Ollama's template for a tokenizer's own, and the system text of a chat that has none.
+
+    None: no template here writes a chat as the tokenizer does.
+    """
     if not tokenizer.chat_template:
         return None
     try:
-        said = tokenizer.apply_chat_template(_CHAT, tokenize=False, add_generation_prompt=True)
+        said, bare = (
+            tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            for chat in (_CHAT, _CHAT[1:])
+        )
     except Exception:  # a template of another use: it raises what it likes
         return None
-    said = said.removeprefix(tokenizer.bos_token or "")
     for turn, template in _TURNS.items():
-        turns = [turn.format(**message) for message in _CHAT]
         head = turn.partition("{content}")[0].format(role="assistant")
-        if said == "".join(turns) + head:
-            return template
+        first, *turns = [turn.format(**message) for message in _CHAT]
+        rest = "".join(turns) + head
+        begin = said.removesuffix(first + rest)
+        if begin not in ("", tokenizer.bos_token) or not bare.endswith(rest):
+            continue
+        opening = bare.removesuffix(rest).removeprefix(begin)
+        before, after = turn.replace("{role}", "system").split("{content}")
+        if opening and not (opening.startswith(before) and opening.endswith(after)):
+            continue
+        return template, opening.removeprefix(before).removesuffix(after)
     return None

@@ -12,7 +12,7 @@ import torch
 from exported import IDS, Case, attach_random, loaded, logits, made_by_peft, write_checkpoint
 from gguf_files import convert, tiny_llama
 from refusals import refusal
-from tiny import tokenizer
+from tiny import CHATML, tokenizer
 from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import (
@@ -26,6 +26,7 @@ from transformers import (
 
 from dlora import LoraConfig, save_adapter
 from dlora.export.command import main
+from dlora.export.modelfile import modelfile
 from dlora.export.serving import serving_lines
 from dlora.lora.attach import named_adapters
 
@@ -314,6 +315,39 @@ def test_a_modelfile_writes_chats_as_the_tokenizer_does(tmp_path: Path) -> None:
     assert text.startswith(f"FROM {base}\nADAPTER ./adapter.gguf\nTEMPLATE ")
     assert text.endswith('PARAMETER stop "<|im_end|>"\n')
     assert "<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>" in text
+
+
+DEFAULT = (  # as SmolLM2 has it
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}"
+    "{% endif %}"
+)
+BOS_LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + "
+    "'<|end_header_id|>\n\n' + m['content'] + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+    "{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "starts", "system"),
+    [
+        (CHATML, "{{ range .Messages }}<|im_start|>", None),
+        (DEFAULT + CHATML, "{{ range .Messages }}<|im_start|>", "Be kind."),
+        (BOS_LLAMA3, "{{ range .Messages }}<|start_header_id|>", None),
+        (CHATML.replace("im_start", "turn"), None, None),
+        ("{{ raise_exception('no') }}", None, None),
+    ],
+)
+def test_ollama_s_template(template: str, starts: str | None, system: str | None) -> None:
+    made = tokenizer()
+    made.chat_template, made.bos_token = template, "<|im_start|>"
+    text = modelfile("base.gguf", None, made, [])
+    assert text.startswith("FROM base.gguf\n")
+    assert (f'TEMPLATE """{starts}' in text) == (starts is not None)
+    assert ("# The chat template has no known twin" in text) == (starts is None)
+    assert ("SYSTEM" in text) == (system is not None)
+    assert system is None or f'SYSTEM """{system}"""' in text
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ client, run = MlflowClient(), sys.argv[1]
 history = client.get_metric_history(run, "loss")
 assert client.get_run(run).info.status == "FINISHED"
 assert len({m.step for m in history}) == len(history)
-print(json.dumps([{m.step: m.value for m in history}, client.get_run(run).data.params["train.max_steps"]]))
+shown = client.get_run(run).data.params["train.max_steps"]
+print(json.dumps([{m.step: m.value for m in history}, shown]))
 """,
     "trackio": """
 import json, sys
