@@ -22,7 +22,7 @@ from typing import Any
 from torch import nn
 
 _OF_NO_VALUE = {"dtype", "device", "shape", "ndim", "size", "data", "is_cuda", "numel", "dim"}
-_OF_NO_VALUE |= {"requires_grad", "requires_grad_", "copy_", "stride", "type", "grad", "nbytes"}
+_OF_NO_VALUE |= {"requires_grad", "requires_grad_", "copy_", "stride", "grad", "nbytes"}
 _PREDICATES = {"isinstance": isinstance, "hasattr": hasattr, "getattr": getattr, "len": len}
 _COMPARISONS: dict[type, Callable[[Any, Any], bool]] = {
     ast.Eq: operator.eq,
