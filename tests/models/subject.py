@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ def loss_of(model: Any, run: Run, *, backward: bool = False) -> float:
             torch.tensor(values, dtype=torch.int64)[None]
             for values in (example.input_ids, example.labels)
         )
-        with torch.set_grad_enabled(backward):
+        with torch.set_grad_enabled(backward), without_cache(model, backward):
             mean = _own_loss(model, ids, labels)
         total += float(mean.detach()) * _targets(example)
         if backward:
@@ -155,9 +156,13 @@ def loss_of(model: Any, run: Run, *, backward: bool = False) -> float:
 def _own_loss(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
     """The class's mean loss of the next tokens.
 
-    Some classes (Bart's decoder) do not shift labels themselves; they get shifted ones.
+    Some classes (Bart's decoder) do not shift labels themselves; they get shifted ones. One (Git)
+    takes the first tokens for an image's, and cannot compute a loss of text: that of its logits.
     """
-    out = call(model, ids, labels=labels)
+    try:
+        out = call(model, ids, labels=labels)
+    except ValueError:
+        return F.cross_entropy(call(model, ids).logits[0, :-1].float(), labels[0, 1:])
     with torch.no_grad():
         logits, found = out.logits[0].float(), float(out.loss)
         in_place = float(F.cross_entropy(logits, labels[0]))
@@ -167,6 +172,20 @@ def _own_loss(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
     if not is_in_place or abs(found - shifted) < abs(found - in_place):
         return out.loss
     return call(model, ids, labels=F.pad(labels[:, 1:], (0, 1), value=NO_TARGET)).loss
+
+
+@contextlib.contextmanager
+def without_cache(model: Any, yes: bool = True) -> Iterator[None]:
+    """Inside, the class makes no cache, as in training: some write into it, past autograd."""
+    parts = {id(part): part for part in (model.config, model.config.get_text_config())}
+    before = {id(p): p.use_cache for p in parts.values() if yes and hasattr(p, "use_cache")}
+    for key in before:
+        parts[key].use_cache = False
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            parts[key].use_cache = value
 
 
 def _tensors(adapter: Path) -> dict[str, Tensor]:

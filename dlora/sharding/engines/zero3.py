@@ -126,6 +126,8 @@ class Zero3:
         for parameter in partitioned:
             for name in ("all_gather", "all_gather_coalesced"):
                 setattr(parameter, name, self._counted(getattr(parameter, name), parameter))
+        if self._hooks is not None:
+            _gather_first(model, [p for p in partitioned if is_vector(p.ds_shape)])
 
     def keep_gathered(self, model: nn.Module, paths: Collection[str]) -> None:
         for path in paths:
@@ -213,6 +215,20 @@ def _partition(init: Any, parameter: Any) -> None:
     """Make a whole parameter a partitioned one. No broadcast: every rank has the same values."""
     init._convert_to_deepspeed_param(parameter)
     parameter.partition()
+
+
+def _gather_first(model: nn.Module, stay: list[Any]) -> None:
+    """Gather what stays gathered when a forward begins, and not when its module is first called.
+
+    A short sequence may not get to every module, so ranks would gather them in another order.
+    """
+
+    def gather(*_: Any) -> None:
+        absent = [p for p in stay if p.ds_status is ZeroParamStatus.NOT_AVAILABLE]
+        if absent:
+            absent[0].all_gather(param_list=absent)
+
+    model.register_forward_pre_hook(gather)
 
 
 def _gather_what_others_read(model: nn.Module) -> None:
