@@ -30,6 +30,7 @@ from .runs import Figures, Refused, figures, silence, started
 from .subject import (
     Subject,
     by_bitsandbytes,
+    depends_on_values,
     failing_in_peft,
     loss_of,
     reached,
@@ -173,6 +174,8 @@ def generate(s: Subject) -> Cell:
 def plan(s: Subject) -> Cell:
     """The plan traces the model's activations."""
     estimated = s.run.prepared.budget.memory.activations.estimated
+    if estimated and depends_on_values(s):
+        return Cell("class", f"estimated, and so it says: {estimated}")
     return Cell("✗", f"estimated: {estimated}") if estimated else YES
 
 

@@ -16,6 +16,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 
 import dlora.export.command
 from dlora import save_adapter
@@ -204,6 +209,18 @@ def reached(model: Any, paths: Collection[str], run: Run) -> set[str]:
         layer.register_forward_hook(lambda *_, path=path: called.add(path))
     loss_of(model, run)
     return called
+
+
+def depends_on_values(s: Subject) -> bool:
+    """Whether the class itself, without dlora, cannot run on shapes alone, as torch finds."""
+    config, ids = s.reference.config, s.ids
+    with FakeTensorMode() as fake:
+        model = s.architecture.auto_class.from_config(config, dtype=torch.float32)
+        try:
+            call(model.train(), fake.from_tensor(ids))
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            return True
+    return False
 
 
 def failing_in_peft(model: Any, paths: Collection[str], run: Run) -> set[str]:
