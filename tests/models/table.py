@@ -125,12 +125,19 @@ def main(argv: Sequence[str]) -> int:
                 print(f"{took:6.0f} s  {architecture.model_type:24} {marks}", flush=True)
                 if args.only:
                     print(*(f"    {n}: {m} {why}" for n, (m, why) in row.items() if why), sep="\n")
+                    _write(rows)
         finally:
             workers.close()
-    before = rows_of(PAGE.read_text(encoding="utf-8")) if args.only else {}
-    kept = {a: rows.get(a) or before[a] for a in architectures() if a in rows or a in before}
-    PAGE.write_text(page(kept), encoding="utf-8")
+    if not args.only:
+        PAGE.write_text(page(rows), encoding="utf-8")
     return 0
+
+
+def _write(rows: dict[Architecture, Row]) -> None:
+    """Put rows into the page in the place of those that it has of the same architectures."""
+    before = rows_of(PAGE.read_text(encoding="utf-8"))
+    all_rows = {a: rows.get(a) or before[a] for a in architectures() if a in rows or a in before}
+    PAGE.write_text(page(all_rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus  # noqa:
 
 PREFETCH = torch.cuda.is_available()
 _SHM_OP = "deepspeed_shm_comm"
+_STAYS = -1  # among the modules that are at work with a parameter: no module's number
 
 
 class Zero3Options:
@@ -227,6 +228,8 @@ def _gather_first(model: nn.Module, stay: list[Any]) -> None:
         absent = [p for p in stay if p.ds_status is ZeroParamStatus.NOT_AVAILABLE]
         if absent:
             absent[0].all_gather(param_list=absent)
+        for parameter in absent:  # while DeepSpeed notes the order of modules, it frees them all
+            parameter.ds_active_sub_modules.add(_STAYS)
 
     model.register_forward_pre_hook(gather)
 
