@@ -48,7 +48,6 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus  # noqa:
 
 PREFETCH = torch.cuda.is_available()
 _SHM_OP = "deepspeed_shm_comm"
-_STAYS = -1  # among the modules that are at work with a parameter: no module's number
 
 
 class Zero3Options:
@@ -127,8 +126,6 @@ class Zero3:
         for parameter in partitioned:
             for name in ("all_gather", "all_gather_coalesced"):
                 setattr(parameter, name, self._counted(getattr(parameter, name), parameter))
-        if self._hooks is not None:
-            _gather_first(model, [p for p in partitioned if is_vector(p.ds_shape)])
 
     def keep_gathered(self, model: nn.Module, paths: Collection[str]) -> None:
         for path in paths:
@@ -216,22 +213,6 @@ def _partition(init: Any, parameter: Any) -> None:
     """Make a whole parameter a partitioned one. No broadcast: every rank has the same values."""
     init._convert_to_deepspeed_param(parameter)
     parameter.partition()
-
-
-def _gather_first(model: nn.Module, stay: list[Any]) -> None:
-    """Gather what stays gathered when a forward begins, and not when its module is first called.
-
-    A short sequence may not get to every module, so ranks would gather them in another order.
-    """
-
-    def gather(*_: Any) -> None:
-        absent = [p for p in stay if p.ds_status is ZeroParamStatus.NOT_AVAILABLE]
-        if absent:
-            absent[0].all_gather(param_list=absent)
-        for parameter in absent:  # while DeepSpeed notes the order of modules, it frees them all
-            parameter.ds_active_sub_modules.add(_STAYS)
-
-    model.register_forward_pre_hook(gather)
 
 
 def _gather_what_others_read(model: nn.Module) -> None:
