@@ -62,7 +62,7 @@ def _sizes(tree: ast.AST) -> Iterator[str]:
 
 
 def _is_size(node: ast.AST) -> bool:
-    """Whether a tensor's size is in an expression, of a tensor that is no image (`pixel_values`)."""
+    """Whether a size of a tensor, but for one of images (`pixel_values`), is in an expression."""
     names = [n.id for n in ast.walk(node) if isinstance(n, ast.Name)]
     asks = any(isinstance(n, ast.Attribute) and n.attr in ("shape", "size") for n in ast.walk(node))
     return asks and not any(name.startswith("pixel") for name in names)
