@@ -15,6 +15,7 @@ from ranks import Pools
 from run_training import figures, prepared_run, train
 
 from dlora.checkpoint import format as checkpoint
+from dlora.checkpoint import writing
 
 STEPS = 6
 
@@ -28,7 +29,7 @@ def hindered(argv: list[str], kind: str) -> dict[str, Any]:
     """A run that cannot write in its directory from the save of its 2nd step to its 5th step."""
     run = prepared_run(argv)
     out = run.directory
-    see, write = run.losses.see, checkpoint.write_atomically
+    see, write = run.losses.see, writing.write_atomically
 
     def seen(record: dict[str, Any], ids: Any) -> str | None:
         if run.ranks.main and record["step"] == 5:
@@ -41,11 +42,11 @@ def hindered(argv: list[str], kind: str) -> dict[str, Any]:
         write(path, content)
 
     run.losses.see = seen  # type: ignore[method-assign]
-    checkpoint.write_atomically = written
+    writing.write_atomically = written
     try:
         status = run.train()
     finally:
-        checkpoint.write_atomically = write
+        writing.write_atomically = write
     return {"status": status, "values": run.replica.values.clone()}
 
 
