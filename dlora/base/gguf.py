@@ -16,31 +16,24 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import hashlib
-import importlib.metadata
 import io
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import filelock
 import gguf
 import torch
 from huggingface_hub import save_torch_state_dict
 from transformers import PreTrainedModel
 
+from dlora.base.gguf_cache import content_key, is_whole, lock_of, remove_leftovers, sizes_in
 from dlora.base.weight_files import FILE_LIST, check_loaded
 from dlora.errors import UsageError, and_more, dtype_name
 from dlora.io.files import new_directory
 from dlora.runtime.memory import trim
-
-CONVERSION = 2  # raise it when what is written here changes, so that old directories are not used
-WHOLE_HASH_BYTES = 1 << 30  # files up to this size are hashed whole, larger ones by samples
-SAMPLE_BYTES, SAMPLES = 1 << 20, 64
 
 
 def converted_base(
@@ -63,20 +56,20 @@ def converted_base(
         UsageError: the file cannot be converted, or the directory not be written.
     """
     path, cache_dir = path.expanduser().absolute(), cache_dir.expanduser().absolute()
-    key = _content_key(path, dtype)
+    key = content_key(path, dtype)
     stem = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in path.stem)
     target = cache_dir / f"{stem[:80]}-{key[:20]}"
-    if _is_whole(target):  # before any lock: a cache may be shared and read-only
+    if is_whole(target):  # before any lock: a cache may be shared and read-only
         return target
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(cache_dir)
-        with _lock(target):
-            if not _is_whole(target):
+        remove_leftovers(cache_dir)
+        with lock_of(target):
+            if not is_whole(target):
                 shutil.rmtree(target, ignore_errors=True)
                 with new_directory(target) as folder:
                     _convert(path, folder, target, dtype, announce)
-                    if _content_key(path, dtype) != key:
+                    if content_key(path, dtype) != key:
                         raise UsageError(f"model.path: {path} changed while it was being converted")
     except OSError as error:
         raise UsageError(
@@ -175,7 +168,7 @@ def _convert(
         raise OSError(error) from error
     for file in folder.glob("*.safetensors"):  # safetensors made them for this user only
         shutil.copymode(folder / "config.json", file)
-    (folder / FILE_LIST).write_text(json.dumps(_sizes(folder), indent=2))
+    (folder / FILE_LIST).write_text(json.dumps(sizes_in(folder), indent=2))
 
 
 def _unplaced(path: Path, skeleton: Any) -> list[str]:
@@ -250,57 +243,3 @@ def _parsed_once() -> Iterator[None]:
         yield
     finally:
         gguf.GGUFReader, gguf.get_tensor_name_map = reader, name_table  # type: ignore[misc]
-
-
-def _content_key(path: Path, dtype: torch.dtype) -> str:
-    """SHA-256 (hex) of the content and of all else that the result depends on.
-
-    A file of up to 1 GiB is hashed whole, so that a copy finds its conversion. Every rank does this
-    at every start, so of a larger one only samples are read, head and tail among them, and its date
-    covers the rest.
-    """
-    try:
-        with path.open("rb") as file:
-            if (magic := file.read(4)) != b"GGUF":
-                raise UsageError(f"model.path: {path} is not a GGUF file: it begins with {magic!r}")
-            stat = os.fstat(file.fileno())
-            versions = [importlib.metadata.version(name) for name in ("transformers", "gguf")]
-            digest = hashlib.sha256(
-                repr((CONVERSION, *versions, str(dtype), stat.st_size)).encode()
-            )
-            if stat.st_size <= WHOLE_HASH_BYTES:
-                while block := file.read(SAMPLE_BYTES):
-                    digest.update(block)
-                return digest.hexdigest()
-            digest.update(str(stat.st_mtime_ns).encode())
-            for sample in range(SAMPLES):
-                file.seek((stat.st_size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
-                digest.update(file.read(SAMPLE_BYTES))
-            return digest.hexdigest()
-    except OSError as error:
-        raise UsageError(f"model.path: cannot read {path}: {error.strerror}") from error
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    return {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
-
-
-def _is_whole(target: Path) -> bool:
-    """Whether `target` has every file of its list, in the length that was written."""
-    try:
-        return json.loads((target / FILE_LIST).read_text()).items() <= _sizes(target).items()
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def _lock(target: Path, timeout: float = -1) -> filelock.BaseFileLock:
-    """Held while `target` is written; the kernel releases it when the process dies."""
-    return filelock.FileLock(f"{target}.lock", timeout=timeout)
-
-
-def _remove_leftovers(cache_dir: Path) -> None:
-    """Delete what converters that died left, of any file."""
-    for temporary in cache_dir.glob(".*.tmp"):
-        owner = temporary.name[1:].rsplit(".", 2)[0]
-        with contextlib.suppress(filelock.Timeout), _lock(cache_dir / owner, timeout=0):
-            shutil.rmtree(temporary, ignore_errors=True)

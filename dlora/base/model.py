@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,25 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dlora.base.gguf import converted_base
+from dlora.base.loading import BaseWeights
 from dlora.base.model_class import CAUSAL, ModelClass
-from dlora.base.packed_reader import StoredPackedWeights
 from dlora.base.quantize import Quantized, quantize_as_set
 from dlora.base.reader import StoredWeights
 from dlora.base.skeleton import (
     AUTO,
     check_divides,
-    make_buffers,
     pin_dtypes,
-    set_buffers,
     untie,
-    untied_config,
     with_attention,
 )
 from dlora.base.source import BaseSource
-from dlora.base.weight_files import are_local, check_files, check_loaded
+from dlora.base.weight_files import are_local, check_files
 from dlora.errors import UsageError
 from dlora.runtime.memory import trim
 from dlora.sharding.engines.protocol import Engine
@@ -63,7 +59,7 @@ class BaseModel(BaseSource):
         """The model's configuration."""
         from transformers import AutoConfig
 
-        config = self._reading(AutoConfig.from_pretrained)
+        config = self.reading(AutoConfig.from_pretrained)
         self.made_as.configure(config)
         return config
 
@@ -71,7 +67,7 @@ class BaseModel(BaseSource):
         """The model's tokenizer, padding on the right."""
         from transformers import AutoTokenizer
 
-        tokenizer = self._reading(AutoTokenizer.from_pretrained)
+        tokenizer = self.reading(AutoTokenizer.from_pretrained)
         tokenizer.padding_side = "right"
         return tokenizer
 
@@ -99,7 +95,7 @@ class BaseModel(BaseSource):
     def _from_config(self, **attention: str) -> Any:
         config = self.config()
         auto = self.made_as.auto(config)
-        with torch.device("meta"), _naming_path(self.path):
+        with torch.device("meta"), naming_path(self.path):
             return auto.from_config(
                 config, dtype=self.dtype, trust_remote_code=self.trust_remote_code, **attention
             )
@@ -162,9 +158,9 @@ class BaseModel(BaseSource):
             check_files(self)
         return lacking
 
-    def _reading(self, read: Callable[..., Any], **kwargs: Any) -> Any:
+    def reading(self, read: Callable[..., Any], **kwargs: Any) -> Any:
         """Call a `from_pretrained` on the source."""
-        with _naming_path(self.path):
+        with naming_path(self.path):
             return read(
                 self.source,
                 revision=self.revision,
@@ -173,88 +169,8 @@ class BaseModel(BaseSource):
             )
 
 
-class BaseWeights:
-    """The weights of a base, for an engine: all of them from transformers, or range by range."""
-
-    def __init__(self, base: BaseModel, left: Any = None) -> None:
-        self._base, self._left = base, left
-        check_files(base)  # they are downloaded now, since they say which weights are tied
-        self.skeleton: Any = base.skeleton()
-        self.element_wise = base.quantization != "none"
-
-    def from_pretrained(self, **sharding: Any) -> nn.Module:
-        """Load the model with transformers.
-
-        Args:
-            sharding: arguments by which transformers reads a part only.
-
-        Raises:
-            UsageError: the files lack a parameter or have it in another shape; transformers would
-                initialise it at random. Local files are checked earlier (`check_stored`).
-        """
-        if self._base.attn_implementation != AUTO:
-            sharding["attn_implementation"] = self._base.attn_implementation
-        made_as, config = self._base.made_as, self._base.config()
-        untied = untied_config(config, self.skeleton)
-        if untied is not None or made_as is not CAUSAL:
-            sharding["config"] = untied or config
-        model, found = self._base._reading(
-            made_as.auto(self._base.config()).from_pretrained,
-            dtype=self._base.dtype,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **sharding,
-        )
-        check_loaded(self._base.path, found, made_as.may_lack(self.skeleton))
-        if "distributed_config" in sharding:
-            set_buffers(model, self.skeleton)
-        return model
-
-    @functools.cached_property
-    def makes_rows(self) -> bool:
-        """Whether transformers, sharding while it reads, would give ranks other rows."""
-        is_quantized = getattr(self.skeleton.config, "quantization_config", None) is not None
-        return not is_quantized and self._plain.makes_rows
-
-    def empty(self) -> nn.Module:
-        """The packed model with parameters on the meta device and real buffers.
-
-        It does what transformers' `from_pretrained` does after reading the parameters.
-        """
-        from transformers import GenerationConfig
-
-        model, stored, base = self.skeleton, self._stored, self._base
-        read, revision = GenerationConfig.from_pretrained, base.revision or "main"
-        with suppress(OSError):  # not every base has one
-            model.generation_config = read(base.source, revision=revision)
-        persistent = dict(model.named_buffers())
-        for name, _ in model.named_non_persistent_buffers():
-            del persistent[name]
-        make_buffers(model)
-        for name, buffer in persistent.items():
-            value = torch.empty(buffer.shape, dtype=buffer.dtype)
-            stored.read(name, 0, value.view(-1))
-            owner, _, last = name.rpartition(".")
-            model.get_submodule(owner).register_buffer(last, value)
-        base.pack(model)
-        return model.eval().requires_grad_(False)
-
-    def read(self, name: str, start: int, out: Tensor) -> None:
-        """Fill `out` [n] with the elements [start, start + n) of the flattened tensor `name`."""
-        self._stored.read(name, start, out)
-
-    @functools.cached_property
-    def _plain(self) -> StoredWeights:
-        return self._base.stored(self.skeleton)
-
-    @functools.cached_property
-    def _stored(self) -> Any:
-        return StoredPackedWeights(self._plain, self.skeleton, self._left)
-
-
 @contextmanager
-def _naming_path(path: str) -> Iterator[None]:
+def naming_path(path: str) -> Iterator[None]:
     """Inside, an error of transformers becomes one line that names `model.path`."""
     try:
         yield

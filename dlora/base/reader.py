@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dlora.base.source import BaseSource
-from dlora.base.weight_files import Origin, origins_of_parameters, stacks_alone, weight_files
+from dlora.base.stored_base import Origin, origins_of_parameters, stacks_alone
+from dlora.base.weight_files import weight_files
 from dlora.errors import UsageError, and_more
 from dlora.io.safetensors import FLOATS, INTEGERS, StoredTensor, stored_tensors
 

@@ -25,7 +25,7 @@ from dlora.adapters.source import AdapterSource
 from dlora.adapters.write import converted_line, write_files
 from dlora.base.answering import write_beside_adapter, write_into_model
 from dlora.base.model import DTYPES, BaseModel
-from dlora.base.weight_files import StoredBase
+from dlora.base.stored_base import StoredBase
 from dlora.cli import OneLineParser, answering, chosen_base, naming_base
 from dlora.errors import UsageError
 from dlora.export.gguf_files import write_gguf

@@ -12,7 +12,7 @@ from typing import Any
 from dlora.adapters.save_load import save_adapter
 from dlora.adapters.source import AdapterSource
 from dlora.base.model import DTYPES, BaseModel
-from dlora.base.weight_files import StoredBase
+from dlora.base.stored_base import StoredBase
 from dlora.cli import answering
 from dlora.errors import UsageError
 from dlora.export.gguf_adapter import ADAPTER_FILE, write_adapter

@@ -25,7 +25,8 @@ from transformers import PreTrainedModel
 
 from dlora.adapters.source import AdapterSource
 from dlora.base.skeleton import untied_config
-from dlora.base.weight_files import INDEX, StoredBase
+from dlora.base.stored_base import StoredBase
+from dlora.base.weight_files import INDEX
 from dlora.errors import UsageError, dtype_name
 from dlora.io.safetensors import (
     BLOCK_BYTES,

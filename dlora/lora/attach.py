@@ -4,65 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dlora.errors import UsageError
+from dlora.lora.attachment import Attachment
 from dlora.lora.config import LoraConfig
-from dlora.lora.dropout import DropoutStream
 from dlora.lora.foreign import check_no_peft
-from dlora.lora.init import INITS, Initialisation
 from dlora.lora.layers import (
     CHILD,
     AdaptedLayer,
     ModulesToSaveCopy,
     ModulesToSaveLayer,
     adapt_,
-    layer_kind,
 )
 from dlora.lora.left import what_is_left
+from dlora.lora.make_adapters import (
+    adapt_parameter,
+    attach_adapter,
+    check_free,
+    check_start,
+    check_whole,
+    forbid_fused_inference,
+    kernel_of,
+    master_dtype,
+)
 from dlora.lora.parameters import (
     AdaptedParameters,
-    ParameterAdapter,
     ParameterAdapters,
     ParameterLayer,
 )
 from dlora.lora.states import AdapterState
-from dlora.lora.step_values import StepValues
 from dlora.lora.targets import module_paths, parameter_paths, saved_paths
 from dlora.lora.variants import VARIANTS, LoraAdapter
 from dlora.lora.whole_weights import WholeWeights, plain_weights, show_weights
-from dlora.quant.linear import is_packed
-
-
-@dataclass
-class Attachment:
-    """What `attach` did to a model; stored on the model as `model.dlora`.
-
-    Attributes:
-        adapted: paths of the modules with an adapter, then those of adapted parameters.
-        parameters: the latter alone.
-        saved: paths of the modules that are trained whole.
-        left: lines for the user about what `all-linear` left alone.
-        stream: where the adapters' dropout masks come from.
-        values: what the adapters make once for all passes of a step.
-    """
-
-    config: LoraConfig
-    adapted: list[str] = field(default_factory=list)
-    parameters: list[str] = field(default_factory=list)
-    saved: list[str] = field(default_factory=list)
-    left: list[str] = field(default_factory=list)
-    stream: DropoutStream = field(default_factory=DropoutStream)
-    values: StepValues = field(default_factory=StepValues)
-
-    @property
-    def init(self) -> type[Initialisation]:
-        """How A and B start."""
-        return INITS[self.config.init_lora_weights]
 
 
 def attach(
@@ -93,12 +69,12 @@ def attach(
     parameters = parameter_paths(model, config)
     owners = dict.fromkeys(path.rpartition(".")[0] for path in parameters)
     for path in (*adapted, *saved, *owners):
-        _check_free(model.get_submodule(path), path)
+        check_free(model.get_submodule(path), path)
     for path in adapted:
-        _check_start(model.get_submodule(path), path, config, residual)
+        check_start(model.get_submodule(path), path, config, residual)
     for path in saved:
-        _check_whole(model.get_submodule(path), path)
-    config.check_kernels([_kernel(model.get_submodule(path)) for path in adapted])
+        check_whole(model.get_submodule(path), path)
+    config.check_kernels([kernel_of(model.get_submodule(path)) for path in adapted])
     if VARIANTS[config.variant].needs_weight and whole_weights is None:
         for path in adapted:
             plain_weights(f"attach: {config.variant} starts from W0")(model.get_submodule(path))
@@ -107,17 +83,17 @@ def attach(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for path in adapted:
-        _attach_adapter(model.get_submodule(path), path, attachment, residual)
+        attach_adapter(model.get_submodule(path), path, attachment, residual)
     for owner in owners:
         adapt_(model.get_submodule(owner), AdaptedParameters, ParameterAdapters(), owner)
     for path in parameters:
-        _adapt_parameter(model, path, attachment)
+        adapt_parameter(model, path, attachment)
     for path in saved:
         module = model.get_submodule(path)
         with (whole_weights or plain_weights("modules_to_save"))(module) as weights:
-            child = ModulesToSaveCopy(weights, _master_dtype(module))
+            child = ModulesToSaveCopy(weights, master_dtype(module))
         adapt_(module, ModulesToSaveLayer, child, path)
-    _forbid_fused_inference(model)
+    forbid_fused_inference(model)
     model.dlora = attachment  # type: ignore[assignment]
     show_weights(named_adapters(model), whole_weights)
     return attachment
@@ -247,123 +223,3 @@ def disabled(model: nn.Module) -> Iterator[None]:
         for child, state in before:
             if child.state is AdapterState.OFF:
                 child.become(state)
-
-
-def _check_free(module: nn.Module, path: str) -> None:
-    if hasattr(module, CHILD):
-        raise UsageError(f"attach: {path} already has an attribute named {CHILD!r}")
-    if "forward" in module.__dict__:
-        raise UsageError(
-            f"attach: {path} has a forward set on the instance (as accelerate's hooks do), which "
-            "would bypass the adapter; remove it first"
-        )
-
-
-def _check_start(module: nn.Module, path: str, config: LoraConfig, residual: bool) -> None:
-    """Check that the module has the weight that its adapter starts from."""
-    kind, init, r = layer_kind(module), INITS[config.init_lora_weights], config.r_for(path)
-    assert kind is not None  # target_paths has checked
-    if init.needs != "nothing" and is_packed(module) and not residual:
-        raise UsageError(
-            f"init_lora_weights: {init.name} needs the weight of {path}, which is packed; use a "
-            "16-bit base, or init_lora_weights: true"
-        )
-    if problem := init.check_shape(*kind.shape(module), r):
-        key = "r" if r == config.r else "rank_pattern"
-        raise UsageError(f"{key}: {path}: {problem}")
-
-
-def _check_whole(module: nn.Module, path: str) -> None:
-    packed = [name for name, inner in module.named_modules() if is_packed(inner)]
-    if packed:
-        inner = f"{path}.{packed[0]}" if packed[0] else path
-        raise UsageError(
-            f"modules_to_save: the weight of {inner} is packed, and packed weights cannot be "
-            "trained; adapt the layer instead, or do not quantize the base"
-        )
-
-
-def _attach_adapter(module: nn.Module, path: str, attachment: Attachment, residual: bool) -> None:
-    kind, config = layer_kind(module), attachment.config
-    assert kind is not None  # target_paths has checked
-    m, n = kind.shape(module)
-    init = attachment.init
-    device = next(module.parameters(recurse=False)).device
-    adapter = VARIANTS[config.variant](
-        m=m,
-        n=n,
-        **_common(attachment, path, module),
-        device=device,
-        offset=init.needs != "nothing",
-        residual=residual and init.needs == "weight" and is_packed(module),
-        **config.shapes_for(path, _kernel(module)),
-    )
-    if device.type != "meta":
-        adapter.reset(is_embedding=kind.is_embedding, init=init)
-    adapter.train(module.training)
-    adapt_(module, kind, adapter, path)
-
-
-def _adapt_parameter(model: nn.Module, path: str, attachment: Attachment) -> None:
-    """Put A and B of one parameter among its module's `ParameterAdapters`."""
-    owner, _, name = path.rpartition(".")
-    module = model.get_submodule(owner)
-    layer = ParameterLayer(module, name)
-    experts, m, n = layer.sizes()
-    device = module.get_parameter(name).device
-    adapter = ParameterAdapter(
-        m=m,
-        n=n,
-        experts=experts,
-        transposed=layer.stored_transposed,
-        **_common(attachment, path, module),
-        device=device,
-    )
-    if device.type != "meta":
-        adapter.reset(is_embedding=False, init=attachment.init)
-    adapter.train(module.training)
-    adapter.place = f"{owner}.{CHILD}.{name}"
-    module.get_submodule(CHILD).add_module(name, adapter)
-
-
-def _common(attachment: Attachment, path: str, module: nn.Module) -> dict[str, Any]:
-    """What every adapter is made with."""
-    config = attachment.config
-    return {
-        "r": config.r_for(path),
-        "scaling": config.scaling_for(path),
-        "dropout": config.lora_dropout,
-        "path": path,
-        "stream": attachment.stream,
-        "values": attachment.values,
-        "dtype": _master_dtype(module),
-    }
-
-
-def _kernel(module: nn.Module) -> tuple[int, ...]:
-    kind = layer_kind(module)
-    return kind.kernel(module) if kind else ()
-
-
-def _master_dtype(module: nn.Module) -> torch.dtype:
-    is_double = any(p.dtype == torch.float64 for p in module.parameters(recurse=True))
-    return torch.float64 if is_double else torch.float32
-
-
-def _forbid_fused_inference(model: nn.Module) -> None:
-    """torch's fused encoder layer reads weights past `forward` in eval mode, so past the adapter.
-
-    It is not used for layers with a hook, which is the documented way to switch it off. The stack
-    around them still packs padded batches into nested tensors, which only the fused layer reads.
-    """
-    for module in model.modules():
-        if not any(hasattr(child, CHILD) for child in module.modules()):
-            continue
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.register_forward_pre_hook(_no_fused_layer)
-        elif isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False
-
-
-def _no_fused_layer(module: nn.Module, args: Any) -> None:
-    """A hook that does nothing."""

@@ -17,7 +17,8 @@ from refusals import preparation, refusal
 from safetensors.torch import load_file, save_file
 from tiny import MODELS, command
 
-from dlora.base.model import BaseWeights, find_base
+from dlora.base.loading import BaseWeights
+from dlora.base.model import find_base
 from dlora.errors import UsageError
 
 ROOT = Path(__file__).parents[2]

@@ -17,6 +17,7 @@ from sampling import full
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from dlora.base import gguf as gguf_base
+from dlora.base import gguf_cache
 from dlora.base.model import find_base
 from dlora.errors import dtype_name
 from dlora.io.safetensors import stored_tensors
@@ -186,20 +187,20 @@ def test_cache_key(tmp_path, monkeypatch):
     other, lines = convert(gguf_files.tiny_llama(moved, seed=1), cache_dir)
     assert other != out and lines and moved.stat().st_size == gguf.stat().st_size
     assert convert(gguf, cache_dir, torch.bfloat16)[0] not in (out, other)
-    monkeypatch.setattr(gguf_base, "CONVERSION", 0)
+    monkeypatch.setattr(gguf_cache, "CONVERSION", 0)
     assert convert(gguf, cache_dir)[0] != out
 
-    monkeypatch.setattr(gguf_base, "WHOLE_HASH_BYTES", 0)  # as if it were large
-    monkeypatch.setattr(gguf_base, "SAMPLE_BYTES", 64)
-    keys = {gguf_base._content_key(gguf, torch.float32)}
+    monkeypatch.setattr(gguf_cache, "WHOLE_HASH_BYTES", 0)  # as if it were large
+    monkeypatch.setattr(gguf_cache, "SAMPLE_BYTES", 64)
+    keys = {gguf_cache.content_key(gguf, torch.float32)}
     os.utime(gguf, ns=(1, 1))
-    keys.add(gguf_base._content_key(gguf, torch.float32))
+    keys.add(gguf_cache.content_key(gguf, torch.float32))
     for place in (20, gguf.stat().st_size - 1):
         with gguf.open("r+b") as file:
             file.seek(place)
             file.write(b"\xff\xff")
         os.utime(gguf, ns=(1, 1))
-        keys.add(gguf_base._content_key(gguf, torch.float32))
+        keys.add(gguf_cache.content_key(gguf, torch.float32))
     assert len(keys) == 4
 
 
@@ -223,6 +224,7 @@ import os, signal, sys, time
 from pathlib import Path
 import torch
 from dlora.base import gguf as gguf_base
+from dlora.base import gguf_cache
 from dlora.base.model import find_base
 from dlora.errors import dtype_name
 from dlora.io.safetensors import stored_tensors
@@ -263,7 +265,7 @@ def test_killed_midway(tmp_path):
     assert left.suffix == ".tmp" and list(left.glob("*.safetensors"))
     alive = cache_dir / ".other-1234.56.tmp"
     alive.mkdir()
-    with gguf_base._lock(cache_dir / "other-1234"):
+    with gguf_cache.lock_of(cache_dir / "other-1234"):
         convert(gguf_files.tiny_llama(tmp_path / "next.gguf", seed=1), cache_dir)
     assert not left.exists() and alive.exists()
     out, lines = convert(gguf, cache_dir)

@@ -16,7 +16,8 @@ from tiny import command, whole
 from transformers import AutoModelForCausalLM
 
 from dlora import LoraConfig, attach, save_adapter
-from dlora.base.model import BaseWeights, find_base
+from dlora.base.loading import BaseWeights
+from dlora.base.model import find_base
 from dlora.base.quantize import quantize
 from dlora.export.command import main as export
 from dlora.generate import main as generate

@@ -1,0 +1,137 @@
+"""One adapter: whether a module can have it, how it is made, and where it is put."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from dlora.errors import UsageError
+from dlora.lora.attachment import Attachment
+from dlora.lora.config import LoraConfig
+from dlora.lora.init import INITS
+from dlora.lora.layers import CHILD, adapt_, layer_kind
+from dlora.lora.parameters import ParameterAdapter, ParameterLayer
+from dlora.lora.variants import VARIANTS
+from dlora.quant.linear import is_packed
+
+
+def check_free(module: nn.Module, path: str) -> None:
+    if hasattr(module, CHILD):
+        raise UsageError(f"attach: {path} already has an attribute named {CHILD!r}")
+    if "forward" in module.__dict__:
+        raise UsageError(
+            f"attach: {path} has a forward set on the instance (as accelerate's hooks do), which "
+            "would bypass the adapter; remove it first"
+        )
+
+
+def check_start(module: nn.Module, path: str, config: LoraConfig, residual: bool) -> None:
+    """Check that the module has the weight that its adapter starts from."""
+    kind, init, r = layer_kind(module), INITS[config.init_lora_weights], config.r_for(path)
+    assert kind is not None  # target_paths has checked
+    if init.needs != "nothing" and is_packed(module) and not residual:
+        raise UsageError(
+            f"init_lora_weights: {init.name} needs the weight of {path}, which is packed; use a "
+            "16-bit base, or init_lora_weights: true"
+        )
+    if problem := init.check_shape(*kind.shape(module), r):
+        key = "r" if r == config.r else "rank_pattern"
+        raise UsageError(f"{key}: {path}: {problem}")
+
+
+def check_whole(module: nn.Module, path: str) -> None:
+    packed = [name for name, inner in module.named_modules() if is_packed(inner)]
+    if packed:
+        inner = f"{path}.{packed[0]}" if packed[0] else path
+        raise UsageError(
+            f"modules_to_save: the weight of {inner} is packed, and packed weights cannot be "
+            "trained; adapt the layer instead, or do not quantize the base"
+        )
+
+
+def attach_adapter(module: nn.Module, path: str, attachment: Attachment, residual: bool) -> None:
+    kind, config = layer_kind(module), attachment.config
+    assert kind is not None  # target_paths has checked
+    m, n = kind.shape(module)
+    init = attachment.init
+    device = next(module.parameters(recurse=False)).device
+    adapter = VARIANTS[config.variant](
+        m=m,
+        n=n,
+        **_common(attachment, path, module),
+        device=device,
+        offset=init.needs != "nothing",
+        residual=residual and init.needs == "weight" and is_packed(module),
+        **config.shapes_for(path, kernel_of(module)),
+    )
+    if device.type != "meta":
+        adapter.reset(is_embedding=kind.is_embedding, init=init)
+    adapter.train(module.training)
+    adapt_(module, kind, adapter, path)
+
+
+def adapt_parameter(model: nn.Module, path: str, attachment: Attachment) -> None:
+    """Put A and B of one parameter among its module's `ParameterAdapters`."""
+    owner, _, name = path.rpartition(".")
+    module = model.get_submodule(owner)
+    layer = ParameterLayer(module, name)
+    experts, m, n = layer.sizes()
+    device = module.get_parameter(name).device
+    adapter = ParameterAdapter(
+        m=m,
+        n=n,
+        experts=experts,
+        transposed=layer.stored_transposed,
+        **_common(attachment, path, module),
+        device=device,
+    )
+    if device.type != "meta":
+        adapter.reset(is_embedding=False, init=attachment.init)
+    adapter.train(module.training)
+    adapter.place = f"{owner}.{CHILD}.{name}"
+    module.get_submodule(CHILD).add_module(name, adapter)
+
+
+def _common(attachment: Attachment, path: str, module: nn.Module) -> dict[str, Any]:
+    """What every adapter is made with."""
+    config = attachment.config
+    return {
+        "r": config.r_for(path),
+        "scaling": config.scaling_for(path),
+        "dropout": config.lora_dropout,
+        "path": path,
+        "stream": attachment.stream,
+        "values": attachment.values,
+        "dtype": master_dtype(module),
+    }
+
+
+def kernel_of(module: nn.Module) -> tuple[int, ...]:
+    kind = layer_kind(module)
+    return kind.kernel(module) if kind else ()
+
+
+def master_dtype(module: nn.Module) -> torch.dtype:
+    is_double = any(p.dtype == torch.float64 for p in module.parameters(recurse=True))
+    return torch.float64 if is_double else torch.float32
+
+
+def forbid_fused_inference(model: nn.Module) -> None:
+    """torch's fused encoder layer reads weights past `forward` in eval mode, so past the adapter.
+
+    It is not used for layers with a hook, which is the documented way to switch it off. The stack
+    around them still packs padded batches into nested tensors, which only the fused layer reads.
+    """
+    for module in model.modules():
+        if not any(hasattr(child, CHILD) for child in module.modules()):
+            continue
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.register_forward_pre_hook(_no_fused_layer)
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+
+
+def _no_fused_layer(module: nn.Module, args: Any) -> None:
+    """A hook that does nothing."""
