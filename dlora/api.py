@@ -22,7 +22,7 @@ from dlora.sharding.engines.protocol import build_engine, engine_class, sharded_
 from dlora.sharding.replica.optimizer_state import state_is_divided
 from dlora.sharding.topology import Topology, resolve_placement
 
-__all__ = ["attach", "shard", "start_from_gradients"]
+__all__ = ["TrainedReplica", "attach", "replica_of", "shard", "start_from_gradients"]
 
 
 def start_from_gradients(model: nn.Module, batches: Iterable[Any], loss_of: LossOf) -> Started:

@@ -1,0 +1,252 @@
+"""dlora under transformers' `Trainer`: `DloraTrainer`, and the mix-in for trainers made of it.
+
+    trainer = DloraTrainer(model=model, args=args, train_dataset=data)      # after dlora.attach
+    class MyTrainer(DloraTrainerMixin, SomeTrainer): ...
+
+W0 is sharded before `Trainer` sees the model, and nothing is wrapped around it. What `Trainer` does
+with a model of many ranks is replaced: the reduction (one per optimizer step), the optimizer's
+groups, and what is saved and loaded.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from torch.optim import Optimizer
+from transformers import Trainer, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME, logger
+
+from dlora import LoraConfig, UsageError, attach, shard
+from dlora.api import TrainedReplica, replica_of
+from dlora.integrations import adapter
+from dlora.integrations.loop import DloraCallback
+from dlora.integrations.one_step import reduce_gradients
+from dlora.integrations.whole_state import WholeState
+
+__all__ = ["DloraCallback", "DloraTrainer", "DloraTrainerMixin"]
+
+if TYPE_CHECKING:
+    Base = Trainer
+else:
+    Base = object
+
+
+def prepared_model(
+    model: Any,
+    device: torch.device,
+    dlora: LoraConfig | None,
+    sharding: Mapping[str, Any] | None,
+    replica: TrainedReplica | None = None,
+) -> TrainedReplica:
+    """Attach and shard what the caller has not; collective. Returns the replica of the adapters.
+
+    Raises:
+        UsageError: there is nothing to train, or something was asked for that was done already.
+    """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model: expected a model, got {model!r}")
+    if hasattr(model, "peft_config"):
+        raise UsageError(
+            "model: it has PEFT's adapters, which dlora does not train; pass the model as it was "
+            "before get_peft_model, and the configuration as dlora="
+        )
+    if dlora is not None:
+        attach(model, dlora)
+    found = replica or replica_of(model)
+    if found is None:
+        settings = dict(sharding or {})
+        unknown = settings.keys() - (inspect.signature(shard).parameters.keys() - {"model"})
+        if unknown:
+            raise UsageError(f"sharding: {min(unknown)!r} is no argument of dlora.shard")
+        found = shard(model, **{"device": device} | settings)
+    elif sharding:
+        raise UsageError("sharding: this model has been sharded by dlora.shard already")
+    if not found.named:
+        raise UsageError(
+            "dlora: the model has no adapters; pass dlora=LoraConfig(...), or call "
+            "dlora.attach(model, ...) before"
+        )
+    return found
+
+
+class DloraTrainerMixin(Base):
+    """Makes a trainer of transformers or TRL train dlora's adapters; to be named before it.
+
+    Args:
+        model: with or without adapters, sharded or not; dlora does what has not been done.
+        dlora: the adapters to attach, a `dlora.LoraConfig` or a `peft.LoraConfig`; None: the model
+            has them.
+        sharding: arguments of `dlora.shard` by name, such as `{"engine": "zero3", "base": "node"}`;
+            None: the model has been sharded, or its defaults.
+        replica: what `dlora.shard` returned; None: the model's own.
+        loraplus_lr_ratio: of LoRA+, the learning rate of B over that of A.
+
+    All other arguments are the trainer's own.
+
+    Raises:
+        UsageError: a setting would wrap, cast or shard the model a second time.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        *args: Any,
+        dlora: LoraConfig | None = None,
+        sharding: Mapping[str, Any] | None = None,
+        replica: TrainedReplica | None = None,
+        loraplus_lr_ratio: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        settings = [a for a in (*args, *kwargs.values()) if isinstance(a, TrainingArguments)]
+        for found in settings:
+            _check(found)
+            found._n_gpu = min(1, found.n_gpu)  # more would be DataParallel
+        if kwargs.get("model_init") is not None:
+            raise UsageError("model_init: dlora shards one model; pass it as model")
+        device = settings[0].device if settings else PartialState().device
+        self.replica = prepared_model(model, device, dlora, sharding, replica)
+        # Whose base transformers has sharded at load; the replica reduces and saves in its place.
+        model._is_distributed_loading_by_transformers = False
+        self.loraplus_lr_ratio = loraplus_lr_ratio
+        self._whole_state: WholeState | None = None
+        self._has_reduced = False
+        super().__init__(model, *args, **kwargs)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise UsageError(
+                "accelerate: its configuration wraps the model in FSDP or DeepSpeed, and dlora "
+                "shards it by itself; launch with torchrun, or without that configuration"
+            )
+
+    # -- set-up -----------------------------------------------------------------------------------
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """It is where `shard` has put it."""
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> Any:
+        """Nothing goes around it."""
+        return model
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        # As evaluated models are, so that autocast and compilation apply and DDP does not.
+        self.model_wrapped = self.accelerator.prepare_model(
+            self.model, device_placement=False, evaluation_mode=True
+        )
+        if self._recomputes_reentrantly():
+            self.model.enable_input_require_grads()  # else no gradient would reach the adapters
+        return super()._prepare_for_training(*args, **kwargs)
+
+    def create_optimizer(self, model: Any = None) -> Optimizer:
+        """An optimizer by `args.optim` over the replica's groups, or the one that was passed."""
+        if self.optimizer is None:
+            kind, settings = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+                self.args, self.model
+            )
+            if {"params", "model", "optimizer_dict"} & settings.keys() or not (
+                isinstance(kind, type) and issubclass(kind, Optimizer)
+            ):
+                raise UsageError(f"optim: {self.args.optim} chooses parameters by itself")
+            groups = self.replica.parameter_groups(
+                lr=self.args.learning_rate,
+                loraplus_lr_ratio=self.loraplus_lr_ratio,
+                weight_decay=self.args.weight_decay,
+            )
+            self.optimizer = kind(groups, **settings)
+        if self._whole_state is None:
+            self._whole_state = WholeState(self.replica, self._own_optimizer())
+        return self.optimizer
+
+    def _own_optimizer(self) -> Optimizer:
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def _recomputes_reentrantly(self) -> bool:
+        args = self.args
+        settings = getattr(args, "activation_checkpointing_kwargs", None) or {}
+        return bool(args.activation_checkpointing and settings.get("use_reentrant"))
+
+    # -- a step -----------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Trainer's own, after the last step's gradients are gone from wherever they are."""
+        if self._has_reduced:
+            self.replica.zero_grad()
+            self._has_reduced = False
+        return super().training_step(*args, **kwargs)
+
+    def _reduce(self) -> float:
+        self._has_reduced = True
+        return reduce_gradients(self.replica, self._own_optimizer(), self.accelerator.scaler)
+
+    def _clip_grad_norm(self, model: nn.Module) -> float:
+        norm = self._reduce()
+        self.replica.clip(self.args.max_grad_norm, norm)
+        return norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: float | None = None) -> float:
+        return self._reduce() if grad_norm is None else grad_norm
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's own; then W0 is freed, which passes without a reduction leave gathered."""
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.replica.release()
+
+    # -- files ------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """The adapter in PEFT's layout, and beside it what Trainer writes: never W0."""
+        if not self.args.should_save:
+            return
+        directory = Path(output_dir or self.args.output_dir or ".")
+        directory.mkdir(parents=True, exist_ok=True)
+        logger.info(f"Saving the adapter to {directory}")
+        adapter.save(self.model, self.replica, directory)
+        processing = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if processing is not None:
+            processing.save_pretrained(str(directory))
+        torch.save(self.args, directory / TRAINING_ARGS_NAME)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        assert self._whole_state is not None
+        os.makedirs(output_dir, exist_ok=True)
+        with self._whole_state.collected():
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        adapter.load(self.model, self.replica, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        assert best is not None
+        if adapter.fits(self.model, self.replica, best):
+            adapter.load(self.model, self.replica, best)
+        else:
+            logger.warning(
+                f"load_best_model_at_end: the adapters were cut after {best} was saved, so the "
+                "last ones stay; the directory has the best"
+            )
+
+
+class DloraTrainer(DloraTrainerMixin, Trainer):
+    """transformers' `Trainer` for adapters of dlora; see `DloraTrainerMixin` for its arguments."""
+
+
+def _check(args: TrainingArguments) -> None:
+    """Refuse what would wrap, shard or cast the model behind dlora's back."""
+    refused = {
+        "fsdp": "dlora shards W0 by itself: sharding={'engine': 'fsdp2'}",
+        "deepspeed": "dlora shards W0 by itself: sharding={'engine': 'zero3'}",
+        "bf16_full_eval": "it casts the adapters; bf16 evaluates under autocast",
+        "fp16_full_eval": "it casts the adapters; fp16 evaluates under autocast",
+        "use_liger_kernel": "it replaces layers after they have got adapters",
+    }
+    for name, reason in refused.items():
+        if getattr(args, name, None):
+            raise UsageError(f"{name}: {reason}")
