@@ -27,6 +27,7 @@ from dlora import LoraConfig, UsageError, attach, shard
 from dlora.api import TrainedReplica, replica_of
 from dlora.integrations import adapter
 from dlora.integrations.loop import DloraCallback
+from dlora.integrations.reference import AdapterOff
 from dlora.integrations.one_step import reduce_gradients
 from dlora.integrations.whole_state import WholeState
 
@@ -73,6 +74,8 @@ def prepared_model(
             "dlora: the model has no adapters; pass dlora=LoraConfig(...), or call "
             "dlora.attach(model, ...) before"
         )
+    # Generation under W0 in shards goes on until the longest sequence of all ranks is done.
+    model._is_fsdp_managed_module = found.engine.placement.shard_size > 1  # type: ignore[assignment]
     return found
 
 
@@ -104,20 +107,33 @@ class DloraTrainerMixin(Base):
         loraplus_lr_ratio: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        settings = [a for a in (*args, *kwargs.values()) if isinstance(a, TrainingArguments)]
-        for found in settings:
-            _check(found)
-            found._n_gpu = min(1, found.n_gpu)  # more would be DataParallel
+        given = (*args, *kwargs.values())
+        settings = next((a for a in given if isinstance(a, TrainingArguments)), None)
+        makes_reference = _lacks_reference(type(self), args, kwargs)
+        _check(settings, makes_reference)
         if kwargs.get("model_init") is not None:
             raise UsageError("model_init: dlora shards one model; pass it as model")
-        device = settings[0].device if settings else PartialState().device
+        if (config := kwargs.pop("peft_config", None)) is not None:
+            if dlora is not None:
+                raise UsageError("peft_config: dlora= has named the adapters already")
+            dlora = config
+        device = PartialState().device if settings is None else settings.device
+        if settings is not None:
+            settings._n_gpu = min(1, settings.n_gpu)  # more would be DataParallel
+        model = self._loaded(model, settings)
         self.replica = prepared_model(model, device, dlora, sharding, replica)
+        if makes_reference and args:
+            args = (AdapterOff(model), *args[1:])
+        elif makes_reference:
+            kwargs["ref_model"] = AdapterOff(model)
         # Whose base transformers has sharded at load; the replica reduces and saves in its place.
         model._is_distributed_loading_by_transformers = False
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self._whole_state: WholeState | None = None
         self._has_reduced = False
         super().__init__(model, *args, **kwargs)
+        if makes_reference:
+            self.ref_model = AdapterOff(self.model)  # without what the trainer has set on the other
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise UsageError(
                 "accelerate: its configuration wraps the model in FSDP or DeepSpeed, and dlora "
@@ -125,6 +141,10 @@ class DloraTrainerMixin(Base):
             )
 
     # -- set-up -----------------------------------------------------------------------------------
+
+    def _loaded(self, model: Any, args: Any) -> Any:
+        """The model, where a trainer loads it from a path."""
+        return model
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         """It is where `shard` has put it."""
@@ -238,15 +258,29 @@ class DloraTrainer(DloraTrainerMixin, Trainer):
     """transformers' `Trainer` for adapters of dlora; see `DloraTrainerMixin` for its arguments."""
 
 
-def _check(args: TrainingArguments) -> None:
+def _lacks_reference(kind: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a trainer compares with a reference model and was given none."""
+    below = kind.__mro__[kind.__mro__.index(DloraTrainerMixin) + 1 :]
+    takes = any(
+        "ref_model" in inspect.signature(each.__init__).parameters
+        for each in below
+        if "__init__" in each.__dict__
+    )
+    return takes and (args[0] if args else kwargs.get("ref_model")) is None
+
+
+def _check(args: TrainingArguments | None, makes_reference: bool) -> None:
     """Refuse what would wrap, shard or cast the model behind dlora's back."""
+    reference = "the reference is the model itself with its adapters off, "
     refused = {
         "fsdp": "dlora shards W0 by itself: sharding={'engine': 'fsdp2'}",
         "deepspeed": "dlora shards W0 by itself: sharding={'engine': 'zero3'}",
         "bf16_full_eval": "it casts the adapters; bf16 evaluates under autocast",
         "fp16_full_eval": "it casts the adapters; fp16 evaluates under autocast",
-        "use_liger_kernel": "it replaces layers after they have got adapters",
     }
+    if makes_reference:
+        refused["sync_ref_model"] = reference + "so nothing is copied into it"
+        refused["precompute_ref_log_probs"] = reference + "and TRL cannot tell bases apart by it"
     for name, reason in refused.items():
         if getattr(args, name, None):
             raise UsageError(f"{name}: {reason}")

@@ -48,8 +48,8 @@ def same_start(model: nn.Module) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.1)
 
 
-def peft_model(base: str, **settings: Any) -> nn.Module:
-    model = get_peft_model(whole(base), lora(**settings))
+def peft_model(base: str | nn.Module, **settings: Any) -> nn.Module:
+    model = get_peft_model(whole(base) if isinstance(base, str) else base, lora(**settings))
     same_start(model)
     return model
 

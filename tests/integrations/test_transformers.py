@@ -1,46 +1,208 @@
-"""`DloraTrainer` beside PEFT under the stock `Trainer`."""
+"""`DloraTrainer`: PEFT's losses under the stock `Trainer`, files, and an exact resume."""
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hugging_face import arguments, fresh_state, losses, lora, peft_model, same_start, sequences, written
+from hugging_face import (
+    arguments,
+    fresh_state,
+    losses,
+    lora,
+    peft_model,
+    same_start,
+    sequences,
+    written,
+)
+from peft import PeftModel
 from ranks import Pools
-from tiny import whole
-from transformers import Trainer
+from tiny import tokenizer, whole
+from transformers import EarlyStoppingCallback, Trainer
 
 import dlora
+from dlora import AdaLoraConfig, LoraConfig, UsageError
 from dlora.integrations.transformers import DloraTrainer
 
+FULL = pytest.mark.full
+STATES = ("replicated", "divided")
+CASES = [
+    pytest.param(*case, marks=[] if case in SAMPLE else FULL)
+    for SAMPLE in [
+        [
+            (1, "fsdp2", "replicated", "lora"),
+            (2, "fsdp2", "divided", "adalora"),
+            (2, "zero3", "divided", "lora"),
+        ]
+    ]
+    for case in product((1, 2), ("fsdp2", "zero3"), STATES, ("lora", "adalora", "pissa"))
+]
+EVALUATED = {
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "per_device_eval_batch_size": 1,  # Trainer's is a mean over batches of means over tokens
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_loss",
+    "greater_is_better": True,  # so that the first is the best, and it stops early
+    "max_grad_norm": 0.5,
+    "activation_checkpointing": True,
+}
 
-def reference(base: str, directory: Path) -> list[float]:
+
+def peft_losses(base: str, directory: Path) -> dict[str, Any]:
+    """The stock `Trainer` with PEFT's model, which is evaluated and keeps its best."""
     fresh_state()
-    trainer = Trainer(peft_model(base), arguments(directory), train_dataset=sequences())
+    trainer = Trainer(
+        peft_model(base),
+        arguments(directory, **EVALUATED),
+        train_dataset=sequences(),
+        eval_dataset=sequences(4),
+        callbacks=[EarlyStoppingCallback(2)],
+    )
     trainer.train()
-    return losses(trainer)
+    return figures(trainer)
 
 
-def first(base: str, directory: Path, engine: str):
+def dlora_losses(base: str, directory: Path, engine: str) -> dict[str, Any]:
+    """The same with dlora's, on a base that is sharded over all ranks there are."""
     fresh_state()
     model = whole(base)
-    dlora.attach(model, dlora.LoraConfig(r=4, lora_alpha=8))
+    dlora.attach(model, LoraConfig(r=4, lora_alpha=8))
     same_start(model)
     trainer = DloraTrainer(
         model,
-        arguments(directory),
+        arguments(directory, **EVALUATED),
         train_dataset=sequences(),
+        eval_dataset=sequences(4),
+        callbacks=[EarlyStoppingCallback(2)],
         sharding={"engine": engine, "base": "world"},
     )
     trainer.train()
-    trainer.save_model()
-    return losses(trainer), trainer.replica.reductions
+    return figures(trainer) | {"reductions": trainer.replica.reductions}
 
 
-def test_losses(pools: Pools, saved_models: Any, tmp_path: Path) -> None:
+def figures(trainer: Trainer) -> dict[str, Any]:
+    log = trainer.state.log_history
+    return {
+        "loss": losses(trainer),
+        "grad_norm": [float(line["grad_norm"]) for line in log if "grad_norm" in line],
+        "eval_loss": [line["eval_loss"] for line in log if "eval_loss" in line],
+        "best": Path(trainer.state.best_model_checkpoint or "").name,
+        "after": trainer.evaluate()["eval_loss"],
+    }
+
+
+def test_losses_are_those_of_peft(pools: Pools, saved_models: Any, tmp_path: Path) -> None:
+    """Losses, norms before the clip, evaluation, early stopping and the best model."""
     base = saved_models("llama")
-    expected = pools(1).run(reference, base, tmp_path / "peft")[0]
-    print(expected)
-    for n in (1, 2):
-        got = pools(n).run(first, base, tmp_path / f"{n}", "fsdp2")
-        print(got)
+    wanted = pools(1).run(peft_losses, base, tmp_path / "peft")[0]
+    assert len(wanted["loss"]) == 3  # it stopped early
+    assert wanted["after"] == max(wanted["eval_loss"])  # and has its best again
+    for ranks, engine in ((1, "fsdp2"), (2, "fsdp2"), (2, "zero3")):
+        for got in pools(ranks).run(dlora_losses, base, tmp_path / f"{engine}{ranks}", engine):
+            assert got.pop("reductions") == len(wanted["loss"])
+            for name, expected in wanted.items():
+                close = expected if name == "best" else pytest.approx(expected, rel=1e-5)
+                assert got[name] == close, f"{name} on {ranks} ranks of {engine}"
+
+
+def config_of(method: str, **settings: Any) -> LoraConfig:
+    if method == "adalora":
+        return AdaLoraConfig(init_r=6, target_r=2, total_step=6, tfinal=1, lora_dropout=0.2)
+    init = True if method == "lora" else method
+    return LoraConfig(r=4, lora_alpha=8, init_lora_weights=init, lora_dropout=0.2)
+
+
+def stopped_and_resumed(base: str, directory: Path, engine: str, state: str, method: str) -> Any:
+    """Six steps, and the last three again from the checkpoint after three."""
+
+    def trainer(name: str) -> DloraTrainer:
+        fresh_state()
+        return DloraTrainer(
+            model=whole(base),
+            args=arguments(
+                directory / name,
+                max_steps=6,
+                save_strategy="steps",
+                save_steps=3,
+                bf16=True,
+                weight_decay=0.01,
+                lr_scheduler_type="cosine",
+                warmup_steps=2,
+            ),
+            train_dataset=sequences(),
+            processing_class=tokenizer(),
+            dlora=config_of(method),
+            sharding={"engine": engine, "base": "world", "optimizer_state": state},
+            loraplus_lr_ratio=4.0,
+        )
+
+    torch.manual_seed(0)
+    straight = trainer("straight")
+    straight.train()
+    optimizer = straight.optimizer.state_dict()
+    rates = sorted({group["initial_lr"] for group in straight.optimizer.param_groups})
+    torch.manual_seed(1)  # other adapters, until the checkpoint is read
+    resumed = trainer("resumed")
+    resumed.train(resume_from_checkpoint=str(directory / "straight" / "checkpoint-3"))
+    pairs = zip(straight.replica.named.items(), resumed.replica.named.items(), strict=True)
+    assert all(one == other and torch.equal(p, q) for (one, p), (other, q) in pairs)
+    assert losses(straight) == losses(resumed)
+    logits = straight.model.eval()(torch.arange(8)[None]).logits.detach()
+    moments = sum(t.numel() for s in optimizer["state"].values() for t in s.values() if t.ndim)
+    return {"rates": rates, "logits": logits, "moments": moments, "numel": straight.replica.numel}
+
+
+@pytest.mark.parametrize(("ranks", "engine", "state", "method"), CASES)
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
+    ranks: int,
+    engine: str,
+    state: str,
+    method: str,
+    pools: Pools,
+    saved_models: Any,
+    tmp_path: Path,
+) -> None:
+    base = saved_models("llama")
+    found = pools(ranks).run(stopped_and_resumed, base, tmp_path, engine, state, method)
+    assert found[0]["rates"] == ([0.01, 0.04])
+    assert found[0]["moments"] == 2 * found[0]["numel"]  # of all ranks, on rank 0
+    checkpoint = tmp_path / "straight" / "checkpoint-6"
+    for name, tensor in written(checkpoint).items():
+        assert torch.equal(tensor, written(tmp_path / "resumed" / "checkpoint-6")[name])
+    model = PeftModel.from_pretrained(whole(base), checkpoint).eval()
+    with torch.no_grad():
+        assert torch.allclose(model(torch.arange(8)[None]).logits, found[0]["logits"], atol=1e-4)
+    names = {path.name for path in checkpoint.iterdir()}
+    assert {"adapter_config.json", "optimizer.pt", "scheduler.pt", "tokenizer.json"} <= names
+    assert "model.safetensors" not in names
+    trained = 4 * found[0]["numel"]
+    size = sum(path.stat().st_size for path in checkpoint.iterdir())
+    tokenizer_size = (checkpoint / "tokenizer.json").stat().st_size
+    assert size <= (1 + 2 + 2 * (method != "lora")) * trained + tokenizer_size + 200_000
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"args": {"bf16_full_eval": True}}, "bf16_full_eval: it casts the adapters"),
+        ({"sharding": {"place": "world"}}, "sharding: 'place' is no argument of dlora.shard"),
+        ({"dlora": None}, "dlora: the model has no adapters; pass dlora=LoraConfig"),
+        ({"model_init": whole}, "model_init: dlora shards one model"),
+    ],
+)
+def test_what_would_break_it_is_refused(
+    settings: dict[str, Any], message: str, saved_models: Any, tmp_path: Path
+) -> None:
+    args = arguments(tmp_path, **settings.pop("args", {}))
+    given = {"model": whole(saved_models("llama")), "dlora": LoraConfig(r=2)} | settings
+    with pytest.raises(UsageError, match=message):
+        DloraTrainer(args=args, train_dataset=sequences(), **given)
+
+
+def test_the_model_of_peft_is_refused(saved_models: Any, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="it has PEFT's adapters, which dlora does not train"):
+        DloraTrainer(peft_model(saved_models("llama")), arguments(tmp_path))
