@@ -1,8 +1,8 @@
 """The adapter of a model in a directory, and back, with the bits that training needs.
 
-    adapter_model.safetensors, adapter_config.json    PEFT's files, whatever the method
-    dlora_adapter.safetensors                         the training form, where it is another: AdaLoRA
-                                                      (its triplets), FLoRA, PiSSA and its like
+adapter_model.safetensors, adapter_config.json    PEFT's files, whatever the method
+dlora_adapter.safetensors                         the training form, where it is another: AdaLoRA
+                                                  (its triplets), FLoRA, PiSSA and its like
 """
 
 from __future__ import annotations
@@ -59,13 +59,10 @@ def fits(model: nn.Module, replica: TrainedReplica, directory: str | Path) -> bo
         return True
     try:
         with safe_open(Path(directory) / TRAINING_FORM, "pt") as stored:
-            return all(
-                name in stored.keys()  # noqa: SIM118: it is no mapping
-                and tuple(stored.get_slice(name).get_shape()) == tuple(own.shape)
-                for name, own in replica.named.items()
-            )
+            shapes = {name: stored.get_slice(name).get_shape() for name in stored.offset_keys()}
     except (OSError, SafetensorError):
         return False
+    return all(shapes.get(name) == list(own.shape) for name, own in replica.named.items())
 
 
 def _is_plain(model: nn.Module, replica: TrainedReplica) -> bool:
@@ -93,7 +90,9 @@ def _load_training_form(replica: TrainedReplica, file: Path) -> None:
                         raise UsageError(f"{file}: {name} has shape {shapes}")
                     own.copy_(value)
     except FileNotFoundError:
-        raise UsageError(f"{file}: file not found, and PEFT's files lack the training form") from None
+        raise UsageError(
+            f"{file}: file not found, and PEFT's files lack the training form"
+        ) from None
     except (SafetensorError, KeyError, ValueError) as error:
         if isinstance(error, UsageError):
             raise

@@ -1,38 +1,29 @@
 """A loop written by hand, with the same step, files and resume as under `Trainer`.
 
-    loop = DloraCallback(model, optimizer, scheduler=schedule, max_grad_norm=1.0)
-    for batch in loader:
-        model(**batch).loss.backward()
-        loop.step()                       # one reduction, the clip, the optimizer, the schedule
-    loop.save("out/step-100"); loop.load("out/step-100")
+loop = DloraCallback(model, optimizer, scheduler=schedule, max_grad_norm=1.0)
+for batch in loader:
+    model(**batch).loss.backward()
+    loop.step()                       # one reduction, the clip, the optimizer, the schedule
+loop.save("out/step-100"); loop.load("out/step-100")
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import random
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from dlora import UsageError
 from dlora.api import replica_of
-from dlora.integrations import adapter
+from dlora.integrations import adapter, stored
 from dlora.integrations.one_step import reduce_gradients
 from dlora.integrations.whole_state import WholeState
 
 STATE = "dlora_state.safetensors"
-_TENSOR = "tensor:"  # a tensor's place in the JSON
 
 
 class DloraCallback:
@@ -74,6 +65,8 @@ class DloraCallback:
             The norm of the gradients before the clip; not finite if the scaler skipped the step.
         """
         norm = reduce_gradients(self.replica, self.optimizer, self.scaler)
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
         if self.max_grad_norm:
             self.replica.clip(self.max_grad_norm, norm)
         if self.scaler is None:
@@ -101,10 +94,10 @@ class DloraCallback:
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
             "beside": beside,
         }
-        _write(directory / _of_rank(topology.rank), {"random": _random_state()})
+        stored.write_random(directory, topology.rank)
         if topology.rank == 0:
             adapter.save(self.model, self.replica, directory)
-            _write(directory / STATE, state)
+            stored.write(directory / STATE, state)
 
     def load(self, directory: str | Path) -> dict[str, Any]:
         """Put back what `save` wrote; every rank calls it. Returns what it was given `beside`.
@@ -116,7 +109,7 @@ class DloraCallback:
         """
         directory, topology = Path(directory), self.replica.topology
         adapter.load(self.model, self.replica, directory)
-        state = _read(directory / STATE)
+        state = stored.read(directory / STATE)
         self.optimizer.load_state_dict(state["optimizer"])
         for name in ("scheduler", "scaler"):
             part = getattr(self, name)
@@ -125,74 +118,5 @@ class DloraCallback:
                 raise UsageError(f"{directory / STATE}: the {has} has a {name}, the {lacks} none")
             if part is not None:
                 part.load_state_dict(state[name])
-        if (directory / _of_rank(topology.world - 1)).exists():
-            _set_random_state(_read(directory / _of_rank(topology.rank))["random"])
+        stored.read_random(directory, topology.rank, topology.world)
         return state["beside"]
-
-
-def _of_rank(rank: int) -> str:
-    return f"random_state_{rank}.safetensors"
-
-
-def _random_state() -> dict[str, Any]:
-    kind, keys, *rest = numpy.random.get_state(legacy=True)  # type: ignore[misc]
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {
-        "python": random.getstate(),
-        "numpy": [kind, torch.from_numpy(keys.astype("int64")), *rest],
-        "torch": torch.get_rng_state(),
-        "cuda": cuda,
-    }
-
-
-def _set_random_state(state: Mapping[str, Any]) -> None:
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    kind, keys, *rest = state["numpy"]
-    numpy.random.set_state((kind, keys.numpy().astype("uint32"), *rest))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def _write(file: Path, state: Any) -> None:
-    """A nested state as one safetensors file: its tensors, and the rest as JSON in the header."""
-    tensors: dict[str, Tensor] = {}
-    try:
-        text = json.dumps(_flat(state, tensors))
-    except TypeError as error:
-        raise UsageError(f"{file}: a state has what is neither number, text nor tensor: {error}") from None
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    save_file(tensors, beside, {"state": text})
-    os.replace(beside, file)
-
-
-def _read(file: Path) -> Any:
-    try:
-        with safe_open(file, "pt") as stored:
-            return _nested(json.loads((stored.metadata() or {})["state"]), stored)
-    except FileNotFoundError:
-        raise UsageError(f"{file}: file not found") from None
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise UsageError(f"{file}: damaged: {error}") from None
-
-
-def _flat(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """JSON of a nested state; a dictionary becomes its pairs, as its keys may be integers."""
-    if isinstance(value, Tensor):
-        name = f"{_TENSOR}{len(tensors)}"
-        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
-        return name
-    if isinstance(value, Mapping):
-        return {"pairs": [[key, _flat(inner, tensors)] for key, inner in value.items()]}
-    if isinstance(value, (list, tuple)):
-        return [_flat(inner, tensors) for inner in value]
-    return value
-
-
-def _nested(value: Any, stored: Any) -> Any:
-    if isinstance(value, str) and value.startswith(_TENSOR):
-        return stored.get_tensor(value)
-    if isinstance(value, dict):
-        return {key: _nested(inner, stored) for key, inner in value["pairs"]}
-    return [_nested(inner, stored) for inner in value] if isinstance(value, list) else value

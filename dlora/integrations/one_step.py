@@ -1,6 +1,6 @@
 """One reduction per optimizer step, and the clip; with a loss scaler, a skip that ranks agree on.
 
-    scaled loss ─> S·g of this rank ─> g ─> mean over ranks ─> S·ḡ ─> scaler.unscale_: ḡ, and "inf?"
+    scaled loss ─> S·g of this rank ─> g ─> mean over ranks ─> S·ḡ ─> scaler: ḡ, and "inf?"
 
 The scale S is taken out before the reduction, so that what a method adds to gradients there (the
 regulariser of AdaLoRA) has its weight, and put in again for the scaler, which takes it out itself.
@@ -22,15 +22,15 @@ from dlora.api import TrainedReplica
 def reduce_gradients(
     replica: TrainedReplica, optimizer: Optimizer, scaler: GradScaler | None = None
 ) -> float:
-    """Make every gradient its mean over ranks, unscaled. Collective; once per optimizer step.
+    """Make every gradient its mean over ranks. Collective; once per optimizer step.
 
     Args:
         optimizer: works on `replica.parameter_groups`.
-        scaler: scaled the losses; its `step` and `update` come next.
+        scaler: scaled the losses; the gradients stay scaled, and its `unscale_` comes next.
 
     Returns:
-        The 2-norm of the gradients, the same on every rank; not finite where the scaler is going
-        to skip the step, of which the adapters' method has been told.
+        The 2-norm of the unscaled gradients, the same on every rank; not finite where the scaler is
+        going to skip the step, of which the adapters' method has been told.
     """
     if scaler is None or not scaler.is_enabled():
         return replica.reduce_gradients().norm
@@ -44,5 +44,4 @@ def reduce_gradients(
     else:
         replica.gradients.fill_(math.inf)
         replica.skip_step(optimizer)
-    scaler.unscale_(optimizer)
     return norm

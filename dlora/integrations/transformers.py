@@ -11,7 +11,6 @@ groups, and what is saved and loaded.
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +26,8 @@ from dlora import LoraConfig, UsageError, attach, shard
 from dlora.api import TrainedReplica, replica_of
 from dlora.integrations import adapter
 from dlora.integrations.loop import DloraCallback
-from dlora.integrations.reference import AdapterOff
 from dlora.integrations.one_step import reduce_gradients
+from dlora.integrations.reference import AdapterOff
 from dlora.integrations.whole_state import WholeState
 
 __all__ = ["DloraCallback", "DloraTrainer", "DloraTrainerMixin"]
@@ -201,7 +200,9 @@ class DloraTrainerMixin(Base):
 
     def _reduce(self) -> float:
         self._has_reduced = True
-        return reduce_gradients(self.replica, self._own_optimizer(), self.accelerator.scaler)
+        norm = reduce_gradients(self.replica, self._own_optimizer(), self.accelerator.scaler)
+        self.accelerator.unscale_gradients()
+        return norm
 
     def _clip_grad_norm(self, model: nn.Module) -> float:
         norm = self._reduce()
@@ -235,7 +236,7 @@ class DloraTrainerMixin(Base):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         assert self._whole_state is not None
-        os.makedirs(output_dir, exist_ok=True)
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
         with self._whole_state.collected():
             super()._save_optimizer_and_scheduler(output_dir)
 

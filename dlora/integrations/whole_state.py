@@ -4,8 +4,8 @@
     load_state_dict()   whole tensors ─> the part that this rank's optimizer stores
 
 Both through torch's own hooks, so that whoever saves an optimizer (Trainer, Accelerate, Lightning,
-`torch.save` in a loop) saves all of it, and no rank is given another rank's part. What the adapters'
-method stores beside them (AdaLoRA's averages) is in the same dictionary, under `"dlora"`.
+`torch.save` in a loop) saves all of it, and no rank is given another rank's part. What the method of
+the adapters stores beside them (AdaLoRA's averages) is in the same dictionary, under `"dlora"`.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class WholeState:
         return {i: known[id(p)] for i, p in enumerate(every) if id(p) in known}
 
     def _gathered(self, own: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-        """Whole tensors by name and slot, in host memory: of rank 0 alone where it is collective."""
+        """Whole tensors by name and slot, in host memory; on rank 0 alone where divided."""
         found: dict[str, dict[str, Tensor]] = {}
         for name, slot, value in self._replica.strategy.gather_full(own):
             found.setdefault(name, {})[slot] = value.detach().to("cpu", copy=True)
@@ -144,4 +144,3 @@ class WholeState:
 def _others(state: Mapping[str, Any], names: Mapping[int, str]) -> dict[int, Any]:
     """States of parameters that are not the replica's: the same on every rank."""
     return {index: slots for index, slots in state["state"].items() if index not in names}
-

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
-from peft import get_peft_model
 from peft import LoraConfig as PeftConfig
+from peft import get_peft_model
 from safetensors.torch import load_file
 from tiny import whole
 from torch import nn
@@ -26,14 +26,14 @@ def fresh_state() -> None:
             os.environ.pop(name, None)
 
 
-def sequences(count: int = 16, seed: int = 0) -> list[dict[str, Any]]:
-    """Random tokens of unlike numbers of targets, as a data set."""
-    draw = torch.Generator().manual_seed(seed)
+def sequences(count: int = 16, *, uneven: bool = True) -> list[dict[str, Any]]:
+    """Random tokens, as a data set; `uneven`: of unlike numbers of targets."""
+    draw = torch.Generator().manual_seed(0)
     found = []
     for index in range(count):
         ids = torch.randint(0, 250, (WORDS,), generator=draw)
         labels = ids.clone()
-        labels[: 1 + index % 5] = -100
+        labels[: 1 + index % 5 if uneven else 1] = -100
         found.append({"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)})
     return found
 

@@ -10,7 +10,6 @@ from hugging_face import (
     arguments,
     fresh_state,
     losses,
-    lora,
     peft_model,
     same_start,
     sequences,
@@ -41,7 +40,7 @@ CASES = [
 EVALUATED = {
     "eval_strategy": "steps",
     "eval_steps": 1,
-    "per_device_eval_batch_size": 1,  # Trainer's is a mean over batches of means over tokens
+    "per_device_eval_batch_size": 1,
     "save_strategy": "steps",
     "save_steps": 1,
     "load_best_model_at_end": True,
@@ -59,7 +58,7 @@ def peft_losses(base: str, directory: Path) -> dict[str, Any]:
         peft_model(base),
         arguments(directory, **EVALUATED),
         train_dataset=sequences(),
-        eval_dataset=sequences(4),
+        eval_dataset=sequences(4, uneven=False),
         callbacks=[EarlyStoppingCallback(2)],
     )
     trainer.train()
@@ -76,7 +75,7 @@ def dlora_losses(base: str, directory: Path, engine: str) -> dict[str, Any]:
         model,
         arguments(directory, **EVALUATED),
         train_dataset=sequences(),
-        eval_dataset=sequences(4),
+        eval_dataset=sequences(4, uneven=False),
         callbacks=[EarlyStoppingCallback(2)],
         sharding={"engine": engine, "base": "world"},
     )

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from hugging_face import arguments, fresh_state, lora, losses, peft_model, same_start, written
+from hugging_face import arguments, fresh_state, losses, peft_model, same_start, written
 from ranks import Pools
 from tiny import tokenizer, whole
 from transformers import AutoModelForSequenceClassification
@@ -24,7 +24,7 @@ from trl import (
 )
 
 import dlora
-from dlora import LoraConfig, UsageError
+from dlora import LoraConfig
 from dlora.integrations.trl import (
     DloraDPOTrainer,
     DloraGRPOTrainer,
@@ -134,4 +134,6 @@ def test_losses_are_those_of_trl_with_peft(
 
 @pytest.mark.parametrize("kind", ["kto", "reward", "grpo"])
 def test_losses_of_the_others(kind: str, pools: Pools, saved_models: Any, tmp_path: Path) -> None:
-    compare(kind, pools, saved_models("llama"), tmp_path, [(1, "fsdp2"), (2, "fsdp2"), (2, "zero3")])
+    compare(
+        kind, pools, saved_models("llama"), tmp_path, [(1, "fsdp2"), (2, "fsdp2"), (2, "zero3")]
+    )
