@@ -4,8 +4,8 @@
     load_state_dict()   whole tensors ─> the part that this rank's optimizer stores
 
 Both through torch's own hooks, so that whoever saves an optimizer (Trainer, Accelerate, Lightning,
-`torch.save` in a loop) saves all of it, and no rank is given another rank's part. What the method of
-the adapters stores beside them (AdaLoRA's averages) is in the same dictionary, under `"dlora"`.
+`torch.save` in a loop) saves all of it, and no rank is given another rank's part. What the method
+of the adapters stores beside them (AdaLoRA's averages) is in the same dictionary, as `"dlora"`.
 """
 
 from __future__ import annotations

@@ -150,7 +150,8 @@ def stopped_and_resumed(base: str, directory: Path, engine: str, state: str, met
     pairs = zip(straight.replica.named.items(), resumed.replica.named.items(), strict=True)
     assert all(one == other and torch.equal(p, q) for (one, p), (other, q) in pairs)
     assert losses(straight) == losses(resumed)
-    logits = straight.model.eval()(torch.arange(8)[None]).logits.detach()
+    plain = straight.accelerator.unwrap_model(straight.model, keep_fp32_wrapper=False).eval()
+    logits = plain(torch.arange(8)[None]).logits.detach()  # without autocast
     moments = sum(t.numel() for s in optimizer["state"].values() for t in s.values() if t.ndim)
     return {"rates": rates, "logits": logits, "moments": moments, "numel": straight.replica.numel}
 
