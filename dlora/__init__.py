@@ -8,8 +8,8 @@
 Importing dlora loads torch, and nothing larger.
 """
 
-from dlora.adapters.save_load import load_adapter, save_adapter
-from dlora.api import attach, shard, start_from_gradients
+from dlora.adapters.save_load import save_adapter
+from dlora.api import attach, load_adapter, shard, start_from_gradients
 from dlora.base.quantize import quantize
 from dlora.errors import UsageError
 from dlora.lora.attach import disabled
@@ -17,6 +17,7 @@ from dlora.lora.config import LoraConfig
 from dlora.lora.merge import merge, unmerge
 from dlora.lora.variants.adalora import AdaLoraConfig
 from dlora.lora.variants.flora import FloraConfig
+from dlora.methods.average import ema
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "UsageError",
     "attach",
     "disabled",
+    "ema",
     "load_adapter",
     "merge",
     "quantize",

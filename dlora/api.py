@@ -1,28 +1,64 @@
-"""The calls of a training loop of one's own: `attach`, `shard` and `start_from_gradients`."""
+"""The calls of a training loop of one's own: `attach`, `shard` and those around them."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from dlora.adapters.model_methods import equip
+from dlora.adapters.peft_settings import config_for
+from dlora.adapters.save_load import load_adapter as read_adapter
 from dlora.base.eval_mode import random_settings
 from dlora.errors import UsageError
 from dlora.lora.attach import trainable_parameters
-from dlora.methods.attach import attach, warn_of_left
+from dlora.lora.config import LoraConfig
+from dlora.methods.attach import attach as attach_adapters
+from dlora.methods.attach import warn_of_left
 from dlora.methods.lora_ga import GradientEstimate, LossOf
 from dlora.methods.matrix_init import Started
 from dlora.methods.trained_replica import TrainedReplica, replica_of, replicate
 from dlora.plan.own_loop import cheapest_base
 from dlora.sharding.engines.gather_groups import frozen_groups, worth_holding
+from dlora.sharding.engines.own_engine import check_engine
 from dlora.sharding.engines.protocol import build_engine, engine_class, sharded_by
 from dlora.sharding.replica.optimizer_state import state_is_divided
 from dlora.sharding.topology import Topology, resolve_placement
 
-__all__ = ["TrainedReplica", "attach", "replica_of", "shard", "start_from_gradients"]
+__all__ = [
+    "TrainedReplica",
+    "attach",
+    "load_adapter",
+    "replica_of",
+    "shard",
+    "start_from_gradients",
+]
+
+
+def attach(model: nn.Module, config: LoraConfig | Any) -> nn.Module:
+    """Put adapters on `model` in place, before or after `shard`, and return the model.
+
+    `config` is dlora's, or a `LoraConfig` or `AdaLoraConfig` of PEFT with PEFT's meaning.
+    It gains the methods of `dlora.adapters.model_methods.AdaptedModel`: `save_pretrained` writes
+    the adapter, `print_trainable_parameters` counts. See `dlora.methods.attach.attach`.
+    """
+    attach_adapters(model, config_for(model, config))
+    equip(model)
+    return model
+
+
+def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
+    """Load an adapter that dlora or PEFT wrote; attaches it first where nothing is attached.
+
+    See `dlora.adapters.save_load.load_adapter`; the model gains methods as by `attach`.
+    """
+    read_adapter(model, directory)
+    equip(model)
+    return model
 
 
 def start_from_gradients(model: nn.Module, batches: Iterable[Any], loss_of: LossOf) -> Started:
@@ -100,6 +136,7 @@ def shard(
             "shard: this is a DeepSpeed engine, which does not reduce or step the adapters; pass "
             "engine.module, and call engine.module in the training loop"
         )
+    check_engine(model)
     topology = Topology.current(ranks_per_node)
     divided_by = sharded_by(model)
     divided = state_is_divided(optimizer_state)

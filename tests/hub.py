@@ -5,10 +5,12 @@ It answers what huggingface_hub and `datasets` ask when they load a repository, 
     GET   /api/models/OWNER/NAME[/revision/R]      the repository's state and its files
     GET   /api/models/OWNER/NAME/tree/R[/FOLDER]   files with sizes; POST …/paths-info/R: of some
     HEAD, GET   /OWNER/NAME/resolve/R/FILE         a file, with its ETag and the commit
+    POST  /api/repos/create; …/preupload/R, …/commit/R        a repository, and files put into it
 
 Data sets have `datasets` in place of `models`, and stand below /datasets/.
 """
 
+import base64
 import hashlib
 import json
 import threading
@@ -80,6 +82,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, body: bytes) -> None:
         self.hub.asked.append(f"{self.command} {self.path}")
         steps = [unquote(step) for step in urlsplit(self.path).path.strip("/").split("/")]
+        if steps == ["api", "repos", "create"]:
+            self._create(json.loads(body))
+            return
         if steps[0] == "api" and len(steps) >= 4 and steps[1] in ("models", "datasets"):
             self._about(steps[1], "/".join(steps[2:4]), steps[4:], body)
             return
@@ -104,9 +109,29 @@ class _Handler(BaseHTTPRequestHandler):
             asked = json.loads(body) if body.startswith(b"{") else parse_qs(body.decode())
             wanted = set(asked["paths"] if isinstance(asked["paths"], list) else [asked["paths"]])
             return self._json([e for e in _listed(repository, "", True) if e["path"] in wanted])
+        if steps[:1] == ["preupload"]:
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            files = [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in paths]
+            return self._json({"files": files})
+        if steps[:1] == ["commit"]:
+            return self._commit(repository, name, [json.loads(line) for line in body.splitlines()])
         info = {"id": name, "sha": COMMIT, "private": False, "gated": False, "disabled": False}
         info |= {"tags": [], "downloads": 0, "likes": 0, "lastModified": "2026-01-01T00:00:00.000Z"}
         return self._json(info | {"siblings": [{"rfilename": file} for file in names]})
+
+    def _create(self, asked: dict[str, Any]) -> None:
+        name = "/".join(filter(None, (asked.get("organization", "tiny"), asked["name"])))
+        (self.hub.root / "models" / name).mkdir(parents=True, exist_ok=True)
+        return self._json({"url": f"{self.hub.address}/{name}", "id": name})
+
+    def _commit(self, repository: Path, name: str, lines: list[dict[str, Any]]) -> None:
+        for line in lines:
+            if line["key"] == "file":
+                path = repository / line["value"]["path"]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(base64.b64decode(line["value"]["content"]))
+        url = f"{self.hub.address}/{name}/commit/{COMMIT}"
+        return self._json({"commitUrl": url, "commitOid": COMMIT, "pullRequestUrl": None})
 
     def _file(self, kind: str, name: str, revision: str, file: str) -> None:
         path = self.hub.root / kind / name / file

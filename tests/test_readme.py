@@ -185,32 +185,51 @@ torch.manual_seed(0)
 model = LlamaForCausalLM(CONFIG)
 ids = torch.randint(0, 32, (2, 6))
 loader = [{"input_ids": ids, "labels": ids}] * 3
+rows = torch.randint(0, 32, (6, 6))
+dataset = [{"input_ids": row, "labels": row} for row in rows]
 """
 SAVED = """
 model.save_pretrained("base")
 """
+SEEN = """
+seen = []
+model.register_forward_pre_hook(
+    lambda module, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
+)
+"""
 AFTERWARDS = """
-logits = model(input_ids=ids).logits
-if dist.get_rank() == 0:
-    from safetensors.torch import save_file
+from safetensors.torch import save_file
 
-    save_file({"ids": ids, "logits": logits.detach()}, "trained.st")
-dist.destroy_process_group()
+logits = model(input_ids=ids).logits
+seen = torch.cat(seen[:-1])
+save_file({"ids": ids, "logits": logits.detach(), "rows": rows, "seen": seen}, f"{rank}.st")
+if dist.is_initialized():
+    dist.destroy_process_group()
 """
 
 
-def test_the_loop_in_the_readme_runs(tmp_path: Path, tree: Path) -> None:
-    """The Python block as it is, under torchrun, around a tiny model and three batches."""
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_loop_in_the_readme_runs(tmp_path: Path, tree: Path, world: int) -> None:
+    """The Python block as it is, under torchrun and without, around a tiny model and six rows.
+
+    Each epoch each row is on one rank.
+    """
     import torch
     from peft import PeftModel
     from safetensors.torch import load_file
     from transformers import LlamaForCausalLM
 
     (block,) = blocks(README, "python")
-    (tmp_path / "loop.py").write_text(MODEL + SAVED + block + AFTERWARDS)
-    run(f"cd {tmp_path} && torchrun --nproc-per-node 2 loop.py", tree)
+    (tmp_path / "loop.py").write_text(MODEL + SAVED + SEEN + block + AFTERWARDS)
+    starter = "python" if world == 1 else f"torchrun --nproc-per-node {world}"
+    run(f"cd {tmp_path} && {starter} loop.py", tree)
 
-    got = load_file(tmp_path / "trained.st")
+    results = [load_file(tmp_path / f"{rank}.st") for rank in range(world)]
+    got = results[0]
+    for epoch in range(2):
+        halves = [result["seen"].chunk(2)[epoch] for result in results]
+        together = sorted(torch.cat(halves).tolist())
+        assert together == sorted(got["rows"].tolist())
     base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
     before = base(input_ids=got["ids"]).logits
     loaded = PeftModel.from_pretrained(base, str(tmp_path / "out" / "adapter"))

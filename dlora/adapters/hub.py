@@ -1,11 +1,14 @@
-"""Adapters of the Hugging Face hub: PEFT's two files, in huggingface_hub's cache."""
+"""Adapters of the Hugging Face hub: PEFT's files, by way of huggingface_hub."""
 
 from __future__ import annotations
 
 import functools
 import logging
 import re
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from dlora.adapters.write import CONFIG, WEIGHTS
 from dlora.errors import UsageError
@@ -41,3 +44,43 @@ def _downloaded(repository: str, option: str) -> Path:
             f"hub: {said}"
         ) from None
     return Path(found)
+
+
+def upload(
+    files: Path | Callable[[str], None],
+    repository: str,
+    *,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    commit_message: str | None = None,
+    **others: Any,
+) -> Any:
+    """Upload an adapter's files, to a repository that is made if need be.
+
+    Args:
+        files: their directory, or what writes them into a directory.
+        others: of huggingface_hub's `upload_folder`.
+
+    Returns:
+        huggingface_hub's record of the commit.
+
+    Raises:
+        UsageError: the hub refuses, or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    with tempfile.TemporaryDirectory() as made:
+        if callable(files):
+            files(made)
+        hub = HfApi(token=token)
+        try:
+            name = hub.create_repo(repository, private=private, exist_ok=True).repo_id
+            return hub.upload_folder(
+                repo_id=name,
+                folder_path=made if callable(files) else files,
+                commit_message=commit_message or "Upload adapter",
+                **{key: value for key, value in others.items() if value is not None},
+            )
+        except Exception as error:  # of the network and of the hub
+            said = (str(error).strip() or type(error).__name__).split("\n")[0]
+            raise UsageError(f"push_to_hub: {repository}: {said}") from None

@@ -7,7 +7,6 @@ what is in the files.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,10 @@ from dlora.adapters.diffusers_format import (
     header,
     is_of_diffusers,
 )
+from dlora.adapters.hub import adapter_directory
 from dlora.adapters.layouts import in_layout_of
-from dlora.adapters.peft_format import NO_TARGETS, PREFIX, adalora_files, lora_files, peft_slots
+from dlora.adapters.peft_format import PREFIX, adalora_files, lora_files, peft_slots
+from dlora.adapters.peft_settings import lora_fields
 from dlora.adapters.write import CONFIG, WEIGHTS, recorded_name, write_files
 from dlora.errors import UsageError, and_more
 from dlora.io.files import inside, read_object
@@ -30,26 +31,12 @@ from dlora.io.safetensors import FLOATS, StoredTensor, stored_tensors
 from dlora.lora.attach import attachment_of, frozen_tensors, named_adapters
 from dlora.lora.config import LoraConfig
 from dlora.lora.layers import layer_kind
+from dlora.lora.peft_arguments import check_unused
 from dlora.lora.targets import module_paths
 from dlora.methods.attach import attach
 from dlora.quant.linear import is_packed
 
 FORMS = {"LORA": lora_files, "ADALORA": adalora_files}  # by PEFT's name
-_READ = {  # PEFT's keys that have a meaning here, with the value that means "not used"
-    "bias": "none",
-    "lora_bias": False,
-    "layer_replication": None,
-    "megatron_config": None,
-    "trainable_token_indices": None,
-    "arrow_config": None,
-    "alora_invocation_tokens": None,
-    "ensure_weight_tying": False,
-    "use_qalora": False,
-    "use_bdlora": None,
-    "kasa_config": None,
-    "monteclora_config": None,
-    "velora_config": None,
-}
 # PEFT's initialisations that leave W0 unchanged; the others change the base.
 _INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 _KINDS: dict[str, tuple[type, ...]] = {  # types that `LoraConfig` does not check
@@ -117,6 +104,9 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     Names are matched as PEFT's loader does: a target, a pattern or a module to save that the model
     lacks is ignored, and those of an older layout of the model are renamed.
 
+    Args:
+        directory: of PEFT's files, or the id of a repository of the Hugging Face hub.
+
     Returns:
         `model`.
 
@@ -125,7 +115,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
             have, contains NaN or infinite values, or does not fit the model; the message names
             the file and the key.
     """
-    directory = Path(directory).expanduser()
+    directory = adapter_directory(directory, "load_adapter")
     file = inside(directory, WEIGHTS)
     config, tensors = in_layout_of(model, read_config(directory), stored_tensors(file))
     check_numbers(tensors)
@@ -194,33 +184,17 @@ def read_config(directory: str | Path) -> LoraConfig:
         items = value if isinstance(value, list) else ()
         if not isinstance(value, (*kinds, type(None))) or any(type(i) is not str for i in items):
             raise UsageError(f"{path}: {key}: {value!r} has an unexpected type")
-    for key, unused in _READ.items():
-        if raw.get(key, unused) not in (unused, None, [], {}):
-            raise UsageError(f"{path}: {key}: {raw[key]!r} is not supported")
+    try:
+        check_unused(raw)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
     if raw.get("init_lora_weights", True) not in _INITS:
         raise UsageError(
             f"{path}: init_lora_weights: {raw['init_lora_weights']!r} rewrites the base; convert "
             "the adapter with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
-    modules_to_save = tuple(raw.get("modules_to_save") or ())
     try:
-        return LoraConfig(
-            r=raw.get("r", 8),
-            lora_alpha=raw.get("lora_alpha", 8),
-            lora_dropout=raw.get("lora_dropout") or 0.0,
-            target_modules=_targets(raw.get("target_modules"), modules_to_save),
-            use_rslora=bool(raw.get("use_rslora")),
-            use_dora=bool(raw.get("use_dora")),
-            rank_pattern=raw.get("rank_pattern") or {},
-            alpha_pattern=raw.get("alpha_pattern") or {},
-            modules_to_save=list(modules_to_save),
-            target_parameters=raw.get("target_parameters") or [],
-            exclude_modules=raw.get("exclude_modules") or None,
-            layers_to_transform=raw.get("layers_to_transform"),
-            layers_pattern=raw.get("layers_pattern") or None,
-            task_type=raw.get("task_type"),
-            strict_names=False,
-        )
+        return LoraConfig(**lora_fields(raw))
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
 
@@ -249,16 +223,6 @@ def _check_ranks(
             )
         if stored is None:
             raise UsageError(f"{file}: lacks {key}")
-
-
-def _targets(raw: Any, modules_to_save: tuple[str, ...]) -> str | list[str]:
-    """PEFT's own rule drops what `modules_to_save` names from a list (as all-linear leaves it)."""
-    if raw == NO_TARGETS:
-        return []
-    if isinstance(raw, str):
-        return raw.lower() if raw.lower() == "all-linear" else raw
-    saved = [re.compile(rf"(.*\.)?{name}(\..*)?") for name in modules_to_save]
-    return sorted(n for n in raw or () if not any(s.fullmatch(n) for s in saved))
 
 
 def _take_base_copies(

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from dlora.lora.attach import attachment_of
+from dlora.lora.made_class import original_class
 from dlora.lora.tasks import AUTO, HEADS, head_names
 
 _TABLES = {  # in this order: a class stands in the table of its task, and in few others
@@ -79,5 +80,9 @@ def _names(table: Any) -> set[str]:
 
 
 def _own_class(model: nn.Module) -> type:
-    """The class that the model had before `fully_shard` put its own in front."""
-    return next(cls for cls in type(model).__mro__ if not cls.__name__.startswith("FSDP"))
+    """The class that the model had before dlora and `fully_shard` put theirs in front."""
+    return next(
+        original_class(cls)
+        for cls in type(model).__mro__
+        if not original_class(cls).__name__.startswith("FSDP")
+    )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dlora.errors import UsageError
 from dlora.lora.config import LoraConfig
 from dlora.lora.dropout import DropoutStream
+from dlora.lora.foreign import check_no_peft
 from dlora.lora.init import INITS, Initialisation
 from dlora.lora.layers import (
     CHILD,
@@ -87,6 +88,7 @@ def attach(
     """
     if hasattr(model, "dlora"):
         raise UsageError("attach: this model already has adapters")
+    check_no_peft(model)
     adapted, saved = module_paths(model, config), saved_paths(model, config)
     parameters = parameter_paths(model, config)
     owners = dict.fromkeys(path.rpartition(".")[0] for path in parameters)
@@ -358,6 +360,10 @@ def _forbid_fused_inference(model: nn.Module) -> None:
         if not any(hasattr(child, CHILD) for child in module.modules()):
             continue
         if isinstance(module, nn.TransformerEncoderLayer):
-            module.register_forward_pre_hook(lambda module, args: None)
+            module.register_forward_pre_hook(_no_fused_layer)
         elif isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
+
+
+def _no_fused_layer(module: nn.Module, args: Any) -> None:
+    """A hook that does nothing."""

@@ -10,13 +10,14 @@ from typing import Any, ClassVar
 
 from dlora.errors import UsageError
 from dlora.lora.init import INITS
+from dlora.lora.peft_arguments import PeftArguments
 from dlora.lora.tasks import AUTO, TASKS
 from dlora.registry import carries, check_options, option
 
 
 @dataclass(frozen=True)
 @carries("lora.init")
-class LoraConfig:
+class LoraConfig(metaclass=PeftArguments):
     """A low-rank update ΔW = s·B·A of each target weight W0 [m, n], with A [r, n] and B [m, r].
 
     Args:
@@ -49,6 +50,9 @@ class LoraConfig:
             by the model's class; None: no task, so that no head is trained unasked.
         strict_names: a name or an expression that matches nothing is an error. Those in PEFT's
             files need not match: its loader ignores them.
+
+    PEFT's further arguments are taken where they ask for nothing, and refused by name elsewhere
+    (`dlora.lora.peft_arguments`). Where defaults differ from PEFT's: docs/own_loop.md.
 
     The options of the initialisations, such as `lora_ga_gamma`, are fields too. The bounds of r
     and α keep arithmetic finite also for adapters from unknown sources.

@@ -7,7 +7,6 @@ under the same names and an extra child, `adapter`; nothing is wrapped, so `q_pr
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlora.lora.made_class import made_class
 from dlora.lora.own_forward import computes_embedding, computes_linear, embed_scale
+from dlora.lora.own_storage import OwnStorage
 from dlora.lora.states import AdapterState, Stateful
 from dlora.quant.linear import (
     WEIGHT_NAMES,
@@ -271,7 +272,7 @@ class ModulesToSaveCopy(Stateful):
             node: nn.Module = self
             for owner in owners:
                 if not hasattr(node, owner):
-                    node.add_module(owner, nn.Module())
+                    node.add_module(owner, OwnStorage())
                 node = node.get_submodule(owner)
             master = weight.detach().to(dtype, copy=True)
             node.register_parameter(name, nn.Parameter(master))
@@ -307,15 +308,9 @@ def _substituted(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None
             parameters[name] = original
 
 
-@functools.cache
-def adapted_class(base: Any, kind: Any) -> type:
-    """The subclass of `base` whose forward is `kind`'s. Cached: equal layers share one class."""
-    return type(f"Adapted{base.__name__}", (kind, base), {"__module__": base.__module__})
-
-
 def adapt_(module: nn.Module, kind: type, child: Any, path: str) -> None:
     """Give `module`, at `path`, the child and the class, in place."""
     module.add_module(CHILD, child)
     child.place = f"{path}.{CHILD}"
     base: Any = type(module)
-    module.__class__ = adapted_class(base, kind)
+    module.__class__ = made_class(kind, base, f"Adapted{base.__name__}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor
 
-from dlora.errors import UsageError
+from dlora.errors import UsageError, dtype_name
+from dlora.lora.own_storage import OwnStorage
 
 
 class AdapterState(Enum):
@@ -37,17 +39,36 @@ _FOLLOWING = {
 }
 
 
-class Stateful(nn.Module):
+class Stateful(OwnStorage):
     """A child of an adapted layer that is in one of the states.
 
     Attributes:
         place: its path in the model.
         state: changed by `become` alone.
+        replicated: whether a replica owns its parameters, in their dtype.
     """
 
     what: ClassVar[str] = "adapter"
     place: str
     state = AdapterState.ON
+    replicated = False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Stateful:
+        self.check_cast(fn)
+        return super()._apply(fn, recurse)
+
+    def check_cast(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Raise a `UsageError` if `fn`, of a call like `.to()`, casts parameters of a replica."""
+        parameter = next(self.parameters(), None) if self.replicated else None
+        if parameter is None:
+            return
+        cast = fn(parameter.new_empty(0)).dtype
+        if cast != parameter.dtype:
+            raise UsageError(
+                f"the adapters are the replica's, in {dtype_name(parameter.dtype)}, and cannot be "
+                f"cast to {dtype_name(cast)}; cast the base only, before dlora.attach "
+                "(from_pretrained(…, dtype=…)), or compute under torch.autocast"
+            )
 
     def become(self, state: AdapterState) -> None:
         """Change the state.

@@ -30,12 +30,12 @@ def attach(model: nn.Module, config: LoraConfig) -> nn.Module:
     """
     attach_unstarted(model, config)
     for line in attachment_of(model).left:
-        warnings.warn(line, stacklevel=2)
+        warnings.warn(line, stacklevel=3)  # of the caller of `dlora.attach`
     init = attachment_of(model).init
     if init.needs == "gradient":
         await_start(model)
     if init.needs == "weight" and next(model.parameters()).device.type != "meta":
-        warn_of_left(start_adapters(model))
+        warn_of_left(start_adapters(model), stacklevel=4)
     return model
 
 
@@ -69,7 +69,7 @@ def start_adapters(model: nn.Module) -> Started:
     return start_from_weights(model, replica.topology, replica.engine.gather_module, replica.wire)
 
 
-def warn_of_left(started: Started) -> None:
+def warn_of_left(started: Started, stacklevel: int = 3) -> None:
     """Warn of layers that start as usual, because their matrix lacks rank."""
     if started.left:
-        warnings.warn(str(started), stacklevel=3)
+        warnings.warn(str(started), stacklevel=stacklevel)

@@ -15,11 +15,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from dlora.errors import UsageError
 from dlora.lora.attach import (
     attachment_of,
+    children_of,
     frozen_tensors,
     is_unstarted,
     named_adapters,
     trainable_parameters,
 )
+from dlora.lora.made_class import REPLICA
 from dlora.lora.method_state import MethodState
 from dlora.lora.parameters import ParameterAdapter
 from dlora.lora.variants import VARIANTS
@@ -30,8 +32,6 @@ from dlora.sharding.engines.protocol import Engine, is_divided
 from dlora.sharding.replica.optimizer_state import States, states_of
 from dlora.sharding.replica.replica import Reduced, Replica
 from dlora.sharding.replica.step_scalars import Scalar
-
-_RECORD = "dlora_replica"
 
 
 class TrainedReplica(Replica):
@@ -54,6 +54,8 @@ class TrainedReplica(Replica):
         """Own the adapters that the model has by now. Collective: rank 0's values are broadcast."""
         named = trainable_parameters(self._model)
         self.own(named)
+        for child in children_of(self._model):
+            child.replicated = True
         self.engine.set_trainable(self._model, named.values())
         kind = _state_class(VARIANTS[attachment_of(self._model).config.variant].state_class)
         if kind is not MethodState:
@@ -137,7 +139,7 @@ class TrainedReplica(Replica):
 
 def replica_of(model: nn.Module) -> TrainedReplica | None:
     """The replica of a model; None before `dlora.shard`."""
-    return model.__dict__.get(_RECORD)
+    return model.__dict__.get(REPLICA)
 
 
 def replicate(
@@ -171,7 +173,7 @@ def replicate(
         tensor.data = tensor.data.to(device)
     engine.after_load(model)
     replica = TrainedReplica(engine, model, divided=divided)
-    model.__dict__[_RECORD] = replica
+    model.__dict__[REPLICA] = replica
     if named:
         replica.take_over()
     return replica

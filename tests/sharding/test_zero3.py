@@ -100,9 +100,20 @@ def refused(path: str, case: str) -> str:
     if case == "adapters partitioned":
         attach(model, LoraConfig(r=2))
         deepspeed.initialize(model=model, config=settings)
+    elif case == "partitioned afterwards":
+        attach(model, LoraConfig(r=2))
+        shard(model, base="none")
+        engine, *_ = deepspeed.initialize(model=model, config=settings)
+        ids = torch.arange(12)[None]
+        try:
+            engine(input_ids=ids, labels=ids).loss.backward()
+        except Exception as error:
+            return f"{type(error).__name__}: shard: {error}"
     else:
         adam = {"type": "Adam", "params": {"lr": 1e-3, "torch_adam": True}}
-        engine, *_ = deepspeed.initialize(model=model, config=settings | {"optimizer": adam})
+        stage = {"stage": 2 if case == "optimizer section at stage 2" else 3}
+        settings |= {"optimizer": adam, "zero_optimization": stage}
+        engine, *_ = deepspeed.initialize(model=model, config=settings)
         attach(model, LoraConfig(r=2))
         model = engine if case == "pass engine.module" else model
     try:
@@ -117,6 +128,8 @@ def refused(path: str, case: str) -> str:
     [
         ("adapters partitioned", "lora_A is divided over ranks; attach after the base is sharded"),
         ("optimizer section", "this DeepSpeed engine has an optimizer section"),
+        ("optimizer section at stage 2", "this DeepSpeed engine has an optimizer section"),
+        ("partitioned afterwards", "the adapters were partitioned by a DeepSpeed engine that was"),
         ("pass engine.module", "this is a DeepSpeed engine, which"),
     ],
 )

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from dlora.errors import UsageError
 from dlora.sharding.replica.optimizer_state import Named, ReplicaError
 from dlora.sharding.replica.step_scalars import Scalar
 
@@ -48,9 +49,16 @@ class FlatBuffers:
 
         Raises:
             ReplicaError: their dtype was changed.
+            UsageError: DeepSpeed has partitioned them.
         """
         if all(is_same_place(p, self._value_views[n]) for n, p in self._named.items()):
             return
+        if any(hasattr(parameter, "ds_id") for parameter in self._named.values()):
+            raise UsageError(
+                "the adapters were partitioned by a DeepSpeed engine that was made after "
+                "dlora.shard; initialise it over the frozen base first, without an optimizer "
+                "section, then attach and shard"
+            )
         dtype, device = common_kind(self._named)
         if dtype != self.values.dtype:
             raise ReplicaError(

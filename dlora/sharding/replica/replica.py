@@ -20,10 +20,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dlora.errors import UsageError
 from dlora.sharding.comm_bytes import WireCounter
 from dlora.sharding.counts import whole_number
 from dlora.sharding.replica.audit import unhealed
 from dlora.sharding.replica.flat_buffers import FlatBuffers
+from dlora.sharding.replica.forgotten_reduction import StepGuard
 from dlora.sharding.replica.hierarchical_reduce import Reduction
 from dlora.sharding.replica.optimizer_state import (
     Named,
@@ -84,6 +86,8 @@ class Replica:
         self.named: dict[str, nn.Parameter] = {}
         self.healed: Callable[[str], None] | None = None
         self.reductions = 0  # made so far; every `AUDIT_EVERY`th ends with an audit
+        self.unreduced = False  # whether a backward pass came since the last one
+        self._guard: StepGuard | None = None
 
     def own(self, named: Named) -> None:
         """Take over parameters; collective: rank 0's values are broadcast.
@@ -103,6 +107,7 @@ class Replica:
             )
         if self.topology.world > 1:
             dist.broadcast(self._buffers.values, src=0)
+            self._guard = self._guard or StepGuard(self)
 
     @property
     def values(self) -> Tensor:
@@ -185,6 +190,7 @@ class Replica:
                 f"{len(given)} scalars do not fit the {MOST_SCALARS} slots beside the gradients"
             )
         self._buffers.check()
+        self.unreduced = False
         present = self._buffers.collect(self.strategy.has_gradient)
         rank, world = self.topology.rank, self.topology.world
         mine = pack_tail(1 if tokens is None else whole_number(tokens), given, each, rank, world)
@@ -207,10 +213,18 @@ class Replica:
             norm: theirs, if it is known (`Reduced.norm`) and they were not changed since.
 
         Returns:
-            The norm before clipping; the gradients must have been reduced.
+            The norm before clipping.
+
+        Raises:
+            UsageError: a backward pass came since the last `reduce_gradients`.
         """
         if not self.named:
             raise ReplicaError("there is nothing to clip: attach adapters first")
+        if self.unreduced:
+            raise UsageError(
+                "replica.clip would clip this rank's own gradients: call "
+                "replica.reduce_gradients() before it"
+            )
         if norm is None:
             found = self.gradient_norm()
             self.strategy.scale_((1 / (found + 1e-6) * max_norm).clamp(max=1.0))
@@ -230,6 +244,7 @@ class Replica:
 
     def zero_grad(self) -> None:
         """Remove all gradients; `optimizer.zero_grad()` does as well."""
+        self.unreduced = False
         self._buffers.zero_(self.numel)
         self.strategy.zero_grad()
 
@@ -270,4 +285,5 @@ class Replica:
         self._buffers = FlatBuffers(self.named, lengths, self.strategy.attach_buffers)
 
     def _after_backward(self, name: str, parameter: nn.Parameter) -> None:
+        self.unreduced = True
         self._buffers.after_backward(name, parameter)

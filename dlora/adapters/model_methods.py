@@ -1,0 +1,263 @@
+"""The methods of a model with adapters, by the names that PEFT and transformers give them.
+
+transformers' classes have methods of these names for adapters that PEFT put in, and would save the
+whole base. So a model with adapters becomes a subclass of its class, under the same name, whose
+methods mean dlora's adapters.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from dlora.adapters.hub import upload
+from dlora.adapters.peft_format import PREFIX
+from dlora.adapters.save_load import adapter_files, load_adapter, save_adapter
+from dlora.errors import UsageError
+from dlora.lora.attach import children_of, disabled
+from dlora.lora.made_class import made_class
+from dlora.lora.switch import switch_off, switch_on
+from dlora.quant.linear import is_packed
+
+NAME = "default"  # of the adapters, as in PEFT
+_ONLY = f"a model has one adapter, {NAME!r}"
+# Arguments of transformers' and PEFT's `save_pretrained`, with the values that change nothing here.
+_UNUSED: dict[str, tuple[Any, ...]] = {
+    "variant": (None,),
+    "safe_serialization": (True,),
+    "selected_adapters": (None, [NAME]),
+    "save_peft_format": (True,),
+    "distributed_checkpoint": (False,),
+    "save_embedding_layers": ("auto", False),
+    "path_initial_model_for_weight_conversion": (None,),
+}
+# How the base would be cut into files, or where its tensors come from: the adapter has its own.
+_OF_THE_BASE = ("state_dict", "max_shard_size", "save_function", "save_original_format")
+_UPLOADING = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr")
+
+
+def equip(model: nn.Module) -> None:
+    """Give a model with adapters the methods of `AdaptedModel`, in place; once is enough."""
+    if not isinstance(model, AdaptedModel):
+        base: Any = type(model)
+        model.__class__ = made_class(AdaptedModel, base, base.__name__)
+
+
+class AdaptedModel:
+    """What a model gains, and what replaces methods of transformers' `PreTrainedModel`."""
+
+    def save_pretrained(
+        self: Any,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        token: str | bool | None = None,
+        **others: Any,
+    ) -> None:
+        """Write the adapter, never the base, in PEFT's files; see `dlora.save_adapter`.
+
+        Any rank may, without a collective. What transformers' method has for the files of the base
+        (`state_dict`, `max_shard_size`) has no part in it.
+
+        Args:
+            is_main_process: False: nothing is written, by this process.
+            push_to_hub: upload the files as well, with `repo_id` and the other arguments of
+                `push_to_hub`; without `repo_id` under the directory's name.
+
+        Raises:
+            UsageError: an argument asks for something that is not written here.
+        """
+        uploading = {key: others.pop(key) for key in _UPLOADING if key in others}
+        for key, value in others.items():
+            if key not in _OF_THE_BASE and value not in _UNUSED.get(key, ()):
+                raise UsageError(
+                    f"save_pretrained: {key}={value!r} cannot act: the model has dlora adapters, "
+                    "so PEFT's files are written; see dlora.save_adapter"
+                )
+        if uploading and not push_to_hub:
+            raise UsageError(f"save_pretrained: {next(iter(uploading))} needs push_to_hub=True")
+        if not is_main_process:
+            return
+        save_adapter(self, save_directory)
+        if push_to_hub:
+            repository = uploading.pop("repo_id", None) or Path(save_directory).name
+            upload(Path(save_directory), repository, token=token, **uploading)
+
+    def push_to_hub(
+        self: Any,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **others: Any,
+    ) -> Any:
+        """Upload the adapter's files to the Hugging Face hub; the repository is made if need be.
+
+        Call it on one rank.
+
+        Returns:
+            huggingface_hub's record of the commit.
+
+        Raises:
+            UsageError: the hub refuses, or cannot be reached.
+        """
+        for key, value in others.items():
+            if key not in _OF_THE_BASE and value is not None:
+                raise UsageError(f"push_to_hub: {key}={value!r} cannot act on an adapter's files")
+        return upload(
+            lambda directory: save_adapter(self, directory),
+            repo_id,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+    # -- counts ---------------------------------------------------------------------------------
+
+    def get_nb_trainable_parameters(self: Any) -> tuple[int, int]:
+        """(trained parameters, all parameters), counted whole wherever they are divided."""
+        return count_parameters(self)
+
+    def print_trainable_parameters(self: Any) -> None:
+        """Print both, and their ratio, in PEFT's words."""
+        trained, every = count_parameters(self)
+        print(
+            f"trainable params: {trained:,d} || all params: {every:,d} || "
+            f"trainable%: {100 * trained / every:.4f}"
+        )
+
+    # -- switching ------------------------------------------------------------------------------
+
+    def disable_adapters(self: Any) -> None:
+        """Compute as the base alone, until `enable_adapters`."""
+        switch_off(self)
+
+    def enable_adapters(self: Any) -> None:
+        """Compute with the adapters again."""
+        switch_on(self)
+
+    @contextmanager
+    def disable_adapter(self: Any) -> Iterator[None]:
+        """`dlora.disabled`, by the name that a PeftModel has for it."""
+        with disabled(self):
+            yield
+
+    def active_adapters(self: Any) -> list[str]:
+        """The names of the adapters that the model computes with; as in transformers, of those
+        that are switched off as well."""
+        return [NAME]
+
+    def set_adapter(self: Any, adapter_name: str | list[str]) -> None:
+        """Choose the one adapter that there is.
+
+        Raises:
+            UsageError: another one is meant.
+        """
+        if adapter_name not in (NAME, [NAME]):
+            raise UsageError(f"set_adapter: there is no {adapter_name!r}: {_ONLY}")
+
+    def add_adapter(self: Any, *_: Any, **__: Any) -> None:
+        """Refused: PEFT would wrap what dlora adapted."""
+        raise _peft_refused("add_adapter")
+
+    def delete_adapter(self: Any, *_: Any, **__: Any) -> None:
+        """Refused: what was attached stays."""
+        raise UsageError(
+            "delete_adapter: dlora adapters stay attached; disable_adapters() is there"
+        )
+
+    def enable_peft_hotswap(self: Any, *_: Any, **__: Any) -> None:
+        """Refused: there is nothing of PEFT's to be swapped."""
+        raise UsageError("enable_peft_hotswap: the model has dlora adapters, not PEFT's")
+
+    def load_adapter(
+        self: Any, peft_model_id: str | Path, adapter_name: str = NAME, **others: Any
+    ) -> None:
+        """`dlora.load_adapter`: the values of a directory or hub id into the attached adapters.
+
+        Raises:
+            UsageError: as there, or an argument means PEFT's own adapters.
+        """
+        for key in (key for key, value in others.items() if value is not None):
+            raise UsageError(f"load_adapter: {key} cannot act on dlora adapters")
+        self.set_adapter(adapter_name)
+        load_adapter(self, peft_model_id)
+
+    def get_adapter_state_dict(self: Any, adapter_name: str = NAME) -> dict[str, Tensor]:
+        """Copies of the tensors that `save_pretrained` writes, by transformers' keys for them."""
+        self.set_adapter(adapter_name)
+        _, tensors = adapter_files(self, None)
+        return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+
+    def _apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """`.to()` and its like: a cast that the replica forbids is refused before it begins."""
+        for child in children_of(self):
+            child.check_cast(fn)
+        return super()._apply(fn, recurse)  # type: ignore[misc]
+
+    # -- others' adapters -----------------------------------------------------------------------
+
+    @property
+    def peft_config(self: Any) -> Any:
+        """Not there, since PEFT has no adapters in this model; PEFT's own question is refused."""
+        if _peft_asks():
+            raise _peft_refused("get_peft_model")
+        raise AttributeError("peft_config")
+
+    @peft_config.setter
+    def peft_config(self: Any, value: Any) -> None:
+        raise _peft_refused("get_peft_model")
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trained, all) parameters, as PEFT counts them: of packed weights those before packing."""
+    packed = {
+        id(parameter): elements
+        for module in model.modules()
+        if is_packed(module)
+        for parameter, elements in _elements(module)
+    }
+    trained = every = 0
+    for parameter in model.parameters():
+        size = packed.get(id(parameter), getattr(parameter, "ds_numel", parameter.numel()))
+        every += size
+        trained += size if parameter.requires_grad else 0
+    return trained, every
+
+
+def _elements(module: Any) -> Iterator[tuple[nn.Parameter, int]]:
+    """(parameter, elements of W0 that it stands for) of a packed layer."""
+    codes = module.weight_codes
+    yield codes, getattr(codes, "ds_shape", codes.shape)[0] * module.packing.n
+    yield module.weight_scales, 0
+
+
+def _peft_refused(call: str) -> UsageError:
+    return UsageError(
+        f"{call}: this model has dlora adapters, which PEFT would wrap and no longer train; use "
+        "either dlora.attach or PEFT, on a model of its own"
+    )
+
+
+def _peft_asks() -> bool:
+    """Whether a tuner of PEFT's looks for `peft_config`, before it puts its layers in."""
+    frame: Any = sys._getframe(2)
+    for _ in range(6):  # torch's and PEFT's own `__getattr__` lie between
+        if frame is None:
+            return False
+        if frame.f_globals.get("__name__", "").startswith("peft.tuners"):
+            return True
+        frame = frame.f_back
+    return False
