@@ -18,12 +18,17 @@ WORDS = 12  # of a sequence
 
 
 def fresh_state() -> None:
-    """Accelerate remembers the process group of the process; each call of a test has its own."""
+    """Accelerate remembers the process group of the process, and Lightning changes the environment
+    that describes it; each call of a test has its own."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    if not dist.is_initialized():
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-            os.environ.pop(name, None)
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(name, None)
+    os.environ.pop("LOCAL_WORLD_SIZE", None)
+    if dist.is_initialized():
+        rank, world = str(dist.get_rank()), str(dist.get_world_size())
+        os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # nobody connects: there is one
 
 
 def sequences(count: int = 16, *, uneven: bool = True) -> list[dict[str, Any]]:
@@ -66,7 +71,7 @@ def arguments(directory: Path, kind: Any = TrainingArguments, **settings: Any) -
         "per_device_train_batch_size": 2 // ranks,
         "gradient_accumulation_steps": 2,
         "max_steps": 4,
-        "learning_rate": 0.01,
+        "learning_rate": 0.002,
         "lr_scheduler_type": "linear",
         "logging_steps": 1,
         "save_strategy": "no",

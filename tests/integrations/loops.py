@@ -4,7 +4,6 @@ Two epochs of four batches of two sequences, an optimizer step for every two bat
 after the first epoch, from which a run may resume.
 """
 
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ from dlora.integrations.accelerate import prepare
 from dlora.integrations.lightning import DloraStrategy
 from dlora.integrations.transformers import DloraCallback
 
-EPOCHS, EVERY, RATE, CLIP = 2, 2, 0.02, 0.5
+EPOCHS, EVERY, RATE, CLIP = 2, 2, 0.002, 0.5
 
 
 class Setting(NamedTuple):
@@ -168,8 +167,6 @@ def by_lightning(base: str, directory: Path, setting: Setting, resume: bool) -> 
     torch.manual_seed(resume)
     grouped = dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
-    if not grouped:
-        os.environ.pop("MASTER_PORT", None)
     module = Module(base, setting)
     strategy = DloraStrategy(sharding=setting.sharding, process_group_backend="gloo")
     keep = ModelCheckpoint(
