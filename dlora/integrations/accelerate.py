@@ -68,8 +68,8 @@ def prepare(
         raise UsageError("sharding: this model has been sharded by dlora.shard already")
     WholeState(replica, optimizer)
     backward = _Backward(accelerator, replica, optimizer)
-    accelerator.backward = backward  # type: ignore[method-assign]
-    accelerator.clip_grad_norm_ = backward.clip  # type: ignore[method-assign]
+    accelerator.backward = backward
+    accelerator.clip_grad_norm_ = backward.clip
     prepared = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
     _Files(accelerator, model, replica, prepared)
     return accelerator.prepare(prepared, optimizer, *others)

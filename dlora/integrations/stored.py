@@ -12,7 +12,7 @@ import os
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import torch
@@ -41,7 +41,7 @@ def _random_file(directory: Path, rank: int) -> Path:
 
 
 def _random_state() -> dict[str, Any]:
-    kind, keys, *rest = numpy.random.get_state(legacy=True)  # type: ignore[misc]
+    kind, keys, *rest = cast(tuple[Any, ...], numpy.random.get_state(legacy=True))
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return {
         "python": random.getstate(),

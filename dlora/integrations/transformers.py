@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -32,10 +32,7 @@ from dlora.integrations.whole_state import WholeState
 
 __all__ = ["DloraCallback", "DloraTrainer", "DloraTrainerMixin"]
 
-if TYPE_CHECKING:
-    Base = Trainer
-else:
-    Base = object
+_Below: Any = object  # the trainer that comes after the mix-in
 
 
 def prepared_model(
@@ -78,7 +75,7 @@ def prepared_model(
     return found
 
 
-class DloraTrainerMixin(Base):
+class DloraTrainerMixin(_Below):
     """Makes a trainer of transformers or TRL train dlora's adapters; to be named before it.
 
     Args:
@@ -95,6 +92,9 @@ class DloraTrainerMixin(Base):
     Raises:
         UsageError: a setting would wrap, cast or shard the model a second time.
     """
+
+    optimizer: Any
+    ref_model: Any
 
     def __init__(
         self,
@@ -263,7 +263,7 @@ def _lacks_reference(kind: type, args: tuple[Any, ...], kwargs: Mapping[str, Any
     """Whether a trainer compares with a reference model and was given none."""
     below = kind.__mro__[kind.__mro__.index(DloraTrainerMixin) + 1 :]
     takes = any(
-        "ref_model" in inspect.signature(each.__init__).parameters
+        "ref_model" in inspect.signature(each.__dict__["__init__"]).parameters
         for each in below
         if "__init__" in each.__dict__
     )

@@ -65,7 +65,8 @@ class DloraRewardTrainer(_FromPath, RewardTrainer):
 
     def _from_path(self, path: str, settings: dict[str, Any]) -> Any:
         settings = {"num_labels": 1} | settings
-        return create_model_from_path(path, AutoModelForSequenceClassification, **settings)
+        kind: Any = AutoModelForSequenceClassification
+        return create_model_from_path(path, kind, **settings)
 
 
 class _Online(_FromPath):

@@ -208,3 +208,23 @@ def saved(kind: str, directory: Path, resume: bool) -> Path:
     if kind == "lightning":
         return directory / f"checkpoints-{resume:d}" / "epoch=1-adapter"
     return directory / f"last-{resume:d}"
+
+
+def overflowing(base: str, method: str) -> Any:
+    """Steps in fp16 from a scale at which gradients overflow on rank 0 alone."""
+    model = adapted(base, Setting(method=method))
+    replica = dlora.shard(model, base="world", optimizer_state="divided")
+    optimizer = torch.optim.AdamW(replica.parameter_groups(lr=RATE))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    loop = DloraCallback(model, optimizer, scaler=scaler, max_grad_norm=CLIP)
+    batch = next(iter(loader_of(replica.topology.rank, replica.topology.world)))
+    norms, changed = [], []
+    for step in range(3):
+        before = replica.values.clone()
+        scaler.scale(model(**batch).loss).backward()
+        if step == 1 and replica.topology.rank == 0:
+            next(p for p in replica.named.values() if p.grad is not None).grad[0, 0] = torch.inf
+        norms.append(loop.step())
+        changed.append(not torch.equal(before, replica.values))
+    replica.audit()
+    return norms, changed, scaler.get_scale(), getattr(replica.method, "step", 0)

@@ -1,5 +1,6 @@
 """Accelerate, Lightning and loops by hand: PEFT's losses in one process, and exact resumes."""
 
+import math
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -7,11 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from hugging_face import written
-from loops import RUNS, Setting, by_peft, run, saved
+from accelerate import Accelerator
+from hugging_face import fresh_state, written
+from loops import RUNS, Setting, adapted, by_peft, overflowing, run, saved
 from peft import PeftModel
 from ranks import Pools
 from tiny import whole
+
+from dlora import UsageError, save_adapter
+from dlora.integrations.accelerate import prepare
+from dlora.integrations.transformers import DloraCallback
 
 FULL = pytest.mark.full
 SAMPLE = {
@@ -68,3 +74,34 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
     PeftModel.from_pretrained(whole(base), saved(kind, tmp_path, True))
     assert not list(tmp_path.rglob("model*.safetensors"))
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora"])
+def test_an_overflow_on_one_rank_is_a_skipped_step_on_all(
+    method: str, pools: Pools, saved_models: Any
+) -> None:
+    found = pools(2).run(overflowing, saved_models("llama"), method)
+    for norms, changed, scale, step in found:
+        assert [math.isfinite(norm) for norm in norms] == [True, False, True]
+        assert norms == found[0][0]
+        assert changed == [True, method == "adalora", True]  # its masks fall as scheduled
+        assert scale == 2.0**7  # halved once
+        assert step == (3 if method == "adalora" else 0)  # its schedule has gone on
+
+
+def test_what_would_break_a_loop_is_refused(saved_models: Any, tmp_path: Path) -> None:
+    fresh_state()
+    model = adapted(saved_models("llama"), Setting())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    with pytest.raises(UsageError, match="DloraCallback: the model is not sharded"):
+        DloraCallback(model, optimizer)
+    accelerator = Accelerator(cpu=True)
+    prepare(accelerator, model, optimizer)
+    with pytest.raises(UsageError, match="prepare: this Accelerator has a model of dlora already"):
+        prepare(accelerator, model, optimizer)
+    with pytest.raises(UsageError, match="dlora_state.safetensors: file not found"):
+        save_adapter(model, tmp_path)
+        DloraCallback(model, optimizer).load(tmp_path)
+    (tmp_path / "dlora_state.safetensors").write_bytes(b"{}")
+    with pytest.raises(UsageError, match="dlora_state.safetensors: damaged"):
+        DloraCallback(model, optimizer).load(tmp_path)

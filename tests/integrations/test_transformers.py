@@ -9,6 +9,7 @@ import torch
 from hugging_face import (
     arguments,
     fresh_state,
+    lora,
     losses,
     peft_model,
     same_start,
@@ -18,7 +19,7 @@ from hugging_face import (
 from peft import PeftModel
 from ranks import Pools
 from tiny import tokenizer, whole
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer
 
 import dlora
 from dlora import AdaLoraConfig, LoraConfig, UsageError
@@ -183,6 +184,35 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
     size = sum(path.stat().st_size for path in checkpoint.iterdir())
     tokenizer_size = (checkpoint / "tokenizer.json").stat().st_size
     assert size <= (1 + 2 + 2 * (method != "lora")) * trained + tokenizer_size + 200_000
+
+
+def of_two_ranks(base: str, directory: Path, resume: str | None) -> dict[str, Any]:
+    """Four steps over a base that transformers has sharded at load, or, resumed, over a whole one;
+    the optimizer's state is divided wherever there are ranks to divide it."""
+    fresh_state()
+    loaded = {} if resume else {"distributed_config": {"fsdp_size": 2}}
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **loaded)
+    trainer = DloraTrainer(
+        model,
+        arguments(directory, save_strategy="steps", save_steps=2),
+        train_dataset=sequences(),
+        dlora=lora(),
+        sharding={"optimizer_state": "divided"},
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return {name: p.detach().clone() for name, p in trainer.replica.named.items()}
+
+
+def test_a_checkpoint_of_two_ranks_resumes_on_one(
+    pools: Pools, saved_models: Any, tmp_path: Path
+) -> None:
+    base = saved_models("llama")
+    on_two = pools(2).run(of_two_ranks, base, tmp_path / "two", None)[0]
+    half = str(tmp_path / "two" / "checkpoint-2")
+    on_one = pools(1).run(of_two_ranks, base, tmp_path / "one", half)[0]
+    for name, tensor in on_two.items():
+        apart = torch.linalg.norm(tensor - on_one[name]) / torch.linalg.norm(tensor)
+        assert apart <= 1e-4, name
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from trl import (
 )
 
 import dlora
-from dlora import LoraConfig
+from dlora import LoraConfig, UsageError
 from dlora.integrations.trl import (
     DloraDPOTrainer,
     DloraGRPOTrainer,
@@ -103,7 +103,7 @@ def trained(kind: str, path: str, directory: Path, sharding: dict[str, Any] | No
 def test_losses_are_those_of_trl_with_peft(
     kind: str, pools: Pools, saved_models: Any, tmp_path: Path
 ) -> None:
-    """Of TRL in one process; those with means of a rank's own, of TRL on as many ranks under DDP."""
+    """Of TRL in one process; those with means of a rank's own, of TRL on as many ranks."""
     base, peft = saved_models("llama"), {}
     for ranks, engine in ((1, "fsdp2"), (2, "fsdp2"), (2, "zero3")):
         alike = ranks if kind in OWN else 1
@@ -121,3 +121,21 @@ def test_losses_are_those_of_trl_with_peft(
         for name, tensor in one.items():
             apart = torch.linalg.norm(tensor - other[name])
             assert apart <= 1e-3 * torch.linalg.norm(tensor), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("dpo", {"precompute_ref_log_probs": True}, "precompute_ref_log_probs: the reference is"),
+        ("dpo", {"sync_ref_model": True}, "sync_ref_model: the reference is the model itself"),
+        ("grpo", {"use_vllm": True}, "use_vllm: vLLM is sent"),
+    ],
+)
+def test_what_needs_a_second_base_is_refused(
+    kind: str, settings: dict[str, Any], message: str, saved_models: Any, tmp_path: Path
+) -> None:
+    config, _, ours = KINDS[kind]
+    given = {"reward_funcs": rewards} if kind == "grpo" else {}
+    args = arguments(tmp_path, config, **OWN.get(kind, {}) | settings)
+    with pytest.raises(UsageError, match=message):
+        ours(whole(saved_models("llama")), args=args, train_dataset=records(kind), **given)
