@@ -152,14 +152,20 @@ class DloraTrainerMixin(_Below):
         """Nothing goes around it."""
         return model
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_for_training(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
+        planned = getattr(self.model.dlora.config, "total_step", None) or 0
+        if planned > max_steps:
+            raise UsageError(
+                f"total_step: AdaLoRA's schedule needs {planned} steps, and this training makes "
+                f"{max_steps}, so that its last mask would never fall"
+            )
         # As evaluated models are, so that autocast and compilation apply and DDP does not.
         self.model_wrapped = self.accelerator.prepare_model(
             self.model, device_placement=False, evaluation_mode=True
         )
         if self._recomputes_reentrantly():
             self.model.enable_input_require_grads()  # else no gradient would reach the adapters
-        return super()._prepare_for_training(*args, **kwargs)
+        return super()._prepare_for_training(max_steps, *args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
         """An optimizer by `args.optim` over the replica's groups, or the one that was passed."""

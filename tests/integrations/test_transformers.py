@@ -233,6 +233,15 @@ def test_what_would_break_it_is_refused(
         DloraTrainer(args=args, train_dataset=sequences(), **given)
 
 
+def test_a_schedule_longer_than_the_training_is_refused(saved_models: Any, tmp_path: Path) -> None:
+    fresh_state()
+    config = AdaLoraConfig(init_r=4, target_r=2, total_step=9)
+    model, args = whole(saved_models("llama")), arguments(tmp_path)
+    trainer = DloraTrainer(model, args, train_dataset=sequences(), dlora=config)
+    with pytest.raises(UsageError, match="total_step: AdaLoRA's schedule needs 9 steps"):
+        trainer.train()
+
+
 def test_the_model_of_peft_is_refused(saved_models: Any, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="it has PEFT's adapters, which dlora does not train"):
         DloraTrainer(peft_model(saved_models("llama")), arguments(tmp_path))

@@ -1,12 +1,13 @@
 """TRL's trainers with dlora's adapters: the losses of PEFT's, and the same reference."""
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from hugging_face import arguments, fresh_state, losses, peft_model, same_start, written
+from hugging_face import arguments, fresh_state, lora, losses, peft_model, same_start, written
 from ranks import Pools
 from tiny import tokenizer, whole
 from transformers import AutoModelForSequenceClassification
@@ -46,6 +47,9 @@ OWN = {
     "kto": OF_A_RANK,
     "grpo": OF_A_RANK | {"num_generations": 2, "max_completion_length": 6, "beta": 0.1},
 }
+
+
+RESUMED = {("sft", 2, "fsdp2"), ("dpo", 2, "zero3")}
 
 
 def records(kind: str) -> Dataset:
@@ -121,6 +125,46 @@ def test_losses_are_those_of_trl_with_peft(
         for name, tensor in one.items():
             apart = torch.linalg.norm(tensor - other[name])
             assert apart <= 1e-3 * torch.linalg.norm(tensor), name
+
+
+def resumed(kind: str, path: str, directory: Path, engine: str) -> bool:
+    """Four steps, and the last two again from the checkpoint after two; whether all is equal."""
+    found = []
+    for name in ("straight", "resumed"):
+        fresh_state()
+        config, _, ours = KINDS[kind]
+        own = OWN.get(kind, {}) | {"save_strategy": "steps", "save_steps": 2}
+        trainer = ours(
+            base_of(kind, path),
+            args=arguments(directory / name, config, **own),
+            train_dataset=records(kind),
+            processing_class=tokenizer(),
+            peft_config=lora(lora_dropout=0.2, task_type=None),
+            sharding={"engine": engine, "base": "world", "optimizer_state": "divided"},
+            **({"reward_funcs": rewards} if kind == "grpo" else {}),
+        )
+        half = str(directory / "straight" / "checkpoint-2")
+        trainer.train(resume_from_checkpoint=half if name == "resumed" else None)
+        found.append(trainer)
+    pairs = zip(*(trainer.replica.named.values() for trainer in found), strict=True)
+    return all(torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks", "engine"),
+    [
+        pytest.param(*case, marks=() if case in RESUMED else pytest.mark.full)
+        for case in product(KINDS, (1, 2), ("fsdp2", "zero3"))
+    ],
+)
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
+    kind: str, ranks: int, engine: str, pools: Pools, saved_models: Any, tmp_path: Path
+) -> None:
+    assert all(pools(ranks).run(resumed, kind, saved_models("llama"), tmp_path, engine))
+    checkpoint = tmp_path / "resumed" / "checkpoint-4"
+    assert not (checkpoint / "model.safetensors").exists()
+    for name, tensor in written(checkpoint).items():
+        assert torch.equal(tensor, written(tmp_path / "straight" / "checkpoint-4")[name])
 
 
 @pytest.mark.parametrize(
