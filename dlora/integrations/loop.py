@@ -13,6 +13,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
@@ -81,7 +82,7 @@ class DloraCallback:
         return norm
 
     def save(self, directory: str | Path, **beside: Any) -> None:
-        """Write the adapter in PEFT's layout, and what a resume needs. Every rank calls it.
+        """Write the adapter in PEFT's layout, and what a resume needs. Collective.
 
         Args:
             beside: of the loop's own, numbers and text: the step, say; `load` returns them.
@@ -98,6 +99,8 @@ class DloraCallback:
         if topology.rank == 0:
             adapter.save(self.model, self.replica, directory)
             stored.write(directory / STATE, state)
+        if topology.world > 1:
+            dist.barrier()  # whoever reads it next finds all of it
 
     def load(self, directory: str | Path) -> dict[str, Any]:
         """Put back what `save` wrote; every rank calls it. Returns what it was given `beside`.

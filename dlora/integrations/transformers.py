@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME, logger
 
-from dlora import LoraConfig, UsageError, attach, shard
+from dlora import AdaLoraConfig, LoraConfig, UsageError, attach, shard
 from dlora.api import TrainedReplica, replica_of
 from dlora.integrations import adapter
 from dlora.integrations.loop import DloraCallback
@@ -116,6 +116,8 @@ class DloraTrainerMixin(_Below):
             if dlora is not None:
                 raise UsageError("peft_config: dlora= has named the adapters already")
             dlora = config
+        if isinstance(dlora, AdaLoraConfig) and dlora.total_step is None:
+            dlora = dlora.for_steps(_steps(settings))
         device = PartialState().device if settings is None else settings.device
         if settings is not None:
             settings._n_gpu = min(1, settings.n_gpu)  # more would be DataParallel
@@ -263,6 +265,13 @@ class DloraTrainerMixin(_Below):
 
 class DloraTrainer(DloraTrainerMixin, Trainer):
     """transformers' `Trainer` for adapters of dlora; see `DloraTrainerMixin` for its arguments."""
+
+
+def _steps(args: TrainingArguments | None) -> int:
+    """The optimizer steps of a training, for AdaLoRA's schedule."""
+    if args is None or args.max_steps <= 0:
+        raise UsageError("total_step: AdaLoRA needs the number of steps; set it, or max_steps")
+    return args.max_steps
 
 
 def _lacks_reference(kind: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

@@ -111,7 +111,7 @@ def test_losses_are_those_of_peft(pools: Pools, saved_models: Any, tmp_path: Pat
 
 def config_of(method: str, **settings: Any) -> LoraConfig:
     if method == "adalora":
-        return AdaLoraConfig(init_r=6, target_r=2, total_step=6, tfinal=1, lora_dropout=0.2)
+        return AdaLoraConfig(init_r=6, target_r=2, tfinal=1, lora_dropout=0.2)  # T is Trainer's
     init = True if method == "lora" else method
     return LoraConfig(r=4, lora_alpha=8, init_lora_weights=init, lora_dropout=0.2)
 
@@ -221,6 +221,7 @@ def test_a_checkpoint_of_two_ranks_resumes_on_one(
         ({"args": {"bf16_full_eval": True}}, "bf16_full_eval: it casts the adapters"),
         ({"sharding": {"place": "world"}}, "sharding: 'place' is no argument of dlora.shard"),
         ({"dlora": None}, "dlora: the model has no adapters; pass dlora=LoraConfig"),
+        ({"dlora": AdaLoraConfig(), "args": {"max_steps": -1}}, "total_step: AdaLoRA needs the"),
         ({"model_init": whole}, "model_init: dlora shards one model"),
     ],
 )
