@@ -1,6 +1,7 @@
 # make train   on a fresh machine: installs, brings the demo model, trains it on two processes
 # make test    on a fresh machine: installs with the test extras, runs the tests
 # make test-full   the whole matrices that `make test` samples
+# make partners    an environment of the programs that the full tests run beside dlora (llama.cpp is compiled)
 # make models-table   docs/models.md: what works with which architecture
 # make lint    format, lint and types
 #
@@ -16,7 +17,11 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 # Processes that run tests side by side, each a file at a time.
 TEST_PROCESSES ?= 2
 
-.PHONY: train test test-full models-table lint model install install-test clean
+# Where `make partners` makes its environment, outside the tree: it takes half an hour.
+DLORA_PARTNERS ?= $(HOME)/.cache/dlora/partners
+export DLORA_PARTNERS
+
+.PHONY: train test test-full partners models-table lint model install install-test clean
 
 train: install model
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --nproc-per-node 2 -m dlora.train --config configs/quickstart.yaml
@@ -31,8 +36,17 @@ FULL := sharding training methods launchers rest
 test-full: $(FULL:%=test-full-%)
 test-full-sharding test-full-training test-full-methods test-full-launchers: test-full-%: install-test model
 	$(PYTEST) -m full tests/$*
-test-full-rest: install-test model
+test-full-rest: install-test model partners
 	$(PYTEST) -m full tests $(patsubst %,--ignore=tests/%,$(filter-out rest,$(FULL)))
+
+# It sees this environment's packages behind its own, which may be of other versions.
+partners: $(DLORA_PARTNERS)/.installed
+
+$(DLORA_PARTNERS)/.installed: $(VENV)/.installed-test
+	@$(BIN)/python -m venv $(DLORA_PARTNERS)
+	@cd $(VENV)/lib/python3.*/site-packages && pwd > "$$(echo $(DLORA_PARTNERS)/lib/python3.*/site-packages)/dlora.pth"
+	$(DLORA_PARTNERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["partners"])')
+	@touch $@
 
 # docs/models.md: every architecture of transformers, tiny, through the whole of dlora.
 models-table: install-test

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from dlora.adapters.source import AdapterSource, Answering, BaseReference
+from dlora.adapters.recorded import Answering, BaseReference
+from dlora.adapters.source import AdapterSource
 from dlora.base.model import BaseModel, find_base
 from dlora.base.model_class import CAUSAL, class_for
 from dlora.data.stops import turn_ends

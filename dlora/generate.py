@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from dlora.adapters.source import AdapterSource, open_adapter
+from dlora.adapters.open_adapter import open_adapter
+from dlora.adapters.source import AdapterSource
 from dlora.base.model import DTYPES, BaseModel
 from dlora.cli import OneLineParser, answering, chosen_base, naming_base
 from dlora.data.encode import text_prompt

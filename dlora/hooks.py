@@ -48,6 +48,8 @@ class Hooks:
         saved: called when a save begins, with the step's line of the metrics and a function that
             waits until the checkpoint is committed and returns it: None on ranks that do not
             write, and if the write failed. The run itself does not wait for the commit.
+        logged: called with every line of the metrics, as (step, figures), once the run has logged
+            it; `figures` is the line, a copy. `wire_bytes` in it are this rank's own.
         lost: called when the connection to a peer is lost, after the last whole step has been
             committed.
     """
@@ -56,11 +58,12 @@ class Hooks:
     should_stop: Callable[[], bool] = never
     should_save: Callable[[], bool] = never
     saved: Callable[[Mapping[str, Any], Committed], None] = nothing
+    logged: Callable[[int, Mapping[str, Any]], None] = nothing
     lost: Callable[[], None] = nothing
 
     def within(self, context: Callable[[], AbstractContextManager[None]]) -> Hooks:
         """The same, those of a step each called inside a `context()`."""
-        names = ("should_stop", "should_save", "saved")
+        names = ("should_stop", "should_save", "saved", "logged")
         return replace(self, **{name: _within(context, getattr(self, name)) for name in names})
 
 

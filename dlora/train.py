@@ -18,7 +18,6 @@ from dlora.data.collate import Batch
 from dlora.hooks import NO_HOOKS, Hooks
 from dlora.lora.attach import attachment_of
 from dlora.lora.dropout import SampleKeys
-from dlora.metrics.log import SilentLog
 from dlora.metrics.progress import StepDisplay
 from dlora.objectives.router_loss import whole_loss
 from dlora.optim.schedule import lr_factor, set_lr
@@ -38,7 +37,9 @@ from dlora.training.checkpointing import RESUMES, CheckpointManager
 from dlora.training.evaluate import held_out, print_samples
 from dlora.training.finish import finish, save_result
 from dlora.training.prepare import Preparation
-from dlora.training.resume import open_directory, resume
+from dlora.training.rates import rates
+from dlora.training.reporting import open_log, start_sinks
+from dlora.training.resume import resume
 from dlora.training.startup import enter, import_late_ones, lock_output, prepared
 from dlora.training.watchdogs import FiniteWatch, HangWatch, UnusedWatch, is_finite
 
@@ -105,11 +106,13 @@ class Run:
         self.hang = HangWatch(config.sharding.timeout_seconds)
         self.objective = objective_of(config)
         with self.peers.watching(config.sharding.loading_timeout_seconds):
+            self.sinks = start_sinks(config, ranks, preparation)
             self.context = build(config, ranks, preparation, lock, self.hooks)
             self.start = resume(self.context)
         self.model, self.replica = self.context.model, self.context.replica
         self.optimizer = self.context.optimizer
         self.total_steps = preparation.sampler.total_steps
+        self.rates = rates(config, ranks, preparation)
         self.records: list[dict[str, Any]] = []  # of the steps since this start
         self.checkpoints = CheckpointManager(self.context, self.start)
         # Not of `self`: whoever keeps the model afterwards does not keep the run.
@@ -206,9 +209,7 @@ class Run:
 
     def open_log(self) -> Any:
         """Open the metrics' log; before a fresh run, print samples and log the held-out loss."""
-        log: Any = SilentLog()
-        if self.ranks.main:
-            log = open_directory(self.context, self.start)
+        log = open_log(self.context, self.start, self.sinks)
         if self.start == 0:
             print_samples(self.context, "before training")
             if self.evaluates:
@@ -258,9 +259,7 @@ class Run:
             },
             "tokens": reduced.tokens,
             "all_tokens": all_tokens,
-            "step_seconds": seconds,
-            "tokens_per_second": reduced.tokens / seconds,
-            "all_tokens_per_second": all_tokens / seconds,
+            **self.rates.of(reduced.tokens, all_tokens, seconds),
             "peak_memory_bytes": max(reduced.each),
             "wire_bytes": self.replica.wire.take(),
             "batch_hash": batch_hash(ids),

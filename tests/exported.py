@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, GPT2Model, MistralConfig, Mixtral
 
 from dlora import LoraConfig, attach, load_adapter, save_adapter
 from dlora.adapters.settings import lora_config
-from dlora.checkpoint import format as checkpoint
 from dlora.checkpoint.host_copy import capture
+from dlora.checkpoint.writing import write
 from dlora.config.load import (
     AdapterConfig,
     Config,
@@ -141,7 +141,7 @@ def write_checkpoint(base: Path, root: Path, **adapter: Any) -> tuple[Path, nn.M
     states = {"optimizer": states_of(optimizer, replica.optimized)}
     content = capture(replica, states, {"step": 7})
     assert content is not None
-    return checkpoint.write(content, root / "checkpoints", dump_yaml(config), 2), model
+    return write(content, root / "checkpoints", dump_yaml(config), 2), model
 
 
 def attach_random(model: nn.Module, config: LoraConfig, std: float = 0.3) -> nn.Module:

@@ -14,6 +14,7 @@ from tiny import CHATML, save_chats, whole
 from transformers import AutoTokenizer, GenerationConfig
 
 from dlora import LoraConfig, attach, generate, save_adapter
+from dlora.adapters.open_adapter import open_adapter
 from dlora.data import load_examples
 from dlora.data.stops import turn_ends
 from dlora.export import command as export
@@ -122,6 +123,7 @@ def test_a_run_writes_the_template_and_the_ends_beside_its_adapter(
     reference.chat_template = CHATML
     wanted = reference.apply_chat_template(turns, tokenize=False)
     for place in (adapter, *(directory / "checkpoints").glob("step-*")):
+        assert open_adapter(place).answering.ends == (IM_END,)  # whatever the template tells
         assert printed(capsys, "--adapter", str(place)) == "one\n"
         words = ["--adapter", str(place), "--merge", "--to"]
         export.main([*words, str(tmp_path / place.name)])

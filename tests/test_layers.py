@@ -68,7 +68,7 @@ OWNERS = {
     "bitsandbytes": "dlora/quant/dequantize.py dlora/optim/eight_bit.py",
 }
 # What may be imported inside a function: heavy packages, and those that only an extra installs.
-HEAVY = {"transformers", "torch.utils.tensorboard", "matplotlib", "ray", "deepspeed"}
+HEAVY = {"transformers", "accelerate", "torch.utils.tensorboard", "matplotlib", "ray", "deepspeed"}
 HEAVY |= {"launchers.ray_stop", "launchers.ray_worker"}  # they import ray
 OPTIONAL = {
     "bitsandbytes",
@@ -78,6 +78,7 @@ OPTIONAL = {
     "s3fs",
     "huggingface_hub",
     "aiohttp",
+    "prometheus_client",
 }
 
 

@@ -113,6 +113,7 @@ def test_make_train_does_what_the_readme_promises(quickstart: str, tree: Path) -
     assert [record["step"] for record in records] == list(range(len(records)))
     adapter = tree / "runs" / "quickstart" / "adapter"
     assert {path.name for path in adapter.iterdir()} == {
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
     }

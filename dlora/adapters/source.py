@@ -9,27 +9,20 @@ for being finite, before anything is done with a tensor.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
-from dlora.adapters.hub import adapter_directory
 from dlora.adapters.layouts import in_layout_of
 from dlora.adapters.peft_format import PREFIX, peft_names, peft_slots
-from dlora.adapters.save_load import check_numbers, read_config
-from dlora.adapters.settings import lora_config
-from dlora.adapters.write import CONFIG, WEIGHTS
-from dlora.checkpoint import format as checkpoint
-from dlora.checkpoint.state import saved_lora
-from dlora.config.load import load
+from dlora.adapters.recorded import LABELS, Answering, BaseReference
+from dlora.adapters.save_load import check_numbers
 from dlora.errors import UsageError, and_more
-from dlora.io.files import inside, read_object, write_atomically
+from dlora.io.files import inside, read_object
 from dlora.io.safetensors import FLOATS, StoredTensor, stored_tensors
 from dlora.lora.attach import (
     adapted_at,
@@ -43,40 +36,12 @@ from dlora.lora.config import LoraConfig
 from dlora.lora.merge import scale_of_rows
 from dlora.lora.states import Stateful
 from dlora.lora.tasks import HEADS
-from dlora.lora.variants import VARIANTS, LoraAdapter
-
-LABELS = "labels.json"  # beside the adapter of a classification: their names, in order
-_PEFT_TASKS = {"classification": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}  # of `train.task`
-
-
-@dataclass(frozen=True)
-class BaseReference:
-    """What an adapter records of its base; `trust_remote_code` is never taken from a file."""
-
-    path: str | None = None
-    revision: str | None = None
-    dtype: str | None = None
-    cache_dir: str | None = None
-
-
-@dataclass(frozen=True)
-class Answering:
-    """What an adapter records of how it was trained to answer.
-
-    Attributes:
-        template: the chat template; None: the base's own.
-        variables: defaults of the template's variables.
-        ends: tokens that end an answer, beside those of the base.
-    """
-
-    template: str | None = None
-    variables: dict[str, Any] = field(default_factory=dict)
-    ends: tuple[int, ...] = ()
+from dlora.lora.variants import LoraAdapter
 
 
 @dataclass
 class AdapterSource:
-    """An adapter directory or a checkpoint; `open_adapter` makes it."""
+    """An adapter directory or a checkpoint; `open_adapter.py` makes it."""
 
     directory: Path
     file: Path
@@ -223,115 +188,3 @@ class AdapterSource:
         names = [*offsets, *(name for name, _ in child.named_parameters())]
         tensors = {name: self.read(f"{child.place}.{name}", dtype) for name in names}
         child.load_state_dict(tensors, assign=True)
-
-
-def open_adapter(directory: str | Path) -> AdapterSource:
-    """Read the settings of an adapter directory or a checkpoint.
-
-    Raises:
-        UsageError: it is neither, it is damaged, or it is no LoRA.
-    """
-    directory = adapter_directory(directory, "--adapter")
-    if not directory.is_dir():
-        raise UsageError(f"--adapter: directory {directory} does not exist")
-    if (directory / CONFIG).exists():
-        return _from_peft(directory)
-    if (directory / "manifest.json").exists():
-        return _from_checkpoint(directory)
-    hint = f"; did you mean {directory / 'adapter'}?" if (directory / "adapter").is_dir() else ""
-    raise UsageError(
-        f"--adapter: {directory} has neither an {CONFIG} nor a checkpoint's manifest.json{hint}"
-    )
-
-
-def _from_peft(directory: Path) -> AdapterSource:
-    config = read_config(directory)
-    raw = read_object(directory / CONFIG)
-    path = raw.get("base_model_name_or_path")
-    run = _model_section(directory.parent / "config.yaml")
-    if not path or not _is_base_of(run, path):
-        run = {}
-    from_gguf = run.get("path", "").endswith(".gguf")
-    if path and from_gguf and Path(path).is_absolute() and not Path(path).exists():
-        path = run["path"]  # what it was converted to has been deleted
-    base = BaseReference(
-        path, raw.get("revision") or run.get("revision"), None, run.get("cache_dir")
-    )
-    file = inside(directory, WEIGHTS)
-    answering = Answering(_template(directory), ends=_ends(directory))
-    task = raw.get("task_type")
-    return AdapterSource(directory, file, config, base, False, answering=answering, task=task)
-
-
-def write_labels(directory: Path, labels: Sequence[str]) -> None:
-    """Write the names of a classification's labels beside its adapter."""
-    named = json.dumps({"labels": list(labels)}, ensure_ascii=False)
-    write_atomically(directory / LABELS, named.encode())
-
-
-def _template(directory: Path) -> str | None:
-    """The chat template beside an adapter."""
-    path = inside(directory, "chat_template.jinja")
-    try:
-        return path.read_text(encoding="utf-8") if path.exists() else None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read: {error}") from None
-
-
-def _ends(directory: Path) -> tuple[int, ...]:
-    """The tokens that end an answer, in the generation settings beside an adapter."""
-    path = inside(directory, "generation_config.json")
-    if not path.exists():
-        return ()
-    found = read_object(path).get("eos_token_id")
-    ends = found if isinstance(found, list) else [] if found is None else [found]
-    if any(type(end) is not int or end < 0 for end in ends):
-        raise UsageError(
-            f"{path}: eos_token_id: {found!r} is neither a token id nor a list of them"
-        )
-    return tuple(ends)
-
-
-def _from_checkpoint(directory: Path) -> AdapterSource:
-    checkpoint.verify(directory, ("adapter.safetensors", "config.yaml", "state.json"))
-    # Where W0 was divided does not matter here, and its engine need not be installed.
-    elsewhere = ["--sharding.engine", "fsdp2", "--sharding.cpu_offload", "false"]
-    config = load(directory / "config.yaml", elsewhere)
-    lora = saved_lora(read_object(directory / "state.json"))
-    settings = lora or lora_config(config)
-    record = checkpoint.method_record(directory)
-    try:
-        names = stored_tensors(directory / checkpoint.ADAPTER)
-        VARIANTS[settings.variant].check_record(record, names)
-    except UsageError as error:
-        raise UsageError(f"{directory / 'manifest.json'}: {error}") from None
-    model = config.model
-    base = BaseReference(model.path, model.revision, model.dtype, model.cache_dir)
-    file = directory / "adapter.safetensors"
-    return AdapterSource(
-        directory,
-        file,
-        settings,
-        base,
-        is_checkpoint=True,
-        record=record,
-        answering=Answering(config.data.chat_template, dict(config.data.chat_template_kwargs)),
-        task=_PEFT_TASKS.get(config.train.task),
-    )
-
-
-def _is_base_of(run: dict[str, str], path: str) -> bool:
-    """Whether a run's `model.path` is the base that its adapter records."""
-    named = Path(run.get("path", "")).expanduser()
-    return named.suffix == ".gguf" or path in (run.get("path"), str(named.absolute()))
-
-
-def _model_section(path: Path) -> dict[str, str]:
-    """`model` of a run's configuration, which knows where its base was converted, or {}."""
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return {}
-    section = found.get("model") if isinstance(found, dict) else None
-    texts = section.items() if isinstance(section, dict) else ()
-    return {name: value for name, value in texts if isinstance(value, str)}

@@ -18,13 +18,10 @@ the name of the newest, for people and scripts; dlora does not read it.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import re
-import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +32,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dlora.errors import UsageError
-from dlora.io.files import clear, inside, read_object, sync, unused_name, write_atomically
+from dlora.io.files import inside, read_object
 
 FORMAT = 2  # 1 had no hash of the manifest
 FILES = {"adapter.safetensors", "optimizer.safetensors", "state.json", "config.yaml"}
@@ -61,62 +58,7 @@ class Checkpoint:
     record: dict[str, Any] | None = None
 
 
-def write(
-    checkpoint: Checkpoint,
-    root: Path,
-    config_yaml: str,
-    keep_last: int,
-    rank: int = 0,
-    check: Callable[[], None] = lambda: None,
-    may_delete: Callable[[Path], bool] = lambda directory: True,
-) -> Path:
-    """Write a checkpoint under `root` and verify it; then delete all but the newest and this one.
-
-    Several ranks may write the same step at the same time: one of them gives it its name.
-
-    Args:
-        config_yaml: the content of `config.yaml`.
-        keep_last: how many checkpoints to keep.
-        rank: of the writer, for the temporary name.
-        check: called before anything is written and before the checkpoint gets its name; raises
-            if another run has taken the directory by then.
-        may_delete: whether an older one may be deleted this time, or is being read.
-
-    Returns:
-        Its directory, `root/step-NNNNNN`.
-
-    Raises:
-        OSError: it cannot be written, or what is read back differs; no older one is deleted.
-    """
-    step = checkpoint.state["step"]
-    final = root / f"step-{step:06d}"
-    own = f".{rank}-{os.getpid()}.tmp"
-    check()
-    beside = root / f".step-{step:06d}{own}"
-    clear(root, f".step-*{own}")  # left by an earlier save that could not delete it
-    beside.mkdir(parents=True)
-    try:
-        for name, content in _contents(checkpoint, config_yaml).items():
-            write_atomically(beside / name, content)
-        check()
-        _take_name(beside, final)
-    except Exception:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-    sync(root)
-    try:
-        verify(final)
-    except UsageError as error:
-        raise OSError(f"read back, {error}") from None
-    with contextlib.suppress(OSError):  # a hint is no reason to call the save a failure
-        write_atomically(root / LATEST, f"{final.name}\n".encode())
-    for _, old in _steps(root)[:-keep_last]:
-        if old != final and may_delete(old):
-            shutil.rmtree(old, ignore_errors=True)
-    return final
-
-
-def _contents(checkpoint: Checkpoint, config_yaml: str) -> dict[str, bytes]:
+def contents_of(checkpoint: Checkpoint, config_yaml: str) -> dict[str, bytes]:
     """The files of a checkpoint by name; the manifest, which tells of all others, comes last."""
     files = {
         "adapter.safetensors": save(checkpoint.tensors),
@@ -136,35 +78,6 @@ def _contents(checkpoint: Checkpoint, config_yaml: str) -> dict[str, bytes]:
         manifest["method"] = checkpoint.record
     manifest["sha256"] = _digest_of(manifest)
     return files | {"manifest.json": _json(manifest)}
-
-
-def _take_name(beside: Path, final: Path) -> None:
-    """Rename `beside` to `final`; another rank may do the same at the same time."""
-    aside = beside.with_suffix(".old")
-    while True:
-        try:
-            os.rename(beside, final)
-            break
-        except OSError:
-            if not final.is_dir():
-                raise
-        if _is_same(beside, final):  # another rank was faster
-            shutil.rmtree(beside)
-            break
-        # The same step of another start, or a damaged one: the newer one takes the name.
-        shutil.rmtree(aside, ignore_errors=True)
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(final, aside)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _is_same(one: Path, other: Path) -> bool:
-    """Whether `other` verifies and has the same files, byte for byte, as `one`, just written."""
-    try:
-        verify(other)
-        return (one / "manifest.json").read_bytes() == (other / "manifest.json").read_bytes()
-    except (OSError, UsageError):
-        return False
 
 
 def read(directory: Path) -> Checkpoint:
@@ -260,43 +173,6 @@ def _check_step(directory: Path) -> None:
         raise UsageError(f"{path}: step: expected a number of steps, got {step!r}")
     if named and int(named[1]) != step:
         raise UsageError(f"{path}: step is {step}, but the directory has another step's name")
-
-
-def newest(root: Path, warn: Any = print, check: Callable[[Path], object] = verify) -> Path | None:
-    """The newest checkpoint under `root` that verifies; None if there is none.
-
-    Args:
-        warn: called with a line for each one that is skipped.
-        check: raises a `UsageError` for a checkpoint that is to be skipped.
-    """
-    for _, directory in reversed(_steps(root)):
-        try:
-            check(directory)
-        except UsageError as error:
-            warn(f"skipping a checkpoint: {error}")
-        else:
-            return directory
-    return None
-
-
-def set_aside_after(step: int, root: Path) -> None:
-    """Move the checkpoints past `step` into a directory beside `root`; delete unfinished ones."""
-    clear(root, ".step-*")  # the caller has the run's lock, so nobody writes them any more
-    newer = [directory for number, directory in _steps(root) if number > step]
-    if newer:
-        aside = unused_name(root)
-        aside.mkdir()
-        for directory in newer:
-            os.rename(directory, aside / directory.name)
-        (root / LATEST).unlink(missing_ok=True)
-        sync(root)
-
-
-def _steps(root: Path) -> list[tuple[int, Path]]:
-    if not root.is_dir():
-        return []
-    found = [(STEP_DIRECTORY.fullmatch(path.name), path) for path in root.iterdir()]
-    return sorted((int(match[1]), path) for match, path in found if match)
 
 
 def _json(value: Any) -> bytes:

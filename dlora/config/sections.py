@@ -22,6 +22,8 @@ Attention = Literal[
     "flex_attention",
 ]
 
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -206,6 +208,12 @@ class OutputConfig:
     )
     resume_force: bool = option(False, "resume even if base, data or settings differ")
     tensorboard: bool = option(True, "also write the metrics as TensorBoard scalars")
+    report_to: list[Tracker] = option(
+        [], "also report metrics and configuration to these trackers, whose packages you install"
+    )
+    metrics_port: int | None = option(
+        None, "rank 0 serves its latest metrics on this port, for Prometheus", ge=1, le=65535
+    )
     samples: int = option(0, "number of held-out prompts to answer before and after training", ge=0)
 
     @property

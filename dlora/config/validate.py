@@ -27,6 +27,11 @@ def _is_local(c: Config) -> bool:
     return _is_gguf(c) or os.path.isdir(os.path.expanduser(c.model.path))
 
 
+def _logs(c: Config) -> bool:
+    """Whether any line of the metrics is written: evaluated steps always are."""
+    return c.output.log_every > 0 or (c.output.eval_every > 0 and c.data.eval is not None)
+
+
 # (options, when they do nothing, why): a value other than the default is refused then.
 INERT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("model.revision", _is_local, "model.path is local"),
@@ -67,6 +72,7 @@ INERT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
         lambda c: isinstance(c.data.train, str) and c.data.train.startswith("builtin:"),
         "a builtin data set is in memory anyway",
     ),
+    ("output.report_to output.metrics_port", lambda c: not _logs(c), "no step is logged"),
     ("output.resume_force", lambda c: c.output.resume == "none", "output.resume is none"),
 )
 
@@ -149,6 +155,11 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"adapter.path: {adapter.method} cannot start from an adapter on disk, which is a "
             "plain LoRA"
         )
+    trackers = config.output.report_to
+    if "tensorboard" in trackers and not config.output.tensorboard:
+        yield "output.report_to: tensorboard contradicts output.tensorboard: false; drop one"
+    for name in sorted({name for name in trackers if trackers.count(name) > 1}):
+        yield f"output.report_to: {name} is there twice"
     task, format = config.train.task, record_format(config)
     # The default says nothing: the file of a run has it too.
     if config.data.format not in (format, SCHEMA["data.format"].default):
@@ -195,7 +206,18 @@ def _not_installed(config: Config) -> Iterator[str]:
             fsspec.get_filesystem_class(fsspec.core.split_protocol(url)[0] or "file")
         except (ImportError, ValueError) as error:
             yield f"output.remote: {url}: {error}"
+    for tracker in config.output.report_to:
+        if not _is_installed(tracker):  # its package has its name
+            yield f"output.report_to: {tracker} is not installed: pip install {tracker}"
+    if config.output.metrics_port is not None and not _is_installed("prometheus_client"):
+        yield "output.metrics_port: needs prometheus_client: pip install 'dlora[prometheus]'"
     for _, part in parts_of(config):
         for package in part.says.get("requires", {}):
             if importlib.util.find_spec(package) is None:
                 yield part.missing(package)
+
+
+def _is_installed(package: str) -> bool:
+    """Whether a package can be imported; a directory of its name, as trackers make, is none."""
+    found = importlib.util.find_spec(package)
+    return found is not None and found.origin is not None

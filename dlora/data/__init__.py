@@ -14,9 +14,10 @@ Nothing here knows of ranks beyond their number: every rank loads the same data 
 own part of every step.
 """
 
-from dlora.data.dataset import Dataset, check_source, load_examples
+from dlora.data.dataset import Dataset, load_examples
 from dlora.data.encode import NO_TARGET, Example
 from dlora.data.formats import FORMATS
+from dlora.data.reading import check_source
 from dlora.data.report import Report
 from dlora.data.sampler import Sampler, batch_hash, deal
 

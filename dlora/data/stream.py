@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dlora.data.dataset import Encoded, Reading
 from dlora.data.encode import Example
 from dlora.data.files import Sources, resolve, sources_of
 from dlora.data.kinds import KINDS
+from dlora.data.reading import Encoded, Reading
 from dlora.data.report import Report
 from dlora.data.sampler import draw, permutation, shown
 from dlora.errors import UsageError

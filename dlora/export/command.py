@@ -18,20 +18,27 @@ from dlora.adapters.checkpoint_layout import (
     part_line,
     whole_class,
 )
+from dlora.adapters.open_adapter import open_adapter
+from dlora.adapters.recorded import write_labels
 from dlora.adapters.save_load import adapter_files, save_adapter
-from dlora.adapters.source import AdapterSource, open_adapter, write_labels
+from dlora.adapters.source import AdapterSource
 from dlora.adapters.write import converted_line, write_files
 from dlora.base.answering import write_beside_adapter, write_into_model
 from dlora.base.model import DTYPES, BaseModel
 from dlora.base.weight_files import StoredBase
 from dlora.cli import OneLineParser, answering, chosen_base, naming_base
 from dlora.errors import UsageError
+from dlora.export.gguf_files import write_gguf
+from dlora.export.gguf_layout import Layout
 from dlora.export.merged_model import MergedModel
+from dlora.export.serving import serving_lines
 from dlora.io.files import new_directory
 from dlora.lora.merge import rounding_line
 from dlora.lora.tasks import HEADS
 from dlora.metrics.progress import CopyDisplay
 from dlora.runtime.exit_status import exit_with
+
+PLAIN = ("peft", "lora")  # of --format: two names of one
 
 
 def main(argv: list[str]) -> int:
@@ -39,16 +46,18 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     if args.dtype and not args.merge:
         raise UsageError("--dtype cannot act without --merge: a plain adapter is always float32")
-    if args.format != "lora" and args.merge:
-        raise UsageError("--format cannot act with --merge: a merged model has no adapter")
-    if args.layout != "class" and (args.merge or args.format != "lora"):
-        raise UsageError("--layout cannot act with --merge or --format adalora")
+    if args.format == "adalora" and args.merge:
+        raise UsageError("--format: adalora cannot act with --merge: a merged model has no adapter")
+    if args.layout != "class" and (args.merge or args.format not in PLAIN):
+        raise UsageError("--layout cannot act with --merge or another --format than peft")
     source = open_adapter(args.adapter)
-    if args.format != "lora" and source.config.method != args.format:
+    if args.format == "adalora" and source.config.method != "adalora":
         raise UsageError(
-            f"--format: {args.format} needs a checkpoint of an {args.format} run, but "
-            f"{args.adapter} is {source.config.method}"
+            f"--format: adalora needs a checkpoint of an adalora run, but {args.adapter} is "
+            f"{source.config.method}"
         )
+    if args.format == "gguf" and source.task in HEADS:
+        raise UsageError(f"--format: gguf has no head of a classifier ({source.task})")
     target = _target(args.to, source.directory)
     base, option = chosen_base(
         args.base,
@@ -61,8 +70,12 @@ def main(argv: list[str]) -> int:
         raise UsageError(f"--to: {args.to} is the base itself; name a new directory")
     with naming_base(option):
         skeleton = base.skeleton()
+    if args.format == "gguf":
+        Layout.of(base.config())
     try:
-        if args.merge:
+        if args.format == "gguf":
+            write_gguf(source, base, skeleton, target, args)
+        elif args.merge:
             _merge(source, base, skeleton, target, args.dtype)
         else:
             _write_adapter(source, base, skeleton, target, args)
@@ -88,9 +101,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--format",
-        choices=("lora", "adalora"),
-        default="lora",
-        help="form of the adapter: a plain LoRA, or PEFT's AdaLoRA (default: lora)",
+        choices=(*PLAIN, "adalora", "gguf"),
+        default="peft",
+        help="peft (or lora): a plain LoRA in PEFT's files; adalora: PEFT's AdaLoRA; gguf: the "
+        "adapter, or with --merge the model, for llama.cpp and Ollama (default: peft)",
     )
     parser.add_argument(
         "--layout",
@@ -137,7 +151,7 @@ def _write_adapter(
     source.materialize(skeleton)
     with new_directory(target) as folder:
         if stored is None:
-            kind = args.format.upper()
+            kind = "LORA" if args.format in PLAIN else args.format.upper()
             save_adapter(skeleton, folder, base_model_name_or_path=base.source, peft_type=kind)
         else:
             keys = {name: stored.key_of(name) for name in adapted_names(skeleton)}
@@ -149,7 +163,8 @@ def _write_adapter(
         else:
             write_beside_adapter(folder, base, *_answering(base, source))
     part = part_line(skeleton, base.config()) if stored is None else None
-    for line in filter(None, (converted_line(base.path, base.source), part)):
+    served = [] if args.format == "adalora" else serving_lines(*adapter_files(skeleton, None))
+    for line in filter(None, (converted_line(base.path, base.source), part, *served)):
         print(line)
 
 

@@ -95,13 +95,7 @@ class MergedModel:
 
     def write(self, folder: Path, display: CopyDisplay) -> None:
         """Write the model directory into `folder`."""
-        free = shutil.disk_usage(folder).free
-        if self.nbytes > free:
-            raise UsageError(
-                f"--to: the merged model needs {self.nbytes / 1e6:,.0f} MB and "
-                f"{folder.parent} has {free / 1e6:,.0f} MB free"
-            )
-        self._check_base_copies()
+        self.check(folder)
         self.stored.copy_rest(folder)
         (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
         weight_map = {}
@@ -239,7 +233,14 @@ class MergedModel:
                     "tie_word_embeddings: false does not untie, so it cannot be merged"
                 )
 
-    def _check_base_copies(self) -> None:
+    def check(self, folder: Path) -> None:
+        """Check that `folder` has room, and that the adapter's copies of W0 are the base's."""
+        free = shutil.disk_usage(folder).free
+        if self.nbytes > free:
+            raise UsageError(
+                f"--to: the merged model needs {self.nbytes / 1e6:,.0f} MB and "
+                f"{folder.parent} has {free / 1e6:,.0f} MB free"
+            )
         for name, copy in self.source.base_copies.items():
             original = self.stored.tensors[self.stored.key_of(self.untied.get(name, name))]
             blocks = _row_blocks(original)

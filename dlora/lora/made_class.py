@@ -11,6 +11,7 @@ import functools
 from typing import Any
 
 from dlora.errors import UsageError
+from dlora.quant.linear import class_of_spec, class_spec
 
 REPLICA = "dlora_replica"  # what dlora.shard leaves on a model
 
@@ -39,10 +40,11 @@ def _reduce(self: Any, protocol: int) -> Any:
             f"{type(self).__name__} is sharded, so it cannot be pickled or copied; do that before "
             "dlora.shard, or save the adapter (dlora.save_adapter) and load it into another model"
         )
-    _, arguments, *state = super(type(self), self).__reduce_ex__(max(protocol, 2))
-    return _remade, (*self._made_of, *arguments[1:]), *state
+    mixin, base, name = self._made_of
+    _, (_, *arguments), *state = super(type(self), self).__reduce_ex__(max(protocol, 2))
+    return _remade, (mixin, class_spec(base), name, *arguments), *state
 
 
 def _remade(mixin: Any, base: Any, name: str, *arguments: Any) -> Any:
-    cls: Any = made_class(mixin, base, name)
+    cls: Any = made_class(mixin, class_of_spec(base), name)
     return cls.__new__(cls, *arguments)

@@ -44,6 +44,8 @@ _NO_EFFECT = (
     *("fan_in_fan_out", "auto_mapping", "peft_version"),
     *("megatron_core", "qalora_group_size"),
 )
+# Fields for which PEFT's default is None: nothing is named.
+_NONE_IS_EMPTY = ("modules_to_save", "target_parameters", "rank_pattern", "alpha_pattern")
 _INSTEAD = {
     "bias": "biases of the base stay frozen; train a whole module with modules_to_save",
     "lora_bias": "A and B have no biases here",
@@ -82,14 +84,15 @@ def taken(cls: type, arguments: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UsageError: another one is no argument of PEFT's, or asks for something.
     """
-    known = {field.name for field in fields(cls) if field.init}  # type: ignore[arg-type]
+    known = {field.name for field in fields(cls) if field.init}
     unused = UNUSED | _OF_OBJECTS
     for name in arguments.keys() - known - unused.keys() - set(_NO_EFFECT):
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UsageError(f"{cls.__name__}: there is no setting {name!r}{hint}")
     check_unused(arguments, unused)
-    return {name: value for name, value in arguments.items() if name in known}
+    empty = {name for name in _NONE_IS_EMPTY if arguments.get(name, "") is None}
+    return {name: value for name, value in arguments.items() if name in known - empty}
 
 
 class PeftArguments(type):

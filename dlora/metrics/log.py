@@ -33,7 +33,10 @@ class MetricsLog:
     ) -> None:
         self._path = directory / "metrics.jsonl"
         last = -1 if after is None else after
-        before = [r for r in read_metrics(self._path) if r["step"] <= last]
+        found = read_metrics(self._path)
+        before = [r for r in found if r["step"] <= last]
+        # The last step that was reported before, which may be past `after`; -1: none.
+        self.reported = max((r["step"] for r in found), default=-1)
         write_atomically(self._path, "".join(_line(record) for record in before).encode())
         self._warn, self._unwritten, self._refused = warn, "", False
         self._board = None
@@ -58,6 +61,11 @@ class MetricsLog:
         if self._board is not None:
             self._board.add_figure(name, figure, step, close=False)
 
+    def text(self, name: str, text: str) -> None:
+        """Show a text on TensorBoard, as Markdown."""
+        if self._board is not None:
+            self._board.add_text(name, text)
+
     def close(self) -> None:
         """Write what is buffered, and close TensorBoard's writer."""
         self._flush()
@@ -78,16 +86,6 @@ class MetricsLog:
             self._refused = True
             return
         self._unwritten, self._refused = "", False
-
-
-class SilentLog:
-    """The log of the ranks that write nothing."""
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Discard the record."""
-
-    def close(self) -> None:
-        """Do nothing."""
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -1,24 +1,26 @@
-"""The live line of a run: a bar on a terminal, elsewhere a plain line every few seconds."""
+"""The live line of a run: a bar on a terminal or in a notebook, else a plain line at times."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
+from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 LINE_SECONDS = 5.0  # between two plain lines
 
 
 class _Bar:
-    """A bar of rich's on a terminal; elsewhere, and where it is not wanted, nothing."""
+    """A bar of rich's on a terminal or in a notebook; nothing elsewhere or if not wanted."""
 
     def __init__(self, total: int, done: int = 0, wanted: bool = True, words: str = "") -> None:
         self._bar: Any = None
-        if wanted and sys.stdout.isatty():
+        if wanted and (sys.stdout.isatty() or in_notebook()):
             figures = [TextColumn(words), BarColumn(), TextColumn("{task.fields[figures]}")]
             columns = figures if words else [BarColumn(), DownloadColumn()]
             self._bar = Progress(*columns, TimeRemainingColumn())
@@ -90,6 +92,11 @@ class CopyDisplay(_Bar):
         """Report that the file `name` is complete."""
         if self._bar is None:
             self._announce(f"{name}  {self._done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB")
+
+
+def in_notebook() -> bool:
+    """Whether this is a notebook that can show a bar; without ipywidgets it gets plain lines."""
+    return Console().is_jupyter and importlib.util.find_spec("ipywidgets") is not None
 
 
 def clock(seconds: float) -> str:

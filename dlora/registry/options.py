@@ -143,8 +143,11 @@ def is_of(value: Any, type_: Any) -> bool:
 def _spell_type(type_: Any) -> str:
     if get_origin(type_) is Literal:
         return "one of " + ", ".join(map(plain, get_args(type_)))
-    if get_origin(type_) is not None:
-        return str(type_)
+    if get_origin(type_) in (dict, list):
+        inner = " or ".join(map(_spell_type, members(get_args(type_)[-1]))).removeprefix("one of ")
+        return (
+            f"a mapping of names to {inner}" if get_origin(type_) is dict else f"a list of {inner}"
+        )
     names = {bool: "true or false", type(None): "null"}
     return names[type_] if type_ in names else str(type_.__name__)
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dlora.checkpoint import format as checkpoints
+from dlora.checkpoint import writing
 from dlora.checkpoint.format import Checkpoint
 from dlora.checkpoint.host_copy import capture
 from dlora.checkpoint.snapshot import KEEPERS, Snapshots
@@ -223,7 +224,7 @@ class CheckpointManager:
         found = self._context.prepared
         fingerprints = found.train.fingerprint, found.base_identity
         about = (self._context.config, found.lora, found.sampler, *fingerprints)
-        state = state_at(step, *about, found.task.labels)
+        state = state_at(step, *about, found.task.labels, found.train.report.ends)
         return state | {"ranks": self._context.ranks.world}
 
     @contextlib.contextmanager
@@ -240,7 +241,7 @@ class CheckpointManager:
 
     def _write(self, checkpoint: Checkpoint) -> Path:
         with self._writing:
-            return checkpoints.write(
+            return writing.write(
                 checkpoint,
                 self._root,
                 resolved_yaml(self._context.config, self._context.prepared),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from dlora.checkpoint import format as checkpoints
+from dlora.checkpoint.listing import newest
 from dlora.checkpoint.remote import remote_of
 from dlora.checkpoint.state import saved_lora
 from dlora.config.load import SCHEMA, Config
@@ -97,7 +98,7 @@ def find_checkpoint(
 def _newest(root: Path, announce: Callable[[str], None]) -> ResumePoint | None:
     """The newest checkpoint on the disk from which a run can resume."""
     found: list[ResumePoint] = []
-    checkpoints.newest(root, announce, lambda directory: found.append(_opened(directory)))
+    newest(root, announce, lambda directory: found.append(_opened(directory)))
     return found[0] if found else None
 
 
@@ -165,13 +166,17 @@ def state_at(
     fingerprint: str,
     base: str | None,
     labels: Sequence[str] = (),
+    ends: Sequence[int] = (),
 ) -> dict[str, Any]:
     """`state.json` after `step` optimizer steps; other arguments as for `check_resume`.
 
     Args:
         labels: of a classification, in order.
+        ends: tokens that end an answer of the data.
     """
-    named = {"labels": list(labels)} if labels else {}
+    named: dict[str, Any] = {"labels": list(labels)} if labels else {}
+    if ends:
+        named["ends"] = list(ends)
     return named | {
         "step": step,
         "total_steps": sampler.total_steps,

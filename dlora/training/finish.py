@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dlora.adapters.checkpoint_layout import part_line
+from dlora.adapters.recorded import write_labels
 from dlora.adapters.save_load import save_adapter
-from dlora.adapters.source import write_labels
 from dlora.adapters.write import converted_line
 from dlora.base.answering import write_beside_adapter
 from dlora.data.stream import Stream
@@ -16,6 +16,7 @@ from dlora.metrics.log import held_out_line
 from dlora.plan.measured import measure
 from dlora.plan.report import comparison
 from dlora.runtime.console import console
+from dlora.training.card import write_card
 from dlora.training.checkpointing import RESUMES, CheckpointManager
 from dlora.training.context import RunContext
 from dlora.training.evaluate import print_samples
@@ -49,9 +50,10 @@ def save_result(context: RunContext, checkpoints: CheckpointManager) -> int:
             base = context.prepared.base
             save_adapter(context.model, where, base_model_name_or_path=base.source)
             _write_answering(context, where)
+            kept = write_card(context, where)
             checkpoints.publish(where)
             lines = converted_line(base.path, base.source), part_line(context.model, base.config())
-            for line in filter(None, lines):
+            for line in filter(None, (*lines, kept)):
                 console.info(line)
     except OSError as error:
         console.error(f"{where} could not be written: {error}; free the disk and {RESUMES}")

@@ -12,8 +12,8 @@ from dlora.config.load import Config
 from dlora.config.sections import record_format
 from dlora.data import Dataset, Sampler, check_source, load_examples
 from dlora.data.cache import cached
-from dlora.data.dataset import labels_in
 from dlora.data.labelled import labels_of
+from dlora.data.reading import labels_in
 from dlora.data.stream import Stream, StreamSampler
 from dlora.data.template import set_template
 from dlora.tasks import Task

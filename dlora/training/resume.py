@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from dlora.checkpoint import format as checkpoints
 from dlora.checkpoint.format import Checkpoint
 from dlora.checkpoint.host_copy import restore
+from dlora.checkpoint.listing import set_aside_after
 from dlora.checkpoint.remote import remote_of
 from dlora.config.load import Config, dump_yaml
 from dlora.errors import UsageError, dtype_name
@@ -115,7 +116,7 @@ def open_directory(context: RunContext, start: int) -> MetricsLog:
     directory.mkdir(parents=True, exist_ok=True)
     resumed, root = context.prepared.resumed, directory / "checkpoints"
     if resumed and Path(resumed.directory).resolve().parent == root.resolve():
-        checkpoints.set_aside_after(start, root)
+        set_aside_after(start, root)
     else:
         says = [part.says for part in room("lora.variants").values()]
         of_methods = [name for said in says for name in said.get("run_files", ())]

@@ -19,9 +19,9 @@ from dlora.base.gguf import gguf_tokenizer
 from dlora.base.model import find_base, quiet_libraries
 from dlora.config.load import Config, parse
 from dlora.data import NO_TARGET
-from dlora.data.dataset import Encoded, Reading
 from dlora.data.encode import Int32Array
 from dlora.data.files import is_builtin, sources_of
+from dlora.data.reading import Encoded, Reading
 from dlora.data.sampler import shown
 from dlora.errors import UsageError
 from dlora.registry import option

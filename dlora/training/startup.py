@@ -18,6 +18,7 @@ import torch
 
 from dlora.config.load import SCHEMA, Config, Options, parse
 from dlora.errors import UsageError
+from dlora.metrics.trackers import import_trackers
 from dlora.plan.capacity import free_bytes
 from dlora.quant.dequantize import bitsandbytes_kernel
 from dlora.runtime.agreement import agree, broadcast, gather
@@ -128,5 +129,7 @@ def prepared(config: Config, ranks: Ranks, *, check: bool = False) -> Preparatio
 def import_late_ones(config: Config) -> None:
     """Import early what would count towards the run's memory if it were imported later."""
     importlib.import_module("transformers.models.auto.modeling_auto")
+    if os.environ.get("RANK", "0") == "0":  # it alone reports
+        import_trackers(config.output.report_to)
     if config.model.quantization.startswith("nf4"):
         bitsandbytes_kernel()

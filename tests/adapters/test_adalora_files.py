@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from dlora import AdaLoraConfig, LoraConfig, UsageError, attach, load_adapter
 from dlora import save_adapter as save
-from dlora.checkpoint import format as checkpoint
 from dlora.checkpoint.host_copy import capture
+from dlora.checkpoint.writing import write
 from dlora.config.load import dump_yaml
 from dlora.export.command import main
 from dlora.lora.attach import named_adapters, trainable_parameters
@@ -179,7 +179,7 @@ def checkpoint_of(base: Path, root: Path, steps: int) -> tuple[Path, nn.Module]:
     state = {"step": steps, "total_steps": 6, "adapter": lora}
     content = capture(replica, replica.states(optimizer), state, replica.method.record())
     assert content is not None
-    directory = checkpoint.write(content, root / "checkpoints", dump_yaml(config), 2)
+    directory = write(content, root / "checkpoints", dump_yaml(config), 2)
     return directory, model.eval()
 
 

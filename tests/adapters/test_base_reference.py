@@ -11,8 +11,8 @@ from gguf_files import tiny_llama
 from transformers import AutoModelForCausalLM
 
 from dlora import LoraConfig, attach, save_adapter
+from dlora.adapters.open_adapter import open_adapter
 from dlora.adapters.save_load import CONFIG
-from dlora.adapters.source import open_adapter
 from dlora.base.model import find_base
 from dlora.export.command import main
 

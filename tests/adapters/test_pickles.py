@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tiny import command
 
 from dlora import load_adapter
-from dlora.adapters.source import open_adapter
+from dlora.adapters.open_adapter import open_adapter
 from dlora.base.model import BaseWeights, find_base
 from dlora.checkpoint import format as checkpoint
 

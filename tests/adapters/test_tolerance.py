@@ -11,8 +11,8 @@ from refusals import refusal
 from test_adapter_files import adapted_by_peft, adapted_here, load_in_peft, peft_model
 
 from dlora import LoraConfig, attach, load_adapter, save_adapter
+from dlora.adapters.open_adapter import open_adapter
 from dlora.adapters.save_load import CONFIG
-from dlora.adapters.source import open_adapter
 
 pytestmark = [*quiet_peft, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 

@@ -18,9 +18,10 @@ from refusals import refusal
 from safetensors.torch import save
 from tiny import command
 
-from dlora.adapters.source import open_adapter
+from dlora.adapters.open_adapter import open_adapter
 from dlora.checkpoint import format as checkpoints
 from dlora.checkpoint.format import Checkpoint
+from dlora.checkpoint.writing import write
 from dlora.config.load import Config, dump_yaml, parse
 from dlora.data import Sampler
 from dlora.lora.variants.adalora import AdaLoraConfig
@@ -57,7 +58,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("run")
     config = config_of(root)
     for step in (3, 4):
-        checkpoints.write(content(step, config), root / "checkpoints", dump_yaml(config), 9)
+        write(content(step, config), root / "checkpoints", dump_yaml(config), 9)
     return root
 
 

@@ -75,6 +75,8 @@ ADDED = {  # change nothing
     ("adapter", "lora_ga_batches"): 2,
     ("optimizer", "lora_pro_moments"): "low",
     ("data", "cache_dir"): None,
+    ("output", "report_to"): [],
+    ("output", "metrics_port"): None,
     ("data", "columns"): {},
     ("data", "streaming"): False,
     ("data", "shuffle_window"): 10_000,
@@ -393,11 +395,11 @@ MISTAKES = [  # words of the command line, what the one line has to say
     (["--train.objective", "ppo"], ["train.objective: expected one of sft, got 'ppo'"]),
     (["--model.quantization", "null"], ["model.quantization: expected one of none, int8"]),
     (["--adapter.init_lora_weights", "false"], ["adapter.init_lora_weights: expected one of true"]),
-    (["--adapter.rank_pattern", "{q: a}"], ["adapter.rank_pattern: expected dict[str, int]"]),
-    (["--adapter.modules_to_save", "head"], ["adapter.modules_to_save: expected list[str]"]),
+    (["--adapter.rank_pattern", "{q: a}"], ["rank_pattern: expected a mapping of names to int"]),
+    (["--adapter.modules_to_save", "head"], ["modules_to_save: expected a list of str"]),
     (["--train.epochs", "1.5"], ["train.epochs: expected int or null"]),
     (["--data.chat_template", "no.jinja"], ["data.chat_template: no.jinja: No such file", "Jinja"]),
-    (["--data.chat_template_kwargs", "{a: [1]}"], ["data.chat_template_kwargs: expected dict"]),
+    (["--data.chat_template_kwargs", "{a: [1]}"], ["kwargs: expected a mapping of names"]),
 ]  # fmt: skip
 
 

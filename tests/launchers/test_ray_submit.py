@@ -79,6 +79,7 @@ def test_a_job_is_followed_to_its_end(ray: Cluster, place: Path, pools: Pools) -
     assert copies and not any((copy / ".env").exists() for copy in copies)
 
 
+@pytest.mark.full  # 40 s: a job of its own; the status of a run that fails is that of `torchrun.sh`
 def test_a_job_s_status_is_the_run_s(ray: Cluster, place: Path) -> None:
     """A mistake that only the workers can see is told once, and nothing is started again."""
     bad = place / "seen/bad.jsonl"

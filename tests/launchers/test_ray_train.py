@@ -130,10 +130,8 @@ def test_it_is_the_run_without_ray(
     check_told(stored, place / "whole")
 
 
-@pytest.mark.parametrize(
-    ("number", "status"),
-    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.full)],  # 25 s each
-)
+@pytest.mark.full  # 25 s each; the run that outlives everything is stopped as well
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stop_by_signal_commits(
     ray: Cluster, configured: Configured, place: Path, number: int, status: int
 ) -> None:
@@ -150,6 +148,7 @@ def test_a_stop_by_signal_commits(
     assert starts_in(log.read_text()) == 1
 
 
+@pytest.mark.full  # 20 s: a driver of its own
 def test_a_run_that_waits_for_room_is_stopped_at_once(
     ray: Cluster, configured: Configured, place: Path
 ) -> None:
@@ -183,7 +182,11 @@ print("heard", ray.get(asked, timeout=30))
 @pytest.mark.parametrize(
     ("ranks", "status", "printed"),
     [
-        ("there", 0, "stopping after this step; a second signal ends the run at once\nheard 15\n"),
+        pytest.param(
+            *("there", 0),
+            "stopping after this step; a second signal ends the run at once\nheard 15\n",
+            marks=pytest.mark.full,  # as a run that is stopped shows
+        ),
         ("lost", 143, ""),
     ],
 )
@@ -214,26 +217,46 @@ def test_the_same_command_goes_on_after_pruning(
     assert "resuming after step 4" in log.read_text() and starts_in(log.read_text()) == 1
 
 
-def test_a_killed_worker_is_started_again(
+def test_a_run_outlives_what_happens_to_it(
     ray: Cluster, configured: Configured, place: Path, without_ray: Path
 ) -> None:
-    """And what Ray's storage refuses meanwhile, as where a node does not see it, ends nothing."""
-    away, kept = place / "away", place / "kept/killed"
-    config, log = configured("killed", output__remote=f"file://{away}"), place / "killed.log"
-    command = ["launchers.ray_train", "--config", str(config), "--num-workers", "2"]
-    with ray.running(*command, "--storage", str(kept.parent), log=log) as job:
+    """A worker is killed, the run is stopped, started again, and loses a node; in the end it is
+    the run that nothing happened to.
+
+    And what Ray's storage refuses meanwhile, as where a node does not see it, ends nothing.
+    """
+    away, kept, directory = place / "away", place / "kept/outlived", place / "outlived"
+    config = configured("outlived", output__remote=f"file://{away}")
+    command = ["launchers.ray_train", "--config", str(config), "--num-workers", "1:2"]
+    command += ["--storage", str(kept.parent)]
+    log = place / "killed.log"
+    with ray.running(*command, log=log) as job:
         wait_for(lambda: list(kept.glob("checkpoint_*/checkpoint.json")) != [])
         (kept / ".validate_storage_marker").unlink()
         [victim] = ray.workers(node=1)
         assert victim.nice() == psutil.Process().nice()  # as torchrun would start it
-        wait_for(lambda: last_step(place / "killed") >= 5)
+        wait_for(lambda: last_step(directory) >= 5)
         victim.kill()
-        assert ended(job, log) == 0, log.read_text()
-    assert "resuming after step" in log.read_text() and starts_in(log.read_text()) == 2
+        wait_for(lambda: "resuming after step" in log.read_text())
+        resumed = last_step(directory)
+        wait_for(lambda: last_step(directory) > resumed)
+        job.send_signal(signal.SIGTERM)
+        assert ended(job, log) == 143, log.read_text()
+    assert starts_in(log.read_text()) == 2
     assert re.search("dlora: warning: step .* could not be reported to Ray", log.read_text())
+    stopped = last_step(directory)
+    checkpoints.verify(away / f"step-{stopped:06d}")
+
+    log = place / "lost.log"
+    with ray.running(*command, log=log) as job:
+        wait_for(lambda: last_step(directory) > stopped)
+        ray.kill_second()
+        assert ended(job, log) == 0, log.read_text()
+    assert f"resuming after step {stopped}" in log.read_text()
+    assert "2 rank(s)" in log.read_text() and "1 rank(s)" in log.read_text()
     checkpoints.verify(away / f"step-{STEPS:06d}")
     assert not list(kept.glob("step-*"))
-    check_same(place / "killed", without_ray)
+    check_same(directory, without_ray)
 
 
 @pytest.mark.parametrize("gpus", [False, True])
@@ -246,21 +269,6 @@ def test_a_worker_sees_gpus_only_if_asked_for(configured: Configured, gpus: bool
     given = made.run_config.worker_runtime_env["env_vars"].get("CUDA_VISIBLE_DEVICES")
     assert given == (None if gpus else "")
     assert made.scaling_config.use_gpu is gpus
-
-
-def test_a_lost_node_leaves_a_smaller_run(
-    ray: Cluster, configured: Configured, place: Path, without_ray: Path
-) -> None:
-    config, log = configured("elastic"), place / "elastic.log"
-    command = ["launchers.ray_train", "--config", str(config), "--num-workers", "1:2"]
-    with ray.running(*command, log=log) as job:
-        wait_for(lambda: last_step(place / "elastic") >= 5)
-        ray.kill_second()
-        assert ended(job, log) == 0, log.read_text()
-    assert "1 rank(s)" in log.read_text()
-    resumed = re.search(r"resuming after step (\d+)", log.read_text())
-    assert resumed is not None and int(resumed[1]) >= 4
-    check_same(place / "elastic", without_ray)
 
 
 @pytest.mark.full  # a Ray of its own, which loses a node

@@ -60,12 +60,18 @@ def test_a_copy_computes_the_same_and_is_independent(
     assert copied.get_nb_trainable_parameters() == model.get_nb_trainable_parameters()
 
 
-def test_a_packed_base_is_copied(saved_models: Any) -> None:
+@pytest.mark.parametrize("config", [CONFIGS["lora"], LoraConfig(r=4, target_modules=["q_proj"])])
+def test_a_packed_base_is_copied(saved_models: Any, config: LoraConfig) -> None:
+    """Its layers' classes are made at run time, with adapters and without."""
     model = whole(saved_models("llama"))
     quantize(model, "int8")
-    attach(model, CONFIGS["lora"])
-    copied = copy.deepcopy(model)
-    assert same_bits(trained_step(copied), trained_step(model))
+    attach(model, config)
+    wanted = trained_step(model)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for parameter in copied.parameters():
+            parameter.grad = None
+        assert [type(m) for m in copied.modules()] == [type(m) for m in model.modules()]
+        assert same_bits(trained_step(copied), wanted)
 
 
 def in_another_process(model: Any, file: str) -> None:

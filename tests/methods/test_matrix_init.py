@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 
 import dlora.training.build
 from dlora import LoraConfig, UsageError, attach, load_adapter, shard, start_from_gradients
-from dlora.adapters.source import open_adapter
+from dlora.adapters.open_adapter import open_adapter
 from dlora.config.load import parse
 from dlora.lora.attach import adapter_tensors, frozen_tensors, named_adapters
 from dlora.lora.init.pissa import Pissa

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dlora import LoraConfig, UsageError, attach, shard
 from dlora.checkpoint import format as checkpoints
 from dlora.checkpoint.host_copy import capture
+from dlora.checkpoint.writing import write
 from dlora.lora.method_state import MethodState, PlannedState
 from dlora.lora.variants import VARIANTS, LoraAdapter
 from dlora.methods.trained_replica import TrainedReplica
@@ -86,7 +87,7 @@ def test_a_loop_calls_it_and_a_checkpoint_has_it(replica: TrainedReplica, tmp_pa
     assert state.calls == [2, "step", "skipped"]
     content = capture(replica, replica.states(optimizer), {"step": 1}, state.record())
     assert content is not None
-    directory = checkpoints.write(content, tmp_path, "{}", 1)
+    directory = write(content, tmp_path, "{}", 1)
     assert (directory / "counts.safetensors").exists()
     found = checkpoints.read(directory)
     assert checkpoints.method_record(directory) == found.record == {"calls": 3}

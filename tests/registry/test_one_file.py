@@ -1,5 +1,5 @@
-"""A method, an initialisation, an objective, an optimizer, an engine, a format of weights or of
-records is one added file.
+"""A method, an initialisation, an objective, an optimizer, an engine, a task, a format of weights
+or of records, and a kind of file are one added file each.
 
 Each test adds one file to a copy of the package, names it in YAML and runs it on two ranks.
 """
@@ -33,6 +33,8 @@ def base(tmp_path_factory) -> Path:
     save_chats(directory / "chats.jsonl", 8)
     asked = (json.dumps({"q": f"What is {i}?", "a": f"A number {i}."}) for i in range(8))
     (directory / "questions.jsonl").write_text("\n".join(asked))
+    told = (f"instruction: What is {i}?\noutput: A number {i}." for i in range(8))
+    (directory / "pairs.rec").write_text("\n\n".join(told))
     return directory
 
 
@@ -50,13 +52,14 @@ def run_file(base: Path, directory: Path, **chosen: Any) -> Path:
         "model": {"path": str(base / "model"), "dtype": "float32"},
         "adapter": {"r": 2},
         "sharding": {"base": "world"},
-        "data": {"train": str(base / f"{'questions' if 'data' in chosen else 'chats'}.jsonl")},
+        "data": {"train": "chats.jsonl"},
         "optimizer": {"lr": 2e-3},
         "train": {"max_steps": 2, "global_batch_size": 4},
         "output": {"dir": str(directory / "run"), "tensorboard": False, "save_every": 0},
     }
     for name, options in chosen.items():
         sections[name] = sections.get(name, {}) | options
+    sections["data"]["train"] = str(base / sections["data"]["train"])
     file = directory / "run.yaml"
     file.write_text(yaml.safe_dump(sections))
     return file
@@ -146,7 +149,9 @@ CHOSEN: dict[str, dict[str, Any]] = {
         "train": {"objective": "smooth", "max_steps": 2, "global_batch_size": 4},
         "smooth": {"epsilon": 0.2},
     },
-    "data/formats/questions.py": {"data": {"format": "questions"}},
+    "data/formats/questions.py": {"data": {"format": "questions", "train": "questions.jsonl"}},
+    "data/kinds/blanks.py": {"data": {"format": "alpaca", "train": "pairs.rec"}},
+    "tasks/last.py": {"train": {"task": "last", "max_steps": 2, "global_batch_size": 4}},
     "quant/half.py": {"model": {"quantization": "half"}},
     "optim/signed.py": {"optimizer": {"name": "signed", "lr": 1e-3, "signed_decay": 0.01}},
     "sharding/engines/whole.py": {"sharding": {"engine": "whole", "base": "world"}},
@@ -172,7 +177,10 @@ def test_another_part(
     finish(train(package, written), written)
     config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
     for section, options in CHOSEN[file].items():
-        assert options.items() <= config[section].items()
+        chosen = {
+            key: value for key, value in options.items() if (section, key) != ("data", "train")
+        }
+        assert chosen.items() <= config[section].items()
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
     trained = adapter_of(tmp_path)

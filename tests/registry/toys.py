@@ -186,11 +186,60 @@ class Questions:
         asked, said = filled(record, "q"), filled(record, "a")
         return [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
 '''
+
+BLANKS = '''
+"""Objects with blank lines between them, each a "field: text" per line (.rec)."""
+from dlora.data.kinds.compressed import opened
+from dlora.data.kinds.kind import Record, file_digest
+
+
+class Blanks:
+    name = "records of recutils"
+    suffixes = (".rec",)
+
+    @staticmethod
+    def read(place, faults):
+        with opened(place.path, str(place)) as file:
+            parts = file.read().decode("utf-8").split("\\n\\n")
+        for number, part in enumerate(parts, start=1):
+            fields = dict(line.split(": ", 1) for line in part.strip().splitlines())
+            yield Record(fields, f"{place}: record {number}", place.part)
+
+    @staticmethod
+    def digest(place):
+        return file_digest(place.path)
+'''
+
+LAST = '''
+"""Only the last target of a sequence is learnt."""
+from dataclasses import replace
+
+import numpy as np
+
+from dlora.data.encode import NO_TARGET
+from dlora.tasks.causal import Causal
+
+
+class Last(Causal):
+    name = "last"
+
+    def collate(self, examples, pad_id):
+        return super().collate([replace(e, labels=_last(e.labels)) for e in examples], pad_id)
+
+
+def _last(labels):
+    wanted = np.full_like(labels, NO_TARGET)
+    [*_, place] = np.flatnonzero(labels != NO_TARGET)
+    wanted[place] = labels[place]
+    return wanted
+'''
 FILES = {
     "lora/variants/gated.py": GATED,
     "lora/init/halves.py": HALVES,
     "objectives/smooth.py": SMOOTH,
     "data/formats/questions.py": QUESTIONS,
+    "data/kinds/blanks.py": BLANKS,
+    "tasks/last.py": LAST,
     "quant/half.py": HALF,
     "optim/signed.py": SIGNED,
     "sharding/engines/whole.py": WHOLE,

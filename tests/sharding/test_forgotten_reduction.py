@@ -3,16 +3,18 @@
 import gc
 import warnings
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from own_loops import batches, place
+from own_loops import batches, place, sharded_by_transformers
 from ranks import Pools
 from run_training import same_bits
 from tiny import whole
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainingArguments
 
 from dlora import LoraConfig, UsageError, attach, shard
 from dlora.sharding.replica.forgotten_reduction import _guards
@@ -135,6 +137,31 @@ def test_a_model_in_ddp_is_reduced_by_it(pools: Pools, saved_models: Any) -> Non
     results = pools(2).run(wrapped, saved_models("llama"))
     assert [result["reductions"] for result in results] == [0, 0]
     assert same_bits(results[0]["adapter"], results[1]["adapter"])
+
+
+def trained_by_transformers(path: str, out: str) -> dict[str, Any]:
+    """Stock Trainer reduces what is replicated beside a base that transformers sharded."""
+    model = attach(sharded_by_transformers(path), CONFIG)
+    replica = shard(model)
+    rows = [{"input_ids": row, "labels": row} for row in next(batches(1, 16))]
+    settings: dict[str, Any] = {"max_steps": 2, "learning_rate": LR, "report_to": []}
+    settings |= {"per_device_train_batch_size": 2, "save_strategy": "no", "disable_tqdm": True}
+    before = values(replica)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        Trainer(model, TrainingArguments(out, use_cpu=True, **settings), train_dataset=rows).train()
+    replica.audit()
+    said = [str(w.message) for w in warned if "reduce_gradients" in str(w.message)]
+    after = values(replica)
+    moved = [not torch.equal(before[name], after[name]) for name in after]
+    return {"adapter": after, "said": said, "reductions": replica.reductions, "moved": all(moved)}
+
+
+def test_a_stock_trainer_reduces_by_itself(pools: Pools, saved_models: Any, tmp_path: Path) -> None:
+    results = pools(2).run(trained_by_transformers, saved_models("llama"), str(tmp_path))
+    assert same_bits(results[0]["adapter"], results[1]["adapter"])
+    for result in results:
+        assert result["moved"] and result["reductions"] == 0 and not result["said"]
 
 
 def clipped(path: str) -> str:

@@ -12,8 +12,8 @@ from run_training import Runs, prepared_run
 from sampling import full, sampled
 
 from dlora.adapters.save_load import save_adapter
-from dlora.checkpoint.format import write
 from dlora.checkpoint.host_copy import capture
+from dlora.checkpoint.writing import write
 
 STEPS = 3
 

@@ -106,7 +106,7 @@ def refused(path: str, case: str) -> str:
         engine, *_ = deepspeed.initialize(model=model, config=settings)
         ids = torch.arange(12)[None]
         try:
-            engine(input_ids=ids, labels=ids).loss.backward()
+            engine.backward(engine(input_ids=ids, labels=ids).loss)
         except Exception as error:
             return f"{type(error).__name__}: shard: {error}"
     else:

@@ -40,6 +40,7 @@ BASE_SETTINGS = {
 
 # Figures that hold clocks or memory; all others of two equal runs are equal bit for bit.
 MEASURED = {"step_seconds", "tokens_per_second", "all_tokens_per_second", "peak_memory_bytes"}
+MEASURED |= {"all_tokens_per_second_per_device"}
 Run = tuple[list[dict[str, Any]], list[dict[str, Any]]]  # results by rank, lines of the metrics
 
 

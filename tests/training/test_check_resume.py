@@ -20,8 +20,10 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from dlora.adapters.source import open_adapter
-from dlora.checkpoint.format import Checkpoint, newest, read, write
+from dlora.adapters.open_adapter import open_adapter
+from dlora.checkpoint.format import Checkpoint, read
+from dlora.checkpoint.listing import newest
+from dlora.checkpoint.writing import write
 from dlora.training.check_resume import FREE_KEYS, FREE_SECTIONS
 
 STEPS = 4
@@ -113,7 +115,7 @@ def test_older_ones_stay_until_the_newer_verifies(
         written(tmp_path, step)
     with monkeypatch.context() as patch:
         patch.setattr(
-            "dlora.checkpoint.format.write_atomically",
+            "dlora.checkpoint.writing.write_atomically",
             lambda path, content: path.write_bytes(bytes(len(content))),
         )
         with pytest.raises(OSError, match=r"read back, .*step-000003/manifest.json"):

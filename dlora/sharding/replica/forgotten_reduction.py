@@ -27,6 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dlora.errors import UsageError
 
+_OF_TRAINER = "_replicated_grad_hook_registered"  # Trainer's mark on what it reduces by itself
 _MOST_FRAMES = 12  # between a hook of an optimizer and the scaler that calls its step
 _SCALER_CODES = {GradScaler.step.__code__, GradScaler._maybe_opt_step.__code__}
 
@@ -75,7 +76,7 @@ class StepGuard:
         """
         replica = self._replica()
         assert replica is not None  # `has` was asked
-        if self._needs_reduction(replica, optimizer) and not self._is_in_ddp(replica):
+        if self._needs_reduction(replica, optimizer) and not self._is_reduced_elsewhere(replica):
             if _scaler_steps():
                 raise UsageError(
                     "replica.reduce_gradients() was not called: with a GradScaler it must be, "
@@ -96,9 +97,13 @@ class StepGuard:
             return False
         return not any(p.grad is not None and p.grad.any() for p in _parameters(optimizer))
 
-    def _is_in_ddp(self, replica: Reducible) -> bool:
+    def _is_reduced_elsewhere(self, replica: Reducible) -> bool:
+        """Whether torch's DDP reduces, or transformers' Trainer of a base that it sharded."""
+        first = next(iter(replica.named.values()))
+        if getattr(first, _OF_TRAINER, False):
+            return True
         if self._wrapped is None:
-            self._wrapped = _is_in_ddp(next(iter(replica.named.values())))
+            self._wrapped = _is_in_ddp(first)
         return self._wrapped
 
     def _warn(self) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -101,10 +102,10 @@ class Replica:
         self.strategy = strategy(self.named, self._reduction)
         self._allocate()
         self.present = dict.fromkeys(self.named, False)
+        weak = weakref.ref(self)  # Python's collector does not see what a tensor's hooks refer to
         for name, parameter in self.named.items():
-            parameter.register_post_accumulate_grad_hook(
-                functools.partial(self._after_backward, name)
-            )
+            hook = functools.partial(_after_backward, weak, name)
+            parameter.register_post_accumulate_grad_hook(hook)
         if self.topology.world > 1:
             dist.broadcast(self._buffers.values, src=0)
             self._guard = self._guard or StepGuard(self)
@@ -284,6 +285,9 @@ class Replica:
         lengths = self.strategy.lengths(self.named, self.topology)
         self._buffers = FlatBuffers(self.named, lengths, self.strategy.attach_buffers)
 
-    def _after_backward(self, name: str, parameter: nn.Parameter) -> None:
-        self.unreduced = True
-        self._buffers.after_backward(name, parameter)
+
+def _after_backward(weak: weakref.ref[Replica], name: str, parameter: nn.Parameter) -> None:
+    """Torch's hook: a backward pass has accumulated a gradient."""
+    if (replica := weak()) is not None:
+        replica.unreduced = True
+        replica._buffers.after_backward(name, parameter)

@@ -1,0 +1,113 @@
+"""Opening an adapter: PEFT's directory or a checkpoint, whichever a directory is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from dlora.adapters.hub import adapter_directory
+from dlora.adapters.recorded import Answering, BaseReference, as_ends, ends_in, template_in
+from dlora.adapters.save_load import read_config
+from dlora.adapters.settings import lora_config
+from dlora.adapters.source import AdapterSource
+from dlora.adapters.write import CONFIG, WEIGHTS
+from dlora.checkpoint import format as checkpoint
+from dlora.checkpoint.state import saved_lora
+from dlora.config.load import load
+from dlora.errors import UsageError
+from dlora.io.files import inside, read_object
+from dlora.io.safetensors import stored_tensors
+from dlora.lora.variants import VARIANTS
+
+_PEFT_TASKS = {"classification": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}  # of `train.task`
+
+
+def open_adapter(directory: str | Path) -> AdapterSource:
+    """Read the settings of an adapter directory or a checkpoint.
+
+    Raises:
+        UsageError: it is neither, it is damaged, or it is no LoRA.
+    """
+    directory = adapter_directory(directory, "--adapter")
+    if not directory.is_dir():
+        raise UsageError(f"--adapter: directory {directory} does not exist")
+    if (directory / CONFIG).exists():
+        return _from_peft(directory)
+    if (directory / "manifest.json").exists():
+        return _from_checkpoint(directory)
+    hint = f"; did you mean {directory / 'adapter'}?" if (directory / "adapter").is_dir() else ""
+    raise UsageError(
+        f"--adapter: {directory} has neither an {CONFIG} nor a checkpoint's manifest.json{hint}"
+    )
+
+
+def _from_peft(directory: Path) -> AdapterSource:
+    config = read_config(directory)
+    raw = read_object(directory / CONFIG)
+    path = raw.get("base_model_name_or_path")
+    run = _model_section(directory.parent / "config.yaml")
+    if not path or not _is_base_of(run, path):
+        run = {}
+    from_gguf = run.get("path", "").endswith(".gguf")
+    if path and from_gguf and Path(path).is_absolute() and not Path(path).exists():
+        path = run["path"]  # what it was converted to has been deleted
+    base = BaseReference(
+        path,
+        raw.get("revision") or run.get("revision"),
+        None,
+        run.get("cache_dir"),
+        run["path"] if from_gguf else None,
+    )
+    file = inside(directory, WEIGHTS)
+    answering = Answering(template_in(directory), ends=ends_in(directory))
+    task = raw.get("task_type")
+    return AdapterSource(directory, file, config, base, False, answering=answering, task=task)
+
+
+def _from_checkpoint(directory: Path) -> AdapterSource:
+    checkpoint.verify(directory, ("adapter.safetensors", "config.yaml", "state.json"))
+    # Where W0 was divided does not matter here, and its engine need not be installed.
+    elsewhere = ["--sharding.engine", "fsdp2", "--sharding.cpu_offload", "false"]
+    config = load(directory / "config.yaml", elsewhere)
+    state = read_object(directory / "state.json")
+    lora = saved_lora(state)
+    settings = lora or lora_config(config)
+    record = checkpoint.method_record(directory)
+    try:
+        names = stored_tensors(directory / checkpoint.ADAPTER)
+        VARIANTS[settings.variant].check_record(record, names)
+    except UsageError as error:
+        raise UsageError(f"{directory / 'manifest.json'}: {error}") from None
+    model = config.model
+    base = BaseReference(model.path, model.revision, model.dtype, model.cache_dir)
+    file = directory / "adapter.safetensors"
+    data, where = config.data, f"{directory / 'state.json'}: ends"
+    ends = as_ends(state.get("ends"), where)
+    return AdapterSource(
+        directory,
+        file,
+        settings,
+        base,
+        is_checkpoint=True,
+        record=record,
+        answering=Answering(data.chat_template, dict(data.chat_template_kwargs), ends),
+        task=_PEFT_TASKS.get(config.train.task),
+    )
+
+
+def _is_base_of(run: dict[str, str], path: str) -> bool:
+    """Whether a run's `model.path` is the base that its adapter records."""
+    named = Path(run.get("path", "")).expanduser()
+    return named.suffix == ".gguf" or path in (run.get("path"), str(named.absolute()))
+
+
+def _model_section(path: Path) -> dict[str, str]:
+    """`model` of a run's configuration, which knows where its base was converted, or {}."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    section = found.get("model") if isinstance(found, dict) else None
+    texts = section.items() if isinstance(section, dict) else ()
+    return {name: value for name, value in texts if isinstance(value, str)}

@@ -1,0 +1,124 @@
+"""Where the figures of a run go: its files, trackers, an endpoint, and the program that calls it.
+
+What can be refused is started before weights are read; nothing is reported before the first line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from dlora.config.load import Config
+from dlora.metrics.endpoint import MetricsEndpoint
+from dlora.metrics.log import MetricsLog
+from dlora.metrics.trackers import STARTERS, Trackers
+from dlora.runtime.agreement import agree
+from dlora.runtime.console import console
+from dlora.runtime.ranks import Ranks
+from dlora.training.context import RunContext
+from dlora.training.prepare import Preparation
+from dlora.training.resume import open_directory, resolved_yaml
+
+
+class Sink(Protocol):
+    """Takes the lines of the metrics."""
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Take a line."""
+
+    def close(self) -> None:
+        """Take no more."""
+
+
+class RunLog:
+    """The log of one rank; of ranks other than 0 only `logged` hears of a line.
+
+    Args:
+        files: `metrics.jsonl` and TensorBoard.
+        logged: the hook of that name.
+    """
+
+    def __init__(
+        self,
+        files: MetricsLog | None,
+        others: Sequence[Sink],
+        logged: Callable[[int, Mapping[str, Any]], None],
+    ) -> None:
+        self._files, self._logged = files, logged
+        self._sinks: list[Sink] = [*([files] if files else []), *others]
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Report one line everywhere."""
+        for sink in self._sinks:
+            sink.write(record)
+        self._logged(record["step"], dict(record))
+
+    def figure(self, name: str, figure: Any, step: int) -> None:
+        """Show a matplotlib figure on TensorBoard."""
+        if self._files is not None:
+            self._files.figure(name, figure, step)
+
+    def close(self) -> None:
+        """End all reports."""
+        for sink in self._sinks:
+            sink.close()
+
+
+def start_sinks(config: Config, ranks: Ranks, prepared: Preparation) -> list[Sink]:
+    """The endpoint and the trackers that the configuration names, on rank 0; elsewhere none.
+
+    Raises:
+        UsageError: on every rank, if one of them cannot start.
+    """
+    output, resumed = config.output, prepared.resumed
+    names = [name for name in output.report_to if name in STARTERS]
+    # A finished run only writes its adapter again.
+    done = resumed is not None and resumed.step >= prepared.sampler.total_steps
+    if done or not (names or output.metrics_port):
+        return []
+
+    def start() -> tuple[list[Sink], str]:
+        sinks: list[Sink] = []
+        if ranks.main and output.metrics_port:
+            about = {"dir": str(output.directory.absolute()), "model": config.model.path}
+            sinks.append(MetricsEndpoint(output.metrics_port, about))
+        if ranks.main and names:
+            shown = _shown(config, prepared)
+            here = continues(config, prepared)
+            warn = console.warning
+            sinks.append(Trackers(names, output.directory, shown, resumes=here, warn=warn))
+        return sinks, ""
+
+    return agree(ranks, "trackers", start, patience_seconds=ranks.timeout_seconds)
+
+
+def continues(config: Config, prepared: Preparation) -> bool:
+    """Whether the run goes on with what lies in `output.dir`."""
+    resumed, root = prepared.resumed, config.output.directory / "checkpoints"
+    return resumed is not None and Path(resumed.directory).resolve().parent == root.resolve()
+
+
+def open_log(context: RunContext, start: int, sinks: Sequence[Sink]) -> RunLog:
+    """The log of this rank, for a run that has done `start` steps."""
+    if not context.ranks.main:
+        return RunLog(None, (), context.hooks.logged)
+    files = open_directory(context, start)
+    if "tensorboard" in context.config.output.report_to and not start:
+        files.text("config", f"```yaml\n{resolved_yaml(context.config, context.prepared)}```")
+    for sink in sinks:
+        if isinstance(sink, Trackers):
+            sink.begin(files.reported)
+    return RunLog(files, sinks, context.hooks.logged)
+
+
+def _shown(config: Config, prepared: Preparation) -> dict[str, Any]:
+    """The resolved configuration by dotted keys."""
+    sections = yaml.safe_load(resolved_yaml(config, prepared))
+    return {
+        f"{section}.{name}": value
+        for section, options in sections.items()
+        for name, value in options.items()
+    }
