@@ -62,7 +62,6 @@ LIBRARIES = {
 OWNERS = {
     "ray": "launchers/",
     "deepspeed": "dlora/sharding/engines/zero3.py",
-    "accelerate": "dlora/integrations/accelerate.py dlora/integrations/transformers.py",
     "lightning": "dlora/integrations/lightning.py",
     "trl": "dlora/integrations/trl.py",
     "bitsandbytes": "dlora/quant/dequantize.py dlora/optim/eight_bit.py",
@@ -227,7 +226,7 @@ def test_importing_dlora_loads_torch_and_nothing_larger() -> None:
         ("launchers/ray_train.py", "from dlora.sharding.topology import Topology"),
         ("dlora/integrations/x.py", "from dlora.sharding.topology import Topology"),
         ("dlora/training/x.py", "from dlora.integrations import adapter"),
-        ("dlora/integrations/loop.py", "import accelerate"),
+        ("dlora/integrations/loop.py", "import lightning"),
     ],
 )
 def test_a_planted_violation_is_found(file: str, source: str) -> None:
