@@ -187,20 +187,25 @@ def _state_class(named: type[MethodState] | str) -> type[MethodState]:
     return getattr(importlib.import_module(module), name)
 
 
+_followed: weakref.WeakSet[TrainedReplica] = weakref.WeakSet()
+_following = False
+
+
 def _follow_steps(replica: TrainedReplica) -> None:
     """Let every step of an optimizer over the replica's parameters end with `after_step`.
 
-    Through torch's hook for all optimizers, since the user may make the optimizer at any time.
+    Through torch's hook for all optimizers, since the user may make the optimizer at any time. It
+    is one hook for all replicas, and stays: none can be removed while torch goes through them.
     """
-    alive = weakref.ref(replica)
+    global _following
+    _followed.add(replica)
+    if not _following:
+        register_optimizer_step_post_hook(_after_any_step)
+        _following = True
 
-    def after(optimizer: Optimizer, *_: Any) -> None:
-        found = alive()
-        if found is None:
-            handle.remove()
-            return
-        own = {id(parameter) for parameter in found.optimized.values()}
+
+def _after_any_step(optimizer: Optimizer, *_: Any) -> None:
+    for replica in list(_followed):
+        own = {id(parameter) for parameter in replica.optimized.values()}
         if any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
-            found.method.after_step(optimizer)
-
-    handle = register_optimizer_step_post_hook(after)
+            replica.method.after_step(optimizer)

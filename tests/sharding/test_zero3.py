@@ -95,6 +95,7 @@ def refused(path: str, case: str) -> str:
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": 3},
     }
+    adam = {"type": "Adam", "params": {"lr": 1e-3, "torch_adam": True}}
     join_deepspeed()
     model = whole(path)
     if case == "adapters partitioned":
@@ -103,14 +104,13 @@ def refused(path: str, case: str) -> str:
     elif case == "partitioned afterwards":
         attach(model, LoraConfig(r=2))
         shard(model, base="none")
-        engine, *_ = deepspeed.initialize(model=model, config=settings)
+        engine, *_ = deepspeed.initialize(model=model, config=settings | {"optimizer": adam})
         ids = torch.arange(12)[None]
         try:
             engine.backward(engine(input_ids=ids, labels=ids).loss)
         except Exception as error:
             return f"{type(error).__name__}: shard: {error}"
     else:
-        adam = {"type": "Adam", "params": {"lr": 1e-3, "torch_adam": True}}
         stage = {"stage": 2 if case == "optimizer section at stage 2" else 3}
         settings |= {"optimizer": adam, "zero_optimization": stage}
         engine, *_ = deepspeed.initialize(model=model, config=settings)
