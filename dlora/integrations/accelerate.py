@@ -19,10 +19,11 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dlora import LoraConfig, UsageError, attach, shard
-from dlora.api import TrainedReplica, replica_of
+from dlora import LoraConfig, UsageError
+from dlora.api import TrainedReplica
 from dlora.integrations import adapter
 from dlora.integrations.one_step import reduce_gradients
+from dlora.integrations.prepared import prepared_model
 from dlora.integrations.whole_state import WholeState
 
 __all__ = ["prepare"]
@@ -59,13 +60,7 @@ def prepare(
         )
     if isinstance(vars(accelerator).get("backward"), _Backward):
         raise UsageError("prepare: this Accelerator has a model of dlora already")
-    if dlora is not None:
-        attach(model, dlora)
-    replica = replica_of(model)
-    if replica is None:
-        replica = shard(model, **{"device": accelerator.device} | dict(sharding or {}))
-    elif sharding:
-        raise UsageError("sharding: this model has been sharded by dlora.shard already")
+    replica = prepared_model(model, accelerator.device, dlora, sharding)
     WholeState(replica, optimizer)
     backward = _Backward(accelerator, replica, optimizer)
     accelerator.backward = backward

@@ -25,10 +25,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dlora import UsageError, save_adapter, shard
+from dlora import UsageError, save_adapter
 from dlora.api import TrainedReplica, replica_of
 from dlora.integrations import stored
 from dlora.integrations.one_step import reduce_gradients
+from dlora.integrations.prepared import prepared_model
 from dlora.integrations.whole_state import WholeState
 
 __all__ = ["DloraStrategy"]
@@ -89,7 +90,7 @@ class DloraStrategy(DDPStrategy):
         self._prefix, self.adapted = f"{found[0][0]}." if found[0][0] else "", found[0][1]
         replica = replica_of(self.adapted)
         if replica is None:
-            replica = shard(self.adapted, **{"device": self.root_device} | self._sharding)
+            replica = prepared_model(self.adapted, self.root_device, None, self._sharding)
         self.replica = replica
         module.to(self.root_device)
 

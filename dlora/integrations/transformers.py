@@ -22,57 +22,18 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME, logger
 
-from dlora import AdaLoraConfig, LoraConfig, UsageError, attach, shard
-from dlora.api import TrainedReplica, replica_of
+from dlora import AdaLoraConfig, LoraConfig, UsageError
+from dlora.api import TrainedReplica
 from dlora.integrations import adapter
 from dlora.integrations.loop import DloraCallback
 from dlora.integrations.one_step import reduce_gradients
+from dlora.integrations.prepared import prepared_model
 from dlora.integrations.reference import AdapterOff
 from dlora.integrations.whole_state import WholeState
 
 __all__ = ["DloraCallback", "DloraTrainer", "DloraTrainerMixin"]
 
 _Below: Any = object  # the trainer that comes after the mix-in
-
-
-def prepared_model(
-    model: Any,
-    device: torch.device,
-    dlora: LoraConfig | None,
-    sharding: Mapping[str, Any] | None,
-    replica: TrainedReplica | None = None,
-) -> TrainedReplica:
-    """Attach and shard what the caller has not; collective. Returns the replica of the adapters.
-
-    Raises:
-        UsageError: there is nothing to train, or something was asked for that was done already.
-    """
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"model: expected a model, got {model!r}")
-    if hasattr(model, "peft_config"):
-        raise UsageError(
-            "model: it has PEFT's adapters, which dlora does not train; pass the model as it was "
-            "before get_peft_model, and the configuration as dlora="
-        )
-    if dlora is not None:
-        attach(model, dlora)
-    found = replica or replica_of(model)
-    if found is None:
-        settings = dict(sharding or {})
-        unknown = settings.keys() - (inspect.signature(shard).parameters.keys() - {"model"})
-        if unknown:
-            raise UsageError(f"sharding: {min(unknown)!r} is no argument of dlora.shard")
-        found = shard(model, **{"device": device} | settings)
-    elif sharding:
-        raise UsageError("sharding: this model has been sharded by dlora.shard already")
-    if not found.named:
-        raise UsageError(
-            "dlora: the model has no adapters; pass dlora=LoraConfig(...), or call "
-            "dlora.attach(model, ...) before"
-        )
-    # Generation under W0 in shards goes on until the longest sequence of all ranks is done.
-    model._is_fsdp_managed_module = found.engine.placement.shard_size > 1  # type: ignore[assignment]
-    return found
 
 
 class DloraTrainerMixin(_Below):

@@ -156,6 +156,9 @@ class Module(lightning.LightningModule):
         self.found.append(loss.item())
         return loss
 
+    def validation_step(self, batch: Any, _: int) -> None:
+        self.log("val_loss", self.model(**batch).loss, sync_dist=True)
+
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.trainer.strategy.replica.parameter_groups(lr=RATE))
         schedule = {"scheduler": LambdaLR(optimizer, rate), "interval": "step"}
@@ -190,6 +193,8 @@ def by_lightning(base: str, directory: Path, setting: Setting, resume: bool) -> 
     first = directory / "checkpoints-0" / "epoch=0.ckpt"
     trainer.fit(module, loader_of(rank, world), ckpt_path=str(first) if resume else None)
     reductions = strategy.replica.reductions
+    [figures] = trainer.validate(module, loader_of(rank, world), verbose=False)
+    assert figures["val_loss"] < module.found[0] + 1  # on what it has trained on
     if not grouped:
         dist.destroy_process_group()
     return Result(module.found, reductions)
