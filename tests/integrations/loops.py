@@ -22,6 +22,7 @@ from dlora import AdaLoraConfig, LoraConfig
 from dlora.integrations.accelerate import prepare
 from dlora.integrations.lightning import DloraStrategy
 from dlora.integrations.transformers import DloraCallback
+from dlora.optim.lora_pro import LoraPro
 
 EPOCHS, EVERY, RATE, CLIP = 2, 2, 0.002, 0.5
 
@@ -34,6 +35,7 @@ class Setting(NamedTuple):
     method: str = "lora"
     dropout: float = 0.0
     precision: str = "no"
+    optimizer: str = "adamw"
 
     @property
     def sharding(self) -> dict[str, Any]:
@@ -93,7 +95,10 @@ def by_hand(base: str, directory: Path, setting: Setting, resume: bool) -> Resul
     torch.manual_seed(resume)
     model = adapted(base, setting)
     replica = dlora.shard(model, **setting.sharding)
-    optimizer = torch.optim.AdamW(replica.parameter_groups(lr=RATE))
+    groups = replica.parameter_groups(lr=RATE)
+    optimizer: Any = torch.optim.AdamW(groups)
+    if setting.optimizer == "lora_pro":
+        optimizer = LoraPro(groups, replica.pairs)
     schedule = LambdaLR(optimizer, rate)
     half = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[setting.precision]
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**9) if half is torch.float16 else None

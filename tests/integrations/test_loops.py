@@ -25,6 +25,7 @@ SAMPLE = {
     ("accelerate", 2, Setting("fsdp2", "divided", "lora", 0.2, "bf16")),
     ("lightning", 2, Setting("fsdp2", "divided", "lora", 0.2, "bf16")),
     ("hand", 1, Setting("fsdp2", "replicated", "adalora")),
+    ("hand", 2, Setting("fsdp2", "replicated", "lora", 0.2, "no", "lora_pro")),
     ("accelerate", 2, Setting("zero3", "divided", "adalora")),
     ("lightning", 2, Setting("zero3", "divided", "adalora")),
 }
