@@ -135,7 +135,7 @@ def resumed(kind: str, path: str, directory: Path, engine: str) -> bool:
         config, _, ours = KINDS[kind]
         own = OWN.get(kind, {}) | {"save_strategy": "steps", "save_steps": 2}
         trainer = ours(
-            base_of(kind, path),
+            path if kind == "sft" else base_of(kind, path),
             args=arguments(directory / name, config, **own),
             train_dataset=records(kind),
             processing_class=tokenizer(),
