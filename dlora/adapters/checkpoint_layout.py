@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dlora.adapters.peft_format import PREFIX
+from dlora.adapters.peft_names import PREFIX
 from dlora.errors import UsageError
 from dlora.lora.attach import attachment_of, named_copies
 

@@ -18,7 +18,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dlora.adapters.peft_format import PREFIX
+from dlora.adapters.peft_names import PREFIX
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 _METADATA = "lora_adapter_metadata"

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from dlora.adapters.peft_format import PREFIX
+from dlora.adapters.peft_names import PREFIX
 from dlora.adapters.stacked_experts import stack_experts
 from dlora.io.safetensors import StoredTensor
 from dlora.lora.config import LoraConfig

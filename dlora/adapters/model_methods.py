@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dlora.adapters.hub import upload
-from dlora.adapters.peft_format import PREFIX
+from dlora.adapters.peft_names import PREFIX
 from dlora.adapters.save_load import adapter_files, load_adapter, save_adapter
 from dlora.errors import UsageError
 from dlora.lora.attach import children_of, disabled

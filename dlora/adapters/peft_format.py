@@ -1,24 +1,19 @@
-"""PEFT's files of an attached model: names of tensors, and `adapter_config.json`.
+"""What PEFT's files have of an attached model: `adapter_config.json`, and the tensors' values.
 
-    LORA      base_model.model.<path>.lora_{A,B}.weight     the plain form of any adapter
-              base_model.model.<path>.lora_magnitude_vector beside them in a DoRA
-    ADALORA   base_model.model.<path>.lora_{A,B,E}          AdaLoRA's own form
-
-Embeddings have `lora_embedding_A` without `.weight`, and modules trained whole have their own
-names. An adapted parameter has its adapter at the path of its module; PEFT wraps the module once
-for each of them, so there is a `.base_layer` in the path for every later one (`_wrapped`).
+Their names are those of `peft_names.py`.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dlora.adapters.peft_names import MAGNITUDE, PREFIX, copy_names, keys_of, shaped
 from dlora.adapters.task_type import auto_mapping_of, task_type_of
 from dlora.errors import UsageError
 from dlora.lora.attach import (
@@ -26,46 +21,20 @@ from dlora.lora.attach import (
     attachment_of,
     children_of,
     named_adapters,
-    named_copies,
     trainable_parameters,
 )
-from dlora.lora.layers import CHILD, AdaptedConvolution, AdaptedLayer
 from dlora.lora.tasks import head_names
-from dlora.lora.variants import LoraAdapter, PlainLora
+from dlora.lora.variants import PlainLora
 from dlora.lora.variants.adalora import AdaLoraAdapter, AdaLoraConfig
 from dlora.lora.variants.dora import DoraAdapter
 
-PREFIX = "base_model.model."
 NO_TARGETS = "dummy-target-modules"  # PEFT's word for an adapter of `modules_to_save` alone
-MAGNITUDE = "lora_magnitude_vector"
 # Experts' layers before transformers 5, by layout: PEFT's `_MOE_TARGET_MODULE_MAPPING`.
 _EXPERTS_OF = {
     "mixtral": ("gate", "w1", "w2", "w3"),
     "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
 }
 _RANK_EPSILON = 1e-5  # PEFT scales AdaLoRA by lora_alpha / (init_r + this)
-
-
-def peft_names(model: nn.Module) -> dict[str, str]:
-    """PEFT's key of each trainable parameter of a LoRA or DoRA, by its name in the model."""
-    names: dict[str, str] = {}
-    for path, layer, adapter in named_adapters(model):
-        for factor, key in _keys(model, path, layer, adapter).items():
-            names[f"{adapter.place}.{factor}"] = key
-    return names | _copy_names(model)
-
-
-def peft_slots(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a model with a LoRA or DoRA by PEFT's keys; not copies."""
-    parameters = trainable_parameters(model)
-    slots = {key: parameters[name].detach() for name, key in peft_names(model).items()}
-    for path, layer, adapter in named_adapters(model):
-        for factor, key in _keys(model, path, layer, adapter).items():
-            slots[key] = _shaped(layer, factor, slots[key])
-    return slots
-
-
-# -- what is written ----------------------------------------------------------------------------
 
 
 def plain_forms(model: nn.Module) -> dict[str, PlainLora]:
@@ -103,8 +72,8 @@ def lora_files(model: nn.Module, base: str | None) -> tuple[dict[str, Any], dict
             parts = {"lora_A": forms[path].A, "lora_B": forms[path].B}
             if isinstance(adapter, DoraAdapter):
                 parts[MAGNITUDE] = adapter.lora_magnitude_vector.detach()
-            for name, key in _keys(model, path, layer, adapter).items():
-                tensors[key] = _shaped(layer, name, parts[name])
+            for name, key in keys_of(model, path, layer, adapter).items():
+                tensors[key] = shaped(layer, name, parts[name])
     sizes: dict[str, Any] = {
         "r": config.r,
         "lora_alpha": config.lora_alpha,
@@ -259,59 +228,9 @@ def _in_saved(path: str, attachment: Attachment) -> bool:
     return any(f"{path}.".startswith(f"{saved}.") for saved in attachment.saved)
 
 
-def _keys(model: nn.Module, path: str, layer: AdaptedLayer, adapter: LoraAdapter) -> dict[str, str]:
-    """PEFT's keys of the factors of a LoRA and of DoRA's magnitudes, by their names here."""
-    key = "lora_embedding_{}" if layer.is_embedding else "lora_{}.weight"
-    place = PREFIX + wrapped(attachment_of(model).parameters, path)
-    keys = {f"lora_{factor}": f"{place}.{key.format(factor)}" for factor in "AB"}
-    if isinstance(adapter, DoraAdapter):
-        keys[MAGNITUDE] = f"{place}.{MAGNITUDE}"
-    return keys
-
-
-def wrapped(parameters: Sequence[str], path: str) -> str:
-    """The path of an adapter in PEFT's model, where a module is wrapped for each of its adapted
-    parameters: the last of them is outermost, and what is inside the module is inside all.
-
-    Args:
-        parameters: paths of all adapted parameters, in the model's order.
-        path: of an adapted module or parameter.
-    """
-    module = path.rpartition(".")[0] if path in parameters else path
-    names, place = module.split("."), []
-    for end, name in enumerate(names, start=1):
-        here = ".".join(names[:end])
-        own = [each for each in parameters if each.rpartition(".")[0] == here]
-        inside = own.index(path) + 1 if path in own else 0
-        place += [name, *["base_layer"] * (len(own) - inside)]
-    return ".".join(place)
-
-
-def _shaped(layer: AdaptedLayer, factor: str, tensor: Tensor) -> Tensor:
-    """A tensor as PEFT stores it: of a convolution A is a kernel, B one of size 1, and a magnitude
-    broadcasts against the output.
-    """
-    if not isinstance(layer, AdaptedConvolution):
-        return tensor
-    if factor == "lora_A":
-        return layer.as_stored(layer, tensor)
-    places = [1 for _ in layer.kernel(layer)]
-    if factor == MAGNITUDE:
-        return tensor.reshape(1, -1, *places)
-    return tensor.reshape(*tensor.shape, *places)
-
-
-def _copy_names(model: nn.Module) -> dict[str, str]:
-    return {
-        f"{path}.{CHILD}.{name}": f"{PREFIX}{path}.{name}"
-        for path, _, copy in named_copies(model)
-        for name, _ in copy.named_parameters()
-    }
-
-
 def _copies(model: nn.Module) -> dict[str, Tensor]:
     parameters = trainable_parameters(model)
-    return {key: parameters[name].detach() for name, key in _copy_names(model).items()}
+    return {key: parameters[name].detach() for name, key in copy_names(model).items()}
 
 
 def _written(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -22,7 +22,8 @@ from dlora.adapters.diffusers_format import (
 )
 from dlora.adapters.hub import adapter_directory
 from dlora.adapters.layouts import in_layout_of
-from dlora.adapters.peft_format import PREFIX, adalora_files, lora_files, peft_slots
+from dlora.adapters.peft_format import adalora_files, lora_files
+from dlora.adapters.peft_names import PREFIX, peft_slots
 from dlora.adapters.peft_settings import lora_fields
 from dlora.adapters.write import CONFIG, WEIGHTS, recorded_name, write_files
 from dlora.errors import UsageError, and_more

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dlora.adapters.layouts import in_layout_of
-from dlora.adapters.peft_format import PREFIX, peft_names, peft_slots
+from dlora.adapters.peft_names import PREFIX, peft_names, peft_slots
 from dlora.adapters.recorded import LABELS, Answering, BaseReference
 from dlora.adapters.save_load import check_numbers
 from dlora.errors import UsageError, and_more

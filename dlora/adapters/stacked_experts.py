@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dlora.adapters.peft_format import PREFIX, wrapped
+from dlora.adapters.peft_names import PREFIX, wrapped
 from dlora.errors import UsageError
 from dlora.io.safetensors import StoredTensor
 from dlora.lora.config import LoraConfig

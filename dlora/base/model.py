@@ -20,7 +20,7 @@ from dlora.base.quantize import Quantized, quantize_as_set
 from dlora.base.reader import StoredWeights
 from dlora.base.skeleton import (
     AUTO,
-    check_experts_divide,
+    check_divides,
     make_buffers,
     pin_dtypes,
     set_buffers,
@@ -128,7 +128,7 @@ class BaseModel(BaseSource):
                 layer's experts.
         """
         weights = BaseWeights(self, left)
-        check_experts_divide(weights.skeleton, engine.placement)
+        check_divides(weights.skeleton, engine.placement)
         model = engine.load(weights, device)
         own_storage(model)
         trim()  # blocks that were read and cast are free, and the heap would keep them

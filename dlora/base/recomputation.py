@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from dlora.sharding.engines.gather_groups import block_lists
 
 # Arguments of a block by which it would write into a cache, and so twice.
-_CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
+_CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params", "cache")
 
 
 def recompute_blocks(model: Any, every: int, offload: bool = False) -> None:
@@ -34,6 +34,9 @@ def recompute_blocks(model: Any, every: int, offload: bool = False) -> None:
     if _has_its_own(model):
         kinds = {"every_n_layers": every, "offload": offload}
         model.activation_checkpointing_enable({"use_reentrant": False}, **kinds)
+        # The embeddings' gradients are what reentrant checkpointing needs. Here they would be
+        # computed for nothing, and some models add to the embeddings in place, as to no leaf.
+        model.disable_input_require_grads()
         return
     for block in list(_blocks(model))[::every]:
         block.forward = _recomputing(model, block.forward, offload)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dlora.base.repeated_calls import calls_by_length
 from dlora.errors import UsageError
 from dlora.sharding.topology import Placement
 
@@ -157,9 +158,19 @@ def set_buffers(model: nn.Module, skeleton: Any) -> None:
             buffers[last] = skeleton.get_buffer(name).to(buffer.device)
 
 
-def check_experts_divide(skeleton: Any, placement: Placement) -> None:
-    """Raise a `UsageError` if a rank would get no expert: transformers cannot stack none."""
-    if placement.engine != "fsdp2":  # flat partitions may cut an expert anywhere
+def check_divides(skeleton: Any, placement: Placement) -> None:
+    """Raise a `UsageError` if the engine cannot divide this model over the ranks.
+
+    FSDP2: a rank would get no expert, and transformers cannot stack none. ZeRO-3, whose flat
+    partitions may cut an expert anywhere: ranks would call modules in different order.
+    """
+    if placement.engine == "zero3" and placement.shard_size > 1:
+        for path, caller in calls_by_length(skeleton).items():
+            raise UsageError(
+                f"sharding.engine: zero3: {caller} calls {path} once for each position, and "
+                "DeepSpeed needs the same calls on every rank, whatever their sequences; use fsdp2"
+            )
+    if placement.engine != "fsdp2":
         return
     ranks = placement.shard_size
     from transformers.conversion_mapping import get_model_conversion_mapping

@@ -19,7 +19,7 @@ import gguf
 import torch
 from torch import Tensor
 
-from dlora.adapters.peft_format import PREFIX
+from dlora.adapters.peft_names import PREFIX
 from dlora.adapters.save_load import read_config
 from dlora.adapters.write import WEIGHTS
 from dlora.errors import UsageError

@@ -187,19 +187,36 @@ class MergedModel:
         """{parameter: the one whose value in the files it has} for all that stop sharing a weight.
 
         Adapters and trained copies belong to one module, but a tied weight is several modules':
-        where one of them changes, each gets a tensor of its own.
+        where one of them changes, each gets a tensor of its own. So do those that change in none,
+        but that `tie_word_embeddings: false` unties with them.
         """
         groups: dict[str, list[str]] = {}
         for name, original in self.skeleton.all_tied_weights_keys.items():
             groups.setdefault(original, [original]).append(name)
-        cut: dict[str, str] = {}
+        if not any(self.edits.keys() & set(members) for members in groups.values()):
+            return {}
+        tied, cut = self._tied_nevertheless(), dict[str, str]()
         for members in groups.values():
-            if not self.edits.keys() & set(members):
+            changed = bool(self.edits.keys() & set(members))
+            if still := [name for name in members if name in tied]:
+                if changed:
+                    raise UsageError(
+                        f"{still[0]} is adapted and shares its weight with others, which "
+                        "tie_word_embeddings: false does not untie, so it cannot be merged"
+                    )
                 continue
             holders = [name for name in members if self.stored.has(name)]
             for name in members:
                 cut[name] = name if name in holders else (holders or members)[0]
         return cut
+
+    def _tied_nevertheless(self) -> set[str]:
+        """The parameters that share a weight with `tie_word_embeddings: false` too."""
+        config = self.stored.config()
+        _set_untied(config)
+        with torch.device("meta"):
+            still = type(self.skeleton)(self._parsed(config)).all_tied_weights_keys
+        return {*still, *still.values()}
 
     def _config(self) -> dict[str, Any]:
         """The new `config.json`."""
@@ -213,25 +230,12 @@ class MergedModel:
             own = self.skeleton.config
             config |= {"architectures": [type(self.skeleton).__name__], "id2label": own.id2label}
             config |= {"label2id": own.label2id, "pad_token_id": own.pad_token_id}
-        if self.untied:
-            self._check_untied(config)
         return config
 
     def _parsed(self, config: dict[str, Any]) -> Any:
         """A `config.json` as transformers reads it; it writes an infinite number as an object."""
         kind = type(self.skeleton.config)
         return kind.from_dict(kind._decode_special_floats(dict(config)))
-
-    def _check_untied(self, config: dict[str, Any]) -> None:
-        """Check that a model with the new configuration has the untied weights one by one."""
-        with torch.device("meta"):
-            still = type(self.skeleton)(self._parsed(config)).all_tied_weights_keys
-        for name in self.untied:
-            if name in still or name in still.values():
-                raise UsageError(
-                    f"{name} is adapted and shares its weight with others, which "
-                    "tie_word_embeddings: false does not untie, so it cannot be merged"
-                )
 
     def check(self, folder: Path) -> None:
         """Check that `folder` has room, and that the adapter's copies of W0 are the base's."""

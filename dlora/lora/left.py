@@ -40,6 +40,13 @@ def what_is_left(
             f"target_modules: all-linear leaves {len(read)} linear layers alone ({_tails(read)}): "
             f"{and_more(list(readers))} reads their weight itself, past an adapter"
         )
+    if odd := [path for path, why in passed.items() if why is Passed.OTHER_RESULT]:
+        kinds = dict.fromkeys(type(model.get_submodule(path)).__name__ for path in odd)
+        lines.append(
+            f"target_modules: all-linear leaves {len(odd)} modules alone ({_tails(odd)}): "
+            f"{and_more(list(kinds))} computes something else than the linear layer that it is "
+            "derived from"
+        )
     stacks = dict(_stacks(model))
     if stacks and not parameters:
         total = sum(_numel(parameter) for parameter in model.parameters())

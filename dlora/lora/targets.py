@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from enum import Enum
+from typing import Any
 
 from torch import nn
 
@@ -24,6 +25,7 @@ class Passed(Enum):
     """Why `all-linear` leaves a linear layer alone, beside those whose weight a module reads."""
 
     OTHER_INPUT = "text alone does not reach it"
+    OTHER_RESULT = "its forward computes something else"
 
 
 def target_paths(model: nn.Module, config: LoraConfig) -> list[str]:
@@ -122,6 +124,9 @@ def passed_over(model: nn.Module) -> dict[str, Passed | str]:
             passed[path] = Passed.OTHER_INPUT
         elif path in read:
             passed[path] = read[path]
+    for path in _named_linear(model):
+        inside = reached_by_text(model, path, part)
+        passed[path] = Passed.OTHER_RESULT if inside else Passed.OTHER_INPUT
     return passed
 
 
@@ -137,13 +142,30 @@ def _bypassed(model: nn.Module) -> dict[str, str]:
 
 def _linear(model: nn.Module) -> list[str]:
     """Every linear layer but the output head, which PEFT leaves out too."""
-    find = getattr(model, "get_output_embeddings", None)
-    head = find() if callable(find) else None
+    head = _head(model)
     return [
         path
         for path, module in model.named_modules()
         if path and layer_kind(module) in (AdaptedLinear, AdaptedConv1D) and module is not head
     ]
+
+
+def _named_linear(model: nn.Module) -> list[str]:
+    """Modules that are derived from `nn.Linear` and compute something else, as Llama 4's router."""
+    head = _head(model)
+    return [
+        path
+        for path, module in model.named_modules()
+        if path
+        and isinstance(module, nn.Linear)
+        and module is not head
+        and layer_kind(module) is None
+    ]
+
+
+def _head(model: nn.Module) -> Any:
+    find = getattr(model, "get_output_embeddings", None)
+    return find() if callable(find) else None
 
 
 def _matching(

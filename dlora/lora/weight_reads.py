@@ -22,7 +22,8 @@ from typing import Any
 from torch import nn
 
 _OF_NO_VALUE = {"dtype", "device", "shape", "ndim", "size", "data", "is_cuda", "numel", "dim"}
-_OF_NO_VALUE |= {"requires_grad", "requires_grad_", "copy_", "stride", "type", "grad", "nbytes"}
+_OF_NO_VALUE |= {"requires_grad", "requires_grad_", "copy_", "stride", "grad", "nbytes", "SCB"}
+_OF_NO_VALUE |= {"div_", "mul_"}  # RWKV scales a weight in place
 _PREDICATES = {"isinstance": isinstance, "hasattr": hasattr, "getattr": getattr, "len": len}
 _COMPARISONS: dict[type, Callable[[Any, Any], bool]] = {
     ast.Eq: operator.eq,
@@ -38,7 +39,7 @@ _COMPARISONS: dict[type, Callable[[Any, Any], bool]] = {
 }
 _EACH = "*"  # in a path: each module of a list
 _NOT_COMPUTING = ("__init__", "_init", "init_", "reset_", "extra_repr", "_reset", "tie_", "_tie")
-# Methods of base classes for all models, which know no layer of a model.
+# Base classes for all models, which know no layer of a model.
 _GENERAL = ("transformers.modeling_utils", "transformers.generation", "torch.distributed")
 # torch's fused encoder, which reads its layers' weights in eval mode, is switched off by `attach`.
 _SWITCHED_OFF = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
@@ -158,8 +159,9 @@ class _Uses(ast.NodeVisitor):
             if isinstance(inner, ast.Assign):
                 self._name(inner.targets[0], self._path(inner.value))
             elif isinstance(inner, (ast.For, ast.comprehension)):
-                each = self._path(inner.iter)
-                self._name(inner.target, each and f"{each}.{_EACH}")
+                target, members = _members(inner)
+                each = self._path(members)
+                self._name(target, each and f"{each}.{_EACH}")
         for statement in node.body:
             self.visit(statement)
 
@@ -271,6 +273,14 @@ def _value(node: ast.expr, module: nn.Module) -> Any:
         function: Any = _PREDICATES[ast.unparse(node.func)]
         return function(*(_value(argument, module) for argument in node.args))
     raise LookupError(ast.unparse(node))
+
+
+def _members(loop: ast.For | ast.comprehension) -> tuple[ast.expr, ast.expr]:
+    """The name of each member in a loop, and what it is a member of, with `enumerate` or not."""
+    target, over = loop.target, loop.iter
+    if isinstance(over, ast.Call) and ast.unparse(over.func) == "enumerate" and over.args:
+        return target.elts[-1] if isinstance(target, ast.Tuple) else target, over.args[0]
+    return target, over
 
 
 def _is_predicate(node: ast.Call) -> bool:

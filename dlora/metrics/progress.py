@@ -33,6 +33,7 @@ class _Bar:
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
+            self._bar.refresh()  # which it leaves out in a notebook, where the last step would miss
             self._bar.stop()
 
     def _show(self, done: int, figures: str = "") -> bool:

@@ -30,7 +30,10 @@ _NOT_CAUSAL = {  # (attribute of the configuration that makes it so, what a toke
     "cpmant": ("", "a token sees the padding after it"),
     "doge": ("is_moe", "its router mixes the tokens of a batch"),
 }
-_OTHERWISE = {"prophetnet": "its loss is that of several streams of hidden states"}
+_OTHERWISE = {
+    "prophetnet": "its loss is that of several streams of hidden states",
+    "reformer": "its reversible blocks give gradients only where the embeddings are trained",
+}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dlora.adapters.settings import keyed_by, lora_config
 from dlora.base.gguf import gguf_skeleton
 from dlora.base.model import DTYPES, find_base, quiet_libraries
 from dlora.base.quantize import quantize_as_set
-from dlora.base.skeleton import AUTO, check_attention, check_experts_divide
+from dlora.base.skeleton import AUTO, check_attention, check_divides
 from dlora.config.load import Config, parse
 from dlora.config.recompute import Recompute
 from dlora.errors import UsageError
@@ -124,7 +124,7 @@ def survey(config: Config, machines: Machines) -> Survey:
         workload_of(config, topology.world),
         device=device,
         task=task,
-        check=lambda placement: check_experts_divide(skeleton, placement),
+        check=lambda placement: check_divides(skeleton, placement),
     )
     speeds = Speeds(
         inside=machines.intra_gbps and machines.intra_gbps * 1e9 / 8,

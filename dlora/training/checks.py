@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from dlora.adapters.layouts import in_layout_of
-from dlora.adapters.peft_format import PREFIX, peft_slots
+from dlora.adapters.peft_names import PREFIX, peft_slots
 from dlora.adapters.save_load import check_numbers, check_shapes
 from dlora.adapters.write import WEIGHTS
 from dlora.config.load import Config

@@ -13,7 +13,7 @@ from dlora.adapters.settings import scheduled
 from dlora.base.eval_mode import random_settings
 from dlora.base.identity import identity
 from dlora.base.model import BaseModel
-from dlora.base.skeleton import check_experts_divide
+from dlora.base.skeleton import check_divides
 from dlora.config.load import Config
 from dlora.data import Dataset, Example, Sampler
 from dlora.data.collate import Batch
@@ -241,7 +241,7 @@ def _decision(
             workload,
             task=task,
             device=around.device,
-            check=lambda placement: check_experts_divide(skeleton, placement),
+            check=lambda placement: check_divides(skeleton, placement),
         ),
         topology,
         engine=settings.engine,

@@ -207,7 +207,7 @@ def test_export_refuses_adalora_s_form_of_others(bases: Bases, tmp_path: Path) -
     words = ["--to", str(tmp_path / "out"), "--format", "adalora"]
     with pytest.raises(UsageError, match="--format: adalora needs a checkpoint of an adalora run"):
         main(["--adapter", str(tmp_path / "plain"), *words])
-    with pytest.raises(UsageError, match="--format cannot act with --merge"):
+    with pytest.raises(UsageError, match="--format: adalora cannot act with --merge"):
         main(["--adapter", str(source), *words, "--merge"])
     assert not (tmp_path / "out").exists()
 

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
 
 from dlora import AdaLoraConfig, FloraConfig, LoraConfig, UsageError, attach
-from dlora.adapters.peft_format import peft_names
+from dlora.adapters.peft_names import peft_names
 from dlora.lora.attach import attachment_of, trainable_parameters
 
 TOLERANCE = 1e-6

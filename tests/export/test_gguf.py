@@ -12,7 +12,7 @@ import torch
 from exported import IDS, Case, attach_random, loaded, logits, made_by_peft, write_checkpoint
 from gguf_files import convert, tiny_llama
 from refusals import refusal
-from tiny import CHATML, tokenizer
+from tiny import CHATML, command, tokenizer
 from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import (
@@ -29,6 +29,7 @@ from dlora.export.command import main
 from dlora.export.modelfile import modelfile
 from dlora.export.serving import serving_lines
 from dlora.lora.attach import named_adapters
+from dlora.train import main as train
 
 HEADS = {"q_proj": 4, "k_proj": 2}
 SIZES = {
@@ -49,6 +50,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the")]
+assert IDS.max() < SIZES["vocab_size"]
 BASES: dict[str, Any] = {
     "llama": lambda: LlamaConfig(**SIZES),
     "tied": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True),
@@ -367,4 +369,16 @@ def test_what_servers_cannot_load(settings: Any, keys: list[str], said: str | No
     assert lines == [] if said is None else (len(lines) == 1 and said in lines[0])
 
 
-assert IDS.max() < SIZES["vocab_size"]
+def test_a_run_s_adapter_finds_the_gguf_of_its_base(tmp_path: Path) -> None:
+    file = tiny_llama(tmp_path / "base.gguf")
+    argv = command(file, tmp_path, model__cache_dir=str(tmp_path / "cache"), train__max_steps=1)
+    assert train([*argv, "--adapter.target_modules", "[q_proj]"]) == 0
+    words = ["--adapter", str(tmp_path / "run/adapter"), "--format", "gguf"]
+    assert main([*words, "--to", str(tmp_path / "to")]) == 0
+    assert (tmp_path / "to/Modelfile").read_text().startswith(f"FROM {file}\n")
+    assert main([*words, "--merge", "--to", str(tmp_path / "merged")]) == 0
+    before, _ = read(file)
+    after, _ = read(tmp_path / "merged/model.gguf")
+    assert after["tokenizer.ggml.pre"] == before["tokenizer.ggml.pre"] == "smollm"
+    file.unlink()  # the converted directory is enough
+    assert main([*words, "--to", str(tmp_path / "without")]) == 0

@@ -20,7 +20,7 @@ from dlora import LoraConfig, attach, merge
 from dlora.base.quantize import quantize
 from dlora.lora.attach import trainable_parameters
 from dlora.lora.layers import AdaptedEmbedding, AdaptedLinear, layer_kind
-from dlora.lora.weight_reads import weight_reads
+from dlora.lora.weight_reads import weight_reads, weights_asked_for
 
 pytestmark = quiet_peft
 _SIZES = {
@@ -242,3 +242,50 @@ def test_reads_are_found_however_they_are_spelled(slow: bool) -> None:
     # The branch that a setting rules out counts for nothing, like Bloom's slow one.
     assert found == always | ({"in_a_branch"} if slow else set())
     assert not weight_reads(causal("Bloom"))
+
+
+class Block(nn.Module):
+    """A linear layer, a router of another kind, and a classifier whose weight is cast and read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.classifier = nn.Linear(8, 8), nn.Linear(8, 4, bias=False)
+        sizes = {"hidden_size": 8, "num_local_experts": 4, "num_experts_per_tok": 1}
+        self.router = Llama4Router(transformers.Llama4TextConfig(**sizes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        routed, _ = self.router(self.proj(x))
+        return routed + nn.functional.linear(x, self.classifier.weight.type(torch.float32))
+
+
+class Scaling(nn.Module):
+    """Scales the weights of its blocks in place, as RWKV does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number, block in enumerate(self.blocks):
+            block.proj.weight.div_(2**number)
+        return self.blocks[1](self.blocks[0].proj(x))
+
+
+def test_a_router_and_a_weight_that_is_cast_are_left_alone_and_said() -> None:
+    """Llama 4's router returns two tensors, with which PEFT's adapter fails; LongCat casts."""
+    theirs = get_peft_model(Block(), PeftConfig(target_modules=["router"]))
+    with pytest.raises((TypeError, AttributeError)):
+        theirs(torch.randn(3, 8))
+    model = Block()
+    with pytest.warns(UserWarning, match="all-linear leaves") as said:
+        attach(model, LoraConfig(r=2))
+    assert model.dlora.adapted == ["proj"]
+    lines = [str(warning.message) for warning in said]
+    assert any("(router): Llama4Router computes something else" in line for line in lines)
+    assert any("(classifier): Block reads their weight" in line for line in lines)
+
+
+def test_a_weight_that_is_scaled_in_a_counted_loop_is_no_read_but_asked_for() -> None:
+    model = Scaling()
+    assert {p for p in weight_reads(model) if p.endswith("proj")} == set()
+    assert weights_asked_for(model) == {f"blocks.{i}.proj": "Scaling" for i in (0, 1)}

@@ -108,6 +108,6 @@ def test_a_notebook_shows_the_bar(words: Any, tmp_path: Path) -> None:
     assert views
     states = (widget["state"] for widget in widgets["state"].values())
     texts = [o["data"]["text/html"] for s in states for o in s.get("outputs", []) if "data" in o]
-    assert any("step 3/3" in re.sub(r"<[^>]*>", "", text) for text in texts)
+    assert any("step 3/3" in re.sub(r"<[^>]*>", "", text) for text in texts), texts
     printed = "".join(o["text"] for o in shown if o["output_type"] == "stream")
     assert "step 3/3" not in printed

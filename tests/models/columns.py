@@ -27,7 +27,16 @@ from dlora.quant.linear import is_packed
 from .architectures import Architecture, call, first_line
 from .cells import YES, Cell, alike, near, same_modules
 from .runs import Figures, Refused, figures, silence, started
-from .subject import Subject, by_bitsandbytes, loss_of, reached, read_by_parent, refusing
+from .subject import (
+    Subject,
+    by_bitsandbytes,
+    depends_on_values,
+    failing_in_peft,
+    loss_of,
+    reached,
+    read_by_parent,
+    refusing,
+)
 
 PROMPT, NEW_TOKENS = "one two", 6
 
@@ -82,7 +91,7 @@ def grouping(s: Subject) -> Cell:
 
 def all_linear(s: Subject) -> Cell:
     """`all-linear` adapts the layers that PEFT's means, but, said, for those that text never gets
-    to and those whose weight their parent reads itself."""
+    to, those whose weight their parent reads itself, and those that PEFT's adapter cannot run."""
     attachment, base = attachment_of(s.run.model), s.architecture.read(s.directory)
     config = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
     # Its own rule, and not its adapters: those replace what an older transformers called experts.
@@ -90,6 +99,7 @@ def all_linear(s: Subject) -> Cell:
     if attachment.left and (missing := meant - {*attachment.adapted}):
         meant -= missing - reached(base, missing, s.run)
         meant -= {path for path in missing if read_by_parent(base, path)}
+        meant -= failing_in_peft(s.architecture.read(s.directory), missing & meant, s.run)
     return same_modules(attachment.adapted, sorted(meant))
 
 
@@ -116,6 +126,8 @@ def defaults(s: Subject) -> Cell:
 def in_peft(s: Subject) -> Cell:
     """The saved adapter loads in PEFT: equal logits, loss and gradient."""
     model, ours = s.peft_model, s.run.model.eval()
+    if unread := sorted(s.unread_by_peft):
+        return Cell("class", f"PEFT reads back less than it saves itself, not {unread[0]}")
     with torch.no_grad():
         cell = alike(call(ours, s.ids).logits, call(model, s.ids).logits, "logits")
     if cell is not YES:
@@ -162,6 +174,8 @@ def generate(s: Subject) -> Cell:
 def plan(s: Subject) -> Cell:
     """The plan traces the model's activations."""
     estimated = s.run.prepared.budget.memory.activations.estimated
+    if estimated and depends_on_values(s):
+        return Cell("class", f"estimated, and so it says: {estimated}")
     return Cell("✗", f"estimated: {estimated}") if estimated else YES
 
 

@@ -11,6 +11,7 @@ from .architectures import CAUSAL, Architecture, architectures
 from .columns import COLUMNS
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes")
+SHOWN = {"refused": "**no**", "class": "*class*", "✗": "**✗**"}
 Row = Mapping[str, tuple[str, str]]  # {column: (mark, reason)}
 
 _HEAD = """# Models
@@ -54,6 +55,21 @@ def page(rows: Mapping[Architecture, Row]) -> str:
     return text + "\n".join(f"{number}. {reason}" for reason, number in reasons.items()) + "\n"
 
 
+def rows_of(text: str) -> dict[Architecture, Row]:
+    """The rows of a page that `page` made, of the architectures that there still are."""
+    shown, _, listed = text.partition("## Reasons\n")
+    reasons = dict(line.split(". ", 1) for line in listed.splitlines() if line)
+    known = {(a.name, a.model_type): a for a in architectures()}
+    rows: dict[Architecture, Row] = {}
+    for line in shown.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        architecture = known.get((cells[0], cells[1])) if len(cells) == 2 + len(COLUMNS) else None
+        if architecture:
+            marks = (_mark(cell, reasons) for cell in cells[2:])
+            rows[architecture] = dict(zip(COLUMNS, marks, strict=True))
+    return rows
+
+
 def share(column: str, rows: Any) -> tuple[int, int]:
     """(✓, all that the class does not make impossible) of a column."""
     marks = [row[column][0] for row in rows]
@@ -78,5 +94,10 @@ def _cell(mark: str, reason: str, reasons: dict[str, int]) -> str:
     if mark in ("✓", "–"):
         return mark
     number = reasons.setdefault(reason, len(reasons) + 1)
-    shown = {"refused": "**no**", "class": "*class*", "✗": "**✗**"}[mark]
-    return f"{shown} {number}"
+    return f"{SHOWN[mark]} {number}"
+
+
+def _mark(cell: str, reasons: Mapping[str, str]) -> tuple[str, str]:
+    shown, _, number = cell.partition(" ")
+    marks = {text: mark for mark, text in SHOWN.items()}
+    return marks.get(shown, shown), reasons.get(number, "")

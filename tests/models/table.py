@@ -23,7 +23,7 @@ from ranks import Pool, RankFailure
 
 from .architectures import Architecture, ClassFails, architectures, first_line
 from .columns import COLUMNS, cells
-from .page import Row, page
+from .page import Row, page, rows_of
 from .runs import two_ranks
 
 PAGE = Path(__file__).parents[2] / "docs/models.md"
@@ -108,7 +108,9 @@ def _last_line(report: str) -> str:
 def main(argv: Sequence[str]) -> int:
     """The command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="models.table", description="Write docs/models.md.")
-    parser.add_argument("--only", nargs="+", metavar="TYPE", help="these model types; no page")
+    parser.add_argument(
+        "--only", nargs="+", metavar="TYPE", help="these model types; the page's others stay"
+    )
     args = parser.parse_args(argv)
     wanted = [a for a in architectures() if not args.only or a.model_type in args.only]
     rows: dict[Architecture, Row] = {}
@@ -123,11 +125,19 @@ def main(argv: Sequence[str]) -> int:
                 print(f"{took:6.0f} s  {architecture.model_type:24} {marks}", flush=True)
                 if args.only:
                     print(*(f"    {n}: {m} {why}" for n, (m, why) in row.items() if why), sep="\n")
+                    _write(rows)
         finally:
             workers.close()
     if not args.only:
         PAGE.write_text(page(rows), encoding="utf-8")
     return 0
+
+
+def _write(rows: dict[Architecture, Row]) -> None:
+    """Put rows into the page in the place of those that it has of the same architectures."""
+    before = rows_of(PAGE.read_text(encoding="utf-8"))
+    all_rows = {a: rows.get(a) or before[a] for a in architectures() if a in rows or a in before}
+    PAGE.write_text(page(all_rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

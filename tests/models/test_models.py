@@ -6,7 +6,7 @@ import pytest
 
 from .architectures import Architecture, architectures
 from .columns import COLUMNS
-from .page import Row, page, share
+from .page import Row, page, rows_of, share
 from .table import PAGE, Workers
 
 SAMPLE = {
@@ -63,4 +63,5 @@ def test_the_page_has_these_columns_and_their_reasons() -> None:
     assert all(f"\n| {name} | " in text for name in COLUMNS)
     llama = next(a for a in architectures() if a.model_type == "llama")
     made = page({llama: dict.fromkeys(COLUMNS, ("refused", "a reason"))})
+    assert rows_of(made) == {llama: dict.fromkeys(COLUMNS, ("refused", "a reason"))}
     assert f"| {llama.name} | llama | **no** 1 | **no** 1 |" in made and "\n1. a reason\n" in made

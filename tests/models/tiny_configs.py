@@ -152,7 +152,22 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "swa_qk_nope_head_dim": 16,
         "swa_v_head_dim": 16,
     },
-    "llama4_text": {"intermediate_size_mlp": INNER},
+    # Lists of layers by number: each layer would be of a kind of its own.
+    "llama4_text": {
+        "intermediate_size_mlp": INNER,
+        "num_hidden_layers": 2,
+        "moe_layers": [1],
+        "no_rope_layers": [1, 0],
+        "layer_types": ["chunked_attention", "full_attention"],
+    },
+    "mistral_large4_text": {
+        "num_hidden_layers": 3,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "layer_types": ["indexed_attention"] * 3,
+        "indexer_types": ["full"] * 3,
+        "no_rope_layers": [1, 1, 0],
+        "kv_source_layers": [0, 1, 2],
+    },
     "gemma3n_text": {
         "num_hidden_layers": 2,
         "layer_types": ["sliding_attention", "full_attention"],

@@ -105,6 +105,7 @@ def test_bytes_are_those_of_a_real_pass(name: str, dtype: torch.dtype, every: in
     model = model_of(name, dtype, "cpu")
     if every:
         model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
+        model.disable_input_require_grads()  # only reentrant checkpointing needs them
     saved, most = allocated(model)
     assert planned.estimated == ""
     assert max(planned.blocks, planned.loss) == pytest.approx(most, rel=0.005)
