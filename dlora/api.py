@@ -29,7 +29,14 @@ from dlora.sharding.engines.protocol import build_engine, engine_class, sharded_
 from dlora.sharding.replica.optimizer_state import state_is_divided
 from dlora.sharding.topology import Topology, resolve_placement
 
-__all__ = ["attach", "load_adapter", "shard", "start_from_gradients"]
+__all__ = [
+    "TrainedReplica",
+    "attach",
+    "load_adapter",
+    "replica_of",
+    "shard",
+    "start_from_gradients",
+]
 
 
 def attach(model: nn.Module, config: LoraConfig | Any) -> nn.Module:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import dlora
+
 ROOT = Path(__file__).resolve().parents[1]
 MOST_FILES_AT_THE_TOP = 10
 IMPORT_SECONDS = 2.0  # of processor time, for `import dlora` without torch's own
@@ -40,8 +42,12 @@ TABLE = {
     "training": "adapters base checkpoint config data hooks io lora methods metrics objectives "
     "optim plan quant registry runtime sharding tasks",
     "export": "adapters base io lora metrics runtime cli",
+    "integrations": "api",  # and what `dlora` exports: see `PUBLIC`
     "launchers": "train config hooks",
 }
+# What a room that stands on public names takes from `dlora` itself.
+PUBLIC = {"integrations"}
+EXPORTED = {f"dlora.{name}" for name in dlora.__all__}
 # A program that has a room's name, and is above it.
 PROGRAMS = {"dlora/data/__main__.py": "training runtime"}
 # room → the only packages that it may import beside dlora and the standard library
@@ -56,6 +62,8 @@ LIBRARIES = {
 OWNERS = {
     "ray": "launchers/",
     "deepspeed": "dlora/sharding/engines/zero3.py",
+    "lightning": "dlora/integrations/lightning.py",
+    "trl": "dlora/integrations/trl.py",
     "bitsandbytes": "dlora/quant/dequantize.py dlora/optim/eight_bit.py",
 }
 # What may be imported inside a function: heavy packages, and those that only an extra installs.
@@ -119,6 +127,7 @@ def violations(source: str, file: str) -> list[str]:
         package = use.name.split(".")[0]
         below = PROGRAMS.get(file, TABLE.get(room, ""))
         allowed = [f"dlora.{name}" for name in ("errors", room, *below.split())]
+        allowed += EXPORTED if room in PUBLIC else ()
         if room in TABLE and use.of("dlora") and not use.of(*allowed):
             found.append((use, f"{room}/ may import {TABLE[room] or 'nothing'}"))
         if room != "launchers" and use.of("launchers", "dlora.launchers"):
@@ -128,6 +137,8 @@ def violations(source: str, file: str) -> list[str]:
             found.append((use, f"{room}/ stands on {LIBRARIES[room]} alone"))
         if package in OWNERS and not file.startswith(tuple(OWNERS[package].split())):
             found.append((use, f"{package} stays in {OWNERS[package]}"))
+        if room != "integrations" and use.of("dlora.integrations"):
+            found.append((use, "nobody imports integrations/"))
         if room in ("lora", "quant") and use.of("torch.distributed"):
             found.append((use, "mathematics knows no process groups"))
         if use.in_function and not use.of(*HEAVY, *OPTIONAL):
@@ -213,6 +224,9 @@ def test_importing_dlora_loads_torch_and_nothing_larger() -> None:
         ("dlora/train.py", "from dlora.launchers import argv"),
         ("dlora/train.py", "def f():\n    from dlora.data import Dataset"),
         ("launchers/ray_train.py", "from dlora.sharding.topology import Topology"),
+        ("dlora/integrations/x.py", "from dlora.sharding.topology import Topology"),
+        ("dlora/training/x.py", "from dlora.integrations import adapter"),
+        ("dlora/integrations/loop.py", "import lightning"),
     ],
 )
 def test_a_planted_violation_is_found(file: str, source: str) -> None:
