@@ -7,7 +7,8 @@ A worker imports the function by the name of its module. Each call gets a proces
 (gloo on the loopback, a file as its store), a random state that differs between ranks, and a time
 limit. What a rank prints lies in a file and is shown when a call fails; then all workers are ended,
 and the next call starts new ones. Workers are forked from a server that has imported torch,
-transformers, DeepSpeed and PEFT once, except `fresh` ones, whose memory can be measured.
+transformers, DeepSpeed, PEFT, TRL and Lightning once, except `fresh` ones, whose memory can be
+measured.
 """
 
 import faulthandler
@@ -32,6 +33,8 @@ PRELOADED = [
     "dlora.train",
     "dlora.sharding.engines.zero3",
     "dlora.quant.formats",
+    "dlora.integrations.trl",
+    "dlora.integrations.lightning",
     "peft",  # with bitsandbytes: longer than all others, and many test files import it
     "pytest",
 ]
