@@ -132,7 +132,11 @@ class DataConfig:
     cache_dir: str | None = option(
         None, "encode once on a node and keep the result in this directory, by content; null: no"
     )
-    packing: Literal[False] = option(False, "several sequences in one row", later=(True, "auto"))
+    packing: bool | Literal["auto"] = option(
+        "auto",
+        "the sequences of a micro-batch share one row, without padding between them, and never see "
+        "each other; auto: where the architecture allows it exactly",
+    )
     on_error: Literal["stop", "skip"] = option(
         "stop", "if a record cannot be used: stop and name its line, or skip and count it"
     )

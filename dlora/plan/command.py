@@ -32,6 +32,7 @@ from dlora.registry import option, room
 from dlora.sharding.topology import Topology
 from dlora.tasks import CAUSAL, TASKS, Task
 from dlora.tasks.made_as import model_class_for
+from dlora.tasks.packing import settle_packing
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def survey(config: Config, machines: Machines) -> Survey:
     subject = Subject(
         skeleton,
         trainable_parameters(skeleton),
-        workload_of(config, topology.world),
+        workload_of(config, topology.world, packs=settle_packing(config.data.packing, task, skeleton)),
         device=device,
         task=task,
         check=lambda placement: check_experts_divide(skeleton, placement),

@@ -27,6 +27,7 @@ FREE_KEYS = {
     "data.max_eval_samples",
     "data.cache_dir",
     "data.on_error",
+    "data.packing",
     "train.max_steps",
     "train.epochs",
     "train.micro_batch_size",

@@ -32,6 +32,7 @@ from dlora.plan.plan import Plan, Subject
 from dlora.plan.workload import workload_of
 from dlora.sharding.topology import Placement, Topology
 from dlora.tasks import Task
+from dlora.tasks.packing import settle_packing
 from dlora.training.check_resume import check_resume
 from dlora.training.checks import (
     check_attention,
@@ -59,6 +60,7 @@ class Preparation:
 
     Attributes:
         drawn: parameters of a head that the base lacks.
+        packs: whether the sequences of a micro-batch share one row.
         unreached: adapted modules that text alone does not reach, of a model that takes images too.
     """
 
@@ -74,12 +76,14 @@ class Preparation:
     decision: Decision
     base_identity: str | None
     task: Task
+    packs: bool = False
     drawn: tuple[str, ...] = ()
     unreached: tuple[str, ...] = ()
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """One micro-batch, on the CPU."""
-        return self.task.collate(examples, self.pad_id)
+        collate = self.task.packed if self.packs else self.task.collate
+        return collate(examples, self.pad_id)
 
     @property
     def budget(self) -> Plan:
@@ -154,6 +158,7 @@ def prepare(
         announce(f"adapter.{line}")
     if drawn := random_settings(skeleton):
         announce(f"model: its own {', '.join(drawn)} are off in training, since W0 is frozen")
+    packs = settle_packing(config.data.packing, task, skeleton, announce)
     known = identity(base, skeleton)
     tokenizer = with_template(config, base.tokenizer())
     read = (config, tokenizer, task, announce)
@@ -181,7 +186,7 @@ def prepare(
         announce(f"data.streaming: reading on to step {resumed.step}")
         sampler.step(resumed.step)
     announce(steps_line(sampler, config.train.global_batch_size))
-    decision = _decision(config, task, skeleton, topology, train, sampler, around, resumed)
+    decision = _decision(config, task, packs, skeleton, topology, train, sampler, around, resumed)
     if decision.plan.divided:
         announce(
             f"optimizer state: divided, 1/{topology.world} on each rank, so a save needs all "
@@ -201,6 +206,7 @@ def prepare(
         decision,
         known,
         task,
+        packs,
         model.drawn,
         unreached=tuple(unreached_by_text(skeleton, [*attachment.adapted, *attachment.saved])),
     )
@@ -214,6 +220,7 @@ def multiplies_bfloat16() -> bool:
 def _decision(
     config: Config,
     task: Task,
+    packs: bool,
     skeleton: Any,
     topology: Topology,
     data: Dataset | Stream,
@@ -231,9 +238,9 @@ def _decision(
         )
     earlier = earlier_placement(resumed.settings, resumed.state) if resumed else None
     settings = settle(config, earlier, world)
-    workload = workload_of(config, world)  # any sequence may be the longest
+    workload = workload_of(config, world, packs=packs)  # any sequence may be the longest
     if isinstance(data, Dataset) and isinstance(sampler, Sampler):
-        workload = workload_of(config, world, data, sampler)
+        workload = workload_of(config, world, data, sampler, packs=packs)
     decision = decide(
         Subject(
             skeleton,

@@ -46,7 +46,7 @@ adapter: {method: lora, path: null, r: 16, lora_alpha: 32, lora_dropout: 0.0,
 sharding: {engine: fsdp2, base: auto, activation_checkpointing: false, memory_budget_gb: null,
   timeout_seconds: 600}
 data: {train: train.jsonl, eval: null, format: chat, max_length: 1024, shuffle: true,
-  packing: false}
+  packing: auto}
 optimizer: {name: adamw, lr: 2.0e-4, loraplus_lr_ratio: 1.0, weight_decay: 0.0, schedule: cosine,
   warmup_ratio: 0.03, max_grad_norm: 1.0}
 train: {objective: sft, max_steps: 200, epochs: null, global_batch_size: 32, micro_batch_size: 4,
