@@ -11,8 +11,30 @@ from typing import Any
 
 from torch import nn
 
-TYPES = frozenset("""llama""".split())
-_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "dense", "sparse"}
+TYPES = frozenset(
+    """
+afmoe apertus arcee aria aria_text axk1 aya_vision beam bert bert-generation biogpt bitnet cohere
+cohere2 cohere2_moe cohere2_vision cohere_compass cohere_compass_text cosmos3_omni ctrl cwm dbrx
+deepseek_v2 deepseek_v3 deepseek_vl deepseek_vl_hybrid diffllama dots1 electra emu3_text_model
+ernie ernie4_5 ernie4_5_moe exaone4 exaone4_5 exaone_moe flex_olmo flint fuyu gemma gemma2 gemma3
+gemma3_text gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text glm glm4 glm46v
+glm4_moe glm4_moe_lite glm4v glm4v_moe glm4v_moe_text glm4v_text glm_ocr glm_ocr_text glmga
+got_ocr2 gpt2 gpt_bigcode gpt_neox gpt_oss granite granite_docling granite_docling_text
+granite_swa granitemoe granitemoe_swa granitemoeshared helium hrm_text hunyuan_v1_dense
+hunyuan_v1_moe hy_v3 hyperclovax hyperclovax_vision_v2 idefics2 idefics3 internlm3 internvl
+iquestcoder jais2 janus jetmoe kimi_k25 kolibri1 laguna lighton_ocr llama llama4_text llava
+llava_next llava_next_video llava_onevision longcat_flash mellum mimo_v2_flash minicpm3 minimax_m2
+ministral ministral3 mistral mistral3 mistral4 mixtral mllama_text_model modernbert-decoder moshi
+moss_transcribe_diarize muse_glimmer muse_glimmer_text nanochat nemotron olmo olmo2 olmo3 olmoe
+opt ovis2 paddleocr_vl paddleocr_vl_text persimmon phi phi3 phi4_multimodal phimoe pp_chart2table
+qianfan_ocr qwen2 qwen2_5_omni_text qwen2_5_omni_thinker qwen2_5_vl qwen2_5_vl_text qwen2_moe
+qwen2_vl qwen2_vl_text qwen3 qwen3_moe qwen3_omni_moe_text qwen3_omni_moe_thinker qwen3_vl
+qwen3_vl_moe qwen3_vl_moe_text qwen3_vl_text roc_bert seed_oss shieldgemma2 smollm3 smolvlm
+solar_open stablelm starcoder2 unlimited_ocr unlimited_ocr_text vaultgemma video_llama_3
+video_llava vipllava whisper youtu
+""".split()
+)
+_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 _KERNELS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 
 
@@ -20,13 +42,15 @@ def why_not(model: Any) -> str:
     """Why sequences cannot share a row of a model, which may be on the meta device; "": they can."""
     config = model.config
     text = config.get_text_config()
-    kind, name = config.model_type, type(model).__name__
-    if kind not in TYPES or not _is_of_transformers(model):
-        return f"{name} ({kind}) is not among the architectures that pack (docs/packing.md)"
+    name, kinds = type(model).__name__, {config.model_type, text.model_type}
+    if others := sorted(kinds - TYPES):
+        return f"{name} ({others[0]}) is not among the architectures that pack (docs/packing.md)"
+    if not _is_of_transformers(model):
+        return f"{name} is code of the base's own"
     if config._attn_implementation not in _KERNELS:
         return f"model.attn_implementation: {config._attn_implementation} does not pack"
-    if others := {*(getattr(text, "layer_types", None) or ())} - _LAYERS:
-        return f"{name} has layers of another kind than attention: {', '.join(sorted(others))}"
+    if layers := sorted({*(getattr(text, "layer_types", None) or ())} - _LAYERS):
+        return f"{name} has layers of another kind than plain attention: {', '.join(layers)}"
     if getattr(text, "alibi", False):
         return f"{name} adds a bias by position to attention (alibi)"
     for path, module in model.named_modules():

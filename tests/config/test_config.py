@@ -199,8 +199,6 @@ def test_what_comes_later_is_the_contract_s():
     assert later == {
         ("model.dtype", "float16"),
         ("data.format", "preference"),
-        ("data.packing", "auto"),
-        ("data.packing", "true"),
         ("train.objective", "dpo"),
     }
 
@@ -580,8 +578,8 @@ def test_revision_of_a_local_directory_cannot_act(tmp_path):
 
 
 def test_all_problems_stand_in_the_one_line(base):
-    message = refusal(load, base, ["--adapter.r", "0", "--data.packing", "true"])
-    assert "adapter.r: " in message and "; data.packing: " in message
+    message = refusal(load, base, ["--adapter.r", "0", "--model.dtype", "float16"])
+    assert "adapter.r: " in message and "; model.dtype: " in message
 
 
 def test_a_config_built_in_python_is_held_to_the_same_rules():
@@ -633,16 +631,12 @@ def test_help_lists_every_option_that_works(capsys):
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert text.startswith("usage: python -m dlora.train ")
-    planned = {"data.packing"}
     for key, opt in SCHEMA.items():
-        if key in planned:
-            assert key not in text and opt.later
-            continue
         assert f"--{key} VALUE {opt.help} (type: {opt.spelling}" in text
     assert "(type: int, >= 1 and <= 65536, default: 16)" in text
     assert "one of lora, adalora, flora, default: lora" in text
     assert text.count(", required)") == 3
-    assert not {"dpo", "float16", "packing", "preference", "later"} & set(re.findall(r"\w+", text))
+    assert not {"dpo", "float16", "preference", "later"} & set(re.findall(r"\w+", text))
     for flag in ("--config", "--check", "--print_config"):
         assert f"{flag} " in text
 
