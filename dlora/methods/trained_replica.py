@@ -187,20 +187,27 @@ def _state_class(named: type[MethodState] | str) -> type[MethodState]:
     return getattr(importlib.import_module(module), name)
 
 
+_hooks: list[tuple[weakref.ref[TrainedReplica], Any]] = []
+
+
 def _follow_steps(replica: TrainedReplica) -> None:
     """Let every step of an optimizer over the replica's parameters end with `after_step`.
 
-    Through torch's hook for all optimizers, since the user may make the optimizer at any time.
+    Through torch's hook for all optimizers, since the user may make the optimizer at any time. The
+    hook of a replica that is gone is removed with the next one: a step calls its hooks in a loop
+    that their removal would break.
     """
+    for gone, handle in [pair for pair in _hooks if pair[0]() is None]:
+        handle.remove()
+        _hooks.remove((gone, handle))
     alive = weakref.ref(replica)
 
     def after(optimizer: Optimizer, *_: Any) -> None:
         found = alive()
         if found is None:
-            handle.remove()
             return
         own = {id(parameter) for parameter in found.optimized.values()}
         if any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
             found.method.after_step(optimizer)
 
-    handle = register_optimizer_step_post_hook(after)
+    _hooks.append((alive, register_optimizer_step_post_hook(after)))
