@@ -228,7 +228,7 @@ class Run:
             prepared.sampler,
             rank=ranks.rank,
             world=ranks.world,
-            size=self.config.train.micro_batch_size,
+            deal=prepared.dealing,
             collate=prepared.collate,
             pinned=ranks.device.type == "cuda",
         )

@@ -177,6 +177,12 @@ class TrainConfig:
     epochs: int | None = option(None, "passes over the data; set it instead of max_steps", ge=1)
     global_batch_size: int = option(32, "sequences per optimizer step, over all ranks", ge=1)
     micro_batch_size: int = option(4, "sequences per rank and forward", ge=1)
+    tokens_per_micro_batch: int | Literal["auto"] | None = option(
+        None,
+        "tokens per rank and forward, padding included, in place of micro_batch_size; auto: as "
+        "many as fit by the plan",
+        ge=1,
+    )
     allow_unused: bool = option(
         False, "continue even if a trained tensor had no gradient in the first 10 steps"
     )

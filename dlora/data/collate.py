@@ -1,9 +1,9 @@
 """From examples to the tensors of one forward. B: sequences; S: their common padded length.
 
-    padded                      packed: one row, B = 1, whose positions start again
+padded                      packed: one row, B = 1, whose positions start again
 
-    a0 a1 a2 a3 | a4 a5 .  .    a0 a1 a2 a3 a4 a5 b0 b1 b2 .  .  .
-    b0 b1 b2 .  | .  .  .  .
+a0 a1 a2 a3 | a4 a5 .  .    a0 a1 a2 a3 a4 a5 b0 b1 b2 .  .  .
+b0 b1 b2 .  | .  .  .  .
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ def collate(examples: Sequence[Example], pad_id: int, device: torch.device | str
 
 
 def packed(examples: Sequence[Example], pad_id: int) -> Batch:
-    """Puts the examples side by side into one row, padded to a multiple of 8, labels shifted in each.
+    """Puts the examples side by side into one row, whose length is a multiple of 8.
+
+    Labels are shifted within each, and positions start again.
 
     No examples, or one, give the batch of `collate`: there is nothing to share.
     """
@@ -114,10 +116,15 @@ def packed(examples: Sequence[Example], pad_id: int) -> Batch:
     return Batch(input_ids, targets, positions, ids, lengths, len(positions), extra)
 
 
+def in_eights(tokens: int) -> int:
+    """The multiple of 8 that so many tokens are padded to."""
+    return -(-tokens // PAD_TO) * PAD_TO
+
+
 def padded(rows: Sequence[Int32Array], value: int) -> Tensor:
     """The rows in one int64 tensor [B, S], S a multiple of 8; at least one row, of `value`s."""
     longest = max(map(len, rows), default=1)
-    size = (max(1, len(rows)), -(-longest // PAD_TO) * PAD_TO)
+    size = (max(1, len(rows)), in_eights(longest))
     made = torch.full(size, value, dtype=torch.int64)
     for row, values in enumerate(rows):
         # Copied: an example is a read-only view, which torch.from_numpy does not take.

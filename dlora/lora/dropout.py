@@ -117,7 +117,9 @@ class _Grid:
         tensors = [torch.tensor(found, dtype=torch.int32) for found in (rows, whole)]
         if not keys.row:
             return cls(tensors[0], tensors[1], max(keys.lengths, default=0), {})
-        parts = [_hashed(row, n)[0] for row, n in zip(tensors[0][:, None], keys.lengths, strict=True)]
+        parts = [
+            _hashed(row, n)[0] for row, n in zip(tensors[0][:, None], keys.lengths, strict=True)
+        ]
         shared = torch.zeros(1, keys.row, dtype=torch.int32)
         shared[0, : sum(keys.lengths)] = torch.cat(parts)
         return cls(tensors[0], tensors[1], keys.row, {}, shared)

@@ -162,7 +162,8 @@ def install(model: Any, device: str | None = None) -> None:
 def one_sequence_per_row() -> Iterator[None]:
     """Inside, transformers does not look for packed sequences in the positions that it gets.
 
-    It would read a value of each batch, for which the host waits for a GPU; `packed_row` knows them.
+    It would read a value of each batch, for which the host waits for a GPU. `packed_row` knows
+    where sequences begin.
     """
     masking: Any = sys.modules.get("transformers.masking_utils")
     look = getattr(masking, "find_packed_sequence_indices", None)

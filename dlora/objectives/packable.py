@@ -11,8 +11,7 @@ from typing import Any
 
 from torch import nn
 
-TYPES = frozenset(
-    """
+_TYPES = """
 afmoe apertus arcee aria aria_text axk1 aya_vision beam bert bert-generation biogpt bitnet cohere
 cohere2 cohere2_moe cohere2_vision cohere_compass cohere_compass_text cosmos3_omni ctrl cwm dbrx
 deepseek_v2 deepseek_v3 deepseek_vl deepseek_vl_hybrid diffllama dots1 electra emu3_text_model
@@ -32,14 +31,14 @@ qwen2_vl qwen2_vl_text qwen3 qwen3_moe qwen3_omni_moe_text qwen3_omni_moe_thinke
 qwen3_vl_moe qwen3_vl_moe_text qwen3_vl_text roc_bert seed_oss shieldgemma2 smollm3 smolvlm
 solar_open stablelm starcoder2 unlimited_ocr unlimited_ocr_text vaultgemma video_llama_3
 video_llava vipllava whisper youtu
-""".split()
-)
+"""
+TYPES = frozenset(_TYPES.split())
 _LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 _KERNELS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 
 
 def why_not(model: Any) -> str:
-    """Why sequences cannot share a row of a model, which may be on the meta device; "": they can."""
+    """Why sequences cannot share a row of a model, maybe on the meta device; "": they can."""
     config = model.config
     text = config.get_text_config()
     name, kinds = type(model).__name__, {config.model_type, text.model_type}

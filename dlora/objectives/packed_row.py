@@ -10,9 +10,10 @@ windows, soft caps, sinks and groups of heads are those of the class, and no [T,
 
     attention(q, k, v) = concat_s own(q_s, k_s, v_s, mask_s)        s: the sequences of the row
 
-A mask is a recipe that the class passes on to its attention, in the disguise of a tensor [1, 1, T, T]
-of one element. Where it does not arrive there as it was made, the row is refused, never computed in
-another way. On CUDA one kernel for sequences of many lengths does it all, where there is one.
+A mask is a recipe that the class passes on to its attention, in the disguise of a tensor
+[1, 1, T, T] of one element. Where it does not arrive there as it was made, the row is refused,
+never computed in another way. On CUDA one kernel for sequences of many lengths does it all, where
+there is one.
 """
 
 from __future__ import annotations

@@ -59,9 +59,7 @@ def by_torch(
     return found[None]
 
 
-def takes(
-    qkv: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, how: dict[str, Any]
-) -> bool:
+def takes(qkv: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, how: dict[str, Any]) -> bool:
     """Whether torch's kernel computes what is asked: causal, at most with a window."""
     query, _, value = qkv
     asked = {name for name, given in how.items() if given is not None} - _WITHOUT_MEANING
@@ -87,6 +85,6 @@ def by_flash_attention(
 ) -> Any:
     """What transformers' function for the package flash-attn returns for a packed row."""
     offsets, longest = row.offsets(qkv[0].device), max(row.lengths)
-    lengths = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets}
+    lengths: dict[str, Any] = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets}
     lengths |= {"max_length_q": longest, "max_length_k": longest}
     return own(module, *qkv, None, **how | lengths)

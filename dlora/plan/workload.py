@@ -7,8 +7,8 @@ from functools import cache
 
 from dlora.config.load import Config, OptimizerConfig
 from dlora.config.recompute import Recompute, ways
-from dlora.data import Dataset, Sampler, deal
-from dlora.data.collate import PAD_TO
+from dlora.data import Dataset, Dealing, Sampler
+from dlora.data.collate import PAD_TO, in_eights
 from dlora.data.encode import count_targets
 from dlora.tasks import TASKS
 
@@ -47,29 +47,27 @@ def workload_of(
     data: Dataset | None = None,
     sampler: Sampler | None = None,
     *,
-    packs: bool = False,
+    dealing: Dealing,
 ) -> Workload:
     """The workload of a run on `world` ranks.
 
     Args:
         data, sampler: what the run trains on, and in which order. Without them every sequence may
             have `data.max_length` tokens, all of them targets.
-        packs: whether the sequences of a micro-batch share a row.
+        dealing: makes micro-batches.
     """
-    sequences, size = config.train.global_batch_size, config.train.micro_batch_size
-    micro_batches = -(-sequences // (world * size))
-    rows = -(-sequences // (world * micro_batches))
     longest = config.data.max_length * TASKS[config.train.task].longest
-    lengths, targets = (longest,) * rows, None
-    if data is not None and sampler is not None:
-        if sampler.sequences(sampler.total_steps) <= EXACT_SEQUENCES:
-            lengths, targets = _largest_micro_batch(data, sampler, world, size, packs)
-        else:  # then one of the longest sequences alone is likely to come
-            lengths = (data.report.longest,) * rows
-    shared = packs and len(lengths) > 1
+    if data is not None:  # one of the longest sequences alone is likely to come
+        longest = data.report.longest
+    sequences, targets = config.train.global_batch_size, None
+    micro_batches, lengths = _of_equal(longest, sequences, world, dealing)
+    few = sampler is not None and sampler.sequences(sampler.total_steps) <= EXACT_SEQUENCES
+    if data is not None and sampler is not None and few:
+        micro_batches, lengths, targets = _largest(data, sampler, world, dealing)
+    shared = dealing.packs and len(lengths) > 1
     return Workload(
         rows=1 if shared else len(lengths),
-        tokens=_padded(sum(lengths) if shared else max(lengths)),
+        tokens=in_eights(sum(lengths) if shared else max(lengths)),
         micro_batches=micro_batches,
         optimizer=config.optimizer,
         checkpointing=next(ways(config.sharding.activation_checkpointing, "")),
@@ -78,22 +76,30 @@ def workload_of(
     )
 
 
-def _largest_micro_batch(
-    data: Dataset, sampler: Sampler, world: int, size: int, packs: bool
-) -> tuple[tuple[int, ...], int]:
-    """Lengths of the sequences of the run's largest micro-batch, and most targets of any."""
-    lengths, largest, places, most = data.lengths, (PAD_TO,), PAD_TO, 0
+def _of_equal(
+    longest: int, sequences: int, world: int, dealing: Dealing
+) -> tuple[int, tuple[int, ...]]:
+    """(micro-batches of a step, lengths of the largest) of sequences of at most so many tokens."""
+    [first, *_] = dealing(range(sequences), [longest] * sequences, world)
+    rows = max(1, len(first[0]))
+    if dealing.tokens:  # shorter ones fill it
+        rows = min(-(-sequences // world), -(-in_eights(dealing.tokens) // longest))
+    return len(first), (longest,) * rows
+
+
+def _largest(
+    data: Dataset, sampler: Sampler, world: int, dealing: Dealing
+) -> tuple[int, tuple[int, ...], int]:
+    """(most micro-batches of a step, lengths of the run's largest, most targets of any)."""
+    lengths, places, most, number = data.lengths, PAD_TO, 0, 1
+    largest: tuple[int, ...] = (PAD_TO,)
     targets_of = cache(lambda i: count_targets(data[i].labels))
     for step in range(sampler.total_steps):
-        for micros in deal(sampler.step(step), lengths, world, size):
+        for micros in dealing(sampler.step(step), lengths, world):
+            number = max(number, len(micros))
             for ids in filter(None, micros):
                 these = tuple(int(lengths[i]) for i in ids)
-                size_of = _padded(sum(these)) if packs else len(these) * _padded(max(these))
-                if size_of > places:
-                    largest, places = these, size_of
+                if dealing.places(these) > places:
+                    largest, places = these, dealing.places(these)
                 most = max(most, sum(map(targets_of, ids)))
-    return largest, most
-
-
-def _padded(tokens: int) -> int:
-    return -(-tokens // PAD_TO) * PAD_TO
+    return number, largest, most

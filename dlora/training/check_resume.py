@@ -31,6 +31,7 @@ FREE_KEYS = {
     "train.max_steps",
     "train.epochs",
     "train.micro_batch_size",
+    "train.tokens_per_micro_batch",
     "train.allow_unused",
     "train.deterministic",
 }

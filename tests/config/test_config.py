@@ -85,6 +85,7 @@ ADDED = {  # change nothing
     ("data", "max_eval_samples"): None,
     ("data", "on_error"): "stop",
     ("train", "allow_unused"): False,
+    ("train", "tokens_per_micro_batch"): None,
     ("train", "deterministic"): False,
     ("output", "remote"): None,
     ("output", "snapshot_every"): 1,

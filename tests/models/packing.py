@@ -1,7 +1,7 @@
 """`python -m models.packing`: docs/packing.md, which architectures compute packed rows exactly.
 
-Each class, tiny and random, with windows and chunks shorter than the sequences: loss and gradient of
-every parameter on one packed row against those of the class's own, a sequence at a time.
+Each class, tiny and random, with windows and chunks shorter than the sequences: loss and gradient
+of every parameter on one packed row against those of the class's own, a sequence at a time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dlora.data.encode import Example
 from dlora.objectives import chunked_loss
 from dlora.objectives.packable import TYPES, why_not
 
-from .architectures import CAUSAL, Architecture, architectures, first_line
+from .architectures import Architecture, architectures, first_line
 from .cells import YES, Cell
 from .tiny_configs import tiny
 
@@ -103,9 +103,7 @@ def _sums(model: Any, batches: Sequence[Any]) -> tuple[float, dict[str, Tensor]]
     return total, {n: p.grad.double().clone() for n, p in named if p.grad is not None}
 
 
-def _same(
-    found: tuple[float, dict[str, Tensor]], wanted: tuple[float, dict[str, Tensor]]
-) -> Cell:
+def _same(found: tuple[float, dict[str, Tensor]], wanted: tuple[float, dict[str, Tensor]]) -> Cell:
     if not math.isclose(found[0], wanted[0], rel_tol=CLOSE_LOSS):
         return Cell("✗", f"loss {found[0]:.5f} instead of {wanted[0]:.5f}")
     if found[1].keys() != wanted[1].keys():

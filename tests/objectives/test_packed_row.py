@@ -86,7 +86,10 @@ def model_of(config: Any, **settings: Any) -> Any:
 def examples(lengths: Any = LENGTHS, seed: int = 0) -> list[Example]:
     drawn = np.random.default_rng(seed)
     ids = [drawn.integers(3, 64, n).astype(np.int32) for n in lengths]
-    return [Example(10 + i, one, np.where(np.arange(len(one)) > 1, one, -100)) for i, one in enumerate(ids)]
+    return [
+        Example(10 + i, one, np.where(np.arange(len(one)) > 1, one, -100))
+        for i, one in enumerate(ids)
+    ]
 
 
 def step(model: Any, batch: Batch) -> tuple[float, dict[str, Tensor]]:
@@ -185,7 +188,9 @@ def test_more_sequences_than_fit_a_row_are_refused() -> None:
     model = model_of(CONFIGS["llama"]())
     chunked_loss.install(model)
     ids = torch.zeros(1, 8, dtype=torch.int64)
-    with pytest.raises(UsageError, match=r"2 sequences of 9 tokens do not fit into 1 row\(s\) of 8"):
+    with pytest.raises(
+        UsageError, match=r"2 sequences of 9 tokens do not fit into 1 row\(s\) of 8"
+    ):
         model(input_ids=ids, targets=ids, lengths=[4, 5])
     ids = ids.expand(2, -1)
     with pytest.raises(UsageError, match="packed ones share one row"):

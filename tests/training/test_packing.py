@@ -38,7 +38,10 @@ METHODS: dict[str, dict[str, Any]] = {
 PLACES: dict[str, tuple[int, dict[str, Any]]] = {
     "alone": (1, {}),
     "fsdp2": (2, {"sharding__base": "world"}),
-    "fsdp2, recomputed": (2, {"sharding__base": "world", "sharding__activation_checkpointing": True}),
+    "fsdp2, recomputed": (
+        2,
+        {"sharding__base": "world", "sharding__activation_checkpointing": True},
+    ),
     "zero3": (2, {"sharding__engine": "zero3", "sharding__base": "world"}),
     "zero3, recomputed": (
         2,
@@ -72,7 +75,9 @@ def test_twenty_steps_end_where_they_end_unpacked(run: Runs, method: str, place:
         padded = run("two", 2, **settings, **where, data__packing=False, **size)
     check_near(packed, padded)
     if "kept_ranks" in padded[1][0]:
-        assert [line["kept_ranks"] for line in packed[1]] == [l["kept_ranks"] for l in padded[1]]
+        assert [line["kept_ranks"] for line in packed[1]] == [
+            line["kept_ranks"] for line in padded[1]
+        ]
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -157,4 +162,4 @@ def test_a_task_that_cannot_is_refused(saved_models: Any, tmp_path: Path) -> Non
     with pytest.raises(UsageError, match="^data.packing: train.task: classification"):
         refusals.preparation(argv, check=True)
     argv = command(saved_models("llama"), tmp_path, **settings)
-    assert not refusals.preparation(argv, check=True).packs
+    assert not refusals.preparation(argv, check=True).dealing.packs
