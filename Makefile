@@ -3,6 +3,7 @@
 # make test-full   the whole matrices that `make test` samples
 # make partners    an environment of the programs that the full tests run beside dlora (llama.cpp is compiled)
 # make models-table   docs/models.md: what works with which architecture
+# make packing-table   docs/packing.md: which architectures pack
 # make lint    format, lint and types
 #
 # TORCH_INDEX=URL chooses another build of torch (for example a CUDA one).
@@ -21,7 +22,7 @@ TEST_PROCESSES ?= 2
 DLORA_PARTNERS ?= $(HOME)/.cache/dlora/partners
 export DLORA_PARTNERS
 
-.PHONY: train test test-full partners models-table lint model install install-test clean
+.PHONY: train test test-full partners models-table packing-table lint model install install-test clean
 
 train: install model
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --nproc-per-node 2 -m dlora.train --config configs/quickstart.yaml
@@ -51,6 +52,10 @@ $(DLORA_PARTNERS)/.installed: $(VENV)/.installed-test
 # docs/models.md: every architecture of transformers, tiny, through the whole of dlora.
 models-table: install-test
 	PYTHONPATH=tests $(BIN)/python -m models.table
+
+# docs/packing.md: which architectures compute sequences that share a row exactly.
+packing-table: install-test
+	PYTHONPATH=tests $(BIN)/python -m models.packing
 
 lint: install-test
 	$(BIN)/ruff format --check .

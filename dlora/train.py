@@ -228,14 +228,14 @@ class Run:
             prepared.sampler,
             rank=ranks.rank,
             world=ranks.world,
-            size=self.config.train.micro_batch_size,
+            deal=prepared.dealing,
             collate=prepared.collate,
             pinned=ranks.device.type == "cuda",
         )
 
     def passes(self, step: int, batches: Iterator[Batch]) -> tuple[dict[str, Any], int]:
         """Forward and backward of this rank's micro-batches: summed losses, and target tokens."""
-        sums: dict[str, Any] = {}
+        sums: dict[str, Any] = {"places": 0}
         tokens = 0
         with attachment_of(self.model).values.shared():
             for batch in batches:
@@ -248,6 +248,7 @@ class Run:
                 for name, value in reported.items():
                     sums[name] = sums.get(name, 0.0) + value
                 tokens += batch.num_targets
+                sums["places"] += batch.places
         return sums, tokens
 
     def figures(self, ids: Any, reduced: Reduced, seconds: float) -> dict[str, Any]:
@@ -259,6 +260,7 @@ class Run:
             },
             "tokens": reduced.tokens,
             "all_tokens": all_tokens,
+            "padding": 1 - all_tokens / max(reduced.scalars["places"], all_tokens),
             **self.rates.of(reduced.tokens, all_tokens, seconds),
             "peak_memory_bytes": max(reduced.each),
             "wire_bytes": self.replica.wire.take(),
@@ -285,7 +287,8 @@ class Run:
     def sample_keys(self, step: int, batch: Batch) -> Any:
         """Inside, dropout masks depend on the sequences of `batch`, not on the rank."""
         seed = self.config.train.seed
-        keys = SampleKeys(seed, step, batch.ids, batch.lengths)
+        row = batch.input_ids.shape[1] if batch.packed else 0
+        keys = SampleKeys(seed, step, batch.ids, batch.lengths, row)
         return attachment_of(self.model).stream.keyed(keys)
 
 

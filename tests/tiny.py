@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     GPT2Config,
     LlamaConfig,
     MixtralConfig,
@@ -73,6 +74,9 @@ MODELS: dict[str, Any] = {
         **_LLAMA | {"intermediate_size": 72}, num_local_experts=4, num_experts_per_tok=2
     ),
     # What a loss must not depend on, but could: neighbours in a batch, and random numbers.
+    "windows": lambda: Gemma2Config(
+        **_LLAMA | _NO_IDS, head_dim=10, query_pre_attn_scalar=10, sliding_window=20
+    ),
     "longrope": lambda: Phi3Config(
         **_LLAMA | _NO_IDS | {"original_max_position_embeddings": _ORIGINAL},
         rope_parameters={"rope_theta": 10000.0, **_LONGROPE},

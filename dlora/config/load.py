@@ -155,6 +155,8 @@ def dump_yaml(config: Config) -> str:
     sections = to_dict(config)
     if config.train.governed_by == "epochs":
         del sections["train"]["max_steps"]
+    if config.train.tokens_per_micro_batch is not None:
+        del sections["train"]["micro_batch_size"]
     for key, part in parts_of(config):
         for name in part.says.get("instead", ()):
             del sections[key.partition(".")[0]][name]

@@ -132,7 +132,11 @@ class DataConfig:
     cache_dir: str | None = option(
         None, "encode once on a node and keep the result in this directory, by content; null: no"
     )
-    packing: Literal[False] = option(False, "several sequences in one row", later=(True, "auto"))
+    packing: bool | Literal["auto"] = option(
+        "auto",
+        "the sequences of a micro-batch share one row, without padding between them, and never see "
+        "each other; auto: where the architecture allows it exactly",
+    )
     on_error: Literal["stop", "skip"] = option(
         "stop", "if a record cannot be used: stop and name its line, or skip and count it"
     )
@@ -173,6 +177,12 @@ class TrainConfig:
     epochs: int | None = option(None, "passes over the data; set it instead of max_steps", ge=1)
     global_batch_size: int = option(32, "sequences per optimizer step, over all ranks", ge=1)
     micro_batch_size: int = option(4, "sequences per rank and forward", ge=1)
+    tokens_per_micro_batch: int | Literal["auto"] | None = option(
+        None,
+        "tokens per rank and forward, padding included, in place of micro_batch_size; auto: as "
+        "many as fit by the plan",
+        ge=1,
+    )
     allow_unused: bool = option(
         False, "continue even if a trained tensor had no gradient in the first 10 steps"
     )

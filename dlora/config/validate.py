@@ -167,6 +167,17 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"data.format: {config.data.format} cannot act: train.task: {task} reads the fields "
             "text and label (data.columns names where they are)"
         )
+    if config.train.tokens_per_micro_batch is not None:
+        if is_set(config, "train.micro_batch_size"):
+            yield (
+                "train.tokens_per_micro_batch: train.micro_batch_size is set as well; set only one "
+                "of the two"
+            )
+        if task == "seq2seq":
+            yield (
+                "train.tokens_per_micro_batch: train.task: seq2seq pads sources and answers apart; "
+                "set train.micro_batch_size"
+            )
     if config.train.governed_by == "epochs" and is_set(config, "train.max_steps"):
         yield "train.max_steps: train.epochs is set as well; set only one of the two"
 

@@ -8,13 +8,14 @@ stops.py     what ends a generated answer     report.py    what is said of a dat
 encode.py    text as ids and labels           dataset.py   all of it: `load_examples`
 sampler.py   the order, and the dealing       stream.py    both for what does not fit memory
 collate.py   tensors                          batches.py   micro-batches, made ahead
-cache.py     encoded once on a node
+dealing.py   micro-batches of ranks              cache.py     encoded once on a node
 
 Nothing here knows of ranks beyond their number: every rank loads the same data set and takes its
 own part of every step.
 """
 
 from dlora.data.dataset import Dataset, load_examples
+from dlora.data.dealing import Dealing
 from dlora.data.encode import NO_TARGET, Example
 from dlora.data.formats import FORMATS
 from dlora.data.reading import check_source
@@ -25,6 +26,7 @@ __all__ = [
     "FORMATS",
     "NO_TARGET",
     "Dataset",
+    "Dealing",
     "Example",
     "Report",
     "Sampler",

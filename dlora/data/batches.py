@@ -10,8 +10,9 @@ from typing import Any
 
 from dlora.data.collate import Batch
 from dlora.data.dataset import Dataset
+from dlora.data.dealing import Dealing
 from dlora.data.encode import Example
-from dlora.data.sampler import Sampler, deal
+from dlora.data.sampler import Sampler
 from dlora.data.stream import Stream, StreamSampler
 
 Dealt = tuple[Any, "deque[Future[Batch]]"]
@@ -21,7 +22,7 @@ class Batches:
     """A context, in which a thread works one step ahead.
 
     Args:
-        size: sequences of a micro-batch.
+        deal: makes the micro-batches of all ranks.
         collate: makes one of them.
         pinned: make them in memory that a GPU copies from without waiting.
     """
@@ -33,12 +34,12 @@ class Batches:
         *,
         rank: int,
         world: int,
-        size: int,
+        deal: Dealing,
         collate: Callable[[Sequence[Example]], Batch],
         pinned: bool = False,
     ) -> None:
         self._dataset, self._sampler = dataset, sampler
-        self._rank, self._world, self._size = rank, world, size
+        self._rank, self._world, self._deal = rank, world, deal
         self._to_batch, self._pinned = collate, pinned
         self._thread = ThreadPoolExecutor(1, "dlora-batches")
         self._ahead: dict[int, Dealt] = {}
@@ -63,7 +64,7 @@ class Batches:
 
     def _begin(self, step: int) -> Dealt:
         ids = self._sampler.step(step)
-        mine = deal(ids, self._dataset.lengths, self._world, self._size)[self._rank]
+        mine = self._deal(ids, self._dataset.lengths, self._world)[self._rank]
         micros = ([self._dataset[i] for i in micro] for micro in mine)
         return ids, deque(self._thread.submit(self._collate, micro) for micro in micros)
 

@@ -1,4 +1,10 @@
-"""From examples to the tensors of one forward. B: sequences; S: their common padded length."""
+"""From examples to the tensors of one forward. B: sequences; S: their common padded length.
+
+padded                      packed: one row, B = 1, whose positions start again
+
+a0 a1 a2 a3 | a4 a5 .  .    a0 a1 a2 a3 a4 a5 b0 b1 b2 .  .  .
+b0 b1 b2 .  | .  .  .  .
+"""
 
 from __future__ import annotations
 
@@ -19,7 +25,8 @@ class Batch:
     """One micro-batch, padded on the right.
 
     There is no attention mask: what is causal looks to the left only, where no padding is, and
-    padded positions carry no target. So attention takes its causal path, without a mask tensor.
+    padded positions carry no target. So attention takes its causal path, without a mask tensor. Of
+    packed sequences the model is told the lengths.
 
     Attributes:
         input_ids: [B, S] int64.
@@ -27,7 +34,7 @@ class Batch:
             left by one), -100 where there is no loss.
         positions: [num_targets, 2] int64, the (b, t) with a target, in order.
         ids: the sequences' ids in the data set.
-        lengths: their tokens without padding.
+        lengths: their tokens without padding; more of them than rows share one.
         num_targets: targets that are not -100.
         extra: what the model takes beside `input_ids`, by name.
     """
@@ -39,6 +46,17 @@ class Batch:
     lengths: list[int]
     num_targets: int
     extra: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def packed(self) -> bool:
+        """Whether several sequences share the one row."""
+        return len(self.lengths) > len(self.input_ids)
+
+    @property
+    def places(self) -> int:
+        """Tokens and padding that the model computes, an encoder's and a decoder's together."""
+        read = self.extra.get("decoder_input_ids")
+        return self.input_ids.numel() + (0 if read is None else read.numel())
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -77,10 +95,36 @@ def collate(examples: Sequence[Example], pad_id: int, device: torch.device | str
     return Batch(input_ids, targets, positions, ids, lengths, len(positions)).to(device)
 
 
+def packed(examples: Sequence[Example], pad_id: int) -> Batch:
+    """Puts the examples side by side into one row, whose length is a multiple of 8.
+
+    Labels are shifted within each, and positions start again.
+
+    No examples, or one, give the batch of `collate`: there is nothing to share.
+    """
+    if len(examples) < 2:
+        return collate(examples, pad_id)
+    lengths = [len(example) for example in examples]
+    shifted = [np.append(example.labels[1:], np.int32(NO_TARGET)) for example in examples]
+    input_ids = padded([np.concatenate([example.input_ids for example in examples])], pad_id)
+    targets = padded([np.concatenate(shifted)], NO_TARGET)
+    behind = input_ids.shape[1] - sum(lengths)
+    starts_again = torch.cat([torch.arange(length) for length in (*lengths, behind)])
+    positions = (targets != NO_TARGET).nonzero()
+    ids = [example.id for example in examples]
+    extra = {"position_ids": starts_again[None]}
+    return Batch(input_ids, targets, positions, ids, lengths, len(positions), extra)
+
+
+def in_eights(tokens: int) -> int:
+    """The multiple of 8 that so many tokens are padded to."""
+    return -(-tokens // PAD_TO) * PAD_TO
+
+
 def padded(rows: Sequence[Int32Array], value: int) -> Tensor:
     """The rows in one int64 tensor [B, S], S a multiple of 8; at least one row, of `value`s."""
     longest = max(map(len, rows), default=1)
-    size = (max(1, len(rows)), -(-longest // PAD_TO) * PAD_TO)
+    size = (max(1, len(rows)), in_eights(longest))
     made = torch.full(size, value, dtype=torch.int64)
     for row, values in enumerate(rows):
         # Copied: an example is a read-only view, which torch.from_numpy does not take.

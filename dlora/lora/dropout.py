@@ -34,12 +34,18 @@ _AT_ONCE_ELSEWHERE = 1 << 24
 
 @dataclass(frozen=True)
 class SampleKeys:
-    """Identity of the rows of one micro-batch [rows, tokens]: `lengths` excludes padding."""
+    """Identity of the sequences of one micro-batch [rows, tokens].
+
+    Attributes:
+        lengths: their tokens, without padding.
+        row: tokens of the one row that all of them share, padding included; 0: each has its own.
+    """
 
     seed: int
     step: int
     ids: Sequence[int]
     lengths: Sequence[int]
+    row: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,28 +99,39 @@ class _Grid:
 
     Attributes:
         rows: int32 [rows], the key of each sequence; `whole` [1] that of all of them.
-        longest: tokens of the longest.
+        longest: tokens of the longest, or of the row that they share.
         made: {(device, tokens): hashes [rows, tokens]}, once for all layers.
+        shared: int32 [1, tokens], what is hashed of each token of a row that all share.
     """
 
     rows: Tensor
     whole: Tensor
     longest: int
     made: dict[tuple[torch.device, int], Tensor]
+    shared: Tensor | None = None
 
     @classmethod
     def of(cls, keys: SampleKeys) -> _Grid:
         rows = [key_of(keys.seed, keys.step, id) for id in keys.ids]
         whole = [key_of(keys.seed, keys.step, *keys.ids)]
         tensors = [torch.tensor(found, dtype=torch.int32) for found in (rows, whole)]
-        return cls(tensors[0], tensors[1], max(keys.lengths, default=0), {})
+        if not keys.row:
+            return cls(tensors[0], tensors[1], max(keys.lengths, default=0), {})
+        parts = [
+            _hashed(row, n)[0] for row, n in zip(tensors[0][:, None], keys.lengths, strict=True)
+        ]
+        shared = torch.zeros(1, keys.row, dtype=torch.int32)
+        shared[0, : sum(keys.lengths)] = torch.cat(parts)
+        return cls(tensors[0], tensors[1], keys.row, {}, shared)
 
     def hashes(self, device: torch.device, tokens: int) -> Tensor:
-        """int32 [rows, tokens], a hash of each token."""
+        """int32 [rows, tokens], a hash of each token; one row of them where all share it."""
         if torch.compiler.is_compiling():
+            if self.shared is not None:
+                return mix(self.shared.to(device))
             return _tokens(self.rows.to(device), tokens)
         if (device, tokens) not in self.made:
-            made = _tokens(self.rows, tokens)
+            made = _tokens(self.rows, tokens) if self.shared is None else mix(self.shared)
             self.made[device, tokens] = made.to(device, non_blocking=True)
         return self.made[device, tokens]
 
@@ -167,10 +184,13 @@ class DropoutStream:
         if self._positions is not None:
             rows_T, tokens_T = self._positions.unbind(1)
             return Mask(grid.hashes(x.device, grid.longest)[rows_T, tokens_T], layer, p)
+        if grid.shared is not None:
+            rows = 1
         tokens, rest = divmod(total, rows)
         if x.ndim == 2 and total == rows:  # a vector of each sequence, as of a pooler
             return Mask(grid.hashes(x.device, 1).view(-1), layer, p)
-        if rest or tokens < grid.longest or x.ndim > 3:
+        unlike = grid.shared is not None and tokens != grid.longest
+        if rest or tokens < grid.longest or unlike or x.ndim > 3:
             # An input that is not a [rows, tokens] grid (a mixture-of-experts branch, say)
             # cannot be split by sequence: one stream for all of it, still exact on recomputation.
             return Mask(_tokens(grid.whole.to(x.device), total).view(-1), layer, p)
@@ -211,8 +231,13 @@ def _fold_(x: Tensor) -> Tensor:
 
 def _tokens(rows: Tensor, tokens: int) -> Tensor:
     """int32 [rows, tokens]: a hash of each token from its row's key and its position."""
+    return mix(_hashed(rows, tokens))
+
+
+def _hashed(rows: Tensor, tokens: int) -> Tensor:
+    """int32 [rows, tokens], what is hashed of each token."""
     positions = torch.arange(tokens, dtype=torch.int32, device=rows.device).mul_(_GAMMA)
-    return mix(rows[:, None] + positions)
+    return rows[:, None] + positions
 
 
 def key_of(*key: object) -> int:

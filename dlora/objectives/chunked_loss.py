@@ -27,6 +27,7 @@ from dlora.errors import UsageError
 from dlora.lora.layers import CHILD
 from dlora.objectives.output_head import OutputHead, output_head, without_cache
 from dlora.objectives.own_length import OwnLengths
+from dlora.objectives.packed_row import PackedRow
 from dlora.objectives.router_loss import install_router_loss
 
 IGNORED = -100
@@ -91,8 +92,9 @@ def install(model: Any, device: str | None = None) -> None:
     """Let a causal language model compute `model(..., targets=[rows, tokens])` → Σ cross entropy.
 
     `positions`, if they are known, are the places of the targets: see `target_loss`. `lengths` are
-    the tokens of each row without padding, on which some models' positions depend; an auxiliary
-    loss of its own is left for `router_loss.whole_loss`.
+    the tokens of each row without padding, on which some models' positions depend; more lengths
+    than rows are those of the sequences that share the one row (`packed_row`), with `position_ids`
+    that start again for each. An auxiliary loss of its own is left for `router_loss.whole_loss`.
 
     Without `targets` the model's own forward runs. With them it runs as well, and its head computes
     the loss of its input in place of logits: so all that the class does in front of the head stays,
@@ -109,6 +111,7 @@ def install(model: Any, device: str | None = None) -> None:
     losses: list[Callable[[Tensor], Tensor]] = []  # the one that is wanted of the next head call
     found: list[Tensor] = []
     own_lengths, router = OwnLengths(model), install_router_loss(model)
+    packed = PackedRow(model)
 
     def forward(
         self: Any,
@@ -118,7 +121,8 @@ def install(model: Any, device: str | None = None) -> None:
         lengths: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> Any:
-        own_lengths.set(lengths, needed=targets is not None)
+        packed.set(lengths, targets.shape if targets is not None else None)
+        own_lengths.set(lengths, needed=targets is not None, packed=bool(packed.lengths))
         if targets is None:
             return own_forward(*args, **kwargs)
         if positions is None:
@@ -130,10 +134,12 @@ def install(model: Any, device: str | None = None) -> None:
         asked = router.begin() if router is not None else {}
         losses[:], found[:] = [loss] if head.finish is not None else [], []
         try:
-            with nullcontext() if "position_ids" in kwargs else one_sequence_per_row():
+            known = packed.lengths or "position_ids" not in kwargs
+            with one_sequence_per_row() if known else nullcontext(), packed.computing():
                 outputs = own_forward(*args, **kwargs, **asked, **arguments)
             if asked and router is not None:
-                router.compute(outputs, targets.shape, lengths)
+                in_rows = [sum(lengths)] if packed.lengths and lengths else lengths
+                router.compute(outputs, targets.shape, in_rows)
             if head.finish is not None:
                 return found.pop()
             return loss_of_logits(outputs.logits, targets, positions)
@@ -154,9 +160,10 @@ def install(model: Any, device: str | None = None) -> None:
 
 @contextmanager
 def one_sequence_per_row() -> Iterator[None]:
-    """Inside, transformers does not look for packed sequences in the positions that it makes.
+    """Inside, transformers does not look for packed sequences in the positions that it gets.
 
-    It would read a value of each batch, for which the host waits for a GPU.
+    It would read a value of each batch, for which the host waits for a GPU. `packed_row` knows
+    where sequences begin.
     """
     masking: Any = sys.modules.get("transformers.masking_utils")
     look = getattr(masking, "find_packed_sequence_indices", None)

@@ -8,7 +8,8 @@ a longer batch for the next one. Here the module computes once for each kind of 
     LongRoPE    n > L or not                dynamic NTK    max(n, L)
 
 on as many positions as the longest row of the kind has, from where it started. So every row has the
-cosines and sines [rows, S, D] that it has alone. Padded positions have zeros.
+cosines and sines [rows, S, D] that it has alone. Padded positions have zeros. Sequences that share
+a row have theirs side by side.
 """
 
 from __future__ import annotations
@@ -31,16 +32,18 @@ class OwnLengths:
     Attributes:
         rows: tokens of each row without padding; None: the modules do what their class does. They
             stay as they are until the next forward pass, since backward may recompute.
+        packed: whether they are those of sequences that share one row.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.rows: Sequence[int] | None = None
+        self.packed = False
         self._modules = list(_rotary_modules(model))
         for module in self._modules:
             module.forward = types.MethodType(_forward, module)
             module.own_lengths = self
 
-    def set(self, rows: Sequence[int] | None, *, needed: bool) -> None:
+    def set(self, rows: Sequence[int] | None, *, needed: bool, packed: bool = False) -> None:
         """Set the lengths of the rows that come next.
 
         Raises:
@@ -51,7 +54,7 @@ class OwnLengths:
                 "model(..., targets=...): this model's rotary positions depend on the length of a "
                 "sequence, so it needs lengths=[tokens of each row without padding]"
             )
-        self.rows = rows
+        self.rows, self.packed = rows, packed
 
 
 def depends_on_length(model: nn.Module) -> bool:
@@ -123,6 +126,8 @@ def _forward(
     longest = {
         kind: max(n for n, k in zip(rows, kinds, strict=True) if k == kind) for kind in kinds
     }
+    if self.own_lengths.packed:
+        return _side_by_side(self, x, position_ids, layer_type, kinds, longest)
     made = {kind: _alone(self, x, position_ids, layer_type, n) for kind, n in longest.items()}
     if len(made) == 1:
         return made[kinds[0]]
@@ -130,6 +135,32 @@ def _forward(
     if isinstance(several[0], Tensor):
         return torch.cat(several, -3)
     return tuple(torch.cat(parts, -3) for parts in zip(*several, strict=True))
+
+
+def _side_by_side(
+    module: Any,
+    x: Tensor,
+    positions: Tensor,
+    layer_type: str | None,
+    kinds: Sequence[Hashable],
+    longest: dict[Hashable, int],
+) -> Any:
+    """[1, S, D] of sequences that share one row, with zeros behind the last."""
+    rows, made, start = module.own_lengths.rows, dict[Hashable, Any](), 0
+    for n, kind in zip(rows, kinds, strict=True):
+        if n == longest[kind] and kind not in made:
+            made[kind] = _alone(module, x, positions[..., start : start + n], layer_type, n)
+        start += n
+
+    def joined(parts: Sequence[Tensor]) -> Tensor:
+        pieces = [part[..., :n, :] for part, n in zip(parts, rows, strict=True)]
+        padding = parts[0].new_zeros(*parts[0].shape[:-2], positions.shape[-1] - start, 1)
+        return torch.cat([*pieces, padding.expand(*padding.shape[:-1], parts[0].shape[-1])], -2)
+
+    several = [made[kind] for kind in kinds]
+    if isinstance(several[0], Tensor):
+        return joined(several)
+    return tuple(map(joined, zip(*several, strict=True)))
 
 
 def _kind(module: Any, scaling: str, layer_type: str | None, n: int) -> Hashable:

@@ -17,6 +17,7 @@ from dlora.base.quantize import quantize_as_set
 from dlora.base.skeleton import AUTO, check_attention, check_divides
 from dlora.config.load import Config, parse
 from dlora.config.recompute import Recompute
+from dlora.data import Dealing
 from dlora.errors import UsageError
 from dlora.lora.attach import attach, trainable_parameters
 from dlora.plan.capacity import free_bytes
@@ -32,6 +33,7 @@ from dlora.registry import option, room
 from dlora.sharding.topology import Topology
 from dlora.tasks import CAUSAL, TASKS, Task
 from dlora.tasks.made_as import model_class_for
+from dlora.tasks.packing import settle_packing
 
 
 @dataclass(frozen=True)
@@ -118,10 +120,14 @@ def survey(config: Config, machines: Machines) -> Survey:
     quantized = quantize_as_set(skeleton, config.model.quantization)
     with keyed_by("adapter"):
         attach(skeleton, lora_config(config))
+    packs, tokens = settle_packing(config.data.packing, task, skeleton), 0
+    if isinstance(config.train.tokens_per_micro_batch, int):
+        tokens = max(config.train.tokens_per_micro_batch, config.data.max_length)
+    dealing = Dealing(config.train.micro_batch_size, tokens, packs)
     subject = Subject(
         skeleton,
         trainable_parameters(skeleton),
-        workload_of(config, topology.world),
+        workload_of(config, topology.world, dealing=dealing),
         device=device,
         task=task,
         check=lambda placement: check_divides(skeleton, placement),

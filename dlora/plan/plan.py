@@ -99,6 +99,7 @@ class Subject:
             targets=workload.targets,
             device=device,
             task=task,
+            lengths=workload.lengths,
         )
         self._method = method_plan(skeleton)
         self._units: dict[tuple[Any, int], tuple[Unit, ...]] = {}

@@ -56,7 +56,7 @@ def activations_of(plan: Plan) -> str:
     w, a = plan.workload, plan.memory.activations
     busiest = max(a.blocks, a.loss)
     told = (
-        f"{mb(busiest)} at most for {w.rows} x {w.tokens} tokens, of these {mb(a.saved)} kept "
+        f"{mb(busiest)} at most for {w}, of these {mb(a.saved)} kept "
         f"from forward to backward ({w.checkpointing})"
     )
     return f"{told}; estimated: {a.estimated}" if a.estimated else told

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -29,6 +29,7 @@ from torch._subclasses.fake_tensor import (
 from dlora.base.eval_mode import keep_in_eval
 from dlora.base.recomputation import recompute_blocks
 from dlora.config.recompute import Recompute
+from dlora.data.encode import Example
 from dlora.objectives.router_loss import whole_loss
 from dlora.plan.activations import Trace, estimate
 from dlora.plan.fake_memory import LiveBytes
@@ -47,6 +48,7 @@ def trace(
     targets: int | None = None,
     device: str = "cpu",
     task: Task = CAUSAL,
+    lengths: Sequence[int] = (),
 ) -> Trace:
     """The figures of a micro-batch of `rows` sequences of `tokens` tokens.
 
@@ -56,9 +58,11 @@ def trace(
         targets: tokens that are targets; None: all of them.
         device: the type of device that it runs on; that of the traced tensors is the CPU.
         task: what the model is trained to do.
+        lengths: of sequences that share the one row.
     """
     targets = rows * tokens if targets is None else targets
-    how = (rows, tokens, checkpointing, targets, device, task)
+    examples = [task.example(n) for n in lengths or [tokens] * rows]
+    how = (examples, bool(lengths), checkpointing, targets, device, task)
     try:
         alike = _alike_blocks(skeleton)
         if alike is None:
@@ -128,8 +132,8 @@ def _offloaded(trace: Trace, block: int, number: int) -> Trace:
 
 def _traced(
     twin: Any,
-    rows: int,
-    tokens: int,
+    examples: Sequence[Example],
+    packs: bool,
     checkpointing: Recompute,
     targets: int,
     device: str,
@@ -150,7 +154,8 @@ def _traced(
             if parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter)
                 known.append(parameter.grad)
-    live, batch = LiveBytes(known), task.collate([task.example(tokens)] * rows, pad_id=0)
+    live = LiveBytes(known)
+    batch = (task.packed if packs else task.collate)(examples, pad_id=0)
     _mark_loss(head, live)
     with _quiet(), fake, live:
         inputs = {name: fake.from_tensor(tensor) for name, tensor in batch.inputs.items()}

@@ -7,8 +7,8 @@ from functools import cache
 
 from dlora.config.load import Config, OptimizerConfig
 from dlora.config.recompute import Recompute, ways
-from dlora.data import Dataset, Sampler, deal
-from dlora.data.collate import PAD_TO
+from dlora.data import Dataset, Dealing, Sampler
+from dlora.data.collate import PAD_TO, in_eights
 from dlora.data.encode import count_targets
 from dlora.tasks import TASKS
 
@@ -20,11 +20,12 @@ class Workload:
     """One optimizer step of one rank.
 
     Attributes:
-        rows, tokens: sequences of the largest micro-batch, and their padded length.
+        rows, tokens: of the largest micro-batch, padded.
         micro_batches: forward passes.
         optimizer: the `optimizer` section.
         checkpointing: which activations are recomputed in backward.
         targets: most target tokens of a micro-batch; None: every token may be one.
+        lengths: of the sequences that share its one row; empty: each has a row of its own.
     """
 
     rows: int
@@ -33,52 +34,72 @@ class Workload:
     optimizer: OptimizerConfig
     checkpointing: Recompute
     targets: int | None = None
+    lengths: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        packed = f" ({len(self.lengths)} sequences)" if self.lengths else ""
+        return f"{self.rows} x {self.tokens} tokens{packed}"
 
 
 def workload_of(
-    config: Config, world: int, data: Dataset | None = None, sampler: Sampler | None = None
+    config: Config,
+    world: int,
+    data: Dataset | None = None,
+    sampler: Sampler | None = None,
+    *,
+    dealing: Dealing,
 ) -> Workload:
     """The workload of a run on `world` ranks.
 
     Args:
         data, sampler: what the run trains on, and in which order. Without them every sequence may
             have `data.max_length` tokens, all of them targets.
+        dealing: makes micro-batches.
     """
-    sequences, size = config.train.global_batch_size, config.train.micro_batch_size
-    micro_batches = -(-sequences // (world * size))
-    rows = -(-sequences // (world * micro_batches))
     longest = config.data.max_length * TASKS[config.train.task].longest
-    tokens, targets = _padded(longest), None
-    if data is not None and sampler is not None:
-        if sampler.sequences(sampler.total_steps) <= EXACT_SEQUENCES:
-            rows, tokens, targets = _largest_micro_batch(data, sampler, world, size)
-        else:  # then one of the longest sequences alone is likely to come
-            tokens = _padded(data.report.longest)
+    if data is not None:  # one of the longest sequences alone is likely to come
+        longest = data.report.longest
+    sequences, targets = config.train.global_batch_size, None
+    micro_batches, lengths = _of_equal(longest, sequences, world, dealing)
+    few = sampler is not None and sampler.sequences(sampler.total_steps) <= EXACT_SEQUENCES
+    if data is not None and sampler is not None and few:
+        micro_batches, lengths, targets = _largest(data, sampler, world, dealing)
+    shared = dealing.packs and len(lengths) > 1
     return Workload(
-        rows=rows,
-        tokens=tokens,
+        rows=1 if shared else len(lengths),
+        tokens=in_eights(sum(lengths) if shared else max(lengths)),
         micro_batches=micro_batches,
         optimizer=config.optimizer,
         checkpointing=next(ways(config.sharding.activation_checkpointing, "")),
         targets=targets,
+        lengths=lengths if shared else (),
     )
 
 
-def _largest_micro_batch(
-    data: Dataset, sampler: Sampler, world: int, size: int
-) -> tuple[int, int, int]:
-    """(rows, padded tokens) of the run's largest micro-batch, and most targets of any."""
-    lengths, rows, tokens, most = data.lengths, 1, PAD_TO, 0
+def _of_equal(
+    longest: int, sequences: int, world: int, dealing: Dealing
+) -> tuple[int, tuple[int, ...]]:
+    """(micro-batches of a step, lengths of the largest) of sequences of at most so many tokens."""
+    [first, *_] = dealing(range(sequences), [longest] * sequences, world)
+    rows = max(1, len(first[0]))
+    if dealing.tokens:  # shorter ones fill it
+        rows = min(-(-sequences // world), -(-in_eights(dealing.tokens) // longest))
+    return len(first), (longest,) * rows
+
+
+def _largest(
+    data: Dataset, sampler: Sampler, world: int, dealing: Dealing
+) -> tuple[int, tuple[int, ...], int]:
+    """(most micro-batches of a step, lengths of the run's largest, most targets of any)."""
+    lengths, places, most, number = data.lengths, PAD_TO, 0, 1
+    largest: tuple[int, ...] = (PAD_TO,)
     targets_of = cache(lambda i: count_targets(data[i].labels))
     for step in range(sampler.total_steps):
-        for micros in deal(sampler.step(step), lengths, world, size):
+        for micros in dealing(sampler.step(step), lengths, world):
+            number = max(number, len(micros))
             for ids in filter(None, micros):
-                padded = _padded(max(int(lengths[i]) for i in ids))
-                if len(ids) * padded > rows * tokens:
-                    rows, tokens = len(ids), padded
+                these = tuple(int(lengths[i]) for i in ids)
+                if dealing.places(these) > places:
+                    largest, places = these, dealing.places(these)
                 most = max(most, sum(map(targets_of, ids)))
-    return rows, tokens, most
-
-
-def _padded(tokens: int) -> int:
-    return -(-tokens // PAD_TO) * PAD_TO
+    return number, largest, most

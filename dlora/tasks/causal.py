@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import nn
 
-from dlora.data.collate import Batch, collate
+from dlora.data.collate import Batch, collate, packed
 from dlora.data.encode import NO_TARGET, Example
 from dlora.objectives import chunked_loss
 from dlora.objectives.output_head import output_head
@@ -21,6 +21,7 @@ class Causal(Task):
 
     name = "causal"
     auto_class = "AutoModelForCausalLM"
+    packs = True
 
     def check(self, model: nn.Module) -> None:
         """Check that the loss of each sequence can be computed as it is alone."""
@@ -34,6 +35,9 @@ class Causal(Task):
 
     def collate(self, examples: Sequence[Example], pad_id: int) -> Batch:
         return collate(examples, pad_id)
+
+    def packed(self, examples: Sequence[Example], pad_id: int) -> Batch:
+        return packed(examples, pad_id)
 
     def example(self, tokens: int) -> Example:
         ids = np.zeros(tokens, np.int32)

@@ -30,6 +30,7 @@ class Task(ABC):
         format: the layout of records that it reads; empty: that of `data.format`.
         draws_head: whether a base may lack the head, which is then drawn and trained.
         longest: tokens of a sequence in `data.max_length`.
+        packs: whether its sequences can share a row.
     """
 
     name: ClassVar[str]
@@ -37,6 +38,7 @@ class Task(ABC):
     format: ClassVar[str] = ""
     draws_head: ClassVar[bool] = False
     longest: ClassVar[int] = 1
+    packs: ClassVar[bool] = False
 
     def __init__(self, labels: Sequence[str] = ()) -> None:
         """Take the names of the labels, in order, where the task has labels."""
@@ -61,6 +63,10 @@ class Task(ABC):
     @abstractmethod
     def collate(self, examples: Sequence[Example], pad_id: int) -> Batch:
         """One micro-batch; of no examples, one without a target, which the model takes as well."""
+
+    def packed(self, examples: Sequence[Example], pad_id: int) -> Batch:
+        """The same in one row, where the task `packs`."""
+        raise NotImplementedError
 
     @abstractmethod
     def example(self, tokens: int) -> Example:

@@ -15,7 +15,7 @@ from dlora.base.eval_mode import keep_in_eval
 from dlora.base.model_class import draw_copies
 from dlora.base.recomputation import recompute_blocks
 from dlora.config.load import Config
-from dlora.data import deal
+from dlora.data import Dealing
 from dlora.data.collate import Batch
 from dlora.hooks import Hooks
 from dlora.lora.attach import attachment_of
@@ -116,9 +116,9 @@ def _first_batches(config: Config, ranks: Ranks, prepared: Preparation) -> Itera
     One sequence at a time with activation checkpointing, which models ignore in eval mode.
     """
     train, sampler = prepared.train, prepared.sampler
-    rows = 1 if prepared.budget.workload.checkpointing else config.train.micro_batch_size
+    deal = Dealing(1) if prepared.budget.workload.checkpointing else prepared.dealing
     for step in range(min(config.adapter.lora_ga_batches, sampler.total_steps)):
-        for micro in deal(sampler.step(step), train.lengths, ranks.world, rows)[ranks.rank]:
+        for micro in deal(sampler.step(step), train.lengths, ranks.world)[ranks.rank]:
             yield prepared.collate([train[i] for i in micro]).to(ranks.device)
 
 

@@ -27,9 +27,11 @@ FREE_KEYS = {
     "data.max_eval_samples",
     "data.cache_dir",
     "data.on_error",
+    "data.packing",
     "train.max_steps",
     "train.epochs",
     "train.micro_batch_size",
+    "train.tokens_per_micro_batch",
     "train.allow_unused",
     "train.deterministic",
 }

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dlora.data import deal
 from dlora.runtime.console import console
 from dlora.training.context import RunContext
 
@@ -54,8 +53,8 @@ def held_out(context: RunContext) -> dict[str, float]:
     task = context.prepared.task
     sums = torch.zeros(2 + task.counted, dtype=torch.float64, device=ranks.device)
     micro_batches = 1 if context.prepared.budget.workload.checkpointing else _ROWS
-    size = context.config.train.micro_batch_size * micro_batches
-    dealt = deal(range(len(dataset)), dataset.lengths, ranks.world, size)
+    deal = context.prepared.dealing.times(micro_batches)
+    dealt = deal(range(len(dataset)), dataset.lengths, ranks.world)
     with evaluating(context, micro_batches):
         for ids in dealt[ranks.rank]:
             batch = context.prepared.collate([dataset[i] for i in ids]).to(ranks.device)

@@ -15,7 +15,7 @@ from dlora.base.identity import identity
 from dlora.base.model import BaseModel
 from dlora.base.skeleton import check_divides
 from dlora.config.load import Config
-from dlora.data import Dataset, Example, Sampler
+from dlora.data import Dataset, Dealing, Example, Sampler
 from dlora.data.collate import Batch
 from dlora.data.stream import Stream, StreamSampler
 from dlora.errors import UsageError, and_more
@@ -32,6 +32,7 @@ from dlora.plan.plan import Plan, Subject
 from dlora.plan.workload import workload_of
 from dlora.sharding.topology import Placement, Topology
 from dlora.tasks import Task
+from dlora.tasks.packing import settle_packing
 from dlora.training.check_resume import check_resume
 from dlora.training.checks import (
     check_attention,
@@ -43,6 +44,7 @@ from dlora.training.checks import (
 )
 from dlora.training.earlier_placement import earlier_placement, settle
 from dlora.training.find_checkpoint import ResumePoint
+from dlora.training.micro_batches import earlier_tokens, settle_micro_batches
 from dlora.training.prepare_data import (
     load_data,
     open_stream,
@@ -59,6 +61,7 @@ class Preparation:
 
     Attributes:
         drawn: parameters of a head that the base lacks.
+        dealing: makes the micro-batches of ranks.
         unreached: adapted modules that text alone does not reach, of a model that takes images too.
     """
 
@@ -74,12 +77,14 @@ class Preparation:
     decision: Decision
     base_identity: str | None
     task: Task
+    dealing: Dealing
     drawn: tuple[str, ...] = ()
     unreached: tuple[str, ...] = ()
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """One micro-batch, on the CPU."""
-        return self.task.collate(examples, self.pad_id)
+        collate = self.task.packed if self.dealing.packs else self.task.collate
+        return collate(examples, self.pad_id)
 
     @property
     def budget(self) -> Plan:
@@ -136,7 +141,8 @@ def prepare(
         UsageError: data, model or adapter settings are wrong, named by key, file or line, or no
             placement fits the budget.
     """
-    check_ranks_per_node(config, topology.world)
+    world = topology.world
+    check_ranks_per_node(config, world)
     check_placement(config, topology)
     check_attention(config, around.device)
     task, base = task_of(config, announce)
@@ -154,6 +160,7 @@ def prepare(
         announce(f"adapter.{line}")
     if drawn := random_settings(skeleton):
         announce(f"model: its own {', '.join(drawn)} are off in training, since W0 is frozen")
+    packs = settle_packing(config.data.packing, task, skeleton, announce)
     known = identity(base, skeleton)
     tokenizer = with_template(config, base.tokenizer())
     read = (config, tokenizer, task, announce)
@@ -181,7 +188,13 @@ def prepare(
         announce(f"data.streaming: reading on to step {resumed.step}")
         sampler.step(resumed.step)
     announce(steps_line(sampler, config.train.global_batch_size))
-    decision = _decision(config, task, skeleton, topology, train, sampler, around, resumed)
+    place = functools.partial(
+        _decision, config, task, skeleton, topology, train, sampler, around, resumed
+    )
+    earlier = earlier_tokens(resumed, world) if resumed else None
+    dealing, decision = settle_micro_batches(config, train, world, packs, place, earlier=earlier)
+    if config.train.tokens_per_micro_batch == "auto":
+        announce(f"train.tokens_per_micro_batch: {dealing.tokens}")
     if decision.plan.divided:
         announce(
             f"optimizer state: divided, 1/{topology.world} on each rank, so a save needs all "
@@ -201,6 +214,7 @@ def prepare(
         decision,
         known,
         task,
+        dealing,
         model.drawn,
         unreached=tuple(unreached_by_text(skeleton, [*attachment.adapted, *attachment.saved])),
     )
@@ -220,6 +234,7 @@ def _decision(
     sampler: Sampler | StreamSampler,
     around: Surroundings,
     resumed: ResumePoint | None,
+    dealing: Dealing,
 ) -> Decision:
     """The plan of the run: what the settings leave open is chosen, `base: auto` above all."""
     section, world = config.sharding, topology.world
@@ -231,9 +246,10 @@ def _decision(
         )
     earlier = earlier_placement(resumed.settings, resumed.state) if resumed else None
     settings = settle(config, earlier, world)
-    workload = workload_of(config, world)  # any sequence may be the longest
     if isinstance(data, Dataset) and isinstance(sampler, Sampler):
-        workload = workload_of(config, world, data, sampler)
+        workload = workload_of(config, world, data, sampler, dealing=dealing)
+    else:  # any sequence may be the longest
+        workload = workload_of(config, world, dealing=dealing)
     decision = decide(
         Subject(
             skeleton,

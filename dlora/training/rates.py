@@ -99,6 +99,7 @@ def flops_per_token(config: Config, prepared: Preparation, device: str) -> float
             targets=work.targets,
             device=device,
             task=prepared.task,
+            lengths=work.lengths,
         ).flops
     else:
         flops = prepared.budget.flops // work.micro_batches

@@ -134,14 +134,17 @@ def open_directory(context: RunContext, start: int) -> MetricsLog:
 
 
 def resolved_yaml(config: Config, prepared: Preparation) -> str:
-    """The configuration with the placement that was chosen."""
+    """The configuration with the placement, and the micro-batches, that were chosen."""
     sharding = replace(
         config.sharding,
         engine=prepared.placement.engine,
         base=prepared.placement.base,  # type: ignore[arg-type]
         optimizer_state="divided" if prepared.divided else "replicated",
     )
-    return dump_yaml(replace(config, sharding=sharding))
+    train = config.train
+    if train.tokens_per_micro_batch == "auto":
+        train = replace(train, tokens_per_micro_batch=prepared.dealing.tokens)
+    return dump_yaml(replace(config, sharding=sharding, train=train))
 
 
 def _described(checkpoint: Checkpoint) -> dict[str, Any]:

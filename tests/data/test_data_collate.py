@@ -10,7 +10,7 @@ from causal_models import causal_model
 
 import dlora.data
 from dlora.data import NO_TARGET, Example
-from dlora.data.collate import collate
+from dlora.data.collate import collate, packed
 
 
 def example(number: int, ids: list[int], targets: list[int]) -> Example:
@@ -30,6 +30,27 @@ def test_padding_and_shift():
     assert batch.targets.tolist() == [[-100, 7, 8, *no_target], [10, -100, -100, *no_target]]
     assert (batch.ids, batch.lengths, batch.num_targets) == ([7, 3], [4, 2], 3)
     assert {tensor.dtype for tensor in (batch.input_ids, batch.targets)} == {torch.int64}
+
+
+@pytest.mark.filterwarnings("error")
+def test_packed_into_one_row():
+    """Positions start again, and no label is shifted across the end of a sequence."""
+    sequences = [example(7, [5, 6, 7, 8], [2, 3]), example(3, [9, 10, 11, 12, 13], [0, 4])]
+    batch = packed(sequences, pad_id=0)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 10, 11, 12, 13, *[0] * 7]]
+    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 4, *range(7)]]
+    assert batch.targets.tolist() == [[-100, 7, 8, *[-100] * 4, 13, *[-100] * 8]]
+    assert batch.positions.tolist() == [[0, 1], [0, 2], [0, 7]]
+    assert (batch.ids, batch.lengths, batch.num_targets) == ([7, 3], [4, 5], 3)
+    assert batch.packed and batch.places == 16
+
+
+@pytest.mark.parametrize("few", [0, 1])
+def test_one_sequence_has_the_row_that_it_has_anyway(few: int):
+    sequences = [example(7, [5, 6, 7, 8], [2, 3])][:few]
+    batch, plain = packed(sequences, pad_id=0), collate(sequences, pad_id=0)
+    assert not batch.packed and batch.inputs.keys() == {"input_ids"} and batch.places == 8
+    assert torch.equal(batch.input_ids, plain.input_ids) and batch.lengths == plain.lengths
 
 
 @pytest.mark.parametrize(("longest", "padded"), [(2, 8), (7, 8), (8, 8), (9, 16), (16, 16)])

@@ -42,6 +42,25 @@ def test_a_sequence_has_its_mask_in_any_batch(row: int) -> None:
     assert torch.equal(mask(batch, tokens=12)[row, :6], mask(ALONE, tokens=6)[0])
 
 
+@pytest.mark.parametrize("row", [0, 1, 2])
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_sequence_has_its_mask_in_a_shared_row(row: int, flat: bool) -> None:
+    ids, lengths = [7, 8], [9, 2]
+    ids.insert(row, 42)
+    lengths.insert(row, 6)
+    start, stream = sum(lengths[:row]), DropoutStream()
+    keys = SampleKeys(seed=5, step=7, ids=ids, lengths=lengths, row=24)
+    x = torch.zeros(24, FEATURES) if flat else torch.zeros(1, 24, FEATURES)
+    with stream.keyed(keys):
+        found = keep_mask(stream, x, P, "q_proj").view(24, FEATURES)
+        places = torch.tensor([[0, start + 3], [0, start + 1]])
+        with stream.at(places):  # as a head is called, with the places of targets
+            some = keep_mask(stream, x.view(24, FEATURES)[:2], P, "q_proj")
+    alone = mask(ALONE, tokens=6)[0]
+    assert torch.equal(found[start : start + 6], alone)
+    assert torch.equal(some, alone[[3, 1]])
+
+
 def test_other_random_numbers_leave_the_mask_alone() -> None:
     torch.manual_seed(1)
     first = mask(ALONE, tokens=6)

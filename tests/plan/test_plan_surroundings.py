@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dlora.config.load import parse
-from dlora.data import Dataset, Sampler, deal
-from dlora.data.collate import collate
+from dlora.data import Dataset, Dealing, Sampler, deal
+from dlora.data.collate import collate, packed
 from dlora.data.encode import NO_TARGET
 from dlora.data.report import Report
 from dlora.plan.capacity import free_bytes
@@ -36,8 +36,9 @@ def test_a_budget_stands_above_what_is_free() -> None:
     assert unknown is None
 
 
+@pytest.mark.parametrize("packs", [False, True])
 @pytest.mark.parametrize(("world", "size"), [(1, 4), (2, 2), (3, 4)])
-def test_the_largest_micro_batch_is_that_of_the_run(world: int, size: int) -> None:
+def test_the_largest_micro_batch_is_that_of_the_run(world: int, size: int, packs: bool) -> None:
     """Of its sequences in its order, and not the longest of all the data."""
     generator = np.random.default_rng(0)
     lengths = [*generator.integers(9, 90, 60), 200]
@@ -49,16 +50,17 @@ def test_the_largest_micro_batch_is_that_of_the_run(world: int, size: int) -> No
     sampler = Sampler(60, 12, seed=3, shuffle=True, max_steps=4)
     words = ["--model.path=m", "--data.train=d.jsonl", "--output.dir=o"]
     words += ["--train.global_batch_size=12", f"--train.micro_batch_size={size}"]
-    workload = workload_of(parse(words, prog="dlora.train").config, world, data, sampler)
+    config, dealing = parse(words, prog="dlora.train").config, Dealing(size, packs=packs)
+    workload = workload_of(config, world, data, sampler, dealing=dealing)
     batches = [
-        collate([data[i] for i in micro], pad_id=0)
+        (packed if packs else collate)([data[i] for i in micro], pad_id=0)
         for step in range(4)
         for micros in deal(sampler.step(step), data.lengths, world, size)
         for micro in micros
     ]
     assert workload.rows * workload.tokens == max(batch.targets.numel() for batch in batches)
     assert workload.targets == max(batch.num_targets for batch in batches)
-    assert workload.tokens < 200
+    assert workload.tokens < 200 or packs
 
 
 # words of the command line, ranks, what is settled: engine, base, optimizer state

@@ -1,13 +1,20 @@
 """The trace of a micro-batch against the same micro-batch really computed, byte for byte."""
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from sampling import full
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+)
 
 from dlora import FloraConfig
 from dlora.base.quantize import quantize
@@ -42,6 +49,7 @@ CONFIGS: dict[str, Any] = {
     ),
     # Few activations, so that a whole weight stands out.
     "heavy": LlamaConfig(**LLAMA | {"vocab_size": 200, "intermediate_size": 16384}),
+    "windows": MistralConfig(**LLAMA, sliding_window=32),
     "mixtral": MixtralConfig(**LLAMA, num_local_experts=4, num_experts_per_tok=2),
 }
 
@@ -61,18 +69,26 @@ def model_of(
 
 
 def allocated(
-    model: nn.Module, rows: int = ROWS, tokens: int = TOKENS, few: int | None = None
+    model: nn.Module,
+    rows: int = ROWS,
+    tokens: int = TOKENS,
+    few: int | None = None,
+    lengths: Sequence[int] = (),
 ) -> tuple[int, int]:
-    """(alive between forward and backward, most alive) as torch's profiler sees the allocator."""
+    """(alive between forward and backward, most alive) as torch's profiler sees the allocator.
+
+    Args:
+        lengths: of sequences that share the one row.
+    """
     targets.install(model)
     model.train()
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
-    run(model, rows, tokens, few)  # what is made once is there now
+    run(model, rows, tokens, few, lengths)  # what is made once is there now
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
-        run(model, rows, tokens, few)
+        run(model, rows, tokens, few, lengths)
     events = list(profile.profiler.kineto_results.events())  # type: ignore[union-attr]
     [turn] = [event.start_ns() for event in events if event.name() == "backward begins"]
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
@@ -85,14 +101,43 @@ def allocated(
     return saved, most
 
 
-def run(model: nn.Module, rows: int, tokens: int, few: int | None = None) -> None:
+def run(
+    model: nn.Module,
+    rows: int,
+    tokens: int,
+    few: int | None = None,
+    lengths: Sequence[int] = (),
+) -> None:
     ids = torch.randint(model.config.vocab_size, (rows, tokens))
     marked = ids.clone()
     if few is not None:
         marked.view(-1)[few:] = targets.IGNORED
-    loss = model(input_ids=ids, targets=marked)
+    packed = {}
+    if lengths:
+        positions = torch.cat([torch.arange(n) for n in lengths])
+        packed = {"position_ids": positions[None], "lengths": lengths}
+    loss = model(input_ids=ids, targets=marked, **packed)
     with torch.profiler.record_function("backward begins"):
         loss.backward()
+
+
+@pytest.mark.parametrize("every", [0, 1])
+@pytest.mark.parametrize("name", ["llama", "windows"])
+def test_bytes_are_those_of_a_packed_row(name: str, every: int) -> None:
+    """Of sequences side by side, not of one as long as all of them."""
+    lengths, how = [40, 16, 104, 8, 24], Recompute(every)
+    total, model = sum(lengths), model_of(name, torch.float32, "cpu")
+    skeleton = model_of(name, torch.float32, "meta")
+    planned = trace(skeleton, 1, total, checkpointing=how, lengths=lengths)
+    if every:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    saved, most = allocated(model, 1, total, lengths=lengths)
+    assert planned.estimated == ""
+    # Random states of what is computed again are not traced.
+    assert planned.saved == pytest.approx(saved, rel=0.005, abs=6000 * LAYERS * every)
+    assert max(planned.blocks, planned.loss) == pytest.approx(most, rel=0.01)
+    whole = trace(skeleton, 1, total, checkpointing=how)
+    assert planned.flops < whole.flops
 
 
 # Every 4th of 6 layers is traced as the first block of a period, and the two behind it.

@@ -1,0 +1,235 @@
+"""Sequences that share one row and never see each other: what `data.packing` does to a model.
+
+    row          a0 a1 a2 a3 | b0 b1 | c0 c1 c2 | padding      [1, T]
+    positions     0  1  2  3    0  1    0  1  2                from the data, as `position_ids`
+
+Everything but attention looks at one token at a time. transformers' classes get their attention,
+and the mask for it, from two tables by the name of an implementation. Here each entry of the tables
+computes a packed row a sequence at a time, by the function that was there before: so scaling,
+windows, soft caps, sinks and groups of heads are those of the class, and no [T, T] mask is made.
+
+    attention(q, k, v) = concat_s own(q_s, k_s, v_s, mask_s)        s: the sequences of the row
+
+A mask is a recipe that the class passes on to its attention, in the disguise of a tensor
+[1, 1, T, T] of one element. Where it does not arrive there as it was made, the row is refused,
+never computed in another way. On CUDA one kernel for sequences of many lengths does it all, where
+there is one.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dlora.errors import UsageError
+from dlora.objectives.varlen import by_flash_attention, by_torch
+
+_OWNER = "dlora_packed_row"  # an attribute of every module of a model
+_ADDED = "dlora_before"  # of a function that stands in a table: what stood there
+_EAGER = "eager_attention_forward"  # each module of transformers has its own, in no table
+_current: list[PackedRow] = []  # whose forward runs, for masks, which do not know their model
+
+
+class PackedRow:
+    """The row that a model computes next, if it is shared by several sequences.
+
+    It stays until the next forward pass, since backward may recompute.
+
+    Attributes:
+        lengths: tokens of each sequence, and of the padding behind them; empty: not packed.
+        attended: whether this pass has called attention.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.lengths: tuple[int, ...] = ()
+        self.attended = False
+        self._masks: dict[int, tuple[Tensor, Callable[[int], Tensor | None]]] = {}
+        self._offsets: dict[torch.device, Tensor] = {}
+        self.flash = bool(getattr(model, "_supports_flash_attn", False))
+        for module in model.modules():
+            module.__dict__[_OWNER] = self
+        _extend_tables(model)
+
+    def set(self, lengths: Sequence[int] | None, shape: torch.Size | None) -> None:
+        """Set what a batch of this shape [rows, tokens] has in its rows; None: it has no targets.
+
+        Args:
+            lengths: tokens of each sequence without padding; more of them than rows share one.
+
+        Raises:
+            UsageError: they do not fit into one row.
+        """
+        self.lengths, self.attended = (), False
+        self._masks, self._offsets = {}, {}
+        if lengths is None or shape is None or len(lengths) <= shape[0]:
+            return
+        padding = shape[1] - sum(lengths)
+        if shape[0] != 1 or padding < 0:
+            raise UsageError(
+                f"model(..., lengths=...): {len(lengths)} sequences of {sum(lengths)} tokens do "
+                f"not fit into {shape[0]} row(s) of {shape[1]} tokens; packed ones share one row"
+            )
+        self.lengths = (*lengths, padding) if padding else tuple(lengths)
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Around the model's forward.
+
+        Raises:
+            UsageError: its attention is none of transformers' table.
+        """
+        if not self.lengths:
+            yield
+            return
+        _current.append(self)
+        try:
+            yield
+        finally:
+            _current.pop()
+        if not self.attended:
+            raise UsageError(
+                "data.packing: the model's attention is not one of transformers' table, so the "
+                "sequences of a row would see each other"
+            )
+
+    def mask(self, own: Callable[..., Any], how: dict[str, Any]) -> Tensor | None:
+        """The mask that `own` makes of a sequence alone, as a recipe for `attend`."""
+        total = sum(self.lengths)
+        if how["q_length"] != total or how["kv_length"] != total:
+            return _refuse("its masks are for other things than the tokens of a row")
+        made = functools.cache(
+            lambda n: own(**how | {"batch_size": 1, "q_length": n, "kv_length": n})
+        )
+        longest = made(max(self.lengths))
+        if longest is None:  # nor has any shorter one
+            return None
+        if not isinstance(longest, Tensor):
+            return _refuse("its attention takes masks that are no tensors")
+        recipe = longest.new_zeros(()).expand(1, 1, total, total)
+        self._masks[recipe.untyped_storage()._cdata] = recipe, made
+        return recipe
+
+    def attend(
+        self,
+        own: Callable[..., Any],
+        module: nn.Module,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        mask: Tensor | None,
+        how: dict[str, Any],
+    ) -> tuple[Tensor, None]:
+        """[1, T, heads, D] by the attention `own` of each sequence [1, heads, n, D] alone."""
+        total = sum(self.lengths)
+        if any(x.shape[0] != 1 or x.shape[2] != total for x in qkv):
+            return _refuse("its attention is over other things than the tokens of a row")
+        self.attended = True
+        made = self._recipe(mask)
+        if qkv[0].is_cuda and self.flash:
+            found = by_torch(self, qkv, mask, how)
+            if found is not None:
+                return found, None
+        outputs, start = [], 0
+        for n in self.lengths:
+            piece = slice(start, start + n)
+            parts = [x[:, :, piece] for x in qkv]
+            some = {name: _of_piece(value, total, piece) for name, value in how.items()}
+            outputs.append(own(module, *parts, made(n), **some)[0])
+            start += n
+        return torch.cat(outputs, 1), None
+
+    def by_flash_attention(
+        self, own: Callable[..., Any], module: nn.Module, qkv: Any, how: dict[str, Any]
+    ) -> Any:
+        """The same by transformers' function for the package flash-attn, which knows lengths."""
+        self.attended = True
+        return by_flash_attention(self, own, module, qkv, how)
+
+    def offsets(self, device: torch.device) -> Tensor:
+        """int32 [sequences + 1], where each one begins, and the end."""
+        if device not in self._offsets:
+            ends = torch.tensor((0, *self.lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+            self._offsets[device] = ends.to(device, non_blocking=True)
+        return self._offsets[device]
+
+    def _recipe(self, mask: Tensor | None) -> Callable[[int], Tensor | None]:
+        if mask is None:
+            return lambda n: None
+        found = self._masks.get(mask.untyped_storage()._cdata)
+        if found is None or mask.shape[-2:] != found[0].shape[-2:]:
+            return _refuse("its class makes masks of its own")
+        return found[1]
+
+
+def _refuse(reason: str) -> Any:
+    raise UsageError(f"data.packing: this model cannot pack: {reason}; set data.packing: false")
+
+
+def _of_piece(value: Any, total: int, piece: slice) -> Any:
+    """The part of an argument that belongs to a sequence: of a bias [..., T, T] its square."""
+    if isinstance(value, Tensor) and value.ndim > 2 and value.shape[-2:] == (total, total):
+        return value[..., piece, piece]
+    return value
+
+
+# -- transformers' tables --------------------------------------------------------------------------
+
+
+def _extend_tables(model: nn.Module) -> None:
+    """Let all entries know packed rows; of models that have none they do what they did."""
+    attentions: Any = sys.modules.get("transformers.modeling_utils")
+    masks: Any = sys.modules.get("transformers.masking_utils")
+    if attentions is None or masks is None:
+        return  # then no class of it is here
+    _extend(attentions.ALL_ATTENTION_FUNCTIONS, _attention)
+    _extend(masks.ALL_MASK_ATTENTION_FUNCTIONS, _mask)
+    for name in {type(module).__module__ for module in model.modules()}:
+        own = getattr(sys.modules.get(name), _EAGER, None)
+        if own is not None and not hasattr(own, _ADDED):
+            setattr(sys.modules[name], _EAGER, _attention("eager", own))
+
+
+def _extend(table: Any, extended: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
+    for name, own in list(table.items()):
+        if not hasattr(own, _ADDED):
+            table.register(name, extended(name, own))
+
+
+def _attention(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(own)
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any = None,
+        *args: Any,
+        **how: Any,
+    ) -> Any:
+        row = module.__dict__.get(_OWNER)
+        if row is None or not row.lengths:
+            return own(module, query, key, value, attention_mask, *args, **how)
+        if args:
+            return _refuse("it calls its attention in a way that is not known")
+        qkv = (query, key, value)
+        if name.startswith("flash"):
+            return row.by_flash_attention(own, module, qkv, how)
+        return row.attend(own, module, qkv, attention_mask, how)
+
+    setattr(attention, _ADDED, own)
+    return attention
+
+
+def _mask(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(own)
+    def mask(*args: Any, **how: Any) -> Any:
+        if not _current or args:
+            return own(*args, **how)
+        return _current[-1].mask(own, how)
+
+    setattr(mask, _ADDED, own)
+    return mask
