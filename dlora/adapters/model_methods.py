@@ -21,6 +21,7 @@ from dlora.adapters.save_load import adapter_files, load_adapter, save_adapter
 from dlora.errors import UsageError
 from dlora.lora.attach import children_of, disabled
 from dlora.lora.made_class import made_class
+from dlora.lora.merge import is_merged, merge, unmerge
 from dlora.lora.switch import switch_off, switch_on
 from dlora.quant.linear import is_packed
 
@@ -206,6 +207,39 @@ class AdaptedModel:
         for child in children_of(self):
             child.check_cast(fn)
         return super()._apply(fn, recurse)  # type: ignore[misc]
+
+    # -- merging --------------------------------------------------------------------------------
+
+    def merge_adapter(
+        self: Any, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """`dlora.merge`, by the name that a PeftModel has for it; nothing where it is merged.
+
+        Args:
+            safe_merge: of no effect: a merge that is not finite is refused in any case.
+
+        Raises:
+            UsageError: as there, or another adapter is meant.
+        """
+        self.set_adapter(NAME if adapter_names is None else adapter_names)
+        if not is_merged(self):
+            merge(self)
+
+    def unmerge_adapter(self: Any) -> None:
+        """`dlora.unmerge`; nothing where the model is not merged."""
+        if is_merged(self):
+            unmerge(self)
+
+    def merge_and_unload(self: Any, *_: Any, **__: Any) -> None:
+        """Refused: what was attached stays."""
+        raise UsageError(
+            "merge_and_unload: dlora adapters stay attached; merge_adapter() merges in place, and "
+            "dlora.export --merge writes a merged model"
+        )
+
+    def unload(self: Any, *_: Any, **__: Any) -> None:
+        """Refused: what was attached stays."""
+        raise UsageError("unload: dlora adapters stay attached; disable_adapters() is there")
 
     # -- others' adapters -----------------------------------------------------------------------
 
