@@ -1,4 +1,4 @@
-"""Why modules that look adaptable, or trainable whole, are not: the reasons, in words for errors."""
+"""Why modules that look adaptable, or trainable whole, are not: reasons, in words for errors."""
 
 from __future__ import annotations
 
