@@ -21,6 +21,7 @@ from dlora.adapters.save_load import adapter_files, load_adapter, save_adapter
 from dlora.errors import UsageError
 from dlora.lora.attach import children_of, disabled
 from dlora.lora.made_class import made_class
+from dlora.lora.merge import is_merged, merge, unmerge
 from dlora.lora.switch import switch_off, switch_on
 from dlora.quant.linear import is_packed
 
@@ -38,6 +39,11 @@ _UNUSED: dict[str, tuple[Any, ...]] = {
 }
 # How the base would be cut into files, or where its tensors come from: the adapter has its own.
 _OF_THE_BASE = ("state_dict", "max_shard_size", "save_function", "save_original_format")
+_STAY = "dlora adapters stay attached"
+_WRAPPED = (
+    "this model has dlora adapters, which PEFT would wrap and no longer train; use either "
+    "dlora.attach or PEFT, on a model of its own"
+)
 _UPLOADING = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr")
 
 
@@ -46,6 +52,15 @@ def equip(model: nn.Module) -> None:
     if not isinstance(model, AdaptedModel):
         base: Any = type(model)
         model.__class__ = made_class(AdaptedModel, base, base.__name__)
+
+
+def _refused(call: str, why: str) -> Callable[..., None]:
+    """A method of PEFT's that raises a `UsageError`, whatever it is given."""
+
+    def refuse(self: Any, *_: Any, **__: Any) -> None:
+        raise UsageError(f"{call}: {why}")
+
+    return refuse
 
 
 class AdaptedModel:
@@ -168,20 +183,6 @@ class AdaptedModel:
         if adapter_name not in (NAME, [NAME]):
             raise UsageError(f"set_adapter: there is no {adapter_name!r}: {_ONLY}")
 
-    def add_adapter(self: Any, *_: Any, **__: Any) -> None:
-        """Refused: PEFT would wrap what dlora adapted."""
-        raise _peft_refused("add_adapter")
-
-    def delete_adapter(self: Any, *_: Any, **__: Any) -> None:
-        """Refused: what was attached stays."""
-        raise UsageError(
-            "delete_adapter: dlora adapters stay attached; disable_adapters() is there"
-        )
-
-    def enable_peft_hotswap(self: Any, *_: Any, **__: Any) -> None:
-        """Refused: there is nothing of PEFT's to be swapped."""
-        raise UsageError("enable_peft_hotswap: the model has dlora adapters, not PEFT's")
-
     def load_adapter(
         self: Any, peft_model_id: str | Path, adapter_name: str = NAME, **others: Any
     ) -> None:
@@ -207,18 +208,52 @@ class AdaptedModel:
             child.check_cast(fn)
         return super()._apply(fn, recurse)  # type: ignore[misc]
 
+    # -- merging --------------------------------------------------------------------------------
+
+    def merge_adapter(
+        self: Any, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """`dlora.merge`, by the name that a PeftModel has for it; nothing where it is merged.
+
+        Args:
+            safe_merge: of no effect: a merge that is not finite is refused in any case.
+
+        Raises:
+            UsageError: as there, or another adapter is meant.
+        """
+        self.set_adapter(NAME if adapter_names is None else adapter_names)
+        if not is_merged(self):
+            merge(self)
+
+    def unmerge_adapter(self: Any) -> None:
+        """`dlora.unmerge`; nothing where the model is not merged."""
+        if is_merged(self):
+            unmerge(self)
+
+    merge_and_unload = _refused(
+        "merge_and_unload",
+        f"{_STAY}; merge_adapter() merges in place, and dlora.export --merge writes a merged model",
+    )
+    unload = _refused("unload", f"{_STAY}; disable_adapters() is there")
+    delete_adapter = _refused("delete_adapter", f"{_STAY}; disable_adapters() is there")
+    add_adapter = _refused("add_adapter", _WRAPPED)
+    add_weighted_adapter = _refused("add_weighted_adapter", _ONLY)
+    enable_peft_hotswap = _refused(
+        "enable_peft_hotswap", "the model has dlora adapters, not PEFT's"
+    )
+
     # -- others' adapters -----------------------------------------------------------------------
 
     @property
     def peft_config(self: Any) -> Any:
         """Not there, since PEFT has no adapters in this model; PEFT's own question is refused."""
         if _peft_asks():
-            raise _peft_refused("get_peft_model")
+            raise UsageError(f"get_peft_model: {_WRAPPED}")
         raise AttributeError("peft_config")
 
     @peft_config.setter
     def peft_config(self: Any, value: Any) -> None:
-        raise _peft_refused("get_peft_model")
+        raise UsageError(f"get_peft_model: {_WRAPPED}")
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -242,13 +277,6 @@ def _elements(module: Any) -> Iterator[tuple[nn.Parameter, int]]:
     codes = module.weight_codes
     yield codes, getattr(codes, "ds_shape", codes.shape)[0] * module.packing.n
     yield module.weight_scales, 0
-
-
-def _peft_refused(call: str) -> UsageError:
-    return UsageError(
-        f"{call}: this model has dlora adapters, which PEFT would wrap and no longer train; use "
-        "either dlora.attach or PEFT, on a model of its own"
-    )
 
 
 def _peft_asks() -> bool:

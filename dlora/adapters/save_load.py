@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlora.adapters.base_copies import same_base, take_base_copies
 from dlora.adapters.diffusers_format import (
     LORA_WEIGHTS,
     diffusers_file,
@@ -28,14 +29,13 @@ from dlora.adapters.peft_settings import lora_fields
 from dlora.adapters.write import CONFIG, WEIGHTS, recorded_name, write_files
 from dlora.errors import UsageError, and_more
 from dlora.io.files import inside, read_object
-from dlora.io.safetensors import FLOATS, StoredTensor, stored_tensors
+from dlora.io.safetensors import StoredTensor, stored_tensors
 from dlora.lora.attach import attachment_of, frozen_tensors, named_adapters
 from dlora.lora.config import LoraConfig
 from dlora.lora.layers import layer_kind
 from dlora.lora.peft_arguments import check_unused
 from dlora.lora.targets import module_paths
 from dlora.methods.attach import attach
-from dlora.quant.linear import is_packed
 
 FORMS = {"LORA": lora_files, "ADALORA": adalora_files}  # by PEFT's name
 # PEFT's initialisations that leave W0 unchanged; the others change the base.
@@ -119,7 +119,8 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     directory = adapter_directory(directory, "load_adapter")
     file = inside(directory, WEIGHTS)
     config, tensors = in_layout_of(model, read_config(directory), stored_tensors(file))
-    check_numbers(tensors)
+    buffers = {PREFIX + name for name, _ in model.named_buffers()}
+    check_numbers({key: tensor for key, tensor in tensors.items() if key not in buffers})
     if not hasattr(model, "dlora"):
         _check_ranks(model, config, file, tensors)
         attach(model, config)
@@ -135,10 +136,10 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
             f"over the plain LoRA in {directory}; load it into a model without adapters"
         )
     expected = peft_slots(model)
-    base_copies = _take_base_copies(model, tensors)
+    base_copies = take_base_copies(model, tensors, expected)
     check_shapes(file, {key: t.shape for key, t in tensors.items()}, expected)
     for key, (stored, base) in base_copies.items():
-        if not _same_base(stored, base):
+        if not same_base(stored, base):
             raise UsageError(
                 f"{file}: {key} differs from this model's weight; the adapter was "
                 "trained on another base"
@@ -189,7 +190,8 @@ def read_config(directory: str | Path) -> LoraConfig:
         check_unused(raw)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
-    if raw.get("init_lora_weights", True) not in _INITS:
+    init = raw.get("init_lora_weights", True)
+    if (init.lower() if isinstance(init, str) else init) not in _INITS:
         raise UsageError(
             f"{path}: init_lora_weights: {raw['init_lora_weights']!r} rewrites the base; convert "
             "the adapter with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
@@ -224,28 +226,3 @@ def _check_ranks(
             )
         if stored is None:
             raise UsageError(f"{file}: lacks {key}")
-
-
-def _take_base_copies(
-    model: nn.Module, tensors: dict[str, StoredTensor]
-) -> dict[str, tuple[StoredTensor, Tensor]]:
-    """Take out of `tensors` the frozen weights that PEFT adds for adapted embeddings and heads.
-
-    Returns (stored, the model's) by key.
-    """
-    found = {}
-    for path, layer, _ in named_adapters(model):
-        key = f"{PREFIX}{path}.base_layer.weight"
-        if key in tensors and not is_packed(layer):
-            found[key] = (tensors.pop(key), layer.get_parameter("weight").detach())
-    return found
-
-
-def _same_base(stored: StoredTensor, base: Tensor) -> bool:
-    """Equal but for a cast; of a sharded weight only the shape is compared: no collective."""
-    if stored.shape != base.shape or stored.dtype not in FLOATS:
-        return False
-    if type(base) is not Tensor or base.device.type == "meta":
-        return True
-    copy = stored.rows().to(base.device)
-    return torch.equal(copy.to(base.dtype), base) or torch.equal(base.to(copy.dtype), copy)

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlora.adapters.base_copies import base_names
 from dlora.adapters.layouts import in_layout_of
-from dlora.adapters.peft_names import PREFIX, peft_names, peft_slots
+from dlora.adapters.peft_names import peft_names, peft_slots
 from dlora.adapters.recorded import LABELS, Answering, BaseReference
 from dlora.adapters.save_load import check_numbers
 from dlora.errors import UsageError, and_more
@@ -53,7 +54,7 @@ class AdapterSource:
     task: str | None = None  # PEFT's word for what it was trained for
     _tensors: dict[str, StoredTensor] = field(default_factory=dict)  # by name in the model
     _shapes: dict[str, torch.Size] = field(default_factory=dict)  # that the model has them in
-    # PEFT stores W0 of adapted embeddings too: where, by the parameter's name
+    # PEFT stores W0 of embeddings and heads too: where, by the parameter's name
     base_copies: dict[str, StoredTensor] = field(default_factory=dict)
 
     @property
@@ -98,9 +99,10 @@ class AdapterSource:
         self._shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self._tensors = {name: stored.pop(key) for name, key in keys.items() if key in stored}
         if not self.is_checkpoint:
-            for path, _, _ in named_adapters(model):
-                if (key := f"{PREFIX}{path}.base_layer.weight") in stored:
-                    self.base_copies[f"{path}.weight"] = stored.pop(key)
+            parameters_of_base = dict(model.named_parameters(remove_duplicate=False))
+            for key, name in base_names(model, stored).items():
+                if name in parameters_of_base:
+                    self.base_copies[name] = stored.pop(key)
         missing = [key for name, key in keys.items() if name not in self._tensors]
         if missing or stored:
             what, some = ("lacks", missing) if missing else ("has the unexpected", list(stored))

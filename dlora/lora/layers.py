@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dlora.lora.made_class import made_class
+from dlora.lora.obstacles import CONVOLUTIONS, obstacle
 from dlora.lora.own_forward import computes_embedding, computes_linear, embed_scale
 from dlora.lora.own_storage import OwnStorage
 from dlora.lora.states import AdapterState, Stateful
@@ -111,10 +112,10 @@ class AdaptedLinear(AdaptedLayer):
     def shape(module: Any) -> tuple[int, int]:
         return module.out_features, module.in_features
 
-    def forward(self: Any, x: Tensor) -> Tensor:
+    def forward(self: Any, input: Tensor) -> Tensor:
         if not self.adapter.active:
-            return super().forward(x)  # type: ignore[misc]
-        return self.adapter.linear(x, frozen_weight(self), self.bias)
+            return super().forward(input)  # type: ignore[misc]
+        return self.adapter.linear(input, frozen_weight(self), self.bias)
 
 
 class AdaptedConv1D(AdaptedLayer):
@@ -156,7 +157,7 @@ class AdaptedEmbedding(AdaptedLayer):
     def accepts(module: nn.Module) -> bool:
         return (
             isinstance(module, nn.Embedding)
-            and module.max_norm is None  # renormalises W0 in place on every look-up
+            and obstacle(module) is None
             and (type(module).forward is nn.Embedding.forward or computes_embedding(module))
         )
 
@@ -164,10 +165,10 @@ class AdaptedEmbedding(AdaptedLayer):
     def shape(module: Any) -> tuple[int, int]:
         return module.embedding_dim, module.num_embeddings
 
-    def forward(self: Any, ids: Tensor) -> Tensor:
+    def forward(self: Any, input: Tensor) -> Tensor:
         if not self.adapter.active:
-            return super().forward(ids)  # type: ignore[misc]
-        y = self.adapter.embedding(ids, self.weight, self.padding_idx)
+            return super().forward(input)  # type: ignore[misc]
+        y = self.adapter.embedding(input, self.weight, self.padding_idx)
         return y * embed_scale(self, y.dtype) if hasattr(self, "embed_scale") else y
 
     @classmethod
@@ -207,10 +208,10 @@ class AdaptedConvolution(AdaptedLayer):
     def as_stored(cls, module: Any, delta: Tensor) -> Tensor:
         return delta.reshape(-1, module.in_channels, *module.kernel_size)
 
-    def forward(self: Any, x: Tensor) -> Tensor:
+    def forward(self: Any, input: Tensor) -> Tensor:
         if not self.adapter.active:
-            return super().forward(x)  # type: ignore[misc]
-        return self.adapter.convolution(x, self.weight, self.bias, self._conv_forward)
+            return super().forward(input)  # type: ignore[misc]
+        return self.adapter.convolution(input, self.weight, self.bias, self._conv_forward)
 
     @classmethod
     def gradient_times(
@@ -225,29 +226,12 @@ class AdaptedConvolution(AdaptedLayer):
         return (gradient.t() if transposed else gradient) @ basis
 
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LAYERS: tuple[type[AdaptedLayer], ...] = (
     AdaptedLinear,
     AdaptedConv1D,
     AdaptedEmbedding,
     AdaptedConvolution,
 )
-
-
-def obstacle(module: nn.Module) -> str | None:
-    """Why a convolution cannot carry an adapter; None where it can, and of other modules."""
-    kind = next((k for k in CONVOLUTIONS if isinstance(module, k)), None)
-    if not isinstance(module, CONVOLUTIONS) or kind is None:
-        return None
-    if type(module).forward is not kind.forward:
-        return "it has a forward of its own"
-    if module.groups != 1:
-        return f"groups={module.groups}: W0 connects channels of one group, B·A all channels"
-    if set(module.dilation) != {1}:
-        return f"dilation={module.dilation}: in PEFT's form A is not dilated, but W0 is"
-    if module.padding_mode != "zeros":
-        return f"padding_mode={module.padding_mode!r}: in PEFT's form A sees zeros there"
-    return None
 
 
 def layer_kind(module: nn.Module) -> type[AdaptedLayer] | None:

@@ -144,6 +144,9 @@ class LowRankWeight:
             return args[0].transpose(*(args[1:] or (0, 1)))
         return function(*_whole(args), **_whole(kwargs))
 
+    def __len__(self) -> int:
+        return len(self.weight)
+
     def __getattr__(self, name: str) -> Any:
         """Shape, dtype and device are those of W0; all else is asked of the whole matrix."""
         if name in _OF_THE_BASE:
@@ -152,6 +155,21 @@ class LowRankWeight:
             raise AttributeError(name)
         return getattr(self.whole, name)
 
+
+def _of_whole(name: str) -> Callable[..., Any]:
+    """The operator of that name, which Python looks up in the class, on the whole matrix."""
+
+    def operate(self: LowRankWeight, *others: Any) -> Any:
+        return getattr(self.whole, name)(*_whole(others))
+
+    return operate
+
+
+_OPERATORS = ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "rpow")
+_OPERATORS += ("neg", "abs", "iter", "eq", "ne", "lt", "le", "gt", "ge", "bool", "float")
+for _name in (f"__{operator}__" for operator in _OPERATORS):
+    setattr(LowRankWeight, _name, _of_whole(_name))
+LowRankWeight.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 _OF_THE_BASE = {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "is_cuda", "layout"}
 _OF_THE_BASE |= {"is_meta", "element_size", "is_floating_point", "__len__"}

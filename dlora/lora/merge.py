@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dlora.errors import UsageError
+from dlora.errors import UsageError, dtype_name
 from dlora.lora.attach import attachment_of, named_adapters, named_copies, owner_of
 from dlora.lora.layers import AdaptedLayer
 from dlora.lora.states import AdapterState
@@ -88,29 +88,26 @@ def merge(model: nn.Module) -> nn.Module:
     Warns when rounding to the base's dtype loses more than 1 % of a ΔW.
 
     Raises:
-        UsageError: merged already, or the base is sharded (`dlora.export --merge` streams it).
+        UsageError: merged already, the base is sharded (`dlora.export --merge` streams it), or a
+            W0 + ΔW is not finite; nothing was merged then.
     """
     _check_mergeable(model)
-    losses: dict[str, float] = {}
+    merged = {path: _merged(path, *found) for path, *found in named_adapters(model)}
     originals: dict[str, nn.Parameter] = {}
     for path, layer, adapter in named_adapters(model):
-        weight, delta = layer.whole_weight(), layer.as_stored(layer, adapter.addend())
-        scale = scale_of_rows(layer, adapter, delta, [(0, len(weight), weight)])
-        result = merged_weight(weight, change_of(weight, delta, scale))
-        losses[path] = result.loss
         owner = owner_of(path, layer)
-        taken = layer.replace(result.weight)
+        taken = layer.replace(merged[path].weight)
         originals |= {f"{owner}.{name}": parameter for name, parameter in taken.items()}
         if adapter.state is not AdapterState.EMPTY:
             adapter.become(AdapterState.MERGED)
     for path, layer, copy in named_copies(model):
         for name, value in copy.cast().items():
             originals[f"{path}.{name}"] = layer.get_parameter(name)
-            merged = nn.Parameter(value.clone(), requires_grad=False)  # never the master itself
-            _set_parameter(model, f"{path}.{name}", merged)
+            value = value.clone()  # never the master itself
+            _set_parameter(model, f"{path}.{name}", nn.Parameter(value, requires_grad=False))
         copy.become(AdapterState.MERGED)
     model.dlora_originals = originals  # type: ignore[assignment]
-    warn_of_rounding(losses)
+    warn_of_rounding({path: result.loss for path, result in merged.items()})
     return model
 
 
@@ -156,9 +153,14 @@ def rounding_line(losses: dict[str, float], dtype: str) -> str | None:
     )
 
 
+def is_merged(model: nn.Module) -> bool:
+    """Whether `merge` has replaced the weights of the model."""
+    return "dlora_originals" in model.__dict__
+
+
 def _check_mergeable(model: nn.Module) -> None:
     attachment_of(model)
-    if "dlora_originals" in model.__dict__:
+    if is_merged(model):
         raise UsageError("merge: this model is merged already")
     for path, _, adapter in named_adapters(model):
         if adapter.state not in (AdapterState.ON, AdapterState.EMPTY):
@@ -170,6 +172,18 @@ def _check_mergeable(model: nn.Module) -> None:
                 f"merge: {owner_of(path, layer)}.{name} is sharded; save the adapter and use "
                 "dlora.export --merge"
             )
+
+
+def _merged(path: str, layer: AdaptedLayer, adapter: LoraAdapter) -> Merged:
+    weight, delta = layer.whole_weight(), layer.as_stored(layer, adapter.addend())
+    scale = scale_of_rows(layer, adapter, delta, [(0, len(weight), weight)])
+    result = merged_weight(weight, change_of(weight, delta, scale))
+    if not result.weight.isfinite().all() and weight.isfinite().all():
+        raise UsageError(
+            f"merge: {path}: W0 + ΔW has NaN or infinite values in {dtype_name(weight.dtype)}; "
+            "nothing was merged"
+        )
+    return result
 
 
 def _set_parameter(model: nn.Module, path: str, parameter: nn.Parameter) -> None:

@@ -11,7 +11,8 @@ from torch import nn
 from dlora.errors import UsageError
 from dlora.lora.choice import chosen
 from dlora.lora.config import LoraConfig
-from dlora.lora.layers import AdaptedConv1D, AdaptedLinear, layer_kind, obstacle
+from dlora.lora.layers import AdaptedConv1D, AdaptedLinear, layer_kind
+from dlora.lora.obstacles import obstacle, statistics_in
 from dlora.lora.parameters import check_parameter, shape_of
 from dlora.lora.suggest import suggestion, why_not
 from dlora.lora.tasks import head_names
@@ -85,7 +86,8 @@ def saved_paths(model: nn.Module, config: LoraConfig) -> list[str]:
     """Paths of the modules that are trained whole.
 
     Raises:
-        UsageError: a name matches no module, one without parameters, or one inside another match.
+        UsageError: a name matches no module, one without parameters, one inside another match, or
+            one with running statistics.
     """
     modules = {path: module for path, module in model.named_modules() if path}
     trainable = [p for p, m in modules.items() if any(True for _ in m.parameters())]
@@ -106,6 +108,12 @@ def saved_paths(model: nn.Module, config: LoraConfig) -> list[str]:
     for path in paths:
         if _inside(path.rpartition(".")[0], set(paths)):
             raise UsageError(f"modules_to_save: {path} is inside another module that it matches")
+        if (inner := statistics_in(modules[path])) is not None:
+            where = f"{path}.{inner}".rstrip(".")
+            raise UsageError(
+                f"modules_to_save: {where} has running statistics, which would change in the base, "
+                "differ from rank to rank and be missing in the adapter"
+            )
     return list(dict.fromkeys(paths))
 
 
@@ -232,15 +240,14 @@ def _check_adaptable(path: str, modules: dict[str, nn.Module]) -> None:
         if len(shape_of(parameter)) == 3
     ]
     last = path.rpartition(".")[2]
-    why = obstacle(module) or "Linear, Conv1D, Embedding and Conv1d, 2d, 3d can"
-    if stacks and obstacle(module) is None:
+    known = obstacle(module, last)
+    why = known or "Linear, Conv1D, Embedding and Conv1d, 2d, 3d can"
+    if stacks and known is None:
         why = (
             "its weights are stacks of matrices: use target_parameters: "
             f"[{', '.join(f'{last}.{name}' for name in stacks)}]"
         )
-    elif isinstance(module, nn.Embedding) and module.max_norm is not None:
-        why = "max_norm rewrites its weight at every look-up"
-    elif isinstance(module, (nn.Linear, nn.Embedding)):
+    elif known is None and isinstance(module, (nn.Linear, nn.Embedding)):
         why = "its forward computes something else than the layer that it is derived from"
     raise UsageError(
         f"target_modules: {path} is a {type(module).__name__}, which cannot carry an adapter "

@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import nn
 
+from dlora.adapters.base_copies import base_names
 from dlora.adapters.layouts import in_layout_of
-from dlora.adapters.peft_names import PREFIX, peft_slots
+from dlora.adapters.peft_names import peft_slots
 from dlora.adapters.save_load import check_numbers, check_shapes
 from dlora.adapters.write import WEIGHTS
 from dlora.config.load import Config
@@ -103,11 +104,11 @@ def check_adapter(model: nn.Module, directory: Path) -> None:
     """Check, as `load_adapter` does, that an adapter's file fits a model and is finite."""
     path = inside(directory, WEIGHTS)
     _, tensors = in_layout_of(model, attachment_of(model).config, stored_tensors(path))
-    shapes = {key: stored.shape for key, stored in tensors.items()}
-    for adapted, _, _ in named_adapters(model):
-        shapes.pop(f"{PREFIX}{adapted}.base_layer.weight", None)
-    check_shapes(path, shapes, peft_slots(model))
-    check_numbers(tensors)
+    slots = peft_slots(model)
+    copies = base_names(model, tensors.keys() - slots.keys())
+    own = {key: stored for key, stored in tensors.items() if key not in copies}
+    check_shapes(path, {key: stored.shape for key, stored in own.items()}, slots)
+    check_numbers(own)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from causal_models import relative_error
 from peft import get_peft_model
+from peft_twins import name_in_peft
 from tiny import MODELS, whole
 from torch import nn
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
@@ -58,19 +59,6 @@ def model_for(case: str, path: Any) -> Any:
     model = whole(path("mixtral" if case == "parameters" else "llama"), "float64")
     model.config._experts_implementation = "eager"  # the others take no float64
     return model
-
-
-def name_in_peft(key: str) -> str:
-    """A parameter's name in PEFT's model, by its key in PEFT's file."""
-    for factor in ("lora_A", "lora_B"):
-        if key.endswith(f".{factor}.weight"):
-            return f"{key.removesuffix('weight')}default.weight"
-    if key.endswith(("lora_embedding_A", "lora_embedding_B")):
-        return f"{key}.default"
-    if key.endswith("lora_magnitude_vector"):
-        return f"{key}.default.weight"
-    path, _, name = key.rpartition(".")
-    return f"{path}.modules_to_save.default.{name}"
 
 
 def check_equal(ours: nn.Module, theirs: nn.Module, names: dict[str, str]) -> None:
