@@ -43,7 +43,7 @@ from dlora.lora.tasks import HEADS
 from dlora.metrics.progress import CopyDisplay
 
 MERGED_FILE_BYTES = 256 * 10**6
-# Per parameter: reads W0 as it is stored, yields the new value in a dtype, in blocks of rows.
+# Reads W0 as it is stored, yields the new value in a dtype, in blocks of rows.
 Edit = Callable[[StoredTensor, torch.dtype], Iterator[Tensor]]
 
 
@@ -198,9 +198,8 @@ class MergedModel:
             return {}
         tied, cut = self._tied_nevertheless(), dict[str, str]()
         for members in groups.values():
-            changed = bool(self.edits.keys() & set(members))
             if still := [name for name in members if name in tied]:
-                if changed:
+                if self.edits.keys() & set(members):
                     raise UsageError(
                         f"{still[0]} is adapted and shares its weight with others, which "
                         "tie_word_embeddings: false does not untie, so it cannot be merged"
