@@ -69,6 +69,7 @@ OWNERS = {
 # What may be imported inside a function: heavy packages, and those that only an extra installs.
 HEAVY = {"transformers", "accelerate", "torch.utils.tensorboard", "matplotlib", "ray", "deepspeed"}
 HEAVY |= {"launchers.ray_stop", "launchers.ray_worker"}  # they import ray
+HEAVY |= {"torch.nn.attention.varlen"}  # it imports torch's compiler, which takes seconds
 OPTIONAL = {
     "bitsandbytes",
     "zstandard",
