@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,16 @@ from dlora.base.reader import StoredWeights
 from dlora.base.skeleton import AUTO, make_buffers, set_buffers, untied_config
 from dlora.base.weight_files import check_files, check_loaded
 
-if TYPE_CHECKING:
-    from dlora.base.model import BaseModel
-
 
 class BaseWeights:
-    """The weights of a base, for an engine: all of them from transformers, or range by range."""
+    """The weights of a base, for an engine: all of them from transformers, or range by range.
 
-    def __init__(self, base: BaseModel, left: Any = None) -> None:
+    Args:
+        base: a `BaseModel`, whose file imports this one.
+        left: as for `StoredPackedWeights`.
+    """
+
+    def __init__(self, base: Any, left: Any = None) -> None:
         self._base, self._left = base, left
         check_files(base)  # they are downloaded now, since they say which weights are tied
         self.skeleton: Any = base.skeleton()
