@@ -98,6 +98,7 @@ def started(directory: Path, *, traced: bool = False, **settings: Any) -> Run:
 
 def _estimated(skeleton: Any, rows: int, tokens: int, **how: Any) -> Trace:
     how["reason"] = "not traced"
+    how.pop("lengths", None)  # only of a trace
     return estimate(skeleton, rows * tokens, **how)
 
 
