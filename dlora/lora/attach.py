@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dlora.errors import UsageError
 from dlora.lora.attachment import Attachment
 from dlora.lora.config import LoraConfig
-from dlora.lora.foreign import check_no_peft
+from dlora.lora.foreign import check_no_adapters
 from dlora.lora.layers import (
     CHILD,
     AdaptedLayer,
@@ -62,9 +62,7 @@ def attach(
     Raises:
         UsageError: nothing matches, a match cannot carry an adapter, or the model has adapters.
     """
-    if hasattr(model, "dlora"):
-        raise UsageError("attach: this model already has adapters")
-    check_no_peft(model)
+    check_no_adapters(model)
     adapted, saved = module_paths(model, config), saved_paths(model, config)
     parameters = parameter_paths(model, config)
     owners = dict.fromkeys(path.rpartition(".")[0] for path in parameters)

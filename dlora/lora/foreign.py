@@ -1,4 +1,7 @@
-"""Adapters of PEFT's in a model that `attach` is given: known by their class, PEFT not imported."""
+"""Adapters that a model has already when `attach` is given it: dlora's, or PEFT's.
+
+The latter are known by their class; PEFT is not imported.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,10 @@ from dlora.errors import UsageError
 _PACKAGE = "peft"
 
 
-def check_no_peft(model: nn.Module) -> None:
-    """Raise a `UsageError` if PEFT has wrapped the model, or layers of it."""
+def check_no_adapters(model: nn.Module) -> None:
+    """Raise a `UsageError` if `attach` was called already, or PEFT has wrapped the model."""
+    if hasattr(model, "dlora"):
+        raise UsageError("attach: this model already has adapters")
     for path, module in model.named_modules():
         if any(base.__module__.partition(".")[0] == _PACKAGE for base in type(module).__mro__):
             raise UsageError(

@@ -31,6 +31,7 @@ from dlora.lora.attach import attachment_of, named_adapters, trainable_parameter
 
 pytestmark = quiet_peft
 ROUNDING = {torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of one sum in the dtype
+HALF = [pytest.param(torch.float16, marks=pytest.mark.full), torch.bfloat16]
 SMALL = {name: c for name, c in CASES.items() if not name.startswith("decoder")}
 PEFTS_MERGES = [name for name, c in CASES.items() if c.merged_by_peft]
 
@@ -114,7 +115,7 @@ def test_files_go_both_ways(name: str, tmp_path: Path) -> None:
         assert torch.equal(parameter, trainable_parameters(ours)[key]), key
 
 
-@pytest.mark.parametrize("safe", [False, True], ids=["merge", "safe merge"])
+@pytest.mark.parametrize("safe", [pytest.param(False, marks=pytest.mark.full), True])
 @pytest.mark.parametrize("name", PEFTS_MERGES)
 def test_merged_and_unmerged_weights_are_pefts(name: str, safe: bool, tmp_path: Path) -> None:
     found = CASES[name]
@@ -157,7 +158,7 @@ def test_where_pefts_merge_fails_or_moves_the_output_this_does_not(
         assert relative_error(output_of(ours, x), outputs) < EXACT
 
 
-@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("name", SMALL)
 def test_in_half_precision_it_is_pefts_but_for_rounding(
     name: str, dtype: torch.dtype, tmp_path: Path
