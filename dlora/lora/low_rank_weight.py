@@ -165,8 +165,8 @@ def _of_whole(name: str) -> Callable[..., Any]:
     return operate
 
 
-_OPERATORS = ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "rpow")
-_OPERATORS += ("neg", "abs", "iter", "eq", "ne", "lt", "le", "gt", "ge", "bool", "float")
+_OPERATORS = ["add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "rpow"]
+_OPERATORS += ["neg", "abs", "iter", "eq", "ne", "lt", "le", "gt", "ge", "bool", "float"]
 for _name in (f"__{operator}__" for operator in _OPERATORS):
     setattr(LowRankWeight, _name, _of_whole(_name))
 LowRankWeight.__hash__ = object.__hash__  # type: ignore[method-assign]
