@@ -41,7 +41,7 @@ def by_torch(
     from torch.nn.attention.varlen import varlen_attn
 
     window = how.get("sliding_window")
-    q, k, v = (x[0].transpose(0, 1) for x in qkv)
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in qkv)
     offsets, longest = row.offsets(query.device), max(row.lengths)
     found = varlen_attn(
         q,
@@ -56,7 +56,7 @@ def by_torch(
         enable_gqa=query.shape[1] != key.shape[1],
     )
     assert isinstance(found, Tensor)
-    return found[None]
+    return found.unsqueeze(0)
 
 
 def takes(qkv: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, how: dict[str, Any]) -> bool:
