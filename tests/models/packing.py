@@ -152,7 +152,7 @@ def _reason(cell: Cell, said: str) -> str:
     """Why dlora does not pack a class, of which `said` is what a run says."""
     if cell == YES:
         return said
-    reason = cell.reason.split("data.packing: ")[-1].removesuffix("; set data.packing: false")
+    reason = cell.reason.removesuffix("; set data.packing: false").split("data.packing: ")[-1]
     start = {"class": "it does not run: ", "✗": "not exact: "}[cell.mark]
     return (start + reason).replace("|", "\\|")
 
