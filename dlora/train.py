@@ -286,9 +286,8 @@ class Run:
 
     def sample_keys(self, step: int, batch: Batch) -> Any:
         """Inside, dropout masks depend on the sequences of `batch`, not on the rank."""
-        seed = self.config.train.seed
         row = batch.input_ids.shape[1] if batch.packed else 0
-        keys = SampleKeys(seed, step, batch.ids, batch.lengths, row)
+        keys = SampleKeys(self.config.train.seed, step, batch.ids, batch.lengths, row)
         return attachment_of(self.model).stream.keyed(keys)
 
 

