@@ -6,6 +6,7 @@ A Llama-shaped model (random weights, 512 wide, 4 blocks), r=16 on all linear la
 over all ranks, 2 sequences of 128 tokens per rank, AdamW, clip. Rows, of each kind of training:
     loop     dlora's own loop: forward, backward, `reduce_gradients`, clip, step (`trainer` alone)
     dlora    the trainer with dlora's adapters: `DloraTrainer`, `DloraSFTTrainer`, `DloraDPOTrainer`
+    resident the same, with all of W0 gathered from its first use on
     peft     the stock trainer, PEFT's adapters, and FSDP2 by transformers' `distributed_config`
 Rows alternate round by round; a round is a training of so many steps, of which the first does not
 count. Step times are medians, ratios medians of those within a round. Then the bytes of a
@@ -127,8 +128,8 @@ def arguments(kind: str, directory: Path, steps: int) -> Any:
     )
 
 
-def trainer_row(kind: str, base: Path, directory: Path, steps: int, *, peft: bool) -> Any:
-    """A trainer over a model in shards."""
+def trainer_row(kind: str, name: str, base: Path, directory: Path, steps: int) -> Any:
+    """The trainer of a row, over a model in shards."""
     world = dist.get_world_size()
     _, stock, ours = KINDS[kind]
     config = {"r": R, "lora_alpha": 32, "target_modules": "all-linear"}
@@ -138,11 +139,12 @@ def trainer_row(kind: str, base: Path, directory: Path, steps: int, *, peft: boo
         "processing_class": tokenizer(),
         "callbacks": [Stopwatch()],
     }
-    if peft:
+    if name == "peft":
         model = AutoModelForCausalLM.from_pretrained(base, distributed_config={"fsdp_size": world})
         return stock(model=get_peft_model(model, PeftConfig(**config)), **given)
     model = AutoModelForCausalLM.from_pretrained(base)
-    sharding = {"engine": "fsdp2", "base": "world"}
+    resident = 1.0 if name == "resident" else 0.0
+    sharding = {"engine": "fsdp2", "base": "world", "resident": resident}
     return ours(model=model, dlora=LoraConfig(**config), sharding=sharding, **given)
 
 
@@ -199,8 +201,8 @@ def checkpoint(trainer: Any, directory: Path) -> dict[str, int]:
 def measured(kind: str, base: Path, root: Path, steps: int, rounds: int) -> dict[str, Any]:
     """Medians of one kind of training. Collective."""
     trainers = {
-        name: trainer_row(kind, base, root / f"{kind}-{name}", steps, peft=name == "peft")
-        for name in ("dlora", "peft")
+        name: trainer_row(kind, name, base, root / f"{kind}-{name}", steps)
+        for name in ("dlora", "resident", "peft")
     }
     rows: dict[str, Row] = {"loop": loop_row(base, steps)} if kind == "trainer" else {}
     for name, trainer in trainers.items():
@@ -210,12 +212,12 @@ def measured(kind: str, base: Path, root: Path, steps: int, rounds: int) -> dict
         for name, row in rows.items():
             dist.barrier()
             seconds[name].append(statistics.median(row()))
+    pairs = [("dlora", name) for name in rows if name in ("loop", "peft")]
     over = {
-        f"dlora_over_{name}": statistics.median(
-            own / other for own, other in zip(seconds["dlora"], seconds[name], strict=True)
+        f"{ours}_over_{other}": statistics.median(
+            a / b for a, b in zip(seconds[ours], seconds[other], strict=True)
         )
-        for name in rows
-        if name != "dlora"
+        for ours, other in (*pairs, ("resident", "peft"))
     }
     medians = {f"{name}_seconds": statistics.median(taken) for name, taken in seconds.items()}
     return {
@@ -255,19 +257,21 @@ def report(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
         "kind",
         "loop s",
         "dlora s",
+        "resident s",
         "peft s",
         "/ loop",
         "/ peft",
+        "resident / peft",
         "checkpoint kB",
         "allowed kB",
     )
-    print("".join(f"{name:>15}" for name in head))
+    print("".join(f"{name:>16}" for name in head))
     for row in rows:
-        times = [row.get(f"{name}_seconds") for name in ("loop", "dlora", "peft")]
-        times += [row.get("dlora_over_loop"), row["dlora_over_peft"]]
+        times = [row.get(f"{name}_seconds") for name in ("loop", "dlora", "resident", "peft")]
+        times += [row.get("dlora_over_loop"), row["dlora_over_peft"], row["resident_over_peft"]]
         cells = [row["kind"], *("–" if t is None else f"{t:.3f}" for t in times)]
         cells += [f"{row[name] / 1000:.0f}" for name in ("checkpoint_bytes", "allowed_bytes")]
-        print("".join(f"{cell:>15}" for cell in cells))
+        print("".join(f"{cell:>16}" for cell in cells))
     summary = {"world": dist.get_world_size(), "rounds": args.rounds, "steps": args.steps}
     args.json.write_text(json.dumps({**summary, "rows": rows}, indent=2) + "\n")
 

@@ -5,11 +5,15 @@ And a notebook, which shows the bar of a run.
 
 import json
 import re
+import subprocess
+import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
-from partners import partner, told_by
+from partners import PLACE, partner, told_by
+from programs import free_ports
 
 from dlora.metrics.log import read_metrics
 
@@ -86,6 +90,40 @@ def test_a_tracker_has_every_step_once_across_a_stop(name: str, words: Any, tmp_
     else:
         assert found == pytest.approx(losses)
     assert int(shown) in (2, 3)
+
+
+@pytest.mark.full
+def test_a_server_of_mlflow_has_every_step(words: Any, tmp_path: Path) -> None:
+    """As a team runs one: by address, over HTTP."""
+    [port] = free_ports(1)
+    address = f"http://127.0.0.1:{port}"
+    store = ["--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}", "--port", str(port)]
+    command = [str(PLACE / "bin/python"), "-m", "mlflow", "server", "--host", "127.0.0.1", *store]
+    with (tmp_path / "server.log").open("w") as log:
+        server = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
+        try:
+            until = time.monotonic() + 240
+            while not answers(f"{address}/health"):
+                assert server.poll() is None and time.monotonic() < until
+                time.sleep(0.5)
+            where = {"MLFLOW_TRACKING_URI": address}
+            argv = words(tmp_path / "run", output__report_to=["mlflow"], train__max_steps=3)
+            partner("-m", "dlora.train", *argv, cwd=tmp_path, **where)
+            (identity,) = json.loads((tmp_path / "run/trackers.json").read_text()).values()
+            found, _ = told_by(READ["mlflow"], identity, cwd=tmp_path, **where)
+        finally:
+            server.terminate()
+            server.wait(60)
+    lines = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert found == pytest.approx({str(line["step"]): line["loss"] for line in lines})
+
+
+def answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(address, timeout=5) as reply:
+            return bool(reply.status == 200)
+    except OSError:
+        return False
 
 
 NOTEBOOK = """
