@@ -30,7 +30,7 @@ class Task(ABC):
         format: the layout of records that it reads; empty: that of `data.format`.
         draws_head: whether a base may lack the head, which is then drawn and trained.
         longest: tokens of a sequence in `data.max_length`.
-        packs: whether its sequences can share a row.
+        packs: whether its sequences can share a row; `packed` makes it.
     """
 
     name: ClassVar[str]
@@ -39,6 +39,12 @@ class Task(ABC):
     draws_head: ClassVar[bool] = False
     longest: ClassVar[int] = 1
     packs: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **how: Any) -> None:
+        """A subclass with micro-batches of its own packs only if it says how."""
+        super().__init_subclass__(**how)
+        if "collate" in cls.__dict__ and "packed" not in cls.__dict__:
+            cls.packs = False
 
     def __init__(self, labels: Sequence[str] = ()) -> None:
         """Take the names of the labels, in order, where the task has labels."""

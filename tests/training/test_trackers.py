@@ -115,6 +115,7 @@ def test_rank_0_alone_reports_and_all_ranks_hear(run: Any, tmp_path: Path) -> No
 
 def heard(argv: list[str]) -> list[tuple[int, dict[str, Any]]]:
     """What a rank's `Hooks.logged` gets."""
+    os.environ.update(WANDB_MODE="offline", WANDB_SILENT="true")  # of this worker
     got: list[tuple[int, dict[str, Any]]] = []
     run = prepared_run(argv, Hooks(logged=lambda step, figures: got.append((step, dict(figures)))))
     assert run.train() == 0
