@@ -9,6 +9,11 @@ from torch import nn
 
 from dlora.errors import UsageError
 
+OWN_OPTIMIZER = (
+    "shard: this DeepSpeed engine has an optimizer section and would reduce, clip and step by "
+    "itself; initialise the frozen base without one"
+)
+
 
 def check_engine(model: nn.Module) -> None:
     """Raise a `UsageError` about an engine over `model`, at any stage, with an optimizer section.
@@ -24,7 +29,4 @@ def check_engine(model: nn.Module) -> None:
         if found.__dict__.get("_modules", {}).get("module") is not model:
             continue
         if found.__dict__.get("basic_optimizer") is not None:
-            raise UsageError(
-                "shard: this DeepSpeed engine has an optimizer section and would reduce, clip and "
-                "step by itself; initialise the frozen base without one"
-            )
+            raise UsageError(OWN_OPTIMIZER)

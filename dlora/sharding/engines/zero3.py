@@ -32,6 +32,7 @@ from dlora.sharding.engines.gather_groups import (
     is_vector,
     module_groups,
 )
+from dlora.sharding.engines.own_engine import OWN_OPTIMIZER
 from dlora.sharding.engines.protocol import Device, Weights
 from dlora.sharding.engines.shard_loading import fill, slots_of
 from dlora.sharding.topology import Placement, Topology
@@ -91,10 +92,7 @@ class Zero3:
         outside = set(ignored)
         base: list[Any] = [p for p in model.parameters() if p not in outside]
         if any(hasattr(parameter, "_z3_optimizer") for parameter in base):
-            raise UsageError(
-                "shard: this DeepSpeed engine has an optimizer section and would reduce, clip and "
-                "step by itself; initialise the frozen base without one"
-            )
+            raise UsageError(OWN_OPTIMIZER)
         if not any(map(_is_partitioned, base)):
             init = self._init()
             for parameter in base:
