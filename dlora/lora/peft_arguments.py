@@ -88,8 +88,8 @@ def taken(cls: type, arguments: dict[str, Any]) -> dict[str, Any]:
     unused = UNUSED | _OF_OBJECTS
     for name in arguments.keys() - known - unused.keys() - set(_NO_EFFECT):
         near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UsageError(f"{cls.__name__}: there is no setting {name!r}{hint}")
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}"
+        raise UsageError(f"{cls.__name__}: there is no setting {name!r}; {hint}")
     check_unused(arguments, unused)
     empty = {name for name in _NONE_IS_EMPTY if arguments.get(name, "") is None}
     return {name: value for name, value in arguments.items() if name in known - empty}
