@@ -13,6 +13,7 @@ from dlora.hooks import Hooks
 from dlora.methods.trained_replica import TrainedReplica
 from dlora.runtime.ranks import Ranks
 from dlora.runtime.run_lock import RunLock
+from dlora.training.compiled import CompiledBlocks
 from dlora.training.prepare import Preparation
 
 
@@ -21,6 +22,7 @@ class RunContext:
     """The parts of one run on one rank.
 
     Attributes:
+        blocks: those of the model as graphs, where the run compiles them.
         lock: of `directory`; every write there calls its `check` first.
     """
 
@@ -32,6 +34,7 @@ class RunContext:
     optimizer: Optimizer
     lock: RunLock
     hooks: Hooks
+    blocks: CompiledBlocks | None = None
 
     @property
     def directory(self) -> Path:

@@ -53,6 +53,12 @@ from dlora.training.prepare_data import (
     with_template,
 )
 from dlora.training.prepare_model import adapted, task_of
+from dlora.training.settle_compile import (
+    Compiler,
+    changed_compile,
+    earlier_compile,
+    settle_compile,
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,7 @@ class Preparation:
     Attributes:
         drawn: parameters of a head that the base lacks.
         dealing: makes the micro-batches of ranks.
+        compiles: whether blocks run as graphs of torch's compiler.
         unreached: adapted modules that text alone does not reach, of a model that takes images too.
     """
 
@@ -80,6 +87,7 @@ class Preparation:
     dealing: Dealing
     drawn: tuple[str, ...] = ()
     unreached: tuple[str, ...] = ()
+    compiles: bool = False
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """One micro-batch, on the CPU."""
@@ -106,7 +114,7 @@ class Preparation:
         """A text that is equal on ranks with the same data, settings and plan."""
         data = [self.train.fingerprint, self.eval.fingerprint if self.eval else ""]
         data.append(self.base_identity or "")
-        chosen = [self.placement, self.divided, self.budget.resident]
+        chosen = [self.placement, self.divided, self.budget.resident, self.compiles]
         return " ".join([*data, str(self.lora), *map(str, chosen)])
 
 
@@ -118,11 +126,13 @@ class Surroundings:
         device: `"cpu"` or `"cuda"`.
         free: bytes that each rank may take; None if that is not known, and then everything fits.
         writes: whether `data.cache_dir` may be written.
+        compiler: for `train.compile`.
     """
 
     device: str = "cpu"
     free: int | None = None
     writes: bool = True
+    compiler: Compiler = Compiler()
 
 
 def prepare(
@@ -201,6 +211,12 @@ def prepare(
             "ranks: each sends its part to rank 0 (sharding.optimizer_state); there are no "
             "snapshots (output.snapshot_every), and a lost rank leaves the last save"
         )
+    before = resumed.settings if resumed else None
+    compiles = settle_compile(
+        config, decision, sampler.total_steps, around.compiler, earlier_compile(before), announce
+    )
+    if line := changed_compile(before, compiles):
+        announce(line)
     return Preparation(
         base,
         tokenizer,
@@ -217,6 +233,7 @@ def prepare(
         dealing,
         model.drawn,
         unreached=tuple(unreached_by_text(skeleton, [*attachment.adapted, *attachment.saved])),
+        compiles=compiles,
     )
 
 

@@ -30,6 +30,7 @@ from dlora.sharding.topology import Topology
 from dlora.training.checks import check_output
 from dlora.training.find_checkpoint import ResumePoint, find_checkpoint
 from dlora.training.prepare import Preparation, Surroundings, prepare
+from dlora.training.settle_compile import Compiler, find_compiler
 
 
 def enter(argv: list[str], prog: str, first: Callable[[], None]) -> tuple[Ranks, Options | None]:
@@ -117,13 +118,27 @@ def prepared(config: Config, ranks: Ranks, *, check: bool = False) -> Preparatio
     found = broadcast(ranks, "checkpoint/found", found and asdict(found))
     resumed = ResumePoint(**found) if found else None
     free = gather(ranks, "free", free_bytes(ranks.device, here))
-    around = Surroundings(ranks.device.type, None if None in free else min(free), not check)
+    around = Surroundings(
+        ranks.device.type,
+        None if None in free else min(free),
+        not check,
+        _compiler(config, ranks),
+    )
 
     def work() -> tuple[Preparation, str]:
         found = prepare(config, topology, console.info, resumed, around)
         return found, found.fingerprint
 
     return agree(ranks, "preparation", work)
+
+
+def _compiler(config: Config, ranks: Ranks) -> Compiler:
+    """What all ranks have for compiling: what is missing on any, and the speed of the slowest."""
+    if config.train.compile is False:
+        return Compiler()
+    found = gather(ranks, "compiler", asdict(find_compiler(ranks.device.type)))
+    missing = next((one["missing"] for one in found if one["missing"]), "")
+    return Compiler(missing, min(one["speed"] for one in found))
 
 
 def import_late_ones(config: Config) -> None:
@@ -133,3 +148,5 @@ def import_late_ones(config: Config) -> None:
         import_trackers(config.output.report_to)
     if config.model.quantization.startswith("nf4"):
         bitsandbytes_kernel()
+    if config.train.compile is True:
+        importlib.import_module("torch._inductor.compile_fx")
