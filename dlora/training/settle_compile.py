@@ -1,8 +1,7 @@
 """Whether a run compiles its blocks: `train.compile`, and what `auto` makes of it.
 
-Compiling costs minutes once and saves a share of every step, so `auto` weighs them:
-
-    seconds saved = SAVED · steps · operations of a step / measured speed  >  COST
+`auto` weighs what compiling costs against what it saves (`dlora.plan.graphs`) at the speed that a
+matrix product has here.
 """
 
 from __future__ import annotations
@@ -20,12 +19,13 @@ import torch
 from dlora.config.load import Config
 from dlora.errors import UsageError
 from dlora.plan.choose import Decision
+from dlora.plan.graphs import no_graphs, too_short
 from dlora.training.compile_cache import check_cache
 
 KEY = "train.compile"
-COST_SECONDS = 180.0  # about what the graphs of a block take on a few cores, in all modes
-SAVED = 0.1  # of the time of a step
-_SIZE = 256  # of the matrices that the speed is measured with
+# Of the matrices that the speed is measured with, and their dtype.
+_SIZES = {"cpu": (256, torch.float32)}
+_SIZE_ELSEWHERE = (4096, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Compiler:
     speed: float = 1e12
 
 
-def find_compiler(device: str) -> Compiler:
+def find_compiler(device: torch.device) -> Compiler:
     """What this rank has."""
-    return Compiler(_missing(device), _speed(device))
+    return Compiler(_missing(device.type), _speed(device))
 
 
 def _missing(device: str) -> str:
@@ -57,14 +57,15 @@ def _missing(device: str) -> str:
     return ""
 
 
-def _speed(device: str) -> float:
-    a = torch.ones(_SIZE, _SIZE, device=device)
+def _speed(device: torch.device) -> float:
+    size, dtype = _SIZES.get(device.type, _SIZE_ELSEWHERE)
+    a = torch.ones(size, size, device=device, dtype=dtype)
     seconds = []
     for _ in range(3):
         began = time.perf_counter()
         (a @ a)[0, 0].item()
         seconds.append(time.perf_counter() - began)
-    return 2 * _SIZE**3 / min(seconds)
+    return 2 * size**3 / min(seconds)
 
 
 def settle_compile(
@@ -92,7 +93,7 @@ def settle_compile(
         raise UsageError(f"{KEY}: true: {reason}; set {KEY}: auto or false")
     if not reason and setting == "auto":
         if earlier is None:
-            reason = _too_short(decision, steps, compiler)
+            reason = too_short(decision.plan, steps, compiler.speed)
         elif not earlier:
             reason = "as in the run that is resumed"
     if reason:
@@ -104,23 +105,7 @@ def settle_compile(
 
 def why_not(decision: Decision, compiler: Compiler) -> str:
     """Why a run cannot compile, however long it is; "": it can."""
-    placement = decision.plan.placement
-    if placement.engine == "zero3" and placement.shard_size > 1:
-        return (
-            "sharding.engine: zero3 gathers weights by hooks inside of blocks, which a graph "
-            "cannot have; fsdp2 has them outside"
-        )
-    return compiler.missing
-
-
-def _too_short(decision: Decision, steps: int, compiler: Compiler) -> str:
-    seconds = steps * decision.plan.flops / compiler.speed
-    if SAVED * seconds > COST_SECONDS:
-        return ""
-    return (
-        f"{steps} steps are estimated to take {max(1, round(seconds / 60))} min, too few to earn "
-        "the time of compiling"
-    )
+    return no_graphs(decision.plan) or compiler.missing
 
 
 def earlier_compile(settings: Mapping[str, Any] | None) -> bool | None:

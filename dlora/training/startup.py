@@ -136,7 +136,7 @@ def _compiler(config: Config, ranks: Ranks) -> Compiler:
     """What all ranks have for compiling: what is missing on any, and the speed of the slowest."""
     if config.train.compile is False:
         return Compiler()
-    found = gather(ranks, "compiler", asdict(find_compiler(ranks.device.type)))
+    found = gather(ranks, "compiler", asdict(find_compiler(ranks.device)))
     missing = next((one["missing"] for one in found if one["missing"]), "")
     return Compiler(missing, min(one["speed"] for one in found))
 

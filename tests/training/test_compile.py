@@ -21,6 +21,8 @@ from sampling import sampled
 from tiny import command
 
 from dlora.errors import UsageError
+from dlora.plan.graphs import graphs_in_words
+from dlora.plan.speed import Speeds
 from dlora.runtime.console import console
 from dlora.train import Run as TrainingRun
 from dlora.training.compile_cache import check_cache, use_cache
@@ -215,6 +217,22 @@ def test_a_resumed_run_says_that_it_computes_in_another_way() -> None:
         None,
         None,
     )
+
+
+def test_a_plan_says_whether_blocks_are_compiled(tmp_path: Path) -> None:
+    def said(
+        setting: object, flops: float | None, steps: int = 10**6, engine: str = "fsdp2"
+    ) -> str:
+        given = config(tmp_path, setting)
+        given.train.governed_by, given.train.max_steps = "max_steps", steps
+        return graphs_in_words(given, decision(engine).plan, Speeds(flops=flops))
+
+    assert said(False, 1e12) == "none (train.compile: false)"
+    assert said(True, None) == "of each block, made before the first step"
+    assert said(True, None, engine="zero3").startswith("none: sharding.engine: zero3 gathers")
+    assert said("auto", 1e12) == "of each block, where there is a compiler"
+    assert said("auto", 1e12, steps=100).startswith("none: 100 steps are estimated to take 2 min")
+    assert said("auto", None, steps=1).endswith("and the run is long enough to earn it")
 
 
 # -- the cache -------------------------------------------------------------------------------------
