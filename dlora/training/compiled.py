@@ -28,6 +28,7 @@ from dlora.lora.variants import LoraAdapter
 from dlora.objectives import packed_operator
 from dlora.objectives.packed_row import row_of
 from dlora.quant.linear import frozen_weight
+from dlora.runtime.console import console
 from dlora.sharding.engines.gather_groups import block_lists
 
 _SHOWN = 300  # characters of a compiler's message
@@ -45,11 +46,12 @@ class CompiledBlocks:
 
     Attributes:
         on: whether blocks run as graphs.
+        settled: whether training has begun.
         failed: what did not compile, and why; "" if all did. Blocks run on without graphs then.
     """
 
     def __init__(self, model: nn.Module, *, packs: bool, backend: str = "inductor") -> None:
-        self.on, self.failed = False, ""
+        self.on, self.settled, self.failed = False, False, ""
         self._graphs: dict[Any, Callable[..., Any]] = {}
         self._backend, self._model, self._packs = backend, model, packs
         self._blocks = [
@@ -63,6 +65,8 @@ class CompiledBlocks:
         limit = GRAPHS_OF_A_BLOCK * max(1, len(self._blocks))
         torch._dynamo.config.recompile_limit = limit
         torch._dynamo.config.accumulated_recompile_limit = 8 * limit
+        # Else an error would come in the middle of a backward pass.
+        torch._functorch.config.force_non_lazy_backward_lowering = True
         if (row := row_of(self._model)) is not None:
             row.compiled = self._packs
         for block in self._blocks if self._packs else ():
@@ -82,6 +86,8 @@ class CompiledBlocks:
         said = " ".join(str(error).split()) or type(error).__name__
         self.failed = f"{plain_class(block)} does not compile: {said[:_SHOWN]}"
         self.stop()
+        if self.settled:  # until then the ranks decide together
+            console.warning(f"train.compile: off on this rank from here on: {self.failed}")
 
     @property
     def made(self) -> int:

@@ -51,6 +51,7 @@ def start_compiled(context: RunContext, objective: Objective) -> None:
             raise UsageError(f"train.compile: true: {failed[0]}; set train.compile: auto or false")
         console.info(f"train.compile: off: {failed[0]}")
         return
+    blocks.settled = True
     console.info(
         f"train.compile: {blocks.made} graphs of {len(blocks)} blocks in "
         f"{time.perf_counter() - began:.0f} s"
