@@ -23,6 +23,7 @@ from dlora.objectives.router_loss import whole_loss
 from dlora.runtime.agreement import gather
 from dlora.runtime.console import console
 from dlora.training.compile_cache import end_workers, use_cache
+from dlora.training.compiled import CompiledBlocks
 from dlora.training.context import RunContext
 from dlora.training.evaluate import evaluating
 
@@ -40,9 +41,7 @@ def start_compiled(context: RunContext, objective: Objective) -> None:
         return
     use_cache(context.config.train.compile_cache)
     began = time.perf_counter()
-    blocks.start()
-    for batch in _batches(context):
-        _pass(context, objective, batch)
+    make_graphs(context, blocks, objective)
     end_workers()
     failed = [found for found in gather(context.ranks, "compile", blocks.failed) if found]
     if failed:
@@ -56,6 +55,13 @@ def start_compiled(context: RunContext, objective: Objective) -> None:
         f"train.compile: {blocks.made} graphs of {len(blocks)} blocks in "
         f"{time.perf_counter() - began:.0f} s"
     )
+
+
+def make_graphs(context: RunContext, blocks: CompiledBlocks, objective: Objective) -> None:
+    """Switch the graphs of a run on and make them, by one pass of each kind. Collective."""
+    blocks.start()
+    for batch in _batches(context):
+        _pass(context, objective, batch)
 
 
 def _pass(context: RunContext, objective: Objective, batch: Batch) -> None:

@@ -18,7 +18,7 @@ import torch
 from kill_trials import ADALORA
 from run_training import Runs, check_near, prepared_run, train
 from sampling import sampled
-from tiny import command
+from tiny import command, save_chats
 
 from dlora.errors import UsageError
 from dlora.plan.graphs import graphs_in_words
@@ -33,6 +33,7 @@ from dlora.training.settle_compile import (
     earlier_compile,
     settle_compile,
 )
+from dlora.training.warm_up import make_graphs
 
 DROPS = {"adapter__lora_dropout": 0.1}
 NF4 = {"model__quantization": "nf4", "model": "blocks"}
@@ -64,14 +65,15 @@ SAMPLE = [
 
 
 def traced(argv: list[str]) -> dict[str, Any]:
-    """A run whose blocks are graphs of `aot_eager`; with how many it made in and after 2 steps."""
+    """A run whose blocks are graphs of `aot_eager`; with how many there were, step by step."""
     made: list[int] = []
 
     def with_graphs(run: TrainingRun) -> None:
         packs = run.prepared.dealing.packs
         blocks = CompiledBlocks(run.model, packs=packs, backend="aot_eager")
         torch._dynamo.reset()
-        blocks.start()
+        make_graphs(run.context, blocks, run.objective)
+        made.append(blocks.made)
         own = run.figures
 
         def figures(*args: Any) -> Any:
@@ -93,9 +95,8 @@ def test_a_run_ends_where_it_ends_without(
 ) -> None:
     """Evaluated between steps; of 7 sequences, micro-batches of 2 leave one alone."""
     world, where = PLACES[place]
-    settings = METHODS[method] | where | {"data__packing": packing, "train__max_steps": 12}
-    settings |= {"data__eval": "builtin:docstrings-heldout", "data__max_eval_samples": 5}
-    settings |= {"output__eval_every": 3, "data__max_length": 64}
+    settings = METHODS[method] | where | {"data__packing": packing, "train__max_steps": 6}
+    settings |= {"data__eval": str(save_chats(run.root / "held.jsonl", 5)), "output__eval_every": 3}
     if method == "adalora":
         settings |= {"train__max_steps": 9}
     eager = run("eager", world, **settings, train__compile=False)
@@ -104,7 +105,7 @@ def test_a_run_ends_where_it_ends_without(
     check_near(graphs, eager, **rounded)
     for result in graphs[0]:
         assert result["made"][0] > 0
-        assert len(set(result["made"][1:])) == 1  # the last batch of a step, a mask, an evaluation
+        assert len(set(result["made"])) == 1  # the last batch of a step, a mask, an evaluation
 
 
 def compiled(argv: list[str]) -> dict[str, Any]:
@@ -133,7 +134,7 @@ def compiled(argv: list[str]) -> dict[str, Any]:
 
 def test_all_graphs_are_made_before_the_first_step(run: Runs, tmp_path: Path) -> None:
     """By torch's own compiler, in a directory of the user's alone."""
-    settings = DROPS | {"train__max_steps": 4, "data__max_length": 64}
+    settings = DROPS | {"train__max_steps": 4}
     eager = run("eager", 1, **settings, train__compile=False)
     cache = {"train__compile": True, "train__compile_cache": str(tmp_path / "cache")}
     made = run("compiled", 1, work=compiled, **settings, **cache)
