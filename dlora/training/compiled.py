@@ -65,6 +65,8 @@ class CompiledBlocks:
         limit = GRAPHS_OF_A_BLOCK * max(1, len(self._blocks))
         torch._dynamo.config.recompile_limit = limit
         torch._dynamo.config.accumulated_recompile_limit = 8 * limit
+        # What a graph is given hangs on modules, and the hashes of tokens are as many as these.
+        torch._dynamo.config.force_nn_module_property_static_shapes = False
         # Else an error would come in the middle of a backward pass.
         torch._functorch.config.force_non_lazy_backward_lowering = True
         if (row := row_of(self._model)) is not None:
