@@ -111,6 +111,27 @@ def test_residency_grows_with_the_budget_and_stays_inside(path: str, engine: str
     assert sent == sorted(sent, reverse=True) and sent[-1] == 0
 
 
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_auto_keeps_layers_gathered_within_its_margin(path: str, engine: str) -> None:
+    """Without a budget: what `world` leaves free up to nine tenths, and never more."""
+    settings = {"sharding__engine": engine}
+
+    def taken(memory: float, base: str = "auto") -> Any:
+        machines = Machines(nodes=1, gpus_per_node=8, gpu_memory_gb=memory / GB)
+        return surveyed(path, machines, **settings, sharding__base=base).decision.plan
+
+    bare, whole = (taken(1000 * GB, base) for base in ("world", "none"))
+    assert not bare.resident
+    gathers = []
+    for memory in (bare.memory.peak, 0.5 * (bare.memory.peak + whole.memory.peak)):
+        found = taken(memory)
+        assert found.placement.base == "world"
+        assert found.memory.peak <= max(bare.memory.peak, 0.9 * memory)
+        assert found.spared == bare.gathers - found.gathers
+        gathers.append(found.gathers)
+    assert gathers[1] < gathers[0] == bare.gathers
+
+
 def test_a_budget_below_the_least_is_refused_with_the_least(path: str) -> None:
     machines = Machines(nodes=1, gpus_per_node=8, gpu_memory_gb=80)
     message = refusal(surveyed, path, machines, sharding__memory_budget_gb=0.5)
