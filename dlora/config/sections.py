@@ -86,6 +86,9 @@ class ShardingConfig:
     memory_budget_gb: float | None = option(
         None, "GB per rank; spare memory keeps frozen layers gathered", gt=0
     )
+    reduce_dtype: Literal["float32", "bfloat16"] | None = option(
+        None, "in which gradients of A and B are sent; sums are float32; null: float32"
+    )
     audit: Literal["stop", "heal"] = option(
         "stop",
         "if A or B differ between ranks: stop, or heal by the majority of ranks",

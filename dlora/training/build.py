@@ -49,7 +49,12 @@ def build(
     model = prepared.base.load(engine, ranks.device, residuals and residuals.left)
     torch.manual_seed(config.train.seed)  # some classes draw while they are made, engine by engine
     by_pairs = room("optim")[config.optimizer.name].says["divides"] == "pairs"
-    replica = replicate(model, engine, divided=prepared.divided and not by_pairs)
+    replica = replicate(
+        model,
+        engine,
+        divided=prepared.divided and not by_pairs,
+        reduce_dtype=torch.bfloat16 if config.sharding.reduce_dtype == "bfloat16" else None,
+    )
     if config.sharding.audit == "heal":
         replica.healed = lambda found: console.info(
             f"warning: the adapters differed between ranks: {found}; healed (sharding.audit)"

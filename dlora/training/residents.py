@@ -39,7 +39,7 @@ class Residents:
         self._holding, self._engine, self._model = decision.holding, engine, model
         self._device = device
         self._ranks = int(os.environ.get("LOCAL_WORLD_SIZE", self.plan.topology.world))
-        self._is_short = False
+        self._is_short, self._transient = False, 0
         self._engine.keep_gathered(model, self.plan.resident)
 
     def near(self, meter: MemoryMeter) -> float:
@@ -71,4 +71,7 @@ class Residents:
             )
         # All ranks are past their backward passes here, so that none holds activations.
         free = free_bytes(self._device, self._ranks)
+        if free is not None and self._device.type == "cuda":  # what torch's allocator has kept
+            free += torch.cuda.memory_reserved(self._device)
+            free -= torch.cuda.memory_allocated(self._device)
         self._is_short = free is not None and free < self._transient

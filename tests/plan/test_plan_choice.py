@@ -164,7 +164,7 @@ def test_the_command_prints_a_table_and_json(path: str, capsys: pytest.CaptureFi
         (["--check"], "--check is an option of dlora.train"),
         (["--adapter.target_modules", '["q_prof"]'], "q_prof"),
         (["--sharding.memory_budget_gb", "9", "--gpu-memory-gb", "8"], "is more than"),
-        (["--model.quantization", "nf3"], "model.quantization: expected one of none, int8, nf4"),
+        (["--model.quantization", "nf3"], "model.quantization: expected one of none, fp8, int8"),
     ],
 )
 def test_mistakes_are_one_line(path: str, words: list[str], told: str) -> None:
