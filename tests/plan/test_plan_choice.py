@@ -6,12 +6,15 @@ import sys
 from typing import Any
 
 import pytest
-from llama_shapes import saved_config
+from llama_shapes import saved_config, subject
 from refusals import refusal
 
 from dlora.config.load import parse
 from dlora.config.recompute import Recompute
+from dlora.plan.choose import Capacity, decide
 from dlora.plan.command import Machines, main, survey
+from dlora.plan.plan import Plan
+from dlora.sharding.topology import Topology
 
 GB = 10**9
 
@@ -112,24 +115,27 @@ def test_residency_grows_with_the_budget_and_stays_inside(path: str, engine: str
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
-def test_auto_keeps_layers_gathered_within_its_margin(path: str, engine: str) -> None:
+def test_auto_keeps_layers_gathered_within_its_margin(engine: str) -> None:
     """Without a budget: what `world` leaves free up to nine tenths, and never more."""
-    settings = {"sharding__engine": engine}
 
-    def taken(memory: float, base: str = "auto") -> Any:
-        machines = Machines(nodes=1, gpus_per_node=8, gpu_memory_gb=memory / GB)
-        return surveyed(path, machines, **settings, sharding__base=base).decision.plan
+    def taken(memory: float, base: str = "auto") -> Plan:
+        capacity = Capacity(round(memory), "a test")
+        settings = {"engine": engine, "base": base, "optimizer_state": "replicated"}
+        return decide(subject("small"), Topology(0, 8, 8), capacity=capacity, **settings).plan
 
     bare, whole = (taken(1000 * GB, base) for base in ("world", "none"))
     assert not bare.resident
-    gathers = []
-    for memory in (bare.memory.peak, 0.5 * (bare.memory.peak + whole.memory.peak)):
-        found = taken(memory)
-        assert found.placement.base == "world"
-        assert found.memory.peak <= max(bare.memory.peak, 0.9 * memory)
-        assert found.spared == bare.gathers - found.gathers
-        gathers.append(found.gathers)
-    assert gathers[1] < gathers[0] == bare.gathers
+    least = bare.memory.peak
+    assert taken(least).gathers == bare.gathers
+    found = taken(memory := 0.5 * (least + whole.memory.peak))
+    assert found.placement.base == "world" and found.resident
+    assert found.memory.peak <= 0.9 * memory
+    assert found.spared == bare.gathers - found.gathers > 0
+    # And as much as fits: none of those that are left does.
+    left = {unit.path for unit in subject("small").units(found.placement) if not unit.always}
+    for path in left - set(found.resident):
+        more = subject("small").plan(found.placement, found.topology, held={*found.resident, path})
+        assert more.memory.peak > 0.9 * memory
 
 
 def test_a_budget_below_the_least_is_refused_with_the_least(path: str) -> None:

@@ -16,7 +16,7 @@ from dlora.sharding.replica.replica import Replica
 from dlora.sharding.topology import Topology
 
 NUMEL = 37
-U = 2.0**-9  # rounding to bfloat16
+U = 2.0**-8  # rounding to bfloat16, relative
 
 
 def own_gradients(rank: int) -> Tensor:
@@ -95,6 +95,6 @@ def test_a_run_sends_what_its_plan_says(run: Runs) -> None:
     sent = {}
     for dtype in ("float32", "bfloat16"):
         (plan, _), lines = run(dtype, 2, work=planned, **few, sharding__reduce_dtype=dtype)
-        [sent[dtype]] = {line["wire_bytes"] for line in lines}
+        sent[dtype] = lines[0]["wire_bytes"]  # the last step has an audit, too
         assert sent[dtype] == pytest.approx(plan, abs=1)
     assert sent["bfloat16"] < 0.6 * sent["float32"]

@@ -4,8 +4,10 @@ import contextlib
 import io
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+from plan_table import check_plan_was_kept
 from ranks import Pool
 from run_training import Runs, command_line, prepared_run, train
 from sampling import full
@@ -49,27 +51,31 @@ def test_layers_give_way_on_all_ranks_and_no_number_changes(run: Runs, engine: s
     assert "resident: memory is short on 1 rank(s): " in results[0][1]
 
 
-SHORT, LONG, STEPS = 8, 700, 4
+SHORT, LONG, STEPS = 8, 96, 4
 
 
 def save_deep(directory: Path) -> str:
-    sizes = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 16}
+    sizes = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 24}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
-    config = LlamaConfig(vocab_size=VOCABULARY * 31, **heads, **sizes)
+    config = LlamaConfig(vocab_size=VOCABULARY, **heads, **sizes)
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     tokenizer().save_pretrained(directory)
     return str(directory)
 
 
-def told(argv: list[str]) -> tuple[str, list[str]]:
+def told(argv: list[str], free: int) -> tuple[str, list[str]]:
+    """What a run prints where each rank finds so much memory free, and its resident layers."""
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    with (
+        contextlib.redirect_stdout(printed),
+        mock.patch("dlora.training.startup.free_bytes", lambda device, ranks: free),
+    ):
         run = prepared_run(argv)
         run.train()
     return printed.getvalue(), list(run.prepared.budget.resident)
 
 
-def test_auto_stays_within_its_budget_when_the_longest_batch_comes_last(tmp_path: Path) -> None:
+def test_auto_stays_within_its_memory_when_the_longest_batch_comes_last(tmp_path: Path) -> None:
     """Short sequences, and in the last step one long one for each rank."""
     text = tmp_path / "text.jsonl"
     lines = [SHORT] * (4 * (STEPS - 1)) + [LONG] * 2 + [SHORT] * 2
@@ -84,19 +90,21 @@ def test_auto_stays_within_its_budget_when_the_longest_batch_comes_last(tmp_path
         train__global_batch_size=4,
         train__micro_batch_size=1,
     )
-    config = parse([*argv, "--sharding.base=world"], prog="dlora.train").config
-    bare = prepare(config, Topology(0, 2, 2), print).budget
-    budget = bare.memory.peak + 0.25 * bare.base_total
+    config = parse(argv, prog="dlora.train").config
+    whole = prepare(config, Topology(0, 2, 2), print).budget
+    assert whole.placement.base == "none"
+    most = whole.memory.peak - 10**6  # of what may be used: too little for all of W0
     pool = Pool(2, tmp_path / "ranks", fresh=True)
-    results = pool.run(told, [*argv, "--sharding.memory_budget_gb", str(budget / 1e9)], limit=500)
+    results = pool.run(told, argv, int(most / 0.95), limit=500)
     pool.close()
     (printed, resident), (_, other) = results
     print(printed)
     assert "chosen          base: world" in printed
-    assert resident == other and 0 < len(resident) < 16
+    assert resident == other and 0 < len(resident) < 24
     assert f"resident        {len(resident)} layers, " in printed
     assert "memory is short" not in printed  # the plan has known of the long one
+    check_plan_was_kept(printed)
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     peaks = [record["peak_memory_bytes"] for record in records]
     assert peaks[-1] > 1.1 * peaks[0]
-    assert max(peaks) <= budget
+    assert max(peaks) <= most

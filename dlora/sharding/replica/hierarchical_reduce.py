@@ -14,7 +14,7 @@ and every sum is made in the tensor's own dtype, in the order of ranks:
 
     g_i ──round──> owner of the part: Σ_i g_i in float32 ──round──> every rank
 
-|sum − Σ g| ≤ u · (Σ |g_i| + |Σ g_i|) to first order, u = 2⁻⁹ for bfloat16, and one u · Σ |g_i| more
+|sum − Σ g| ≤ u · (Σ |g_i| + |Σ g_i|) to first order, u = 2⁻⁸ for bfloat16, and one u · Σ |g_i| more
 on several nodes, where sums of nodes are rounded too.
 """
 
