@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dlora.config.load import parse
 from dlora.metrics.log import read_metrics
+from dlora.plan.report import lines_of
 from dlora.sharding.topology import Topology
 from dlora.training.prepare import prepare
 
@@ -71,6 +72,7 @@ def told(argv: list[str], free: int) -> tuple[str, list[str]]:
         mock.patch("dlora.training.startup.free_bytes", lambda device, ranks: free),
     ):
         run = prepared_run(argv)
+        print("\n".join(lines_of(run.prepared.decision, is_open=True)))
         run.train()
     return printed.getvalue(), list(run.prepared.budget.resident)
 
