@@ -42,7 +42,7 @@ class Fsdp2:
 
     def __init__(self, placement: Placement, topology: Topology) -> None:
         self.placement, self.topology, self.wire = placement, topology, WireCounter()
-        self._resident: set[nn.Module] = set()
+        self._resident: dict[nn.Module, bool] = {}  # whether it stays after forward anyway
 
     @classmethod
     def groups(cls, skeleton: nn.Module) -> list[Group]:
@@ -107,9 +107,18 @@ class Fsdp2:
     def keep_gathered(self, model: nn.Module, paths: Collection[str]) -> None:
         for path in paths:
             unit: Any = model.get_submodule(path)
-            self._resident.add(unit)
+            self._resident.setdefault(unit, _stays_after_forward(unit))
             unit.set_reshard_after_forward(False, recurse=False)
             unit.set_reshard_after_backward(False, recurse=False)
+
+    def release_gathered(self, model: nn.Module, paths: Collection[str]) -> None:
+        for path in paths:
+            unit: Any = model.get_submodule(path)
+            stays = self._resident.pop(unit)
+            if not stays:
+                unit.set_reshard_after_forward(True, recurse=False)
+                unit.set_reshard_after_backward(True, recurse=False)
+            unit.reshard()
 
     def free_gathered(self, model: nn.Module) -> None:
         for module in model.modules():
