@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dlora import LoraConfig, attach, quantize, shard
 from dlora.methods.trained_replica import TrainedReplica
 from dlora.sharding.engines.storage import held_bytes
+from dlora.training.compiled import CompiledBlocks
 
 SHAPE = {
     "hidden_size": 1024,
@@ -71,6 +72,7 @@ def dlora(
     resident: float = 0.0,
     ranks_per_node: int | None = None,
     quantization: str = "none",
+    compiled: bool = False,
 ) -> Row:
     """W0 placed and packed by dlora, A and B in float32 on every rank."""
     model = base_model()
@@ -80,6 +82,8 @@ def dlora(
     replica = shard(
         model, engine=engine, base=base, resident=resident, ranks_per_node=ranks_per_node
     )
+    if compiled:
+        CompiledBlocks(model, packs=False).start()
     return adapted(model, replica, batch)
 
 
@@ -106,11 +110,14 @@ def adapted(
     return Row(step, held_bytes(model))
 
 
-def peft(batch: torch.Tensor, mesh: DeviceMesh) -> Row:
+def peft(batch: torch.Tensor, mesh: DeviceMesh, *, compiled: bool = False) -> Row:
     """PEFT's adapters inside `fully_shard` per block: A and B in bf16, as FSDP2 wants one dtype."""
     config = PeftLoraConfig(r=R, lora_alpha=32, target_modules="all-linear")
     model = get_peft_model(base_model(), config, autocast_adapter_dtype=False)
-    fully_shard_blocks(model, model.base_model.model.model.layers, mesh)
+    layers = model.base_model.model.model.layers
+    for layer in layers if compiled else ():
+        layer.compile()
+    fully_shard_blocks(model, layers, mesh)
     trained = [p for p in model.parameters() if p.requires_grad]
     return Row(trainer(model, batch, trained), held_bytes(model))
 

@@ -7,6 +7,7 @@ A Llama-shaped bf16 model (random weights), r=16 on all linear layers, 4×256 to
     embeddings dlora   W0 under FSDP2, A and B replicated
     peft    PEFT adapters inside `fully_shard` per block: A and B sharded with W0
     full    full fine-tuning with `fully_shard` per block
+    dlora_compiled, peft_compiled   with each block compiled (torch's compiler takes minutes first)
 Every row runs in the same processes and they alternate round by round; medians are reported, and
 the ratio to the floor is the median of the per-round ratios. Every row runs forward, the same loss,
 backward, and (but for the floor) clip, AdamW and zero_grad.
@@ -58,6 +59,14 @@ def peft(batch: torch.Tensor) -> Row:
     return peft_row(batch, all_ranks())
 
 
+def dlora_compiled(batch: torch.Tensor) -> Row:
+    return dlora_row(batch, base="world", compiled=True)
+
+
+def peft_compiled(batch: torch.Tensor) -> Row:
+    return peft_row(batch, all_ranks(), compiled=True)
+
+
 def full(batch: torch.Tensor) -> Row:
     model = base_model()
     fully_shard_blocks(model, model.model.layers, all_ranks())
@@ -78,7 +87,7 @@ def main() -> None:
     batch = random_batch(rank)
 
     rows, peaks = {}, {}
-    for build in (floor, dlora, peft, full):
+    for build in (floor, dlora, peft, full, dlora_compiled, peft_compiled):
         if build.__name__ in {"floor", "dlora", *args.rows}:
             rows[build.__name__], peaks[build.__name__] = peak_memory(build, batch)
     seconds, sent = alternate(rows, args.rounds)
@@ -106,10 +115,10 @@ def report(rows, peaks, seconds, sent, world, args) -> None:  # noqa: ANN001
         }
         for name in rows
     ]
-    print(f"{'row':8}{'step s':>9}{'/ floor':>9}{'wire MB':>10}{'peak MB':>10}{'W0 held MB':>12}")
+    print(f"{'row':16}{'step s':>9}{'/ floor':>9}{'wire MB':>10}{'peak MB':>10}{'W0 held MB':>12}")
     for line in table:
         print(
-            f"{line['row']:8}{line['step_seconds']:9.3f}{line['over_floor']:9.3f}"
+            f"{line['row']:16}{line['step_seconds']:9.3f}{line['over_floor']:9.3f}"
             f"{line['wire_mb_per_rank']:10.1f}{line['peak_mb']:10.0f}{line['w0_held_mb']:12.1f}"
         )
     own = next(line for line in table if line["row"] == "dlora")

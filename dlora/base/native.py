@@ -42,3 +42,8 @@ def multiplies_natively(device: str) -> bool:
         return False
     has = torch.cpu.get_capabilities()
     return bool(has.get("amx_bf16") or has.get("avx512_bf16"))
+
+
+def has_kernels() -> bool:
+    """Whether oneDNN has kernels for bfloat16 on this CPU, native or by widening its factors."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from dlora.sharding.engines.gather_groups import block_lists
 
 # Arguments of a block by which it would write into a cache, and so twice.
-_CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params", "cache")
+CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params", "cache")
 
 
 def recompute_blocks(model: Any, every: int, offload: bool = False) -> None:
@@ -61,7 +61,7 @@ def _recomputing(
     def recomputing(*args: Any, **kwargs: Any) -> Any:
         if not (model.training and torch.is_grad_enabled()):
             return forward(*args, **kwargs)
-        kwargs |= {name: None for name in _CACHES if kwargs.get(name) is not None}
+        kwargs |= {name: None for name in CACHES if kwargs.get(name) is not None}
         if kwargs.get("use_cache"):
             kwargs["use_cache"] = False
         if not offload:

@@ -195,6 +195,16 @@ class TrainConfig:
     deterministic: bool = option(
         False, "the same bits from run to run on GPUs as well, by slower kernels"
     )
+    compile: bool | Literal["auto"] = option(
+        "auto",
+        "each block as graphs of torch.compile; auto: where there is a compiler and the run is "
+        "long enough to earn the time that it takes",
+    )
+    compile_cache: str | None = option(
+        "~/.cache/dlora/compile",
+        "where torch's compiler keeps what it made: a directory that nobody else may write to, "
+        "since torch unpickles it; null: nowhere",
+    )
     seed: int = option(0, "seed of initialisation, data order and dropout", ge=0, lt=2**32)
 
     @property

@@ -55,16 +55,18 @@ class Mask:
 
     Attributes:
         tokens: int32 [T], a hash of each token.
-        layer: the key of the layer.
+        layer: the key of the layer, a number or an int32 scalar.
         p: the share of elements that are dropped.
     """
 
     tokens: Tensor
-    layer: int
+    layer: int | Tensor
     p: float
 
     def keep(self, n: int) -> Tensor:
         """bool [T, n], False where an element is dropped."""
+        if torch.compiler.is_compiling():
+            return self._whole(n)
         keep = torch.empty(len(self.tokens), n, dtype=torch.bool, device=self.tokens.device)
         for rows, part in self._parts(n):
             keep[rows] = part
@@ -77,6 +79,8 @@ class Mask:
 
     def drop(self, x_Tn: Tensor) -> Tensor:
         """scale · keep⊙x, a new tensor."""
+        if torch.compiler.is_compiling():
+            return x_Tn * self._whole(x_Tn.shape[1]) * self.scale
         out_Tn = torch.empty_like(x_Tn)
         for rows, keep in self._parts(x_Tn.shape[1]):
             torch.mul(x_Tn[rows], keep, out=out_Tn[rows]).mul_(self.scale)
@@ -84,14 +88,26 @@ class Mask:
 
     def _parts(self, n: int) -> Iterator[tuple[slice, Tensor]]:
         """(some rows, their part of the mask)."""
-        device = self.tokens.device
-        columns_n = mix(torch.arange(n, dtype=torch.int32, device=device).mul_(_GAMMA))
-        tokens_T1 = mix(self.tokens ^ self.layer)[:, None]
-        threshold = min(round(self.p * 2**32), 2**32 - 1) - 2**31
-        step = max(1, _AT_ONCE.get(device.type, _AT_ONCE_ELSEWHERE) // max(n, 1))
+        tokens_T1, columns_n = self._hashes(n)
+        limit = _AT_ONCE.get(self.tokens.device.type, _AT_ONCE_ELSEWHERE)
+        step = max(1, limit // max(n, 1))
         for first in range(0, len(tokens_T1), step):
             rows = slice(first, first + step)
-            yield rows, _fold_(tokens_T1[rows] ^ columns_n) >= threshold
+            yield rows, _fold_(tokens_T1[rows] ^ columns_n) >= self._threshold
+
+    def _whole(self, n: int) -> Tensor:
+        """The mask as one expression: torch's compiler takes it into what uses it."""
+        tokens_T1, columns_n = self._hashes(n)
+        return _fold_(tokens_T1 ^ columns_n) >= self._threshold
+
+    def _hashes(self, n: int) -> tuple[Tensor, Tensor]:
+        """int32 [T, 1] and [n]."""
+        columns_n = torch.arange(n, dtype=torch.int32, device=self.tokens.device).mul_(_GAMMA)
+        return mix(self.tokens ^ self.layer)[:, None], mix(columns_n)
+
+    @property
+    def _threshold(self) -> int:
+        return min(round(self.p * 2**32), 2**32 - 1) - 2**31
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ class LinearWithLowRank(torch.autograd.Function):
         dyB_Tr = dy_Tm @ B_x
         dx_Tn = dA = dB = dE = None
         if ctx.needs_input_grad[0]:
-            dx_Tn = dy_Tm @ whole(weight, dy_Tm.dtype)
+            dx_Tn = dy_Tm @ whole(weight, dy_Tm.dtype, dy_Tm)
             if keep is None:
                 dx_Tn.addmm_(dyB_Tr, A_x, alpha=ctx.scaling)
             else:
@@ -255,6 +255,8 @@ def summed(left_Tp: Tensor, right_Tq: Tensor, dtype: torch.dtype, scaling: float
 
     A sum in the factors' bfloat16 would be rounded once more in every micro-batch.
     """
+    if torch.compiler.is_compiling() and left_Tp.dtype != dtype:
+        return _summed(left_Tp, right_Tq, dtype, scaling)
     left_pT = left_Tp.t()
     sum_pq = left_Tp.new_empty(len(left_pT), right_Tq.shape[1], dtype=dtype)
     if left_Tp.dtype == dtype:
@@ -268,3 +270,14 @@ def summed(left_Tp: Tensor, right_Tq: Tensor, dtype: torch.dtype, scaling: float
         columns = right_Tq[:, first : first + step].to(dtype)
         sum_pq[:, first : first + step].addmm_(left_pT, columns, beta=0, alpha=scaling)
     return sum_pq
+
+
+@torch.library.custom_op("dlora::summed", mutates_args=())
+def _summed(left_Tp: Tensor, right_Tq: Tensor, dtype: torch.dtype, scaling: float) -> Tensor:
+    """`summed` as an operator, for graphs of torch's compiler: its loop depends on T."""
+    return summed(left_Tp, right_Tq, dtype, scaling)
+
+
+@_summed.register_fake
+def _(left_Tp: Tensor, right_Tq: Tensor, dtype: torch.dtype, scaling: float) -> Tensor:
+    return left_Tp.new_empty((left_Tp.shape[1], right_Tq.shape[1]), dtype=dtype)

@@ -49,12 +49,13 @@ class Rows(NamedTuple):
     """What rescales the rows of W0 + s·B·A: μ [m], trained, and ‖W0_j‖² [m].
 
     `shared` returns n [m], which it makes with its argument unless it has it already: n is the same
-    in all passes between two optimizer steps.
+    in all passes between two optimizer steps. Where n is known, it is `norms`.
     """
 
     magnitude: Tensor
     squares: Tensor
     shared: Shared
+    norms: Tensor | None = None
 
 
 def row_squares(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -104,6 +105,7 @@ class LinearWithDora(torch.autograd.Function):
         magnitude: Tensor,
         squares: Tensor,
         shared: Shared,
+        norms: Tensor | None,
         scaling: float,
         mask: Mask | None,
     ) -> Tensor:
@@ -111,7 +113,8 @@ class LinearWithDora(torch.autograd.Function):
         A_x, B_x = cast(A, B, None, x_Tn.dtype, shared)
         z_Tr, B_rm = dropped_Tn @ A_x.t(), B_x.t()
         dense = whole(weight, x_Tn.dtype)
-        norms = shared("norms", lambda: row_norms(dense, A, B, scaling, squares))
+        if norms is None:
+            norms = shared("norms", lambda: row_norms(dense, A, B, scaling, squares))
         e = excess(magnitude, norms, x_Tn.dtype)
         v_Tm = F.linear(dropped_Tn, dense).addmm_(z_Tr, B_rm, alpha=scaling)
         if mask is not None:
@@ -142,7 +145,7 @@ class LinearWithDora(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             dB = summed(dv_Tm, z_Tr, B.dtype, ctx.scaling)
         if ctx.needs_input_grad[0]:
-            dense = whole(weight, dy_Tm.dtype)
+            dense = whole(weight, dy_Tm.dtype, dy_Tm)
             if keep is None:
                 dx_Tn = (dv_Tm @ dense).addmm_(dvB_Tr, A_x, alpha=ctx.scaling)
             else:
@@ -152,7 +155,7 @@ class LinearWithDora(torch.autograd.Function):
         if ctx.needs_input_grad[5]:
             sums = torch.mul(dy_Tm, along, out=dv_Tm).sum(0).to(lengths.dtype)
             dmagnitude = torch.where(lengths == 0, 0, sums / lengths)
-        return dx_Tn, None, None, dA, dB, dmagnitude, None, None, None, None
+        return dx_Tn, None, None, dA, dB, dmagnitude, None, None, None, None, None
 
 
 def linear(

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from dlora.errors import UsageError
+from dlora.objectives import packed_operator
 from dlora.objectives.varlen import by_flash_attention, by_torch
 
 _OWNER = "dlora_packed_row"  # an attribute of every module of a model
@@ -44,11 +45,12 @@ class PackedRow:
     Attributes:
         lengths: tokens of each sequence, and of the padding behind them; empty: not packed.
         attended: whether this pass has called attention.
+        compiled: a sequence alone in its row is packed as well, so that all passes are of a kind.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.lengths: tuple[int, ...] = ()
-        self.attended = False
+        self.attended = self.compiled = False
         self._masks: dict[int, tuple[Tensor, Callable[[int], Tensor | None]]] = {}
         self._offsets: dict[torch.device, Tensor] = {}
         self.flash = bool(getattr(model, "_supports_flash_attn", False))
@@ -67,7 +69,10 @@ class PackedRow:
         """
         self.lengths, self.attended = (), False
         self._masks, self._offsets = {}, {}
-        if lengths is None or shape is None or len(lengths) <= shape[0]:
+        if lengths is None or shape is None:
+            return
+        alone = self.compiled and shape[0] == 1
+        if len(lengths) <= shape[0] and not alone:
             return
         padding = shape[1] - sum(lengths)
         if shape[0] != 1 or padding < 0:
@@ -107,10 +112,12 @@ class PackedRow:
             lambda n: own(**how | {"batch_size": 1, "q_length": n, "kv_length": n})
         )
         longest = made(max(self.lengths))
+        if longest is not None and not isinstance(longest, Tensor):
+            return _refuse("its attention takes masks that are no tensors")
+        if self.compiled:  # the same kind of recipe for all lengths
+            longest = torch.ones((), dtype=torch.bool, device=how["device"])
         if longest is None:  # nor has any shorter one
             return None
-        if not isinstance(longest, Tensor):
-            return _refuse("its attention takes masks that are no tensors")
         recipe = longest.new_zeros(()).expand(1, 1, total, total)
         self._masks[recipe.untyped_storage()._cdata] = recipe, made
         return recipe
@@ -165,6 +172,12 @@ class PackedRow:
         return found[1]
 
 
+def row_of(model: nn.Module) -> PackedRow | None:
+    """The row of a model whose loss knows packed rows."""
+    row: PackedRow | None = getattr(model, _OWNER, None)
+    return row
+
+
 def _refuse(reason: str) -> Any:
     raise UsageError(f"data.packing: this model cannot pack: {reason}; set data.packing: false")
 
@@ -200,6 +213,11 @@ def _extend(table: Any, extended: Callable[[str, Callable[..., Any]], Callable[.
 
 
 def _attention(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
+    by_name = f"{name} of {own.__module__}"
+
+    def attend(module: nn.Module, qkv: tuple[Tensor, Tensor, Tensor], mask: Any, **how: Any) -> Any:
+        return attention(module, *qkv, mask, **how)[0]
+
     @functools.wraps(own)
     def attention(
         module: nn.Module,
@@ -210,7 +228,13 @@ def _attention(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
         *args: Any,
         **how: Any,
     ) -> Any:
-        row = module.__dict__.get(_OWNER)
+        row = getattr(module, _OWNER, None)
+        if torch.compiler.is_compiling():
+            if row is None or not row.compiled:
+                return own(module, query, key, value, attention_mask, *args, **how)
+            return packed_operator.attention(
+                by_name, module, (query, key, value), attention_mask, how
+            ), None
         if row is None or not row.lengths:
             return own(module, query, key, value, attention_mask, *args, **how)
         if args:
@@ -221,6 +245,7 @@ def _attention(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
         return row.attend(own, module, qkv, attention_mask, how)
 
     setattr(attention, _ADDED, own)
+    packed_operator.add_function(by_name, attend)
     return attention
 
 

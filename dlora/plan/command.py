@@ -24,6 +24,7 @@ from dlora.lora.attach import attach, trainable_parameters
 from dlora.plan.capacity import free_bytes
 from dlora.plan.choose import Capacity, bytes_first, capacity_of, decide
 from dlora.plan.choose import candidates as candidates_of
+from dlora.plan.graphs import graphs_in_words
 from dlora.plan.kustomize import patch, write
 from dlora.plan.plan import Plan, Subject
 from dlora.plan.speed import Speeds, step_time
@@ -178,6 +179,7 @@ def survey(config: Config, machines: Machines) -> Survey:
         decision=decision,
         others=others,
         twins=[c.plan and _as(c.plan, twin) for c in rows],
+        graphs=graphs_in_words(config, decision.plan, speeds),
     )
 
 

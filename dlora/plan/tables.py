@@ -26,6 +26,7 @@ class Survey:
         others: placements by other engines.
         twins: the chosen plan, and the candidates' in order, with the other setting of activation
             checkpointing.
+        graphs: whether blocks are compiled, in words.
     """
 
     model: str
@@ -34,6 +35,7 @@ class Survey:
     decision: Decision
     others: list[Candidate]
     twins: list[Plan | None]
+    graphs: str
 
     @property
     def candidates(self) -> list[Candidate]:
@@ -59,7 +61,8 @@ def as_text(survey: Survey) -> list[str]:
     ]
     if survey.decision.warning:
         lines.append(f"warning    {survey.decision.warning}")
-    return [*lines, "", *_parts(chosen), "", *_times(chosen, survey.speeds)]
+    parts = [*_parts(chosen), f"graphs: {survey.graphs}"]
+    return [*lines, "", *parts, "", *_times(chosen, survey.speeds)]
 
 
 def _rows(survey: Survey) -> Iterator[tuple[str, ...]]:
@@ -143,6 +146,7 @@ def as_json(survey: Survey) -> str:
             "chosen": _plain(chosen, survey.speeds),
             "reason": survey.decision.reason,
             "warning": survey.decision.warning or None,
+            "graphs": survey.graphs,
             "candidates": [
                 {
                     "base": candidate.base,

@@ -48,3 +48,22 @@ def unpack(codes: Tensor, scales: Tensor, n: int, name: str, dtype: torch.dtype)
 @unpack.register_fake
 def _(codes: Tensor, scales: Tensor, n: int, name: str, dtype: torch.dtype) -> Tensor:
     return codes.new_empty((codes.shape[0], n), dtype=dtype)
+
+
+@torch.library.custom_op("dlora::unpack_after", mutates_args=())
+def unpack_after(
+    codes: Tensor, scales: Tensor, n: int, name: str, dtype: torch.dtype, first: Tensor
+) -> Tensor:
+    """`unpack`, not before there is `first`.
+
+    In a compiled graph of forward and backward two equal operators become one, whose result is
+    stored in between. With the gradient as `first` it is another one, and belongs to backward.
+    """
+    return FORMATS[name].unpack(codes, scales, dtype)
+
+
+@unpack_after.register_fake
+def _(
+    codes: Tensor, scales: Tensor, n: int, name: str, dtype: torch.dtype, first: Tensor
+) -> Tensor:
+    return codes.new_empty((codes.shape[0], n), dtype=dtype)

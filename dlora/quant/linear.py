@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dlora.quant.dequantize import chunk_rows
-from dlora.quant.formats import FORMATS, unpack
+from dlora.quant.formats import FORMATS, unpack, unpack_after
 
 CODES, SCALES = "weight_codes", "weight_scales"
 WEIGHT_NAMES = ("weight", CODES, SCALES)
@@ -41,9 +41,14 @@ class Packing:
     dtype: torch.dtype
     transposed: bool = False
 
-    def whole(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weight in `dtype`."""
-        weight = unpack(codes, scales, self.n, self.name, dtype)
+    def whole(
+        self, codes: Tensor, scales: Tensor, dtype: torch.dtype, first: Tensor | None = None
+    ) -> Tensor:
+        """The weight in `dtype`; in a compiled graph not before there is `first`."""
+        if first is not None and torch.compiler.is_compiling():
+            weight = unpack_after(codes, scales, self.n, self.name, dtype, first)
+        else:
+            weight = unpack(codes, scales, self.n, self.name, dtype)
         return weight.t() if self.transposed else weight
 
 
@@ -68,13 +73,16 @@ class PackedWeight:
 Weight = Tensor | PackedWeight
 
 
-def whole(weight: Weight, dtype: torch.dtype) -> Tensor:
+def whole(weight: Weight, dtype: torch.dtype, first: Tensor | None = None) -> Tensor:
     """The weight as a tensor: a packed one is de-quantised to `dtype`, a tensor returned as it is.
 
     Do not store the result: it is as large as the unpacked weight.
+
+    Args:
+        first: of a backward pass, the gradient, in front of which there is no use for the weight.
     """
     if isinstance(weight, PackedWeight):
-        return weight.packing.whole(weight.codes, weight.scales, dtype)
+        return weight.packing.whole(weight.codes, weight.scales, dtype, first)
     return weight
 
 
@@ -111,7 +119,7 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = saved_with(ctx)
-        return grads[0] @ whole(weight, grads[0].dtype), None, None
+        return grads[0] @ whole(weight, grads[0].dtype, grads[0]), None, None
 
 
 def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:

@@ -32,9 +32,11 @@ from dlora.runtime.memory import unmap_large_blocks
 from dlora.runtime.ranks import Ranks
 from dlora.runtime.run_lock import RunLock
 from dlora.sharding.engines.protocol import build_engine
+from dlora.training.compiled import CompiledBlocks
 from dlora.training.context import RunContext
 from dlora.training.prepare import Preparation
 from dlora.training.residents import Residents
+from dlora.training.warm_up import start_compiled
 
 
 def build(
@@ -67,6 +69,8 @@ def build(
     residents = Residents(prepared.decision, engine, model, ranks.device)
     if config.adapter.path is not None and prepared.resumed is None:
         load_adapter(model, adapter_directory(config.adapter.path))
+    # Around which checkpointing comes.
+    blocks = CompiledBlocks(model, packs=prepared.dealing.packs) if prepared.compiles else None
     how = prepared.budget.workload.checkpointing
     recompute_blocks(model, how.every, how.offload)
     keep_in_eval(model)
@@ -75,7 +79,11 @@ def build(
         initialise(config, ranks, prepared, model, replica)
     model.train()
     optimizer = build_optimizer(config, ranks, prepared, replica)
-    return RunContext(config, ranks, prepared, model, replica, residents, optimizer, lock, hooks)
+    context = RunContext(
+        config, ranks, prepared, model, replica, residents, optimizer, lock, hooks, blocks
+    )
+    start_compiled(context, objective_of(config))
+    return context
 
 
 def residuals_of(config: Config, prepared: Preparation) -> Residuals | None:

@@ -33,6 +33,8 @@ FREE_KEYS = {
     "train.micro_batch_size",
     "train.tokens_per_micro_batch",
     "train.allow_unused",
+    "train.compile",
+    "train.compile_cache",
     "train.deterministic",
 }
 FREE_SECTIONS = {"sharding", "output"}

@@ -13,6 +13,7 @@ from dlora.hooks import Hooks
 from dlora.methods.trained_replica import TrainedReplica
 from dlora.runtime.ranks import Ranks
 from dlora.runtime.run_lock import RunLock
+from dlora.training.compiled import CompiledBlocks
 from dlora.training.prepare import Preparation
 from dlora.training.residents import Residents
 
@@ -23,6 +24,7 @@ class RunContext:
 
     Attributes:
         residents: the layers of W0 that stay gathered.
+        blocks: those of the model as graphs, where the run compiles them.
         lock: of `directory`; every write there calls its `check` first.
     """
 
@@ -35,6 +37,7 @@ class RunContext:
     optimizer: Optimizer
     lock: RunLock
     hooks: Hooks
+    blocks: CompiledBlocks | None = None
 
     @property
     def directory(self) -> Path:

@@ -13,6 +13,7 @@ from dlora.adapters.settings import scheduled
 from dlora.base.eval_mode import random_settings
 from dlora.base.identity import identity
 from dlora.base.model import BaseModel
+from dlora.base.native import has_kernels
 from dlora.base.skeleton import check_divides
 from dlora.config.load import Config
 from dlora.data import Dataset, Dealing, Example, Sampler
@@ -53,6 +54,12 @@ from dlora.training.prepare_data import (
     with_template,
 )
 from dlora.training.prepare_model import adapted, task_of
+from dlora.training.settle_compile import (
+    Compiler,
+    changed_compile,
+    earlier_compile,
+    settle_compile,
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,7 @@ class Preparation:
         config: with what the machines and the checkpoint decide of it (`model.dtype: auto`).
         drawn: parameters of a head that the base lacks.
         dealing: makes the micro-batches of ranks.
+        compiles: whether blocks run as graphs of torch's compiler.
         unreached: adapted modules that text alone does not reach, of a model that takes images too.
     """
 
@@ -82,6 +90,7 @@ class Preparation:
     dealing: Dealing
     drawn: tuple[str, ...] = ()
     unreached: tuple[str, ...] = ()
+    compiles: bool = False
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """One micro-batch, on the CPU."""
@@ -108,7 +117,7 @@ class Preparation:
         """A text that is equal on ranks with the same data, settings and plan."""
         data = [self.train.fingerprint, self.eval.fingerprint if self.eval else ""]
         data.append(self.base_identity or "")
-        chosen = [self.placement, self.divided, self.budget.resident]
+        chosen = [self.placement, self.divided, self.budget.resident, self.compiles]
         return " ".join([*data, str(self.lora), *map(str, chosen)])
 
 
@@ -120,11 +129,13 @@ class Surroundings:
         device: `"cpu"` or `"cuda"`.
         free: bytes that each rank may take; None if that is not known, and then everything fits.
         writes: whether `data.cache_dir` may be written.
+        compiler: for `train.compile`.
     """
 
     device: str = "cpu"
     free: int | None = None
     writes: bool = True
+    compiler: Compiler = Compiler()
 
 
 def prepare(
@@ -181,7 +192,7 @@ def prepare(
                 "output.resume: the checkpoint is of a version that drew dropout masks otherwise: "
                 "from here on they differ from those that the run would have had"
             )
-    if around.device == "cpu" and base.dtype == torch.bfloat16 and not multiplies_bfloat16():
+    if around.device == "cpu" and base.dtype == torch.bfloat16 and not has_kernels():
         announce(
             "model.dtype: this CPU has no instructions for bfloat16, which is many times slower "
             "than float32 on it"
@@ -203,6 +214,12 @@ def prepare(
             "ranks: each sends its part to rank 0 (sharding.optimizer_state); there are no "
             "snapshots (output.snapshot_every), and a lost rank leaves the last save"
         )
+    before = resumed.settings if resumed else None
+    compiles = settle_compile(
+        config, decision, sampler.total_steps, around.compiler, earlier_compile(before), announce
+    )
+    if line := changed_compile(before, compiles):
+        announce(line)
     return Preparation(
         config,
         base,
@@ -220,12 +237,8 @@ def prepare(
         dealing,
         model.drawn,
         unreached=tuple(unreached_by_text(skeleton, [*attachment.adapted, *attachment.saved])),
+        compiles=compiles,
     )
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether oneDNN has kernels for matrices of it on this CPU."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _decision(

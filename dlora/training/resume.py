@@ -18,7 +18,7 @@ from dlora.checkpoint.format import Checkpoint
 from dlora.checkpoint.host_copy import restore
 from dlora.checkpoint.listing import set_aside_after
 from dlora.checkpoint.remote import remote_of
-from dlora.config.load import Config, dump_yaml
+from dlora.config.load import SCHEMA, Config, dump_yaml
 from dlora.errors import UsageError, dtype_name
 from dlora.io.files import unused_name, write_atomically
 from dlora.methods.trained_replica import TrainedReplica
@@ -134,14 +134,16 @@ def open_directory(context: RunContext, start: int) -> MetricsLog:
 
 
 def resolved_yaml(config: Config, prepared: Preparation) -> str:
-    """The configuration with the placement, and the micro-batches, that were chosen."""
+    """The configuration with the placement, the micro-batches and graphs that were chosen."""
     sharding = replace(
         config.sharding,
         engine=prepared.placement.engine,
         base=prepared.placement.base,  # type: ignore[arg-type]
         optimizer_state="divided" if prepared.divided else "replicated",
     )
-    train = config.train
+    train = replace(config.train, compile=prepared.compiles)
+    if not prepared.compiles:  # where it cannot act
+        train = replace(train, compile_cache=SCHEMA["train.compile_cache"].default)
     if train.tokens_per_micro_batch == "auto":
         train = replace(train, tokens_per_micro_batch=prepared.dealing.tokens)
     return dump_yaml(replace(config, sharding=sharding, train=train))

@@ -31,6 +31,7 @@ from dlora.sharding.topology import Topology
 from dlora.training.checks import check_output
 from dlora.training.find_checkpoint import ResumePoint, find_checkpoint
 from dlora.training.prepare import Preparation, Surroundings, prepare
+from dlora.training.settle_compile import Compiler, find_compiler
 from dlora.training.settle_dtype import settle_dtype
 
 
@@ -119,7 +120,12 @@ def prepared(config: Config, ranks: Ranks, *, check: bool = False) -> Preparatio
     found = broadcast(ranks, "checkpoint/found", found and asdict(found))
     resumed = ResumePoint(**found) if found else None
     free = gather(ranks, "free", free_bytes(ranks.device, here))
-    around = Surroundings(ranks.device.type, None if None in free else min(free), not check)
+    around = Surroundings(
+        ranks.device.type,
+        None if None in free else min(free),
+        not check,
+        _compiler(config, ranks),
+    )
 
     if config.model.dtype == AUTO_DTYPE:
         natively = gather(ranks, "bfloat16", multiplies_natively(ranks.device.type))
@@ -132,6 +138,15 @@ def prepared(config: Config, ranks: Ranks, *, check: bool = False) -> Preparatio
     return agree(ranks, "preparation", work)
 
 
+def _compiler(config: Config, ranks: Ranks) -> Compiler:
+    """What all ranks have for compiling: what is missing on any, and the speed of the slowest."""
+    if config.train.compile is False:
+        return Compiler()
+    found = gather(ranks, "compiler", asdict(find_compiler(ranks.device)))
+    missing = next((one["missing"] for one in found if one["missing"]), "")
+    return Compiler(missing, min(one["speed"] for one in found))
+
+
 def import_late_ones(config: Config) -> None:
     """Import early what would count towards the run's memory if it were imported later."""
     importlib.import_module("transformers.models.auto.modeling_auto")
@@ -139,3 +154,5 @@ def import_late_ones(config: Config) -> None:
         import_trackers(config.output.report_to)
     if config.model.quantization.startswith("nf4"):
         bitsandbytes_kernel()
+    if config.train.compile is True:
+        importlib.import_module("torch._inductor.compile_fx")

@@ -88,6 +88,8 @@ ADDED = {  # change nothing
     ("train", "allow_unused"): False,
     ("train", "tokens_per_micro_batch"): None,
     ("train", "deterministic"): False,
+    ("train", "compile"): "auto",
+    ("train", "compile_cache"): "~/.cache/dlora/compile",
     ("output", "remote"): None,
     ("output", "snapshot_every"): 1,
     ("output", "samples"): 0,

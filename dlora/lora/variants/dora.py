@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from dlora.lora import functional_dora
 from dlora.lora.functional import Convolve
+from dlora.lora.given import Given
+from dlora.lora.step_values import made_anew
 from dlora.lora.variants.lora import LoraAdapter
-from dlora.quant.linear import Weight
+from dlora.quant.linear import Weight, whole
 
 
 class DoraAdapter(LoraAdapter):
@@ -46,9 +48,28 @@ class DoraAdapter(LoraAdapter):
         self.lora_magnitude_vector.copy_(self.base_squares.sqrt())
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+        if (given := self.given) is not None:
+            A, B, mask, norms = given.A, given.B, given.mask_of(x), given.norms
+            rows = functional_dora.Rows(given.magnitude, norms, made_anew, norms)
+            return functional_dora.linear(x, weight, bias, A, B, self.scaling, rows, mask=mask)
         A, B = self.factors()
         mask = self.mask(x)
         return functional_dora.linear(x, weight, bias, A, B, self.scaling, self._rows, mask=mask)
+
+    @torch.no_grad()
+    def norms(self, weight: Weight, dtype: torch.dtype) -> Tensor:
+        """n [m] of the rows of W0 + s·B·A, made once for all passes of a step."""
+        A, B = self.factors()
+        return self.shared_by_passes(
+            "norms",
+            lambda: functional_dora.row_norms(
+                whole(weight, dtype), A, B, self.scaling, self.base_squares
+            ),
+        )
+
+    def give(self, x: Tensor, weight: Weight, r: int, layer: Tensor) -> Given:
+        given = super().give(x, weight, r, layer)
+        return given.with_rows(self.lora_magnitude_vector, self.norms(weight, x.dtype))
 
     def embedding(self, ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
         A, B = self.factors()

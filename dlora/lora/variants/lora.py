@@ -15,6 +15,7 @@ from dlora.errors import UsageError
 from dlora.lora import functional
 from dlora.lora.config import LoraConfig
 from dlora.lora.dropout import DropoutStream, Mask, key_of
+from dlora.lora.given import Given, masked
 from dlora.lora.init import Initialisation
 from dlora.lora.method_state import MethodState, PlannedState
 from dlora.lora.states import AdapterState, Stateful
@@ -62,6 +63,7 @@ class LoraAdapter(Stateful):
             training starts at B·A = 0 anyway.
         residual: the layer's weight is W0 less s·B₀·A₀ already, as that of a packed base may be.
         state: what the layer computes with for now.
+        given: what it computes with instead of its own, while a compiled graph runs.
     """
 
     settings: ClassVar[type[LoraConfig]] = LoraConfig
@@ -72,6 +74,7 @@ class LoraAdapter(Stateful):
     prunes: ClassVar[bool] = False
     state_class: ClassVar[type[MethodState] | str] = MethodState
     run_files: ClassVar[tuple[str, ...]] = ()
+    given: Given | None = None
 
     def __init__(
         self,
@@ -136,6 +139,8 @@ class LoraAdapter(Stateful):
     @property
     def active(self) -> bool:
         """Whether the layer computes with more than its weight."""
+        if self.given is not None:
+            return True
         if self.state is AdapterState.OFF:
             return self.residual
         return self.state in (AdapterState.ON, AdapterState.UNSTARTED)
@@ -167,11 +172,30 @@ class LoraAdapter(Stateful):
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         """x [..., n], weight [m, n], packed or not → y [..., m]."""
+        if (given := self.given) is not None:
+            A, B, E, mask = given.A, given.B, given.E, given.mask_of(x)
+            return functional.linear(x, weight, bias, A, B, self.scaling, E=E, mask=mask)
         A, B = self.factors()
         how: dict[str, Any] = {"E": self.singular_values(), "mask": self.mask(x)}
         return functional.linear(
             x, weight, bias, A, B, self.scaling, **how, shared=self.shared_by_passes
         )
+
+    def give(self, x: Tensor, weight: Weight, r: int, layer: Tensor) -> Given:
+        """What a compiled graph is given of this adapter, for a pass over x [rows, tokens, …].
+
+        Args:
+            weight: of its layer, [m, n].
+            r: the rank that the graph has, at least that of `factors`.
+            layer: int32 scalar, the key of this layer's dropout.
+        """
+        A, B = self.factors()
+        E = self.singular_values()
+        return Given.of(A, B, E, r, masked(self.mask(x), x, self._drops, self.dropout, layer))
+
+    @property
+    def _drops(self) -> bool:
+        return self.training and self.state is not AdapterState.OFF and self.dropout > 0
 
     def embedding(self, ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
         """ids [...], weight [V, m] → y [..., m]. Dropout does not apply to a look-up (as PEFT)."""
@@ -197,7 +221,7 @@ class LoraAdapter(Stateful):
 
     def mask(self, x: Tensor, dim: int = -1) -> Mask | None:
         """Dropout's mask over x with its columns along `dim`; None without dropout."""
-        if not self.training or self.state is AdapterState.OFF or self.dropout == 0:
+        if not self._drops:
             return None
         return self.stream.mask(x.movedim(dim, -1), self.dropout, self._key)
 

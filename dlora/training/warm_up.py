@@ -1,0 +1,103 @@
+"""The first passes of a compiled run: all graphs are made before the first step, in all modes.
+
+So a run knows before it trains whether its blocks compile, no step waits for a compiler, and ranks
+wait for one another while the long limit for loading holds. The passes are of made-up sequences;
+their gradients are thrown away.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from dlora.data.collate import PAD_TO, Batch
+from dlora.errors import UsageError
+from dlora.lora.attach import attachment_of
+from dlora.lora.dropout import SampleKeys
+from dlora.objectives.objective import Objective
+from dlora.objectives.router_loss import whole_loss
+from dlora.runtime.agreement import gather
+from dlora.runtime.console import console
+from dlora.training.compile_cache import end_workers, use_cache
+from dlora.training.compiled import CompiledBlocks
+from dlora.training.context import RunContext
+from dlora.training.evaluate import evaluating
+
+_ROWS = 3
+
+
+def start_compiled(context: RunContext, objective: Objective) -> None:
+    """Switch the graphs of a run on and make them; says how long it took. Collective.
+
+    Raises:
+        UsageError: on every rank: a block does not compile, and `train.compile` is true.
+    """
+    blocks = context.blocks
+    if blocks is None:
+        return
+    use_cache(context.config.train.compile_cache)
+    began = time.perf_counter()
+    make_graphs(context, blocks, objective)
+    end_workers()
+    failed = [found for found in gather(context.ranks, "compile", blocks.failed) if found]
+    if failed:
+        blocks.stop()
+        if context.config.train.compile is True:
+            raise UsageError(f"train.compile: true: {failed[0]}; set train.compile: auto or false")
+        console.info(f"train.compile: off: {failed[0]}")
+        return
+    blocks.settled = True
+    console.info(
+        f"train.compile: {blocks.made} graphs of {len(blocks)} blocks in "
+        f"{time.perf_counter() - began:.0f} s"
+    )
+
+
+def make_graphs(context: RunContext, blocks: CompiledBlocks, objective: Objective) -> None:
+    """Switch the graphs of a run on and make them, by one pass of each kind. Collective."""
+    blocks.start()
+    for batch in _batches(context):
+        _pass(context, objective, batch)
+
+
+def _pass(context: RunContext, objective: Objective, batch: Batch) -> None:
+    """Forward and backward, and an evaluation, of one batch."""
+    model, prepared, replica = context.model, context.prepared, context.replica
+    row = batch.input_ids.shape[1] if batch.packed else 0
+    keys = SampleKeys(context.config.train.seed, 0, batch.ids, batch.lengths, row)
+    attachment = attachment_of(model)
+    with attachment.values.shared(), attachment.stream.keyed(keys):
+        whole_loss(model, objective.loss(model, batch), batch.num_targets)[0].backward()
+    replica.zero_grad()
+    replica.release()
+    if prepared.eval is not None:
+        with evaluating(context):
+            prepared.task.evaluate(model, batch)
+    replica.wire.take()
+
+
+def _batches(context: RunContext) -> Iterator[Batch]:
+    """One batch of each kind: a row that several share, or rows of their own and one alone."""
+    prepared, device = context.prepared, context.ranks.device
+    tokens = _unlike_any_size(context.model)
+    whole = prepared.task.example(tokens)
+    if prepared.dealing.packs:
+        some = [prepared.task.example(n) for n in (tokens // 2 - 1, tokens // 2 + 1)]
+        yield prepared.collate([replace(e, id=i) for i, e in enumerate(some)]).to(device)
+        return
+    for rows in (_ROWS, 1):
+        yield prepared.collate([replace(whole, id=i) for i in range(rows)]).to(device)
+
+
+def _unlike_any_size(model: nn.Module) -> int:
+    """A number of tokens that is no size in the model: of equal sizes a graph takes one."""
+    sizes = {size for parameter in model.parameters() for size in parameter.shape}
+    config: Any = getattr(model, "config", None)
+    texts = config.get_text_config().to_dict().values() if config is not None else ()
+    sizes |= {value for value in texts if isinstance(value, int)}
+    sizes |= {size // heads for size in list(sizes) for heads in range(1, 129)}
+    return next(n for n in range(5 * PAD_TO, 10**6, PAD_TO) if not {n, _ROWS * n} & sizes)
