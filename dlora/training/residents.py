@@ -35,7 +35,7 @@ class Residents:
         self, decision: Decision, engine: Engine, model: nn.Module, device: torch.device
     ) -> None:
         self.plan: Plan = decision.plan
-        self.limit = decision.capacity and decision.capacity.nbytes
+        self.limit = None if decision.capacity is None else decision.capacity.nbytes
         self._holding, self._engine, self._model = decision.holding, engine, model
         self._device = device
         self._ranks = int(os.environ.get("LOCAL_WORLD_SIZE", self.plan.topology.world))
