@@ -71,6 +71,7 @@ def masked(mask: Mask | None, x: Tensor, drops: bool, p: float, layer: Tensor) -
 
 def _input(tensor: Tensor) -> Tensor:
     """An alias with a shape that no graph takes for one that may change."""
-    alias = tensor.view_as(tensor)
+    # A view of a parameter would require a gradient even where none are recorded.
+    alias = tensor.view_as(tensor) if torch.is_grad_enabled() else tensor.detach()
     torch._dynamo.mark_static(alias)
     return alias

@@ -19,7 +19,9 @@ from kill_trials import ADALORA
 from run_training import Runs, check_near, prepared_run, train
 from sampling import sampled
 from tiny import command, save_chats
+from torch import nn
 
+from dlora import LoraConfig, attach
 from dlora.errors import UsageError
 from dlora.plan.graphs import graphs_in_words
 from dlora.plan.speed import Speeds
@@ -148,6 +150,32 @@ def test_all_graphs_are_made_before_the_first_step(run: Runs, tmp_path: Path) ->
     assert stat.S_IMODE((tmp_path / "cache").stat().st_mode) == 0o700
     assert Path(result["cache"]).parent == tmp_path / "cache"
     assert any(Path(result["cache"]).rglob("*.so"))
+
+
+class Branching(nn.Module):
+    """A block that reads a value, which no graph can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.linear(x)
+        return y if float(y.sum()) > 0 else -y
+
+
+def test_a_block_that_does_not_compile_is_named_and_runs() -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = nn.ModuleDict({"blocks": nn.Sequential(Branching(), Branching())})
+    attach(model, LoraConfig(r=2, target_modules=["linear"]))
+    x = torch.randn(2, 5, 8)
+    wanted = model["blocks"](x)
+    blocks = CompiledBlocks(model, packs=False, backend="aot_eager")
+    blocks.start()
+    assert torch.equal(model["blocks"](x), wanted)
+    assert blocks.failed.startswith("Branching does not compile: ")
+    assert not blocks.on
 
 
 # -- whether a run compiles ------------------------------------------------------------------------

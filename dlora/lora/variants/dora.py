@@ -50,6 +50,7 @@ class DoraAdapter(LoraAdapter):
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         if (given := self.given) is not None:
             A, B, mask, norms = given.A, given.B, given.mask_of(x), given.norms
+            assert given.magnitude is not None and norms is not None
             rows = functional_dora.Rows(given.magnitude, norms, made_anew, norms)
             return functional_dora.linear(x, weight, bias, A, B, self.scaling, rows, mask=mask)
         A, B = self.factors()
