@@ -32,6 +32,11 @@ def _picked(tensor: Any, index: Any) -> Any:
     return tensor
 
 
+def _contiguous(tensor: Any) -> Any:
+    contiguous = torch.contiguous_format
+    return torch.ops.aten.clone.default(tensor, memory_format=contiguous)
+
+
 def _put(tensor: Any, index: Any, value: Any) -> None:
     """`tensor[index] = value`."""
     _picked(tensor, index).copy_(value)
@@ -44,6 +49,7 @@ def fake_cuda() -> Iterator[torch.device]:
         # torch's own ask a CPU-only build for a CUDA device first.
         patch.setattr(FakeTensor, "__getitem__", _picked, raising=False)
         patch.setattr(FakeTensor, "__setitem__", _put, raising=False)
+        patch.setattr(FakeTensor, "contiguous", _contiguous, raising=False)
         patch.setattr(FakeTensor, "copy_", _copied, raising=False)
         yield CUDA
 

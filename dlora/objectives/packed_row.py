@@ -43,12 +43,13 @@ class PackedRow:
 
     Attributes:
         lengths: tokens of each sequence, and of the padding behind them; empty: not packed.
+        apart: whether each sequence is known to have a row of its own.
         attended: whether this pass has called attention.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.lengths: tuple[int, ...] = ()
-        self.attended = False
+        self.apart = self.attended = False
         self._masks: dict[int, tuple[Tensor, Callable[[int], Tensor | None]]] = {}
         self._offsets: dict[torch.device, Tensor] = {}
         self.flash = bool(getattr(model, "_supports_flash_attn", False))
@@ -67,7 +68,8 @@ class PackedRow:
         """
         self.lengths, self.attended = (), False
         self._masks, self._offsets = {}, {}
-        if lengths is None or shape is None or len(lengths) <= shape[0]:
+        self.apart = lengths is not None and shape is not None and len(lengths) <= shape[0]
+        if lengths is None or shape is None or self.apart:
             return
         padding = shape[1] - sum(lengths)
         if shape[0] != 1 or padding < 0:
@@ -211,6 +213,10 @@ def _attention(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
         **how: Any,
     ) -> Any:
         row = module.__dict__.get(_OWNER)
+        if row is not None and row.apart and name.startswith("flash"):
+            # Of one row transformers would read all positions on the host, in every layer, to see
+            # whether sequences share it.
+            how.pop("position_ids", None)
         if row is None or not row.lengths:
             return own(module, query, key, value, attention_mask, *args, **how)
         if args:

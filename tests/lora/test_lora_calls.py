@@ -7,7 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from calls import Calls
+from calls import FREE, Calls
 from fake_cuda import fake_cuda
 from torch import Tensor, nn
 
@@ -18,12 +18,6 @@ from dlora.lora.functional import LinearWithLowRank
 from dlora.lora.step_values import StepValues
 
 ROWS, TOKENS, N, M = 2, 5, 8, 6
-# Views and memory: no kernel runs.
-FREE = {
-    "view", "_unsafe_view", "t", "transpose", "detach", "alias", "expand", "reshape", "slice",
-    "unsqueeze", "device", "new_empty", "empty", "empty_like", "new_empty_strided", "permute",
-    "select",
-}  # fmt: skip
 
 
 class Peft(nn.Module):
