@@ -105,7 +105,7 @@ def test_a_rank_of_sixteen_sends_what_the_plan_says(
     assert sum(call.sent() for call in gathers) == plan.gathers
     assert [scattered.op, reduced.op] == ["_reduce_scatter_base_", "allreduce_"]
     gradients = 4 * plan.trainable
-    assert gradients <= scattered.nbytes == spread.nbytes < gradients + 4 * PER_NODE + 200
+    assert gradients <= scattered.nbytes == spread.nbytes < gradients + 512  # scalars, padding
     assert reduced.nbytes == scattered.nbytes // PER_NODE
     assert reduced.ranks == (3, 7, 11, 15) and spread.ranks == (0, 1, 2, 3)
     whole = {"world": tuple(range(16)), "node": (0, 1, 2, 3)}
