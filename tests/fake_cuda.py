@@ -33,6 +33,8 @@ def _picked(tensor: Any, index: Any) -> Any:
 
 
 def _contiguous(tensor: Any) -> Any:
+    if tensor.is_contiguous():
+        return tensor
     contiguous = torch.contiguous_format
     return torch.ops.aten.clone.default(tensor, memory_format=contiguous)
 
