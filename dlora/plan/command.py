@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +13,7 @@ from torch import nn
 from dlora.adapters.settings import keyed_by, lora_config
 from dlora.base.gguf import gguf_skeleton
 from dlora.base.model import DTYPES, find_base, quiet_libraries
+from dlora.base.native import AUTO_DTYPE, native_dtype
 from dlora.base.quantize import quantize_as_set
 from dlora.base.skeleton import AUTO, check_attention, check_divides
 from dlora.config.load import Config, parse
@@ -113,6 +114,7 @@ def survey(config: Config, machines: Machines) -> Survey:
     """
     topology = Topology(0, machines.nodes * machines.gpus_per_node, machines.gpus_per_node)
     capacity, device = _capacity(config, machines)
+    config = _with_dtype(config, machines, device)
     task = task_in_plan(config.train.task, config.train.num_labels)
     skeleton = _skeleton(config, task)
     size = sum(p.numel() for p in skeleton.parameters())
@@ -177,6 +179,14 @@ def survey(config: Config, machines: Machines) -> Survey:
         others=others,
         twins=[c.plan and _as(c.plan, twin) for c in rows],
     )
+
+
+def _with_dtype(config: Config, machines: Machines, device: str) -> Config:
+    """The configuration without `model.dtype: auto`: GPUs that are planned for have bfloat16."""
+    if config.model.dtype != AUTO_DTYPE:
+        return config
+    dtype = native_dtype(device) if machines.gpu_memory_gb is None else "bfloat16"
+    return replace(config, model=replace(config.model, dtype=dtype))  # type: ignore[arg-type]
 
 
 def task_in_plan(name: str, num_labels: int | None) -> Task:

@@ -34,6 +34,7 @@ from dlora.runtime.run_lock import RunLock
 from dlora.sharding.engines.protocol import build_engine
 from dlora.training.context import RunContext
 from dlora.training.prepare import Preparation
+from dlora.training.residents import Residents
 
 
 def build(
@@ -48,7 +49,12 @@ def build(
     model = prepared.base.load(engine, ranks.device, residuals and residuals.left)
     torch.manual_seed(config.train.seed)  # some classes draw while they are made, engine by engine
     by_pairs = room("optim")[config.optimizer.name].says["divides"] == "pairs"
-    replica = replicate(model, engine, divided=prepared.divided and not by_pairs)
+    replica = replicate(
+        model,
+        engine,
+        divided=prepared.divided and not by_pairs,
+        reduce_dtype=torch.bfloat16 if config.sharding.reduce_dtype == "bfloat16" else None,
+    )
     if config.sharding.audit == "heal":
         replica.healed = lambda found: console.info(
             f"warning: the adapters differed between ranks: {found}; healed (sharding.audit)"
@@ -58,7 +64,7 @@ def build(
         residuals.start(model)
     if prepared.drawn and prepared.resumed is None:
         draw_copies(model, prepared.base.skeleton(), prepared.drawn, config.train.seed)
-    engine.keep_gathered(model, prepared.budget.resident)
+    residents = Residents(prepared.decision, engine, model, ranks.device)
     if config.adapter.path is not None and prepared.resumed is None:
         load_adapter(model, adapter_directory(config.adapter.path))
     how = prepared.budget.workload.checkpointing
@@ -69,7 +75,7 @@ def build(
         initialise(config, ranks, prepared, model, replica)
     model.train()
     optimizer = build_optimizer(config, ranks, prepared, replica)
-    return RunContext(config, ranks, prepared, model, replica, optimizer, lock, hooks)
+    return RunContext(config, ranks, prepared, model, replica, residents, optimizer, lock, hooks)
 
 
 def residuals_of(config: Config, prepared: Preparation, device: torch.device) -> Residuals | None:

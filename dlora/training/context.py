@@ -14,6 +14,7 @@ from dlora.methods.trained_replica import TrainedReplica
 from dlora.runtime.ranks import Ranks
 from dlora.runtime.run_lock import RunLock
 from dlora.training.prepare import Preparation
+from dlora.training.residents import Residents
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class RunContext:
     """The parts of one run on one rank.
 
     Attributes:
+        residents: the layers of W0 that stay gathered.
         lock: of `directory`; every write there calls its `check` first.
     """
 
@@ -29,6 +31,7 @@ class RunContext:
     prepared: Preparation
     model: nn.Module
     replica: TrainedReplica
+    residents: Residents
     optimizer: Optimizer
     lock: RunLock
     hooks: Hooks

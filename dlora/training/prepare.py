@@ -60,11 +60,13 @@ class Preparation:
     """What `prepare` found out; it has no weights.
 
     Attributes:
+        config: with what the machines and the checkpoint decide of it (`model.dtype: auto`).
         drawn: parameters of a head that the base lacks.
         dealing: makes the micro-batches of ranks.
         unreached: adapted modules that text alone does not reach, of a model that takes images too.
     """
 
+    config: Config
     base: BaseModel
     tokenizer: Any
     train: Dataset | Stream
@@ -202,6 +204,7 @@ def prepare(
             "snapshots (output.snapshot_every), and a lost rank leaves the last save"
         )
     return Preparation(
+        config,
         base,
         tokenizer,
         train,
@@ -266,6 +269,7 @@ def _decision(
         capacity=capacity_of(section.memory_budget_gb, around.free),
         offload=section.cpu_offload,
         checkpointing=setting,
+        fills=section.base == "auto",
     )
     if not settings.reason:
         return decision

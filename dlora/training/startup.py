@@ -16,6 +16,7 @@ from dataclasses import asdict
 
 import torch
 
+from dlora.base.native import AUTO_DTYPE, multiplies_natively
 from dlora.config.load import SCHEMA, Config, Options, parse
 from dlora.errors import UsageError
 from dlora.metrics.trackers import import_trackers
@@ -30,6 +31,7 @@ from dlora.sharding.topology import Topology
 from dlora.training.checks import check_output
 from dlora.training.find_checkpoint import ResumePoint, find_checkpoint
 from dlora.training.prepare import Preparation, Surroundings, prepare
+from dlora.training.settle_dtype import settle_dtype
 
 
 def enter(argv: list[str], prog: str, first: Callable[[], None]) -> tuple[Ranks, Options | None]:
@@ -118,6 +120,10 @@ def prepared(config: Config, ranks: Ranks, *, check: bool = False) -> Preparatio
     resumed = ResumePoint(**found) if found else None
     free = gather(ranks, "free", free_bytes(ranks.device, here))
     around = Surroundings(ranks.device.type, None if None in free else min(free), not check)
+
+    if config.model.dtype == AUTO_DTYPE:
+        natively = gather(ranks, "bfloat16", multiplies_natively(ranks.device.type))
+        config = settle_dtype(config, resumed, all(natively), console.info)
 
     def work() -> tuple[Preparation, str]:
         found = prepare(config, topology, console.info, resumed, around)

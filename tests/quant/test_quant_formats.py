@@ -161,6 +161,39 @@ def test_a_gpu_unpacks_a_weight_in_few_operators(name: str, most: int) -> None:
     assert len(computed) <= most, computed
 
 
+def e4m3(code: int) -> float:
+    """The number of a code, by the bits of the paper's table 1: s eeee mmm, a bias of 7, no inf."""
+    sign, exponent, mantissa = -1 if code >> 7 else 1, (code >> 3) & 15, code & 7
+    if exponent == 15 and mantissa == 7:
+        return math.nan
+    return sign * (mantissa * 2.0**-9 if exponent == 0 else (8 + mantissa) * 2.0 ** (exponent - 10))
+
+
+def test_fp8_codes_are_the_nearest_and_mean_what_the_paper_says() -> None:
+    w, fmt = weights(33, 70), FORMATS["fp8"]
+    w[3] *= torch.logspace(0, -8, 70)  # down to where it has no exponents left
+    numbers = torch.tensor([e4m3(code) for code in range(256)], dtype=torch.float64)
+    step = w.double().abs().amax(1, keepdim=True) / 448
+    codes = fmt.codes(w)
+    distances = (w.double() / step)[:, :, None] - numbers.nan_to_num(math.inf)
+    best = distances.abs().amin(2)
+    got = ((w.double() / step) - numbers[codes.long()]).abs()
+    torch.testing.assert_close(got, best, rtol=1e-6, atol=1e-6)
+    values = fmt.unpack(codes, fmt.scales(w), torch.float32).double()
+    torch.testing.assert_close(values, numbers[codes.long()] * step, rtol=3e-7, atol=0)
+    bound = torch.maximum(w.double().abs() / 16, step / 1024)
+    assert bool(((values - w).abs() <= 1.00001 * bound).all())
+
+
+def test_fp8_has_every_number() -> None:
+    finite = [code for code in range(256) if not math.isnan(e4m3(code))]
+    codes = torch.tensor([finite], dtype=torch.uint8)
+    one = as_bytes(torch.ones(1, 1))
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        values = FORMATS["fp8"].unpack(codes, one, dtype)
+        assert values[0].tolist() == [e4m3(code) for code in finite]
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
 @pytest.mark.parametrize(("k", "n"), [(1, 64), (70, 192), (33, 65536)])  # the last in many chunks
@@ -192,7 +225,12 @@ def test_rows_packed_alone_are_rows_of_the_packed(name: str, dtype: torch.dtype)
 
 @pytest.mark.parametrize(
     ("name", "bits", "error"),
-    [("nf4", 4.25, 0.0925), ("nf4-dq", 4 + 8 / 64 + 32 / 2048, 0.0925), ("int8", 8.02, 0.0081)],
+    [
+        ("nf4", 4.25, 0.0925),
+        ("nf4-dq", 4 + 8 / 64 + 32 / 2048, 0.0925),
+        ("int8", 8.02, 0.0081),
+        ("fp8", 8.02, 0.0264),
+    ],
 )
 def test_bits_and_errors(name: str, bits: float, error: float) -> None:
     w, fmt = weights(256, 2048), FORMATS[name]
@@ -210,7 +248,7 @@ def test_double_quantisation_costs_next_to_nothing() -> None:
     assert abs(float((two - w).norm() / (one - w).norm()) - 1) <= 0.003
 
 
-@pytest.mark.parametrize("name", ["nf4", "nf4-dq"])
+@pytest.mark.parametrize("name", ["nf4", "nf4-dq", "fp8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packing_what_was_unpacked_changes_no_code(name: str, dtype: torch.dtype) -> None:
     w, fmt = weights(64, 512), FORMATS[name]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Times (p − 1)/p · bytes of the whole tensor: of a ring, and as gloo really does it.
-RING = {"allreduce_": 2, "_allgather_base_": 1, "_reduce_scatter_base_": 1}
+RING = {"allreduce_": 2, "_allgather_base_": 1, "_reduce_scatter_base_": 1, "alltoall_base_": 1}
 GLOO = RING | {"_reduce_scatter_base_": 2}  # an all-reduce, of which each rank keeps its part
 # Offset of tcpi_bytes_acked in Linux' struct tcp_info.
 _BYTES_ACKED = 120

@@ -44,7 +44,8 @@ class Fsdp2:
 
     def __init__(self, placement: Placement, topology: Topology) -> None:
         self.placement, self.topology, self.wire = placement, topology, WireCounter()
-        self._resident: set[nn.Module] = set()
+        # Whether it stays after forward anyway, and whether for all of a step.
+        self._resident: dict[nn.Module, tuple[bool, bool]] = {}
 
     @classmethod
     def groups(cls, skeleton: nn.Module) -> list[Group]:
@@ -116,9 +117,18 @@ class Fsdp2:
     def keep_gathered(self, model: nn.Module, paths: Collection[str]) -> None:
         for path in paths:
             unit: Any = model.get_submodule(path)
-            self._resident.add(unit)
+            before = _stays_after_forward(unit), _stays_for_step(unit)
+            self._resident.setdefault(unit, before)
             unit.set_reshard_after_forward(False, recurse=False)
             unit.set_reshard_after_backward(False, recurse=False)
+
+    def release_gathered(self, model: nn.Module, paths: Collection[str]) -> None:
+        for path in paths:
+            unit: Any = model.get_submodule(path)
+            after_forward, for_step = self._resident.pop(unit)
+            unit.set_reshard_after_forward(not after_forward, recurse=False)
+            unit.set_reshard_after_backward(not for_step, recurse=False)
+            unit.reshard()
 
     def free_gathered(self, model: nn.Module) -> None:
         for module in model.modules():
