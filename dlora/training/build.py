@@ -47,7 +47,7 @@ def build(
         unmap_large_blocks()
     torch.manual_seed(config.train.seed)
     engine = build_engine(prepared.placement, prepared.topology)
-    residuals = residuals_of(config, prepared)
+    residuals = residuals_of(config, prepared, ranks.device)
     model = prepared.base.load(engine, ranks.device, residuals and residuals.left)
     torch.manual_seed(config.train.seed)  # some classes draw while they are made, engine by engine
     by_pairs = room("optim")[config.optimizer.name].says["divides"] == "pairs"
@@ -86,12 +86,12 @@ def build(
     return context
 
 
-def residuals_of(config: Config, prepared: Preparation) -> Residuals | None:
+def residuals_of(config: Config, prepared: Preparation, device: torch.device) -> Residuals | None:
     """A0 and B0 of adapters that start from a packed W0; a resumed run reads its checkpoint's."""
     lora, resumed = prepared.lora, prepared.resumed
     if INITS[lora.init_lora_weights].needs != "weight" or config.model.quantization == "none":
         return None
-    residuals = Residuals(prepared.base, lora)
+    residuals = Residuals(prepared.base, lora, device)
     if resumed is not None:
         residuals.read(Path(resumed.directory), prepared.topology)
     else:

@@ -4,10 +4,14 @@ import math
 
 import pytest
 import torch
+from calls import FREE, Calls
+from fake_cuda import HostWork, fake_cuda
 from torch import Tensor
 
+from dlora.quant import dequantize
 from dlora.quant.dequantize import bitsandbytes_kernel, levels_in_torch, levels_times_scales
 from dlora.quant.formats import FORMATS, unpack
+from dlora.quant.int8 import times_step
 from dlora.quant.nf4 import _PAIRS, LEVELS
 from dlora.quant.rows import as_bytes, from_bytes
 
@@ -127,6 +131,34 @@ def test_int8_values_are_multiples_of_the_step() -> None:
     wanted = fmt.codes(w).view(torch.int8) * step
     torch.testing.assert_close(values.double(), wanted, rtol=2e-7, atol=0)
     assert bool(((values - w).abs() <= step * 0.5001).all())
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+def test_int8_in_one_operator_gives_the_same_bits(dtype: torch.dtype) -> None:
+    w, fmt = weights(70, 192), FORMATS["int8"]
+    codes, scales = fmt.codes(w), fmt.scales(w)
+    step = from_bytes(scales, torch.float32) / 127
+    found = times_step(codes, step, torch.empty(codes.shape, dtype=dtype))
+    assert torch.equal(found, (codes.view(torch.int8).float() * step).to(dtype))
+    assert torch.equal(found, fmt.unpack(codes, scales, dtype))
+
+
+@pytest.mark.parametrize(("name", "most"), [("int8", 2), ("nf4", 5), ("nf4-dq", 8)])
+def test_a_gpu_unpacks_a_weight_in_few_operators(name: str, most: int) -> None:
+    """Nothing is copied from the host; int8 has its step and one product, whatever the size."""
+    fmt, n = FORMATS[name], 4096
+    with fake_cuda() as cuda:
+        where = {"dtype": torch.uint8, "device": cuda}
+        codes = torch.empty(2048, fmt.code_bytes(n), **where)  # type: ignore[call-overload]
+        scales = torch.empty(2048, fmt.scale_bytes(n), **where)  # type: ignore[call-overload]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dequantize, "bitsandbytes_kernel", lambda: None)
+            fmt.unpack(codes, scales, torch.bfloat16)  # the table of levels goes there once
+            with Calls() as calls, HostWork() as host:
+                fmt.unpack(codes, scales, torch.bfloat16)
+    assert host.calls == []
+    computed = [name for name in calls.counted.elements() if name.split(".")[1] not in FREE]
+    assert len(computed) <= most, computed
 
 
 def e4m3(code: int) -> float:
