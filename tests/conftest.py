@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: groups of tests share the cores
+os.environ["PYTHONDONTWRITEBYTECODE"] = ""  # as the Makefile has it: tests start many processes
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
