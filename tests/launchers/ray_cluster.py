@@ -23,7 +23,7 @@ from programs import free_ports
 
 ROOT = Path(__file__).parents[2]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
-START_SECONDS, STOP_SECONDS, POLL_SECONDS = 240.0, 20.0, 0.1
+START_SECONDS, STOP_SECONDS, POLL_SECONDS = 240.0, 20.0, 0.3
 STARTS = 3
 
 
@@ -36,7 +36,7 @@ class Cluster:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.gcs, self.dashboard = free_ports(2)
+        self.gcs, self.dashboard, self._client = free_ports(3)
         self.token = secrets.token_hex(16)
         token_file = root / "token"
         token_file.write_text(self.token)
@@ -62,7 +62,7 @@ class Cluster:
 
     def start(self, nodes: int) -> None:
         head = ["--head", f"--port={self.gcs}", f"--dashboard-port={self.dashboard}"]
-        served = ["--include-dashboard=true", "--ray-client-server-port=0"]  # no ray:// is used
+        served = ["--include-dashboard=true", f"--ray-client-server-port={self._client}"]
         self._add([*head, *served], count=1)
         if nodes == 2:
             self.add_second()
