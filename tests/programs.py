@@ -10,6 +10,7 @@ torchrun starts them; the agent alone is missing.
 
 import contextlib
 import ctypes
+import gc
 import multiprocessing
 import os
 import runpy
@@ -97,6 +98,7 @@ def free_port() -> int:
 
 def become(rank: int, world: int, port: int, out: str, err: str) -> None:
     """This process is a rank, and prints into two files, which may be one."""
+    gc.freeze()  # what the server has imported is no garbage, which a run looks for
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
