@@ -110,6 +110,7 @@ class Run:
             self.context = build(config, ranks, preparation, lock, self.hooks)
             self.start = resume(self.context)
         self.model, self.replica = self.context.model, self.context.replica
+        attachment_of(self.model).stream.announce = console.info
         self.optimizer = self.context.optimizer
         self.total_steps = preparation.sampler.total_steps
         self.rates = rates(config, ranks, preparation)

@@ -17,7 +17,8 @@ torch has no arithmetic for uint32: products wrap alike, and shifts copy the sig
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -141,11 +142,17 @@ class DropoutStream:
 
     Without keys (a training loop that knows nothing of them) a token's hash comes from torch's
     global generator, so that masks follow `torch.manual_seed` as those of `torch.nn.Dropout` do.
+
+    Attributes:
+        announce: gets the line that says, once, that a layer's input is not laid out by sequence.
     """
+
+    announce: Callable[[str], None] = staticmethod(warnings.warn)
 
     def __init__(self) -> None:
         self._grid: _Grid | None = None
         self._positions: Tensor | None = None
+        self._announced = False
 
     @contextmanager
     def keyed(self, keys: SampleKeys | None) -> Iterator[None]:
@@ -169,8 +176,8 @@ class DropoutStream:
         """The mask of x as [T, n], n its last dim; None for keys without sequences.
 
         Args:
-            x: [rows, tokens, n] or [rows·tokens, n], rows in the order of the keys; or anything
-                else (an image, say), of which no element belongs to a token.
+            x: [rows, tokens, n], [rows·tokens, n] or [rows, …, n] (an image, say), rows in the
+                order of the keys; or anything else, of which nothing belongs to a sequence.
             layer: `key_of` its path.
         """
         total, grid = x.shape[:-1].numel(), self._grid
@@ -189,12 +196,24 @@ class DropoutStream:
         tokens, rest = divmod(total, rows)
         if x.ndim == 2 and total == rows:  # a vector of each sequence, as of a pooler
             return Mask(grid.hashes(x.device, 1).view(-1), layer, p)
+        if grid.shared is None and x.ndim > 3 and x.shape[0] == rows:
+            return Mask(grid.hashes(x.device, tokens).view(-1), layer, p)
         unlike = grid.shared is not None and tokens != grid.longest
         if rest or tokens < grid.longest or unlike or x.ndim > 3:
             # An input that is not a [rows, tokens] grid (a mixture-of-experts branch, say)
             # cannot be split by sequence: one stream for all of it, still exact on recomputation.
+            self._announce(x)
             return Mask(_tokens(grid.whole.to(x.device), total).view(-1), layer, p)
         return Mask(grid.hashes(x.device, tokens).view(-1), layer, p)
+
+    def _announce(self, x: Tensor) -> None:
+        if not self._announced and not torch.compiler.is_compiling():
+            self._announced = True
+            self.announce(
+                f"lora_dropout: an adapted layer gets an input {list(x.shape)} that is not laid out"
+                " by sequence (tokens routed to an expert, say): what its mask drops depends on"
+                " which sequences share a micro-batch"
+            )
 
 
 class _Dropped(torch.autograd.Function):

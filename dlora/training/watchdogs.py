@@ -12,9 +12,12 @@ import faulthandler
 import json
 import math
 import sys
+import threading
+import time
+import traceback
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from torch import Tensor
 
@@ -25,6 +28,7 @@ from dlora.runtime.console import console
 BAD_STEPS_IN_A_ROW = 3
 STEPS_TO_BE_USED_IN = 10
 SHARE_OF_TIMEOUT = 0.9  # of a collective's timeout, after which the stacks are shown
+SECONDS_FOR_THE_LOCK = 10.0  # after which nobody gives back the interpreter's lock
 
 
 class FiniteWatch:
@@ -131,20 +135,58 @@ def _of_any_expert(name: str) -> str:
 
 
 class HangWatch:
-    """Shows the stack of every thread when there is no progress, before the collective gives up."""
+    """Shows the stack of every thread when there is no progress, before the collective gives up.
+
+    A thread reads the stacks while it holds the interpreter's lock: faulthandler's own timer reads
+    them beside running threads, which has ended a process by SIGSEGV. It is left for the case that
+    something else never gives the lock back; then no thread runs Python.
+    """
 
     def __init__(self, timeout_seconds: float) -> None:
         self._seconds = SHARE_OF_TIMEOUT * timeout_seconds
+        self._last_beat = time.monotonic()
+        self._over = threading.Event()
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Inside, no `beat` for nine tenths of a collective's timeout shows the stacks."""
+        """Inside, no `beat` for nine tenths of a collective's timeout shows the stacks, once."""
+        self._over = threading.Event()
         self.beat()
+        watch = threading.Thread(target=self._watch, args=(self._over,), daemon=True)
+        watch.start()
         try:
             yield
         finally:
+            self._over.set()
+            watch.join()
             faulthandler.cancel_dump_traceback_later()
 
     def beat(self) -> None:
         """Record progress."""
-        faulthandler.dump_traceback_later(self._seconds, file=sys.__stderr__ or sys.stderr)
+        self._last_beat = time.monotonic()
+        faulthandler.dump_traceback_later(self._seconds + SECONDS_FOR_THE_LOCK, file=_stderr())
+
+    def _watch(self, over: threading.Event) -> None:
+        shown_for = -math.inf
+        while not over.wait(max(0.05, self._last_beat + self._seconds - time.monotonic())):
+            beat = self._last_beat
+            if beat == shown_for or time.monotonic() < beat + self._seconds:
+                continue
+            faulthandler.cancel_dump_traceback_later()
+            print(_stacks(self._seconds), file=_stderr(), flush=True)
+            shown_for = beat
+
+
+def _stderr() -> TextIO:
+    return sys.__stderr__ or sys.stderr
+
+
+def _stacks(seconds: float) -> str:
+    """The stack of every thread but the caller's, the innermost call last."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    parts = [f"no progress for {seconds:g} s; the stack of every thread:"]
+    for ident, frame in sys._current_frames().items():
+        if ident != threading.get_ident():
+            stack = "".join(traceback.format_stack(frame)).rstrip()
+            parts.append(f"thread {names.get(ident, ident)}:\n{stack}")
+    return "\n".join(parts)

@@ -155,7 +155,7 @@ def test_dropout_acts_on_the_input_of_the_update_alone(case: str, single: bool) 
 
 
 def test_keyed_masks_reach_every_place_and_do_not_depend_on_the_batch() -> None:
-    """A 1-d convolution's places are the tokens of a sequence; an image has none."""
+    """A 1-d convolution's places are the tokens of a sequence; an image is a sequence's own."""
     config = LoraConfig(r=3, lora_dropout=0.5, target_modules=["0"])
     model, x = layer("1d", torch.float64, config).train(), images("1d", torch.float64)
     stream = attachment_of(model).stream
@@ -164,9 +164,12 @@ def test_keyed_masks_reach_every_place_and_do_not_depend_on_the_batch() -> None:
     with stream.keyed(SampleKeys(0, 1, (7,), (7,))):
         alone = model(x[2:])
     torch.testing.assert_close(alone, together[2:], rtol=1e-12, atol=1e-12)
+    images_of_two = torch.zeros(2, 9, 9, 4)
     with stream.keyed(SampleKeys(0, 1, (8, 9), (2, 3))):
-        keep = keep_mask(stream, torch.zeros(2, 9, 9, 4), 0.5, "0")
+        keep = keep_mask(stream, images_of_two, 0.5, "0")
     assert not keep[:, -1, -1].all() or not keep[:, -2].all()
+    with stream.keyed(SampleKeys(0, 1, (9,), (3,))):
+        assert torch.equal(keep_mask(stream, images_of_two[1:], 0.5, "0"), keep[1:])
 
 
 def test_it_starts_as_peft_s_at_no_change() -> None:

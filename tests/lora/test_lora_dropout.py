@@ -115,6 +115,18 @@ def test_a_batch_without_sequences_is_not_dropped() -> None:
         assert keep_mask(stream, torch.zeros(1, 2, FEATURES), P, "q_proj").all()
 
 
+def test_an_input_that_is_not_laid_out_by_sequence_is_announced_once() -> None:
+    stream, said = DropoutStream(), []
+    stream.announce = said.append
+    with stream.keyed(SampleKeys(0, 1, (8, 9), (4, 6))):
+        keep_mask(stream, torch.zeros(2, 6, 4), 0.5, "0")
+        keep_mask(stream, torch.zeros(12, 4), 0.5, "0")
+        assert not said
+        for _ in range(2):  # tokens routed to an expert
+            keep_mask(stream, torch.zeros(7, 4), 0.5, "0")
+    assert len(said) == 1 and "[7, 4]" in said[0] and "share a micro-batch" in said[0]
+
+
 def test_without_keys_masks_come_from_the_global_generator() -> None:
     torch.manual_seed(3)
     first, second = mask(None, tokens=6), mask(None, tokens=6)
