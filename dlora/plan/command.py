@@ -22,10 +22,11 @@ from dlora.data import Dealing
 from dlora.errors import UsageError
 from dlora.lora.attach import attach, trainable_parameters
 from dlora.plan.capacity import free_bytes
-from dlora.plan.choose import Capacity, bytes_first, capacity_of, decide
+from dlora.plan.choose import Capacity, Decision, bytes_first, capacity_of, decide
 from dlora.plan.choose import candidates as candidates_of
 from dlora.plan.graphs import graphs_in_words
 from dlora.plan.kustomize import patch, write
+from dlora.plan.micro_batches import settle_micro_batches
 from dlora.plan.plan import Plan, Subject
 from dlora.plan.speed import Speeds, step_time
 from dlora.plan.state import modes
@@ -123,35 +124,40 @@ def survey(config: Config, machines: Machines) -> Survey:
     quantized = quantize_as_set(skeleton, config.model.quantization)
     with keyed_by("adapter"):
         attach(skeleton, lora_config(config))
-    packs, tokens = settle_packing(config.data.packing, task, skeleton), 0
-    if isinstance(config.train.tokens_per_micro_batch, int):
-        tokens = max(config.train.tokens_per_micro_batch, config.data.max_length)
-    dealing = Dealing(config.train.micro_batch_size, tokens, packs)
-    subject = Subject(
-        skeleton,
-        trainable_parameters(skeleton),
-        workload_of(config, topology.world, dealing=dealing),
-        device=device,
-        task=task,
-        check=lambda placement: check_divides(skeleton, placement),
-    )
+    packs = settle_packing(config.data.packing, task, skeleton)
+
+    def subject_of(dealing: Dealing) -> Subject:
+        return Subject(
+            skeleton,
+            trainable_parameters(skeleton),
+            workload_of(config, topology.world, dealing=dealing),
+            device=device,
+            task=task,
+            check=lambda placement: check_divides(skeleton, placement),
+        )
+
     speeds = Speeds(
         inside=machines.intra_gbps and machines.intra_gbps * 1e9 / 8,
         between=machines.inter_gbps and machines.inter_gbps * 1e9 / 8,
         flops=machines.tflops and machines.tflops * 1e12,
     )
     section = config.sharding
-    decision = decide(
-        subject,
-        topology,
-        engine=section.engine,
-        base=section.base,
-        optimizer_state=section.optimizer_state,
-        capacity=capacity,
-        offload=section.cpu_offload,
-        checkpointing=section.activation_checkpointing,
-        cost=lambda plan: (step_time(plan, speeds).serial, *bytes_first(plan)),
-    )
+
+    def place(dealing: Dealing) -> Decision:
+        return decide(
+            subject_of(dealing),
+            topology,
+            engine=section.engine,
+            base=section.base,
+            optimizer_state=section.optimizer_state,
+            capacity=capacity,
+            offload=section.cpu_offload,
+            checkpointing=section.activation_checkpointing,
+            cost=lambda plan: (step_time(plan, speeds).serial, *bytes_first(plan)),
+        )
+
+    dealing, decision = settle_micro_batches(config, None, topology.world, packs, place)
+    subject = subject_of(dealing)
     subject = subject.recomputing(decision.plan.workload.checkpointing)
     others = [
         candidate

@@ -29,6 +29,7 @@ from dlora.lora.config import LoraConfig
 from dlora.lora.dropout import KEYED_BY
 from dlora.lora.left import unreached_by_text
 from dlora.plan.choose import Decision, capacity_of, decide
+from dlora.plan.micro_batches import settle_micro_batches
 from dlora.plan.plan import Plan, Subject
 from dlora.plan.workload import workload_of
 from dlora.sharding.topology import Placement, Topology
@@ -45,7 +46,6 @@ from dlora.training.checks import (
 )
 from dlora.training.earlier_placement import earlier_placement, settle
 from dlora.training.find_checkpoint import ResumePoint
-from dlora.training.micro_batches import earlier_tokens, settle_micro_batches
 from dlora.training.prepare_data import (
     load_data,
     open_stream,
@@ -204,7 +204,7 @@ def prepare(
     place = functools.partial(
         _decision, config, task, skeleton, topology, train, sampler, around, resumed
     )
-    earlier = earlier_tokens(resumed, world) if resumed else None
+    earlier = resumed.tokens_per_micro_batch(world) if resumed else None
     dealing, decision = settle_micro_batches(config, train, world, packs, place, earlier=earlier)
     if config.train.tokens_per_micro_batch == "auto":
         announce(f"train.tokens_per_micro_batch: {dealing.tokens}")

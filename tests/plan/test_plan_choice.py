@@ -172,6 +172,17 @@ def test_mistakes_are_one_line(path: str, words: list[str], told: str) -> None:
     assert told in refusal(main, words_for(path, *words))
 
 
+def test_as_many_tokens_are_planned_as_fit(path: str) -> None:
+    """Of sequences of `data.max_length`: the plan for twice as many takes another placement."""
+    machines = Machines(gpus_per_node=2, gpu_memory_gb=2.6)
+    step = {"data__max_length": 64, "train__global_batch_size": 512}
+    chosen = surveyed(path, machines, train__tokens_per_micro_batch="auto", **step).decision.plan
+    tokens = chosen.workload.rows * chosen.workload.tokens
+    assert chosen.memory.peak <= 2.6e9 and 64 < tokens < 64 * 256
+    twice = surveyed(path, machines, train__tokens_per_micro_batch=2 * tokens, **step).decision
+    assert twice.warning or twice.plan.placement != chosen.placement
+
+
 def test_the_command_ends_with_status_2() -> None:
     program = [sys.executable, "-m", "dlora.plan", *words_for("./nowhere")]
     done = subprocess.run(program, capture_output=True, text=True, timeout=500)
