@@ -34,10 +34,7 @@ class ModelConfig:
     trust_remote_code: bool = option(False, "run the Python code that comes with the model")
     cache_dir: str = option("~/.cache/dlora", "for converted bases; printed when written to")
     dtype: Literal["bfloat16", "float32", "auto"] = option(
-        "bfloat16",
-        "storage and compute type of W0; auto: bfloat16 where every rank's device multiplies in it "
-        "natively, else float32",
-        later=("float16",),
+        "bfloat16", "type of W0; auto: bfloat16 where native, else float32", later=("float16",)
     )
     quantization: str = option("none", "packed storage of W0", room="quant")
     attn_implementation: Attention = option(
