@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,13 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 SHAPE = {
     "hidden_size": 512,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "intermediate_size": 1408,
     "vocab_size": 8000,
     "num_attention_heads": 8,
     "num_key_value_heads": 8,
 }
-RANKS, SEQUENCES, TOKENS, R, WARM = 2, 2, 256, 16, 2
+RANKS, SEQUENCES, TOKENS, R, WARM = 2, 2, 128, 16, 2
 SEED = 0
 
 
@@ -157,7 +157,10 @@ class Tree:
         return rank.stdout.readline().strip()
 
 
-def compared(before: Tree, after: Tree, rounds: int, pause: float) -> list[dict[str, Any]]:
+def compared(
+    before: Tree, after: Tree, rounds: int, pause: float
+) -> Iterator[list[dict[str, Any]]]:
+    """The table after each round."""
     seen: dict[str, list[tuple[dict[str, float], dict[str, float]]]] = {name: [] for name in ROWS}
     for turn in range(rounds):
         for name in ROWS:
@@ -166,7 +169,12 @@ def compared(before: Tree, after: Tree, rounds: int, pause: float) -> list[dict[
                 seen[name].append((before.step(name), later))
             else:
                 seen[name].append((before.step(name), after.step(name)))
+        yield table_of(seen)
         time.sleep(pause)
+
+
+def table_of(seen: dict[str, Any]) -> list[dict[str, Any]]:
+    """Medians of each row, and of its ratios."""
     table = []
     for name, pairs in seen.items():
         line: dict[str, Any] = {"row": name}
@@ -199,7 +207,10 @@ def main() -> None:
         trees = [Tree(path.resolve(), Path(directory)) for path in (args.before, here)]
         for tree in trees:
             tree.wait()
-        table = compared(*trees, args.rounds, args.pause)
+        commits = {"before": trees[0].commit, "after": trees[1].commit}
+        for turn, table in enumerate(compared(*trees, args.rounds, args.pause), 1):
+            found = {**commits, "rounds": turn, "rows": table}
+            args.json.write_text(json.dumps(found, indent=2) + "\n")
         for tree in trees:
             tree.close()
     print(f"{'row':32}{'CPU s before':>13}{'after':>8}{'ratio':>7}{'wall':>7}")
@@ -208,10 +219,6 @@ def main() -> None:
             f"{line['row']:32}{line['cpu_before']:13.2f}{line['cpu_after']:8.2f}"
             f"{line['cpu_ratio']:7.3f}{line['wall_ratio']:7.3f}"
         )
-    commits = {"before": trees[0].commit, "after": trees[1].commit}
-    args.json.write_text(
-        json.dumps({**commits, "rounds": args.rounds, "rows": table}, indent=2) + "\n"
-    )
 
 
 if __name__ == "__main__":
