@@ -96,9 +96,11 @@ class Mask:
             yield rows, _fold_(tokens_T1[rows] ^ columns_n) >= self._threshold
 
     def _whole(self, n: int) -> Tensor:
-        """The mask as one expression: torch's compiler takes it into what uses it."""
-        tokens_T1, columns_n = self._hashes(n)
-        return _fold_(tokens_T1 ^ columns_n) >= self._threshold
+        """The mask by an operator that torch's compiler does not look into: the same bits."""
+        layer = self.layer
+        if isinstance(layer, int):
+            layer = torch.full((), layer, dtype=torch.int32, device=self.tokens.device)
+        return _kept(self.tokens, layer, n, self.p)
 
     def _hashes(self, n: int) -> tuple[Tensor, Tensor]:
         """int32 [T, 1] and [n]."""
@@ -108,6 +110,16 @@ class Mask:
     @property
     def _threshold(self) -> int:
         return min(round(self.p * 2**32), 2**32 - 1) - 2**31
+
+
+@torch.library.custom_op("dlora::kept", mutates_args=())
+def _kept(tokens: Tensor, layer: Tensor, n: int, p: float) -> Tensor:
+    return Mask(tokens, layer, p).keep(n)
+
+
+@_kept.register_fake
+def _(tokens: Tensor, layer: Tensor, n: int, p: float) -> Tensor:
+    return tokens.new_empty((tokens.shape[0], n), dtype=torch.bool)
 
 
 @dataclass(frozen=True)

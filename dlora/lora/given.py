@@ -48,7 +48,8 @@ class Given:
 
     def mask_of(self, x: Tensor) -> Mask | None:
         """The mask for an input of a layer, which has to be of the tokens that it was made for."""
-        if self.mask is not None and x.shape[:-1].numel() != len(self.mask.tokens):
+        # Not `len`, which would tie a graph to one number of tokens.
+        if self.mask is not None and x.shape[:-1].numel() != self.mask.tokens.shape[0]:
             raise NotImplementedError("dropout of an input that has other rows than tokens")
         return self.mask
 
