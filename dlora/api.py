@@ -98,6 +98,7 @@ def shard(
     resident: float = 0.0,
     optimizer_state: str = "auto",
     device: torch.device | str | None = None,
+    reduce_dtype: torch.dtype | None = None,
 ) -> TrainedReplica:
     """Distribute the frozen base of `model` over ranks and make its adapters a replica.
 
@@ -123,6 +124,8 @@ def shard(
         device: moves the model there, of a base that is sharded a shard at a time: on GPUs, this
             rank's own. Without it the model is sharded where it is, with a warning if that is the
             CPU beside a GPU. A base that is sharded already stays where it is.
+        reduce_dtype: in which gradients are sent, `torch.bfloat16` for half of the bytes; sums are
+            made in the gradients' own dtype. None: it is sent, too.
 
     Returns:
         The replica; it is empty until adapters are attached.
@@ -149,7 +152,9 @@ def shard(
     elif (place := None if device is None else torch.device(device)) is None:
         _warn_of_cpu(model, topology)
     _warn_of_randomness(model)
-    replica = replicate(model, built, divided=divided, device=place)
+    replica = replicate(
+        model, built, divided=divided, device=place, reduce_dtype=_sendable(reduce_dtype)
+    )
     if resident:
         groups = frozen_groups(replica.engine.groups(model))
         room = resident * sum(group.nbytes for group in groups)
@@ -158,6 +163,12 @@ def shard(
             if room > -1:
                 replica.engine.keep_gathered(model, [group.path])
     return replica
+
+
+def _sendable(dtype: torch.dtype | None) -> torch.dtype | None:
+    if dtype not in (None, torch.float32, torch.bfloat16):
+        raise UsageError(f"shard: reduce_dtype: expected torch.bfloat16 or None, got {dtype}")
+    return None if dtype is torch.float32 else dtype
 
 
 def _warn_of_cpu(model: nn.Module, topology: Topology) -> None:

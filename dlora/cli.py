@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+import torch
+
 from dlora.adapters.recorded import Answering, BaseReference
 from dlora.adapters.source import AdapterSource
 from dlora.base.model import BaseModel, find_base
 from dlora.base.model_class import CAUSAL, class_for
+from dlora.base.native import AUTO_DTYPE, native_dtype
 from dlora.data.stops import turn_ends
 from dlora.data.template import set_template
 from dlora.errors import UsageError
@@ -48,7 +51,8 @@ def chosen_base(
     Args:
         override: `--base`.
         source: the adapter.
-        dtype: of the base; None: the one that a checkpoint records, else bfloat16.
+        dtype: of the base; `"auto"`: bfloat16 where this machine multiplies in it natively, else
+            float32; None: the one that a checkpoint records, else bfloat16.
         announce: gets a line when a `.gguf` file is converted.
 
     Returns:
@@ -74,7 +78,7 @@ def chosen_base(
     with naming_base(option):
         base = find_base(
             path,
-            dtype=dtype or recorded.dtype or "bfloat16",
+            dtype=_settled(dtype or recorded.dtype or "bfloat16"),
             revision=revision,
             trust_remote_code=trust_remote_code,
             cache_dir=recorded.cache_dir or "~/.cache/dlora",
@@ -83,6 +87,13 @@ def chosen_base(
         )
         base.config()
     return base, option
+
+
+def _settled(dtype: str) -> str:
+    """`auto` as this machine has it."""
+    if dtype != AUTO_DTYPE:
+        return dtype
+    return native_dtype("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def answering(tokenizer: Any, source: AdapterSource | None) -> list[int]:

@@ -15,6 +15,7 @@ import torch
 from dlora.adapters.open_adapter import open_adapter
 from dlora.adapters.source import AdapterSource
 from dlora.base.model import DTYPES, BaseModel
+from dlora.base.native import AUTO_DTYPE
 from dlora.cli import OneLineParser, answering, chosen_base, naming_base
 from dlora.data.encode import text_prompt
 from dlora.data.stops import stop_tokens
@@ -221,7 +222,11 @@ def _parser() -> argparse.ArgumentParser:
         help="0: always the likeliest token; above 0: sampling (default: 0)",
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="bfloat16", help="dtype of the base (default: bfloat16)"
+        "--dtype",
+        choices=(*DTYPES, AUTO_DTYPE),
+        default="bfloat16",
+        help="dtype of the base; auto: bfloat16 where this machine multiplies in it natively, else "
+        "float32 (default: bfloat16)",
     )
     parser.add_argument(
         "--trust-remote-code",

@@ -38,7 +38,7 @@ from dlora.training.evaluate import held_out, print_samples
 from dlora.training.finish import finish, save_result
 from dlora.training.prepare import Preparation
 from dlora.training.rates import rates
-from dlora.training.reporting import open_log, start_sinks
+from dlora.training.reporting import due, open_log, start_sinks
 from dlora.training.resume import resume
 from dlora.training.startup import enter, import_late_ones, lock_output, prepared
 from dlora.training.watchdogs import FiniteWatch, HangWatch, UnusedWatch, is_finite
@@ -94,6 +94,7 @@ class Run:
         lock: RunLock,
         hooks: Hooks = NO_HOOKS,
     ) -> None:
+        config = preparation.config  # in which nothing is `auto` that the machines decide
         self.config, self.ranks, self.prepared = config, ranks, preparation
         self.meter, self.lock, self.directory = meter, lock, config.output.directory
         self.peers = PeerWatch(ranks)
@@ -132,6 +133,7 @@ class Run:
         """The loop; returns the exit status."""
         config = self.config
         replica, stop, checkpoints = self.replica, self.stop, self.checkpoints
+        residents = self.context.residents
         if self.start == self.total_steps:
             console.info(f"the run is already finished: step {self.start} of {self.total_steps}")
             # The run may have ended between its last two files.
@@ -153,6 +155,7 @@ class Run:
                 # 3  one reduction: gradients become the mean over all target tokens of all ranks
                 checkpoints.before_change()
                 scalars: dict[str, Any] = {**sums, "save": float(self.hooks.should_save())}
+                scalars["near"] = residents.near(self.meter)
                 scalars |= zip(STOP_FLAGS, stop.poll(), strict=True)
                 reduced = replica.reduce_gradients(tokens, scalars=scalars, each=self.meter.peak())
 
@@ -165,6 +168,7 @@ class Run:
                 else:
                     replica.skip_step(self.optimizer)
                 replica.zero_grad()
+                residents.give_way(reduced.scalars["near"])
 
                 # 5  watch, log, save
                 done, last = step + 1, step + 1 == self.total_steps
@@ -290,11 +294,6 @@ class Run:
         row = batch.input_ids.shape[1] if batch.packed else 0
         keys = SampleKeys(self.config.train.seed, step, batch.ids, batch.lengths, row)
         return attachment_of(self.model).stream.keyed(keys)
-
-
-def due(step: int, every: int, last: bool = False) -> bool:
-    """Whether something that happens every so many steps and last (0: never) happens at `step`."""
-    return every > 0 and (step % every == 0 or last)
 
 
 if __name__ == "__main__":

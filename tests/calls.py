@@ -5,6 +5,13 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
+# Views and memory: no kernel runs.
+FREE = {
+    "view", "_unsafe_view", "t", "transpose", "detach", "alias", "expand", "reshape", "slice",
+    "unsqueeze", "device", "new_empty", "empty", "empty_like", "new_empty_strided", "permute",
+    "select",
+}  # fmt: skip
+
 
 class Calls(TorchDispatchMode):
     """Inside, `calls[name]` counts an operator, such as `aten.addmm.default`."""

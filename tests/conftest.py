@@ -3,7 +3,11 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: groups of tests share the cores
+os.environ["PYTHONDONTWRITEBYTECODE"] = ""  # as the Makefile has it: tests start many processes
 
+import gc
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +17,8 @@ from ranks import Pools
 from xdist.scheduler.loadscope import LoadScopeScheduling
 
 # Long files start first, so that no core waits for the last one.
-LONG_FIRST = ("launchers", "training", "test_readme", "sharding", "methods", "checkpoint")
+LONG_FIRST = ("launchers", "test_readme", "training", "sharding", "methods", "registry")
+LONG_FIRST += ("integrations", "plan", "quant", "export", "checkpoint", "adapters")
 Words = Callable[..., list[str]]
 
 
@@ -28,6 +33,23 @@ class OneProcessAFile(LoadScopeScheduling):
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneProcessAFile:
     """The scheduler of `pytest -n`."""
     return OneProcessAFile(config, log)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """All processes of a test run share one folder of traces; see `remembered.py`."""
+    if not hasattr(config, "workerinput"):
+        os.environ["DLORA_TEST_TRACES"] = tempfile.mkdtemp(prefix="dlora-traces-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["DLORA_TEST_TRACES"])
+
+
+def pytest_collection_finish() -> None:
+    """A run in this process collects garbage, and what imports have made is none."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

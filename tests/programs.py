@@ -10,6 +10,7 @@ torchrun starts them; the agent alone is missing.
 
 import contextlib
 import ctypes
+import gc
 import multiprocessing
 import os
 import runpy
@@ -35,6 +36,7 @@ def start(
     log: Path,
     package: Path | None = None,
     *,
+    directory: Path | None = None,
     namespaces: Sequence[str] = (),
     **variables: str,
 ) -> list[ForkServerProcess]:
@@ -42,6 +44,7 @@ def start(
 
     Args:
         package: the folder to import dlora from, if it is another one.
+        directory: where they work and find modules, if not here.
         namespaces: network namespaces, each of them a node with as many ranks.
         variables: environment of the ranks beside what torchrun would set.
     """
@@ -51,7 +54,8 @@ def start(
     port, ranks = free_port(), []
     for rank in range(world):
         node = namespaces[rank * len(namespaces) // world] if namespaces else None
-        arguments = (rank, world, port, list(words), str(log), package and str(package), node, here)
+        places = [path and str(path) for path in (log, package, directory)]
+        arguments = (rank, world, port, list(words), *places, node, here)
         ranks.append(context.Process(target=_run, args=arguments))
         ranks[-1].start()
     return ranks
@@ -94,6 +98,7 @@ def free_port() -> int:
 
 def become(rank: int, world: int, port: int, out: str, err: str) -> None:
     """This process is a rank, and prints into two files, which may be one."""
+    gc.freeze()  # what the server has imported is no garbage, which a run looks for
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
@@ -121,6 +126,7 @@ def _run(
     words: list[str],
     log: str,
     package: str | None,
+    directory: str | None,
     namespace: str | None,
     variables: dict[str, str],
 ) -> None:
@@ -132,5 +138,8 @@ def _run(
         for name in [name for name in sys.modules if name.partition(".")[0] == "dlora"]:
             del sys.modules[name]
         sys.path.insert(0, package)
+    if directory is not None:
+        os.chdir(directory)
+        sys.path.insert(0, directory)
     sys.argv = words
     runpy.run_module(words[0], run_name="__main__", alter_sys=True)

@@ -16,7 +16,10 @@ from pathlib import Path
 
 import pytest
 from plan_table import check_plan_was_kept
+from programs import start, status
 from tracked import copy_tracked
+
+from dlora.config.load import parse
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -29,6 +32,9 @@ NOT_RUN = {
     "make train",  # the fixture `quickstart`
     "torchrun --nproc-per-node 2 -m dlora.train --config configs/quickstart.yaml",  # make runs it
 }
+# Demo runs of half a minute, whose words alone are read by default: both engines train in
+# tests/sharding, and a packed base in training/test_quantized_runs.py.
+LONG_RUNS = ("configs/zero3.yaml", "configs/qlora.yaml")
 LIMIT_SECONDS = 1200
 
 
@@ -41,6 +47,10 @@ def commands(page: Path) -> list[str]:
     """The lines of a page's shell blocks without their comments."""
     lines = "\n".join(blocks(page, "bash")).splitlines()
     return [command for line in lines if (command := line.split("  #")[0].strip())]
+
+
+def is_long(command: str) -> bool:
+    return "dlora.train" in command and any(config in command for config in LONG_RUNS)
 
 
 def of_name(page: Path) -> str:
@@ -146,6 +156,9 @@ def run_page(page: Path, tree: Path) -> None:
         if "--nnodes" in command:
             check_syntax(command)
             continue
+        if is_long(command):
+            check_training(command.partition("dlora.train")[2].split())
+            continue
         out = run(command, tree)
         if "dlora.generate" in command:
             assert out.strip()
@@ -159,14 +172,25 @@ def check_syntax(command: str) -> None:
     """torchrun understands the first part of `dlora launch`, dlora.config.load the rest."""
     from torch.distributed import run as torchrun
 
-    from dlora.config.load import parse
     from dlora.launch import split
 
     words = command.split()
     assert words[:2] == ["dlora", "launch"]
     agent, training = split(words[2:])
     assert torchrun.parse_args([*agent, "script"]).nnodes == "2"
-    assert parse([str(ROOT / w) if w.endswith(".yaml") else w for w in training], "dlora").config
+    check_training(training)
+
+
+def check_training(words: list[str]) -> None:
+    assert parse([str(ROOT / w) if w.endswith(".yaml") else w for w in words], "dlora").config
+
+
+@pytest.mark.full
+@pytest.mark.timeout(LIMIT_SECONDS)
+@pytest.mark.parametrize("config", LONG_RUNS)
+def test_a_long_command_runs(config: str, tree: Path) -> None:
+    [command] = [c for page in PAGES for c in commands(page) if is_long(c) and config in c]
+    run(command, tree)
 
 
 MODEL = """
@@ -252,13 +276,14 @@ assert torch.isfinite(model(**loader[0]).loss)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=of_name)
-def test_every_python_block_runs(page: Path, tmp_path: Path, tree: Path) -> None:
+def test_every_python_block_runs(page: Path, tmp_path: Path) -> None:
     """Each around a new tiny model, on two ranks; its optimizer makes one more step, which moves
     what is trained."""
     script = ["import torch\ntorch.distributed.init_process_group('gloo')"]
     script += [MODEL + block + UPDATED for block in blocks(page, "python")]
     (tmp_path / "blocks.py").write_text("\n".join([*script, "dist.destroy_process_group()\n"]))
-    run(f"cd {tmp_path} && torchrun --nproc-per-node 2 blocks.py", tree)
+    log = tmp_path / "log"
+    assert status(start(2, ["blocks"], log, directory=tmp_path)) == 0, log.read_text()[-3000:]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Reads packed weights: rows of the base's files are packed as they are read.
 
-    file ── the rows that contain the requested bytes, in the base's dtype ── pack ── the bytes
+    file ── the rows that contain the requested bytes, in the base's dtype ── the device of
+            these bytes ── pack ── the bytes
 
 Rows are packed independently of one another, so every rank packs its own rows only, and the ranks
 together have the same bytes as if the whole weight had been packed at once.
@@ -54,6 +55,7 @@ class StoredPackedWeights:
         for row in range(first, last, step):
             weights = torch.empty(min(step, last - row), n, dtype=packing.dtype)
             self._stored.read(source, row * n, weights.view(-1))
+            weights = weights.to(out.device)  # where packing is fast
             made = make(self._left(path, row, weights) if self._left else weights).view(-1)
             place = row * size - start  # of the first of these bytes in `out`
             stop = min(place + len(made), out.numel())

@@ -63,7 +63,7 @@ def quantize(model: nn.Module, quantization: str) -> Quantized:
 
     Args:
         model: with whole weights, or on the meta device.
-        quantization: `"nf4"`, `"nf4-dq"` or `"int8"`.
+        quantization: `"nf4"`, `"nf4-dq"`, `"int8"` or `"fp8"`.
 
     Raises:
         UsageError: there is no such format, no layer can be packed, or the model has adapters, is

@@ -33,8 +33,8 @@ class ModelConfig:
     revision: str | None = option(None, "branch, tag or commit of a hub model")
     trust_remote_code: bool = option(False, "run the Python code that comes with the model")
     cache_dir: str = option("~/.cache/dlora", "for converted bases; printed when written to")
-    dtype: Literal["bfloat16", "float32"] = option(
-        "bfloat16", "storage and compute type of W0", later=("float16",)
+    dtype: Literal["bfloat16", "float32", "auto"] = option(
+        "bfloat16", "type of W0; auto: bfloat16 where native, else float32", later=("float16",)
     )
     quantization: str = option("none", "packed storage of W0", room="quant")
     attn_implementation: Attention = option(
@@ -82,6 +82,9 @@ class ShardingConfig:
     )
     memory_budget_gb: float | None = option(
         None, "GB per rank; spare memory keeps frozen layers gathered", gt=0
+    )
+    reduce_dtype: Literal["float32", "bfloat16"] | None = option(
+        None, "in which gradients of A and B are sent; sums are float32; null: float32"
     )
     audit: Literal["stop", "heal"] = option(
         "stop",

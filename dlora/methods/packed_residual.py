@@ -29,16 +29,20 @@ from dlora.sharding.topology import Topology
 
 
 class Residuals:
-    """A₀ and B₀ of every adapted module, before there is a model that has them."""
+    """A₀ and B₀ of every adapted module, before there is a model that has them.
 
-    def __init__(self, base: BaseModel, lora: LoraConfig) -> None:
+    Args:
+        device: where they lie, and are computed.
+    """
+
+    def __init__(self, base: BaseModel, lora: LoraConfig, device: torch.device) -> None:
         skeleton: Any = base.skeleton()
-        self._base, self._model = base, skeleton
+        self._base, self._model, self._device = base, skeleton, device
         self._stored = StoredWeights(base, skeleton)
         attach(self._model, lora)
         self._layers = {}
         for path, module, adapter in named_adapters(self._model):
-            adapter.to_empty(device="cpu")
+            adapter.to_empty(device=device)
             for tensor in adapter.state_dict().values():
                 tensor.zero_()
             self._layers[path] = Layer(path, module, adapter)
@@ -83,6 +87,6 @@ class Residuals:
         """W0 [m, n] of a layer, from the files."""
         assert isinstance(layer.module, AdaptedLayer)
         shape = layer.module.get_parameter("weight").shape
-        weight = torch.empty(shape, dtype=self._base.dtype)
+        weight = torch.empty(shape, dtype=self._base.dtype, device=self._device)
         self._stored.read(f"{layer.path}.weight", 0, weight.view(-1))
         return layer.module.as_product(weight)

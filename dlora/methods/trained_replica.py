@@ -39,14 +39,14 @@ class TrainedReplica(Replica):
 
     Args:
         engine: has the frozen base of the model.
-        divided: whether the optimizer state is divided over ranks.
+        divided, reduce_dtype: as of `Replica`.
 
     Attributes:
         method: what the adapters' method computes and saves beside them; see `MethodState`.
     """
 
-    def __init__(self, engine: Engine, model: nn.Module, *, divided: bool = False) -> None:
-        super().__init__(engine.topology, engine.wire, divided=divided)
+    def __init__(self, engine: Engine, model: nn.Module, **settings: Any) -> None:
+        super().__init__(engine.topology, engine.wire, **settings)
         self.engine, self._model = engine, model
         self.method = MethodState()
 
@@ -148,6 +148,7 @@ def replicate(
     *,
     divided: bool = False,
     device: torch.device | None = None,
+    reduce_dtype: torch.dtype | None = None,
 ) -> TrainedReplica:
     """Give the frozen base of `model` to an engine and make its adapters, if any, a replica.
 
@@ -155,6 +156,7 @@ def replicate(
 
     Args:
         device: where W0 and adapters come to lie; None: they stay where they are.
+        reduce_dtype: as of `Replica`.
 
     Raises:
         UsageError: an adapter's parameter is divided over ranks.
@@ -172,7 +174,7 @@ def replicate(
     for tensor in (*named.values(), *model.buffers()) if device is not None else ():
         tensor.data = tensor.data.to(device)
     engine.after_load(model)
-    replica = TrainedReplica(engine, model, divided=divided)
+    replica = TrainedReplica(engine, model, divided=divided, reduce_dtype=reduce_dtype)
     model.__dict__[REPLICA] = replica
     if named:
         replica.take_over()

@@ -61,13 +61,14 @@ class ChunkedTargetLoss(torch.autograd.Function):
             piece = slice(start, start + chunk)
             with torch.set_grad_enabled(needs_grad):
                 h = hidden.detach()[piece].requires_grad_(needs_grad)
-                z = at_least_float32(logits(h, positions[piece]))
-                loss = F.cross_entropy(z, targets[piece], reduction="sum")
-            total += loss.detach().double()
+                z = logits(h, positions[piece])
+            loss, log_p = _cross_entropy(z.detach(), targets[piece])
+            total += loss.double()
             wanted = [t for t, s in zip((h, *parameters), sums, strict=False) if s is not None]
             if wanted:
+                dz = _gradient(log_p, targets[piece]).to(z.dtype)
                 # Unused: A and B of a head that is disabled or merged. Their gradient stays zero.
-                gradients = iter(torch.autograd.grad(loss, wanted, allow_unused=True))
+                gradients = iter(torch.autograd.grad(z, wanted, dz, allow_unused=True))
                 for index, accumulated in enumerate(sums):
                     if accumulated is not None and (gradient := next(gradients)) is not None:
                         target = accumulated[piece] if index == 0 else accumulated
@@ -80,6 +81,23 @@ class ChunkedTargetLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [None if s is None else s.mul_(grads[0].to(s.dtype)) for s in ctx.sums]
         return None, scaled[0], None, None, None, None, *scaled[1:]
+
+
+def _cross_entropy(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(Σ −log p[t], log p [chunk, V] in the loss's dtype) of logits z."""
+    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+    log_p = torch.log_softmax(z, -1, dtype=dtype)
+    return -log_p.gather(1, targets[:, None]).sum(), log_p
+
+
+def _gradient(log_p: Tensor, targets: Tensor) -> Tensor:
+    """∂loss/∂z = p − 1[t], made in the place of log p.
+
+    Autograd would write three tensors of this size more: a gradient that is zero but at the
+    targets, the product with it, and the logits in float32.
+    """
+    p, at = log_p.exp_(), targets[:, None]
+    return p.scatter_(1, at, p.gather(1, at) - 1)
 
 
 def chunk_rows(vocabulary: int, device: str) -> int:

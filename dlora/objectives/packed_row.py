@@ -44,13 +44,14 @@ class PackedRow:
 
     Attributes:
         lengths: tokens of each sequence, and of the padding behind them; empty: not packed.
+        apart: whether each sequence is known to have a row of its own.
         attended: whether this pass has called attention.
         compiled: a sequence alone in its row is packed as well, so that all passes are of a kind.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.lengths: tuple[int, ...] = ()
-        self.attended = self.compiled = False
+        self.apart = self.attended = self.compiled = False
         self._masks: dict[int, tuple[Tensor, Callable[[int], Tensor | None]]] = {}
         self._offsets: dict[torch.device, Tensor] = {}
         self.flash = bool(getattr(model, "_supports_flash_attn", False))
@@ -69,10 +70,12 @@ class PackedRow:
         """
         self.lengths, self.attended = (), False
         self._masks, self._offsets = {}, {}
+        self.apart = False
         if lengths is None or shape is None:
             return
         alone = self.compiled and shape[0] == 1
-        if len(lengths) <= shape[0] and not alone:
+        self.apart = len(lengths) <= shape[0] and not alone
+        if self.apart:
             return
         padding = shape[1] - sum(lengths)
         if shape[0] != 1 or padding < 0:
@@ -229,6 +232,10 @@ def _attention(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
         **how: Any,
     ) -> Any:
         row = getattr(module, _OWNER, None)
+        if row is not None and row.apart and name.startswith("flash"):
+            # Of one row transformers would read all positions on the host, in every layer, to see
+            # whether sequences share it.
+            how.pop("position_ids", None)
         if torch.compiler.is_compiling():
             if row is None or not row.compiled:
                 return own(module, query, key, value, attention_mask, *args, **how)

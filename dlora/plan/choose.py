@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from dlora.plan.state import modes
 from dlora.sharding.topology import Topology, resolve_placement
 
 USABLE = 0.95  # of free memory: other processes need some as well
+HELD_WITHIN = 0.9  # of that, the peak with layers that nobody has asked to keep gathered
 Cost = Callable[[Plan], tuple[float, ...]]
 
 
@@ -54,12 +55,19 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Decision:
-    """What was chosen among which candidates, and why; `warning` if it may not fit."""
+    """What was chosen among which candidates, and why.
+
+    Attributes:
+        capacity: of a rank, if it is known.
+        holding: the plan with other resident layers, by their paths.
+        warning: why it may not fit.
+    """
 
     plan: Plan
     candidates: list[Candidate]
     reason: str
-    has_budget: bool = False
+    capacity: Capacity | None
+    holding: Callable[[Collection[str]], Plan]
     warning: str = ""
 
 
@@ -108,6 +116,7 @@ def decide(
     capacity: Capacity | None,
     offload: bool = False,
     checkpointing: Any = None,
+    fills: bool | None = None,
     cost: Cost = bytes_first,
 ) -> Decision:
     """Choose among the placements that the settings leave open.
@@ -119,6 +128,8 @@ def decide(
         checkpointing: the setting; None: as the subject's workload says.
         base: `"none"`, `"node"`, `"world"`, or `"auto"` for any of them.
         capacity: None if nothing is known: everything fits.
+        fills: whether memory that is free keeps layers gathered, where there is no budget; None: if
+            `base` is `"auto"`.
 
     Raises:
         UsageError: no placement is possible, or none fits a budget.
@@ -140,12 +151,26 @@ def decide(
             fitting = [c.plan for c in found if c.plan is not None and c.fits]
             if fitting:
                 plan = min(fitting, key=cost)
-                has_budget = capacity is not None and capacity.is_budget
-                return Decision(plan, seen, _reason(plan, seen, base, capacity), has_budget)
-    return _smallest(seen, capacity)
+                why = _reason(plan, seen, base, capacity)
+                if capacity is not None and (base == "auto" if fills is None else fills):
+                    plan = _filled(current, plan, capacity)
+                return Decision(plan, seen, why, capacity, _holder(current, plan))
+    return _smallest(current, seen, capacity)
 
 
-def _smallest(seen: list[Candidate], capacity: Capacity | None) -> Decision:
+def _filled(subject: Subject, plan: Plan, capacity: Capacity) -> Plan:
+    """The same placement, with the layers that what is free keeps gathered."""
+    if capacity.is_budget:
+        return plan
+    most = int(HELD_WITHIN * capacity.nbytes)
+    return subject.plan_within(plan.placement, plan.topology, most, divided=plan.divided)
+
+
+def _holder(subject: Subject, plan: Plan) -> Callable[[Collection[str]], Plan]:
+    return lambda held: subject.plan(plan.placement, plan.topology, divided=plan.divided, held=held)
+
+
+def _smallest(subject: Subject, seen: list[Candidate], capacity: Capacity | None) -> Decision:
     """What is left where nothing fits."""
     possible = [c.plan for c in seen if c.plan is not None]
     if not possible or capacity is None:
@@ -158,7 +183,8 @@ def _smallest(seen: list[Candidate], capacity: Capacity | None) -> Decision:
             f"need at least {needs}, with {_named(least)}"
         )
     warning = f"it needs {needs}, and a rank has {_gb(capacity.nbytes)} ({capacity.source})"
-    return Decision(least, seen, "it takes the least memory", warning=warning)
+    held = _holder(subject, least)
+    return Decision(least, seen, "it takes the least memory", capacity, held, warning)
 
 
 def _reason(plan: Plan, seen: list[Candidate], base: str, capacity: Capacity | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +13,7 @@ from torch import nn
 from dlora.adapters.settings import keyed_by, lora_config
 from dlora.base.gguf import gguf_skeleton
 from dlora.base.model import DTYPES, find_base, quiet_libraries
+from dlora.base.native import AUTO_DTYPE, native_dtype
 from dlora.base.quantize import quantize_as_set
 from dlora.base.skeleton import AUTO, check_attention, check_divides
 from dlora.config.load import Config, parse
@@ -21,10 +22,11 @@ from dlora.data import Dealing
 from dlora.errors import UsageError
 from dlora.lora.attach import attach, trainable_parameters
 from dlora.plan.capacity import free_bytes
-from dlora.plan.choose import Capacity, bytes_first, capacity_of, decide
+from dlora.plan.choose import Capacity, Decision, bytes_first, capacity_of, decide
 from dlora.plan.choose import candidates as candidates_of
 from dlora.plan.graphs import graphs_in_words
 from dlora.plan.kustomize import patch, write
+from dlora.plan.micro_batches import settle_micro_batches
 from dlora.plan.plan import Plan, Subject
 from dlora.plan.speed import Speeds, step_time
 from dlora.plan.state import modes
@@ -114,6 +116,7 @@ def survey(config: Config, machines: Machines) -> Survey:
     """
     topology = Topology(0, machines.nodes * machines.gpus_per_node, machines.gpus_per_node)
     capacity, device = _capacity(config, machines)
+    config = _with_dtype(config, machines, device)
     task = task_in_plan(config.train.task, config.train.num_labels)
     skeleton = _skeleton(config, task)
     size = sum(p.numel() for p in skeleton.parameters())
@@ -121,35 +124,40 @@ def survey(config: Config, machines: Machines) -> Survey:
     quantized = quantize_as_set(skeleton, config.model.quantization)
     with keyed_by("adapter"):
         attach(skeleton, lora_config(config))
-    packs, tokens = settle_packing(config.data.packing, task, skeleton), 0
-    if isinstance(config.train.tokens_per_micro_batch, int):
-        tokens = max(config.train.tokens_per_micro_batch, config.data.max_length)
-    dealing = Dealing(config.train.micro_batch_size, tokens, packs)
-    subject = Subject(
-        skeleton,
-        trainable_parameters(skeleton),
-        workload_of(config, topology.world, dealing=dealing),
-        device=device,
-        task=task,
-        check=lambda placement: check_divides(skeleton, placement),
-    )
+    packs = settle_packing(config.data.packing, task, skeleton)
+
+    def subject_of(dealing: Dealing) -> Subject:
+        return Subject(
+            skeleton,
+            trainable_parameters(skeleton),
+            workload_of(config, topology.world, dealing=dealing),
+            device=device,
+            task=task,
+            check=lambda placement: check_divides(skeleton, placement),
+        )
+
     speeds = Speeds(
         inside=machines.intra_gbps and machines.intra_gbps * 1e9 / 8,
         between=machines.inter_gbps and machines.inter_gbps * 1e9 / 8,
         flops=machines.tflops and machines.tflops * 1e12,
     )
     section = config.sharding
-    decision = decide(
-        subject,
-        topology,
-        engine=section.engine,
-        base=section.base,
-        optimizer_state=section.optimizer_state,
-        capacity=capacity,
-        offload=section.cpu_offload,
-        checkpointing=section.activation_checkpointing,
-        cost=lambda plan: (step_time(plan, speeds).serial, *bytes_first(plan)),
-    )
+
+    def place(dealing: Dealing) -> Decision:
+        return decide(
+            subject_of(dealing),
+            topology,
+            engine=section.engine,
+            base=section.base,
+            optimizer_state=section.optimizer_state,
+            capacity=capacity,
+            offload=section.cpu_offload,
+            checkpointing=section.activation_checkpointing,
+            cost=lambda plan: (step_time(plan, speeds).serial, *bytes_first(plan)),
+        )
+
+    dealing, decision = settle_micro_batches(config, None, topology.world, packs, place)
+    subject = subject_of(dealing)
     subject = subject.recomputing(decision.plan.workload.checkpointing)
     others = [
         candidate
@@ -179,6 +187,14 @@ def survey(config: Config, machines: Machines) -> Survey:
         twins=[c.plan and _as(c.plan, twin) for c in rows],
         graphs=graphs_in_words(config, decision.plan, speeds),
     )
+
+
+def _with_dtype(config: Config, machines: Machines, device: str) -> Config:
+    """The configuration without `model.dtype: auto`: GPUs that are planned for have bfloat16."""
+    if config.model.dtype != AUTO_DTYPE:
+        return config
+    dtype = native_dtype(device) if machines.gpu_memory_gb is None else "bfloat16"
+    return replace(config, model=replace(config.model, dtype=dtype))  # type: ignore[arg-type]
 
 
 def task_in_plan(name: str, num_labels: int | None) -> Task:

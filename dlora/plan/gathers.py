@@ -21,6 +21,7 @@ class Unit:
         times: gathers per optimizer step, unless it is resident.
         freed: after each use; otherwise it stays until the step ends.
         always: the engine keeps it gathered in any case.
+        waits: between forward and backward it stays gathered.
     """
 
     path: str
@@ -29,6 +30,7 @@ class Unit:
     times: int
     freed: bool
     always: bool
+    waits: bool = False
 
 
 def units_of(
@@ -40,8 +42,8 @@ def units_of(
 ) -> tuple[Unit, ...]:
     """The frozen groups of a model over `ranks` ranks, in the order of `groups`.
 
-    A freed group is gathered once per forward, once more for backward if a gradient reaches it,
-    and once more where recomputation asks for it; a kept one once per step.
+    A freed group is gathered once per forward, once more for backward if a gradient reaches it and
+    it did not wait, and once more where recomputation asks for it; a kept one once per step.
 
     Args:
         trained: names of the trained parameters.
@@ -51,7 +53,7 @@ def units_of(
     for group in groups:
         reached = first_trained <= last_of[group.path]
         again = group.recomputed and _is_recomputed(group.path, workload.checkpointing.every)
-        passes = 1 + reached + again
+        passes = 1 + (reached and not group.waits) + again
         units.append(
             Unit(
                 path=group.path,
@@ -60,6 +62,7 @@ def units_of(
                 times=workload.micro_batches * passes if group.freed else 1,
                 freed=group.freed,
                 always=group.held,
+                waits=group.waits,
             )
         )
     return tuple(units)

@@ -7,7 +7,8 @@ all the time    share of W0 │ resident layers │ A, B, gradients │ optimize
 and the most of
   blocks        saved activations + the busiest moment of a block │ W0: kept + two layers, on
                 a GPU three
-  loss          saved activations + a chunk of logits, its gradient │ W0: kept + one layer
+  loss          saved activations + a chunk of logits, its gradient │ W0: kept + one layer, and
+                the last block, which waits for its backward
   a save        on a CPU: the copy that is written, and what clipping copies; an optimizer's step
 and an allowance for the process, and for the holes that an allocator leaves
 
@@ -196,7 +197,8 @@ def most_gathered(coming: Iterable[Unit], at_once: int = 2) -> tuple[int, int]:
     """Most bytes of W0 gathered at one time beside resident units: in the blocks, at the loss.
 
     What an engine keeps for the step counts all the time. In the blocks one layer computes and
-    the next one arrives; at the loss there is the buffer in which the last one arrived.
+    the next one arrives; at the loss there are the buffer in which the last one arrived, and the
+    block that waits for its backward.
 
     Args:
         at_once: freed layers whose memory is taken at one time.
@@ -204,4 +206,6 @@ def most_gathered(coming: Iterable[Unit], at_once: int = 2) -> tuple[int, int]:
     coming = list(coming)
     kept = sum(unit.gathered for unit in coming if not unit.freed)
     freed = sorted((unit.gathered for unit in coming if unit.freed), reverse=True)
-    return kept + sum(freed[:at_once]), kept + max((unit.gathered for unit in coming), default=0)
+    waiting = sum(unit.gathered for unit in coming if unit.waits)
+    arrived = max((unit.gathered for unit in coming), default=0)
+    return kept + sum(freed[:at_once]), kept + waiting + arrived

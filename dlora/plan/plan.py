@@ -30,6 +30,7 @@ class Plan:
         divided: whether the optimizer state is divided over ranks.
         resident: paths of the layers that stay gathered from their first use on.
         trainable: number of parameters in A, B and trained copies.
+        spared: bytes that a rank sends less per step because of `resident`.
         flops: of a rank in an optimizer step whose micro-batches are all the largest.
     """
 
@@ -42,6 +43,7 @@ class Plan:
     workload: Workload
     memory: Memory
     traffic: Traffic
+    spared: int = 0
 
     @property
     def base_total(self) -> int:
@@ -140,6 +142,9 @@ class Subject:
             "workload": self.workload,
             "divided": divided,
         }
+        sent: dict[str, Any] = {"summed": self._method.summed, **common}
+        traffic = traffic_of(units, held, self.trained, **sent)
+        bare = traffic_of(units, (), self.trained, **sent) if held else traffic
         return Plan(
             resident=tuple(dict.fromkeys(u.path for u in units if u.path in held and not u.always)),
             trainable=sum(p.numel() for p in self.trained.values()),
@@ -155,7 +160,8 @@ class Subject:
                 method=self._method,
                 **common,
             ),
-            traffic=traffic_of(units, held, self.trained, summed=self._method.summed, **common),
+            traffic=traffic,
+            spared=round(bare.gathers.rank - traffic.gathers.rank),
             **common,
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dlora.plan.choose import Decision
+from dlora.plan.choose import HELD_WITHIN, Decision
 from dlora.plan.measured import Measured
 from dlora.plan.plan import Plan
 from dlora.sharding.replica.replica import AUDIT_EVERY
@@ -35,12 +35,8 @@ def lines_of(decision: Decision, *, is_open: bool) -> list[str]:
     ]
     if is_open:
         lines.insert(1, f"chosen          base: {p.base}: {decision.reason}")
-    if plan.resident:
-        lines.append(f"resident        {resident_of(plan)}")
-    elif is_open and p.shard_size > 1 and not decision.has_budget:
-        lines.append(
-            "resident        no layer stays gathered; sharding.memory_budget_gb lets those that fit"
-        )
+    if plan.resident or (is_open and p.shard_size > 1):
+        lines.append(f"resident        {resident_of(plan)}{_within(decision, is_open=is_open)}")
     if plan.topology.nodes > 1:
         lines.append(
             f"between nodes   {mb(t.between)} per step over each node's link, each way "
@@ -63,10 +59,27 @@ def activations_of(plan: Plan) -> str:
 
 
 def resident_of(plan: Plan) -> str:
-    """The layers that stay gathered, in a line."""
+    """The layers that stay gathered, and what that saves, in a line."""
+    if not plan.resident:
+        return "no layer stays gathered"
     paths = [path or "the root's own" for path in plan.resident]
     shown = ", ".join(paths[:2]) + (f", ..., {paths[-1]}" if len(paths) > 2 else "")
-    return f"{mb(plan.memory.resident)} of W0 stay gathered on each rank: {shown} ({len(paths)})"
+    return (
+        f"{len(paths)} layers, {mb(plan.memory.resident)} of W0, stay gathered on each rank: "
+        f"{shown}; saves {mb(plan.spared)} of gathers per step"
+    )
+
+
+def _within(decision: Decision, *, is_open: bool) -> str:
+    """The margin within which layers stay gathered without being asked."""
+    capacity = decision.capacity
+    if capacity is None or capacity.is_budget or not is_open:
+        return ""
+    most = mb(HELD_WITHIN * capacity.nbytes)
+    return (
+        f"; while the peak is at most {most}, {HELD_WITHIN:.0%} of {mb(capacity.nbytes)} "
+        f"({capacity.source})"
+    )
 
 
 def comparison(plan: Plan, measured: Measured, device: str) -> str:

@@ -85,7 +85,8 @@ def traffic_of(
     coming = (unit for unit in units if not (unit.always or unit.path in held))
     gathers = sum(unit.times * ring_gather_bytes(unit.gathered, size) for unit in coming)
     optimizer = workload.optimizer
-    reduced = share_of(optimizer, divided).wire_bytes(trained, topology)
+    sent = workload.gradient_bytes
+    reduced = share_of(optimizer, divided).wire_bytes(trained, topology, sent)
     reduced += state_of(optimizer, trained, topology, divided).wire
     own = reduction_bytes(padded(summed, topology) * item(trained), topology) if summed else 0.0
     checksums = ring_gather_bytes(8 * topology.world, topology.world)

@@ -26,6 +26,7 @@ class Workload:
         checkpointing: which activations are recomputed in backward.
         targets: most target tokens of a micro-batch; None: every token may be one.
         lengths: of the sequences that share its one row; empty: each has a row of its own.
+        gradient_bytes: of an element of the gradients as it is sent; None: its own.
     """
 
     rows: int
@@ -35,6 +36,7 @@ class Workload:
     checkpointing: Recompute
     targets: int | None = None
     lengths: tuple[int, ...] = ()
+    gradient_bytes: int | None = None
 
     def __str__(self) -> str:
         packed = f" ({len(self.lengths)} sequences)" if self.lengths else ""
@@ -73,6 +75,7 @@ def workload_of(
         checkpointing=next(ways(config.sharding.activation_checkpointing, "")),
         targets=targets,
         lengths=lengths if shared else (),
+        gradient_bytes=2 if config.sharding.reduce_dtype == "bfloat16" else None,
     )
 
 

@@ -14,6 +14,8 @@ def as_bytes(numbers: Tensor) -> Tensor:
 def from_bytes(stored: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 [k, q · size of `dtype`] → [k, q]; a copy where the bytes are not aligned."""
     size = dtype.itemsize
-    if not stored.is_contiguous() or stored.storage_offset() % size:
-        stored = stored.contiguous().clone()
+    if not stored.is_contiguous():
+        stored = stored.contiguous()
+    elif stored.storage_offset() % size:
+        stored = stored.clone()
     return stored.view(dtype)

@@ -39,7 +39,7 @@ class MemoryMeter:
         gc.collect()
         trim()
         self._start = anonymous_bytes()
-        self._peak = 0
+        self._peak = self._recent = 0
         if not torch.cuda.is_available() and _STATM.exists():
             threading.Thread(
                 target=_sample, args=(weakref.ref(self),), name="dlora-memory", daemon=True
@@ -47,13 +47,34 @@ class MemoryMeter:
 
     def peak(self) -> int:
         """Return the most bytes so far."""
-        if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated()
-        self._record(anonymous_bytes())
+        self._look()
         return self._peak
 
+    def recent(self) -> int:
+        """Return the most bytes since the last call."""
+        self._look()
+        recent, self._recent = self._recent, 0
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        return recent
+
+    def now(self) -> int:
+        """Return the bytes of this moment."""
+        if torch.cuda.is_available():
+            return torch.cuda.memory_allocated()
+        return anonymous_bytes() - self._start
+
+    def _look(self) -> None:
+        if torch.cuda.is_available():
+            self._keep(torch.cuda.max_memory_allocated())
+        else:
+            self._record(anonymous_bytes())
+
     def _record(self, now: int) -> None:
-        self._peak = max(self._peak, now - self._start)
+        self._keep(now - self._start)
+
+    def _keep(self, used: int) -> None:
+        self._peak, self._recent = max(self._peak, used), max(self._recent, used)
 
 
 def _sample(meter: weakref.ref[MemoryMeter]) -> None:

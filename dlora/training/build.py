@@ -35,6 +35,7 @@ from dlora.sharding.engines.protocol import build_engine
 from dlora.training.compiled import CompiledBlocks
 from dlora.training.context import RunContext
 from dlora.training.prepare import Preparation
+from dlora.training.residents import Residents
 from dlora.training.warm_up import start_compiled
 
 
@@ -46,11 +47,16 @@ def build(
         unmap_large_blocks()
     torch.manual_seed(config.train.seed)
     engine = build_engine(prepared.placement, prepared.topology)
-    residuals = residuals_of(config, prepared)
+    residuals = residuals_of(config, prepared, ranks.device)
     model = prepared.base.load(engine, ranks.device, residuals and residuals.left)
     torch.manual_seed(config.train.seed)  # some classes draw while they are made, engine by engine
     by_pairs = room("optim")[config.optimizer.name].says["divides"] == "pairs"
-    replica = replicate(model, engine, divided=prepared.divided and not by_pairs)
+    replica = replicate(
+        model,
+        engine,
+        divided=prepared.divided and not by_pairs,
+        reduce_dtype=torch.bfloat16 if config.sharding.reduce_dtype == "bfloat16" else None,
+    )
     if config.sharding.audit == "heal":
         replica.healed = lambda found: console.info(
             f"warning: the adapters differed between ranks: {found}; healed (sharding.audit)"
@@ -60,7 +66,7 @@ def build(
         residuals.start(model)
     if prepared.drawn and prepared.resumed is None:
         draw_copies(model, prepared.base.skeleton(), prepared.drawn, config.train.seed)
-    engine.keep_gathered(model, prepared.budget.resident)
+    residents = Residents(prepared.decision, engine, model, ranks.device)
     if config.adapter.path is not None and prepared.resumed is None:
         load_adapter(model, adapter_directory(config.adapter.path))
     # Around which checkpointing comes.
@@ -73,17 +79,19 @@ def build(
         initialise(config, ranks, prepared, model, replica)
     model.train()
     optimizer = build_optimizer(config, ranks, prepared, replica)
-    context = RunContext(config, ranks, prepared, model, replica, optimizer, lock, hooks, blocks)
+    context = RunContext(
+        config, ranks, prepared, model, replica, residents, optimizer, lock, hooks, blocks
+    )
     start_compiled(context, objective_of(config))
     return context
 
 
-def residuals_of(config: Config, prepared: Preparation) -> Residuals | None:
+def residuals_of(config: Config, prepared: Preparation, device: torch.device) -> Residuals | None:
     """A0 and B0 of adapters that start from a packed W0; a resumed run reads its checkpoint's."""
     lora, resumed = prepared.lora, prepared.resumed
     if INITS[lora.init_lora_weights].needs != "weight" or config.model.quantization == "none":
         return None
-    residuals = Residuals(prepared.base, lora)
+    residuals = Residuals(prepared.base, lora, device)
     if resumed is not None:
         residuals.read(Path(resumed.directory), prepared.topology)
     else:

@@ -38,8 +38,12 @@ FREE_KEYS = {
     "train.deterministic",
 }
 FREE_SECTIONS = {"sharding", "output"}
-# Values that say the same: a class without `sdpa` refuses it.
-SAME = {"model.attn_implementation": ("auto", "sdpa")}
+BOUND_KEYS = {"sharding.reduce_dtype"}  # of these sections: it rounds gradients
+# Values that say the same: a class without `sdpa` refuses it; null stands for float32.
+SAME = {
+    "model.attn_implementation": ("auto", "sdpa"),
+    "sharding.reduce_dtype": (None, "float32"),
+}
 # Settings of an adapter that come from elsewhere in the configuration.
 SAID_AS = {"total_step": "train.max_steps or train.epochs (the method's schedule spans all steps)"}
 
@@ -128,8 +132,10 @@ def _conflicts(
                 key = SAID_AS.get(name, whose.format(name))
                 yield f"{key} was {before[name]!r} and is {now[name]!r}"
     for section, options in to_dict(config).items():
-        for name, value in options.items() if section not in FREE_SECTIONS else ():
+        for name, value in options.items():
             key = f"{section}.{name}"
+            if section in FREE_SECTIONS and key not in BOUND_KEYS:
+                continue
             # An option that the checkpoint lacks is newer than it.
             saved = resumed.settings.get(section, {}).get(name, SCHEMA[key].default)
             same = saved == value or all(said in SAME.get(key, ()) for said in (saved, value))

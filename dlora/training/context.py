@@ -15,6 +15,7 @@ from dlora.runtime.ranks import Ranks
 from dlora.runtime.run_lock import RunLock
 from dlora.training.compiled import CompiledBlocks
 from dlora.training.prepare import Preparation
+from dlora.training.residents import Residents
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class RunContext:
     """The parts of one run on one rank.
 
     Attributes:
+        residents: the layers of W0 that stay gathered.
         blocks: those of the model as graphs, where the run compiles them.
         lock: of `directory`; every write there calls its `check` first.
     """
@@ -31,6 +33,7 @@ class RunContext:
     prepared: Preparation
     model: nn.Module
     replica: TrainedReplica
+    residents: Residents
     optimizer: Optimizer
     lock: RunLock
     hooks: Hooks

@@ -20,7 +20,7 @@ def evaluating(context: RunContext, micro_batches: int = 1) -> Iterator[None]:
     """Without gradients, in eval mode; W0 stays gathered where a pass of so many micro-batches
     leaves it room, and is freed at the end."""
     model, engine = context.model, context.replica.engine
-    spares = context.prepared.budget.memory.spares_whole(micro_batches)
+    spares = context.residents.plan.memory.spares_whole(micro_batches)
     with inference(model), engine.staying(model) if spares else nullcontext():
         yield
     context.replica.release()

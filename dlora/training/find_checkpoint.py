@@ -54,6 +54,12 @@ class ResumePoint:
         random = self.state.get("random")
         return isinstance(random, dict) and random.get("keyed_by") == list(keys)
 
+    def tokens_per_micro_batch(self, world: int) -> int | None:
+        """What `auto` was in its run; None for another number of ranks."""
+        found = self.settings.get("train", {}).get("tokens_per_micro_batch")
+        same = self.state.get("ranks") in (None, world)
+        return found if isinstance(found, int) and same else None
+
     @property
     def lora(self) -> LoraConfig | None:
         """The adapter settings of the checkpoint; None if it has none."""

@@ -37,7 +37,7 @@ def finish(
         console.info(line)
     status = save_result(context, checkpoints)
     measured = measure(context.model, context.replica, context.optimizer, records)
-    console.info(comparison(context.prepared.budget, measured, context.ranks.device.type))
+    console.info(comparison(context.residents.plan, measured, context.ranks.device.type))
     return status
 
 

@@ -13,6 +13,7 @@ from dlora.adapters.settings import scheduled
 from dlora.base.eval_mode import random_settings
 from dlora.base.identity import identity
 from dlora.base.model import BaseModel
+from dlora.base.native import has_kernels
 from dlora.base.skeleton import check_divides
 from dlora.config.load import Config
 from dlora.data import Dataset, Dealing, Example, Sampler
@@ -28,6 +29,7 @@ from dlora.lora.config import LoraConfig
 from dlora.lora.dropout import KEYED_BY
 from dlora.lora.left import unreached_by_text
 from dlora.plan.choose import Decision, capacity_of, decide
+from dlora.plan.micro_batches import settle_micro_batches
 from dlora.plan.plan import Plan, Subject
 from dlora.plan.workload import workload_of
 from dlora.sharding.topology import Placement, Topology
@@ -44,7 +46,6 @@ from dlora.training.checks import (
 )
 from dlora.training.earlier_placement import earlier_placement, settle
 from dlora.training.find_checkpoint import ResumePoint
-from dlora.training.micro_batches import earlier_tokens, settle_micro_batches
 from dlora.training.prepare_data import (
     load_data,
     open_stream,
@@ -66,12 +67,14 @@ class Preparation:
     """What `prepare` found out; it has no weights.
 
     Attributes:
+        config: with what the machines and the checkpoint decide of it (`model.dtype: auto`).
         drawn: parameters of a head that the base lacks.
         dealing: makes the micro-batches of ranks.
         compiles: whether blocks run as graphs of torch's compiler.
         unreached: adapted modules that text alone does not reach, of a model that takes images too.
     """
 
+    config: Config
     base: BaseModel
     tokenizer: Any
     train: Dataset | Stream
@@ -189,7 +192,7 @@ def prepare(
                 "output.resume: the checkpoint is of a version that drew dropout masks otherwise: "
                 "from here on they differ from those that the run would have had"
             )
-    if around.device == "cpu" and base.dtype == torch.bfloat16 and not multiplies_bfloat16():
+    if around.device == "cpu" and base.dtype == torch.bfloat16 and not has_kernels():
         announce(
             "model.dtype: this CPU has no instructions for bfloat16, which is many times slower "
             "than float32 on it"
@@ -201,7 +204,7 @@ def prepare(
     place = functools.partial(
         _decision, config, task, skeleton, topology, train, sampler, around, resumed
     )
-    earlier = earlier_tokens(resumed, world) if resumed else None
+    earlier = resumed.tokens_per_micro_batch(world) if resumed else None
     dealing, decision = settle_micro_batches(config, train, world, packs, place, earlier=earlier)
     if config.train.tokens_per_micro_batch == "auto":
         announce(f"train.tokens_per_micro_batch: {dealing.tokens}")
@@ -218,6 +221,7 @@ def prepare(
     if line := changed_compile(before, compiles):
         announce(line)
     return Preparation(
+        config,
         base,
         tokenizer,
         train,
@@ -235,11 +239,6 @@ def prepare(
         unreached=tuple(unreached_by_text(skeleton, [*attachment.adapted, *attachment.saved])),
         compiles=compiles,
     )
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether oneDNN has kernels for matrices of it on this CPU."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _decision(
@@ -283,6 +282,7 @@ def _decision(
         capacity=capacity_of(section.memory_budget_gb, around.free),
         offload=section.cpu_offload,
         checkpointing=setting,
+        fills=section.base == "auto",
     )
     if not settings.reason:
         return decision

@@ -67,6 +67,11 @@ class RunLog:
             sink.close()
 
 
+def due(step: int, every: int, last: bool = False) -> bool:
+    """Whether something that happens every so many steps and last (0: never) happens at `step`."""
+    return every > 0 and (step % every == 0 or last)
+
+
 def start_sinks(config: Config, ranks: Ranks, prepared: Preparation) -> list[Sink]:
     """The endpoint and the trackers that the configuration names, on rank 0; elsewhere none.
 

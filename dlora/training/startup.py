@@ -16,6 +16,7 @@ from dataclasses import asdict
 
 import torch
 
+from dlora.base.native import AUTO_DTYPE, multiplies_natively
 from dlora.config.load import SCHEMA, Config, Options, parse
 from dlora.errors import UsageError
 from dlora.metrics.trackers import import_trackers
@@ -31,6 +32,7 @@ from dlora.training.checks import check_output
 from dlora.training.find_checkpoint import ResumePoint, find_checkpoint
 from dlora.training.prepare import Preparation, Surroundings, prepare
 from dlora.training.settle_compile import Compiler, find_compiler
+from dlora.training.settle_dtype import settle_dtype
 
 
 def enter(argv: list[str], prog: str, first: Callable[[], None]) -> tuple[Ranks, Options | None]:
@@ -124,6 +126,10 @@ def prepared(config: Config, ranks: Ranks, *, check: bool = False) -> Preparatio
         not check,
         _compiler(config, ranks),
     )
+
+    if config.model.dtype == AUTO_DTYPE:
+        natively = gather(ranks, "bfloat16", multiplies_natively(ranks.device.type))
+        config = settle_dtype(config, resumed, all(natively), console.info)
 
     def work() -> tuple[Preparation, str]:
         found = prepare(config, topology, console.info, resumed, around)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import secrets
@@ -15,13 +16,14 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import psutil
 from programs import free_ports
 
 ROOT = Path(__file__).parents[2]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
-START_SECONDS, STOP_SECONDS, POLL_SECONDS = 240.0, 20.0, 0.1
+START_SECONDS, STOP_SECONDS, POLL_SECONDS = 240.0, 20.0, 0.3
 STARTS = 3
 
 
@@ -71,14 +73,12 @@ class Cluster:
 
     def give_notice_to_second(self, seconds: int) -> None:
         """Tell Ray that the node goes in so many seconds, as a cloud's spot notice does."""
-        listed = "from ray.util.state import list_nodes\n"
-        listed += f"nodes = list_nodes(address={self.url!r})\n"
-        listed += "print(*[n.node_id for n in nodes if not n.is_head_node])"
-        found = self._python("-c", listed)
+        [second] = (node["node_id"] for node in self._alive() if not node["is_head_node"])
         reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test"]
-        address = ["--address", f"127.0.0.1:{self.gcs}", "--node-id", found.split()[-1]]
+        address = ["--address", f"127.0.0.1:{self.gcs}", "--node-id", second]
         remaining = ["--deadline-remaining-seconds", str(seconds)]
-        self._python(*RAY[1:], "drain-node", *address, *reason, *remaining)
+        drained = self.python(*RAY[1:], "drain-node", *address, *reason, *remaining)
+        assert drained.returncode == 0, drained.stderr
 
     def kill_second(self) -> None:
         """As if its machine had lost its power: SIGKILL to all that it runs."""
@@ -169,31 +169,21 @@ class Cluster:
     def _stands(self, count: int) -> bool:
         """Whether so many nodes are there before the newest ends or its time does."""
         until = time.monotonic() + START_SECONDS
-        while self._alive() < count:
+        while len(self._alive()) < count:
             if self.nodes[-1].poll() is not None or time.monotonic() > until:
                 return False
             time.sleep(POLL_SECONDS)
         return True
 
-    def _alive(self) -> int:
-        code = (
-            "from ray.util.state import list_nodes\n"
-            f"print(len(list_nodes(address={self.url!r}, filters=[('state', '=', 'ALIVE')])))"
-        )
-        with contextlib.suppress(subprocess.CalledProcessError):  # nobody listens yet
-            return int(self._python("-c", code).split()[-1])
-        return 0
-
-    def _python(self, *words: str) -> str:
-        """What a program that ended well printed."""
-        return subprocess.run(
-            [sys.executable, *words],
-            env=self.environment,
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=START_SECONDS,
-        ).stdout
+    def _alive(self) -> list[dict[str, Any]]:
+        """What the dashboard tells of each node; nothing while nobody listens yet."""
+        authorization = {"Authorization": f"Bearer {self.token}"}
+        with contextlib.suppress(OSError):
+            request = Request(f"{self.url}/api/v0/nodes", headers=authorization)
+            with urlopen(request, timeout=START_SECONDS) as answer:
+                nodes = json.load(answer)["data"]["result"]["result"]
+            return [node for node in nodes if node["state"] == "ALIVE"]
+        return []
 
 
 def below(node: subprocess.Popen[bytes]) -> list[psutil.Process]:

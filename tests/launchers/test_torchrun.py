@@ -48,6 +48,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., list[Node]]]:
         for rank, late in enumerate(("", str(tmp_path / "late"))):
             with (tmp_path / f"log-{rank}").open("w") as log:
                 here = {"HEAD": "localhost", "PORT": port, "NNODES": 2, "NODE_RANK": rank}
+                if rank:  # the other counts its devices, for which it imports torch
+                    here["NPROC_PER_NODE"] = 1
                 started.append(
                     subprocess.Popen(
                         [SCRIPT, *words],

@@ -7,7 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from calls import Calls
+from calls import FREE, Calls
 from fake_cuda import fake_cuda
 from torch import Tensor, nn
 
@@ -16,14 +16,10 @@ from dlora.lora.attach import attachment_of, trainable_parameters
 from dlora.lora.dropout import SampleKeys
 from dlora.lora.functional import LinearWithLowRank
 from dlora.lora.step_values import StepValues
+from dlora.quant.linear import pack
 
 ROWS, TOKENS, N, M = 2, 5, 8, 6
-# Views and memory: no kernel runs.
-FREE = {
-    "view", "_unsafe_view", "t", "transpose", "detach", "alias", "expand", "reshape", "slice",
-    "unsqueeze", "device", "new_empty", "empty", "empty_like", "new_empty_strided", "permute",
-    "select",
-}  # fmt: skip
+WIDE = 64  # a block of nf4
 
 
 class Peft(nn.Module):
@@ -101,6 +97,11 @@ def test_operators_of_a_layer_on_a_gpu() -> None:
         assert kernels(step) == 8
 
 
+def packed(layer: nn.Linear) -> nn.Linear:
+    pack(layer, "nf4")
+    return layer
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], tuple[int, ...]]] = {
     "lora": (lambda: nn.Linear(N, M), lambda: LoraConfig(r=2, lora_dropout=0.3), (2, 5, N)),
     "dora": (
@@ -114,6 +115,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], tuple[int, ..
             init_r=3, target_r=2, total_step=10, lora_dropout=0.3, target_modules=["0"]
         ),
         (2, 5, N),
+    ),
+    "packed": (
+        lambda: packed(nn.Linear(WIDE, M)),
+        lambda: LoraConfig(r=2, lora_dropout=0.3, target_modules=["0"]),
+        (2, 5, WIDE),
     ),
     "embedding": (lambda: nn.Embedding(9, M), lambda: LoraConfig(r=2, target_modules=["0"]), ()),
     "convolution": (
@@ -148,3 +154,18 @@ def test_a_layer_is_one_graph(case: str) -> None:
             torch.testing.assert_close(got, wanted)
         seen.append(graph[0])
     assert torch.equal(*seen) is (case == "embedding")  # which has no dropout
+
+
+def one_graph(function: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """The compiled function has the gradients of the function."""
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    wanted, got = (
+        torch.autograd.grad(run(*inputs).square().sum(), inputs) for run in (function, compiled)
+    )
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_packed_layer_without_adapter_is_one_graph() -> None:
+    one_graph(packed(nn.Linear(WIDE, M)), torch.randn(ROWS, TOKENS, WIDE, requires_grad=True))

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers.modeling_flash_attention_utils as flash_utils
+from calls import Calls
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
@@ -208,3 +210,49 @@ def test_another_model_is_left_alone() -> None:
         step_of = packed(examples(), 0)
         other(**step_of.inputs, targets=step_of.targets, lengths=step_of.lengths)
         assert torch.equal(plain(ids).logits, before)
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool) -> Tensor:
+    """Stands for the function of the package flash-attn, which needs a GPU; [B, T, heads, D]."""
+    how = {"scale": softmax_scale, "is_causal": causal, "enable_gqa": True}
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), **how).transpose(
+        1, 2
+    )
+
+
+def flash_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool,
+) -> Tensor:
+    """The same of rows [T, heads, D] of many lengths. They come as the real one wants them."""
+    lengths = np.diff(cu_seqlens_q.numpy()).tolist()
+    assert cu_seqlens_q.dtype == torch.int32 and cu_seqlens_k is cu_seqlens_q
+    assert type(max_seqlen_q) is int and max_seqlen_q == max_seqlen_k == max(lengths)
+    parts = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+    return torch.cat([flash(*(x[None] for x in p), softmax_scale, causal)[0] for p in parts])
+
+
+def test_flash_attention_of_one_row_reads_nothing_on_the_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither of several sequences in the row nor of one; loss and gradient are those of sdpa."""
+    process = flash_utils._lazy_define_process_function(flash_varlen)
+    kernels = (flash, flash_varlen, None, None, None), (process, process)
+    monkeypatch.setattr(flash_utils, "lazy_import_flash_attention", lambda *_, **__: kernels)
+    model = model_of(CONFIGS["llama"](), target_modules="all-linear")
+    chunked_loss.install(model)
+    for batch in (packed(examples(), 0), collate(examples()[:1], 0)):
+        wanted = step(model, batch)
+        with monkeypatch.context() as patch:
+            patch.setattr(model.config, "_attn_implementation", "flash_attention_2")
+            with Calls() as calls:
+                found = step(model, batch)
+        check_same(found, wanted)
+        assert calls["aten._local_scalar_dense.default"] == 1  # the loss, by `step`

@@ -6,12 +6,15 @@ import sys
 from typing import Any
 
 import pytest
-from llama_shapes import saved_config
+from llama_shapes import saved_config, subject
 from refusals import refusal
 
 from dlora.config.load import parse
 from dlora.config.recompute import Recompute
+from dlora.plan.choose import Capacity, decide
 from dlora.plan.command import Machines, main, survey
+from dlora.plan.plan import Plan
+from dlora.sharding.topology import Topology
 
 GB = 10**9
 
@@ -111,6 +114,25 @@ def test_residency_grows_with_the_budget_and_stays_inside(path: str, engine: str
     assert sent == sorted(sent, reverse=True) and sent[-1] == 0
 
 
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_auto_keeps_layers_gathered_within_its_margin(engine: str) -> None:
+    """Without a budget: what `world` leaves free up to nine tenths, and never more."""
+
+    def taken(memory: float, base: str = "auto") -> Plan:
+        capacity = Capacity(round(memory), "a test")
+        settings = {"engine": engine, "base": base, "optimizer_state": "replicated"}
+        return decide(subject("small"), Topology(0, 8, 8), capacity=capacity, **settings).plan
+
+    bare, whole = (taken(1000 * GB, base) for base in ("world", "none"))
+    assert not bare.resident
+    least = bare.memory.peak
+    assert taken(least).gathers == bare.gathers
+    found = taken(memory := 0.5 * (least + whole.memory.peak))
+    assert found.placement.base == "world" and found.resident
+    assert found.memory.peak <= 0.9 * memory
+    assert found.spared == bare.gathers - found.gathers > 0
+
+
 def test_a_budget_below_the_least_is_refused_with_the_least(path: str) -> None:
     machines = Machines(nodes=1, gpus_per_node=8, gpu_memory_gb=80)
     message = refusal(surveyed, path, machines, sharding__memory_budget_gb=0.5)
@@ -143,11 +165,22 @@ def test_the_command_prints_a_table_and_json(path: str, capsys: pytest.CaptureFi
         (["--check"], "--check is an option of dlora.train"),
         (["--adapter.target_modules", '["q_prof"]'], "q_prof"),
         (["--sharding.memory_budget_gb", "9", "--gpu-memory-gb", "8"], "is more than"),
-        (["--model.quantization", "nf3"], "model.quantization: expected one of none, int8, nf4"),
+        (["--model.quantization", "nf3"], "model.quantization: expected one of none, fp8, int8"),
     ],
 )
 def test_mistakes_are_one_line(path: str, words: list[str], told: str) -> None:
     assert told in refusal(main, words_for(path, *words))
+
+
+def test_as_many_tokens_are_planned_as_fit(path: str) -> None:
+    """Of sequences of `data.max_length`: the plan for twice as many takes another placement."""
+    machines = Machines(gpus_per_node=2, gpu_memory_gb=2.6)
+    step = {"data__max_length": 64, "train__global_batch_size": 512}
+    chosen = surveyed(path, machines, train__tokens_per_micro_batch="auto", **step).decision.plan
+    tokens = chosen.workload.rows * chosen.workload.tokens
+    assert chosen.memory.peak <= 2.6e9 and 64 < tokens < 64 * 256
+    twice = surveyed(path, machines, train__tokens_per_micro_batch=2 * tokens, **step).decision
+    assert twice.warning or twice.plan.placement != chosen.placement
 
 
 def test_the_command_ends_with_status_2() -> None:

@@ -16,14 +16,15 @@ from sampling import full
 from tiny import VOCABULARY, tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from dlora.base.native import has_kernels
 from dlora.config.load import parse
 from dlora.data.builtin import builtin_records
 from dlora.metrics.log import read_metrics
 from dlora.sharding.topology import Topology
-from dlora.training.prepare import multiplies_bfloat16, prepare
+from dlora.training.prepare import prepare
 
 # Where bfloat16 has no instructions a step of the wide model takes minutes in it.
-DTYPE = "bfloat16" if multiplies_bfloat16() else "float32"
+DTYPE = "bfloat16" if has_kernels() else "float32"
 WIDE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8}
 
 

@@ -4,10 +4,14 @@ import math
 
 import pytest
 import torch
+from calls import FREE, Calls
+from fake_cuda import HostWork, fake_cuda
 from torch import Tensor
 
+from dlora.quant import dequantize
 from dlora.quant.dequantize import bitsandbytes_kernel, levels_in_torch, levels_times_scales
 from dlora.quant.formats import FORMATS, unpack
+from dlora.quant.int8 import times_step
 from dlora.quant.nf4 import _PAIRS, LEVELS
 from dlora.quant.rows import as_bytes, from_bytes
 
@@ -129,6 +133,67 @@ def test_int8_values_are_multiples_of_the_step() -> None:
     assert bool(((values - w).abs() <= step * 0.5001).all())
 
 
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+def test_int8_in_one_operator_gives_the_same_bits(dtype: torch.dtype) -> None:
+    w, fmt = weights(70, 192), FORMATS["int8"]
+    codes, scales = fmt.codes(w), fmt.scales(w)
+    step = from_bytes(scales, torch.float32) / 127
+    found = times_step(codes, step, torch.empty(codes.shape, dtype=dtype))
+    assert torch.equal(found, (codes.view(torch.int8).float() * step).to(dtype))
+    assert torch.equal(found, fmt.unpack(codes, scales, dtype))
+
+
+@pytest.mark.parametrize(("name", "most"), [("int8", 2), ("nf4", 5), ("nf4-dq", 8)])
+def test_a_gpu_unpacks_a_weight_in_few_operators(name: str, most: int) -> None:
+    """Nothing is copied from the host; int8 has its step and one product, whatever the size."""
+    fmt, n = FORMATS[name], 4096
+    with fake_cuda() as cuda:
+        where = {"dtype": torch.uint8, "device": cuda}
+        codes = torch.empty(2048, fmt.code_bytes(n), **where)  # type: ignore[call-overload]
+        scales = torch.empty(2048, fmt.scale_bytes(n), **where)  # type: ignore[call-overload]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dequantize, "bitsandbytes_kernel", lambda: None)
+            fmt.unpack(codes, scales, torch.bfloat16)  # the table of levels goes there once
+            with Calls() as calls, HostWork() as host:
+                fmt.unpack(codes, scales, torch.bfloat16)
+    assert host.calls == []
+    computed = [name for name in calls.counted.elements() if name.split(".")[1] not in FREE]
+    assert len(computed) <= most, computed
+
+
+def e4m3(code: int) -> float:
+    """The number of a code, by the bits of the paper's table 1: s eeee mmm, a bias of 7, no inf."""
+    sign, exponent, mantissa = -1 if code >> 7 else 1, (code >> 3) & 15, code & 7
+    if exponent == 15 and mantissa == 7:
+        return math.nan
+    return sign * (mantissa * 2.0**-9 if exponent == 0 else (8 + mantissa) * 2.0 ** (exponent - 10))
+
+
+def test_fp8_codes_are_the_nearest_and_mean_what_the_paper_says() -> None:
+    w, fmt = weights(33, 70), FORMATS["fp8"]
+    w[3] *= torch.logspace(0, -8, 70)  # down to where it has no exponents left
+    numbers = torch.tensor([e4m3(code) for code in range(256)], dtype=torch.float64)
+    step = w.double().abs().amax(1, keepdim=True) / 448
+    codes = fmt.codes(w)
+    distances = (w.double() / step)[:, :, None] - numbers.nan_to_num(math.inf)
+    best = distances.abs().amin(2)
+    got = ((w.double() / step) - numbers[codes.long()]).abs()
+    torch.testing.assert_close(got, best, rtol=1e-6, atol=1e-6)
+    values = fmt.unpack(codes, fmt.scales(w), torch.float32).double()
+    torch.testing.assert_close(values, numbers[codes.long()] * step, rtol=3e-7, atol=0)
+    bound = torch.maximum(w.double().abs() / 16, step / 1024)
+    assert bool(((values - w).abs() <= 1.00001 * bound).all())
+
+
+def test_fp8_has_every_number() -> None:
+    finite = [code for code in range(256) if not math.isnan(e4m3(code))]
+    codes = torch.tensor([finite], dtype=torch.uint8)
+    one = as_bytes(torch.ones(1, 1))
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        values = FORMATS["fp8"].unpack(codes, one, dtype)
+        assert values[0].tolist() == [e4m3(code) for code in finite]
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
 @pytest.mark.parametrize(("k", "n"), [(1, 64), (70, 192), (33, 65536)])  # the last in many chunks
@@ -160,7 +225,12 @@ def test_rows_packed_alone_are_rows_of_the_packed(name: str, dtype: torch.dtype)
 
 @pytest.mark.parametrize(
     ("name", "bits", "error"),
-    [("nf4", 4.25, 0.0925), ("nf4-dq", 4 + 8 / 64 + 32 / 2048, 0.0925), ("int8", 8.02, 0.0081)],
+    [
+        ("nf4", 4.25, 0.0925),
+        ("nf4-dq", 4 + 8 / 64 + 32 / 2048, 0.0925),
+        ("int8", 8.02, 0.0081),
+        ("fp8", 8.02, 0.0264),
+    ],
 )
 def test_bits_and_errors(name: str, bits: float, error: float) -> None:
     w, fmt = weights(256, 2048), FORMATS[name]
@@ -178,7 +248,7 @@ def test_double_quantisation_costs_next_to_nothing() -> None:
     assert abs(float((two - w).norm() / (one - w).norm()) - 1) <= 0.003
 
 
-@pytest.mark.parametrize("name", ["nf4", "nf4-dq"])
+@pytest.mark.parametrize("name", ["nf4", "nf4-dq", "fp8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packing_what_was_unpacked_changes_no_code(name: str, dtype: torch.dtype) -> None:
     w, fmt = weights(64, 512), FORMATS[name]

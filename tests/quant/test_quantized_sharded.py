@@ -72,6 +72,7 @@ def packed_whole(path: str, dtype: str, name: str) -> dict[str, Tensor]:
         ("blocks", "float32", "bfloat16", "nf4", "fsdp2", "world", 2),
         ("blocks", "bfloat16", "bfloat16", "nf4-dq", "fsdp2", "world", 3),
         ("blocks", "float32", "float32", "int8", "fsdp2", "node", 4),
+        ("blocks", "float32", "float32", "fp8", "fsdp2", "world", 2),
         ("tied_blocks", "bfloat16", "bfloat16", "nf4", "fsdp2", "world", 3),
         ("gpt2_blocks", "float32", "bfloat16", "nf4", "fsdp2", "world", 2),
         ("ragged", "float32", "bfloat16", "nf4", "fsdp2", "world", 2),

@@ -39,8 +39,8 @@ def base(tmp_path_factory) -> Path:
 
 
 def copy_with(directory: Path, file: str) -> Path:
-    """A copy of the package with one file more; the folder to import it from."""
-    shutil.copytree(PACKAGE, directory / "dlora", ignore=shutil.ignore_patterns("__pycache__"))
+    """A copy of the package, with its bytecode, and one file more; the folder to import it from."""
+    shutil.copytree(PACKAGE, directory / "dlora")
     assert not (directory / "dlora" / file).exists()
     (directory / "dlora" / file).write_text(FILES[file], "utf-8")
     return directory
@@ -224,7 +224,7 @@ for parts in (VARIANTS, INITS, FORMATS):
 
 def test_what_a_file_needs_is_asked_of_those_who_name_it(tmp_path: Path) -> None:
     """Nobody else is troubled, neither by its package nor by its other classes."""
-    shutil.copytree(PACKAGE, tmp_path / "dlora", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(PACKAGE, tmp_path / "dlora")
     for room, module, base in (
         ("lora/variants", "dlora.lora.variants.lora", "LoraAdapter"),
         ("lora/init", "dlora.lora.init.base", "Initialisation"),

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Times (p − 1)/p · bytes of the whole tensor: of a ring, and as gloo really does it.
-RING = {"allreduce_": 2, "_allgather_base_": 1, "_reduce_scatter_base_": 1}
+RING = {"allreduce_": 2, "_allgather_base_": 1, "_reduce_scatter_base_": 1, "alltoall_base_": 1}
 GLOO = RING | {"_reduce_scatter_base_": 2}  # an all-reduce, of which each rank keeps its part
 # Offset of tcpi_bytes_acked in Linux' struct tcp_info.
 _BYTES_ACKED = 120
@@ -21,11 +22,16 @@ _BYTES_ACKED = 120
 
 @dataclass(frozen=True)
 class Collective:
-    """One call: its operation in torch's c10d library, bytes of the whole tensor, and its ranks."""
+    """One call: its operation in torch's c10d library, bytes of the whole tensor, and its ranks.
+
+    Attributes:
+        kinds: device, dtype and whether it is contiguous, of each of its tensors.
+    """
 
     op: str
     nbytes: int
     ranks: tuple[int, ...]
+    kinds: frozenset[tuple[str, torch.dtype, bool]] = frozenset()
 
     def sent(self, costs: dict[str, int] = RING) -> float:
         """Bytes that each rank sends."""
@@ -48,16 +54,15 @@ class CollectiveLog(TorchDispatchMode):
     ) -> Any:
         if func.namespace in ("c10d", "_c10d_functional"):
             name = func._schema.name.partition("::")[2]
-            self.calls.append(Collective(name, _whole(name, args), _ranks(args)))
+            tensors = _tensors(args)
+            kinds = frozenset((t.device.type, t.dtype, t.is_contiguous()) for t in tensors)
+            whole = max(tensor.nbytes for tensor in tensors)  # gathered, or to be scattered
+            self.calls.append(Collective(name, whole, _ranks(args), kinds))
         return func(*args, **(kwargs or {}))
 
 
-def _whole(name: str, args: Any) -> int:
-    """Bytes of the longest tensor among the arguments: the gathered, or the one to be scattered."""
-    tensors = [
-        t for a in args for t in (a if isinstance(a, list) else [a]) if isinstance(t, Tensor)
-    ]
-    return max(tensor.nbytes for tensor in tensors)
+def _tensors(args: Any) -> list[Tensor]:
+    return [t for a in args for t in (a if isinstance(a, list) else [a]) if isinstance(t, Tensor)]
 
 
 def _ranks(args: Any) -> tuple[int, ...]:

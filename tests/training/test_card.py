@@ -1,5 +1,6 @@
 """The model card beside a run's adapter: the hub's own parser reads it; what was changed stays."""
 
+import functools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,18 +9,24 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 from peft import PeftModel
-from tiny import whole
+from tiny import save_chats, whole
 
 from dlora.metrics.log import read_metrics
 from dlora.train import main
 
 
 @pytest.fixture(scope="module")
+def words(words: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The command line of a run with held-out data."""
+    held = save_chats(tmp_path_factory.mktemp("held") / "chats.jsonl", 2)
+    return functools.partial(words, data__eval=str(held))
+
+
+@pytest.fixture(scope="module")
 def ended(words: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that has ended."""
     run = tmp_path_factory.mktemp("card") / "run"
-    data = {"data__eval": "builtin:docstrings-heldout", "data__max_eval_samples": 2}
-    assert main(words(run, **data, train__max_steps=2, output__save_every=2)) == 0
+    assert main(words(run, train__max_steps=2, output__save_every=2)) == 0
     return run
 
 
@@ -72,8 +79,7 @@ def test_an_unchanged_card_is_written_again(ended: Path, words: Any, tmp_path: P
 
 def again(run: Path, words: Any, **settings: Any) -> int:
     """The run that has ended, started again: it only writes its adapter."""
-    data = {"data__eval": "builtin:docstrings-heldout", "data__max_eval_samples": 2}
-    return main(words(run, **data, **{"train__max_steps": 2, "output__save_every": 2} | settings))
+    return main(words(run, **{"train__max_steps": 2, "output__save_every": 2} | settings))
 
 
 def test_the_licence_is_that_of_the_base_s_card(

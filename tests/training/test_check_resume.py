@@ -156,6 +156,12 @@ def test_another_base_of_the_same_shape(
     assert f"model.path: {saved} is another base" in refused(finished, model__path=saved)
 
 
+def test_gradients_stay_rounded_as_they_were(refused: Any, command: Any, finished: Path) -> None:
+    said = refused(finished, sharding__reduce_dtype="bfloat16")
+    assert "sharding.reduce_dtype was None and is 'bfloat16'" in said
+    preparation(command(finished, sharding__reduce_dtype="float32"), check=True)
+
+
 def test_other_settings(refused: Any, finished: Path) -> None:
     said = refused(finished, adapter__r=8, optimizer__lr=1e-3)
     assert "belongs to another run: " in said

@@ -16,6 +16,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as plain_text
 from refusals import refusal
 from run_training import figures, prepared_run
+from tiny import save_chats
 from wandb.proto import wandb_internal_pb2
 
 from dlora.hooks import Hooks
@@ -141,8 +142,8 @@ def test_prometheus_reads_the_latest_figures(words: Any, tmp_path: Path) -> None
             assert samples["dlora_eval_loss"].value > 0  # stays until it is evaluated again
         seen.append(step)
 
-    data = {"data__eval": "builtin:docstrings-heldout", "data__max_eval_samples": 2}
-    settings = {**data, "train__max_steps": 3, "output__eval_every": 3}
+    held = str(save_chats(tmp_path / "held.jsonl", 2))
+    settings = {"data__eval": held, "train__max_steps": 3, "output__eval_every": 3}
     argv = words(tmp_path / "run", **settings, output__metrics_port=port)
     assert main(argv, Hooks(logged=scrape)) == 0
     assert seen == [0, 1, 2, 3]

@@ -6,6 +6,7 @@ engine counts through FSDP2's own communication hook.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from dlora.sharding.engines.gather_groups import (
     FREE,
     KEEP,
     Group,
+    block_lists,
     groups_of,
     sharding_plan,
     sharing_blocks,
@@ -42,13 +44,14 @@ class Fsdp2:
 
     def __init__(self, placement: Placement, topology: Topology) -> None:
         self.placement, self.topology, self.wire = placement, topology, WireCounter()
-        self._resident: set[nn.Module] = set()
+        # Whether it stays after forward anyway, and whether for all of a step.
+        self._resident: dict[nn.Module, tuple[bool, bool]] = {}
 
     @classmethod
     def groups(cls, skeleton: nn.Module) -> list[Group]:
         """Those of transformers' plan, or of the `fully_shard` units that a sharded model has."""
         units = {p: m for p, m in skeleton.named_modules() if p and isinstance(m, FSDPModule)}
-        rules = {p: KEEP if _stays_after_forward(m) else FREE for p, m in units.items()}
+        rules = {p: KEEP if _stays_for_step(m) else FREE for p, m in units.items()}
         return groups_of(skeleton, rules or sharding_plan(skeleton))
 
     def load(self, weights: Weights, device: torch.device) -> nn.Module:
@@ -89,6 +92,13 @@ class Fsdp2:
                 module.set_custom_all_gather(counting)
                 if module is model or _stays_after_forward(module):  # for all passes of a step
                     module.set_reshard_after_backward(False, recurse=False)
+        for group in self.groups(model):
+            if group.waits:
+                waiting: Any = model.get_submodule(group.path)
+                waiting.set_reshard_after_forward(False, recurse=False)
+        if next(model.parameters()).is_cuda:
+            prefetch_blocks(model)
+        _gather_ahead(model)
 
     def set_trainable(self, model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
         """End backward's look-ahead at the first unit that is trained.
@@ -107,9 +117,18 @@ class Fsdp2:
     def keep_gathered(self, model: nn.Module, paths: Collection[str]) -> None:
         for path in paths:
             unit: Any = model.get_submodule(path)
-            self._resident.add(unit)
+            before = _stays_after_forward(unit), _stays_for_step(unit)
+            self._resident.setdefault(unit, before)
             unit.set_reshard_after_forward(False, recurse=False)
             unit.set_reshard_after_backward(False, recurse=False)
+
+    def release_gathered(self, model: nn.Module, paths: Collection[str]) -> None:
+        for path in paths:
+            unit: Any = model.get_submodule(path)
+            after_forward, for_step = self._resident.pop(unit)
+            unit.set_reshard_after_forward(not after_forward, recurse=False)
+            unit.set_reshard_after_backward(not for_step, recurse=False)
+            unit.reshard()
 
     def free_gathered(self, model: nn.Module) -> None:
         for module in model.modules():
@@ -169,6 +188,49 @@ def _own_rows(meta: Any, device: torch.device) -> tuple[nn.Parameter, int, Tenso
 def _stays_after_forward(unit: FSDPModule) -> bool:
     groups = unit._get_fsdp_state()._fsdp_param_groups
     return all(group.post_forward_mesh_info is None for group in groups)
+
+
+def _stays_for_step(unit: FSDPModule) -> bool:
+    """And not only from forward to backward."""
+    groups = unit._get_fsdp_state()._fsdp_param_groups
+    freed = any(group.reshard_after_backward for group in groups)
+    return _stays_after_forward(unit) and not freed
+
+
+def prefetch_blocks(model: nn.Module) -> None:
+    """Let each block ask for the next one before it computes.
+
+    On a GPU that takes no more memory, as the next one arrives during the computation anyway; the
+    host, if it is behind, no longer delays the gather. On a CPU, where a gather has ended when it
+    returns, it would take another block's memory for nothing.
+    """
+    for path in block_lists(model):
+        units = [m for m in model.get_submodule(path).children() if isinstance(m, FSDPModule)]
+        for unit, following in itertools.pairwise(units):
+            unit.set_modules_to_forward_prefetch([following])
+
+
+def _gather_ahead(model: nn.Module) -> None:
+    """Let gathers wait for the last change of W0, and not for all that was enqueued before them.
+
+    FSDP2 waits for the optimizer at the start of each forward, and so for all of the last backward:
+    it supposes that the optimizer changes what is gathered. It takes an event for one forward.
+    """
+    if not isinstance(model, FSDPModule):
+        return
+    states = [m._get_fsdp_state() for m in model.modules() if isinstance(m, FSDPModule)]
+    managed = [p for s in states for g in s._fsdp_param_groups for p in g.fsdp_params]
+    handle: Any = torch.get_device_module(states[0]._device)
+    changed: list[Any] = [None, None]  # versions of the shards, and the event of their change
+
+    def before(module: Any, *_: Any) -> None:
+        versions = [param._sharded_param_data._version for param in managed]
+        if versions != changed[0]:
+            changed[:] = versions, handle.Event()
+            changed[1].record()
+        module.set_post_optim_event(changed[1])
+
+    model.register_forward_pre_hook(before, prepend=True)
 
 
 def _gather_tied_once(model: nn.Module) -> None:

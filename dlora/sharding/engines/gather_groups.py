@@ -1,6 +1,7 @@
 """The parameters of a sharded base that are gathered together, and how often: arithmetic only.
 
     freed   once for forward, and once more for backward if a gradient gets there; per micro-batch
+            the last block waits for its backward: once per micro-batch (FSDP2)
     kept    once per step, until the step ends
     held    once in the whole run: it is resident
 
@@ -32,6 +33,7 @@ class Group:
         held: it is resident: it stays gathered after its first use.
         by_rows: each rank stores whole rows; otherwise a range of the flattened elements.
         recomputed: activation checkpointing gathers it once more per micro-batch.
+        waits: it is freed after backward, and not between forward and backward.
     """
 
     path: str
@@ -40,6 +42,7 @@ class Group:
     held: bool = False
     by_rows: bool = True
     recomputed: bool = False
+    waits: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -70,13 +73,13 @@ def frozen_groups(groups: Iterable[Group]) -> list[Group]:
 def worth_holding(groups: Iterable[Group], model: nn.Module) -> list[Group]:
     """Groups in the order in which they are worth their memory; held ones are left out.
 
-    Blocks save two gathers per micro-batch; what is freed outside of them saves one (an embedding
-    has no gradient to pass on), and what is kept saves one per step.
+    Blocks save two gathers per micro-batch; one that waits saves one, as does what is freed outside
+    of them (an embedding has no gradient to pass on), and what is kept saves one per step.
     """
     lists = tuple(f"{path}." for path in block_lists(model))
     return sorted(
         (group for group in groups if not group.held),
-        key=lambda group: (not group.freed, not group.path.startswith(lists)),
+        key=lambda g: (not g.freed, g.waits or not g.path.startswith(lists)),
     )
 
 
@@ -153,7 +156,15 @@ def groups_of(skeleton: Any, plan: dict[str, str]) -> list[Group]:
         groups.append(Group(path, _untaken(module.parameters(), taken), rule == FREE))
     root = Group("", _untaken(skeleton.parameters(), taken), freed=False)
     order = {path: index for index, (path, _) in enumerate(skeleton.named_modules())}
-    return sorted([root, *groups], key=lambda group: order[group.path])
+    return last_waits(sorted([root, *groups], key=lambda group: order[group.path]), skeleton)
+
+
+def last_waits(groups: list[Group], model: nn.Module) -> list[Group]:
+    """The groups, of which the last in the blocks waits for its backward, which begins with it."""
+    lists = tuple(f"{path}." for path in block_lists(model))
+    inside = [g for g in groups if g.parameters and lists and g.path.startswith(lists)]
+    last = inside[-1] if inside else None
+    return [replace(group, waits=group is last and group.freed) for group in groups]
 
 
 def module_groups(skeleton: Any) -> list[Group]:

@@ -91,6 +91,9 @@ class Engine(Protocol):
     def keep_gathered(self, model: nn.Module, paths: Collection[str]) -> None:
         """Make the groups at `paths` resident: they stay gathered after their first use."""
 
+    def release_gathered(self, model: nn.Module, paths: Collection[str]) -> None:
+        """Undo `keep_gathered` of the groups at `paths`, between steps, and free them."""
+
     def free_gathered(self, model: nn.Module) -> None:
         """Between steps: free the weights that passes left gathered, all but resident ones."""
 

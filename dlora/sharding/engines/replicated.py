@@ -56,6 +56,9 @@ class Replicated:
     def keep_gathered(self, model: nn.Module, paths: Collection[str]) -> None:
         """Nothing to do: everything is whole."""
 
+    def release_gathered(self, model: nn.Module, paths: Collection[str]) -> None:
+        """Nothing to do: everything is whole."""
+
     def free_gathered(self, model: nn.Module) -> None:
         """Nothing to do: nothing was gathered."""
 

@@ -67,6 +67,7 @@ class Zero3:
         self.placement, self.topology, self.wire = placement, topology, WireCounter()
         self._hooks: DeepSpeedZeRoOffload | None = None
         self._kept: set[Any] = set()  # for the step, where the others are freed
+        self._resident: set[Any] = set()
 
     @classmethod
     def groups(cls, skeleton: nn.Module) -> list[Group]:
@@ -130,7 +131,14 @@ class Zero3:
             module = model.get_submodule(path)
             for parameter in _partitioned(module.parameters(recurse=False)):
                 parameter.ds_persist = True
-                self._kept.discard(parameter)
+                self._resident.add(parameter)
+
+    def release_gathered(self, model: nn.Module, paths: Collection[str]) -> None:
+        for path in paths:
+            for parameter in _partitioned(model.get_submodule(path).parameters(recurse=False)):
+                self._resident.discard(parameter)
+                parameter.ds_persist = is_vector(parameter.ds_shape) or parameter in self._kept
+        self.free_gathered(model)
 
     def set_trainable(self, model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
         """Nothing to do: a module is gathered in backward only if a gradient reaches it."""
@@ -139,7 +147,7 @@ class Zero3:
         if self._hooks is not None:
             self._hooks.release_backward_leftovers()
         for parameter in _partitioned(model.parameters()):
-            stays = parameter.ds_persist and parameter not in self._kept
+            stays = parameter.ds_persist and parameter not in self._kept - self._resident
             if parameter.ds_status is ZeroParamStatus.AVAILABLE and not stays:
                 parameter.ds_active_sub_modules.clear()
                 parameter.partition()

@@ -8,10 +8,19 @@ bits.
 The same in two halves, for the same bytes: `scatter_` leaves each rank with one part of the sum
 (reduce-scatter inside the node, then across nodes), `gather_` makes a tensor whole of such parts
 (all-gather across nodes, then inside).
+
+Gradients may be sent in fewer bits (`sharding.reduce_dtype`). Then each half sends rounded numbers,
+and every sum is made in the tensor's own dtype, in the order of ranks:
+
+    g_i ──round──> owner of the part: Σ_i g_i in float32 ──round──> every rank
+
+|sum − Σ g| ≤ u · (Σ |g_i| + |Σ g_i|) to first order, u = 2⁻⁸ for bfloat16, and one u · Σ |g_i| more
+on several nodes, where sums of nodes are rounded too.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -42,6 +51,11 @@ def divisible(numel: int, topology: Topology) -> int:
     return numel + -numel % topology.world
 
 
+def rounded_bytes(numel: int, itemsize: int, topology: Topology) -> float:
+    """`reduction_bytes` of `numel` gradients that are sent as numbers of `itemsize` bytes."""
+    return reduction_bytes(divisible(numel, topology) * itemsize, topology)
+
+
 def owner(part: int, topology: Topology) -> int:
     """The rank to which `scatter_` brings the part of this number."""
     if not is_hierarchical(topology):
@@ -59,10 +73,16 @@ def part_of(rank: int, topology: Topology) -> int:
 
 
 class Reduction:
-    """The process groups of the reduction; every rank must construct it."""
+    """The process groups of the reduction; every rank must construct it.
 
-    def __init__(self, topology: Topology, wire: WireCounter) -> None:
-        self.topology, self.wire = topology, wire
+    Args:
+        sent_as: the dtype in which gradients are sent; None: their own.
+    """
+
+    def __init__(
+        self, topology: Topology, wire: WireCounter, sent_as: torch.dtype | None = None
+    ) -> None:
+        self.topology, self.wire, self.sent_as = topology, wire, sent_as
         if is_hierarchical(topology):
             nodes, local = topology.nodes, topology.ranks_per_node
             inside = [[n * local + i for i in range(local)] for n in range(nodes)]
@@ -118,6 +138,47 @@ class Reduction:
         for (group, _, _), whole in zip(reversed(self._levels), reversed(wholes), strict=True):
             dist.all_gather_single(whole, flat, group=group)
             flat = whole
+
+    def sum_rounded_(self, flat: Tensor) -> None:
+        """flat ← Σ over ranks, in place, sent as `sent_as`; of any length."""
+        topology, dtype = self.topology, self.sent_as
+        assert dtype is not None
+        if topology.world == 1:
+            return
+        whole = flat.new_empty(divisible(flat.numel(), topology), dtype=dtype)
+        whole[: flat.numel()] = flat
+        whole[flat.numel() :] = 0
+        first = part_of(topology.rank, topology) * (len(whole) // topology.world)
+        part = self._scattered(whole, flat.dtype)
+        whole[first : first + len(part)] = part
+        self.gather_(whole)
+        flat.copy_(whole[: flat.numel()])
+
+    def scatter_rounded_(self, flat: Tensor) -> None:
+        """`scatter_`, sent as `sent_as`; the other parts stay as they are."""
+        if self.topology.world > 1:
+            assert self.sent_as is not None
+            first = part_of(self.topology.rank, self.topology)
+            part = self._scattered(flat.to(self.sent_as), flat.dtype)
+            flat[first * len(part) : (first + 1) * len(part)] = part
+
+    def _scattered(self, rounded: Tensor, dtype: torch.dtype) -> Tensor:
+        """This rank's part of Σ over ranks of what each has rounded, in `dtype`.
+
+        Bytes are exchanged, which every backend can, and summed here.
+        """
+        self._count_half(rounded)
+        sent = part = rounded
+        for group, ranks, _ in self._levels:
+            received = torch.empty_like(sent)
+            bytes_in, bytes_out = received.view(torch.uint8), sent.view(torch.uint8)
+            dist.all_to_all_single(bytes_in, bytes_out, group=group)
+            pieces = received.view(ranks, -1)
+            part = pieces[0].to(dtype)
+            for piece in pieces[1:]:
+                part += piece
+            sent = part.to(rounded.dtype)
+        return part
 
     def _count_half(self, flat: Tensor) -> None:
         if self.topology.world > 1:

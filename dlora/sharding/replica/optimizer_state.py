@@ -19,7 +19,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dlora.errors import UsageError
-from dlora.sharding.replica.hierarchical_reduce import Reduction, padded, reduction_bytes
+from dlora.sharding.replica.hierarchical_reduce import (
+    Reduction,
+    padded,
+    reduction_bytes,
+    rounded_bytes,
+)
 from dlora.sharding.replica.step_scalars import Scalar, fill_, tail_length
 from dlora.sharding.topology import Topology
 
@@ -89,8 +94,12 @@ class StateStrategy(Protocol):
         """The most elements whose optimizer state a rank stores."""
 
     @staticmethod
-    def wire_bytes(named: Named, topology: Topology) -> float:
-        """Ring-equivalent bytes that a rank sends per optimizer step."""
+    def wire_bytes(named: Named, topology: Topology, sent: int | None = None) -> float:
+        """Ring-equivalent bytes that a rank sends per optimizer step.
+
+        Args:
+            sent: bytes of an element of the gradients as it is sent; None: its own.
+        """
 
     def attach_buffers(
         self, values: Tensor, buffer: Tensor, gradient_views: Mapping[str, Tensor]
@@ -182,7 +191,11 @@ class ReplicatedState:
         return count(named)
 
     @staticmethod
-    def wire_bytes(named: Named, topology: Topology) -> float:
+    def wire_bytes(named: Named, topology: Topology, sent: int | None = None) -> float:
+        if sent is not None:
+            extras = padded(len(named) + tail_length(topology.world), topology) * item(named)
+            beside = reduction_bytes(extras, topology)
+            return rounded_bytes(count(named), sent, topology) + beside
         return reduction_bytes(ReplicatedState.lengths(named, topology)[1] * item(named), topology)
 
     def attach_buffers(
@@ -198,7 +211,11 @@ class ReplicatedState:
     def sum_(self, scalars: Sequence[Scalar]) -> Tensor:
         extras = self._buffer[len(self.gradients) :][: len(scalars)]
         fill_(extras, scalars)
-        self._reduction.sum_(self._buffer)
+        if self._reduction.sent_as is None:
+            self._reduction.sum_(self._buffer)
+        else:  # counts and flags are exact
+            self._reduction.sum_rounded_(self.gradients)
+            extras.copy_(self._reduction.sum_of(extras))
         return torch.cat([extras.double(), self.norm()[None]])
 
     def finalize_gradients(self, present: Mapping[str, bool], divisor: int) -> None:

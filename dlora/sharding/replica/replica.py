@@ -67,6 +67,7 @@ class Replica:
     Args:
         topology: ranks and nodes; its world may be 1, and then there are no collectives.
         divided: whether the optimizer state is divided over ranks.
+        reduce_dtype: in which gradients are sent, and summed in their own; None: their own.
 
     Attributes:
         strategy: how the optimizer state is distributed, once there are parameters.
@@ -79,11 +80,16 @@ class Replica:
     strategy: StateStrategy
 
     def __init__(
-        self, topology: Topology, wire: WireCounter | None = None, *, divided: bool = False
+        self,
+        topology: Topology,
+        wire: WireCounter | None = None,
+        *,
+        divided: bool = False,
+        reduce_dtype: torch.dtype | None = None,
     ) -> None:
         self.topology, self.divided = topology, divided
         self.wire = wire or WireCounter()
-        self._reduction = Reduction(topology, self.wire)
+        self._reduction = Reduction(topology, self.wire, reduce_dtype)
         self.named: dict[str, nn.Parameter] = {}
         self.healed: Callable[[str], None] | None = None
         self.reductions = 0  # made so far; every `AUDIT_EVERY`th ends with an audit

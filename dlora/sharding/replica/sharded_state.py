@@ -66,10 +66,12 @@ class ShardedState:
         return divisible(count(named), topology) // topology.world
 
     @staticmethod
-    def wire_bytes(named: Named, topology: Topology) -> float:
-        flat = divisible(count(named), topology) * item(named)
+    def wire_bytes(named: Named, topology: Topology, sent: int | None = None) -> float:
+        numel, own = divisible(count(named), topology), item(named)
         scalars = torch.float64.itemsize * _scalars(named, topology)
-        return reduction_bytes(flat, topology) + reduction_bytes(scalars, topology)
+        halves = numel * (own if sent is None else sent), numel * own  # gradients, then values
+        wholes = sum(reduction_bytes(half, topology) / 2 for half in halves)
+        return wholes + reduction_bytes(scalars, topology)
 
     def attach_buffers(
         self, values: Tensor, buffer: Tensor, gradient_views: Mapping[str, Tensor]
@@ -105,7 +107,10 @@ class ShardedState:
                 "the optimizer state is divided over ranks, and its steps end with a collective: "
                 "call replica.attach_optimizer(optimizer) once, before the first step"
             )
-        self._reduction.scatter_(self._buffer)
+        if self._reduction.sent_as is None:
+            self._reduction.scatter_(self._buffer)
+        else:
+            self._reduction.scatter_rounded_(self._buffer)
         length = _scalars(self._named, self._reduction.topology)
         sums = self.gradients.new_zeros(length, dtype=torch.float64)
         fill_(sums[: len(scalars)], scalars)

@@ -11,7 +11,6 @@ from dlora.data.collate import PAD_TO, in_eights
 from dlora.data.stream import Stream
 from dlora.errors import UsageError
 from dlora.plan.choose import Decision
-from dlora.training.find_checkpoint import ResumePoint
 
 KEY = "train.tokens_per_micro_batch"
 _FINER = 2  # bisections between what fits and twice as much
@@ -21,7 +20,7 @@ Decide = Callable[[Dealing], Decision]
 
 def settle_micro_batches(
     config: Config,
-    data: Dataset | Stream,
+    data: Dataset | Stream | None,
     world: int,
     packs: bool,
     decide: Decide,
@@ -31,6 +30,7 @@ def settle_micro_batches(
     """How micro-batches are made, and the plan for them.
 
     Args:
+        data: what is trained on; None: every sequence may have `data.max_length` tokens.
         decide: plans for a dealing.
         earlier: what `auto` was in the run that is resumed, on as many ranks.
 
@@ -45,6 +45,8 @@ def settle_micro_batches(
     longest = data.report.longest if isinstance(data, Dataset) else config.data.max_length
     tokens = earlier if setting == "auto" else setting
     if tokens is not None:
+        if data is None:  # its sequences may be shorter
+            tokens = max(tokens, longest)
         if in_eights(tokens) < longest:
             raise UsageError(
                 f"{KEY}: {tokens} is less than the {longest} tokens of the longest sequence; "
@@ -55,14 +57,7 @@ def settle_micro_batches(
     return _most_that_fit(_share(config, data, world), in_eights(longest), size, packs, decide)
 
 
-def earlier_tokens(resumed: ResumePoint, world: int) -> int | None:
-    """What `auto` was in a checkpoint's `config.yaml`; None on another number of ranks."""
-    found = resumed.settings.get("train", {}).get("tokens_per_micro_batch")
-    same = resumed.state.get("ranks") in (None, world)
-    return found if isinstance(found, int) and same else None
-
-
-def _share(config: Config, data: Dataset | Stream, world: int) -> int:
+def _share(config: Config, data: Dataset | Stream | None, world: int) -> int:
     """Tokens of a rank in a step, at most: more than these in a micro-batch are of no use."""
     sequences = config.train.global_batch_size
     if isinstance(data, Dataset):
