@@ -1,15 +1,17 @@
 """Seconds per target token on sequences of mixed lengths: dlora's runs beside TRL's `SFTTrainer`.
 
-    python benchmarks/mixed_lengths.py
+    python benchmarks/mixed_lengths.py [--ranks 2]
 
 Texts of 16 to 1024 tokens, log-normal as instruction data has them, every token a target; LoRA of
-rank 16 on all linear layers of a small Llama, one process, steps of the same 16 sequences. Rows:
+rank 16 on all linear layers of a small Llama, steps of the same 16 sequences, in one process or,
+with `--ranks`, with W0 sharded by FSDP2 over that many. Rows:
     dlora unpacked    `data.packing: false`, 4 sequences a micro-batch
     dlora packed      `data.packing: true`, the same sequences
     dlora by tokens   packed, `train.tokens_per_micro_batch: 1024`
     trl padded        SFTTrainer, 4 sequences a micro-batch
     trl padding-free  the same, `padding_free`
     trl packed        `packing` into rows of 1024 tokens, one a micro-batch, as many tokens a step
+                      (at least one row a rank)
 Rows alternate round by round. Figures are each step's own, data and start left out; the first step
 of a round is not counted.
 """
@@ -30,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, TrainerCallback
@@ -73,7 +76,16 @@ def make_texts(count: int) -> list[str]:
     return ["".join(map(chr, drawn.integers(97, 123, int(n)))) for n in lengths]
 
 
-def dlora(base: Path, texts: list[str], settings: dict[str, Any]) -> list[tuple[float, int]]:
+def launched(ranks: int, words: list[str]) -> None:
+    """Run a program of Python in one process, or in several ranks."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [sys.executable, *(launcher if ranks > 1 else []), *words]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def dlora(
+    base: Path, texts: list[str], ranks: int, settings: dict[str, Any]
+) -> list[tuple[float, int]]:
     """(seconds, target tokens) of each step of a run."""
     with tempfile.TemporaryDirectory() as directory:
         data, out = Path(directory) / "texts.jsonl", Path(directory) / "run"
@@ -91,10 +103,10 @@ def dlora(base: Path, texts: list[str], settings: dict[str, Any]) -> list[tuple[
             "output.dir": out,
             "output.save_every": 0,
             "output.tensorboard": "false",
+            "sharding.base": "world",
         } | settings
         words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
-        command = [sys.executable, "-m", "dlora.train", *words]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        launched(ranks, ["-m", "dlora.train", *words])
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [(line["step_seconds"], line["tokens"]) for line in lines]
 
@@ -122,14 +134,32 @@ class Counting(SFTTrainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
-def trl(base: Path, texts: list[str], settings: dict[str, Any]) -> list[tuple[float, int]]:
-    """(seconds, target tokens) of each step of SFTTrainer."""
+def trl(
+    base: Path, texts: list[str], ranks: int, settings: dict[str, Any]
+) -> list[tuple[float, int]]:
+    """(seconds, target tokens of all ranks) of each step of SFTTrainer, in processes of its own."""
+    with tempfile.TemporaryDirectory() as directory:
+        given, out = Path(directory) / "given.json", Path(directory) / "steps-0.json"
+        given.write_text(json.dumps([str(base), texts, ranks, settings]))
+        launched(ranks, [__file__, "--trainer", str(given)])
+        found = [json.loads(out.with_stem(f"steps-{i}").read_text()) for i in range(ranks)]
+    return [(parts[0][0], sum(t for _, t in parts)) for parts in zip(*found, strict=True)]
+
+
+def train(given: Path) -> None:
+    """One rank of `trl`; writes its steps beside `given`."""
+    path, texts, ranks, settings = json.loads(given.read_text())
+    base = Path(path)
     words, clock = AutoTokenizer.from_pretrained(base), Clock()
     words.pad_token = words.pad_token or words.eos_token
-    accumulation = settings.pop("accumulation", STEP // MICRO)
+    accumulation = settings.pop("accumulation", max(1, STEP // MICRO // ranks))
+    sharded = {"distributed_config": {"fsdp_size": ranks}} if ranks > 1 else {}
+    if ranks > 1:
+        dist.init_process_group("gloo")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **sharded)
     with tempfile.TemporaryDirectory() as directory:
         trainer = Counting(
-            model=AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+            model=model,
             processing_class=words,
             train_dataset=Dataset.from_dict({"text": texts}),
             peft_config=LoraConfig(r=R, lora_alpha=32, target_modules=TARGETS),
@@ -152,23 +182,28 @@ def trl(base: Path, texts: list[str], settings: dict[str, Any]) -> list[tuple[fl
         trainer.train()
     counts = trainer.__dict__["targets"]
     each = [sum(counts[k : k + accumulation]) for k in range(0, len(counts), accumulation)]
-    return list(zip(clock.seconds, each, strict=False))
+    steps = list(zip(clock.seconds, each, strict=False))
+    given.with_name(f"steps-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(steps))
+    if ranks > 1:
+        dist.destroy_process_group()
 
 
-def builders(base: Path, texts: list[str]) -> dict[str, Callable[[], list[tuple[float, int]]]]:
+def builders(
+    base: Path, texts: list[str], ranks: int
+) -> dict[str, Callable[[], list[tuple[float, int]]]]:
     """{row: measures it once}."""
     size = {"train.micro_batch_size": MICRO}
-    rows = max(1, round(sum(map(len, texts)) / len(texts) * STEP / LONGEST))
+    rows = max(1, round(sum(map(len, texts)) / len(texts) * STEP / LONGEST / ranks))
     packed = {"packing": True, "per_device_train_batch_size": 1, "accumulation": rows}
     by_tokens = {"data.packing": "true", "train.tokens_per_micro_batch": LONGEST}
     free = {"padding_free": True, "max_length": None}
     return {
-        "dlora unpacked": lambda: dlora(base, texts, size | {"data.packing": "false"}),
-        "dlora packed": lambda: dlora(base, texts, size | {"data.packing": "true"}),
-        "dlora by tokens": lambda: dlora(base, texts, by_tokens),
-        "trl padded": lambda: trl(base, texts, {}),
-        "trl padding-free": lambda: trl(base, texts, dict(free)),
-        "trl packed": lambda: trl(base, texts, dict(packed)),
+        "dlora unpacked": lambda: dlora(base, texts, ranks, size | {"data.packing": "false"}),
+        "dlora packed": lambda: dlora(base, texts, ranks, size | {"data.packing": "true"}),
+        "dlora by tokens": lambda: dlora(base, texts, ranks, by_tokens),
+        "trl padded": lambda: trl(base, texts, ranks, {}),
+        "trl padding-free": lambda: trl(base, texts, ranks, dict(free)),
+        "trl packed": lambda: trl(base, texts, ranks, dict(packed)),
     }
 
 
@@ -176,15 +211,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--trainer", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if args.trainer is not None:
+        train(args.trainer)
+        return
     found: dict[str, list[float]] = {name: [] for name in args.rows}
     with tempfile.TemporaryDirectory() as directory:
         base = Path(directory)
         make_base(base)
         texts = make_texts(args.steps * STEP)
-        measure = builders(base, texts)
+        measure = builders(base, texts, args.ranks)
         for _ in range(args.rounds):
             for name in args.rows:
                 steps = measure[name]()[1:]
@@ -204,7 +244,8 @@ def main() -> None:
     ]
     for row in table:
         print(f"| {row['row']} | {row['ms_per_target_token']:.3f} | {row['over_trl_padded']:.2f} |")
-    target = Path(__file__).with_suffix(".json")
+    sharded = f"_{args.ranks}_ranks" if args.ranks > 1 else ""
+    target = Path(__file__).with_name(f"mixed_lengths{sharded}.json")
     target.write_text(json.dumps(table, indent=2) + "\n")
 
 

@@ -47,7 +47,7 @@ class CompiledBlocks:
     Attributes:
         on: whether blocks run as graphs.
         settled: whether training has begun.
-        failed: what did not compile, and why; "" if all did. Blocks run on without graphs then.
+        failed: why graphs cannot be used; "" if they can. Blocks run on without them then.
     """
 
     def __init__(self, model: nn.Module, *, packs: bool, backend: str = "inductor") -> None:
@@ -86,10 +86,14 @@ class CompiledBlocks:
     def fail(self, block: nn.Module, error: Exception) -> None:
         """Note that a block does not compile, and go on without graphs."""
         said = " ".join(str(error).split()) or type(error).__name__
-        self.failed = f"{plain_class(block)} does not compile: {said[:_SHOWN]}"
-        self.stop()
+        self.distrust(f"{plain_class(block)} does not compile: {said[:_SHOWN]}")
         if self.settled:  # until then the ranks decide together
             console.warning(f"train.compile: off on this rank from here on: {self.failed}")
+
+    def distrust(self, reason: str) -> None:
+        """Note why graphs cannot be used, and go on without."""
+        self.failed = self.failed or reason
+        self.stop()
 
     @property
     def made(self) -> int:

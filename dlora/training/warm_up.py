@@ -2,7 +2,7 @@
 
 So a run knows before it trains whether its blocks compile, no step waits for a compiler, and ranks
 wait for one another while the long limit for loading holds. The passes are of made-up sequences;
-their gradients are thrown away.
+each is made without graphs as well, and losses and gradients have to agree. They are thrown away.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from dlora.data.collate import PAD_TO, Batch
@@ -28,6 +29,9 @@ from dlora.training.context import RunContext
 from dlora.training.evaluate import evaluating
 
 _ROWS = 3
+# How far a loss and its gradients' norm may be from those without graphs, by the base's dtype.
+_AGREE = {torch.float32: (1e-4, 1e-3), torch.float64: (1e-6, 1e-6)}
+_AGREE_IN_HALF = (1e-2, 1e-1)
 
 
 def start_compiled(context: RunContext, objective: Objective) -> None:
@@ -59,25 +63,37 @@ def start_compiled(context: RunContext, objective: Objective) -> None:
 
 def make_graphs(context: RunContext, blocks: CompiledBlocks, objective: Objective) -> None:
     """Switch the graphs of a run on and make them, by one pass of each kind. Collective."""
+    batches = list(_batches(context))
+    plain = [_pass(context, objective, batch) for batch in batches]
     blocks.start()
-    for batch in _batches(context):
-        _pass(context, objective, batch)
+    bounds = _AGREE.get(context.prepared.base.dtype, _AGREE_IN_HALF)
+    for batch, expected in zip(batches, plain, strict=True):
+        found = _pass(context, objective, batch)
+        for name, a, b, bound in zip(
+            ("loss", "gradient norm"), found, expected, bounds, strict=True
+        ):
+            if not abs(a - b) <= bound * max(abs(b), 1e-6):
+                blocks.distrust(f"the {name} of graphs is {a:.7g}, without them {b:.7g}")
 
 
-def _pass(context: RunContext, objective: Objective, batch: Batch) -> None:
-    """Forward and backward, and an evaluation, of one batch."""
+def _pass(context: RunContext, objective: Objective, batch: Batch) -> tuple[float, float]:
+    """Forward and backward, and an evaluation, of one batch: its loss and its gradients' norm."""
     model, prepared, replica = context.model, context.prepared, context.replica
     row = batch.input_ids.shape[1] if batch.packed else 0
     keys = SampleKeys(context.config.train.seed, 0, batch.ids, batch.lengths, row)
     attachment = attachment_of(model)
     with attachment.values.shared(), attachment.stream.keyed(keys):
-        whole_loss(model, objective.loss(model, batch), batch.num_targets)[0].backward()
+        loss = whole_loss(model, objective.loss(model, batch), batch.num_targets)[0]
+        loss.backward()
+    gradients = [p.grad.detach() for p in replica.named.values() if p.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
     replica.zero_grad()
     replica.release()
     if prepared.eval is not None:
         with evaluating(context):
             prepared.task.evaluate(model, batch)
     replica.wire.take()
+    return float(loss.detach()), norm
 
 
 def _batches(context: RunContext) -> Iterator[Batch]:
