@@ -26,7 +26,7 @@ from dlora.runtime.console import console
 from dlora.runtime.determinism import deterministic
 from dlora.runtime.exit_status import exit_with
 from dlora.runtime.failure import reported
-from dlora.runtime.memory import MemoryMeter, trim
+from dlora.runtime.memory import MemoryMeter, trim_after_step
 from dlora.runtime.peer_watch import PeerWatch
 from dlora.runtime.ranks import Ranks
 from dlora.runtime.run_lock import RunLock
@@ -175,7 +175,7 @@ class Run:
                 if last:
                     replica.audit()  # as the replica does by itself at every 10th reduction
                 self.lock.check()
-                trim()  # a step's sequence lengths leave holes that do not fit the next one's
+                trim_after_step(self.ranks.device)
                 seconds = time.perf_counter() - began
                 record = {"step": done, "loss": loss, "grad_norm": norm, "lr": lr}
                 record |= self.figures(done, ids, reduced, seconds)
