@@ -5,7 +5,7 @@ forward again, with the same bits on every device.
 
     of a token     t = mix(key of (seed, step, sequence id) + position in its own sequence · γ)
     of a column    c = mix(column · γ)
-    of an element  keep  ⇔  fold((t ⊕ key of the layer), c) ≥ p·2³²
+    of an element  keep  ⇔  fold(mix(t ⊕ key of the layer) ⊕ c) + 2³¹ ≥ p·2³²  on int32
 
 So a mask is the same on 1 and on 8 ranks, under any accumulation and in any batch, after a resume,
 and when activation checkpointing runs the forward pass a second time.

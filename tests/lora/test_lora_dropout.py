@@ -1,8 +1,10 @@
 """Keyed dropout: a sequence's mask depends on seed, step, id and layer, and on nothing else."""
 
 import functools
+import hashlib
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from masks import keep_mask
@@ -214,3 +216,36 @@ def test_nothing_of_the_mask_is_saved_for_backward() -> None:
                 model(torch.randn(2, 20, 64)).sum().backward()
             saved[name, p] = sum(kept.values())
     assert set(saved.values()) == {0}
+
+
+GAMMA, FIRST, SECOND = (np.uint32(c) for c in (0x9E3779B1, 0x7FEB352D, 0x846CA68B))
+HALF = np.uint32(2**31)
+
+
+def shifted(x: np.ndarray, bits: int) -> np.ndarray:
+    """x ⊕ (x >> bits), with a shift that copies the highest bit."""
+    return x ^ (x.view(np.int32) >> bits).view(np.uint32)
+
+
+def folded(x: np.ndarray) -> np.ndarray:
+    return shifted(x * FIRST, 15) * SECOND
+
+
+def mixed(x: np.ndarray) -> np.ndarray:
+    return shifted(folded(shifted(x, 16)), 16)
+
+
+def key(*parts: object) -> np.uint32:
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return np.uint32((int.from_bytes(digest, "little") // 2 + 2**31) % 2**32)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.3, 0.9])
+def test_bits_are_those_of_the_formula(p: float) -> None:
+    """On uint32, of which torch has no arithmetic: other bits would be other masks at a resume."""
+    tokens, columns = np.arange(6, dtype=np.uint32), np.arange(FEATURES, dtype=np.uint32)
+    t = mixed(key(5, 7, 42) + tokens * GAMMA)
+    c = mixed(columns * GAMMA)
+    hashed = folded(mixed(t ^ key("q_proj"))[:, None] ^ c)
+    wanted = (hashed ^ HALF) >= np.uint32(round(p * 2**32))
+    assert np.array_equal(mask(ALONE, tokens=6, p=p)[0].numpy(), wanted)

@@ -6,6 +6,7 @@ keeps averages and masks by the definitions of methods.md, section 11.
 """
 
 import copy
+import sys
 from typing import Any
 
 import pytest
@@ -272,3 +273,37 @@ def test_every_step_follows_the_formulas(
         ):
             still.append(step)
     assert still == ([5, 6, 7, 8] if when == NOWHERE or (when == SOMEWHERE and world < 3) else [])
+
+
+def calls_of_a_step(modules: int) -> int:
+    """Python's and torch's calls in what the allocator does around an optimizer's step."""
+    model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(modules)))
+    config = AdaLoraConfig(
+        init_r=2, target_r=1, total_step=10, tinit=7, tfinal=1, target_modules=r"\d+"
+    )
+    replica = shard(attach(model, config), base="none")
+    optimizer = torch.optim.AdamW(replica.parameter_groups(lr=0.1))
+    counted = 0
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal counted
+        counted += event in ("call", "c_call")
+
+    for step in range(2):
+        model(torch.ones(1, 4)).sum().backward()
+        sys.setprofile(count if step else None)
+        replica.method.before_reduce(1)
+        sys.setprofile(None)
+        replica.reduce_gradients(1)
+        optimizer.step()
+        sys.setprofile(count if step else None)
+        replica.method.after_step(optimizer)
+        sys.setprofile(None)
+        optimizer.zero_grad()
+    return counted
+
+
+def test_the_work_around_a_step_grows_with_the_modules_alone() -> None:
+    """Four times as many take four times as many calls; with the square it would be 16."""
+    few, many = (calls_of_a_step(modules) for modules in (4, 16))
+    assert 100 < few < many <= 4 * few

@@ -397,3 +397,15 @@ def test_most_architectures_are_computed_in_chunks() -> None:
     assert len(in_chunks) > 100 and len(whole) < 30
     known = {"CohereForCausalLM", "GraniteForCausalLM", "FalconH1ForCausalLM", "LlamaForCausalLM"}
     assert known <= in_chunks
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "rows"),
+    [(128_256, 512), (32_000, 2048), (151_936, 256), (2**20, 64), (2**28, 1)],
+)
+def test_rows_of_a_chunk_on_a_gpu(vocabulary: int, rows: int) -> None:
+    """256 MB of float32 logits, in whole tiles of 256 rows where there are so many."""
+    found = objective.chunk_rows(vocabulary, "cuda")
+    assert found == rows
+    assert found % 256 == 0 or found < 256
+    assert found == 1 or 4 * vocabulary * found <= 256 << 20

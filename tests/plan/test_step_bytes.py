@@ -22,6 +22,7 @@ from dlora.config.load import OptimizerConfig
 from dlora.config.recompute import Recompute
 from dlora.plan.activations import Trace
 from dlora.plan.fake_memory import LiveBytes
+from dlora.plan.gathers import Unit
 from dlora.plan.memory import Memory, memory_of
 from dlora.plan.workload import Workload
 from dlora.sharding.replica import audit
@@ -148,3 +149,28 @@ def test_a_save_takes_what_the_plan_says_in_host_memory() -> None:
         assert planned(cuda, offsets, ranks).host == snapshots + 2 * copy
     sample = torch.ones(1 << 20)
     assert 3 * sample.nbytes <= serialised(sample) <= 3.05 * sample.nbytes
+
+
+def test_a_gpu_reserves_three_gathered_layers_and_a_cpu_two() -> None:
+    """Of those that are freed, the largest: its allocator's pools are of one stream each."""
+    units = [
+        Unit(f"layers.{i}", size, size, times=2, freed=True, always=False)
+        for i, size in enumerate((30, 50, 20, 40))
+    ]
+    kept = Unit("", 7, 7, times=1, freed=False, always=False)
+    topology = Topology(0, 2, 2)
+    found = {
+        device: memory_of(
+            [*units, kept],
+            [],
+            {"A": nn.Parameter(torch.empty(2, 3, device="meta"))},
+            placement=resolve_placement("fsdp2", "world", topology),
+            topology=topology,
+            workload=Workload(1, 8, 1, OptimizerConfig(), Recompute(0)),
+            activations=Trace(0, 0, 0, 0),
+            divided=False,
+            device=device,
+        ).base_gathered
+        for device in ("cpu", "cuda")
+    }
+    assert found == {"cpu": 7 + 50 + 40, "cuda": 7 + 50 + 40 + 30}

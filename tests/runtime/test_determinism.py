@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from calls import Calls
 from causal_models import causal_model, token_ids
 from refusals import refusal
 
-from dlora import AdaLoraConfig, LoraConfig, attach
+from dlora import AdaLoraConfig, LoraConfig, attach, train
 from dlora.objectives.chunked_loss import install
 from dlora.runtime.determinism import deterministic
 
@@ -80,3 +81,28 @@ def test_an_operator_without_one_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     for wanted, other in ((False, text), (True, "out of memory")):
         with pytest.raises(RuntimeError, match=other[:10]):
             run(wanted, other)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_option_holds_for_all_of_a_run(
+    monkeypatch: pytest.MonkeyPatch, words: Any, tmp_path: Path, wanted: bool
+) -> None:
+    """From before weights are read; and no longer than the run."""
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    seen = []
+
+    class Run:
+        def __init__(self, *_: Any) -> None:
+            seen.append(torch.are_deterministic_algorithms_enabled())
+
+        def run(self) -> int:
+            seen.append(torch.are_deterministic_algorithms_enabled())
+            return 0
+
+    monkeypatch.setattr(train, "Run", Run)
+    argv = words(tmp_path / "run", train__deterministic=wanted, train__max_steps=1)
+    assert train.main(argv) == 0
+    assert seen == [wanted, wanted]
+    assert not torch.are_deterministic_algorithms_enabled()

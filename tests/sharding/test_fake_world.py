@@ -26,7 +26,8 @@ from dlora.lora.attach import trainable_parameters
 from dlora.methods.trained_replica import replicate
 from dlora.plan.plan import Subject
 from dlora.plan.workload import Workload
-from dlora.sharding.engines.fsdp2 import Fsdp2, prefetch_blocks
+from dlora.sharding.engines import fsdp2
+from dlora.sharding.engines.fsdp2 import Fsdp2
 from dlora.sharding.engines.gather_groups import frozen_groups
 from dlora.sharding.engines.protocol import build_engine
 from dlora.sharding.topology import Topology, resolve_placement
@@ -45,15 +46,12 @@ def as_rank(work: Callable[..., Any], *arguments: Any) -> Any:
         dist.destroy_process_group()
 
 
-def sharded(path: str, base: str, prefetch: bool = False) -> tuple[Any, Any]:
+def sharded(path: str, base: str) -> tuple[Any, Any]:
     topology = Topology(RANK, WORLD, PER_NODE)
     engine = build_engine(resolve_placement("fsdp2", base, topology), topology)
     model = find_base(path, dtype="float32").load(engine, torch.device("cpu"))
     attach(model, LoraConfig(r=R))
-    replica = replicate(model, engine)
-    if prefetch:
-        prefetch_blocks(model)
-    return model, replica
+    return model, replicate(model, engine)
 
 
 def passes(model: Any) -> None:
@@ -165,9 +163,16 @@ class Order(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def order(path: str, prefetch: bool) -> dict[str, Any]:
-    """Gathers and products of blocks in the order in which a forward asks for them."""
-    model, replica = sharded(path, "world", prefetch)
+def order(path: str, beside: bool) -> dict[str, Any]:
+    """Gathers and products of blocks in the order in which a forward asks for them.
+
+    Args:
+        beside: gathers run beside computation, as on a GPU.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if beside:
+            patch.setattr(fsdp2, "gathers_run_beside", lambda model: True)
+        model, replica = sharded(path, "world")
     passes(model)
     replica.release()
     replica.wire.take()

@@ -96,7 +96,7 @@ class Fsdp2:
             if group.waits:
                 waiting: Any = model.get_submodule(group.path)
                 waiting.set_reshard_after_forward(False, recurse=False)
-        if next(model.parameters()).is_cuda:
+        if gathers_run_beside(model):
             prefetch_blocks(model)
         _gather_ahead(model)
 
@@ -195,6 +195,11 @@ def _stays_for_step(unit: FSDPModule) -> bool:
     groups = unit._get_fsdp_state()._fsdp_param_groups
     freed = any(group.reshard_after_backward for group in groups)
     return _stays_after_forward(unit) and not freed
+
+
+def gathers_run_beside(model: nn.Module) -> bool:
+    """Whether a gather runs beside computation: on a GPU, on a stream of its own."""
+    return next(model.parameters()).is_cuda
 
 
 def prefetch_blocks(model: nn.Module) -> None:
