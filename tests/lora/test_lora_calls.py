@@ -51,21 +51,68 @@ def passes(model: nn.Module, dtype: torch.dtype) -> Callable[[], None]:
     return step
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+def twins(dtype: torch.dtype, **settings: Any) -> tuple[nn.Module, nn.Module]:
+    """A layer with dlora's adapter, and with PEFT's."""
+    ours = nn.Sequential(nn.Linear(N, M, bias=False, dtype=dtype))
+    attach(ours, LoraConfig(r=2, **settings))
+    config = peft.LoraConfig(r=2, target_modules=["layer"], **settings)
+    return ours, peft.get_peft_model(Peft(dtype), config, autocast_adapter_dtype=True)
+
+
+@DTYPES
 def test_operators_of_a_layer(dtype: torch.dtype) -> None:
     """3 products in forward, 5 in backward, and 3 sums with the gradients that there are, of x too.
 
     In bfloat16 A and B are cast once in all passes of a step, and on a CPU the factors of the sums
     in float32 as well.
     """
-    ours = nn.Sequential(nn.Linear(N, M, bias=False, dtype=dtype))
-    attach(ours, LoraConfig(r=2))
-    config = peft.LoraConfig(r=2, target_modules=["layer"])
-    theirs = peft.get_peft_model(Peft(dtype), config, autocast_adapter_dtype=True)
+    ours, theirs = twins(dtype)
     with attachment_of(ours).values.shared():
         found = kernels(passes(ours, dtype))
     assert found <= {torch.float32: 11, torch.bfloat16: 15}[dtype]
     assert found < kernels(passes(theirs, dtype))
+
+
+@DTYPES
+def test_operators_of_a_layer_with_dora(dtype: torch.dtype) -> None:
+    """The norms once in all passes of a step, and nothing of the size of W0 but its products."""
+    ours, theirs = twins(dtype, use_dora=True)
+    with attachment_of(ours).values.shared():
+        found = kernels(passes(ours, dtype))
+    assert found <= {torch.float32: 22, torch.bfloat16: 27}[dtype]
+    assert found < kernels(passes(theirs, dtype))
+
+
+class Large(Calls):
+    """Counts operators that make as many elements as the input of the layer has."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        computes = isinstance(made, Tensor) and str(func).split(".")[1] not in FREE
+        if computes and made.numel() == ROWS * TOKENS * N:
+            self.counted["large"] += 1
+        return made
+
+
+@DTYPES
+def test_operators_of_a_layer_with_dropout(dtype: torch.dtype) -> None:
+    """A mask is hashed in 6 operators of the input's size, in forward and again in backward, where
+    PEFT draws it in one and stores it. The hashes of tokens and columns are of no size.
+    """
+    ours, theirs = twins(dtype, lora_dropout=0.1)
+    keys, counts = SampleKeys(0, 1, (4, 5), (TOKENS, TOKENS)), []
+    with attachment_of(ours).values.shared(), attachment_of(ours).stream.keyed(keys):
+        for model in (ours, theirs):
+            step = passes(model, dtype)
+            step()
+            with Large() as calls:
+                step()
+            counts.append(calls["large"])
+        assert kernels(passes(ours, dtype)) <= {torch.float32: 67, torch.bfloat16: 71}[dtype]
+    assert counts[0] <= counts[1] + 2 * 6 + 1
 
 
 class Context:
