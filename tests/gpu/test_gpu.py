@@ -5,18 +5,23 @@ NCCL refuses two ranks on one GPU, so two of them use gloo on CUDA tensors, with
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from run_training import command_line
 from tiny import save_chats, save_model
 from torch import Tensor, nn
@@ -31,6 +36,9 @@ from dlora.data.collate import collate, packed
 from dlora.lora.dropout import Mask, mix
 from dlora.metrics.log import read_metrics
 from dlora.objectives import chunked_loss
+from dlora.sharding.comm_bytes import WireCounter
+from dlora.sharding.replica.hierarchical_reduce import Reduction
+from dlora.sharding.topology import Topology
 from dlora.train import Run
 
 WANTED = (2, 13)
@@ -90,8 +98,6 @@ def test_a_run_goes_on_bit_for_bit(words: Any, tmp_path: Path) -> None:
 
 def gloo_on_one_gpu(then: Any) -> None:
     """Both ranks use GPU 0 and meet over gloo; `then` is what else this one does."""
-    import torch.distributed as dist
-
     start = dist.init_process_group
     os.environ["LOCAL_RANK"] = "0"
 
@@ -206,3 +212,56 @@ def test_a_packed_row_is_each_sequence_alone(tmp_path: Path, dtype: torch.dtype)
     close = 1e-5 if dtype == torch.float32 else 2e-2
     assert loss == pytest.approx(wanted, rel=close)
     assert float((gradient - alone).norm()) <= close * float(alone.norm())
+
+
+@pytest.fixture
+def nccl(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """This rank's GPU, alone in a process group as `Ranks.join` makes it."""
+    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    device = torch.device("cuda", 0)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl",
+        store=dist.HashStore(),
+        rank=0,
+        world_size=1,
+        timeout=timedelta(seconds=60),
+        device_id=device,
+    )
+    try:
+        yield device
+    finally:
+        with contextlib.suppress(RuntimeError, ValueError):  # it may be aborted by then
+            dist.destroy_process_group()
+
+
+@needs_new_torch
+def test_nccl_takes_what_a_replica_sends(nccl: torch.device) -> None:
+    """Sums in halves and whole, rounded ones as bytes, and what `all_gather` and audits send."""
+    alone = Topology(0, 1, 1)
+    reduction = Reduction(alone, WireCounter(), torch.bfloat16)
+    reduction._levels = [(None, 1, 0)]  # of two ranks or more it would have one by itself
+    wanted = torch.randn(1000, device=nccl)
+    flat = wanted.clone()
+    reduction.scatter_(flat)
+    reduction.gather_(flat)
+    dist.all_reduce(flat)
+    dist.broadcast(flat, src=0)
+    assert torch.equal(flat, wanted)
+    rounded = reduction._scattered(wanted.bfloat16(), torch.float32)
+    assert torch.equal(rounded, wanted.bfloat16().float())
+    for kind in (torch.int64, torch.float64, torch.uint8):
+        sent = torch.arange(5, device=nccl).to(kind)
+        dist.all_gather_single(received := torch.zeros_like(sent), sent)
+        assert torch.equal(received, sent)
+
+
+@needs_new_torch
+def test_a_group_of_nccl_is_aborted_without_a_wait(nccl: torch.device) -> None:
+    """As a rank does that has failed, so that kernels of the others end; the GPU stays usable."""
+    dist.all_reduce(torch.ones(1000, device=nccl), async_op=True)
+    abort = dist.distributed_c10d._abort_process_group
+    ending = threading.Thread(target=abort, daemon=True)
+    ending.start()
+    ending.join(20)
+    assert not ending.is_alive()
+    assert float(torch.ones(3, device=nccl).sum()) == 3

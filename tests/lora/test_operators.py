@@ -43,7 +43,8 @@ def arguments(name: str) -> tuple[Any, ...]:
 
 MODULE = nn.Identity()  # as long as its handle is used
 NAMES = ["kept", "summed", "unpack", "unpack_after", "packed_attention"]
-# Asks autograd, which is off inside of the modes that check; tests/training/test_compile.py has it.
+# Asks autograd, which is off inside of the modes that check; runs of packed rows in
+# tests/training/test_compile.py call it.
 UNCHECKED = {"packed_attention_backward"}
 
 

@@ -29,7 +29,7 @@ from dlora.base.model import BaseModel
 from dlora.checkpoint import format as checkpoints
 from dlora.checkpoint.remote import RemoteCheckpoints
 from dlora.hooks import Committed, Hooks
-from dlora.train import Run
+from dlora.train import Run, main
 from dlora.training.watchdogs import FiniteWatch
 
 LONG = 300.0  # seconds
@@ -99,13 +99,19 @@ def sleeps_silently(seconds: float) -> None:
     Run.sample_keys = sleep  # type: ignore[method-assign]
 
 
-def fails_in_a_forward(message: str) -> None:
+def failing(error: Exception) -> Callable[..., Any]:
+    """`Run.sample_keys` that raises in the 6th step."""
+
     def fail(run: Any, step: int, batch: Any, whole: Any = Run.sample_keys) -> Any:
         if step == BROKEN - 1:
-            raise ValueError(message)
+            raise error
         return whole(run, step, batch)
 
-    Run.sample_keys = fail  # type: ignore[method-assign]
+    return fail
+
+
+def fails_in_a_forward(message: str) -> None:
+    Run.sample_keys = failing(ValueError(message))  # type: ignore[method-assign]
 
 
 # -- around them ---------------------------------------------------------------------------------
@@ -259,6 +265,22 @@ def test_a_peer_that_fails_is_named(
     assert "ValueError: no kernel image" in ranks.printed(victim)
     [line] = [line for line in ranks.printed(survivor).splitlines() if "committed" in line]
     assert f"(lost a peer: {failed}" in line
+
+
+def test_a_rank_s_own_fault_commits_its_last_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, command: Any, tmp_path: Path
+) -> None:
+    """What torch raises after a fault of a GPU; ranks commit alone, so that one shows it."""
+    fault = "CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be reported"
+    monkeypatch.setattr(Run, "sample_keys", failing(RuntimeError(fault)))
+    with pytest.raises(RuntimeError, match="uncorrectable ECC error"):
+        main(command(tmp_path / "run", sharding__base="none", output__save_every=0))
+    assert steps_saved(tmp_path / "run") == [f"step-{BROKEN - 1:06d}"]
+    saved = tmp_path / "run" / "checkpoints" / f"step-{BROKEN - 1:06d}"
+    checkpoints.verify(saved)
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "committed" in line]
+    assert line.startswith(f"dlora: rank 0: step {BROKEN - 1} is committed in {saved}; ")
+    assert "lost a peer" not in line
 
 
 def test_a_second_signal_ends_a_blocked_rank(ranks_of: Any, command: Any, tmp_path: Path) -> None:
