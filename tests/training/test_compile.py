@@ -213,7 +213,7 @@ def test_auto_weighs_what_a_run_is(
     said: str,
 ) -> None:
     lines: list[str] = []
-    compiler = Compiler(missing, 1e12)
+    compiler = Compiler(missing, speed=1e12)
     found = settle_compile(
         config(tmp_path, setting), decision(), steps, compiler, earlier, lines.append
     )
