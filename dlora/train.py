@@ -26,7 +26,7 @@ from dlora.runtime.console import console
 from dlora.runtime.determinism import deterministic
 from dlora.runtime.exit_status import exit_with
 from dlora.runtime.failure import reported
-from dlora.runtime.memory import MemoryMeter, trim
+from dlora.runtime.memory import MemoryMeter, trim_after_step
 from dlora.runtime.peer_watch import PeerWatch
 from dlora.runtime.ranks import Ranks
 from dlora.runtime.run_lock import RunLock
@@ -38,7 +38,7 @@ from dlora.training.evaluate import held_out, print_samples
 from dlora.training.finish import finish, save_result
 from dlora.training.prepare import Preparation
 from dlora.training.rates import rates
-from dlora.training.reporting import due, open_log, start_sinks
+from dlora.training.reporting import due, has_reader, open_log, start_sinks
 from dlora.training.resume import resume
 from dlora.training.startup import enter, import_late_ones, lock_output, prepared
 from dlora.training.watchdogs import FiniteWatch, HangWatch, UnusedWatch, is_finite
@@ -175,10 +175,10 @@ class Run:
                 if last:
                     replica.audit()  # as the replica does by itself at every 10th reduction
                 self.lock.check()
-                trim()  # a step's sequence lengths leave holes that do not fit the next one's
+                trim_after_step(self.ranks.device)
                 seconds = time.perf_counter() - began
                 record = {"step": done, "loss": loss, "grad_norm": norm, "lr": lr}
-                record |= self.figures(ids, reduced, seconds)
+                record |= self.figures(done, ids, reduced, seconds)
                 checkpoints.snapshot(done, record)
                 self.records.append(record)
                 trouble = self.trouble(record, ids)
@@ -256,21 +256,20 @@ class Run:
                 sums["places"] += batch.places
         return sums, tokens
 
-    def figures(self, ids: Any, reduced: Reduced, seconds: float) -> dict[str, Any]:
+    def figures(self, step: int, ids: Any, reduced: Reduced, seconds: float) -> dict[str, Any]:
         """The figures of a step beside its loss, for the metrics; tokens exclude padding."""
-        all_tokens = int(sum(self.prepared.train.lengths[i] for i in ids))
+        all_tokens, targets = int(sum(self.prepared.train.lengths[i] for i in ids)), reduced.tokens
+        is_read = has_reader(self.config.output, step, reduced.scalars, self.total_steps)
         return {
-            **{
-                n: s / max(reduced.tokens, 1) for n, s in reduced.scalars.items() if n == "aux_loss"
-            },
-            "tokens": reduced.tokens,
+            **{n: s / max(targets, 1) for n, s in reduced.scalars.items() if n == "aux_loss"},
+            "tokens": targets,
             "all_tokens": all_tokens,
             "padding": 1 - all_tokens / max(reduced.scalars["places"], all_tokens),
-            **self.rates.of(reduced.tokens, all_tokens, seconds),
+            **self.rates.of(targets, all_tokens, seconds),
             "peak_memory_bytes": max(reduced.each),
             "wire_bytes": self.replica.wire.take(),
             "batch_hash": batch_hash(ids),
-            **self.replica.method.metrics(),
+            **(self.replica.method.metrics() if is_read else {}),
         }
 
     def trouble(self, record: dict[str, Any], ids: Any) -> str | None:

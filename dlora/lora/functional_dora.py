@@ -153,7 +153,7 @@ class LinearWithDora(torch.autograd.Function):
                 inner_Tn.addmm_(dvB_Tr, A_x, alpha=ctx.scaling)
                 dx_Tn = (dy_Tm @ dense).addcmul_(inner_Tn, keep, value=ctx.mask.scale)
         if ctx.needs_input_grad[5]:
-            sums = torch.mul(dy_Tm, along, out=dv_Tm).sum(0).to(lengths.dtype)
+            sums = torch.mul(dy_Tm, along, out=dv_Tm).sum(0, dtype=lengths.dtype)
             dmagnitude = torch.where(lengths == 0, 0, sums / lengths)
         return dx_Tn, None, None, dA, dB, dmagnitude, None, None, None, None, None
 

@@ -65,7 +65,10 @@ class MethodState:
         """
 
     def metrics(self) -> dict[str, Any]:
-        """Figures of the last step for its line of `metrics.jsonl`."""
+        """Figures of the last step for its line of `metrics.jsonl`.
+
+        It may read from the device: it is called in steps whose line is logged or saved.
+        """
         return {}
 
     def progress(self) -> str:

@@ -13,8 +13,8 @@ and the most of
                 gradients rounded to be sent, and what arrives of them
 and an allowance for the process, and for the holes that an allocator leaves
 
-host memory of a node of GPUs: the snapshots of two ranks, a share of W0 that is offloaded, inputs
-of blocks that recompute
+host memory of a node of GPUs: the snapshots of two ranks, what rank 0 copies and serialises at a
+save, a share of W0 that is offloaded, inputs of blocks that recompute
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class Memory:
         activations: what a micro-batch takes.
         saving: most that clipping, a step or a save takes between two passes.
         process: what it takes beside tensors; a constant.
-        host: of a node's host memory, what its ranks put there from GPUs.
+        host: of a node's host memory, what its ranks put there from GPUs; of the node of rank 0,
+            which writes checkpoints.
         at_once: freed layers that are gathered at one time.
     """
 
@@ -170,11 +171,12 @@ def memory_of(
     kept = state.whole + item * sum(p.numel() for named in method.copies for p in named.values())
     # Then no rank has the whole state, so there are no snapshots.
     collective = divided or (divides(workload.optimizer) == "pairs" and topology.world > 1)
-    saving = max(8 * stepped, 2 * (whole + kept + offsets)) if device == "cpu" else 8 * stepped
+    written = 2 * (whole + kept + offsets)  # the copy, and the bytes of the files made of it
+    saving = max(8 * stepped, written) if device == "cpu" else 8 * stepped
     copies = 0 if collective else 2 * (whole + kept) + offsets
     staging = min(STAGING_BYTES, whole + kept) if copies else 0
     keepers = min(KEEPERS, topology.ranks_per_node)
-    away = shard * placement.offload + activations.offloaded
+    away = topology.ranks_per_node * (shard * placement.offload + activations.offloaded)
     memory = Memory(
         base_total=sum(unit.nbytes for unit in units),
         base_held=always + (0 if placement.offload and device != "cpu" else shard),
@@ -189,7 +191,7 @@ def memory_of(
         activations=activations,
         saving=max(saving, state.stepping, 2 * (workload.gradient_bytes or 0) * numel),
         process=PROCESS[device],
-        host=0 if device == "cpu" else keepers * copies + topology.ranks_per_node * away,
+        host=0 if device == "cpu" else keepers * copies + written + away,
         at_once=AT_ONCE[device],
     )
     return memory if size == 1 else memory.holding(units, held)

@@ -51,20 +51,30 @@ class Fp8:
     def unpack(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         """codes [k, n], scales [k, 4] → [k, n] in `dtype`."""
         step = from_bytes(scales, torch.float32)
-        out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+        if codes.device.type != "cpu":
+            return times_step(codes, step, dtype)
+        out = torch.empty(codes.shape, dtype=dtype)
         for rows in chunk_rows(codes):
             out[rows] = _as_floats(codes[rows]).mul_(step[rows])
         return out
 
 
-def _as_floats(codes: Tensor) -> Tensor:
-    """The numbers of codes, float32.
+def times_step(codes: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
+    """code · step in float32, rounded once to `dtype`, whatever the size in two kernels of a GPU.
 
-    torch converts e4m3 on a CPU one by one. There its bits are put at their places in a float16,
-    whose exponents are 8 lower, and converted as such, which takes half of the time.
+    All of its numbers are numbers of `dtype`, and the product is taken in their place: no scratch.
     """
-    if codes.device.type != "cpu":
-        return codes.view(_E4M3).float()
+    numbers = codes.view(_E4M3).to(torch.float32 if dtype == torch.float64 else dtype)
+    out = numbers if numbers.dtype == dtype else numbers.new_empty(numbers.shape, dtype=dtype)
+    return torch.mul(numbers, step, out=out)
+
+
+def _as_floats(codes: Tensor) -> Tensor:
+    """The numbers of codes on a CPU, float32.
+
+    torch converts e4m3 there one by one. Its bits are put at their places in a float16, whose
+    exponents are 8 lower, and converted as such, which takes half of the time.
+    """
     bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(8)
     halves = bits.bitwise_right_shift_(1).bitwise_and_(~0x4000)  # the shift has doubled the sign
     return halves.view(torch.float16).float().mul_(256)

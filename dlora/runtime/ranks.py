@@ -16,6 +16,8 @@ from dlora.errors import TransientError, UsageError
 
 LEAVING_SECONDS = 10.0  # that rank 0 waits for the others to read the last values of its store
 JOINING_SECONDS = 120.0  # in which all ranks have to join, and then to reach each other
+# A collective gives up so much later than `PeerWatch`, which commits first and knows who is lost.
+LATER_SECONDS = 30.0
 # For as long as this process: where it serves the store, others may read it late.
 _stores: dict[str, dist.Store] = {}
 
@@ -85,7 +87,7 @@ class Ranks:
                 store=self.store,
                 rank=self.rank,
                 world_size=self.world,
-                timeout=timedelta(seconds=longest),
+                timeout=timedelta(seconds=longest + LATER_SECONDS),
                 device_id=self.device if cuda else None,
             )
             reached = torch.ones(1, device=self.device)
@@ -98,10 +100,15 @@ class Ranks:
             ) from error
 
     def loaded(self) -> None:
-        """Note that weights are read: from here on a rank waits `timeout_seconds` for another."""
+        """Note that weights are read: from here on a rank waits `timeout_seconds` for another.
+
+        In every process group that it has by now: those of nodes and meshes have torch's own limit.
+        """
         if dist.is_initialized():
             dist.barrier()  # whoever reads slowly is waited for here, and not in the first step
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.timeout_seconds))
+            timeout = timedelta(seconds=self.timeout_seconds + LATER_SECONDS)
+            for group in list(dist.distributed_c10d._world.pg_map):
+                dist.distributed_c10d._set_pg_timeout(timeout, group)
 
     def _missing(self, timeout: timedelta) -> str:
         """The ranks that did not join, with their hosts; "" if all did."""

@@ -72,9 +72,9 @@ class CheckpointManager:
         replica = self._context.replica
         committed: Committed = nothing
         if self._context.ranks.main or replica.strategy.collective_saves:
+            self.settle()  # before there is a second copy beside the one that is being written
             captured = capture(replica, state=self._state(step), **self._beside())
             if captured is not None:
-                self.settle()
                 with self._warning_of_disk(step):
                     self.write_method_files(step)
                 self._pending = self._writer.submit(self._write_behind, captured)

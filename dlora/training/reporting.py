@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import yaml
 
-from dlora.config.load import Config
+from dlora.config.load import Config, OutputConfig
 from dlora.metrics.endpoint import MetricsEndpoint
 from dlora.metrics.log import MetricsLog
 from dlora.metrics.trackers import STARTERS, Trackers
@@ -70,6 +70,19 @@ class RunLog:
 def due(step: int, every: int, last: bool = False) -> bool:
     """Whether something that happens every so many steps and last (0: never) happens at `step`."""
     return every > 0 and (step % every == 0 or last)
+
+
+def has_reader(output: OutputConfig, step: int, scalars: Mapping[str, float], steps: int) -> bool:
+    """Whether a step's line is logged or goes with a checkpoint; `output.log_every` rules what a
+    commit of a snapshot writes as well. In other steps a figure is not worth waiting for a device.
+
+    Args:
+        scalars: of the step's reduction: above 0 where a save or a stop is asked for.
+        steps: of the whole run.
+    """
+    asked = any(scalars[name] > 0 for name in ("save", "terminated", "interrupted"))
+    every = (output.log_every, output.eval_every, output.save_every)
+    return asked or any(due(step, n, last=step == steps) for n in every)
 
 
 def start_sinks(config: Config, ranks: Ranks, prepared: Preparation) -> list[Sink]:

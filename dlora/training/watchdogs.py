@@ -149,7 +149,7 @@ class HangWatch:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Inside, no `beat` for nine tenths of a collective's timeout shows the stacks, once."""
+        """Inside, no `beat` for nine tenths of the run's timeout shows the stacks, once."""
         self._over = threading.Event()
         self.beat()
         watch = threading.Thread(target=self._watch, args=(self._over,), daemon=True)

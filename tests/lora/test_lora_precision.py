@@ -82,15 +82,17 @@ def test_gradients_are_summed_in_float32(dtype: torch.dtype, use_dora: bool) -> 
     A, B = model[0].adapter.lora_A, model[0].adapter.lora_B
     nn.init.normal_(B)
     x, dy = torch.randn(600, 700).to(dtype), torch.randn(600, 8).to(dtype)
-    dA, dB = torch.autograd.grad(model(x), [A, B], dy)
+    adapter, weight, y = model[0].adapter, model[0].weight, model(x)
+    magnitudes = [adapter.lora_magnitude_vector] if use_dora else []
+    found = torch.autograd.grad(y, [A, B, *magnitudes], dy)
+    of_magnitudes = [(dy * y.detach()).double().sum(0) / mu.detach() for mu in magnitudes]
     if use_dora:  # dy through the rows' scale, in dtype
-        adapter, weight = model[0].adapter, model[0].weight
         norms = row_norms(weight, A, B, 1.5, adapter.base_squares)
         e = excess(adapter.lora_magnitude_vector, norms, dtype).detach()
         dy = torch.addcmul(dy, dy, e)
     z, dyB = x @ A.to(dtype).t(), dy @ B.to(dtype)
-    wanted = 1.5 * dyB.double().t() @ x.double(), 1.5 * dy.double().t() @ z.double()
-    for got, correct in zip((dA, dB), wanted, strict=True):
+    wanted = [1.5 * dyB.double().t() @ x.double(), 1.5 * dy.double().t() @ z.double()]
+    for got, correct in zip(found, wanted + of_magnitudes, strict=True):
         assert got.dtype == torch.float32
         assert float((got - correct).norm() / correct.norm()) < 1e-6
 

@@ -5,6 +5,7 @@ Nothing above 64 MB is there that the plan does not list.
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dlora.checkpoint.device_copy import STAGING_BYTES, copy_in_pieces
+from dlora.checkpoint.format import Checkpoint, contents_of
+from dlora.checkpoint.host_copy import capture
 from dlora.checkpoint.snapshot import Snapshots
 from dlora.config.load import OptimizerConfig
 from dlora.config.recompute import Recompute
@@ -53,19 +56,20 @@ def trained(device: torch.device) -> tuple[Replica, torch.optim.Optimizer]:
     return replica, optimizer
 
 
-def planned(device: torch.device) -> Memory:
-    """The plan of a rank that has these trained tensors and no W0."""
+def planned(device: torch.device, offsets: int = 0, ranks: int = 1) -> Memory:
+    """The plan of a rank that has these trained tensors, bytes of frozen offsets, and no W0."""
     shapes = {n: nn.Parameter(torch.empty(s, device="meta")) for n, s in SHAPES.items()}
     return memory_of(
         [],
         [],
         shapes,
         placement=resolve_placement("fsdp2", "none", ONE),
-        topology=ONE,
+        topology=Topology(0, ranks, ranks),
         workload=Workload(1, 8, 1, OptimizerConfig(), Recompute(0)),
         activations=Trace(0, 0, 0, 0),
         divided=False,
         device=device.type,
+        offsets=offsets,
     )
 
 
@@ -113,3 +117,34 @@ def test_a_snapshot_takes_the_staging_buffer_on_a_gpu() -> None:
             staging = torch.empty(STAGING_BYTES // 4, device=cuda)
             copy_in_pieces([p.detach() for p in replica.named.values()], host, staging)
     assert planned(cuda).snapshots == STAGING_BYTES == live.peaks[""]
+
+
+def serialised(tensor: Tensor) -> int:
+    """Most bytes that the files take of a checkpoint with three times this tensor."""
+    states = {"A.m": tensor.clone(), "A.v": tensor.clone()}
+    content = Checkpoint({"A": tensor}, {"optimizer": states}, {})
+    tracemalloc.start()
+    try:
+        contents_of(content, "")
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_save_takes_what_the_plan_says_in_host_memory() -> None:
+    """Of a node of GPUs, once: the copy on rank 0 and as many bytes of files."""
+    with fake_cuda() as cuda:
+        replica, optimizer = trained(cuda)
+        frozen = {"A0": torch.empty(SHAPES["A"], device=cuda)}
+        offsets, states = frozen["A0"].nbytes, {"optimizer": states_of(optimizer, replica.named)}
+        with counted(replica, optimizer, *frozen.values()) as live:
+            captured = capture(replica, states, {}, frozen=frozen)
+            copied = live.now
+        assert captured is not None
+    copy = 3 * SIZE + offsets  # values and two moments
+    assert copy <= copied <= copy + 64
+    for ranks, keepers in ((1, 1), (8, 2)):
+        snapshots = keepers * (2 * 3 * SIZE + offsets)
+        assert planned(cuda, offsets, ranks).host == snapshots + 2 * copy
+    sample = torch.ones(1 << 20)
+    assert 3 * sample.nbytes <= serialised(sample) <= 3.05 * sample.nbytes

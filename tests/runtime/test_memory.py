@@ -6,7 +6,11 @@ import threading
 import time
 from pathlib import Path
 
-from dlora.runtime.memory import MemoryMeter, anonymous_bytes
+import pytest
+import torch
+
+from dlora.runtime import memory
+from dlora.runtime.memory import MemoryMeter, anonymous_bytes, trim_after_step
 
 MB = 1 << 20
 
@@ -69,3 +73,13 @@ def test_a_meter_samples_as_long_as_somebody_has_it() -> None:
     del meter
     mine.join(30)
     assert not mine.is_alive()
+
+
+def test_the_heap_is_trimmed_after_a_step_on_a_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It walks all of the heap, in which a GPU's tensors are not."""
+    trimmed = []
+    monkeypatch.setattr(memory, "trim", lambda: trimmed.append(True))
+    trim_after_step(torch.device("cuda", 0))
+    assert trimmed == []
+    trim_after_step(torch.device("cpu"))
+    assert trimmed == [True]
