@@ -73,7 +73,7 @@ class Residuals:
         A0, B0 = (factor.double() for factor in adapter.offsets().values())
         one, other = (A0.t(), B0.t()) if module.transposed else (B0, A0)
         product = one[first : first + len(weights)] @ other
-        return (weights.double() - adapter.scaling * product).float()
+        return (weights.to(product) - adapter.scaling * product).float()
 
     @torch.no_grad()
     def start(self, model: nn.Module) -> None:

@@ -9,7 +9,8 @@ and the most of
                 a GPU three
   loss          saved activations + a chunk of logits, its gradient │ W0: kept + one layer, and
                 the last block, which waits for its backward
-  a save        on a CPU: the copy that is written, and what clipping copies; an optimizer's step
+  a save        on a CPU: the copy that is written, and what clipping copies; an optimizer's step;
+                gradients rounded to be sent, and what arrives of them
 and an allowance for the process, and for the holes that an allocator leaves
 
 host memory of a node of GPUs: the snapshots of two ranks, what rank 0 copies and serialises at a
@@ -164,7 +165,8 @@ def memory_of(
     values, gradients = share.lengths(trained, topology)
     always = sum(unit.nbytes for unit in units if unit.always) if size > 1 else 0
     shard = sum(unit.gathered if size > 1 else unit.nbytes for unit in units) // size
-    whole = item * sum(parameter.numel() for parameter in trained.values())
+    numel = sum(parameter.numel() for parameter in trained.values())
+    whole = item * numel
     of_method = [share.elements(named, topology) for named in method.copies]
     kept = state.whole + item * sum(p.numel() for named in method.copies for p in named.values())
     # Then no rank has the whole state, so there are no snapshots.
@@ -187,7 +189,7 @@ def memory_of(
         state=state.held + item * sum(of_method),
         snapshots=copies if device == "cpu" else staging,
         activations=activations,
-        saving=max(saving, state.stepping),
+        saving=max(saving, state.stepping, 2 * (workload.gradient_bytes or 0) * numel),
         process=PROCESS[device],
         host=0 if device == "cpu" else keepers * copies + written + away,
         at_once=AT_ONCE[device],

@@ -20,6 +20,12 @@ _ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINI
 _REFUSED = "does not have a deterministic implementation"  # in torch's error
 
 
+def set_environment(wanted: bool) -> None:
+    """Set what cuBLAS reads at its first product, if strict kernels are wanted."""
+    for name, value in _ENVIRONMENT.items() if wanted else ():
+        os.environ.setdefault(name, value)
+
+
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
     """Inside, torch takes strict kernels, if that is wanted; begin before the GPU is used.
@@ -30,8 +36,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    set_environment(wanted)
     settings: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)

@@ -244,7 +244,7 @@ class CheckpointManager:
             return writing.write(
                 checkpoint,
                 self._root,
-                resolved_yaml(self._context.config, self._context.prepared),
+                resolved_yaml(self._context.config, self._context.prepared, self._context.compiles),
                 self._context.config.output.keep_last,
                 rank=self._context.ranks.rank,
                 check=self._context.lock.check,

@@ -43,9 +43,20 @@ def check_cache(setting: str | None, output: Path) -> None:
         raise UsageError(f"{KEY}: {path} lies in output.dir, which may be copied elsewhere")
     if path.exists() and not path.is_dir():
         raise UsageError(f"{KEY}: {path} is no directory")
-    for place in (path, *path.parents):
-        if place.exists():
-            _check_own(place, is_cache=place == path)
+    existing = [place for place in (path, *path.parents) if place.exists()]
+    for place in existing:
+        _check_own(place, is_cache=place == path)
+    if not os.access(existing[0], os.W_OK):
+        raise UsageError(f"{KEY}: {path} cannot be written")
+
+
+def unusable(setting: str | None, output: Path) -> str:
+    """Why a cache cannot be used, as `check_cache` says it; "": it can."""
+    try:
+        check_cache(setting, output)
+    except UsageError as error:
+        return str(error)
+    return ""
 
 
 def use_cache(setting: str | None) -> None:
@@ -61,8 +72,8 @@ def use_cache(setting: str | None) -> None:
     else:
         path = Path(setting).expanduser().absolute()
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.mkdir(mode=0o700, exist_ok=True)
+            for place in (*reversed(path.parents), path):  # whatever the umask is
+                place.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise UsageError(f"{KEY}: {path} cannot be made: {error.strerror}") from error
         _check_own(path, is_cache=True)  # it may have come from elsewhere since it was checked

@@ -46,12 +46,13 @@ class CompiledBlocks:
 
     Attributes:
         on: whether blocks run as graphs.
+        used: whether any block has run as one.
         settled: whether training has begun.
         failed: why graphs cannot be used; "" if they can. Blocks run on without them then.
     """
 
     def __init__(self, model: nn.Module, *, packs: bool, backend: str = "inductor") -> None:
-        self.on, self.settled, self.failed = False, False, ""
+        self.on, self.used, self.settled, self.failed = False, False, False, ""
         self._graphs: dict[Any, Callable[..., Any]] = {}
         self._backend, self._model, self._packs = backend, model, packs
         self._blocks = [
@@ -127,7 +128,11 @@ class _Forward:
         cached = any(kwargs.get(name) is not None for name in CACHES)
         if not self._owner.on or not isinstance(x, Tensor) or cached:
             return self._own(*args, **kwargs)
-        adapters = self._found(x.device)
+        try:
+            adapters = self._found(x.device)
+        except _failures() as error:
+            self._owner.fail(self._block, error)
+            return self._own(*args, **kwargs)
         if not all(a.active or a.state is AdapterState.EMPTY for _, a, _, _ in adapters):
             return self._own(*args, **kwargs)
         block = self._block
@@ -140,7 +145,9 @@ class _Forward:
         x = args[0] if args else kwargs["hidden_states"]
         try:
             with self._given(x):
-                return self._owner.graph(self._block)(self._block, *args, **kwargs)
+                y = self._owner.graph(self._block)(self._block, *args, **kwargs)
+            self._owner.used = True
+            return y
         except _failures() as error:  # before anything was computed
             self._owner.fail(self._block, error)
             return inspect.unwrap(type(self._block).forward)(self._block, *args, **kwargs)
@@ -161,7 +168,7 @@ class _Forward:
         """(layer, adapter, LoRA rank of the graph, key of dropout)."""
         if self._adapters is None:
             config = attachment_of(self._owner._model).config
-            self._adapters = []
+            found = []
             for layer in self._block.modules():
                 adapter = getattr(layer, CHILD, None)
                 if not isinstance(adapter, LoraAdapter):
@@ -170,7 +177,8 @@ class _Forward:
                     raise NotImplementedError(f"the adapter of {adapter.path}, which is no product")
                 r = config.r if adapter.prunes else adapter.factors()[0].shape[0]
                 key = torch.tensor(key_of(adapter.path), dtype=torch.int32, device=device)
-                self._adapters.append((layer, adapter, r, key))
+                found.append((layer, adapter, r, key))
+            self._adapters = found
         return self._adapters
 
 

@@ -40,6 +40,11 @@ class RunContext:
     blocks: CompiledBlocks | None = None
 
     @property
+    def compiles(self) -> bool:
+        """Whether blocks run as graphs."""
+        return self.blocks is not None and self.blocks.on
+
+    @property
     def directory(self) -> Path:
         """`output.dir`."""
         return self.config.output.directory

@@ -125,7 +125,10 @@ def open_log(context: RunContext, start: int, sinks: Sequence[Sink]) -> RunLog:
         return RunLog(None, (), context.hooks.logged)
     files = open_directory(context, start)
     if "tensorboard" in context.config.output.report_to and not start:
-        files.text("config", f"```yaml\n{resolved_yaml(context.config, context.prepared)}```")
+        files.text(
+            "config",
+            f"```yaml\n{resolved_yaml(context.config, context.prepared, context.compiles)}```",
+        )
     for sink in sinks:
         if isinstance(sink, Trackers):
             sink.begin(files.reported)
@@ -134,7 +137,7 @@ def open_log(context: RunContext, start: int, sinks: Sequence[Sink]) -> RunLog:
 
 def _shown(config: Config, prepared: Preparation) -> dict[str, Any]:
     """The resolved configuration by dotted keys."""
-    sections = yaml.safe_load(resolved_yaml(config, prepared))
+    sections = yaml.safe_load(resolved_yaml(config, prepared, prepared.compiles))
     return {
         f"{section}.{name}": value
         for section, options in sections.items()

@@ -39,7 +39,7 @@ class Residents:
         self._holding, self._engine, self._model = decision.holding, engine, model
         self._device = device
         self._ranks = int(os.environ.get("LOCAL_WORLD_SIZE", self.plan.topology.world))
-        self._is_short, self._transient = False, 0
+        self._is_short, self._transient, self._has_begun = False, 0, False
         self._engine.keep_gathered(model, self.plan.resident)
 
     def near(self, meter: MemoryMeter) -> float:
@@ -47,6 +47,9 @@ class Residents:
         if not self.plan.resident:
             return 0.0
         peak = meter.recent()
+        if not self._has_begun:  # loading and compiling are in the first one
+            self._has_begun = True
+            return 0.0
         self._transient = max(0, peak - meter.now())
         passed = self.limit is not None and peak > self.limit
         return float(passed or self._is_short)

@@ -124,7 +124,8 @@ def open_directory(context: RunContext, start: int) -> MetricsLog:
             _set_aside(directory / name)
     if (remote := remote_of(config)) is not None:
         remote.set_aside(start)
-    write_atomically(directory / "config.yaml", resolved_yaml(config, context.prepared).encode())
+    settings = resolved_yaml(config, context.prepared, context.compiles)
+    write_atomically(directory / "config.yaml", settings.encode())
     return MetricsLog(
         directory,
         after=start if start else None,
@@ -133,7 +134,7 @@ def open_directory(context: RunContext, start: int) -> MetricsLog:
     )
 
 
-def resolved_yaml(config: Config, prepared: Preparation) -> str:
+def resolved_yaml(config: Config, prepared: Preparation, compiles: bool) -> str:
     """The configuration with the placement, the micro-batches and graphs that were chosen."""
     sharding = replace(
         config.sharding,
@@ -141,8 +142,8 @@ def resolved_yaml(config: Config, prepared: Preparation) -> str:
         base=prepared.placement.base,  # type: ignore[arg-type]
         optimizer_state="divided" if prepared.divided else "replicated",
     )
-    train = replace(config.train, compile=prepared.compiles)
-    if not prepared.compiles:  # where it cannot act
+    train = replace(config.train, compile=compiles)
+    if not compiles:  # where it cannot act
         train = replace(train, compile_cache=SCHEMA["train.compile_cache"].default)
     if train.tokens_per_micro_batch == "auto":
         train = replace(train, tokens_per_micro_batch=prepared.dealing.tokens)

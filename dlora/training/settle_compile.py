@@ -23,9 +23,9 @@ from dlora.plan.graphs import no_graphs, too_short
 from dlora.training.compile_cache import check_cache
 
 KEY = "train.compile"
-# Of the matrices that the speed is measured with, and their dtype.
-_SIZES = {"cpu": (256, torch.float32)}
-_SIZE_ELSEWHERE = (4096, torch.bfloat16)
+# Of the matrices that the speed is measured with.
+_SIZES = {"cpu": 256}
+_SIZE_ELSEWHERE = 4096
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,18 @@ class Compiler:
 
     Attributes:
         missing: what is missing of a compiler; "" if nothing is.
+        cache: why `train.compile_cache` cannot be used, where `auto` decides; "" if it can.
         speed: operations per second in matrix products.
     """
 
     missing: str = ""
+    cache: str = ""
     speed: float = 1e12
 
 
-def find_compiler(device: torch.device) -> Compiler:
-    """What this rank has."""
-    return Compiler(_missing(device.type), _speed(device))
+def find_compiler(device: torch.device, dtype: torch.dtype) -> Compiler:
+    """What this rank has, for products in a dtype."""
+    return Compiler(_missing(device.type), speed=_speed(device, dtype))
 
 
 def _missing(device: str) -> str:
@@ -57,8 +59,8 @@ def _missing(device: str) -> str:
     return ""
 
 
-def _speed(device: torch.device) -> float:
-    size, dtype = _SIZES.get(device.type, _SIZE_ELSEWHERE)
+def _speed(device: torch.device, dtype: torch.dtype) -> float:
+    size = _SIZES.get(device.type, _SIZE_ELSEWHERE)
     a = torch.ones(size, size, device=device, dtype=dtype)
     seconds = []
     for _ in range(3):
@@ -96,6 +98,7 @@ def settle_compile(
             reason = too_short(decision.plan, steps, compiler.speed)
         elif not earlier:
             reason = "as in the run that is resumed"
+        reason = reason or compiler.cache
     if reason:
         announce(f"{KEY}: off: {reason}")
         return False

@@ -12,10 +12,11 @@ import importlib
 import io
 import os
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
+from dlora.base.model import DTYPES
 from dlora.base.native import AUTO_DTYPE, multiplies_natively
 from dlora.config.load import SCHEMA, Config, Options, parse
 from dlora.errors import UsageError
@@ -24,11 +25,13 @@ from dlora.plan.capacity import free_bytes
 from dlora.quant.dequantize import bitsandbytes_kernel
 from dlora.runtime.agreement import agree, broadcast, gather
 from dlora.runtime.console import console
+from dlora.runtime.determinism import set_environment
 from dlora.runtime.memory import use_huge_pages
 from dlora.runtime.ranks import Ranks, own_device
 from dlora.runtime.run_lock import LEASE_SECONDS, STALE_SECONDS, RunLock
 from dlora.sharding.topology import Topology
 from dlora.training.checks import check_output
+from dlora.training.compile_cache import unusable
 from dlora.training.find_checkpoint import ResumePoint, find_checkpoint
 from dlora.training.prepare import Preparation, Surroundings, prepare
 from dlora.training.settle_compile import Compiler, find_compiler
@@ -142,9 +145,13 @@ def _compiler(config: Config, ranks: Ranks) -> Compiler:
     """What all ranks have for compiling: what is missing on any, and the speed of the slowest."""
     if config.train.compile is False:
         return Compiler()
-    found = gather(ranks, "compiler", asdict(find_compiler(ranks.device)))
-    missing = next((one["missing"] for one in found if one["missing"]), "")
-    return Compiler(missing, min(one["speed"] for one in found))
+    set_environment(config.train.deterministic)
+    own = find_compiler(ranks.device, DTYPES.get(config.model.dtype, torch.float32))
+    if config.train.compile == "auto":
+        own = replace(own, cache=unusable(config.train.compile_cache, config.output.directory))
+    found = gather(ranks, "compiler", asdict(own))
+    reasons = (next((one[of] for one in found if one[of]), "") for of in ("missing", "cache"))
+    return Compiler(*reasons, speed=min(one["speed"] for one in found))
 
 
 def import_late_ones(config: Config) -> None:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from dlora.data.collate import PAD_TO, Batch
@@ -47,6 +48,8 @@ def start_compiled(context: RunContext, objective: Objective) -> None:
     began = time.perf_counter()
     make_graphs(context, blocks, objective)
     end_workers()
+    if dist.is_initialized():
+        dist.barrier()  # the limit for loading holds here, and a shorter one for `gather`
     failed = [found for found in gather(context.ranks, "compile", blocks.failed) if found]
     if failed:
         blocks.stop()
@@ -74,6 +77,8 @@ def make_graphs(context: RunContext, blocks: CompiledBlocks, objective: Objectiv
         ):
             if not abs(a - b) <= bound * max(abs(b), 1e-6):
                 blocks.distrust(f"the {name} of graphs is {a:.7g}, without them {b:.7g}")
+    if not blocks.used:
+        blocks.distrust("no block of the model is called with a tensor of hidden states alone")
 
 
 def _pass(context: RunContext, objective: Objective, batch: Batch) -> tuple[float, float]:

@@ -16,7 +16,7 @@ import pytest
 import refusals
 import torch
 from kill_trials import ADALORA
-from run_training import Runs, check_near, prepared_run, train
+from run_training import Run, Runs, check_near, prepared_run, train
 from sampling import sampled
 from tiny import command, save_chats
 from torch import nn
@@ -60,10 +60,12 @@ PLACES: dict[str, tuple[int, dict[str, Any]]] = {
         {"sharding__base": "world", "sharding__activation_checkpointing": True},
     ),
 }
-SAMPLE = [
-    ("adalora", "fsdp2", True),
-    ("nf4, dropout", "fsdp2, recomputed", False),
-]
+SAMPLE = [("adalora", "alone", True)]  # each takes most of a minute
+
+
+def steps_of(run: Run) -> Run:
+    """Without the lines of held-out answers and of cuts, which have no loss."""
+    return run[0], [line for line in run[1] if "loss" in line]
 
 
 def traced(argv: list[str]) -> dict[str, Any]:
@@ -104,7 +106,7 @@ def test_a_run_ends_where_it_ends_without(
     eager = run("eager", world, **settings, train__compile=False)
     graphs = run("graphs", world, work=traced, **settings, train__compile=False)
     rounded = {"rel": 2e-2, "bound": 0.2} if "bfloat16" in method else {}
-    check_near(graphs, eager, **rounded)
+    check_near(*(steps_of(result) for result in (graphs, eager)), **rounded)
     for result in graphs[0]:
         assert result["made"][0] > 0
         assert len(set(result["made"])) == 1  # the last batch of a step, a mask, an evaluation
@@ -213,7 +215,7 @@ def test_auto_weighs_what_a_run_is(
     said: str,
 ) -> None:
     lines: list[str] = []
-    compiler = Compiler(missing, 1e12)
+    compiler = Compiler(missing, speed=1e12)
     found = settle_compile(
         config(tmp_path, setting), decision(), steps, compiler, earlier, lines.append
     )

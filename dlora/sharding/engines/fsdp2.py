@@ -44,8 +44,9 @@ class Fsdp2:
 
     def __init__(self, placement: Placement, topology: Topology) -> None:
         self.placement, self.topology, self.wire = placement, topology, WireCounter()
-        # Whether it stays after forward anyway, and whether for all of a step.
-        self._resident: dict[nn.Module, tuple[bool, bool]] = {}
+        self._resident: set[nn.Module] = set()
+        # Of each unit: whether it stays after forward anyway, and whether for all of a step.
+        self._before: dict[Any, tuple[bool, bool]] = {}
 
     @classmethod
     def groups(cls, skeleton: nn.Module) -> list[Group]:
@@ -118,14 +119,18 @@ class Fsdp2:
         for path in paths:
             unit: Any = model.get_submodule(path)
             before = _stays_after_forward(unit), _stays_for_step(unit)
-            self._resident.setdefault(unit, before)
+            if unit is model:  # which FSDP2 itself keeps, from the first forward on
+                before = True, True
+            self._before.setdefault(unit._get_fsdp_state(), before)
+            self._resident.add(unit)
             unit.set_reshard_after_forward(False, recurse=False)
             unit.set_reshard_after_backward(False, recurse=False)
 
     def release_gathered(self, model: nn.Module, paths: Collection[str]) -> None:
         for path in paths:
             unit: Any = model.get_submodule(path)
-            after_forward, for_step = self._resident.pop(unit)
+            self._resident.discard(unit)
+            after_forward, for_step = self._before[unit._get_fsdp_state()]
             unit.set_reshard_after_forward(not after_forward, recurse=False)
             unit.set_reshard_after_backward(not for_step, recurse=False)
             unit.reshard()
