@@ -27,7 +27,7 @@ https://arxiv.org/abs/2303.10512, section 3.1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,12 +36,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dlora.lora.dropout import Mask, dropped
+from dlora.lora.dropout import Mask
 from dlora.lora.step_values import Shared, made_anew
 from dlora.quant.linear import Weight, save_with, saved_with, whole
 
 _CAST_BYTES = 1 << 24  # of a factor that are cast at once
-Convolve = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class LinearWithLowRank(torch.autograd.Function):
@@ -191,41 +190,6 @@ def embedding(
     """Table look-up and low-rank update in one: see `EmbeddingWithLowRank`."""
     y_Tm = EmbeddingWithLowRank.apply(ids.reshape(-1), weight, A, B, E, scaling, padding_idx)
     return y_Tm.view(*ids.shape, weight.shape[1])
-
-
-def convolution(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    convolve: Convolve,
-    *,
-    E: Tensor | None = None,
-    mask: Mask | None = None,
-) -> Tensor:
-    """W0 ∗ x + b + s·(B E)·(A ∗ drop(x)): A is a kernel of r channels, B mixes them at each place.
-
-    x [..., c, *space], weight [m, c, *kernel], A [r, n], B [m, r] with n = c·∏ kernel, so that
-    ΔW = s·B·E·A has the elements of W0 in their order. `convolve` is the layer's own product, with
-    its stride and padding. This is PEFT's form of LoRA for a convolution. y has the
-    memory format of the base's product, such as channels last.
-    """
-    single = x.ndim < weight.ndim
-    x_Nc = x.unsqueeze(0) if single else x
-    kernel = A.to(x.dtype).reshape(-1, *weight.shape[1:])
-    dropped_Nc = dropped(x_Nc, mask, 1)  # places are the mask's tokens, channels its columns
-    z_Nrp = convolve(dropped_Nc, kernel, None).flatten(2)
-    y_Nm = convolve(x_Nc, weight, bias)
-    y_Nmp, B_mr = y_Nm.flatten(2), times(B, E).to(z_Nrp.dtype)
-    if y_Nm.is_contiguous():
-        y_Nmp = y_Nmp.baddbmm(B_mr.expand(len(z_Nrp), -1, -1), z_Nrp, alpha=scaling)
-    else:
-        B_rm = B_mr.t().expand(len(z_Nrp), -1, -1)
-        y_Nmp = y_Nmp.mT.baddbmm(z_Nrp.mT, B_rm, alpha=scaling).mT
-    y = y_Nmp.unflatten(2, y_Nm.shape[2:])
-    return y.squeeze(0) if single else y
 
 
 def cast(

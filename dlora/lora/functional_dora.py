@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dlora.lora import functional
+from dlora.lora import functional, functional_convolution
 from dlora.lora.dropout import Mask, dropped
 from dlora.lora.functional import cast, cast_for_autocast, summed
 from dlora.lora.step_values import Shared
@@ -202,15 +202,15 @@ def convolution(
     B: Tensor,
     scaling: float,
     rows: Rows,
-    convolve: functional.Convolve,
+    convolve: functional_convolution.Convolve,
     *,
     mask: Mask | None = None,
 ) -> Tensor:
-    """The formulas above with a convolution in place of each product, by `functional.convolution`.
+    """The formulas above with a convolution in place of each product, by `functional_convolution`.
 
     A row of W0 is all that makes one channel of the output: its flattened kernel.
     """
-    v = functional.convolution(
+    v = functional_convolution.convolution(
         dropped(x, mask, 1 - weight.ndim), weight, None, A, B, scaling, convolve
     )
     e = _excess_at(weight.flatten(1), A, B, scaling, rows, v.dtype)
@@ -218,7 +218,7 @@ def convolution(
     if mask is None:
         y = torch.addcmul(v, v, e)
         return y if bias is None else y + bias.to(y.dtype).view_as(e)
-    y = functional.convolution(x, weight, bias, A, B, scaling, convolve, mask=mask)
+    y = functional_convolution.convolution(x, weight, bias, A, B, scaling, convolve, mask=mask)
     return torch.addcmul(y, v, e)
 
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dlora.lora import functional
+from dlora.lora.master_products import by_master
 
 _ALIGNED_BYTES = 16  # torch's grouped product takes strides that are multiples of this
 
@@ -90,14 +91,16 @@ class LowRankWeight:
 
     def times(self, x: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """`product(x, W)`, which is linear in both."""
-        left, right = self._cast()
-        low_rank = product(product(x, left), right)
+        low_rank = by_master(by_master(x, self.left, product), self.right, product)
         return product(x, self.weight).add(low_rank, alpha=self.scaling)
 
     def before(self, x: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """`product(W, x)`, which is linear in both."""
-        left, right = self._cast()
-        low_rank = product(left, product(right, x))
+
+        def after(x: Tensor, factor: Tensor) -> Tensor:
+            return product(factor, x)
+
+        low_rank = by_master(by_master(x, self.right, after), self.left, after)
         return product(self.weight, x).add(low_rank, alpha=self.scaling)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:

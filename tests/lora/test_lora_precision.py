@@ -1,16 +1,21 @@
 """Masters of A and B in float32 beside a base of any dtype, and a base that nothing touches."""
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from calls import Calls
 from causal_models import causal_model, token_ids
 from fake_cuda import fake_cuda
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from dlora import LoraConfig, attach
 from dlora.lora.attach import trainable_parameters
 from dlora.lora.functional import summed
 from dlora.lora.functional_dora import excess, row_norms
+from dlora.lora.low_rank_weight import LowRankWeight
 
 NAMES = {
     "llama": ["q_proj", "down_proj", "embed_tokens", "lm_head"],
@@ -103,3 +108,51 @@ def test_on_a_gpu_one_product_sums_in_float32() -> None:
         found = summed(*factors, torch.float32, 2.0)
     assert (found.dtype, found.device, found.shape) == (torch.float32, device, (4, 6))
     assert calls["aten.addmm.dtype_out"] == 1 and not calls["aten._to_copy.default"]
+
+
+def close_to(found: Any, wanted: list[Tensor]) -> None:
+    """Gradients that a product in the dtype of x would have rounded to 8 bits."""
+    for got, correct in zip(found, wanted, strict=True):
+        assert got.dtype == torch.float32
+        assert float((got - correct).norm() / correct.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_convolution_s_gradients_are_summed_in_float32(memory: torch.memory_format) -> None:
+    """dy and B are small integers, so that B transposed times dy is exact in bfloat16."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, stride=2, bias=False, dtype=torch.bfloat16))
+    attach(model, LoraConfig(r=3, lora_alpha=4.5, target_modules=["0"]))
+    A, B = model[0].adapter.lora_A, model[0].adapter.lora_B
+    B.data = torch.randint(-1, 2, B.shape).float()
+    x = torch.randn(5, 4, 31, 31).bfloat16().to(memory_format=memory).requires_grad_()
+    dy = torch.randint(-1, 2, (5, 8, 15, 15)).bfloat16()
+    *found, dx = torch.autograd.grad(model(x), [A, B, x], dy)
+    kernel = A.detach().view(3, 4, 3, 3)
+    z = F.conv2d(x.detach(), kernel.bfloat16(), stride=2)
+    dz = 1.5 * torch.einsum("mr,nmhw->nrhw", B.detach(), dy.float())
+    dA = conv2d_weight(x.detach().double(), kernel.shape, dz.double(), stride=2)
+    dB = 1.5 * torch.einsum("nmhw,nrhw->mr", dy.double(), z.double())
+    close_to(found, [dA.reshape(A.shape), dB])
+    W = model[0].weight.double() + 1.5 * (B.double() @ A.double()).view(8, 4, 3, 3)
+    wanted = conv2d_input(x.shape, W.detach(), dy.double(), stride=2)
+    assert float((dx - wanted).norm() / wanted.norm()) < 1e-2
+
+
+@pytest.mark.parametrize("side", ["x W", "W x"])
+def test_a_parameter_s_gradients_are_summed_in_float32(side: str) -> None:
+    """As experts multiply that are stacked; the factor next to dy is of small integers."""
+    torch.manual_seed(0)
+    near = torch.randint(-1, 2, (2, 3, 8)).float().requires_grad_()
+    far = torch.randn(2, 6, 3).requires_grad_()
+    W0, x = torch.zeros(2, 6, 8).bfloat16(), torch.randn(2, 500, 6).bfloat16()
+    dy = torch.randint(-1, 2, (2, 500, 8)).bfloat16()
+    if side == "x W":
+        y = torch.bmm(x, LowRankWeight(W0, far, near, 1.5))  # type: ignore[arg-type]
+    else:
+        weight = LowRankWeight(W0.mT, near.mT, far.mT, 1.5)
+        y = torch.bmm(weight, x.mT).mT  # type: ignore[arg-type]
+    found = torch.autograd.grad(y, [far, near], dy)
+    z = torch.bmm(x, far.detach().bfloat16())
+    dz = 1.5 * dy.double() @ near.detach().double().mT
+    close_to(found, [x.double().mT @ dz, 1.5 * z.double().mT @ dy.double()])

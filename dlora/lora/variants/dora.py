@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dlora.lora import functional_dora
-from dlora.lora.functional import Convolve
+from dlora.lora.functional_convolution import Convolve
 from dlora.lora.given import Given
 from dlora.lora.step_values import made_anew
 from dlora.lora.variants.lora import LoraAdapter

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dlora.errors import UsageError
-from dlora.lora import functional
+from dlora.lora import functional, functional_convolution
 from dlora.lora.config import LoraConfig
 from dlora.lora.dropout import DropoutStream, Mask, key_of
 from dlora.lora.given import Given, masked
@@ -204,7 +204,11 @@ class LoraAdapter(Stateful):
         return functional.embedding(ids, weight, A, B, self.scaling, padding_idx, E=E)
 
     def convolution(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, convolve: functional.Convolve
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        convolve: functional_convolution.Convolve,
     ) -> Tensor:
         """x [..., c, *space], weight [m, c, *kernel] → y [..., m, *space]; n is c times the kernel.
 
@@ -213,7 +217,9 @@ class LoraAdapter(Stateful):
         """
         A, B = self.factors()
         E, mask = self.singular_values(), self.mask(x, 1 - weight.ndim)
-        return functional.convolution(x, weight, bias, A, B, self.scaling, convolve, E=E, mask=mask)
+        return functional_convolution.convolution(
+            x, weight, bias, A, B, self.scaling, convolve, E=E, mask=mask
+        )
 
     def shared_by_passes(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """A value of this adapter that is the same in all passes of a step."""
