@@ -150,8 +150,11 @@ def _compiler(config: Config, ranks: Ranks) -> Compiler:
     if config.train.compile == "auto":
         own = replace(own, cache=unusable(config.train.compile_cache, config.output.directory))
     found = gather(ranks, "compiler", asdict(own))
-    reasons = (next((one[of] for one in found if one[of]), "") for of in ("missing", "cache"))
-    return Compiler(*reasons, speed=min(one["speed"] for one in found))
+    return Compiler(
+        missing=next((one["missing"] for one in found if one["missing"]), ""),
+        cache=next((one["cache"] for one in found if one["cache"]), ""),
+        speed=min(one["speed"] for one in found),
+    )
 
 
 def import_late_ones(config: Config) -> None:
