@@ -14,6 +14,7 @@ so that nothing in a graph differs between layers of the same shape.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,9 +71,25 @@ def masked(mask: Mask | None, x: Tensor, drops: bool, p: float, layer: Tensor) -
     return replace(mask, layer=layer)
 
 
+class _Alias(torch.autograd.Function):
+    """The same memory as another tensor, not as a view of it.
+
+    Of a view a graph keeps where its base begins, and takes a beginning at 0 (what has been cut and
+    padded) for another case than one in a flat buffer.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        place = tensor.storage_offset(), tensor.shape, tensor.stride()
+        return tensor.new_empty(0).set_(tensor.untyped_storage(), *place)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
 def _input(tensor: Tensor) -> Tensor:
     """An alias with a shape that no graph takes for one that may change."""
-    # A view of a parameter would require a gradient even where none are recorded.
-    alias = tensor.view_as(tensor) if torch.is_grad_enabled() else tensor.detach()
+    alias: Tensor = _Alias.apply(tensor)
     torch._dynamo.mark_static(alias)
     return alias

@@ -9,6 +9,7 @@ which computes the attention again:
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -81,9 +82,16 @@ def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, module: Tensor, *how
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
 
 
+def _free_name() -> str:
+    """A name for the operator below, which torch keeps where dlora is imported once more."""
+    names = (f"packed_attention_backward{number or ''}" for number in itertools.count())
+    return next(name for name in names if not hasattr(torch.ops.dlora, name))
+
+
+_BACKWARD = _free_name()
 _library = torch.library.Library("dlora", "FRAGMENT")
 _library.define(
-    "packed_attention_backward(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor? mask, "
+    f"{_BACKWARD}(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor? mask, "
     "Tensor module, str name, float? scaling, float dropout, int? window, float? cap) "
     "-> (Tensor, Tensor, Tensor)"
 )
@@ -106,10 +114,10 @@ def _gradients(
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
-_library.impl("packed_attention_backward", _gradients, "CompositeExplicitAutograd")
+_library.impl(_BACKWARD, _gradients, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("dlora::packed_attention_backward")
+@torch.library.register_fake(f"dlora::{_BACKWARD}")
 def _(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *how: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -120,7 +128,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    found = torch.ops.dlora.packed_attention_backward(dy, *ctx.saved_tensors, *ctx.how)
+    found = getattr(torch.ops.dlora, _BACKWARD)(dy, *ctx.saved_tensors, *ctx.how)
     return *found, *(None for _ in range(7))
 
 

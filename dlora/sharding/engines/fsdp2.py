@@ -94,9 +94,11 @@ class Fsdp2:
                 if module is model or _stays_after_forward(module):  # for all passes of a step
                     module.set_reshard_after_backward(False, recurse=False)
         for group in self.groups(model):
-            if group.waits:
-                waiting: Any = model.get_submodule(group.path)
-                waiting.set_reshard_after_forward(False, recurse=False)
+            unit = model.get_submodule(group.path)
+            if group.waits and isinstance(
+                unit, FSDPModule
+            ):  # a loop's own may shard the root alone
+                unit.set_reshard_after_forward(False, recurse=False)
         if gathers_run_beside(model):
             prefetch_blocks(model)
         _gather_ahead(model)
