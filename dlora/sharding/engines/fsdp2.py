@@ -95,9 +95,7 @@ class Fsdp2:
                     module.set_reshard_after_backward(False, recurse=False)
         for group in self.groups(model):
             unit = model.get_submodule(group.path)
-            if group.waits and isinstance(
-                unit, FSDPModule
-            ):  # a loop's own may shard the root alone
+            if group.waits and isinstance(unit, FSDPModule):  # else the root alone is sharded
                 unit.set_reshard_after_forward(False, recurse=False)
         if gathers_run_beside(model):
             prefetch_blocks(model)
