@@ -139,7 +139,8 @@ def test_a_budget_is_used_and_never_passed(tmp_path: Path) -> None:
         tmp_path, [*argv, "--sharding.memory_budget_gb", str(budget / 1e9)]
     )
     check_plan_was_kept(printed)
-    assert "model.layers.0" in held and "model.layers.7" not in held
+    # The last block waits for its backward anyway: at the loss it takes nothing more.
+    assert "model.layers.0" in held and "model.layers.6" not in held
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert max(record["peak_memory_bytes"] for record in records) <= budget
     saved = bare.gathers + bare.reduction - records[-1]["wire_bytes"]
