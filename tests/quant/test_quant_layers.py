@@ -205,7 +205,7 @@ def test_attention_kernels_keep_their_weights() -> None:
 @pytest.mark.parametrize(
     ("name", "before", "told"),
     [
-        ("nf3", lambda model: None, "quantization: 'nf3' is unknown; expected one of int8"),
+        ("nf3", lambda model: None, "quantization: 'nf3' is unknown; expected one of fp8, int8"),
         (
             "nf4",
             lambda model: attach(model, LoraConfig()),
