@@ -18,25 +18,16 @@ import torch
 from torch import Tensor
 
 from dlora.quant.dequantize import chunk_rows
-from dlora.quant.rows import as_bytes, from_bytes
+from dlora.quant.rows import ByteRows, as_bytes, from_bytes
 
 _E4M3 = torch.float8_e4m3fn
 _LARGEST = 448.0  # its largest number
 
 
-class Fp8:
+class Fp8(ByteRows):
     """The format `fp8`."""
 
     name: ClassVar[str] = "fp8"
-    block: ClassVar[int] = 1
-
-    def code_bytes(self, n: int) -> int:
-        """Of a row of n weights."""
-        return n
-
-    def scale_bytes(self, n: int) -> int:
-        """Of a row, whatever its length."""
-        return 4
 
     def codes(self, rows: Tensor) -> Tensor:
         """rows [k, n] of any float type → uint8 [k, n], the bytes of float8_e4m3fn."""

@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
+
+
+class ByteRows:
+    """Sizes of a format with a byte for each weight and a float32 for each row."""
+
+    block: ClassVar[int] = 1
+
+    def code_bytes(self, n: int) -> int:
+        """Of a row of n weights."""
+        return n
+
+    def scale_bytes(self, n: int) -> int:
+        """Of a row, whatever its length."""
+        return 4
 
 
 def as_bytes(numbers: Tensor) -> Tensor:
