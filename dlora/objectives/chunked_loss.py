@@ -142,7 +142,7 @@ def install(model: Any, device: str | None = None) -> None:
         packed.set(lengths, targets.shape if targets is not None else None)
         own_lengths.set(lengths, needed=targets is not None, packed=bool(packed.lengths))
         if targets is None:
-            return own_forward(*args, **kwargs)
+            return packed.remember(own_forward(*args, **kwargs))
         if positions is None:
             positions = (targets != IGNORED).nonzero()
 
@@ -159,8 +159,8 @@ def install(model: Any, device: str | None = None) -> None:
                 in_rows = [sum(lengths)] if packed.lengths and lengths else lengths
                 router.compute(outputs, targets.shape, in_rows)
             if head.finish is not None:
-                return found.pop()
-            return loss_of_logits(outputs.logits, targets, positions)
+                return packed.remember(found.pop())
+            return packed.remember(loss_of_logits(outputs.logits, targets, positions))
         finally:
             losses.clear()
             found.clear()

@@ -50,6 +50,6 @@ class Objective(Protocol):
         is the summed cross entropy in chunks (with `positions=…` it need not look for them), and
         `model(input_ids=…)` gives all logits. Pass `lengths=batch.lengths` to either: the positions
         of some models depend on them. Called on every rank as often, also for a batch
-        without a target; the model is called once. Backward of packed rows that are recomputed or
-        compiled takes the lengths of the last call, so a second one before it would be wrong.
+        without a target. The model may be called more than once, each time for one more pass over
+        the base; an auxiliary loss of routers is that of the last call with a gradient.
         """

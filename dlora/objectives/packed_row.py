@@ -22,10 +22,12 @@ import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from dlora.errors import UsageError
 from dlora.objectives import packed_operator
@@ -37,23 +39,30 @@ _EAGER = "eager_attention_forward"  # each module of transformers has its own, i
 _current: list[PackedRow] = []  # whose forward runs, for masks, which do not know their model
 
 
+@dataclass
+class _Pass:
+    """What a row of a forward pass has in it."""
+
+    lengths: tuple[int, ...] = ()
+    apart: bool = False  # each sequence is known to have a row of its own
+    attended: bool = False  # attention has been called
+    masks: dict[int, tuple[Tensor, Callable[[int], Tensor | None]]] = field(default_factory=dict)
+    offsets: dict[torch.device, Tensor] = field(default_factory=dict)
+
+
 class PackedRow:
     """The row that a model computes next, if it is shared by several sequences.
 
-    It stays until the next forward pass, since backward may recompute.
+    It stays until the next forward pass, or until backward comes to an earlier one (`remember`),
+    since backward may recompute.
 
     Attributes:
-        lengths: tokens of each sequence, and of the padding behind them; empty: not packed.
-        apart: whether each sequence is known to have a row of its own.
-        attended: whether this pass has called attention.
         compiled: a sequence alone in its row is packed as well, so that all passes are of a kind.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.lengths: tuple[int, ...] = ()
-        self.apart = self.attended = self.compiled = False
-        self._masks: dict[int, tuple[Tensor, Callable[[int], Tensor | None]]] = {}
-        self._offsets: dict[torch.device, Tensor] = {}
+        self.compiled = False
+        self.now = _Pass()
         self.flash = bool(getattr(model, "_supports_flash_attn", False))
         for module in model.modules():
             module.__dict__[_OWNER] = self
@@ -68,13 +77,11 @@ class PackedRow:
         Raises:
             UsageError: they do not fit into one row.
         """
-        self.lengths, self.attended = (), False
-        self._masks, self._offsets = {}, {}
-        self.apart = False
+        self.now = _Pass()
         if lengths is None or shape is None:
             return
         alone = self.compiled and shape[0] == 1
-        self.apart = len(lengths) <= shape[0] and not alone
+        self.now.apart = len(lengths) <= shape[0] and not alone
         if self.apart:
             return
         padding = shape[1] - sum(lengths)
@@ -83,7 +90,19 @@ class PackedRow:
                 f"model(..., lengths=...): {len(lengths)} sequences of {sum(lengths)} tokens do "
                 f"not fit into {shape[0]} row(s) of {shape[1]} tokens; packed ones share one row"
             )
-        self.lengths = (*lengths, padding) if padding else tuple(lengths)
+        self.now.lengths = (*lengths, padding) if padding else tuple(lengths)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each sequence, and of the padding behind them; empty: not packed."""
+        return self.now.lengths
+
+    def remember(self, outputs: Any) -> Any:
+        """A pass's outputs, whose backward has the row of that pass, whatever came after it."""
+        return tree_map(
+            lambda x: _Remembered.apply(x, self) if getattr(x, "requires_grad", False) else x,
+            outputs,
+        )
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -100,7 +119,7 @@ class PackedRow:
             yield
         finally:
             _current.pop()
-        if not self.attended:
+        if not self.now.attended:
             raise UsageError(
                 "data.packing: the model's attention is not one of transformers' table, so the "
                 "sequences of a row would see each other"
@@ -122,7 +141,7 @@ class PackedRow:
         if longest is None:  # nor has any shorter one
             return None
         recipe = longest.new_zeros(()).expand(1, 1, total, total)
-        self._masks[recipe.untyped_storage()._cdata] = recipe, made
+        self.now.masks[recipe.untyped_storage()._cdata] = recipe, made
         return recipe
 
     def attend(
@@ -137,7 +156,7 @@ class PackedRow:
         total = sum(self.lengths)
         if any(x.shape[0] != 1 or x.shape[2] != total for x in qkv):
             return _refuse("its attention is over other things than the tokens of a row")
-        self.attended = True
+        self.now.attended = True
         made = self._recipe(mask)
         if qkv[0].is_cuda and self.flash:
             found = by_torch(self, qkv, mask, how)
@@ -156,23 +175,37 @@ class PackedRow:
         self, own: Callable[..., Any], module: nn.Module, qkv: Any, how: dict[str, Any]
     ) -> Any:
         """The same by transformers' function for the package flash-attn, which knows lengths."""
-        self.attended = True
+        self.now.attended = True
         return by_flash_attention(self, own, module, qkv, how)
 
     def offsets(self, device: torch.device) -> Tensor:
         """int32 [sequences + 1], where each one begins, and the end."""
-        if device not in self._offsets:
+        if device not in self.now.offsets:
             ends = torch.tensor((0, *self.lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-            self._offsets[device] = ends.to(device, non_blocking=True)
-        return self._offsets[device]
+            self.now.offsets[device] = ends.to(device, non_blocking=True)
+        return self.now.offsets[device]
 
     def _recipe(self, mask: Tensor | None) -> Callable[[int], Tensor | None]:
         if mask is None:
             return lambda n: None
-        found = self._masks.get(mask.untyped_storage()._cdata)
+        found = self.now.masks.get(mask.untyped_storage()._cdata)
         if found is None or mask.shape[-2:] != found[0].shape[-2:]:
             return _refuse("its class makes masks of its own")
         return found[1]
+
+
+class _Remembered(torch.autograd.Function):
+    """The same tensor. Backward, which comes to the last pass first, begins a pass here."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, row: PackedRow) -> Tensor:
+        ctx.row, ctx.made = row, row.now
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.row.now = ctx.made
+        return grads[0], None
 
 
 def row_of(model: nn.Module) -> PackedRow | None:
@@ -232,7 +265,7 @@ def _attention(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
         **how: Any,
     ) -> Any:
         row = getattr(module, _OWNER, None)
-        if row is not None and row.apart and name.startswith("flash"):
+        if row is not None and row.now.apart and name.startswith("flash"):
             # Of one row transformers would read all positions on the host, in every layer, to see
             # whether sequences share it.
             how.pop("position_ids", None)

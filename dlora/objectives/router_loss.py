@@ -41,8 +41,10 @@ class RouterLoss:
 
     def begin(self) -> dict[str, bool]:
         """Begin a pass: the arguments that let the decoder return the logits of its routers."""
+        if not torch.is_grad_enabled():
+            return {}
         self._last = None
-        return {"output_router_logits": True} if torch.is_grad_enabled() else {}
+        return {"output_router_logits": True}
 
     def compute(self, outputs: Any, shape: torch.Size, lengths: Sequence[int] | None) -> None:
         """Compute it from the decoder's `outputs` for rows of `lengths` tokens, padded to `shape`.

@@ -121,17 +121,20 @@ class _Forward:
     def __init__(self, owner: CompiledBlocks, block: Any) -> None:
         self._owner, self._block, self._own = owner, block, block.forward
         self._adapters: list[tuple[Any, LoraAdapter, int, Tensor]] | None = None
+        self._as_graph = False  # of the last forward pass: what recomputes it has to do the same
         functools.update_wrapper(self, self._own)  # models look at the arguments of a forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else kwargs.get("hidden_states")
         cached = any(kwargs.get(name) is not None for name in CACHES)
-        if not self._owner.on or not isinstance(x, Tensor) or cached:
+        if torch._C._current_graph_task_id() < 0:  # not in a backward pass
+            self._as_graph = self._owner.on
+        if not self._as_graph or not isinstance(x, Tensor) or cached:
             return self._own(*args, **kwargs)
         try:
             adapters = self._found(x.device)
         except _failures() as error:
-            self._owner.fail(self._block, error)
+            self._give_up(error)
             return self._own(*args, **kwargs)
         if not all(a.active or a.state is AdapterState.EMPTY for _, a, _, _ in adapters):
             return self._own(*args, **kwargs)
@@ -149,8 +152,12 @@ class _Forward:
             self._owner.used = True
             return y
         except _failures() as error:  # before anything was computed
-            self._owner.fail(self._block, error)
+            self._give_up(error)
             return inspect.unwrap(type(self._block).forward)(self._block, *args, **kwargs)
+
+    def _give_up(self, error: Exception) -> None:
+        self._as_graph = False
+        self._owner.fail(self._block, error)
 
     @contextmanager
     def _given(self, x: Tensor) -> Iterator[None]:

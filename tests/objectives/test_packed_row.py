@@ -28,6 +28,7 @@ from dlora.errors import UsageError
 from dlora.lora.attach import attachment_of
 from dlora.lora.dropout import SampleKeys
 from dlora.objectives import chunked_loss
+from dlora.training.compiled import CompiledBlocks
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -174,6 +175,53 @@ def test_adapters_with_dropout_drop_the_same_of_each_sequence() -> None:
 
     check_same(keyed(packed(examples(), 0)), keyed(collate(examples(), 0)))
     assert keyed(packed(examples(), 0))[0] != step(model, packed(examples(), 0))[0]
+
+
+@pytest.mark.parametrize("how", ["eager", "recomputed", "graphs"])
+def test_passes_of_other_lengths_before_one_backward_keep_their_own(how: str) -> None:
+    """Packed, one more packed, and logits of another shape: each against its class alone."""
+    config = CONFIGS["windows"]()
+    some, others = examples(), examples((13, 2, 17), seed=1)
+    logit_ids = torch.from_numpy(others[2].input_ids).long()[None]
+    model = model_of(config)
+    wanted = [step_of_losses(model, own_losses(model, e)) for e in (some, others)]
+    wanted.append(step_of_losses(model, model(input_ids=logit_ids).logits.square().sum()))
+    expected = {n: sum(gradients[n] for gradients in wanted) for n in wanted[0]}
+
+    model = model_of(config)
+    blocks = CompiledBlocks(model, packs=True, backend="aot_eager") if how == "graphs" else None
+    chunked_loss.install(model)
+    if blocks is not None:
+        torch._dynamo.reset()
+        blocks.start()
+    if how == "recomputed":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+
+    def loss(of: list[Example]) -> Tensor:
+        batch = packed(of, 0)
+        where = {"positions": batch.positions, "lengths": batch.lengths}
+        return model(**batch.inputs, targets=batch.targets, **where)
+
+    logits = model(input_ids=logit_ids).logits.square().sum()
+    found = step_of_losses(model, loss(some) + loss(others) + logits)
+    check_same((0.0, found), (0.0, expected))
+
+
+def own_losses(model: Any, of: list[Example]) -> Tensor:
+    """Σ loss by the class itself, a sequence at a time."""
+    total = torch.zeros(())
+    for example in of:
+        ids, labels = (torch.tensor(v, dtype=torch.int64) for v in (example.input_ids, example.labels))
+        logits = model(input_ids=ids[None]).logits
+        total = total + F.cross_entropy(logits[0, :-1], labels[1:], reduction="sum")
+    return total
+
+
+def step_of_losses(model: Any, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return gradient(model)
 
 
 def test_attention_outside_of_the_table_is_refused_not_computed() -> None:

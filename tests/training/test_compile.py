@@ -22,6 +22,7 @@ from tiny import command, save_chats
 from torch import nn
 
 from dlora import LoraConfig, attach
+from dlora.base.recomputation import recompute_blocks
 from dlora.errors import UsageError
 from dlora.plan.graphs import graphs_in_words
 from dlora.plan.speed import Speeds
@@ -178,6 +179,39 @@ def test_a_block_that_does_not_compile_is_named_and_runs() -> None:
     assert torch.equal(model["blocks"](x), wanted)
     assert blocks.failed.startswith("Branching does not compile: ")
     assert not blocks.on
+
+
+class Straight(Branching):
+    """One that can be a graph."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.linear(x)
+        return y.relu()
+
+
+def test_what_ran_as_a_graph_before_another_block_failed_is_recomputed_as_one() -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = nn.ModuleDict({"blocks": nn.Sequential(Straight(), Branching(), Straight())})
+    attach(model, LoraConfig(r=2, target_modules=["linear"]))
+    for layer in model["blocks"]:
+        nn.init.normal_(layer.linear.adapter.lora_B)
+    model.train()
+    x = torch.randn(2, 5, 8)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model["blocks"](x).square().sum().backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    wanted = gradients()
+    blocks = CompiledBlocks(model, packs=False, backend="aot_eager")
+    recompute_blocks(model, 1)
+    blocks.start()
+    found = gradients()
+    assert blocks.failed.startswith("Branching does not compile: ") and blocks.used
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient)
 
 
 # -- whether a run compiles ------------------------------------------------------------------------
