@@ -229,6 +229,7 @@ logits = model(input_ids=ids).logits
 seen = torch.cat(seen[:-1])
 save_file({"ids": ids, "logits": logits.detach(), "rows": rows, "seen": seen}, f"{rank}.st")
 if dist.is_initialized():
+    dist.barrier()  # a peer that closes first may leave gloo's threads at work as this one ends
     dist.destroy_process_group()
 """
 

@@ -82,7 +82,7 @@ class PackedRow:
             return
         alone = self.compiled and shape[0] == 1
         self.now.apart = len(lengths) <= shape[0] and not alone
-        if self.apart:
+        if self.now.apart:
             return
         padding = shape[1] - sum(lengths)
         if shape[0] != 1 or padding < 0:

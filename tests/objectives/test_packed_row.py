@@ -183,12 +183,12 @@ def test_passes_of_other_lengths_before_one_backward_keep_their_own(how: str) ->
     config = CONFIGS["windows"]()
     some, others = examples(), examples((13, 2, 17), seed=1)
     logit_ids = torch.from_numpy(others[2].input_ids).long()[None]
-    model = model_of(config)
+    model = model_of(config, target_modules="all-linear")
     wanted = [step_of_losses(model, own_losses(model, e)) for e in (some, others)]
     wanted.append(step_of_losses(model, model(input_ids=logit_ids).logits.square().sum()))
     expected = {n: sum(gradients[n] for gradients in wanted) for n in wanted[0]}
 
-    model = model_of(config)
+    model = model_of(config, target_modules="all-linear")
     blocks = CompiledBlocks(model, packs=True, backend="aot_eager") if how == "graphs" else None
     chunked_loss.install(model)
     if blocks is not None:
@@ -212,7 +212,8 @@ def own_losses(model: Any, of: list[Example]) -> Tensor:
     """Σ loss by the class itself, a sequence at a time."""
     total = torch.zeros(())
     for example in of:
-        ids, labels = (torch.tensor(v, dtype=torch.int64) for v in (example.input_ids, example.labels))
+        values = (example.input_ids, example.labels)
+        ids, labels = (torch.tensor(v, dtype=torch.int64) for v in values)
         logits = model(input_ids=ids[None]).logits
         total = total + F.cross_entropy(logits[0, :-1], labels[1:], reduction="sum")
     return total

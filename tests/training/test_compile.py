@@ -24,6 +24,7 @@ from torch import nn
 from dlora import LoraConfig, attach
 from dlora.base.recomputation import recompute_blocks
 from dlora.errors import UsageError
+from dlora.lora.attach import named_adapters
 from dlora.plan.graphs import graphs_in_words
 from dlora.plan.speed import Speeds
 from dlora.runtime.console import console
@@ -192,16 +193,17 @@ class Straight(Branching):
 def test_what_ran_as_a_graph_before_another_block_failed_is_recomputed_as_one() -> None:
     torch.manual_seed(0)
     torch._dynamo.reset()
-    model = nn.ModuleDict({"blocks": nn.Sequential(Straight(), Branching(), Straight())})
+    kinds = [nn.Sequential(kind(), kind()) for kind in (Straight, Branching)]
+    model = nn.ModuleDict(dict(zip(("first", "second"), kinds, strict=True)))
     attach(model, LoraConfig(r=2, target_modules=["linear"]))
-    for layer in model["blocks"]:
-        nn.init.normal_(layer.linear.adapter.lora_B)
+    for _, _, adapter in named_adapters(model):
+        nn.init.normal_(adapter.lora_B)
     model.train()
     x = torch.randn(2, 5, 8)
 
     def gradients() -> dict[str, torch.Tensor]:
         model.zero_grad()
-        model["blocks"](x).square().sum().backward()
+        model["second"](model["first"](x)).square().sum().backward()
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
     wanted = gradients()

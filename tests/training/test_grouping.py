@@ -72,8 +72,12 @@ def test_the_loss_of_a_step_is_that_of_its_sequences_alone(
 
 @pytest.mark.parametrize("model", ["gpt2_dropout", "opt_dropout", "longrope"])
 def test_gradients_do_not_depend_on_the_grouping(run: Runs, model: str) -> None:
-    """Nor on recomputation, which has to see the positions and the mode of the forward pass."""
+    """Nor on recomputation, which has to see the positions and the mode of the forward pass.
+
+    SGD shows gradients as they are: AdamW makes a step of rounding where one is nearly zero.
+    """
     settings = {"model": model, "train__max_steps": 3, "adapter__lora_dropout": 0.1}
+    settings |= {"optimizer__name": "sgd", "optimizer__lr": 0.1}
     alone = run("alone", 1, **settings | {"train__micro_batch_size": 1})
     four, two = {"train__micro_batch_size": 4}, {"train__micro_batch_size": 2}
     check_near(run("again", 1, **AGAIN | settings | four), alone)
