@@ -18,18 +18,22 @@ class Interpreter:
 
     def __init__(self, directory: Path) -> None:
         self._pool = Pool(1, directory, fresh=True)
-        self._pool.run(_choose)
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
-        return self._pool.run(function, *args)[0]
+        return self._pool.run(_interpreted, function, args)[0]
 
     def close(self) -> None:
         self._pool.close()
 
 
+def _interpreted(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    if "triton" not in sys.modules:
+        _choose()
+    return function(*args)
+
+
 def _choose() -> None:
     """Triton asks for the variable when it is imported."""
-    assert "triton" not in sys.modules
     os.environ["TRITON_INTERPRET"] = "1"
     import torch
     import triton.language as tl

@@ -28,9 +28,7 @@ def keep(tokens: Tensor, layer: int, threshold: int, n: int) -> Tensor:
     return out
 
 
-def drop(
-    tokens: Tensor, layer: int, threshold: int, x: Tensor, dim: int, scale: float
-) -> Tensor:
+def drop(tokens: Tensor, layer: int, threshold: int, x: Tensor, dim: int, scale: float) -> Tensor:
     """scale · keep⊙x for x of any strides but float64, columns along `dim`, tokens along others."""
     dim %= x.ndim
     n = x.shape[dim]
@@ -76,9 +74,7 @@ def _tile(tokens, T, n, columns, layer, threshold, HEIGHT: tl.constexpr, WIDTH: 
 
 
 @triton.jit(do_not_specialize=["layer", "threshold"])
-def _keep(
-    out, tokens, T, n, columns, layer, threshold, HEIGHT: tl.constexpr, WIDTH: tl.constexpr
-):
+def _keep(out, tokens, T, n, columns, layer, threshold, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
     token, column, inside, kept = _tile(tokens, T, n, columns, layer, threshold, HEIGHT, WIDTH)
     tl.store(out + token * n + column, kept.to(tl.int8), inside)
 

@@ -59,7 +59,8 @@ def test_a_weight_of_more_than_2_31_elements() -> None:
     k, n = 65537, 32768
     codes, scales = packed("int8", 1, n)
     found = FORMATS["int8"].unpack(
-        codes.cuda().expand(k, n).contiguous(), scales.cuda().expand(k, 4).contiguous(),
+        codes.cuda().expand(k, n).contiguous(),
+        scales.cuda().expand(k, 4).contiguous(),
         torch.bfloat16,
     )
     wanted = FORMATS["int8"].unpack(codes, scales, torch.bfloat16)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from calls import FREE, Calls
 from fake_cuda import fake_cuda
 from interpreted import Interpreter
+from ptx import float_operations
 from same_bits import assert_same_bits
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -101,7 +103,7 @@ def test_x_may_lie_anyhow(interpreter: Interpreter, layout: str, layer: str) -> 
 
 
 def far_apart() -> None:
-    """Elements of which the last is more than 2³¹ behind the first; pages in between do not exist."""
+    """Elements more than 2³¹ behind the first; pages in between do not exist."""
     x = torch.empty(3 * 2**30 + 8, dtype=torch.bfloat16).as_strided((4, 8), (2**30, 1))
     x.copy_(torch.randn(4, 8))
     mask = mask_of(4, 0.3)
@@ -170,17 +172,22 @@ def test_layers_have_torch_s_gradients(
 
 def compiled_alike() -> None:
     mask, x = mask_of(9, 0.3), torch.randn(9, 70)
-    function = torch.compile(lambda x: mask.drop(x) + dropped(x, mask, 1), backend="aot_eager")
-    with torch._dynamo.config.patch(error_on_recompile=True, suppress_errors=False), by_triton():
-        explained = torch._dynamo.explain(lambda x: mask.drop(x) + dropped(x, mask, 1))(x)
+
+    def computed(x: Tensor) -> Tensor:
+        return mask.drop(x) + dropped(x, mask, 1)
+
+    function = torch.compile(computed, backend="aot_eager", fullgraph=True)
+    first = function(x)  # in which torch looks at operators
+    with by_triton():
         found = function(x)
-    assert explained.graph_break_count == 0
     with by_torch():
-        assert_same_bits(found, mask.drop(x) + dropped(x, mask, 1))
+        wanted = computed(x)
+    assert_same_bits(first, wanted)
+    assert_same_bits(found, wanted)
 
 
 def test_a_compiled_graph_stays_whole(interpreter: Interpreter) -> None:
-    """It calls the operator of the mask, in which Triton computes when the graph runs."""
+    """It calls the operator of the mask, in which Triton computes from the second call on."""
     interpreter(compiled_alike)
 
 
@@ -206,3 +213,19 @@ def test_a_gpu_drops_in_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         assert {call.split(".")[1] for call in calls.counted} <= FREE
         mask.drop(x.double(), torch.empty(4, 6, dtype=torch.bool, device=cuda))
         assert asked == ["drop", "keep", "drop"]
+
+
+def test_a_gpu_is_given_exact_operations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As compiled for one: products that are rounded once, and masks without floats."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from dlora.lora import triton_dropout
+
+    numbers = dict.fromkeys(("T", "n", "columns", "layer", "threshold"), "i32")
+    of_keep = {"out": "*i8", "tokens": "*i32", **numbers}
+    tile = {"HEIGHT": 4, "WIDTH": 128}
+    assert float_operations(triton_dropout._keep, of_keep, **tile) == set()
+    strides = [f"{tensor}_{dim}" for tensor in ("x", "out") for dim in ("outer", "column", "place")]
+    of_drop = of_keep | {"out": "*bf16", "x": "*bf16", "scale": "fp32", "places": "i32"}
+    of_drop |= dict.fromkeys(strides, "i64")
+    found = float_operations(triton_dropout._drop, of_drop, **tile)
+    assert found == {"mul.f32", "cvt.rn.bf16.f32"}
