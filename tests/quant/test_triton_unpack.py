@@ -61,7 +61,7 @@ def unpacked_alike(name: str, dtype: torch.dtype, k: int, n: int, apart: bool = 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("k", "n"), [(1, 64), (7, 192), (3, 4160), (0, 64)])
+@pytest.mark.parametrize(("k", "n"), [(1, 64), (7, 192), (65, 64), (3, 4160), (0, 64)])
 def test_the_kernels_give_torch_s_bits(
     interpreter: Interpreter, name: str, dtype: torch.dtype, k: int, n: int
 ) -> None:
