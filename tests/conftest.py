@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from interpreted import Interpreter
 from ranks import Pools
 from xdist.scheduler.loadscope import LoadScopeScheduling
 
@@ -70,6 +71,14 @@ def _turn(item: pytest.Item) -> int:
 def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pools]:
     """`pools(n)`: the n worker processes of this test file; see `ranks.py`."""
     made = Pools(tmp_path_factory.mktemp("ranks"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Interpreter]:
+    """A process in which Triton interprets its kernels; see `interpreted.py`."""
+    made = Interpreter(tmp_path_factory.mktemp("interpreter"))
     yield made
     made.close()
 

@@ -52,8 +52,8 @@ EXPORTED = {f"dlora.{name}" for name in dlora.__all__}
 PROGRAMS = {"dlora/data/__main__.py": "training runtime"}
 # room → the only packages that it may import beside dlora and the standard library
 LIBRARIES = {
-    "quant": "torch bitsandbytes",
-    "lora": "torch",
+    "quant": "torch bitsandbytes triton",
+    "lora": "torch triton",
     "sharding": "torch deepspeed",
     "config": "yaml fsspec",
     "registry": "",
@@ -65,6 +65,7 @@ OWNERS = {
     "lightning": "dlora/integrations/lightning.py",
     "trl": "dlora/integrations/trl.py",
     "bitsandbytes": "dlora/quant/dequantize.py dlora/optim/eight_bit.py",
+    "triton": "dlora/quant/triton_unpack.py dlora/lora/triton_dropout.py",
 }
 # What may be imported inside a function: heavy packages, and those that only an extra installs.
 HEAVY = {"transformers", "accelerate", "torch.utils.tensorboard", "matplotlib", "ray", "deepspeed"}
@@ -80,6 +81,8 @@ OPTIONAL = {
     "huggingface_hub",
     "aiohttp",
     "prometheus_client",
+    "dlora.quant.triton_unpack",  # they import Triton
+    "dlora.lora.triton_dropout",
 }
 
 
@@ -210,7 +213,8 @@ def test_importing_dlora_loads_torch_and_nothing_larger() -> None:
     seconds, *modules = done.stdout.split()
     loaded = {name.partition(".")[0] for name in modules}
     assert {"dlora", "torch"} <= loaded
-    assert not loaded & {"deepspeed", "ray", "transformers", "peft", "bitsandbytes", "matplotlib"}
+    assert not loaded & {"deepspeed", "ray", "transformers", "peft", "bitsandbytes", "triton"}
+    assert "matplotlib" not in loaded
     assert float(seconds) < IMPORT_SECONDS
 
 
@@ -222,6 +226,7 @@ def test_importing_dlora_loads_torch_and_nothing_larger() -> None:
         ("dlora/sharding/x.py", "from dlora.lora.attach import attach"),
         ("dlora/sharding/x.py", "m = __import__('transformers')"),
         ("dlora/quant/nf4.py", "import bitsandbytes"),
+        ("dlora/quant/nf4.py", "import triton"),
         ("dlora/train.py", "importlib.import_module('ray.train')"),
         ("dlora/train.py", "from dlora.launchers import argv"),
         ("dlora/train.py", "def f():\n    from dlora.data import Dataset"),

@@ -10,8 +10,7 @@ forward again, with the same bits on every device.
 So a mask is the same on 1 and on 8 ranks, under any accumulation and in any batch, after a resume,
 and when activation checkpointing runs the forward pass a second time.
 
-`mix` and its constants are lowbias32's (https://github.com/skeeto/hash-prospector) on int32, as
-torch has no arithmetic for uint32: products wrap alike, and shifts copy the sign.
+`mix` and `fold` are those of `hashing.py`; `dropout_mask.py` makes and applies the mask.
 """
 
 from __future__ import annotations
@@ -21,16 +20,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from dlora.lora.dropout_mask import Mask
+from dlora.lora.hashing import counted, mix
+
 KEYED_BY = ("seed", "step", "sequence", "layer", "position", "column")
-_GAMMA, _FIRST, _SECOND = 0x9E3779B1 - 2**32, 0x7FEB352D, 0x846CA68B - 2**32
-# Elements hashed at one time: as many as a core's cache has room for, and few operations on a GPU.
-_AT_ONCE = {"cpu": 1 << 16}
-_AT_ONCE_ELSEWHERE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -47,79 +44,6 @@ class SampleKeys:
     ids: Sequence[int]
     lengths: Sequence[int]
     row: int = 0
-
-
-@dataclass(frozen=True)
-class Mask:
-    """The mask of an input [T, n], made wherever it is used.
-
-    Attributes:
-        tokens: int32 [T], a hash of each token.
-        layer: the key of the layer, a number or an int32 scalar.
-        p: the share of elements that are dropped.
-    """
-
-    tokens: Tensor
-    layer: int | Tensor
-    p: float
-
-    def keep(self, n: int) -> Tensor:
-        """bool [T, n], False where an element is dropped."""
-        if torch.compiler.is_compiling():
-            return self._whole(n)
-        keep = torch.empty(len(self.tokens), n, dtype=torch.bool, device=self.tokens.device)
-        for rows, part in self._parts(n):
-            keep[rows] = part
-        return keep
-
-    @property
-    def scale(self) -> float:
-        """What is kept is multiplied by: 1/(1 − p)."""
-        return 1 / (1 - self.p)
-
-    def drop(self, x_Tn: Tensor) -> Tensor:
-        """scale · keep⊙x, a new tensor."""
-        if torch.compiler.is_compiling():
-            return x_Tn * self._whole(x_Tn.shape[1]) * self.scale
-        out_Tn = torch.empty_like(x_Tn)
-        for rows, keep in self._parts(x_Tn.shape[1]):
-            torch.mul(x_Tn[rows], keep, out=out_Tn[rows]).mul_(self.scale)
-        return out_Tn
-
-    def _parts(self, n: int) -> Iterator[tuple[slice, Tensor]]:
-        """(some rows, their part of the mask)."""
-        tokens_T1, columns_n = self._hashes(n)
-        limit = _AT_ONCE.get(self.tokens.device.type, _AT_ONCE_ELSEWHERE)
-        step = max(1, limit // max(n, 1))
-        for first in range(0, len(tokens_T1), step):
-            rows = slice(first, first + step)
-            yield rows, _fold_(tokens_T1[rows] ^ columns_n) >= self._threshold
-
-    def _whole(self, n: int) -> Tensor:
-        """The mask by an operator that torch's compiler does not look into: the same bits."""
-        layer = self.layer
-        if isinstance(layer, int):
-            layer = torch.full((), layer, dtype=torch.int32, device=self.tokens.device)
-        return _kept(self.tokens, layer, n, self.p)
-
-    def _hashes(self, n: int) -> tuple[Tensor, Tensor]:
-        """int32 [T, 1] and [n]."""
-        columns_n = torch.arange(n, dtype=torch.int32, device=self.tokens.device).mul_(_GAMMA)
-        return mix(self.tokens ^ self.layer)[:, None], mix(columns_n)
-
-    @property
-    def _threshold(self) -> int:
-        return min(round(self.p * 2**32), 2**32 - 1) - 2**31
-
-
-@torch.library.custom_op("dlora::kept", mutates_args=())
-def _kept(tokens: Tensor, layer: Tensor, n: int, p: float) -> Tensor:
-    return Mask(tokens, layer, p).keep(n)
-
-
-@_kept.register_fake
-def _(tokens: Tensor, layer: Tensor, n: int, p: float) -> Tensor:
-    return tokens.new_empty((tokens.shape[0], n), dtype=torch.bool)
 
 
 @dataclass(frozen=True)
@@ -244,38 +168,6 @@ class DropoutStream:
             )
 
 
-class _Dropped(torch.autograd.Function):
-    """scale · keep⊙x with columns along `dim`; backward makes the mask again."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Mask, dim: int) -> Tensor:
-        ctx.mask, ctx.dim = mask, dim
-        shape = x.movedim(dim, -1).shape
-        keep = mask.keep(shape[-1]).view(shape).movedim(-1, dim)
-        return (x * keep).mul_(mask.scale)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _Dropped.apply(grads[0], ctx.mask, ctx.dim), None, None
-
-
-def dropped(x: Tensor, mask: Mask | None, dim: int) -> Tensor:
-    """x with a mask applied whose columns lie along `dim`, for autograd to differentiate."""
-    return x if mask is None else _Dropped.apply(x, mask, dim)
-
-
-def mix(x: Tensor) -> Tensor:
-    """lowbias32 of each element of an int32 tensor, with shifts that copy the sign."""
-    x = _fold_(x ^ (x >> 16))
-    return x ^ (x >> 16)
-
-
-def _fold_(x: Tensor) -> Tensor:
-    """Most of `mix`, in place: enough where x is mixed already and only its high bits count."""
-    x.mul_(_FIRST)
-    return x.bitwise_xor_(x >> 15).mul_(_SECOND)
-
-
 def _tokens(rows: Tensor, tokens: int) -> Tensor:
     """int32 [rows, tokens]: a hash of each token from its row's key and its position."""
     return mix(_hashed(rows, tokens))
@@ -283,8 +175,7 @@ def _tokens(rows: Tensor, tokens: int) -> Tensor:
 
 def _hashed(rows: Tensor, tokens: int) -> Tensor:
     """int32 [rows, tokens], what is hashed of each token."""
-    positions = torch.arange(tokens, dtype=torch.int32, device=rows.device).mul_(_GAMMA)
-    return rows[:, None] + positions
+    return rows[:, None] + counted(tokens, rows.device)
 
 
 def key_of(*key: object) -> int:

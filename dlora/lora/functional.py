@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dlora.lora.dropout import Mask
+from dlora.lora.dropout_mask import Mask
 from dlora.lora.step_values import Shared, made_anew
 from dlora.quant.linear import Weight, save_with, saved_with, whole
 
@@ -75,7 +75,9 @@ class LinearWithLowRank(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight, x_Tn, z_Tr, A, B, E = saved_with(ctx)
-        keep = None if ctx.mask is None else ctx.mask.keep(x_Tn.shape[1])
+        keep = None
+        if ctx.mask is not None and ctx.needs_input_grad[0]:
+            keep = ctx.mask.keep(x_Tn.shape[1])
         dy_Tm = grads[0]
         A_x, B_x = cast(A, B, E, dy_Tm.dtype, ctx.shared)
         dyB_Tr = dy_Tm @ B_x
@@ -88,7 +90,7 @@ class LinearWithLowRank(torch.autograd.Function):
                 low_rank_Tn = dyB_Tr @ A_x
                 dx_Tn.addcmul_(low_rank_Tn, keep, value=ctx.scaling * ctx.mask.scale)
         if ctx.needs_input_grad[3]:
-            dropped_Tn = x_Tn if keep is None else (x_Tn * keep).mul_(ctx.mask.scale)
+            dropped_Tn = x_Tn if ctx.mask is None else ctx.mask.drop(x_Tn, keep)
             dA = summed(dyB_Tr, dropped_Tn, A.dtype, ctx.scaling)
         if ctx.needs_input_grad[4]:
             dB, dE = _split(summed(dy_Tm, z_Tr, B.dtype, ctx.scaling), B, E)

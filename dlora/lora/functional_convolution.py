@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dlora.lora.dropout import Mask, dropped
+from dlora.lora.dropout_mask import Mask, dropped
 from dlora.lora.functional import summed, times
 from dlora.lora.master_products import by_master
 

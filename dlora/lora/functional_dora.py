@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dlora.lora import functional, functional_convolution
-from dlora.lora.dropout import Mask, dropped
+from dlora.lora.dropout_mask import Mask, dropped
 from dlora.lora.functional import cast, cast_for_autocast, summed
 from dlora.lora.step_values import Shared
 from dlora.quant.linear import Weight, save_with, saved_with, whole
@@ -133,14 +133,16 @@ class LinearWithDora(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight, x_Tn, z_Tr, along, A, B, lengths, e = saved_with(ctx)
-        keep = None if ctx.mask is None else ctx.mask.keep(x_Tn.shape[1])
+        keep = None
+        if ctx.mask is not None and ctx.needs_input_grad[0]:
+            keep = ctx.mask.keep(x_Tn.shape[1])
         dy_Tm = grads[0]
         dv_Tm = torch.addcmul(dy_Tm, dy_Tm, e)  # through the low-rank part
         A_x, B_x = cast(A, B, None, dy_Tm.dtype, ctx.shared)
         dvB_Tr = dv_Tm @ B_x
         dx_Tn = dA = dB = dmagnitude = None
         if ctx.needs_input_grad[3]:
-            dropped_Tn = x_Tn if keep is None else (x_Tn * keep).mul_(ctx.mask.scale)
+            dropped_Tn = x_Tn if ctx.mask is None else ctx.mask.drop(x_Tn, keep)
             dA = summed(dvB_Tr, dropped_Tn, A.dtype, ctx.scaling)
         if ctx.needs_input_grad[4]:
             dB = summed(dv_Tm, z_Tr, B.dtype, ctx.scaling)

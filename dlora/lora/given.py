@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dlora.lora.dropout import Mask
+from dlora.lora.dropout_mask import Mask
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """De-quantises 4-bit codes: levels times the scales of their blocks.
 
-Where bitsandbytes is installed, its kernel does it. Otherwise torch looks up the two levels of each
-byte, a chunk of rows at a time, so that intermediate values fit the cache. The results are the
-same.
+Where bitsandbytes is installed, its kernel does it; where Triton is, on a GPU, that of
+`triton_unpack.py`. Otherwise torch looks up the two levels of each byte, a chunk of rows at a time,
+so that intermediate values fit the cache. The results are the same.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 _CHUNK_BYTES = {"cpu": 1 << 18}
 _CHUNK_ELSEWHERE = 1 << 22
 _BY_BITSANDBYTES = (torch.bfloat16, torch.float16, torch.float32)
+_on_device: dict[tuple[int, torch.device], Tensor] = {}
 
 
 def levels_times_scales(
@@ -55,6 +56,20 @@ def levels_in_torch(
     for rows in chunk_rows(codes):
         out[rows] = values(rows)  # which is gone before the next chunk
     return out
+
+
+def on_device(constant: Tensor, device: torch.device) -> Tensor:
+    """A tensor of a module on a device, to which it is copied once: a copy is a wait for a GPU.
+
+    Divisors as well: by a number of Python a GPU does not divide, but multiplies with its rounded
+    reciprocal, so that the bits would not be those of a CPU.
+    """
+    if device.type == "cpu":
+        return constant
+    key = id(constant), device
+    if key not in _on_device:
+        _on_device[key] = constant.to(device)
+    return _on_device[key]
 
 
 def chunk_rows(codes: Tensor) -> Iterator[slice]:

@@ -17,11 +17,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dlora.quant.dequantize import chunk_rows
+from dlora.quant.dequantize import chunk_rows, on_device
 from dlora.quant.rows import ByteRows, as_bytes, from_bytes
 
 _E4M3 = torch.float8_e4m3fn
 _LARGEST = 448.0  # its largest number
+_DIVISOR = torch.tensor(_LARGEST)
 
 
 class Fp8(ByteRows):
@@ -73,4 +74,4 @@ def _as_floats(codes: Tensor) -> Tensor:
 
 def _steps(rows: Tensor) -> Tensor:
     """[k, n] → the scale of each row, float32 [k, 1]; zero of a row of zeros."""
-    return rows.float().abs().amax(1, keepdim=True) / _LARGEST
+    return rows.float().abs().amax(1, keepdim=True) / on_device(_DIVISOR, rows.device)

@@ -16,8 +16,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dlora.quant.dequantize import chunk_rows
+from dlora.quant.dequantize import chunk_rows, on_device
 from dlora.quant.rows import ByteRows, as_bytes, from_bytes
+from dlora.quant.where_triton import in_triton
+
+_LARGEST = torch.tensor(127.0)
 
 
 class Int8(ByteRows):
@@ -37,7 +40,11 @@ class Int8(ByteRows):
 
     def unpack(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         """codes [k, n], scales [k, 4] → [k, n] in `dtype`."""
-        step = from_bytes(scales, torch.float32) / 127
+        if in_triton(codes, scales):
+            from dlora.quant import triton_unpack
+
+            return triton_unpack.int8(codes, scales, dtype)
+        step = from_bytes(scales, torch.float32) / on_device(_LARGEST, codes.device)
         out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
         if codes.device.type != "cpu":
             return times_step(codes, step, out)

@@ -21,8 +21,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dlora.quant.dequantize import levels_times_scales
+from dlora.quant.dequantize import bitsandbytes_kernel, levels_times_scales, on_device
 from dlora.quant.rows import as_bytes, from_bytes
+from dlora.quant.where_triton import in_triton
 
 LEVELS = torch.tensor(
     [
@@ -34,7 +35,7 @@ LEVELS = torch.tensor(
 )
 _MIDDLES = (LEVELS[1:] + LEVELS[:-1]) / 2
 _PAIRS = torch.stack([LEVELS.repeat_interleave(16), LEVELS.repeat(16)], dim=1)  # by byte
-_on_device: dict[torch.device, Tensor] = {}
+_STEPS = torch.tensor(255.0)
 
 
 class Nf4:
@@ -73,21 +74,17 @@ class Nf4:
 
     def unpack(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         """codes [k, n/2], scales [k, scale_bytes(n)] → [k, n] in `dtype`."""
+        device = codes.device
+        if in_triton(codes, scales) and bitsandbytes_kernel() is None:
+            from dlora.quant import triton_unpack
+
+            return triton_unpack.nf4(codes, scales, on_device(LEVELS, device), self.double, dtype)
         if self.double:
             steps, of_row = scales[:, :-4].float(), from_bytes(scales[:, -4:], torch.float32)
-            blocks = steps / 255 * of_row
+            blocks = steps / on_device(_STEPS, device) * of_row
         else:
             blocks = from_bytes(scales, torch.bfloat16).float()
-        return levels_times_scales(codes, blocks, _pairs(codes.device), self.block, dtype)
-
-
-def _pairs(device: torch.device) -> Tensor:
-    """`_PAIRS` on a device, to which it is copied once: a copy is a wait for a GPU."""
-    if device.type == "cpu":
-        return _PAIRS
-    if device not in _on_device:
-        _on_device[device] = _PAIRS.to(device)
-    return _on_device[device]
+        return levels_times_scales(codes, blocks, on_device(_PAIRS, device), self.block, dtype)
 
 
 class Nf4Dq(Nf4):

@@ -30,8 +30,7 @@ def as_bytes(numbers: Tensor) -> Tensor:
 def from_bytes(stored: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 [k, q · size of `dtype`] → [k, q]; a copy where the bytes are not aligned."""
     size = dtype.itemsize
-    if not stored.is_contiguous():
-        stored = stored.contiguous()
-    elif stored.storage_offset() % size:
-        stored = stored.clone()
-    return stored.view(dtype)
+    flat = stored.contiguous().view(-1)  # strides of a single row may be any
+    if flat.storage_offset() % size:
+        flat = flat.clone()
+    return flat.view(dtype).view(len(stored), stored.shape[1] // size)

@@ -33,7 +33,8 @@ from dlora.checkpoint import format as checkpoints
 from dlora.checkpoint.snapshot import Snapshots
 from dlora.data import Example
 from dlora.data.collate import collate, packed
-from dlora.lora.dropout import Mask, mix
+from dlora.lora.dropout_mask import Mask
+from dlora.lora.hashing import mix
 from dlora.metrics.log import read_metrics
 from dlora.objectives import chunked_loss
 from dlora.sharding.comm_bytes import WireCounter

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dlora.lora.dropout import mix
-from dlora.lora.functional import summed  # noqa: F401 - registers dlora::summed
+from dlora.lora.functional import summed  # noqa: F401 - registers dlora::summed, dlora::kept
+from dlora.lora.hashing import mix
 from dlora.objectives import packed_operator
 from dlora.quant.formats import FORMATS
 

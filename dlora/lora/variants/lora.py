@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from dlora.errors import UsageError
 from dlora.lora import functional, functional_convolution
 from dlora.lora.config import LoraConfig
-from dlora.lora.dropout import DropoutStream, Mask, key_of
+from dlora.lora.dropout import DropoutStream, key_of
+from dlora.lora.dropout_mask import Mask
 from dlora.lora.given import Given, masked
 from dlora.lora.init import Initialisation
 from dlora.lora.method_state import MethodState, PlannedState
