@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from dlora.errors import UsageError
 from dlora.lora.layers import CHILD
+from dlora.objectives.attention_tables import extend_tables
 from dlora.objectives.output_head import OutputHead, output_head, without_cache
 from dlora.objectives.own_length import OwnLengths
 from dlora.objectives.packed_row import PackedRow
@@ -130,6 +131,7 @@ def install(model: Any, device: str | None = None) -> None:
     found: list[Tensor] = []
     own_lengths, router = OwnLengths(model), install_router_loss(model)
     packed = PackedRow(model)
+    extend_tables(model)
 
     def forward(
         self: Any,

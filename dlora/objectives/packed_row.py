@@ -4,9 +4,10 @@
     positions     0  1  2  3    0  1    0  1  2                from the data, as `position_ids`
 
 Everything but attention looks at one token at a time. transformers' classes get their attention,
-and the mask for it, from two tables by the name of an implementation. Here each entry of the tables
-computes a packed row a sequence at a time, by the function that was there before: so scaling,
-windows, soft caps, sinks and groups of heads are those of the class, and no [T, T] mask is made.
+and the mask for it, from two tables by the name of an implementation. There (`attention_tables`)
+each entry computes a packed row a sequence at a time, by the function that was there before: so
+scaling, windows, soft caps, sinks and groups of heads are those of the class, and no [T, T] mask is
+made.
 
     attention(q, k, v) = concat_s own(q_s, k_s, v_s, mask_s)        s: the sequences of the row
 
@@ -19,7 +20,6 @@ there is one.
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,13 +30,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from dlora.errors import UsageError
-from dlora.objectives import packed_operator
 from dlora.objectives.varlen import by_flash_attention, by_torch
 
-_OWNER = "dlora_packed_row"  # an attribute of every module of a model
-_ADDED = "dlora_before"  # of a function that stands in a table: what stood there
-_EAGER = "eager_attention_forward"  # each module of transformers has its own, in no table
-_current: list[PackedRow] = []  # whose forward runs, for masks, which do not know their model
+OWNER = "dlora_packed_row"  # an attribute of every module of a model
+_CPU_LENGTHS = 32  # attention is over a multiple of so many: oneDNN keeps kernels of each number
+current: list[PackedRow] = []  # whose forward runs, for masks, which do not know their model
 
 
 @dataclass
@@ -65,8 +63,7 @@ class PackedRow:
         self.now = _Pass()
         self.flash = bool(getattr(model, "_supports_flash_attn", False))
         for module in model.modules():
-            module.__dict__[_OWNER] = self
-        _extend_tables(model)
+            module.__dict__[OWNER] = self
 
     def set(self, lengths: Sequence[int] | None, shape: torch.Size | None) -> None:
         """Set what a batch of this shape [rows, tokens] has in its rows; None: it has no targets.
@@ -114,11 +111,11 @@ class PackedRow:
         if not self.lengths:
             yield
             return
-        _current.append(self)
+        current.append(self)
         try:
             yield
         finally:
-            _current.pop()
+            current.pop()
         if not self.now.attended:
             raise UsageError(
                 "data.packing: the model's attention is not one of transformers' table, so the "
@@ -129,13 +126,13 @@ class PackedRow:
         """The mask that `own` makes of a sequence alone, as a recipe for `attend`."""
         total = sum(self.lengths)
         if how["q_length"] != total or how["kv_length"] != total:
-            return _refuse("its masks are for other things than the tokens of a row")
+            return refuse("its masks are for other things than the tokens of a row")
         made = functools.cache(
             lambda n: own(**how | {"batch_size": 1, "q_length": n, "kv_length": n})
         )
         longest = made(max(self.lengths))
         if longest is not None and not isinstance(longest, Tensor):
-            return _refuse("its attention takes masks that are no tensors")
+            return refuse("its attention takes masks that are no tensors")
         if self.compiled:  # the same kind of recipe for all lengths
             longest = torch.ones((), dtype=torch.bool, device=how["device"])
         if longest is None:  # nor has any shorter one
@@ -152,22 +149,27 @@ class PackedRow:
         mask: Tensor | None,
         how: dict[str, Any],
     ) -> tuple[Tensor, None]:
-        """[1, T, heads, D] by the attention `own` of each sequence [1, heads, n, D] alone."""
+        """[1, T, heads, D] by the attention `own` of each sequence [1, heads, n, D] alone.
+
+        Where it is causal, a CPU gets tokens behind a sequence as well: see `_CPU_LENGTHS`.
+        """
         total = sum(self.lengths)
         if any(x.shape[0] != 1 or x.shape[2] != total for x in qkv):
-            return _refuse("its attention is over other things than the tokens of a row")
+            return refuse("its attention is over other things than the tokens of a row")
         self.now.attended = True
         made = self._recipe(mask)
         if qkv[0].is_cuda and self.flash:
             found = by_torch(self, qkv, mask, how)
             if found is not None:
                 return found, None
+        is_causal = getattr(module, "is_causal", False) and how.get("is_causal") is not False
+        unit = _CPU_LENGTHS if is_causal and qkv[0].device.type == "cpu" else 1
         outputs, start = [], 0
         for n in self.lengths:
-            piece = slice(start, start + n)
+            piece = slice(start, min(start - -n // unit * unit, total))
             parts = [x[:, :, piece] for x in qkv]
             some = {name: _of_piece(value, total, piece) for name, value in how.items()}
-            outputs.append(own(module, *parts, made(n), **some)[0])
+            outputs.append(own(module, *parts, made(parts[0].shape[2]), **some)[0][:, :n])
             start += n
         return torch.cat(outputs, 1), None
 
@@ -190,7 +192,7 @@ class PackedRow:
             return lambda n: None
         found = self.now.masks.get(mask.untyped_storage()._cdata)
         if found is None or mask.shape[-2:] != found[0].shape[-2:]:
-            return _refuse("its class makes masks of its own")
+            return refuse("its class makes masks of its own")
         return found[1]
 
 
@@ -210,11 +212,11 @@ class _Remembered(torch.autograd.Function):
 
 def row_of(model: nn.Module) -> PackedRow | None:
     """The row of a model whose loss knows packed rows."""
-    row: PackedRow | None = getattr(model, _OWNER, None)
+    row: PackedRow | None = getattr(model, OWNER, None)
     return row
 
 
-def _refuse(reason: str) -> Any:
+def refuse(reason: str) -> Any:
     raise UsageError(f"data.packing: this model cannot pack: {reason}; set data.packing: false")
 
 
@@ -223,78 +225,3 @@ def _of_piece(value: Any, total: int, piece: slice) -> Any:
     if isinstance(value, Tensor) and value.ndim > 2 and value.shape[-2:] == (total, total):
         return value[..., piece, piece]
     return value
-
-
-# -- transformers' tables --------------------------------------------------------------------------
-
-
-def _extend_tables(model: nn.Module) -> None:
-    """Let all entries know packed rows; of models that have none they do what they did."""
-    attentions: Any = sys.modules.get("transformers.modeling_utils")
-    masks: Any = sys.modules.get("transformers.masking_utils")
-    if attentions is None or masks is None:
-        return  # then no class of it is here
-    _extend(attentions.ALL_ATTENTION_FUNCTIONS, _attention)
-    _extend(masks.ALL_MASK_ATTENTION_FUNCTIONS, _mask)
-    for name in {type(module).__module__ for module in model.modules()}:
-        own = getattr(sys.modules.get(name), _EAGER, None)
-        if own is not None and not hasattr(own, _ADDED):
-            setattr(sys.modules[name], _EAGER, _attention("eager", own))
-
-
-def _extend(table: Any, extended: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
-    for name, own in list(table.items()):
-        if not hasattr(own, _ADDED):
-            table.register(name, extended(name, own))
-
-
-def _attention(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
-    by_name = f"{name} of {own.__module__}"
-
-    def attend(module: nn.Module, qkv: tuple[Tensor, Tensor, Tensor], mask: Any, **how: Any) -> Any:
-        return attention(module, *qkv, mask, **how)[0]
-
-    @functools.wraps(own)
-    def attention(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any = None,
-        *args: Any,
-        **how: Any,
-    ) -> Any:
-        row = getattr(module, _OWNER, None)
-        if row is not None and row.now.apart and name.startswith("flash"):
-            # Of one row transformers would read all positions on the host, in every layer, to see
-            # whether sequences share it.
-            how.pop("position_ids", None)
-        if torch.compiler.is_compiling():
-            if row is None or not row.compiled:
-                return own(module, query, key, value, attention_mask, *args, **how)
-            return packed_operator.attention(
-                by_name, module, (query, key, value), attention_mask, how
-            ), None
-        if row is None or not row.lengths:
-            return own(module, query, key, value, attention_mask, *args, **how)
-        if args:
-            return _refuse("it calls its attention in a way that is not known")
-        qkv = (query, key, value)
-        if name.startswith("flash"):
-            return row.by_flash_attention(own, module, qkv, how)
-        return row.attend(own, module, qkv, attention_mask, how)
-
-    setattr(attention, _ADDED, own)
-    packed_operator.add_function(by_name, attend)
-    return attention
-
-
-def _mask(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(own)
-    def mask(*args: Any, **how: Any) -> Any:
-        if not _current or args:
-            return own(*args, **how)
-        return _current[-1].mask(own, how)
-
-    setattr(mask, _ADDED, own)
-    return mask

@@ -41,6 +41,9 @@ AT_ONCE = {"cpu": 2, "cuda": 3}
 # What a process takes that no tensor here accounts for. CPU: the interpreter's growth, gloo's
 # buffers, scratch of matrix products. CUDA: context, NCCL's buffers, workspaces of cuBLAS.
 PROCESS = {"cpu": 60 * 10**6, "cuda": 1_200 * 10**6}
+# oneDNN, which multiplies half-precision numbers on a CPU, makes kernels for each shape of a
+# micro-batch and keeps the last 1,024 (measured on a machine with AMX, the demo model).
+KERNELS_OF_A_SHAPE, MOST_KERNELS = 7 * 10**6, 175 * 10**6
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Memory:
             memory; else what they take on the device.
         activations: what a micro-batch takes.
         saving: most that clipping, a step or a save takes between two passes.
-        process: what it takes beside tensors; a constant.
+        process: what it takes beside tensors; a constant, and kernels.
         host: of a node's host memory, what its ranks put there from GPUs; of the node of rank 0,
             which writes checkpoints.
         at_once: freed layers that are gathered at one time.
@@ -144,6 +147,7 @@ def memory_of(
     offsets: int = 0,
     casts: int = 0,
     method: MethodPlan = MethodPlan(),  # noqa: B008 - frozen
+    half: bool = False,
 ) -> Memory:
     """The memory of a rank.
 
@@ -156,6 +160,7 @@ def memory_of(
         offsets: bytes of what adapters have beside `trained`.
         casts: as of `Memory`.
         method: what their method stores.
+        half: W0 is in half precision.
     """
     units = list(units)
     share, size = share_of(workload.optimizer, divided), placement.shard_size
@@ -177,6 +182,8 @@ def memory_of(
     staging = min(STAGING_BYTES, whole + kept) if copies else 0
     keepers = min(KEEPERS, topology.ranks_per_node)
     away = topology.ranks_per_node * (shard * placement.offload + activations.offloaded)
+    kernels = min(workload.shapes * KERNELS_OF_A_SHAPE, MOST_KERNELS)
+    kernels = kernels if half and device == "cpu" else 0
     memory = Memory(
         base_total=sum(unit.nbytes for unit in units),
         base_held=always + (0 if placement.offload and device != "cpu" else shard),
@@ -190,7 +197,7 @@ def memory_of(
         snapshots=copies if device == "cpu" else staging,
         activations=activations,
         saving=max(saving, state.stepping, 2 * (workload.gradient_bytes or 0) * numel),
-        process=PROCESS[device],
+        process=PROCESS[device] + kernels,
         host=0 if device == "cpu" else keepers * copies + written + away,
         at_once=AT_ONCE[device],
     )

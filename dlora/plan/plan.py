@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from dlora.config.recompute import Recompute
@@ -158,6 +159,7 @@ class Subject:
                 casts=self._casts(),
                 device=self.device,
                 method=self._method,
+                half=self._dtype in (torch.bfloat16, torch.float16),
                 **common,
             ),
             traffic=traffic,
@@ -165,13 +167,15 @@ class Subject:
             **common,
         )
 
-    def _casts(self) -> int:
-        """Bytes of the trained tensors in the dtype that the model computes in, if it is another.
-
-        That of W0, of a packed one of what is not packed.
-        """
+    @property
+    def _dtype(self) -> torch.dtype | None:
+        """What the model computes in: that of W0, of a packed one of what is not packed."""
         frozen = (p for p in self.skeleton.parameters() if not p.requires_grad)
-        dtype = next((p.dtype for p in frozen if p.is_floating_point()), None)
+        return next((p.dtype for p in frozen if p.is_floating_point()), None)
+
+    def _casts(self) -> int:
+        """Bytes of the trained tensors in the dtype that the model computes in, if another."""
+        dtype = self._dtype
         others = [p for p in self.trained.values() if dtype is not None and p.dtype != dtype]
         return sum(p.numel() * dtype.itemsize for p in others) if dtype is not None else 0
 

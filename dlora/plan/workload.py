@@ -12,6 +12,7 @@ from dlora.data.collate import PAD_TO, in_eights
 from dlora.data.encode import count_targets
 from dlora.tasks import TASKS
 
+MANY = 1_000  # shapes of the micro-batches of a run that is not measured
 EXACT_SEQUENCES = 50_000  # up to so many every micro-batch of a run is measured, in about a second
 
 
@@ -27,6 +28,7 @@ class Workload:
         targets: most target tokens of a micro-batch; None: every token may be one.
         lengths: of the sequences that share its one row; empty: each has a row of its own.
         gradient_bytes: of an element of the gradients as it is sent; None: its own.
+        shapes: how many numbers of rows and tokens the run's micro-batches have.
     """
 
     rows: int
@@ -37,6 +39,7 @@ class Workload:
     targets: int | None = None
     lengths: tuple[int, ...] = ()
     gradient_bytes: int | None = None
+    shapes: int = 1
 
     def __str__(self) -> str:
         packed = f" ({len(self.lengths)} sequences)" if self.lengths else ""
@@ -63,9 +66,10 @@ def workload_of(
         longest = data.report.longest
     sequences, targets = config.train.global_batch_size, None
     micro_batches, lengths = _of_equal(longest, sequences, world, dealing)
+    shapes = 1 if data is None else MANY
     few = sampler is not None and sampler.sequences(sampler.total_steps) <= EXACT_SEQUENCES
     if data is not None and sampler is not None and few:
-        micro_batches, lengths, targets = _largest(data, sampler, world, dealing)
+        micro_batches, lengths, targets, shapes = _largest(data, sampler, world, dealing)
     shared = dealing.packs and len(lengths) > 1
     return Workload(
         rows=1 if shared else len(lengths),
@@ -76,6 +80,7 @@ def workload_of(
         targets=targets,
         lengths=lengths if shared else (),
         gradient_bytes=2 if config.sharding.reduce_dtype == "bfloat16" else None,
+        shapes=shapes,
     )
 
 
@@ -92,9 +97,10 @@ def _of_equal(
 
 def _largest(
     data: Dataset, sampler: Sampler, world: int, dealing: Dealing
-) -> tuple[int, tuple[int, ...], int]:
-    """(most micro-batches of a step, lengths of the run's largest, most targets of any)."""
+) -> tuple[int, tuple[int, ...], int, int]:
+    """(most micro-batches of a step, lengths of the run's largest, most targets of any, shapes)."""
     lengths, places, most, number = data.lengths, PAD_TO, 0, 1
+    shapes = set[tuple[int, int]]()
     largest: tuple[int, ...] = (PAD_TO,)
     targets_of = cache(lambda i: count_targets(data[i].labels))
     for step in range(sampler.total_steps):
@@ -102,7 +108,8 @@ def _largest(
             number = max(number, len(micros))
             for ids in filter(None, micros):
                 these = tuple(int(lengths[i]) for i in ids)
+                shapes.add((1 if dealing.packs else len(ids), dealing.places(these)))
                 if dealing.places(these) > places:
                     largest, places = these, dealing.places(these)
                 most = max(most, sum(map(targets_of, ids)))
-    return number, largest, most
+    return number, largest, most, len(shapes)
