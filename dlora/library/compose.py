@@ -227,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--format",
-        choices=sorted(FORMATS),
+        choices=sorted({*FORMATS} - {"labelled"}),  # of classifications
         help="layout of the records of --search (default: chat)",
     )
     add(

@@ -62,7 +62,8 @@ def cat(parts: Sequence[Part], how: How) -> Product:
 
 def svd(parts: Sequence[Part], how: How) -> Product:
     """The best rank k of the sum."""
-    summed = cat(parts, how)
+    wide = [part._replace(A=part.A.double(), B=part.B.double()) for part in parts]
+    summed = cat(wide, how)
     return truncate_product(summed.A, summed.B, how.rank)
 
 
