@@ -34,16 +34,17 @@ def main(argv: list[str]) -> int:
     _check_options(args)
     named = [_entry(word, args.search is not None) for word in args.adapters]
     library = Library(Path(args.library)) if args.library else None
-    adapters = [read_adapter(_directory(name, library)) for name, _ in named]
+    found = [_place(name, library) for name, _ in named]
+    adapters = [read_adapter(place) for place, _ in found]
     _check_different([name for name, _ in named], adapters)
     target = new_target(args.to, *(adapter.directory for adapter in adapters))
-    base = _base(args.base, adapters)
+    base = _base(args.base, adapters, [base for _, base in found])
     weights = [weight for _, weight in named]
     how = {"rank": args.rank, "density": args.density or DENSITY, "seed": args.seed or SEED}
     try:
-        found = _weights(args, adapters, weights, base, target)
-        composition = Composition(adapters, found, args.method, **how)
-        check_weights([(name, w) for (name, _), w in zip(named, found, strict=True)])
+        values = _weights(args, adapters, weights, base, target)
+        composition = Composition(adapters, values, args.method, **how)
+        check_weights([(name, w) for (name, _), w in zip(named, values, strict=True)])
         _announce(composition)
         write_result(composition, target, base, print)
     except OSError as error:
@@ -90,10 +91,10 @@ def _entry(word: str, is_searched: bool) -> tuple[str, float | None]:
     return name, weight
 
 
-def _directory(name: str, library: Library | None) -> str | Path:
-    """Where the adapter `name` is: a directory, or a name in the library."""
+def _place(name: str, library: Library | None) -> tuple[str | Path, Base | None]:
+    """Where the adapter `name` is, a directory or a name in the library, which knows its base."""
     if library is None or (found := library.find(name)) is None:
-        return name
+        return name, None
     if Path(name).expanduser().exists():
         raise UsageError(
             f"--adapters: {name} is a directory here and a name in {library.directory}; write "
@@ -114,9 +115,14 @@ def _check_different(names: Sequence[str], adapters: Sequence[StoredAdapter]) ->
         seen[place] = name
 
 
-def _base(override: str | None, adapters: Sequence[StoredAdapter]) -> Base:
+def _base(
+    override: str | None, adapters: Sequence[StoredAdapter], known: Sequence[Base | None]
+) -> Base:
     """The one base of the adapters; prints how it is known."""
-    bases = {str(adapter.directory): base_of(adapter.directory, adapter.settings) for adapter in adapters}
+    bases = {
+        str(adapter.directory): base or base_of(adapter.directory, adapter.settings)
+        for adapter, base in zip(adapters, known, strict=True)
+    }
     if override is not None:
         bases = {name: Base(override, None, base.identity) for name, base in bases.items()}
     base = common_base(bases)

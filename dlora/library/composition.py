@@ -61,8 +61,8 @@ class Composition:
     _last: tuple[str, tuple[Tensor, Tensor]] | None = None
 
     def __post_init__(self) -> None:
-        for adapter in self.adapters:
-            for other in self.adapters:
+        for number, adapter in enumerate(self.adapters):
+            for other in self.adapters[:number]:
                 named = (str(other.directory), other.shapes, str(adapter.directory), adapter.shapes)
                 check_shapes(*named)
             for path, place in adapter.places.items():

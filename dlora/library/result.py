@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlora.adapters.peft_format import NO_TARGETS
 from dlora.adapters.peft_names import PREFIX
 from dlora.adapters.write import CONFIG, WEIGHTS, recorded_name
 from dlora.errors import UsageError
@@ -125,7 +126,7 @@ def _targets(composition: Composition) -> dict[str, Any]:
     ):
         return {"target_modules": sorted({name for some in names for name in some})}
     layers = [path for path, place in composition.places.items() if not place.parameters]
-    return {"target_modules": "|".join(re.escape(path) for path in layers)}
+    return {"target_modules": "|".join(re.escape(path) for path in layers) or NO_TARGETS}
 
 
 def _common(adapters: Sequence[StoredAdapter], key: str) -> Any:

@@ -13,6 +13,7 @@ lock.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,11 +31,19 @@ from dlora.library.describe import data_of, metrics_of, parents_of
 from dlora.library.index import INDEX, Entry, Index, State, Version, read_index
 from dlora.library.objects import OBJECTS, Objects
 from dlora.library.result import BESIDE, COMPOSITION
-from dlora.library.same_base import Base, base_of, check_same, check_shapes, with_identity
+from dlora.library.same_base import (
+    Base,
+    base_of,
+    base_of_record,
+    check_same,
+    check_shapes,
+    with_identity,
+)
 from dlora.library.stored import check_directory, sha256_of, shapes_in
 from dlora.runtime.run_lock import NAME, RunLock
 
 FILES = (CONFIG, WEIGHTS, COMPOSITION, "README.md", *BESIDE)  # of an adapter
+PATIENCE_SECONDS = 10.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -76,8 +85,8 @@ class Library:
             return f"{self.directory}: has lost its {INDEX}; its objects are there, unchanged"
         return f"{self.directory}: has no {INDEX}, so it is no library of adapters"
 
-    def find(self, name: str) -> Path | None:
-        """The directory of `NAME` or `NAME@VERSION`, checked; None: the library has no such name.
+    def find(self, name: str) -> tuple[Path, Base] | None:
+        """The directory of `NAME` or `NAME@VERSION`, checked, and its base; None: there is none.
 
         Raises:
             UsageError: the version is not there, or its files are not what was added.
@@ -85,7 +94,8 @@ class Library:
         index = self.index()
         if name.partition("@")[0] not in index.adapters:
             return None
-        return self.objects.checked(*self.version(index, name))
+        name, version = self.version(index, name)
+        return self.objects.checked(name, version), base_of_record(version.base)
 
     def version(self, index: Index, name: str) -> tuple[str, Version]:
         """The name and the version that `NAME` (the active one) or `NAME@VERSION` means."""
@@ -231,8 +241,7 @@ class Library:
             raise UsageError(self._no_index())
         if not exists and _is_foreign(self.directory):
             raise UsageError(f"{self.directory}: is not empty, and no library; name a new directory")
-        lock = RunLock(self.directory, key="library")
-        lock.take()
+        lock = self._locked()
         try:
             # What another process wrote until now counts, so it is read under the lock.
             there = (self.directory / INDEX).is_file()
@@ -250,6 +259,18 @@ class Library:
             ) from error
         finally:
             lock.release()
+
+    def _locked(self) -> RunLock:
+        """The lock of the library; others write for moments only, so it is waited for."""
+        until = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            lock = RunLock(self.directory, key="library")
+            try:
+                lock.take()
+                return lock
+            except UsageError:
+                if time.monotonic() > until:
+                    raise
 
     def _base(self, source: Path, override: str | None) -> Base:
         base = base_of(source, read_object(inside(source, CONFIG)))

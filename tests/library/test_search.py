@@ -57,6 +57,7 @@ def test_the_objective_is_the_loss_of_that_mix(two, saved_models, tmp_path, monk
         return minimum(each, *rest)
 
     monkeypatch.setattr(search, "minimum", watched)
+    monkeypatch.setattr("dlora.cli.native_dtype", lambda _: "float32")  # on any machine
     mix = ["--adapters", *map(str, two), "--method", "svd", "--to", str(tmp_path / "made")]
     assert main([*mix, "--search", str(chats), "--budget", "7", "--seed", "3"]) == 0
     best, least = min(tried, key=lambda one: one[1])
@@ -101,7 +102,6 @@ def test_examples_that_cannot_be_read(two, tmp_path, no_weights_are_read):
     (tmp_path / "bad.jsonl").write_text("{}\n")
     mix = ["--adapters", *map(str, two), "--method", "cat", "--to", str(tmp_path / "made")]
     for file, message in (("nix.jsonl", "nix.jsonl"), ("bad.jsonl", "bad.jsonl:1")):
-        with pytest.raises(UsageError, match=message) as refused:
+        with pytest.raises(UsageError, match=message):
             main([*mix, "--search", str(tmp_path / file)])
-        assert "--search" in str(refused.value)
     assert {path.name for path in tmp_path.iterdir()} == {"bad.jsonl"}
