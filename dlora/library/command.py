@@ -1,12 +1,12 @@
 """`dlora library`: adapters of one base on disk, with versions, history and the one that is active.
 
-    dlora library add LIB DIR --name N      the next version of N, active from now on
-    dlora library list LIB                  a line for each name
-    dlora library show LIB N                versions, where they come from, history
-    dlora library diff LIB A [B]            settings, shapes, norms
-    dlora library activate LIB N VERSION    lets others read that version
-    dlora library rollback LIB N            back to the state before
-    dlora library remove LIB N              takes the name out; rollback brings it back
+dlora library add LIB DIR --name N      the next version of N, active from now on
+dlora library list LIB                  a line for each name
+dlora library show LIB N                versions, where they come from, history
+dlora library diff LIB A [B]            settings, shapes, norms
+dlora library activate LIB N VERSION    lets others read that version
+dlora library rollback LIB N            back to the state before
+dlora library remove LIB N              takes the name out; rollback brings it back
 """
 
 from __future__ import annotations
@@ -156,14 +156,16 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[..., None], meaning: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=meaning, description=meaning, allow_abbrev=False)
+        added = commands.add_parser(name, help=meaning, description=meaning)
         added.set_defaults(run=run)
         added.add_argument("library", metavar="LIB", help="directory of the library")
         return added
 
     add = command("add", _add, "add an adapter as the next version of a name")
     add.add_argument("adapter", metavar="DIR", help="directory of PEFT's files")
-    add.add_argument("--name", required=True, metavar="N", help="its name in the library (required)")
+    add.add_argument(
+        "--name", required=True, metavar="N", help="its name in the library (required)"
+    )
     add.add_argument("--tag", action="append", default=[], metavar="TAG", help="may be repeated")
     add.add_argument(
         "--metric",

@@ -133,7 +133,9 @@ class Composition:
 
     def lost(self) -> dict[str, float]:
         """{path: the share of the energy that truncation lost}; of no energy, none is lost."""
-        return {path: lost / energy if energy else 0.0 for path, (lost, energy) in self.energies.items()}
+        return {
+            path: lost / energy if energy else 0.0 for path, (lost, energy) in self.energies.items()
+        }
 
     def _seed(self, adapter: StoredAdapter, path: str, expert: int) -> str:
         if self.method not in RANDOM:
@@ -166,7 +168,7 @@ def check_weights(named: Sequence[tuple[str, float]]) -> None:
 
 
 def _check_alike(one: Place, other: Place) -> None:
-    """Raise a `UsageError` unless two adapters mean the same weight by a path, in the same layout."""
+    """Raise a `UsageError` unless two adapters mean the same weight, in one layout, by a path."""
     if one.parameters != other.parameters:
         raise UsageError(
             f"{other.B.file}: adapts {', '.join(other.parameters) or 'the layer'} of {other.path}, "

@@ -1,10 +1,10 @@
 """What a library records of an adapter beside its files: read where its run left it.
 
-    <run>/adapter/          the adapter         its base, r, targets
-    <run>/checkpoints/      state.json          identity of the base, fingerprint of the data
-    <run>/metrics.jsonl                         the last loss, and the last held-out figures
-    <run>/config.yaml       adapter.path        the adapter that training began with
-    composition.json        beside the adapter  the adapters of a mix
+<run>/adapter/          the adapter         its base, r, targets
+<run>/checkpoints/      state.json          identity of the base, fingerprint of the data
+<run>/metrics.jsonl                         the last loss, and the last held-out figures
+<run>/config.yaml       adapter.path        the adapter that training began with
+composition.json        beside the adapter  the adapters of a mix
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Formulas of composition, on whole plain tensors: one adapter's A [k, n] and B [m, k] from several.
+"""Formulas of composition, on whole plain tensors: A [k, n] and B [m, k] from several adapters.
 
 Of adapter i: its weight wᵢ, its update Dᵢ = sᵢ·Bᵢ·Aᵢ [m, n], Aᵢ [rᵢ, n], Bᵢ [m, rᵢ].
 
-    cat       A = [wᵢ·sᵢ·Aᵢ] stacked, B = [Bᵢ] side by side                 exactly Σ wᵢ·Dᵢ, rank Σ rᵢ
+    cat       A = [wᵢ·sᵢ·Aᵢ] stacked, B = [Bᵢ] side by side: exactly Σ wᵢ·Dᵢ, k = Σ rᵢ
     svd       the best rank k of Σ wᵢ·Dᵢ
     ties_svd  the best rank k of T(D₁, …)
     dare_svd  the best rank k of Σ wᵢ·M(Dᵢ)
-    linear    A = Σ ±√|wᵢ·sᵢ|·Aᵢ, B = Σ √|wᵢ·sᵢ|·Bᵢ                       cross terms √(wᵢwⱼ)·BᵢAⱼ
+    linear    A = Σ ±√|wᵢ·sᵢ|·Aᵢ, B = Σ √|wᵢ·sᵢ|·Bᵢ: with cross terms √(wᵢwⱼ)·BᵢAⱼ
     ties      T of the Aᵢ, and T of the Bᵢ, with those weights
     dare      Σ ±√|wᵢ·sᵢ|·M(Aᵢ), and so of B
 
@@ -74,7 +74,10 @@ def ties_svd(parts: Sequence[Part], how: How) -> Product:
     weights = [part.weight for part in parts]
     for rows in _row_blocks(D):
         D[rows] = merge_signs(
-            [_trimmed(_update(part, rows), limit) for part, limit in zip(parts, limits, strict=True)],
+            [
+                _trimmed(_update(part, rows), limit)
+                for part, limit in zip(parts, limits, strict=True)
+            ],
             weights,
         )
     return truncate_matrix(D, how.rank)

@@ -1,7 +1,7 @@
 """The files of a library: objects by their content, and links to those that are active.
 
-    objects/<id>/     the files of one adapter; id is that of `Version.object`
-    active/<name>     a link to one of them
+objects/<id>/     the files of one adapter; id is that of `Version.object`
+active/<name>     a link to one of them
 """
 
 from __future__ import annotations

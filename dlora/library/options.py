@@ -11,7 +11,9 @@ def whole(least: int = 1):
 
     def number(word: str) -> int:
         if not word.isdecimal() or int(word) < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, not {word!r}")
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number of at least {least}, not {word!r}"
+            )
         return int(word)
 
     return number

@@ -1,8 +1,8 @@
 """The files of a composed adapter: PEFT's two, written one matrix at a time, and how it was made.
 
-    adapter_config.json, adapter_model.safetensors    a plain LoRA of scale 1, float32
-    composition.json                                  method, adapters by path and hash, weights
-    chat_template.jinja, …                            what all adapters have beside them, alike
+adapter_config.json, adapter_model.safetensors    a plain LoRA of scale 1, float32
+composition.json                                  method, adapters by path and hash, weights
+chat_template.jinja, …                            what all adapters have beside them, alike
 """
 
 from __future__ import annotations
@@ -99,9 +99,7 @@ def settings_of(composition: Composition, base: Base) -> dict[str, Any]:
     return settings | ({"target_parameters": parameters} if parameters else {})
 
 
-def carried(
-    adapters: Sequence[StoredAdapter], announce: Callable[[str], None]
-) -> dict[str, bytes]:
+def carried(adapters: Sequence[StoredAdapter], announce: Callable[[str], None]) -> dict[str, bytes]:
     """{name: content} of the files beside the adapters that all of them have alike."""
     found: dict[str, bytes] = {}
     for name in BESIDE:
@@ -117,7 +115,7 @@ def carried(
 def _targets(composition: Composition) -> dict[str, Any]:
     """Settings that select exactly the union of what the adapters adapt."""
     adapters = composition.adapters
-    chosen = [{key: a.settings.get(key) for key in _SELECTION} for a in adapters]
+    chosen: list[Any] = [{key: a.settings.get(key) for key in _SELECTION} for a in adapters]
     if all(one == chosen[0] for one in chosen):
         return {key: value for key, value in chosen[0].items() if value is not None}
     names = [one["target_modules"] for one in chosen]

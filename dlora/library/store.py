@@ -240,7 +240,9 @@ class Library:
         if not exists and (new is None or (self.directory / OBJECTS).exists()):
             raise UsageError(self._no_index())
         if not exists and _is_foreign(self.directory):
-            raise UsageError(f"{self.directory}: is not empty, and no library; name a new directory")
+            raise UsageError(
+                f"{self.directory}: is not empty, and no library; name a new directory"
+            )
         lock = self._locked()
         try:
             # What another process wrote until now counts, so it is read under the lock.
@@ -288,9 +290,7 @@ class Library:
                 known.path or base.path, known.revision, known.identity or base.identity
             )
 
-    def _parents(
-        self, index: Index, source: Path, given: Sequence[str]
-    ) -> list[dict[str, Any]]:
+    def _parents(self, index: Index, source: Path, given: Sequence[str]) -> list[dict[str, Any]]:
         if given:
             found = [self.version(index, name) for name in given]
             return [{"name": name, "version": version.number} for name, version in found]

@@ -1,4 +1,4 @@
-"""An adapter's directory as matrices: for each adapted weight A and B, read when they are asked for.
+"""An adapter's directory as matrices: A and B of each adapted weight, read when they are asked for.
 
     linear, embedding      A [r, n]          B [m, r]            ΔW = s·B·A
     convolution            A [r, c, *k]      B [m, r, 1, …]      n = c·∏k
@@ -93,9 +93,7 @@ class StoredAdapter:
     @property
     def shapes(self) -> dict[str, list[int]]:
         """{path: [m, n]}, as `shapes_in` has them."""
-        return {
-            path: [place.B.shape[0], *place.A.shape[1:]] for path, place in self.places.items()
-        }
+        return {path: [place.B.shape[0], *place.A.shape[1:]] for path, place in self.places.items()}
 
     @cached_property
     def digest(self) -> str:
@@ -174,9 +172,7 @@ def check_directory(directory: Path, option: str) -> None:
     raise UsageError(f"{option}: {directory} has no {CONFIG}{hint}")
 
 
-def _check_none_whole(
-    directory: Path, config: LoraConfig, others: dict[str, StoredTensor]
-) -> None:
+def _check_none_whole(directory: Path, config: LoraConfig, others: dict[str, StoredTensor]) -> None:
     """Check that what is neither A nor B are copies of the frozen base."""
     heads = (*config.modules_to_save, *HEADS.get(config.task_type or "", ()))
     for key in others:

@@ -1,10 +1,10 @@
 """The best approximation of rank k: D ≈ B·A with B = U_k·S_k [m, k] and A = V_kᵀ [k, n].
 
     of Σ wᵢ·sᵢ·Bᵢ·Aᵢ   QR([B₁ …]) = Q_B·R_B,  QR([w₁s₁A₁; …]ᵀ) = Q_A·R_A,  SVD(R_B·R_Aᵀ)   (m+n)·R²
-    of a dense D       eigenvectors of the smaller of D·Dᵀ and Dᵀ·D                       m·n·min(m, n)
+    of a dense D       eigenvectors of the smaller of D·Dᵀ and Dᵀ·D                  m·n·min(m, n)
 
-Energy lost: Σ_{i>k} σᵢ² / Σ σᵢ², which is ‖D − B·A‖² / ‖D‖² (Eckart and Young 1936). Signs are those
-that make the largest entry of each column of B positive, so that files are reproducible.
+Energy lost: Σ_{i>k} σᵢ² / Σ σᵢ², which is ‖D − B·A‖² / ‖D‖² (Eckart and Young 1936). Signs are
+those that make the largest entry of each column of B positive, so that files are reproducible.
 
 Both are computed in float64. An eigenvalue σ² of D·Dᵀ is exact to 1e-16·σ₁², so a σ of 1e-6·σ₁ to
 1e-4, which is below what float32 stores of D.

@@ -29,33 +29,60 @@ MISTAKES = {  # the words behind `--to out`; what the message says
     "twice": (["--method", "cat", "--adapters", "a=1", "./a=2"], "a and ./a are one adapter"),
     "gone": (["--method", "cat", "--adapters", "nix=1"], "directory nix does not exist"),
     "run": (["--method", "cat", "--adapters", "run=1"], "did you mean run/adapter?"),
-    "checkpoint": (["--method", "cat", "--adapters", "step=1"], "step is a checkpoint; `dlora export"),
+    "checkpoint": (
+        ["--method", "cat", "--adapters", "step=1"],
+        "step is a checkpoint; `dlora export",
+    ),
     "method": (["--method", "mean", "--adapters", "a=1"], "--method: invalid choice: 'mean'"),
     "rank": (["--method", "cat", "--adapters", "a=1", "--rank", "2"], "--rank cannot act with"),
     "no rank": (["--method", "svd", "--adapters", "a=1", "--rank", "0"], "at least 1, not '0'"),
-    "density": (["--method", "svd", "--adapters", "a=1", "--density", ".5"], "--density cannot act"),
-    "share": (["--method", "ties", "--adapters", "a=1", "--density", "1.5"], "at most 1, not '1.5'"),
+    "density": (
+        ["--method", "svd", "--adapters", "a=1", "--density", ".5"],
+        "--density cannot act",
+    ),
+    "share": (
+        ["--method", "ties", "--adapters", "a=1", "--density", "1.5"],
+        "at most 1, not '1.5'",
+    ),
     "seed": (["--method", "ties", "--adapters", "a=1", "--seed", "1"], "--seed cannot act with"),
-    "budget": (["--method", "cat", "--adapters", "a=1", "--budget", "3"], "cannot act without --search"),
+    "budget": (
+        ["--method", "cat", "--adapters", "a=1", "--budget", "3"],
+        "cannot act without --search",
+    ),
     "fixed": (
         ["--method", "cat", "--adapters", "a=1", "--search", "x"],
         "--search: every adapter has a weight",
     ),
-    "target": (["--method", "cat", "--adapters", "a=1", "--to", "a"], "--to: a is the adapter itself"),
+    "target": (
+        ["--method", "cat", "--adapters", "a=1", "--to", "a"],
+        "--to: a is the adapter itself",
+    ),
     "full": (["--method", "cat", "--adapters", "a=1", "--to", "run"], "--to: run is not empty"),
     "base": (["--method", "cat", "--adapters", "a=1", "other=1"], "--base PATH says that both"),
-    "shape": (["--method", "cat", "--adapters", "a=1", "wide=1"], "q_proj is [64, 64], not [40, 40]"),
+    "shape": (
+        ["--method", "cat", "--adapters", "a=1", "wide=1"],
+        "q_proj is [64, 64], not [40, 40]",
+    ),
     "ranks": (["--method", "linear", "--adapters", "a=1", "b=1"], "which needs equal r"),
     "dora": (["--method", "cat", "--adapters", "a=1", "dora=1"], "dora: is a DoRA (use_dora)"),
-    "whole": (["--method", "cat", "--adapters", "a=1", "whole=1"], "trains model.norm whole (modules_to_save)"),
+    "whole": (
+        ["--method", "cat", "--adapters", "a=1", "whole=1"],
+        "trains model.norm whole (modules_to_save)",
+    ),
     "bias": (["--method", "cat", "--adapters", "a=1", "bias=1"], "bias: 'all' is not supported"),
     "ia3": (["--method", "cat", "--adapters", "ia3=1"], "peft_type is 'IA3'"),
-    "not finite": (["--method", "cat", "--adapters", "broken=1"], "contains NaN or infinite values"),
+    "not finite": (
+        ["--method", "cat", "--adapters", "broken=1"],
+        "contains NaN or infinite values",
+    ),
     "half": (["--method", "cat", "--adapters", "half=1"], "it needs one A and one B"),
     "cut": (["--method", "cat", "--adapters", "cut=1"], "is damaged or not a safetensors file"),
     "task": (["--method", "cat", "--adapters", "a=1", "task=1"], "task_type is"),
     "copies": (["--method", "cat", "--adapters", "e=1", "f=1"], "they are adapters of two bases"),
-    "no library": (["--method", "cat", "--adapters", "x=1", "--library", "a"], "is no library of adapters"),
+    "no library": (
+        ["--method", "cat", "--adapters", "x=1", "--library", "a"],
+        "is no library of adapters",
+    ),
 }
 
 
@@ -139,7 +166,8 @@ def test_one_base_in_two_places(site, saved_models, tmp_path, monkeypatch, capsy
         shutil.copytree(saved_models("llama"), tmp_path / name)
         shutil.copytree(site / "a", tmp_path / f"of-{name}")
         edit_json(
-            tmp_path / f"of-{name}/adapter_config.json", base_model_name_or_path=str(tmp_path / name)
+            tmp_path / f"of-{name}/adapter_config.json",
+            base_model_name_or_path=str(tmp_path / name),
         )
         if seed is not None:
             model = whole(tmp_path / name)

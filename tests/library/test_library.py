@@ -29,7 +29,11 @@ def adapters(saved_models, tmp_path_factory) -> list[Path]:
     root = tmp_path_factory.mktemp("adapters")
     return [
         save_random(
-            whole(saved_models("llama")), root / f"adapter-{i}", i, r=2 + i, target_modules=["q_proj"]
+            whole(saved_models("llama")),
+            root / f"adapter-{i}",
+            i,
+            r=2 + i,
+            target_modules=["q_proj"],
         )
         for i in range(3)
     ]
@@ -134,17 +138,40 @@ def test_what_is_known_of_an_adapter_is_shown(library, adapters, saved_models, t
     state = {"data": {"fingerprint": "f00d"}, "base": identity}
     (run_directory / "checkpoints/step-000002").mkdir(parents=True)
     (run_directory / "checkpoints/step-000002/state.json").write_text(json.dumps(state))
-    run("add", library, run_directory / "adapter", "--name", "a", "--tag", "x", "--metric", "f1=0.5")
+    run(
+        "add", library, run_directory / "adapter", "--name", "a", "--tag", "x", "--metric", "f1=0.5"
+    )
     edited = Path(shutil.copytree(adapters[1], tmp_path / "edited"))
     run("add", library, edited, "--name", "b", "--parent", "a")
-    assert compose(
-        ["--library", str(library), "--adapters", "a=0.5", "b@1=-1", "--method", "cat", "--to", str(tmp_path / "mix")]
-    ) == 0
+    assert (
+        compose(
+            [
+                "--library",
+                str(library),
+                "--adapters",
+                "a=0.5",
+                "b@1=-1",
+                "--method",
+                "cat",
+                "--to",
+                str(tmp_path / "mix"),
+            ]
+        )
+        == 0
+    )
     run("add", library, tmp_path / "mix", "--name", "mix")
     capsys.readouterr()
     run("show", library, "a")
     shown = capsys.readouterr().out
-    for wanted in ("a@1 (active)", "f00d", "eval_loss 2.5", "loss 2", "f1 0.5", "tags    x", identity[:12]):
+    for wanted in (
+        "a@1 (active)",
+        "f00d",
+        "eval_loss 2.5",
+        "loss 2",
+        "f1 0.5",
+        "tags    x",
+        identity[:12],
+    ):
         assert wanted in shown
     run("show", library, "b@1")
     assert "from    a@1\n" in capsys.readouterr().out
@@ -175,7 +202,9 @@ def test_a_difference_is_that_of_the_updates(library, adapters, saved_models, ca
 def test_an_adapter_of_another_base(library, adapters, saved_models, tmp_path):
     run("add", library, adapters[0], "--name", "n")
     before = everything(library)
-    other = save_random(whole(saved_models("wide")), tmp_path / "other", 0, target_modules=["q_proj"])
+    other = save_random(
+        whole(saved_models("wide")), tmp_path / "other", 0, target_modules=["q_proj"]
+    )
     assert "is an adapter of" in refused("add", library, other, "--name", "n")
     edit_json(other / "adapter_config.json", base_model_name_or_path=None)
     assert "another base" in refused("add", library, other, "--name", "n")
@@ -211,7 +240,9 @@ def test_what_is_no_library(adapters, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes.txt").touch()
     assert "no library of adapters" in refused("list", tmp_path / "nix")
-    assert "not empty, and no library" in refused("add", tmp_path / "full", adapters[0], "--name", "n")
+    assert "not empty, and no library" in refused(
+        "add", tmp_path / "full", adapters[0], "--name", "n"
+    )
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]
     assert "has no adapter_config.json" in refused("add", tmp_path / "new", tmp_path, "--name", "n")
     assert not (tmp_path / "new").exists()
@@ -230,7 +261,10 @@ TORN = {
     "version": (lambda lib: edit_json(lib / "library.json", format=9), "has format 9"),
     "no index": (lambda lib: (lib / "library.json").unlink(), "has lost its library.json"),
     "object": (lambda lib: shutil.rmtree(next((lib / "objects").iterdir())), "missing"),
-    "file": (lambda lib: cut(next((lib / "objects").glob("*/*.safetensors"))), "is not what was added"),
+    "file": (
+        lambda lib: cut(next((lib / "objects").glob("*/*.safetensors"))),
+        "is not what was added",
+    ),
     "outside": (
         lambda lib: edit_json(lib / "library.json", adapters=with_file(lib, "../../x")),
         "is damaged",
@@ -251,12 +285,25 @@ def test_a_torn_library_is_one_line_and_stays(torn, library, adapters):
     tear(library)
     before = everything(library)
     assert message in refused("show", library, "n")
-    calls = [["diff", library, "n", "n"], ["remove", library, "n"], ["add", library, adapters[1], "--name", "n"]]
+    calls = [
+        ["diff", library, "n", "n"],
+        ["remove", library, "n"],
+        ["add", library, adapters[1], "--name", "n"],
+    ]
     for words in calls[:1] if torn in ("object", "file") else calls:
         refused(*words)
     with pytest.raises(UsageError):
         compose(
-            ["--library", str(library), "--adapters", "n=1", "--method", "cat", "--to", str(library) + "-out"]
+            [
+                "--library",
+                str(library),
+                "--adapters",
+                "n=1",
+                "--method",
+                "cat",
+                "--to",
+                str(library) + "-out",
+            ]
         )
     assert everything(library) == before
 

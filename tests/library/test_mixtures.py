@@ -1,8 +1,8 @@
 """The formulas: golden cases, float64, PEFT's own functions, and what must not matter."""
 
 import math
-from contextlib import nullcontext
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -74,7 +74,9 @@ def test_svd_is_the_best_of_its_rank(k):
     made = METHODS["svd"](mix, How(k, 1.0))
     S = torch.linalg.svdvals(D)
     assert apart(value(made), best(D, k)) < 1e-6
-    assert made.lost / made.energy == pytest.approx(float(S[k:].square().sum() / S.square().sum()), abs=1e-12)
+    assert made.lost / made.energy == pytest.approx(
+        float(S[k:].square().sum() / S.square().sum()), abs=1e-12
+    )
     assert apart(value(made), D) == pytest.approx(math.sqrt(made.lost / made.energy), abs=1e-6)
 
 
@@ -86,7 +88,9 @@ def test_a_dense_matrix_is_truncated_as_by_svd(shape, k):
     made = truncate_matrix(D.clone(), k)
     S = torch.linalg.svdvals(D.double())
     assert apart(value(made), best(D, k)) < 1e-6
-    assert made.lost / made.energy == pytest.approx(float(S[k:].square().sum() / S.square().sum()), abs=1e-12)
+    assert made.lost / made.energy == pytest.approx(
+        float(S[k:].square().sum() / S.square().sum()), abs=1e-12
+    )
     torch.testing.assert_close(made.A @ made.A.t(), torch.eye(k), atol=1e-6, rtol=0)
 
 
@@ -101,7 +105,10 @@ def _factors(r: int) -> tuple[Tensor, Tensor]:
 
 
 def test_nothing_is_truncated_to_nothing():
-    for made in (truncate_matrix(torch.zeros(M, N), 2), truncate_product(torch.zeros(3, N), torch.zeros(M, 3), 2)):
+    for made in (
+        truncate_matrix(torch.zeros(M, N), 2),
+        truncate_product(torch.zeros(3, N), torch.zeros(M, 3), 2),
+    ):
         assert made.lost == made.energy == 0
         assert value(made).abs().max() == 0 and made.A.isfinite().all()
 
@@ -137,7 +144,9 @@ def test_dare_of_updates_has_their_elements():
     made = METHODS["dare_svd"]([part], How(min(M, N), 0.4))
     ratio = value(made) / (0.7 * update(part))
     is_kept = ratio > 1
-    torch.testing.assert_close(ratio[is_kept], torch.full_like(ratio[is_kept], 2.5), atol=1e-2, rtol=0)
+    torch.testing.assert_close(
+        ratio[is_kept], torch.full_like(ratio[is_kept], 2.5), atol=1e-2, rtol=0
+    )
     assert float(ratio[~is_kept].abs().max()) < 1e-2
     assert 0.3 < float(is_kept.double().mean()) < 0.5
 
@@ -155,7 +164,8 @@ def test_factors_of_the_same_update(method):
     mix = parts(0.7, -0.3, 1.2)
     gauges = [torch.tensor([[2.0, 1.0], [-1.0, 1.0 + i]]) for i in range(3)]
     gauged = [
-        p._replace(A=torch.linalg.solve(R, p.A), B=p.B @ R) for p, R in zip(mix, gauges, strict=True)
+        p._replace(A=torch.linalg.solve(R, p.A), B=p.B @ R)
+        for p, R in zip(mix, gauges, strict=True)
     ]
     one, other = (value(METHODS[method](each, HOW)) for each in (mix, gauged))
     if method in ON_FACTORS:

@@ -1,4 +1,4 @@
-"""Weights by examples: the objective beside transformers' loss, and the optimizer on a known one."""
+"""Weights by examples: the objective beside transformers' loss, and where its minimum is found."""
 
 import json
 from pathlib import Path
@@ -23,13 +23,20 @@ def test_the_minimum_is_found_inside_the_bounds():
     found = search.minimum(objective, 3, 300, 0, cma)
     assert found == pytest.approx((0.8, -0.4, 1.5), abs=0.05)
     assert found == search.minimum(objective, 3, 300, 0, cma)
-    assert search.minimum(lambda p: abs(p[0] - 0.5), 1, 60, 0, cma) == pytest.approx((0.5,), abs=0.1)
+    assert search.minimum(lambda p: abs(p[0] - 0.5), 1, 60, 0, cma) == pytest.approx(
+        (0.5,), abs=0.1
+    )
 
 
 def test_the_budget_is_what_is_tried():
     for budget in (1, 2, 7, 20):
-        tried = []
-        search.minimum(lambda point, tried=tried: tried.append(point) or 0.0, 2, budget, 0, cma)
+        tried: list[tuple[float, ...]] = []
+
+        def objective(point, tried=tried):
+            tried.append(point)
+            return sum((x - 0.3) ** 2 for x in point)
+
+        search.minimum(objective, 2, budget, 0, cma)
         assert len(tried) == budget
         assert tried[0] == (0.0, 0.0)
 
@@ -39,7 +46,14 @@ def two(saved_models, tmp_path_factory) -> list[Path]:
     root = tmp_path_factory.mktemp("two")
     fresh = lambda: whole(saved_models("llama"))  # noqa: E731
     return [
-        save_random(fresh(), root / str(i), i, r=2 + i, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+        save_random(
+            fresh(),
+            root / str(i),
+            i,
+            r=2 + i,
+            target_modules=["q_proj", "up_proj"],
+            task_type="CAUSAL_LM",
+        )
         for i in range(2)
     ]
 
@@ -70,7 +84,7 @@ def test_the_objective_is_the_loss_of_that_mix(two, saved_models, tmp_path, monk
 
 
 def loss_of(adapters, weights, chats: Path, saved_models, to: Path) -> float:
-    """Σ cross entropy / Σ targets by PEFT and transformers; the answers and their ends are targets."""
+    """Σ cross entropy / Σ targets by PEFT and transformers, of the answers with their ends."""
     model, text = whole(saved_models("llama")), tokenizer()
     if any(weights):
         model = loaded(model, composed(to, "cat", adapters, weights))
@@ -91,7 +105,15 @@ def loss_of(adapters, weights, chats: Path, saved_models, to: Path) -> float:
 
 def test_a_weight_that_is_given_stays(two, tmp_path):
     chats = save_chats(tmp_path / "chats.jsonl", 3)
-    mix = ["--adapters", f"{two[0]}=0.5", str(two[1]), "--method", "cat", "--to", str(tmp_path / "made")]
+    mix = [
+        "--adapters",
+        f"{two[0]}=0.5",
+        str(two[1]),
+        "--method",
+        "cat",
+        "--to",
+        str(tmp_path / "made"),
+    ]
     assert main([*mix, "--search", str(chats), "--budget", "3"]) == 0
     [first, _] = json.loads((tmp_path / "made/composition.json").read_text())["adapters"]
     assert first["weight"] == 0.5
