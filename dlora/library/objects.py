@@ -82,7 +82,7 @@ class Objects:
                 link.unlink()
         for name, version in active.items():
             link, target = links / name, f"../{OBJECTS}/{version.object}"
-            if link.is_symlink() and os.readlink(link) == target:
+            if link.is_symlink() and str(link.readlink()) == target:
                 continue
             beside = links / f".{name}.tmp"  # the lock is ours, so nobody else writes it
             beside.unlink(missing_ok=True)

@@ -4,9 +4,9 @@
 
 LoraHub mixes A and B (A = Σ wᵢAᵢ, B = Σ wᵢBᵢ), where one adapter alone counts w²·ΔW, so that its
 sign is lost. Here the updates themselves are mixed (`cat`): what is searched is linear in w, and
-any ranks do. LoraHub's optimizer is Nevergrad's NGOpt; Nevergrad has had no release since April 2025
-and pins a library of 2022. `cma` (CMA-ES, one of those that NGOpt chooses among) is maintained and
-needs numpy alone.
+any ranks do. LoraHub's optimizer is Nevergrad's NGOpt; Nevergrad has had no release since April
+2025 and pins a library of 2022. `cma` (CMA-ES, one of those that NGOpt chooses among) is maintained
+and needs numpy alone.
 
 Source: Huang et al. 2023, https://arxiv.org/abs/2307.13269; Hansen, https://arxiv.org/abs/1604.00772.
 """

@@ -12,6 +12,7 @@ Both are computed in float64. An eigenvalue σ² of D·Dᵀ is exact to 1e-16·�
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -46,17 +47,31 @@ def truncate_matrix(D: Tensor, k: int) -> Product:
     is_wide = D.shape[0] <= D.shape[1]
     rows = D if is_wide else D.t()
     gram = torch.zeros(rows.shape[0], rows.shape[0], dtype=torch.float64)
-    for block in rows.split(_BLOCK, dim=1):
-        wide = block.double()
-        gram.addmm_(wide, wide.t())
+    for _, block in _wide_blocks(rows):
+        gram.addmm_(block, block.t())
     values, vectors = torch.linalg.eigh(gram)
     del gram
     values, basis = values.flip(0).clamp(min=0), vectors[:, -k:].flip(1)
-    other = torch.cat([basis.t() @ block.double() for block in rows.split(_BLOCK, dim=1)], dim=1)
+    other = torch.empty(basis.shape[1], rows.shape[1], dtype=torch.float64)
+    for columns, block in _wide_blocks(rows):
+        other[:, columns] = basis.t() @ block
     if not is_wide:
         return _signed(basis.t(), other.t(), values)
     S = other.norm(dim=1)
     return _signed(other / S.clamp(min=torch.finfo(S.dtype).tiny)[:, None], basis * S, values)
+
+
+def _wide_blocks(rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """(columns, these columns of a matrix in float64), one after the other, in the same memory.
+
+    New memory for each would leave holes between what stays: the heap grew to D in float64.
+    """
+    memory = torch.empty(_BLOCK * rows.shape[0], dtype=torch.float64)
+    for start in range(0, rows.shape[1], _BLOCK):
+        columns = slice(start, min(start + _BLOCK, rows.shape[1]))
+        width = columns.stop - start
+        block = memory[: rows.shape[0] * width].view(rows.shape[0], width)
+        yield columns, block.copy_(rows[:, columns])
 
 
 def _signed(A: Tensor, B: Tensor, energies: Tensor) -> Product:

@@ -1,7 +1,6 @@
 """What `dlora compose` refuses: one line and status 2, through the command."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -181,4 +180,4 @@ def test_one_base_in_two_places(site, saved_models, tmp_path, monkeypatch, capsy
     shutil.rmtree(tmp_path / "out")
     with pytest.raises(UsageError, match=r"of-tuned is an adapter of .* \(identity "):
         main(["--adapters", "a=1", f"{tmp_path}/of-tuned=1", *words])
-    assert not os.path.exists(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
