@@ -121,12 +121,9 @@ def _rollback(library: Library, args: argparse.Namespace) -> None:
 
 
 def _remove(library: Library, args: argparse.Namespace) -> None:
-    gone = library.remove(args.name, purge=args.purge)
-    print(
-        f"deleted {args.name}, and {gone} objects"
-        if args.purge
-        else f"removed {args.name}; `dlora library rollback` brings it back"
-    )
+    library.remove(args.name, purge=args.purge)
+    back = "" if args.purge else "; `dlora library rollback` brings it back"
+    print(f"{'deleted' if args.purge else 'removed'} {args.name}{back}")
 
 
 def _metric(word: str) -> tuple[str, float]:

@@ -43,7 +43,7 @@ from dlora.library.stored import check_directory, sha256_of, shapes_in
 from dlora.runtime.run_lock import NAME, RunLock
 
 FILES = (CONFIG, WEIGHTS, COMPOSITION, "README.md", *BESIDE)  # of an adapter
-PATIENCE_SECONDS = 10.0
+PATIENCE_SECONDS = 5.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -67,8 +67,6 @@ class Library:
     def __init__(self, directory: Path) -> None:
         self.directory = directory.expanduser()
         self.objects = Objects(self.directory)
-
-    # -- reading --------------------------------------------------------------------------------
 
     def index(self) -> Index:
         """What the library has.
@@ -116,8 +114,6 @@ class Library:
             have = and_more(sorted(index.adapters), 5) or "none yet"
             raise UsageError(f"{self.directory}: has no adapter {name!r}; it has {have}")
         return index.adapters[name]
-
-    # -- writing --------------------------------------------------------------------------------
 
     def add(self, directory: str | Path, name: str, said: Described, *, activate: bool) -> Version:
         """Add an adapter as the next version of `name`.
@@ -190,8 +186,6 @@ class Library:
             entry = self.entry(index, name)
             history = entry.history
             places = [p for p in range(entry.present - 1, -1, -1) if history[p].active is not None]
-            if entry.active is None and history[-1].to is None:  # removed: what was before
-                places = [p for p in range(len(history) - 1) if history[p].active is not None][::-1]
             place = state - 1 if state is not None else next(iter(places), None)
             if place is None:
                 raise UsageError(f"{self.directory}: {name} has no earlier state to go back to")
@@ -206,28 +200,20 @@ class Library:
             history.append(State("rollback", _now(), number, place))
             return number
 
-    def remove(self, name: str, *, purge: bool) -> int:
+    def remove(self, name: str, *, purge: bool) -> None:
         """Take a name out; its versions stay for `rollback`.
 
         Args:
             purge: delete versions, history, and the files that no other version has.
-
-        Returns:
-            How many objects were deleted.
         """
         with self._writing() as index:
             entry = self.entry(index, name)
             if purge:
-                before = index.objects()
                 del index.adapters[name]
-                gone = before - index.objects()
             elif entry.active is None:
                 raise UsageError(f"{self.directory}: {name} is removed already; --purge deletes it")
             else:
-                gone = set()
                 entry.history.append(State("remove", _now(), None))
-        self.objects.delete(gone)  # after the index, which no longer names them
-        return len(gone)
 
     @contextmanager
     def _writing(self, new: Index | None = None) -> Iterator[Index]:
@@ -251,10 +237,12 @@ class Library:
             if not there:  # first: objects without an index are a library that lost it
                 index.write(self.directory)
             self.objects.prepare()
+            before = index.objects()
             yield index
             lock.check()
             index.write(self.directory)
             self.objects.link(index.active())
+            self.objects.delete(before - index.objects())  # that the index no longer names
         except OSError as error:
             raise UsageError(
                 f"{self.directory}: cannot be written: {error.strerror or error}"
