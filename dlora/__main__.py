@@ -13,12 +13,16 @@ COMMANDS = {
     "data": "print records as the model sees them, with statistics, without weights",
     "plan": "plan memory, traffic and placement for given machines, without weights",
     "export": "write an adapter or checkpoint as a plain PEFT LoRA, or merge it",
+    "compose": "make one adapter from several of the same base",
+    "library": "keep adapters of one base with versions, history and the active one",
     "generate": "answer a prompt with a base, or with a base and an adapter",
 }
 MODULES = {  # of those whose name is a package
     "data": "dlora.training.show_data",
     "plan": "dlora.plan.command",
     "export": "dlora.export.command",
+    "compose": "dlora.library.compose",
+    "library": "dlora.library.command",
 }
 
 

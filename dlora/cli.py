@@ -1,10 +1,11 @@
-"""Shared by the commands export and generate: their parser, and finding the base of an adapter."""
+"""Shared by the commands on adapters: their parser, where they write, and an adapter's base."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -17,6 +18,8 @@ from dlora.base.native import AUTO_DTYPE, native_dtype
 from dlora.data.stops import turn_ends
 from dlora.data.template import set_template
 from dlora.errors import UsageError
+from dlora.sharding.engines.protocol import build_engine
+from dlora.sharding.topology import Topology, resolve_placement
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -27,6 +30,18 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (--help lists the options)")
+
+
+def new_target(to: str, *sources: Path) -> Path:
+    """The absolute path of `--to`, which must be new or empty, and none of what is read."""
+    target = Path(to).expanduser().resolve()
+    if any(target == source.resolve() for source in sources):
+        raise UsageError(f"--to: {to} is the adapter itself; name a new directory")
+    if target.is_dir() and any(target.iterdir()):
+        raise UsageError(f"--to: {to} is not empty; name a new or empty directory")
+    if target.exists() and not target.is_dir():
+        raise UsageError(f"--to: {to} is not a directory")
+    return target
 
 
 @contextmanager
@@ -87,6 +102,14 @@ def chosen_base(
         )
         base.config()
     return base, option
+
+
+def loaded(base: BaseModel) -> Any:
+    """The whole model, on the GPU if there is one."""
+    topology = Topology(rank=0, world=1, ranks_per_node=1)
+    engine = build_engine(resolve_placement("fsdp2", "none", topology), topology)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return base.load(engine, device)
 
 
 def _settled(dtype: str) -> str:

@@ -120,6 +120,10 @@ class AdapterSource:
         """A tensor of the adapters by its name in the model."""
         return self._tensors[name].rows().to(dtype).view(self._shapes[name])
 
+    def key_of(self, name: str) -> str:
+        """The key in the file of a tensor of the adapters by its name in the model."""
+        return self._tensors[name].key
+
     @torch.no_grad()
     def load_into(self, model: nn.Module) -> None:
         """Fill the adapters of a model after `attach_to`.

@@ -54,6 +54,7 @@ class RunLock:
             rank 0's file: its disk may be another one).
         beat_seconds, stale_seconds: between two heartbeats, and until a silent run counts as dead.
         lease_seconds: how long the lock of a dead run is waited for.
+        key: what errors call the directory.
     """
 
     def __init__(
@@ -64,9 +65,10 @@ class RunLock:
         beat_seconds: float = BEAT_SECONDS,
         stale_seconds: float = STALE_SECONDS,
         lease_seconds: float = LEASE_SECONDS,
+        key: str = "output.dir",
     ) -> None:
         self.token = token or uuid.uuid4().hex
-        self._path = directory / NAME
+        self._path, self._key = directory / NAME, key
         self._is_seen = not token or f'"{token}"' in self._text()
         self._beat_seconds, self._stale_seconds = beat_seconds, stale_seconds
         self._lease_seconds = lease_seconds
@@ -86,7 +88,7 @@ class RunLock:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise UsageError(f"output.dir: cannot write {self._path}: {error.strerror}") from error
+            raise UsageError(f"{self._key}: cannot write {self._path}: {error.strerror}") from error
         try:
             self._wait_until_free()
             me = {"pid": os.getpid(), "host": _host(), "kernel": _kernel(), "run": _run()}
@@ -123,7 +125,7 @@ class RunLock:
         if not self._is_ours():
             by = f"{_who(owner)} has" if (owner := self._owner()) else "another run has"
             raise TransientError(
-                f"output.dir: {by} taken over {self._path.parent} while this run was suspended; "
+                f"{self._key}: {by} taken over {self._path.parent} while this run was suspended; "
                 "this run writes nothing more"
             )
         self._checked = now
@@ -151,24 +153,24 @@ class RunLock:
             if not last:
                 runs = "was running" if free else "runs"
                 console.info(
-                    f"output.dir: {_who(owner)} {runs} here; waiting for its next heartbeat"
+                    f"{self._key}: {_who(owner)} {runs} here; waiting for its next heartbeat"
                 )
             elif beat != last:
                 if owner is None or not owner["run"] == _run() != "":
                     raise UsageError(
-                        f"output.dir: {_who(owner)} is running in {self._path.parent}; wait for "
+                        f"{self._key}: {_who(owner)} is running in {self._path.parent}; wait for "
                         "it, stop it, or name another directory"
                     )
                 last_sign = _now()
             if free and _now() - last_sign >= self._stale_seconds:
-                console.info(f"output.dir: {_who(owner)} has no heartbeat; taking over its lock")
+                console.info(f"{self._key}: {_who(owner)} has no heartbeat; taking over its lock")
                 return
             if _now() - began > self._stale_seconds + self._lease_seconds:
                 raise TransientError(
-                    f"output.dir: {_who(owner)} has no heartbeat any more, but its file system "
+                    f"{self._key}: {_who(owner)} has no heartbeat any more, but its file system "
                     f"keeps its lock on {self._path}; remove that file if the run is dead"
                     if last_sign == began
-                    else (f"output.dir: {_who(owner)}, an earlier start of this run, still runs")
+                    else (f"{self._key}: {_who(owner)}, an earlier start of this run, still runs")
                 )
             time.sleep(self._beat_seconds / 10)
 
@@ -199,7 +201,7 @@ class RunLock:
             with self._path.open("rb") as file:
                 return os.fstat(file.fileno()).st_mtime_ns
         except OSError as error:
-            raise TransientError(f"output.dir: {self._path}: {error.strerror}") from error
+            raise TransientError(f"{self._key}: {self._path}: {error.strerror}") from error
 
     def _beat(self) -> None:
         while not self._over.wait(self._beat_seconds):

@@ -1,0 +1,10 @@
+"""Several adapters on one base: compose, swap, route.
+
+compose.py      `dlora compose`                      command.py    `dlora library`
+stored.py       an adapter's files as matrices       store.py      a library of adapters on disk
+same_base.py    whether adapters have one base       index.py      its index, versions and history
+composition.py  the mix, matrix by matrix            objects.py    its files
+mixtures.py     the formulas                         describe.py   what it records of a run
+truncation.py   the best B·A of rank k               difference.py two adapters side by side
+result.py       the files of the composed adapter    search.py     weights that suit examples
+"""
