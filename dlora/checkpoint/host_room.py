@@ -1,7 +1,7 @@
 """Room in host memory for many tensors: all of a device and dtype are parts of one flat tensor.
 
-    tensors on a device   a   b   c   …        each of its own memory
-    in host memory        [ a | b | c | … ]    one tensor, which is copied as a whole
+tensors on a device   a   b   c   …        each of its own memory
+in host memory        [ a | b | c | … ]    one tensor, which is copied as a whole
 """
 
 from __future__ import annotations

@@ -65,8 +65,8 @@ class Snapshots:
         newer, older = self._newest_first
         newer.wait()  # the only whole one from here on
         if self._frozen is None:
-            kept = copied({(ADAPTER, name): t.detach() for name, t in frozen.items()})
-            self._frozen = kept.content([ADAPTER])[ADAPTER]
+            room = copied({(ADAPTER, name): t.detach() for name, t in frozen.items()})
+            self._frozen = room.content([ADAPTER])[ADAPTER]
         with older.lock:
             older.give_up()
             older.room.lay_out(tensors)

@@ -113,6 +113,7 @@ class NodeData:
         """The first rank's tensors ──> those of the others; all have them when it returns."""
         ranks, rank = self._ranks, self._ranks.rank - self._first
         timeout = timedelta(seconds=ranks.timeout_seconds)
+        assert ranks.store is not None
         try:
             store = dist.PrefixStore(name, ranks.store)
             group: Any = dist.ProcessGroupGloo(store, rank, 1 + len(self._others), timeout)

@@ -220,6 +220,7 @@ def test_the_same_command_goes_on_after_pruning(
     assert "resuming after step 4" in log.read_text() and starts_in(log.read_text()) == 1
 
 
+@pytest.mark.full  # 75 s
 def test_a_worker_that_hangs_is_named(ray: Cluster, configured: Configured, place: Path) -> None:
     """It is stopped, and Ray hears of nothing: the other one commits within 10 s of the limit."""
     endless = {"train__max_steps": 100_000, "optimizer__schedule": "constant"}

@@ -84,7 +84,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., list[Node]]]:
 
 def srun(node: int) -> dict[str, Any]:
     """The environment of a node's task: srun's own, and what slurm.sbatch adds for all."""
-    ids = {name: node for name in ("SLURM_NODEID", "SLURM_PROCID", "SLURM_TASK_PID")}
+    ids = dict.fromkeys(("SLURM_NODEID", "SLURM_PROCID", "SLURM_TASK_PID"), node)
     job = {"SLURM_JOB_ID": 7, "SLURM_NNODES": 2, "SLURM_NTASKS": 2, "SLURM_LOCALID": 0}
     return ids | job | {"RUN_ID": "slurm-7-0"}
 
@@ -99,9 +99,7 @@ def printed(place: Path) -> str:
     return "\n".join((place / f"log-{rank}").read_text() for rank in range(2))
 
 
-def wait_for(
-    condition: Callable[[], bool], place: Path, seconds: float = LIMIT_SECONDS
-) -> None:
+def wait_for(condition: Callable[[], bool], place: Path, seconds: float = LIMIT_SECONDS) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, printed(place)
@@ -147,6 +145,7 @@ def test_a_mistake_is_the_status_of_both(
         # 25 s: another start of two interpreters
         full("the first node", "the agent on .*, which serves the store, does not answer"),
     ],
+    ids=["a rank", "a node"],
 )
 def test_under_slurm_a_rank_that_hangs_is_named(
     start: Callable[..., list[Node]], tmp_path: Path, hangs: str, said: str

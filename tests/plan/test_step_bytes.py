@@ -170,7 +170,9 @@ def test_adalora_s_pinned_memory_shrinks_likewise(monkeypatch: pytest.MonkeyPatc
         run.step(mse(run.model, step))
         tensors, plan = of_adalora(run)
         with fake_cuda() as cuda:
-            there = {k: torch.empty(t.shape, dtype=t.dtype, device=cuda) for k, t in tensors.items()}
+            there = {
+                k: torch.empty(t.shape, dtype=t.dtype, device=cuda) for k, t in tensors.items()
+            }
         room = snapshots._newest_first[step % 2].room
         room.lay_out(there)
         found[step] = sum(held.values()), plan
