@@ -56,20 +56,36 @@ class DeviceCopies:
         return self._staging[dtype]
 
 
-def copy_in_pieces(tensors: Sequence[Tensor], host: Tensor, staging: Tensor) -> None:
+def copy_now(tensors: Sequence[Tensor], host: Tensor) -> None:
+    """Copy tensors of one device and dtype, end to end, into `host`, and wait until they are there.
+
+    From a GPU that is one copy for each `STAGING_BYTES`, whatever the number of tensors.
+    """
+    if (device := tensors[0].device).type == "cpu":
+        torch.cat(list(tensors), out=host)
+        return
+    size = min(host.numel(), STAGING_BYTES // host.dtype.itemsize)
+    staging = torch.empty(size, dtype=host.dtype, device=device)
+    copy_in_pieces(tensors, host, staging, waits=True)
+
+
+def copy_in_pieces(
+    tensors: Sequence[Tensor], host: Tensor, staging: Tensor, *, waits: bool = False
+) -> None:
     """Copy tensors end to end into `host`, each piece by way of `staging`.
 
     Args:
-        tensors: of one dtype.
+        tensors: of one dtype, flat or not.
         host: [their elements], 1-D.
         staging: 1-D, of any size; on the device of the tensors.
+        waits: for each piece, until it is there.
     """
     start = 0
     for piece in pieces(tensors, staging.numel()):
         lengths = [part.numel() for part in piece]
         held = staging[: sum(lengths)]
         torch._foreach_copy_(list(held.split(lengths)), piece)
-        host[start : start + held.numel()].copy_(held, non_blocking=True)
+        host[start : start + held.numel()].copy_(held, non_blocking=not waits)
         start += held.numel()
 
 

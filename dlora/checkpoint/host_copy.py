@@ -1,4 +1,8 @@
-"""Copies the state of a run into host memory for a checkpoint, and back."""
+"""Copies the state of a run into host memory for a checkpoint, and back.
+
+A save takes all tensors of a device and dtype together: hundreds of small copies would each wait
+for the GPU.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dlora.checkpoint.format import Checkpoint
+from dlora.checkpoint.host_room import ADAPTER, Key, copied
 from dlora.sharding.replica.optimizer_state import StateDevices, States
 from dlora.sharding.replica.replica import Replica
 
@@ -36,19 +41,22 @@ def capture(
     Returns:
         The checkpoint; None on the other ranks where the state is divided.
     """
-    whole = {
-        file: {
-            f"{name}.{slot}": _host(value)
-            for name, slot, value in replica.strategy.gather_full(kept)
-            if replica.named[name].numel()
-        }
-        for file, kept in states.items()
-    }
+    tensors: dict[Key, Tensor] = {}
+    received: dict[str, dict[str, Tensor]] = {file: {} for file in states}
+    for file, kept in states.items():
+        for name, slot, value in replica.strategy.gather_full(kept):
+            if not replica.named[name].numel():
+                continue
+            if replica.strategy.collective_saves:  # so that one whole tensor at a time is there
+                received[file][f"{name}.{slot}"] = value.cpu()
+            else:
+                tensors[file, f"{name}.{slot}"] = value
     if replica.strategy.collective_saves and replica.topology.rank != 0:
         return None
-    kept = {**replica.named, **(frozen or {})}
-    tensors = {name: _host(tensor.detach()) for name, tensor in kept.items()}
-    return Checkpoint(tensors, whole, state, record)
+    tensors |= {(ADAPTER, n): t.detach() for n, t in {**replica.named, **(frozen or {})}.items()}
+    content = copied(tensors).content([ADAPTER, *states])
+    whole = {file: content[file] | received[file] for file in states}
+    return Checkpoint(content[ADAPTER], whole, state, record)
 
 
 def restore(
@@ -80,7 +88,3 @@ def restore(
                 continue
             device = devices.of(parameter, own)
             optimizer.state[parameter][slot] = own.to(device, copy=True)
-
-
-def _host(tensor: Tensor) -> Tensor:
-    return tensor.to("cpu", copy=True).contiguous()

@@ -23,13 +23,10 @@ from torch import Tensor
 
 from dlora.checkpoint.device_copy import DeviceCopies, pinned
 from dlora.checkpoint.format import Checkpoint
+from dlora.checkpoint.host_room import ADAPTER, HostRoom, Key, copied, pageable
 from dlora.sharding.replica.optimizer_state import States
 from dlora.sharding.replica.replica import Replica
 
-Key = tuple[str, str]  # file, name in it
-Kind = tuple[torch.device, torch.dtype]
-Layout = list[tuple[Key, torch.Size, Kind]]
-ADAPTER = "adapter"
 KEEPERS = 2  # ranks of a node that keep snapshots
 
 
@@ -68,11 +65,13 @@ class Snapshots:
         newer, older = self._newest_first
         newer.wait()  # the only whole one from here on
         if self._frozen is None:
-            self._frozen = {n: t.to("cpu", copy=True) for n, t in frozen.items()}
+            room = copied({(ADAPTER, name): t.detach() for name, t in frozen.items()})
+            self._frozen = room.content([ADAPTER])[ADAPTER]
         with older.lock:
-            older.lay_out(tensors)
+            older.give_up()
+            older.room.lay_out(tensors)
             older.fill(tensors, self._copies_of)
-            content = older.content(files)
+            content = older.room.content(files)
             content[ADAPTER] |= self._frozen
             older.snapshot = Snapshot(step, metrics, content, record)
         self._newest_first = older, newer
@@ -137,9 +136,7 @@ class _Buffer:
         arriving: the event after which its copies from a GPU have arrived, until that was seen.
     """
 
-    layout: Layout = field(default_factory=list)
-    flat: dict[Kind, Tensor] = field(default_factory=dict)
-    views: dict[Key, Tensor] = field(default_factory=dict)
+    room: HostRoom = field(default_factory=lambda: HostRoom(_memory))
     snapshot: Snapshot | None = None
     arriving: torch.cuda.Event | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -149,21 +146,12 @@ class _Buffer:
         self, tensors: dict[Key, Tensor], copies_of: Callable[[torch.device], DeviceCopies]
     ) -> None:
         """Copy the tensors, from a GPU without waiting for the copies' end."""
-        parts: dict[Kind, list[Tensor]] = {kind: [] for kind in self.flat}
-        for tensor in tensors.values():
-            parts[tensor.device, tensor.dtype].append(tensor.reshape(-1))
-        for kind, flat in self.flat.items():
-            if kind[0].type == "cpu":
-                torch.cat(parts[kind], out=flat)
+        for flat, parts in self.room.parts(tensors):
+            device = parts[0].device
+            if device.type == "cpu":
+                torch.cat(parts, out=flat)
             else:
-                self.arriving = copies_of(kind[0]).start(parts[kind], flat)
-
-    def content(self, files: list[str]) -> dict[str, dict[str, Tensor]]:
-        """The copied tensors by file and name."""
-        content: dict[str, dict[str, Tensor]] = {file: {} for file in files}
-        for (file, name), view in self.views.items():
-            content[file][name] = view
-        return content
+                self.arriving = copies_of(device).start(parts, flat)
 
     def has_arrived(self) -> bool:
         """Whether all copies have; an event that has come is not asked again."""
@@ -182,24 +170,9 @@ class _Buffer:
             arriving.synchronize()
             self.arriving = None
 
-    def lay_out(self, tensors: dict[Key, Tensor]) -> None:
-        """Give up the snapshot, and make room for these tensors where there is other room."""
+    def give_up(self) -> None:
+        """What it has may be overwritten from here on."""
         self.snapshot, self.arriving = None, None
-        layout = [(key, t.shape, (t.device, t.dtype)) for key, t in tensors.items()]
-        if layout == self.layout:
-            return
-        sizes: dict[Kind, int] = {}
-        places: dict[Key, tuple[Kind, int]] = {}
-        for key, shape, kind in layout:
-            places[key] = kind, sizes.setdefault(kind, 0)
-            sizes[kind] += shape.numel()
-        self.layout, self.flat, self.views = [], {}, {}  # free the old before allocating the new
-        for (device, dtype), size in sizes.items():
-            self.flat[device, dtype] = _memory(size, dtype, device)
-        for key, shape, _ in layout:
-            kind, start = places[key]
-            self.views[key] = self.flat[kind][start : start + shape.numel()].view(shape)
-        self.layout = layout
 
 
 def _memory(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -209,4 +182,4 @@ def _memory(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
             return pinned(size, dtype)
         except RuntimeError as error:
             warnings.warn(f"{size * dtype.itemsize} B could not be pinned: {error}", stacklevel=2)
-    return torch.empty(size, dtype=dtype)
+    return pageable(size, dtype, device)

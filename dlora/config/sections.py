@@ -133,7 +133,7 @@ class DataConfig:
         10_000, "sequences that are shuffled together", ge=1, when={"streaming": True}
     )
     cache_dir: str | None = option(
-        None, "encode once on a node and keep the result in this directory, by content; null: no"
+        None, "keep what is encoded in this directory, by content, and read it again; null: no"
     )
     packing: bool | Literal["auto"] = option(
         "auto",

@@ -8,9 +8,9 @@ stops.py     what ends a generated answer     report.py    what is said of a dat
 encode.py    text as ids and labels           dataset.py   all of it: `load_examples`
 sampler.py   the order, and the dealing       stream.py    both for what does not fit memory
 collate.py   tensors                          batches.py   micro-batches, made ahead
-dealing.py   micro-batches of ranks              cache.py     encoded once on a node
+dealing.py   micro-batches of ranks              cache.py     what was encoded before
 
-Nothing here knows of ranks beyond their number: every rank loads the same data set and takes its
+Nothing here knows of ranks beyond their number: every rank has the same data set and takes its
 own part of every step.
 """
 

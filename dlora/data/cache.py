@@ -11,7 +11,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ import safetensors.numpy
 from dlora.data.dataset import Dataset
 from dlora.data.files import Sources, is_builtin, resolve, sources_of
 from dlora.data.kinds import KINDS
-from dlora.data.report import Report
 from dlora.errors import UsageError
 from dlora.io.files import write_atomically
 
@@ -97,9 +95,7 @@ def _name(source: Sources, key: str, tokenizer: Any, settings: dict[str, Any]) -
 
 def _content(dataset: Dataset) -> bytes:
     arrays: dict[str, Any] = dict(zip(_ARRAYS, dataset.arrays, strict=True))
-    said = {"fingerprint": dataset.fingerprint, "report": json.dumps(asdict(dataset.report))}
-    said["weights"] = json.dumps(dataset.weights)
-    return safetensors.numpy.save(arrays, said)
+    return safetensors.numpy.save(arrays, dataset.about)
 
 
 def _read(path: Path) -> Dataset | None:
@@ -108,10 +104,6 @@ def _read(path: Path) -> Dataset | None:
         return None
     try:
         with safetensors.safe_open(path, "numpy") as file:
-            said = file.metadata()
-            ids, labels, starts = (file.get_tensor(name) for name in _ARRAYS)
-        weights = tuple((int(stop), float(w)) for stop, w in json.loads(said["weights"]))
-        dataset = Dataset(ids, labels, starts, Report(**json.loads(said["report"])), weights)
-        return dataset if dataset.fingerprint == said["fingerprint"] else None
+            return Dataset.of([file.get_tensor(name) for name in _ARRAYS], file.metadata())
     except (safetensors.SafetensorError, ValueError, TypeError, KeyError, IndexError):
         return None

@@ -1,7 +1,9 @@
 """The data set: a source's records as token sequences, in three flat arrays."""
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, overload
 
 import numpy as np
@@ -48,6 +50,26 @@ class Dataset(Sequence[Example]):
     def arrays(self) -> tuple[Int32Array, Int32Array, npt.NDArray[np.int64]]:
         """(input_ids, labels, starts) as they were given."""
         return self._input_ids, self._labels, self._starts
+
+    @property
+    def about(self) -> dict[str, str]:
+        """What there is beside the arrays; `of` takes it."""
+        said = {"fingerprint": self.fingerprint, "report": json.dumps(asdict(self.report))}
+        return said | {"weights": json.dumps(self.weights)}
+
+    @classmethod
+    def of(cls, arrays: Sequence[npt.NDArray[Any]], about: Mapping[str, str]) -> "Dataset":
+        """The data set with these `arrays` and all that is `about` it.
+
+        Raises:
+            ValueError, TypeError, KeyError, IndexError: it is not what was given away.
+        """
+        ids, labels, starts = arrays
+        weights = tuple((int(stop), float(w)) for stop, w in json.loads(about["weights"]))
+        dataset = cls(ids, labels, starts, Report(**json.loads(about["report"])), weights)
+        if dataset.fingerprint != about["fingerprint"]:
+            raise ValueError("the arrays are not those of the fingerprint")
+        return dataset
 
     @property
     def largest_id(self) -> int:

@@ -47,6 +47,8 @@ from dlora.training.checks import (
 from dlora.training.earlier_placement import earlier_placement, settle
 from dlora.training.find_checkpoint import ResumePoint
 from dlora.training.prepare_data import (
+    Once,
+    by_itself,
     load_data,
     open_stream,
     sampler_of,
@@ -144,11 +146,13 @@ def prepare(
     announce: Callable[[str], None],
     resumed: ResumePoint | None = None,
     around: Surroundings = Surroundings(),  # noqa: B008 - frozen
+    once: Once = by_itself,
 ) -> Preparation:
     """Read the data, the tokenizer and the model's skeleton, and plan.
 
     Args:
         resumed: the checkpoint that the run resumes, if there is one.
+        once: loads data sets; other ranks may take part.
 
     Raises:
         UsageError: data, model or adapter settings are wrong, named by key, file or line, or no
@@ -177,7 +181,7 @@ def prepare(
     known = identity(base, skeleton)
     tokenizer = with_template(config, base.tokenizer())
     read = (config, tokenizer, task, announce)
-    load = functools.partial(load_data, *read, around.writes)
+    load = functools.partial(load_data, *read, around.writes, once)
     train = open_stream(*read) if config.data.streaming else load("train")
     held_out = load("eval") if config.data.eval is not None else None
     limits = limits_of(tokenizer, skeleton)

@@ -19,6 +19,14 @@ from dlora.data.template import set_template
 from dlora.tasks import Task
 from dlora.training.checks import Limits
 
+# (key, what loads it) → it: some ranks may get it from another one.
+Once = Callable[[str, Callable[[], Dataset]], Dataset]
+
+
+def by_itself(key: str, load: Callable[[], Dataset]) -> Dataset:
+    """Every process loads its data."""
+    return load()
+
 
 def check_sources(config: Config) -> None:
     """Raise the `UsageError`s of the data that need no tokenizer."""
@@ -107,20 +115,26 @@ def load_data(
     task: Task,
     announce: Callable[[str], None],
     writes: bool,
+    once: Once,
     key: str,
 ) -> Dataset:
-    """`data.train` or `data.eval`, by `key`, in memory; `writes`: to `data.cache_dir` as well."""
+    """`data.train` or `data.eval`, in memory.
+
+    Args:
+        writes: to `data.cache_dir` as well.
+        key: which of them.
+    """
     arguments: dict[str, Any] = {
         "source": getattr(config.data, key),
         "key": f"data.{key}",
         "most": config.data.max_eval_samples if key == "eval" else None,
         **reading_of(config, tokenizer, task),
     }
-    build = functools.partial(load_examples, **arguments)
-    if config.data.cache_dir is None or not writes:
-        dataset = build()
-    else:
-        dataset = cached(Path(config.data.cache_dir).expanduser(), build, announce, **arguments)
+    load = build = functools.partial(load_examples, **arguments)
+    if config.data.cache_dir is not None and writes:
+        place = Path(config.data.cache_dir).expanduser()
+        load = functools.partial(cached, place, build, announce, **arguments)
+    dataset = once(f"data.{key}", load)
     announce(f"data.{key}: {dataset.report}")
     return dataset
 

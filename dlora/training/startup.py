@@ -33,6 +33,7 @@ from dlora.sharding.topology import Topology
 from dlora.training.checks import check_output
 from dlora.training.compile_cache import unusable
 from dlora.training.find_checkpoint import ResumePoint, find_checkpoint
+from dlora.training.node_data import NodeData
 from dlora.training.prepare import Preparation, Surroundings, prepare
 from dlora.training.settle_compile import Compiler, find_compiler
 from dlora.training.settle_dtype import settle_dtype
@@ -134,8 +135,11 @@ def prepared(config: Config, ranks: Ranks, *, check: bool = False) -> Preparatio
         natively = gather(ranks, "bfloat16", multiplies_natively(ranks.device.type))
         config = settle_dtype(config, resumed, all(natively), console.info)
 
+    data = NodeData(ranks, topology)
+
     def work() -> tuple[Preparation, str]:
-        found = prepare(config, topology, console.info, resumed, around)
+        with data.preparing():
+            found = prepare(config, topology, console.info, resumed, around, data.once)
         return found, found.fingerprint
 
     return agree(ranks, "preparation", work)

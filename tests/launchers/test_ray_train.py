@@ -1,8 +1,10 @@
 """dlora under Ray Train on two raylets: the run that torchrun makes, whatever is lost meanwhile."""
 
+import contextlib
 import json
 import re
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +25,7 @@ from dlora.config.load import parse
 from launchers.ray_train import Workers, placed, trainer
 
 STEPS, LIMIT_SECONDS = 60, 400
+SILENCE_SECONDS = 20  # after half of which a rank that gives no sign of life is lost
 BY_NODE = {"sharding__base": "node"}
 Configured = Callable[..., Path]
 
@@ -96,8 +99,8 @@ def check_told(stored: Path, directory: Path) -> None:
         checkpoints.verify(Path(pointer["uri"].removeprefix("file://")))
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + LIMIT_SECONDS
+def wait_for(condition: Callable[[], bool], limit: float = LIMIT_SECONDS) -> None:
+    until = time.monotonic() + limit
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.02)
@@ -215,6 +218,34 @@ def test_the_same_command_goes_on_after_pruning(
         stop.touch()
         assert ended(job, log) == 143, log.read_text()
     assert "resuming after step 4" in log.read_text() and starts_in(log.read_text()) == 1
+
+
+@pytest.mark.full  # 75 s
+def test_a_worker_that_hangs_is_named(ray: Cluster, configured: Configured, place: Path) -> None:
+    """It is stopped, and Ray hears of nothing: the other one commits within 10 s of the limit."""
+    endless = {"train__max_steps": 100_000, "optimizer__schedule": "constant"}
+    settings = endless | {"output__save_every": 0, "sharding__timeout_seconds": SILENCE_SECONDS}
+    log, directory = place / "hung.log", place / "hung"
+    command = ["launchers.ray_train", "--config", str(configured("hung", **settings))]
+    command += ["--num-workers", "2", "--max-failures", "0"]
+    with ray.running(*command, log=log) as job:
+        wait_for(lambda: last_step(directory) >= 3)
+        [pid] = set(re.findall(r"pid=(\d+)\) world_rank=1", log.read_text()))
+        hung = psutil.Process(int(pid))
+        hung.suspend()
+        try:
+            saved = directory / "checkpoints"
+            wait_for(lambda: list(saved.glob("step-*")) != [], SILENCE_SECONDS + 10)
+            assert ended(job, log) == 1, log.read_text()
+        finally:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                hung.kill()
+    saved /= f"step-{last_step(directory):06d}"
+    checkpoints.verify(saved)
+    line = f"dlora: rank 0: step {last_step(directory)} is committed in {saved}; the same command"
+    line += " resumes from there (lost a peer: rank 1 on HOST gives no sign of life)"
+    assert line.replace("HOST", socket.gethostname()) in log.read_text()
+    assert "dlora: error: Ray gave up the run: " in log.read_text()
 
 
 def test_a_run_outlives_what_happens_to_it(

@@ -1,11 +1,13 @@
 """launchers/slurm.sbatch in a real Slurm of two nodes: it ends as its ranks do, and goes on."""
 
+import contextlib
 import os
 import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from run_files import tiny_run
 from slurm_cluster import Slurm, programs, slurm
@@ -73,6 +75,30 @@ def test_a_cancelled_job_commits_first(cluster: Slurm, run_file: Path, tmp_path:
     assert ended(cluster, job, log) == "143:0", log.read_text()
     assert re.search(r"stopped by .* after step \d+", log.read_text())
     assert (tmp_path / "run/checkpoints/latest").is_file()
+
+
+@pytest.mark.full  # 60 s: agents wait for each other, and Slurm for what it kills
+def test_a_rank_that_hangs_ends_it(cluster: Slurm, run_file: Path, tmp_path: Path) -> None:
+    """It is stopped, so that nobody hears of it; `test_torchrun.py` shows who is named."""
+    log, run = tmp_path / "log", tmp_path / "run"
+    words = ("--sharding.timeout_seconds", "20", "--output.save_every", "0")
+    job = cluster.submit(log, "--config", str(run_file), *words)
+    wait_for(lambda: trains(run), log)
+    rank_1_of(job).suspend()
+    wait_for(lambda: list((run / "checkpoints").glob("step-*")) != [], log, seconds=20 + 10)
+    assert ended(cluster, job, log) == "1:0", log.read_text()
+    assert re.search(r"rank 0: step \d+ is committed .*lost a peer: rank 1 on ", log.read_text())
+
+
+def rank_1_of(job: str) -> psutil.Process:
+    """The process of a job's second rank."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            variables = process.environ()
+            ours = variables.get("RANK") == "1" and variables.get("SLURM_JOB_ID") == job
+            if ours and "dlora.train" in process.cmdline():
+                return process
+    raise AssertionError("no such rank")
 
 
 @pytest.mark.full  # Slurm lets two minutes pass before it starts a job again

@@ -1,7 +1,13 @@
-"""launchers/torchrun.sh, run: two nodes that meet, and its exit status."""
+"""launchers/torchrun.sh, run: two nodes that meet, and its exit status.
 
+Also as slurm.sbatch starts it, with what srun tells a node, and a node that hangs.
+"""
+
+import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -9,14 +15,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from programs import free_ports
 from run_files import tiny_run
 from sampling import full
 
+from dlora.checkpoint import format as checkpoints
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "launchers/torchrun.sh"
 LIMIT_SECONDS, LAG_SECONDS = 240, 8
+SILENCE_SECONDS = 20  # after half of which a rank that gives no sign of life is lost
 Node = subprocess.Popen[str]
 # A rank that takes its time to end, as one does on a slow disk.
 LATE = f"""
@@ -38,16 +48,20 @@ def environment(**more: Any) -> dict[str, str]:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., list[Node]]]:
-    """start(*words): two nodes, the rendezvous' host first; the other one's rank ends late."""
+    """start(*words): two nodes, the rendezvous' host first; the other one's rank ends late.
+
+    With `slurm` each finds its number in what srun sets, and no rank is late.
+    """
     started: list[Node] = []
     (tmp_path / "late").mkdir()
     (tmp_path / "late/sitecustomize.py").write_text(LATE)
 
-    def both(*words: str) -> list[Node]:
+    def both(*words: str, slurm: bool = False) -> list[Node]:
         [port] = free_ports(1)
-        for rank, late in enumerate(("", str(tmp_path / "late"))):
+        for rank, late in enumerate(("", "" if slurm else str(tmp_path / "late"))):
             with (tmp_path / f"log-{rank}").open("w") as log:
-                here = {"HEAD": "localhost", "PORT": port, "NNODES": 2, "NODE_RANK": rank}
+                here: dict[str, Any] = {"HEAD": "localhost", "PORT": port, "NNODES": 2}
+                here |= srun(rank) if slurm else {"NODE_RANK": rank}
                 if rank:  # the other counts its devices, for which it imports torch
                     here["NPROC_PER_NODE"] = 1
                 started.append(
@@ -68,8 +82,28 @@ def start(tmp_path: Path) -> Iterator[Callable[..., list[Node]]]:
         node.wait(LIMIT_SECONDS)
 
 
+def srun(node: int) -> dict[str, Any]:
+    """The environment of a node's task: srun's own, and what slurm.sbatch adds for all."""
+    ids = dict.fromkeys(("SLURM_NODEID", "SLURM_PROCID", "SLURM_TASK_PID"), node)
+    job = {"SLURM_JOB_ID": 7, "SLURM_NNODES": 2, "SLURM_NTASKS": 2, "SLURM_LOCALID": 0}
+    return ids | job | {"RUN_ID": "slurm-7-0"}
+
+
+def ranks_of(node: Node) -> list[psutil.Process]:
+    """The ranks that an agent has started."""
+    below = psutil.Process(node.pid).children()
+    return [process for process in below if "dlora.train" in process.cmdline()]
+
+
 def printed(place: Path) -> str:
     return "\n".join((place / f"log-{rank}").read_text() for rank in range(2))
+
+
+def wait_for(condition: Callable[[], bool], place: Path, seconds: float = LIMIT_SECONDS) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, printed(place)
+        time.sleep(0.1)
 
 
 def statuses(nodes: list[Node]) -> list[int]:
@@ -89,10 +123,7 @@ def test_a_stop_of_either_node_is_the_status_of_both(
     """Also where the rendezvous' host is done first; a PyTorchJob starts 143 again, and 1 not."""
     run_file = tiny_run(tmp_path, train__max_steps=100_000, optimizer__schedule="constant")
     nodes, metrics = start("--config", str(run_file)), tmp_path / "run/metrics.jsonl"
-    until = time.monotonic() + LIMIT_SECONDS
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
-        assert time.monotonic() < until and nodes[0].poll() is None, printed(tmp_path)
-        time.sleep(0.1)
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, tmp_path)
     nodes[stopped].send_signal(signal.SIGTERM)
     assert statuses(nodes) == [143, 143], printed(tmp_path)
     assert (tmp_path / "run/checkpoints/latest").is_file()
@@ -105,6 +136,45 @@ def test_a_mistake_is_the_status_of_both(
     words = ("--config", str(run_file), "--adapter.r", "0")
     assert statuses(start(*words)) == [2, 2], printed(tmp_path)
     assert printed(tmp_path).count("dlora: error: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("hangs", "said"),
+    [
+        ("the other's rank", f"rank 1 on {socket.gethostname()} gives no sign of life"),
+        # 25 s: another start of two interpreters
+        full("the first node", "the agent on .*, which serves the store, does not answer"),
+    ],
+    ids=["a rank", "a node"],
+)
+def test_under_slurm_a_rank_that_hangs_is_named(
+    start: Callable[..., list[Node]], tmp_path: Path, hangs: str, said: str
+) -> None:
+    """It is stopped, so that nothing is raised: committed within 10 s of the limit, status 1."""
+    settings = {"output__save_every": 0, "sharding__timeout_seconds": SILENCE_SECONDS}
+    endless = {"train__max_steps": 100_000, "optimizer__schedule": "constant"}
+    run_file, run = tiny_run(tmp_path, **settings | endless), tmp_path / "run"
+    nodes, metrics = start("--config", str(run_file), slurm=True), run / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, tmp_path)
+    lost = 0 if hangs == "the first node" else 1
+    stopped = ranks_of(nodes[lost])
+    stopped += [psutil.Process(nodes[0].pid)] if lost == 0 else []
+    for process in stopped:
+        process.suspend()
+    try:
+        limit = SILENCE_SECONDS + 10
+        wait_for(lambda: list((run / "checkpoints").glob("step-*")) != [], tmp_path, limit)
+        wait_for(lambda: "lost a peer" in printed(tmp_path), tmp_path)
+    finally:
+        for process in stopped:  # as srun does once a node has failed (--kill-on-bad-exit)
+            process.kill()
+    assert nodes[1 - lost].wait(LIMIT_SECONDS) == 1, printed(tmp_path)
+    step = max(json.loads(line)["step"] for line in metrics.read_text().splitlines())
+    saved = run / "checkpoints" / f"step-{step:06d}"
+    checkpoints.verify(saved)
+    [line] = [line for line in printed(tmp_path).splitlines() if "is committed in" in line]
+    committed = f"dlora: rank {1 - lost}: step {step} is committed in {saved}; the same command"
+    assert re.search(rf"{committed} resumes from there \(lost a peer: {said}\)$", line), line
 
 
 @pytest.mark.full  # 8 s; so are those of two nodes

@@ -6,17 +6,20 @@ Nothing above 64 MB is there that the plan does not list.
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
+from adalora_nets import Ours, adapted, mse
 from fake_cuda import fake_cuda
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dlora.checkpoint import device_copy
 from dlora.checkpoint.device_copy import STAGING_BYTES, copy_in_pieces
 from dlora.checkpoint.format import Checkpoint, contents_of
 from dlora.checkpoint.host_copy import capture
+from dlora.checkpoint.host_room import Key
 from dlora.checkpoint.snapshot import Snapshots
 from dlora.config.load import OptimizerConfig
 from dlora.config.recompute import Recompute
@@ -24,6 +27,7 @@ from dlora.plan.activations import Trace
 from dlora.plan.fake_memory import LiveBytes
 from dlora.plan.gathers import Unit
 from dlora.plan.memory import Memory, memory_of
+from dlora.plan.method import MethodPlan, method_plan
 from dlora.plan.workload import Workload
 from dlora.sharding.replica import audit
 from dlora.sharding.replica.optimizer_state import states_of
@@ -57,13 +61,23 @@ def trained(device: torch.device) -> tuple[Replica, torch.optim.Optimizer]:
     return replica, optimizer
 
 
-def planned(device: torch.device, offsets: int = 0, ranks: int = 1) -> Memory:
-    """The plan of a rank that has these trained tensors, bytes of frozen offsets, and no W0."""
+def planned(
+    device: torch.device,
+    offsets: int = 0,
+    ranks: int = 1,
+    named: Mapping[str, nn.Parameter] | None = None,
+    method: MethodPlan = MethodPlan(),  # noqa: B008 - frozen
+) -> Memory:
+    """The plan of a rank that has these trained tensors, bytes of frozen offsets, and no W0.
+
+    Args:
+        named: the trained tensors, if they are others than SHAPES.
+    """
     shapes = {n: nn.Parameter(torch.empty(s, device="meta")) for n, s in SHAPES.items()}
     return memory_of(
         [],
         [],
-        shapes,
+        shapes if named is None else named,
         placement=resolve_placement("fsdp2", "none", ONE),
         topology=Topology(0, ranks, ranks),
         workload=Workload(1, 8, 1, OptimizerConfig(), Recompute(0)),
@@ -71,6 +85,7 @@ def planned(device: torch.device, offsets: int = 0, ranks: int = 1) -> Memory:
         divided=False,
         device=device.type,
         offsets=offsets,
+        method=method,
     )
 
 
@@ -108,6 +123,61 @@ def test_snapshots_take_what_the_plan_says_in_host_memory() -> None:
     plan = planned(cpu).snapshots
     assert plan <= live.peaks[""] <= plan + FREE
     assert plan == 2 * 3 * SIZE  # two of values and two moments
+
+
+def of_adalora(run: Ours) -> tuple[dict[Key, Tensor], int]:
+    """(what a snapshot copies now, bytes that the plan has for snapshots of these adapters)."""
+    tensors = {("adapter", name): p.detach() for name, p in run.replica.named.items()}
+    for file, states in run.replica.states(run.optimizer).items():
+        for name, slots in states.items():
+            tensors |= {(file, f"{name}.{slot}"): state for slot, state in slots.items()}
+    counts = sum(state.nbytes for state in tensors.values() if not state.ndim)  # of steps
+    plan = planned(torch.device("cpu"), named=run.replica.named, method=method_plan(run.model))
+    return tensors, plan.snapshots + 2 * counts
+
+
+def test_adalora_s_snapshots_shrink_to_what_the_plan_says() -> None:
+    """Until the last mask they have the averages as well; after it what is left of A, B and state,
+    each buffer as soon as it is filled again."""
+    run, snapshots = Ours.start(adapted(total_step=20, tfinal=10)), Snapshots()
+    held, plans = {}, {}
+    for step in range(1, 13):
+        run.step(mse(run.model, step))
+        states = run.replica.states(run.optimizer)
+        snapshots.take(step, {}, run.replica, states=states, record=None, frozen={})
+        flat = [part for b in snapshots._newest_first for part in b.room.flat.values()]
+        held[step], plans[step] = sum(part.nbytes for part in flat), of_adalora(run)[1]
+    assert run.replica.method.resized_after == 10
+    assert held[2] == held[9] == plans[2] == plans[9]
+    assert held[11] == held[12] == plans[11] == plans[12] < held[9] / 2
+    assert 2 * held[10] == held[9] + held[11]
+
+
+def test_adalora_s_pinned_memory_shrinks_likewise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what is pinned for a GPU, the old is given up before there is more."""
+    held: dict[int, int] = {}  # bytes by address
+    most = []
+
+    def pin(address: int, nbytes: int) -> None:
+        held[address] = nbytes
+        most.append(sum(held.values()))
+
+    monkeypatch.setattr(device_copy, "pin_memory", pin)
+    monkeypatch.setattr(device_copy, "unpin_memory", held.pop)
+    run, snapshots = Ours.start(adapted(total_step=20, tfinal=10)), Snapshots()
+    found = {}
+    for step in range(1, 13):
+        run.step(mse(run.model, step))
+        tensors, plan = of_adalora(run)
+        with fake_cuda() as cuda:
+            there = {
+                k: torch.empty(t.shape, dtype=t.dtype, device=cuda) for k, t in tensors.items()
+            }
+        room = snapshots._newest_first[step % 2].room
+        room.lay_out(there)
+        found[step] = sum(held.values()), plan
+    assert found[2][0] == found[9][0] == found[9][1] == max(most)
+    assert found[11][0] == found[12][0] == found[12][1] < found[9][0] / 2
 
 
 def test_a_snapshot_takes_the_staging_buffer_on_a_gpu() -> None:

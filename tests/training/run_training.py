@@ -85,7 +85,8 @@ def train(argv: list[str], meddle: Callable[[TrainingRun], None] | None = None) 
     run.checkpoints.close()
     held = capture(run.replica, run.replica.states(run.optimizer), {})
     tensors = {name: parameter.detach().clone() for name, parameter in run.replica.named.items()}
-    return {"status": status, "tensors": tensors, "optimizer": held and held.states["optimizer"]}
+    own = held and {name: state.clone() for name, state in held.states["optimizer"].items()}
+    return {"status": status, "tensors": tensors, "optimizer": own}
 
 
 def told(argv: list[str]) -> tuple[dict[str, Any], str]:

@@ -30,6 +30,7 @@ from dlora.checkpoint import format as checkpoints
 from dlora.checkpoint.remote import RemoteCheckpoints
 from dlora.hooks import Committed, Hooks
 from dlora.train import Run, main
+from dlora.training import checkpointing
 from dlora.training.watchdogs import FiniteWatch
 
 LONG = 300.0  # seconds
@@ -251,6 +252,71 @@ def test_two_ranks_of_a_node_keep_snapshots(ranks_of: Any, command: Any, tmp_pat
     resumed = ranks_of(argv, world=3)
     resumed.finish()
     assert "resuming after step 4" in resumed.printed(0)
+
+
+def told_of_the_last_step(argv: list[str], asked: tuple[int, ...], patience: float) -> str:
+    """What a rank says of its last whole step, had it lost its peers after the run.
+
+    Args:
+        asked: the ranks that know of it; the others say nothing, and commit nothing.
+        patience: seconds that those without snapshots wait for one of the others.
+    """
+    run, seconds = prepared_run(argv), checkpointing.KEEPER_SECONDS
+    run.train()
+    checkpointing.KEEPER_SECONDS = patience
+    try:
+        return run.checkpoints.commit_alone(ending=True) if dist.get_rank() in asked else ""
+    finally:
+        checkpointing.KEEPER_SECONDS = seconds
+
+
+def committed(step: int, behind: str = "") -> str:
+    there = f"step {step} is committed in RUN/checkpoints/step-{step:06d}{behind}"
+    return f"{there}; the same command resumes from there"
+
+
+DIVIDED = "no rank has the whole optimizer state; the newest checkpoint is the last save"
+NONE_YET = "no snapshot is whole yet; the newest checkpoint is the last save"
+NONE_YET += " (the same command resumes from there)"
+OF_OTHERS = "snapshots are kept by the first 2 ranks of each node"
+EVERYBODY = (0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked", "wanted"),
+    [
+        (
+            {"output__snapshot_every": 3},
+            EVERYBODY,
+            [committed(6, ", 2 steps before the last whole one")] * 3,
+        ),
+        (
+            {"output__snapshot_every": 7},
+            EVERYBODY,
+            [committed(7, ", 1 step before the last whole one")] * 3,
+        ),
+        ({"output__snapshot_every": 4}, EVERYBODY, [committed(8)] * 3),
+        ({"output__snapshot_every": 9}, EVERYBODY, [NONE_YET, NONE_YET, OF_OTHERS]),
+        ({"output__snapshot_every": 3}, (2,), ["", "", OF_OTHERS]),
+        ({"sharding__optimizer_state": "divided"}, EVERYBODY, [DIVIDED] * 3),
+    ],
+    ids=["2 steps older", "1 step older", "as old", "none yet", "keepers are lost", "divided"],
+)
+def test_the_third_rank_says_what_the_first_two_have(
+    pools: Pools,
+    command: Any,
+    tmp_path: Path,
+    settings: dict[str, Any],
+    asked: tuple[int, ...],
+    wanted: list[str],
+) -> None:
+    """It has no snapshots: it waits for one of those that have, as long as there may be one."""
+    argv = command(tmp_path / "run", output__save_every=0, **settings)
+    patience = 0.5 if OF_OTHERS in wanted else LONG
+    found = pools(3).run(told_of_the_last_step, argv, asked, patience)
+    for rank, (line, text) in enumerate(zip(found, wanted, strict=True)):
+        said = line.replace(str(tmp_path / "run"), "RUN")
+        assert said == (f"dlora: rank {rank}: {text}" if text else "")
 
 
 @pytest.mark.parametrize("victim", [0, 1])
