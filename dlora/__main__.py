@@ -14,11 +14,15 @@ COMMANDS = {
     "plan": "plan memory, traffic and placement for given machines, without weights",
     "export": "write an adapter or checkpoint as a plain PEFT LoRA, or merge it",
     "generate": "answer a prompt with a base, or with a base and an adapter",
+    "extract": "write what a full fine-tune changed of its base as a plain LoRA",
+    "compress": "write a model whose weights are products of two thin matrices",
 }
 MODULES = {  # of those whose name is a package
     "data": "dlora.training.show_data",
     "plan": "dlora.plan.command",
     "export": "dlora.export.command",
+    "extract": "dlora.library.extract",
+    "compress": "dlora.library.compress",
 }
 
 

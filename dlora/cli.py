@@ -1,10 +1,11 @@
-"""Shared by the commands export and generate: their parser, and finding the base of an adapter."""
+"""Shared by the commands on adapters: their parser, where they write, and an adapter's base."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -27,6 +28,18 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (--help lists the options)")
+
+
+def new_target(to: str, *sources: Path) -> Path:
+    """The absolute path of `--to`, which must be new or empty, and none of what is read."""
+    target = Path(to).expanduser().resolve()
+    if any(target == source.resolve() for source in sources):
+        raise UsageError(f"--to: {to} is the adapter itself; name a new directory")
+    if target.is_dir() and any(target.iterdir()):
+        raise UsageError(f"--to: {to} is not empty; name a new or empty directory")
+    if target.exists() and not target.is_dir():
+        raise UsageError(f"--to: {to} is not a directory")
+    return target
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from dlora.adapters.write import converted_line, write_files
 from dlora.base.answering import write_beside_adapter, write_into_model
 from dlora.base.model import DTYPES, BaseModel
 from dlora.base.stored_base import StoredBase
-from dlora.cli import OneLineParser, answering, chosen_base, naming_base
+from dlora.cli import OneLineParser, answering, chosen_base, naming_base, new_target
 from dlora.errors import UsageError
 from dlora.export.gguf_files import write_gguf
 from dlora.export.gguf_layout import Layout
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
         )
     if args.format == "gguf" and source.task in HEADS:
         raise UsageError(f"--format: gguf has no head of a classifier ({source.task})")
-    target = _target(args.to, source.directory)
+    target = new_target(args.to, source.directory)
     base, option = chosen_base(
         args.base,
         source,
@@ -129,18 +129,6 @@ def _parser() -> argparse.ArgumentParser:
         help="run the Python code that comes with the base (default: no)",
     )
     return parser
-
-
-def _target(to: str, adapter: Path) -> Path:
-    """The absolute path of `--to`, which must be new or empty."""
-    target = Path(to).expanduser().resolve()
-    if target == adapter.resolve():
-        raise UsageError(f"--to: {to} is the adapter itself; name a new directory")
-    if target.is_dir() and any(target.iterdir()):
-        raise UsageError(f"--to: {to} is not empty; name a new or empty directory")
-    if target.exists() and not target.is_dir():
-        raise UsageError(f"--to: {to} is not a directory")
-    return target
 
 
 def _write_adapter(

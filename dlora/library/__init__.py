@@ -1,0 +1,5 @@
+"""Adapters and low-rank models made of whole weights.
+
+low_rank.py    the best B·A of a matrix      extract.py        `dlora extract`: its command and files
+dealt.py       matrices dealt over ranks     difference.py     what a fine-tune changed of its base
+"""
