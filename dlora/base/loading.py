@@ -14,6 +14,7 @@ from dlora.base.packed_reader import StoredPackedWeights
 from dlora.base.reader import StoredWeights
 from dlora.base.skeleton import AUTO, make_buffers, set_buffers, untied_config
 from dlora.base.weight_files import check_files, check_loaded
+from dlora.quant.factored import is_factored
 
 
 class BaseWeights:
@@ -28,7 +29,8 @@ class BaseWeights:
         self._base, self._left = base, left
         check_files(base)  # they are downloaded now, since they say which weights are tied
         self.skeleton: Any = base.skeleton()
-        self.element_wise = base.quantization != "none"
+        is_low_rank = any(map(is_factored, self.skeleton.modules()))
+        self.element_wise = base.quantization != "none" or is_low_rank
 
     def from_pretrained(self, **sharding: Any) -> nn.Module:
         """Load the model with transformers.

@@ -65,8 +65,8 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
 
 
 def add_cut(parser: argparse.ArgumentParser, *, rank: bool) -> None:
-    """Add the options that say where a spectrum is cut, one of which is required."""
-    group = parser.add_mutually_exclusive_group(required=True)
+    """Add the options that say where a spectrum is cut; one is required."""
+    group: Any = parser.add_mutually_exclusive_group(required=True) if rank else parser
     if rank:
         group.add_argument(
             "--rank", type=_rank, metavar="R", help="rank of every matrix, where it has as much"
@@ -74,8 +74,10 @@ def add_cut(parser: argparse.ArgumentParser, *, rank: bool) -> None:
     group.add_argument(
         "--energy",
         type=_share,
+        required=not rank,
         metavar="E",
-        help="share of the squares of the singular values that each matrix keeps, in (0, 1]",
+        help="share of the squares of the singular values that each matrix keeps, in (0, 1]"
+        + ("" if rank else " (required)"),
     )
 
 
@@ -177,12 +179,11 @@ def _write(
 ) -> None:
     extracted = Extracted.gather(pair, units, parts)
     if not extracted.adapted and not extracted.whole:
-        what = "nothing" if not extracted.named else f"{and_more(list(extracted.named))} alone"
-        raise UsageError(
-            f"--tuned: {args.tuned} has the weights of {args.base}, so there is nothing to extract"
-            if not extracted.named
-            else f"--tuned: {what} changed, which an adapter has no place for"
-        )
+        if extracted.named:
+            what = f"{and_more(list(extracted.named), 1)} alone changed"
+            raise UsageError(f"--tuned: {what}, which an adapter has no place for")
+        what = f"{args.tuned} has the weights of {args.base}"
+        raise UsageError(f"--tuned: {what}, so there is nothing to extract")
     for line in extracted.lines():
         say(line)
     with naming_target(args.target), new_directory(args.target) as folder:

@@ -74,7 +74,7 @@ def _of_module(
     weight = f"{path}.weight"
     if path and weight in own and not why and layer_kind(module) is not None:
         shape = shapes[weight]
-        yield Unit(Kind.MATRIX, path, (weight,), _cost(shape[0], math.prod(shape[1:])))
+        yield Unit(Kind.MATRIX, path, (weight,), cost_of(shape[0], math.prod(shape[1:])))
         rest = [name for name in own if name != weight]
         yield from _named(rest, "an adapter of its layer has no bias", shapes)
         return
@@ -82,7 +82,7 @@ def _of_module(
     stacks = [n for n in own if len(shapes[n]) == 3 and shapes[n][0] == experts]
     for name in stacks:
         experts, m, n = shapes[name]
-        yield Unit(Kind.STACK, name, (name,), experts * _cost(m, n))
+        yield Unit(Kind.STACK, name, (name,), experts * cost_of(m, n))
     own = [name for name in own if name not in stacks]
     why = why or _not_whole(path, module, bool(stacks))
     if why:
@@ -108,6 +108,6 @@ def _named(names: list[str], why: str, shapes: Mapping[str, tuple[int, ...]]) ->
     yield from (Unit(Kind.NAMED, n, (n,), float(math.prod(shapes[n])), why) for n in names)
 
 
-def _cost(m: int, n: int) -> float:
+def cost_of(m: int, n: int) -> float:
     """Of the products and the decomposition of a matrix."""
     return float(min(m, n)) ** 2 * (max(m, n) + 9.0 * min(m, n))
