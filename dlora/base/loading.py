@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlora.base.low_rank import stand_ins
 from dlora.base.model_class import CAUSAL
 from dlora.base.packed_reader import StoredPackedWeights
 from dlora.base.reader import StoredWeights
@@ -81,7 +82,8 @@ class BaseWeights:
         persistent = dict(model.named_buffers())
         for name, _ in model.named_non_persistent_buffers():
             del persistent[name]
-        make_buffers(model)
+        with stand_ins(model):
+            make_buffers(model)
         for name, buffer in persistent.items():
             value = torch.empty(buffer.shape, dtype=buffer.dtype)
             stored.read(name, 0, value.view(-1))

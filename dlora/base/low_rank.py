@@ -6,13 +6,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from dlora.errors import UsageError
 from dlora.lora.layers import AdaptedConv1D, AdaptedLinear, layer_kind
-from dlora.quant.factored import factor
+from dlora.quant.factored import factor, is_factored
 
 KEY = "dlora_low_rank"
 
@@ -21,6 +24,19 @@ def low_ranks(config: Any) -> dict[str, int] | None:
     """{path: k} of a configuration, which has not been checked; None: it is no compressed base."""
     found: dict[str, int] | None = getattr(config, KEY, None)
     return found
+
+
+@contextmanager
+def stand_ins(skeleton: nn.Module) -> Iterator[None]:
+    """Inside, factored layers have an empty weight, which transformers draws as it draws others."""
+    layers = [layer for layer in skeleton.modules() if is_factored(layer)]
+    for layer in layers:
+        layer.__dict__["weight"] = torch.empty(0, device="meta")
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.__dict__["weight"]
 
 
 def factor_as_stored(skeleton: nn.Module, config: Any, path: str) -> None:
@@ -47,4 +63,3 @@ def factor_as_stored(skeleton: nn.Module, config: Any, path: str) -> None:
         if type(k) is not int or not 1 <= k <= min(kind.shape(layer)):
             raise UsageError(f"{where}: {name}: {k!r} is no rank of a {list(kind.shape(layer))}")
         factor(layer, k, transposed=kind.transposed)
-        layer._is_hf_initialized = True  # transformers would draw its weight

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from dlora.base.low_rank import low_ranks
 from dlora.base.quantize import replaceable
 from dlora.base.stored_base import StoredBase
 from dlora.cli import OneLineParser, naming_base, new_target
@@ -81,8 +80,6 @@ class _Base:
 def _opened(args: argparse.Namespace) -> _Base:
     """The base, and which of its layers may become products."""
     model = Stored.open(args.base, "--base", trust_remote_code=args.trust_remote_code)
-    if low_ranks(model.base.config()) is not None:
-        raise UsageError(f"--base: {args.base} is compressed already")
     with naming_base("--base"):
         stored = StoredBase(model.base, model.skeleton)
     layers, left = [], dict[str, str]()

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlora.base.low_rank import low_ranks
 from dlora.base.model import BaseModel, find_base
 from dlora.base.model_class import class_for
 from dlora.base.reader import StoredWeights
@@ -45,7 +46,8 @@ class Stored:
         """Open a model by a hub id, a directory or a `.gguf` file; the files' headers are read.
 
         Raises:
-            UsageError: it cannot be read, or is quantized; the message names `option`.
+            UsageError: it cannot be read, or its weights are packed or products; the message names
+                `option`.
         """
         if trust_remote_code and path.endswith(".gguf"):
             raise UsageError("--trust-remote-code cannot act: a .gguf file contains no code")
@@ -54,6 +56,8 @@ class Stored:
             config = base.config()
             if getattr(config, "quantization_config", None) is not None:
                 raise UsageError(f"{path} is quantized; floating-point weights are needed")
+            if low_ranks(config) is not None:
+                raise UsageError(f"{path} is compressed already; whole weights are needed")
             if getattr(config, "is_encoder_decoder", False):
                 base = replace(base, made_as=class_for("SEQ_2_SEQ_LM", ()))
             check_files(base)
