@@ -42,6 +42,7 @@ TABLE = {
     "training": "adapters base checkpoint config data hooks io lora methods metrics objectives "
     "optim plan quant registry runtime sharding tasks",
     "export": "adapters base io lora metrics runtime cli",
+    "library": "adapters base checkpoint cli data io lora metrics runtime tasks",
     "integrations": "api",  # and what `dlora` exports: see `PUBLIC`
     "launchers": "train config hooks",
 }

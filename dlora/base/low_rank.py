@@ -1,7 +1,7 @@
 """A base that `dlora compress` wrote: its configuration says which weights are products.
 
-    config.json        "dlora_low_rank": {path of a linear layer: k}
-    low_rank-*         ….weight_B [m, k] and ….weight_A [k, n] in the place of ….weight
+config.json        "dlora_low_rank": {path of a linear layer: k}
+low_rank-*         ….weight_B [m, k] and ….weight_A [k, n] in the place of ….weight
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 
 from dlora.errors import UsageError
 from dlora.lora.layers import AdaptedConv1D, AdaptedLinear, layer_kind
-from dlora.quant.factored import factor, is_factored
+from dlora.quant.factored import FACTORS, factor, is_factored
 
 KEY = "dlora_low_rank"
 
@@ -24,6 +24,11 @@ def low_ranks(config: Any) -> dict[str, int] | None:
     """{path: k} of a configuration, which has not been checked; None: it is no compressed base."""
     found: dict[str, int] | None = getattr(config, KEY, None)
     return found
+
+
+def factor_keys(key: str) -> tuple[str, ...]:
+    """The keys of B and A in the place of the key of a weight."""
+    return tuple(key.removesuffix("weight") + name for name in FACTORS)
 
 
 @contextmanager

@@ -100,8 +100,8 @@ def quantize(model: nn.Module, quantization: str) -> Quantized:
             packed.append(path)
             weights, nbytes = weights + k * n, nbytes + k * (fmt.code_bytes(n) + fmt.scale_bytes(n))
     if not packed:
-        why = next(iter(left.items()), None)
-        reason = f": {why[0]}: {why[1]}" if why else " in the blocks of this model"
+        first = next(iter(left.items()), None)
+        reason = f": {first[0]}: {first[1]}" if first else " in the blocks of this model"
         raise UsageError(f"quantization: {quantization} cannot act on any linear layer{reason}")
     return Quantized(quantization, tuple(packed), weights, nbytes, left)
 

@@ -120,6 +120,11 @@ class StoredWeights:
             piece.copy_(stored.elements(start + offset, start + offset + piece.numel()))
 
     @property
+    def stored_dtypes(self) -> set[str]:
+        """The dtypes of the files' floating-point tensors, as safetensors names them."""
+        return {tensor.dtype for tensor in self._tensors.values()} & FLOATS.keys()
+
+    @property
     def unused(self) -> list[str]:
         """The names that keys of the files have in the model, which has no such tensors."""
         return [name for name in self._origins if name not in self._shapes]

@@ -1,7 +1,7 @@
-"""Adapters and low-rank models made of whole weights.
+"""Several adapters on one base: compose, swap, route.
 
-low_rank.py    the best B·A of a matrix      extract.py        `dlora extract`: its command and files
-dealt.py       matrices dealt over ranks     difference.py     what a fine-tune changed of its base
-compress.py    `dlora compress`              compressed.py     the files of a low-rank model
-units.py       how tensors are taken         extracted.py      the files of an extraction
+extract.py    `dlora extract`          compress.py    `dlora compress`
+changes.py    what a fine-tune changed compressed.py  the files of a low-rank model
+units.py      how tensors are taken    low_rank.py    the best B·A of a matrix, and its energy
+extracted.py  the files of its adapter dealt.py       matrices dealt over ranks
 """

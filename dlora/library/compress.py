@@ -20,9 +20,9 @@ from dlora.base.quantize import replaceable
 from dlora.base.stored_base import StoredBase
 from dlora.cli import OneLineParser, naming_base, new_target
 from dlora.errors import UsageError
+from dlora.library.changes import Stored
 from dlora.library.compressed import Compressed, Layer
 from dlora.library.dealt import Parts, agreed, naming_target, on_all_ranks, parts_beside, work_on
-from dlora.library.difference import Stored
 from dlora.library.extract import add_cut
 from dlora.library.low_rank import Cut, Decomposed
 from dlora.library.units import cost_of
@@ -108,7 +108,12 @@ def _compress(ranks: Ranks, args: argparse.Namespace) -> None:
     with parts_beside(args.target, ranks) as parts:
         costs = [cost_of(layer.m, layer.n) for layer in base.layers]
         work_on(ranks, costs, args.target, lambda i: _take(base, base.layers[i], cut, parts, i))
-        agreed(ranks, "result", lambda: ranks.main and _write(base, parts, args, say))
+
+        def result() -> None:
+            if ranks.main:
+                _write(base, parts, args, say)
+
+        agreed(ranks, "result", result)
 
 
 def _take(base: _Base, layer: Layer, cut: Cut, parts: Parts, number: int) -> None:

@@ -1,7 +1,7 @@
 """The files of a low-rank model, written block by block.
 
-    ….weight_B [m, k], ….weight_A [k, n]     in the place of ….weight, in files that dlora reads
-    ….weight = B·A                           with `dense`, in files that transformers reads
+….weight_B [m, k], ….weight_A [k, n]     in the place of ….weight, in files that dlora reads
+….weight = B·A                           with `dense`, in files that transformers reads
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dlora.base.low_rank import KEY
+from dlora.base.low_rank import KEY, factor_keys
 from dlora.base.stored_base import StoredBase
 from dlora.base.weight_files import LOW_RANK
 from dlora.errors import UsageError
@@ -31,7 +31,6 @@ from dlora.io.safetensors import (
 )
 from dlora.library.dealt import Parts
 from dlora.metrics.progress import CopyDisplay
-from dlora.quant.factored import FACTORS
 
 RECORD = "compression.json"
 
@@ -144,9 +143,8 @@ class Compressed:
 
     def _factors(self, layer: Layer, tensor: StoredTensor) -> Iterator[NewTensor]:
         k, dtype = self._rank(layer), FLOATS[tensor.dtype]
-        stem = layer.key.removesuffix("weight")
-        for name, short, shape in zip(
-            FACTORS, "BA", ((layer.m, k), (k, layer.n)), strict=True
+        for key, short, shape in zip(
+            factor_keys(layer.key), "BA", ((layer.m, k), (k, layer.n)), strict=True
         ):
 
             def rows(short: str = short) -> Iterator[Tensor]:
@@ -154,7 +152,7 @@ class Compressed:
                 for part in factor.split(_step(factor.shape[1])):
                     yield part.to(dtype)
 
-            yield new_float_tensor(f"{stem}{name}", dtype, shape, rows)
+            yield new_float_tensor(key, dtype, shape, rows)
 
     def _product(self, layer: Layer, tensor: StoredTensor) -> NewTensor:
         dtype = FLOATS[tensor.dtype]

@@ -20,8 +20,8 @@ from dlora.adapters.write import converted_line
 from dlora.cli import OneLineParser, new_target
 from dlora.errors import UsageError, and_more
 from dlora.io.files import new_directory
+from dlora.library.changes import Pair, Stored
 from dlora.library.dealt import Parts, agreed, naming_target, on_all_ranks, parts_beside, work_on
-from dlora.library.difference import Pair, Stored
 from dlora.library.extracted import Extracted
 from dlora.library.low_rank import Cut, Decomposed, LowRank
 from dlora.library.units import Kind, Unit, units_of
@@ -116,7 +116,12 @@ def _extract(ranks: Ranks, args: argparse.Namespace) -> None:
     with parts_beside(args.target, ranks) as parts:
         costs = [unit.cost for unit in units]
         work_on(ranks, costs, args.target, lambda i: _take(pair, units[i], cut, parts, i))
-        agreed(ranks, "result", lambda: ranks.main and _write(pair, units, parts, args, say))
+
+        def result() -> None:
+            if ranks.main:
+                _write(pair, units, parts, args, say)
+
+        agreed(ranks, "result", result)
 
 
 def _take(pair: Pair, unit: Unit, cut: Cut, parts: Parts, number: int) -> None:
@@ -188,8 +193,8 @@ def _write(
         say(line)
     with naming_target(args.target), new_directory(args.target) as folder:
         extracted.write(folder)
-    if line := converted_line(pair.base.base.path, pair.base.base.source):
-        say(line)
+    if note := converted_line(pair.base.base.path, pair.base.base.source):
+        say(note)
     say(f"wrote {args.to}")
 
 

@@ -15,8 +15,8 @@ from dlora.adapters.save_load import save_adapter
 from dlora.base.answering import as_list, generation_settings, write_beside_adapter
 from dlora.errors import UsageError
 from dlora.io.files import write_atomically
+from dlora.library.changes import Pair
 from dlora.library.dealt import Parts
-from dlora.library.difference import Pair
 from dlora.library.units import Kind, Unit
 from dlora.lora.attach import attach, named_adapters, named_copies
 from dlora.lora.config import LoraConfig

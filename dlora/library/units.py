@@ -1,9 +1,9 @@
 """The tensors of a model as an extraction takes them: low-rank, whole, or only by name.
 
-    MATRIX   the weight of a layer that can carry an adapter        A and B
-    STACK    the weights of experts, a matrix each                  A and B of each
-    WHOLE    a module without adapters, as a norm                   `modules_to_save`: its parameters
-    NAMED    what PEFT's files have no place for, as a bias         a line, and a file
+MATRIX   the weight of a layer that can carry an adapter        A and B
+STACK    the weights of experts, a matrix each                  A and B of each
+WHOLE    a module without adapters, as a norm                   `modules_to_save`: its parameters
+NAMED    what PEFT's files have no place for, as a bias         a line, and a file
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def units_of(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[Unit]:
         shapes: of the tensors that the files have, by name.
     """
     reads = weight_reads(model)
-    found, seen = [], set[str]()
+    found, seen = list[Unit](), set[str]()
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         own = [prefix + name for name, _ in module.named_parameters(recurse=False)]

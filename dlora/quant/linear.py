@@ -146,6 +146,8 @@ class _Product(torch.autograd.Function):
 
 def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """`F.linear`; under `torch.autocast` in autocast's dtype."""
+    if isinstance(weight, FactoredWeight):
+        return weight.product(x, bias)
     if not isinstance(weight, PackedWeight):
         return F.linear(x, weight, bias)
     if torch.is_autocast_enabled(x.device.type):

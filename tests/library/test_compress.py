@@ -1,20 +1,21 @@
 """Low-rank models: their weights beside torch's SVD, and how transformers and dlora load them."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
 from exported import loaded, logits, weights
 from refusals import refusal
-from safetensors.torch import load_file
-from test_extract import content, on_each
-from torch import nn
+from test_extract import content
 
 from dlora.base.model import find_base
 from dlora.library.compress import main
+from dlora.runtime.ranks import Ranks
 from dlora.sharding.engines.protocol import build_engine
 from dlora.sharding.topology import Topology, resolve_placement
 
@@ -65,9 +66,11 @@ def test_a_dense_model_is_the_truncation_for_transformers(name, bases, tmp_path,
     assert before.keys() == after.keys()
     assert {k: t.dtype for k, t in before.items()} == {k: t.dtype for k, t in after.items()}
     record = json.loads((to / "compression.json").read_text())
-    low = {path for path in record["products"]}
+    low = set(record["products"])
     assert {path.rpartition(".")[2] for path in low} == set(LOW[name])
-    assert all(found["rank"] == 3 and found["energy"] > 0.99 for found in record["products"].values())
+    assert all(
+        found["rank"] == 3 and found["energy"] > 0.99 for found in record["products"].values()
+    )
     unlike = {key for key in before if not torch.equal(before[key], after[key])}
     assert {key.removesuffix(".weight") for key in unlike} == low
     for path, why in record["not compressed"].items():
@@ -98,13 +101,17 @@ def test_bytes_are_the_same_on_two_ranks(bases, tmp_path, pools) -> None:
 
 
 def compress_on_each(words: list[str]) -> None:
-    on_each(words, main)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    main(words, Ranks(rank, world, torch.device("cpu"), ranks.current_store))
 
 
 MISTAKES = {  # words after --to DIR; what the message says
     "no energy": (["--base", "B"], "the following arguments are required: --energy"),
     "rank": (["--base", "B", "--energy", "0.9", "--rank", "2"], "unrecognized arguments: --rank 2"),
-    "energy": (["--base", "B", "--energy", "0"], "--energy: must be a number above 0 and at most 1"),
+    "energy": (
+        ["--base", "B", "--energy", "0"],
+        "--energy: must be a number above 0 and at most 1",
+    ),
     "nothing pays": (["--base", "B", "--energy", "0.99"], "pays for none of 14 linear layers of B"),
     "again": (["--base", "low", "--energy", "0.99"], "--base: low is compressed already"),
     "no base": (["--base", "./nix", "--energy", "0.9"], "--base: directory ./nix does not exist"),

@@ -1,7 +1,6 @@
 """What a full fine-tune changed comes back as an adapter, as PEFT and transformers compute it."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,19 +8,16 @@ from typing import Any
 
 import peft
 import pytest
-import ranks
 import torch
 from exported import Case, loaded, logits, made_by_peft, weights
 from hostile import edit_json, starting_from
+from programs import start, status
 from refusals import preparation, refusal
 from safetensors.torch import load_file, save_file
-from tiny import save_filled
 from torch import nn
 
 from dlora import generate, load_adapter
 from dlora.library.extract import main
-from dlora.runtime.memory import MemoryMeter
-from dlora.runtime.ranks import Ranks
 
 CASES = [
     Case("llama", ["q_proj", "down_proj"]),
@@ -142,7 +138,7 @@ def test_ranks_are_those_of_peft_s_conversion(bases, tmp_path) -> None:
     base = bases("llama")
     model = peft.get_peft_model(loaded(base), peft.LoHaConfig(r=3, target_modules=["q_proj"]))
     torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
+    for _name, parameter in model.named_parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, 0, 0.3)
     config, wanted = peft.convert_to_lora(model, rank=0.8)
@@ -157,24 +153,25 @@ def test_ranks_are_those_of_peft_s_conversion(bases, tmp_path) -> None:
         assert (got[other] @ got[key] - delta).norm() <= 1e-4 * delta.norm()
 
 
-def on_each(words: list[str], command: Callable[..., int] = main) -> None:
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    command(words, Ranks(rank, world, torch.device("cpu"), ranks.current_store))
-
-
 def content(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-def test_bytes_are_the_same_on_two_ranks(bases, tmp_path, pools) -> None:
+def test_bytes_are_the_same_on_two_ranks(bases, tmp_path) -> None:
+    """As torchrun starts them; a mistake is one line of all ranks."""
     base = bases("llama")
     after = tuned(base, tmp_path / "tuned", lambda _, p: p.add_(0.01 * torch.randn_like(p)))
     words = ["--base", str(base), "--tuned", str(after), "--energy", "0.5", "--to"]
     torch.set_num_threads(1)  # as the ranks have
     main([*words, str(tmp_path / "one")])
-    pools(2).run(on_each, [*words, str(tmp_path / "two")])
+    log, here = tmp_path / "log", {"OMP_NUM_THREADS": "1"}
+    assert status(start(2, ["dlora", "extract", *words, str(tmp_path / "two")], log, **here)) == 0
     assert content(tmp_path / "one") == content(tmp_path / "two")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "tuned", "two"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "one", "tuned", "two"]
+    log.unlink()
+    assert status(start(2, ["dlora", "extract", *words, str(tmp_path / "two")], log, **here)) == 2
+    refused = f"--to: {tmp_path / 'two'} is not empty; name a new or empty directory"
+    assert log.read_text() == f"dlora: error: {refused}\n"
 
 
 def test_it_is_trained_on_and_answers(bases, tmp_path, capsys) -> None:
@@ -200,19 +197,43 @@ def test_it_is_trained_on_and_answers(bases, tmp_path, capsys) -> None:
 
 MISTAKES = {  # words after --to DIR; what the message says
     "no cut": (["--base", "B", "--tuned", "T"], "one of the arguments --rank --energy is required"),
-    "two cuts": (["--base", "B", "--tuned", "T", "--rank", "2", "--energy", "1"], "not allowed with"),
-    "rank": (["--base", "B", "--tuned", "T", "--rank", "0"], "--rank: must be a whole number from 1"),
-    "energy": (["--base", "B", "--tuned", "T", "--energy", "1.1"], "--energy: must be a number abov"),
+    "two cuts": (
+        ["--base", "B", "--tuned", "T", "--rank", "2", "--energy", "1"],
+        "not allowed with",
+    ),
+    "rank": (
+        ["--base", "B", "--tuned", "T", "--rank", "0"],
+        "--rank: must be a whole number from 1",
+    ),
+    "energy": (
+        ["--base", "B", "--tuned", "T", "--energy", "1.1"],
+        "--energy: must be a number abov",
+    ),
     "no base": (["--base", "./nix", "--tuned", "T", "--rank", "2"], "--base: directory ./nix does"),
     "no model": (["--base", "B", "--tuned", "E", "--rank", "2"], "--tuned: E contains no config"),
     "unchanged": (["--base", "B", "--tuned", "B", "--rank", "2"], "so there is nothing to extract"),
     "class": (["--base", "B", "--tuned", "gpt2", "--rank", "2"], "gpt2 is a GPT2LMHeadModel, and"),
-    "vocabulary": (["--base", "B", "--tuned", "larger", "--rank", "2"], "(as of a resized vocabular"),
+    "vocabulary": (
+        ["--base", "B", "--tuned", "larger", "--rank", "2"],
+        "(as of a resized vocabular",
+    ),
     "lacking": (["--base", "B", "--tuned", "lacking", "--rank", "2"], "do not contain model.norm"),
-    "extra": (["--base", "B", "--tuned", "extra", "--rank", "2"], "--tuned: extra.weight is in extra"),
-    "biases": (["--base", "G", "--tuned", "biases", "--rank", "2"], "0.mlp.c_fc.bias and 1 more alone"),
-    "quantized": (["--base", "packed", "--tuned", "T", "--rank", "2"], "--base: packed is quantized"),
-    "NaN": (["--base", "B", "--tuned", "nan", "--rank", "2"], "q_proj.weight contains NaN or infin"),
+    "extra": (
+        ["--base", "B", "--tuned", "extra", "--rank", "2"],
+        "--tuned: extra.weight is in extra",
+    ),
+    "biases": (
+        ["--base", "G", "--tuned", "biases", "--rank", "2"],
+        "0.mlp.c_fc.bias and 1 more alone",
+    ),
+    "quantized": (
+        ["--base", "packed", "--tuned", "T", "--rank", "2"],
+        "--base: packed is quantized",
+    ),
+    "NaN": (
+        ["--base", "B", "--tuned", "nan", "--rank", "2"],
+        "q_proj.weight contains NaN or infin",
+    ),
     "itself": (["--base", "B", "--tuned", "T", "--rank", "2", "--to", "B"], "is the"),
     "full": (["--base", "B", "--tuned", "T", "--rank", "2", "--to", "site"], "site is not empty"),
 }

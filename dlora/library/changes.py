@@ -127,6 +127,12 @@ class Pair:
             yield f"not compared, as {type(self.base.skeleton).__name__} has no use for them: " + (
                 and_more(unused)
             )
+        kinds = [sorted(m.weights.stored_dtypes) for m in (self.base, self.tuned)]
+        if kinds[0] != kinds[1]:
+            yield (
+                f"the base is stored in {', '.join(kinds[0])} and the tuned model in "
+                f"{', '.join(kinds[1])}: what one of them rounded counts as a change"
+            )
         ours, theirs = (model.base.config().to_dict() for model in (self.base, self.tuned))
         names = sorted({*ours, *theirs} - _NO_PART)
         if other := [n for n in names if ours.get(n) != theirs.get(n)]:
