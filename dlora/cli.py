@@ -18,6 +18,8 @@ from dlora.base.native import AUTO_DTYPE, native_dtype
 from dlora.data.stops import turn_ends
 from dlora.data.template import set_template
 from dlora.errors import UsageError
+from dlora.sharding.engines.protocol import build_engine
+from dlora.sharding.topology import Topology, resolve_placement
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -100,6 +102,14 @@ def chosen_base(
         )
         base.config()
     return base, option
+
+
+def loaded(base: BaseModel) -> Any:
+    """The whole model, on the GPU if there is one."""
+    topology = Topology(rank=0, world=1, ranks_per_node=1)
+    engine = build_engine(resolve_placement("fsdp2", "none", topology), topology)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return base.load(engine, device)
 
 
 def _settled(dtype: str) -> str:

@@ -14,16 +14,14 @@ import torch
 
 from dlora.adapters.open_adapter import open_adapter
 from dlora.adapters.source import AdapterSource
-from dlora.base.model import DTYPES, BaseModel
+from dlora.base.model import DTYPES
 from dlora.base.native import AUTO_DTYPE
-from dlora.cli import OneLineParser, answering, chosen_base, naming_base
+from dlora.cli import OneLineParser, answering, chosen_base, loaded, naming_base
 from dlora.data.encode import text_prompt
 from dlora.data.stops import stop_tokens
 from dlora.errors import UsageError
 from dlora.lora.tasks import HEADS
 from dlora.runtime.exit_status import exit_with
-from dlora.sharding.engines.protocol import build_engine
-from dlora.sharding.topology import Topology, resolve_placement
 from dlora.training.evaluate import inference
 
 
@@ -50,7 +48,7 @@ def main(argv: list[str]) -> int:
     if source is not None:
         source.attach_to(skeleton)  # an adapter that does not fit fails before weights are read
     with naming_base(option):
-        model = _loaded(base)
+        model = loaded(base)
     if source is not None:
         source.attach_to(model)
         source.load_into(model)
@@ -127,14 +125,6 @@ def _classify(model: Any, ids: torch.Tensor, labels: list[str]) -> None:
         logits = model(input_ids=ids.to(next(model.parameters()).device)).logits[0]
     place = int(logits.argmax())
     print(f"{labels[place]} ({float(logits.float().softmax(-1)[place]):.3f})")
-
-
-def _loaded(base: BaseModel) -> Any:
-    """The model, on the GPU if there is one."""
-    topology = Topology(rank=0, world=1, ranks_per_node=1)
-    engine = build_engine(resolve_placement("fsdp2", "none", topology), topology)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return base.load(engine, device)
 
 
 def _answer(

@@ -10,9 +10,10 @@ differently.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -74,15 +75,27 @@ class Stored:
 
 @dataclass(frozen=True)
 class Change:
-    """How far a tensor moved: ‖D‖ and ‖W_base‖."""
+    """How far tensors moved: ‖D‖² and ‖W_base‖²."""
 
-    norm: float
-    of: float
+    squares: float = 0.0
+    of: float = 0.0
 
-    @property
-    def share(self) -> float:
-        """‖D‖/‖W_base‖."""
-        return self.norm / self.of if self.of else math.inf
+    def __add__(self, other: Change) -> Change:
+        return Change(self.squares + other.squares, self.of + other.of)
+
+    def __bool__(self) -> bool:
+        return self.squares > 0
+
+    def record(self) -> dict[str, float]:
+        """Both norms, for a file."""
+        return {"change": math.sqrt(self.squares), "base": math.sqrt(self.of)}
+
+
+def told(record: dict[str, Any]) -> str:
+    """What `Change.record` says, in words."""
+    if not record["base"]:
+        return "changed from zero"
+    return f"changed by {record['change'] / record['base']:.2%}"
 
 
 @dataclass(frozen=True)
@@ -138,25 +151,21 @@ class Pair:
         if other := [n for n in names if ours.get(n) != theirs.get(n)]:
             yield f"config.json differs in {and_more(other)}; an adapter has the base's values"
 
-    def change(self, name: str) -> Change | None:
-        """How far a tensor moved; None: it did not."""
-        squares = of = 0.0
-        for block, base in self._blocks(name):
-            squares += float(block.square().sum())
-            of += float(base.square().sum())
-        return Change(math.sqrt(squares), math.sqrt(of)) if squares else None
+    def change(self, names: Iterable[str]) -> Change:
+        """How far tensors moved."""
+        blocks = (blocks for name in names for blocks in self._blocks(name))
+        return sum(starmap(_change, blocks), Change())
 
-    def difference(self, name: str, index: int | None = None) -> tuple[Tensor, Change] | None:
-        """D of a tensor, in float32, or of one of the matrices of a stack; None: it is zero."""
+    def difference(self, name: str, index: int | None = None) -> tuple[Tensor, Change]:
+        """D of a tensor, in float32, or of one of the matrices of a stack."""
         shape = self.base.shapes[name]
         shape = shape if index is None else shape[1:]
-        out, at, squares, of = torch.empty(math.prod(shape)), 0, 0.0, 0.0
+        out, at, change = torch.empty(math.prod(shape)), 0, Change()
         for block, base in self._blocks(name, index):
             out[at : at + block.numel()] = block
-            squares += float(block.square().sum())
-            of += float(base.square().sum())
+            change += _change(block, base)
             at += block.numel()
-        return (out.view(shape), Change(math.sqrt(squares), math.sqrt(of))) if squares else None
+        return out.view(shape), change
 
     def value(self, name: str) -> Tensor:
         """A tensor of the tuned model, in float32."""
@@ -185,3 +194,7 @@ class Pair:
                 if not value.isfinite().all():
                     raise UsageError(f"{option}: {name} contains NaN or infinite values")
             yield values[1] - values[0], values[0]
+
+
+def _change(block: Tensor, base: Tensor) -> Change:
+    return Change(float(block.square().sum()), float(base.square().sum()))

@@ -16,8 +16,10 @@ from typing import Any
 from torch import Tensor
 
 from dlora.base.low_rank import KEY, factor_keys
+from dlora.base.model import DTYPES, find_base
 from dlora.base.stored_base import StoredBase
 from dlora.base.weight_files import LOW_RANK
+from dlora.cli import loaded
 from dlora.errors import UsageError
 from dlora.io.files import new_directory
 from dlora.io.safetensors import (
@@ -33,6 +35,21 @@ from dlora.library.dealt import Parts
 from dlora.metrics.progress import CopyDisplay
 
 RECORD = "compression.json"
+
+
+def load_compressed(directory: str | Path, *, dtype: str = "bfloat16") -> Any:
+    """The model in a directory that `dlora compress` wrote, whole, frozen, on the GPU if there is
+    one; `dlora.attach` and `dlora.shard` take it as any other.
+
+    Args:
+        dtype: `"bfloat16"`, `"float16"`, `"float32"` or `"float64"`.
+
+    Raises:
+        UsageError: the directory is no model's, or is damaged.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    return loaded(find_base(str(directory), dtype=dtype))
 
 
 @dataclass(frozen=True)

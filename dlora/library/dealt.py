@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ from dlora.runtime.agreement import agree, broadcast
 from dlora.runtime.memory import trim
 from dlora.runtime.ranks import Ranks
 
+JOINING_SECONDS = 600.0
 PATIENCE_SECONDS = 7 * 86400.0  # ranks end their matrices at different times
 T = TypeVar("T")
 
@@ -90,7 +91,9 @@ def on_all_ranks(
     Raises:
         UsageError: on every rank, printed once.
     """
-    ranks = ranks or Ranks.from_environment(PATIENCE_SECONDS, torch.device("cpu"))
+    if ranks is None:
+        ranks = Ranks.from_environment(JOINING_SECONDS, torch.device("cpu"))
+    ranks = replace(ranks, timeout_seconds=PATIENCE_SECONDS)
     run(ranks, agreed(ranks, "command line", parse))
     ranks.part("end")
     return 0

@@ -20,7 +20,7 @@ from dlora.adapters.write import converted_line
 from dlora.cli import OneLineParser, new_target
 from dlora.errors import UsageError, and_more
 from dlora.io.files import new_directory
-from dlora.library.changes import Pair, Stored
+from dlora.library.changes import Change, Pair, Stored
 from dlora.library.dealt import Parts, agreed, naming_target, on_all_ranks, parts_beside, work_on
 from dlora.library.extracted import Extracted
 from dlora.library.low_rank import Cut, Decomposed, LowRank
@@ -129,20 +129,17 @@ def _take(pair: Pair, unit: Unit, cut: Cut, parts: Parts, number: int) -> None:
     record: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     if unit.kind is Kind.MATRIX:
-        if (found := pair.difference(unit.names[0])) is not None:
-            D, change = found
-            layer: Any = pair.base.skeleton.get_submodule(unit.path)
-            kind: Any = layer_kind(layer)
+        D, change = pair.difference(unit.names[0])
+        if change:
+            kind: Any = layer_kind(pair.base.skeleton.get_submodule(unit.path))
             low = _low_rank(kind.as_product(D), cut, unit.path)
             tensors = {"lora_A": low.A, "lora_B": low.B}
-            record = {"energy": low.energy, "change": change.share}
+            record = {"energy": low.energy, **change.record()}
     elif unit.kind is Kind.STACK:
         record, tensors = _stack(pair, unit, cut)
-    else:
-        changes = {name: pair.change(name) for name in unit.names}
-        if any(changes.values()):
-            record = {"change": max(c.share for c in changes.values() if c)}
-        if record and unit.kind is Kind.WHOLE:
+    elif change := pair.change(unit.names):
+        record = change.record()
+        if unit.kind is Kind.WHOLE:
             prefix = f"{unit.path}."
             tensors = {name.removeprefix(prefix): pair.value(name) for name in unit.names}
     parts.write(number, record, tensors)
@@ -161,21 +158,20 @@ def _stack(pair: Pair, unit: Unit, cut: Cut) -> tuple[dict[str, Any], dict[str, 
     experts, m, n = layer.sizes()
     assert experts is not None
     found: dict[int, LowRank] = {}
-    kept = squares = of = 0.0
+    kept, change = 0.0, Change()
     for expert in range(experts):
-        if (part := pair.difference(unit.path, expert)) is None:
-            continue
-        D, change = part
-        found[expert] = _low_rank(layer.as_stored(layer, D), cut, f"{unit.path}[{expert}]")
-        kept += found[expert].energy * change.norm**2
-        squares, of = squares + change.norm**2, of + change.of**2
+        D, own = pair.difference(unit.path, expert)
+        change += own
+        if own:
+            found[expert] = _low_rank(layer.as_stored(layer, D), cut, f"{unit.path}[{expert}]")
+            kept += found[expert].energy * own.squares
     if not found:
         return {}, {}
     r = max(low.A.shape[0] for low in found.values())
     A, B = torch.zeros(experts, r, n), torch.zeros(m, r, experts)
     for expert, low in found.items():
         A[expert, : len(low.A)], B[:, : len(low.A), expert] = low.A, low.B
-    record = {"energy": kept / squares, "change": (squares / of) ** 0.5 if of else 1.0}
+    record = {"energy": kept / change.squares, **change.record()}
     return record, {"lora_A": A.view(experts * r, n), "lora_B": B.view(m, r * experts)}
 
 

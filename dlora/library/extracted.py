@@ -15,7 +15,7 @@ from dlora.adapters.save_load import save_adapter
 from dlora.base.answering import as_list, generation_settings, write_beside_adapter
 from dlora.errors import UsageError
 from dlora.io.files import write_atomically
-from dlora.library.changes import Pair
+from dlora.library.changes import Pair, told
 from dlora.library.dealt import Parts
 from dlora.library.units import Kind, Unit
 from dlora.lora.attach import attach, named_adapters, named_copies
@@ -51,21 +51,18 @@ class Extracted:
                 made.whole[unit.path] = number
             else:
                 made._add(unit, number)
-        made._leave_ambiguous(units)
+        made._leave_ambiguous()
         return made
 
     def lines(self) -> Iterator[str]:
         """What is stored, a line for each tensor, and what is not."""
         for path, (r, most) in self.ranks.items():
-            record = self.records[path]
-            yield (
-                f"{path}: rank {r} of {most}, energy {record['energy']:.6g}, changed by "
-                f"{record['change']:.2%}"
-            )
+            energy = self.records[path]["energy"]
+            yield f"{path}: rank {r} of {most}, energy {energy:.6g}, {self._told(path)}"
         for path in self.whole:
-            yield f"{path}: stored whole (modules_to_save), changed by {self._share(path)}"
+            yield f"{path}: stored whole (modules_to_save), {self._told(path)}"
         for path, why in self.named.items():
-            yield f"{path}: NOT in the adapter, changed by {self._share(path)}: {why}"
+            yield f"{path}: NOT in the adapter, {self._told(path)}: {why}"
 
     def write(self, folder: Path) -> None:
         """Write the directory of the adapter."""
@@ -101,7 +98,7 @@ class Extracted:
         self.adapted[unit.path] = number
         self.ranks[unit.path] = (A.shape[0] // experts, min(A.shape[1], B.shape[0]))
 
-    def _leave_ambiguous(self, units: list[Unit]) -> None:
+    def _leave_ambiguous(self) -> None:
         """PEFT finds modules by the ends of their paths; those that mean others too are named."""
         paths = [path for path, _ in self.pair.base.skeleton.named_modules()]
         for path in list(self.whole):
@@ -110,8 +107,8 @@ class Extracted:
                 del self.whole[path]
                 self.named[path] = f"PEFT's modules_to_save would mean {others[0]} too"
 
-    def _share(self, path: str) -> str:
-        return f"{self.records[path]['change']:.2%}"
+    def _told(self, path: str) -> str:
+        return told(self.records[path])
 
     def _config(self) -> LoraConfig:
         usual = Counter(r for r, _ in self.ranks.values()).most_common(1)[0][0] if self.ranks else 1

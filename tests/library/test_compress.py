@@ -13,11 +13,9 @@ from exported import loaded, logits, weights
 from refusals import refusal
 from test_extract import content
 
-from dlora.base.model import find_base
 from dlora.library.compress import main
+from dlora.library.compressed import load_compressed
 from dlora.runtime.ranks import Ranks
-from dlora.sharding.engines.protocol import build_engine
-from dlora.sharding.topology import Topology, resolve_placement
 
 LOW = {"llama": ("q_proj", "down_proj"), "gpt2": ("c_attn", "c_proj")}
 
@@ -85,9 +83,7 @@ def test_factors_are_fewer_bytes_and_load_as_the_truncation(name, bases, tmp_pat
     assert sizes[1] < 0.9 * sizes[0]
     with pytest.raises(OSError, match="no file named"):  # rather than weights drawn at random
         loaded(to)
-    topology = Topology(rank=0, world=1, ranks_per_node=1)
-    engine = build_engine(resolve_placement("fsdp2", "none", topology), topology)
-    model: Any = find_base(str(to), dtype="float32").load(engine, torch.device("cpu"))
+    model = load_compressed(to, dtype="float32")
     torch.testing.assert_close(logits(model), logits(truncated(base, name)), rtol=1e-4, atol=1e-4)
 
 

@@ -17,11 +17,9 @@ from test_compress import compressed, low_rank_base
 from tiny import command as options
 
 from dlora import LoraConfig, attach, generate, merge, save_adapter, unmerge
-from dlora.base.model import find_base
 from dlora.export.command import main as export
+from dlora.library.compressed import load_compressed
 from dlora.library.extract import main as extract
-from dlora.sharding.engines.protocol import build_engine
-from dlora.sharding.topology import Topology, resolve_placement
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +52,6 @@ def test_training_is_that_of_the_whole_weights(run: Runs, made, name, engine, wo
     check_near(run("low", world, model__path=str(low), **where), one)
 
 
-def read(base: Path) -> Any:
-    topology = Topology(rank=0, world=1, ranks_per_node=1)
-    engine = build_engine(resolve_placement("fsdp2", "none", topology), topology)
-    return find_base(str(base), dtype="float32").load(engine, torch.device("cpu"))
-
-
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_an_attached_adapter_is_peft_s_on_the_whole_weights(made, dora: bool) -> None:
     low, dense = made["llama"]
@@ -67,7 +59,7 @@ def test_an_attached_adapter_is_peft_s_on_the_whole_weights(made, dora: bool) ->
     theirs = peft.get_peft_model(
         loaded(dense), peft.LoraConfig(r=2, target_modules=targets, use_dora=dora)
     )
-    ours = read(low)
+    ours = load_compressed(low, dtype="float32")
     attach(ours, LoraConfig(r=2, lora_alpha=8, target_modules=targets, use_dora=dora))
     found = dict(ours.named_parameters())
     with torch.no_grad():
@@ -101,7 +93,9 @@ def test_what_a_product_cannot_be_is_refused_by_name(made, tmp_path) -> None:
     assert "model.quantization: cannot act on a compressed model" in quantized
     pissa = refusal(preparation, asked(adapter__init_lora_weights="pissa"))
     assert "pissa needs the weight of model.layers.0.self_attn.q_proj" in pissa
-    attach(model := read(low), LoraConfig(r=2, target_modules=["q_proj"]))
+    attach(
+        model := load_compressed(low, dtype="float32"), LoraConfig(r=2, target_modules=["q_proj"])
+    )
     save_adapter(model, tmp_path / "adapter", base_model_name_or_path=str(low))
     words = ["--adapter", str(tmp_path / "adapter"), "--to", str(tmp_path / "merged")]
     assert "compressed" in refusal(export, [*words, "--merge"])

@@ -111,6 +111,14 @@ def test_norms_are_stored_whole_and_biases_are_named(bases, tmp_path, capsys) ->
         torch.testing.assert_close(logits(model), logits(wanted.eval()), rtol=1e-4, atol=1e-4)
 
 
+def test_what_was_zero_is_said_in_words_and_in_plain_json(bases, tmp_path, capsys) -> None:
+    base = tuned(bases("gpt2"), tmp_path / "base", lambda n, p: p.zero_() if "bias" in n else None)
+    after = tuned(base, tmp_path / "tuned", add_low_rank(("c_attn.weight", "c_attn.bias")))
+    to = extracted(base, after, tmp_path / "adapter", "--rank", "2")
+    assert "0.attn.c_attn.bias: NOT in the adapter, changed from zero: " in capsys.readouterr().out
+    assert "Infinity" not in (to / "extraction.json").read_text()
+
+
 def test_experts_are_adapted_one_by_one(bases, tmp_path) -> None:
     base = bases("mixtral")
     names = ("gate_up_proj", "down_proj", "gate.weight", "q_proj.weight")
