@@ -124,7 +124,7 @@ def saved_with(ctx: Any) -> tuple[Any, ...]:
     if ctx.packing is None:
         return ctx.saved_tensors
     one, other, *tensors = ctx.saved_tensors
-    if ctx.packing == _FACTORED:
+    if isinstance(ctx.packing, str):
         return FactoredWeight(one, other), *tensors
     return PackedWeight(one, other, ctx.packing), *tensors
 
