@@ -16,6 +16,8 @@ COMMANDS = {
     "compose": "make one adapter from several of the same base",
     "library": "keep adapters of one base with versions, history and the active one",
     "generate": "answer a prompt with a base, or with a base and an adapter",
+    "extract": "write what a full fine-tune changed of its base as a plain LoRA",
+    "compress": "write a model whose weights are products of two thin matrices",
 }
 MODULES = {  # of those whose name is a package
     "data": "dlora.training.show_data",
@@ -23,6 +25,8 @@ MODULES = {  # of those whose name is a package
     "export": "dlora.export.command",
     "compose": "dlora.library.compose",
     "library": "dlora.library.command",
+    "extract": "dlora.library.extract",
+    "compress": "dlora.library.compress",
 }
 
 

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlora.base.low_rank import stand_ins
 from dlora.base.model_class import CAUSAL
 from dlora.base.packed_reader import StoredPackedWeights
 from dlora.base.reader import StoredWeights
 from dlora.base.skeleton import AUTO, make_buffers, set_buffers, untied_config
 from dlora.base.weight_files import check_files, check_loaded
+from dlora.quant.factored import is_factored
 
 
 class BaseWeights:
@@ -28,7 +30,8 @@ class BaseWeights:
         self._base, self._left = base, left
         check_files(base)  # they are downloaded now, since they say which weights are tied
         self.skeleton: Any = base.skeleton()
-        self.element_wise = base.quantization != "none"
+        is_low_rank = any(map(is_factored, self.skeleton.modules()))
+        self.element_wise = base.quantization != "none" or is_low_rank
 
     def from_pretrained(self, **sharding: Any) -> nn.Module:
         """Load the model with transformers.
@@ -79,7 +82,8 @@ class BaseWeights:
         persistent = dict(model.named_buffers())
         for name, _ in model.named_non_persistent_buffers():
             del persistent[name]
-        make_buffers(model)
+        with stand_ins(model):
+            make_buffers(model)
         for name, buffer in persistent.items():
             value = torch.empty(buffer.shape, dtype=buffer.dtype)
             stored.read(name, 0, value.view(-1))

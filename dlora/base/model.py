@@ -14,6 +14,7 @@ from torch import nn
 
 from dlora.base.gguf import converted_base
 from dlora.base.loading import BaseWeights
+from dlora.base.low_rank import factor_as_stored
 from dlora.base.model_class import CAUSAL, ModelClass
 from dlora.base.quantize import Quantized, quantize_as_set
 from dlora.base.reader import StoredWeights
@@ -83,6 +84,7 @@ class BaseModel(BaseSource):
         """
         skeleton = with_attention(self._from_config, self.attn_implementation)
         pin_dtypes(skeleton, self.dtype)
+        factor_as_stored(skeleton, self.config(), self.path)
         if skeleton.all_tied_weights_keys and are_local(self):
             with suppress(UsageError):  # `check_stored` says what is wrong with the files
                 untie(skeleton, self.stored(skeleton).unequal_ties())

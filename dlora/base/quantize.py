@@ -19,6 +19,7 @@ from dlora.errors import UsageError, and_more
 from dlora.lora.layers import AdaptedLayer, layer_kind
 from dlora.lora.targets import linear_paths, readers_of_weights
 from dlora.lora.weight_reads import weights_asked_for
+from dlora.quant.factored import is_factored
 from dlora.quant.formats import FORMATS
 from dlora.quant.linear import CODES, SCALES, Packing, is_packed, pack
 from dlora.sharding.engines.gather_groups import block_lists
@@ -80,32 +81,47 @@ def quantize(model: nn.Module, quantization: str) -> Quantized:
         raise UsageError("quantize: this model is already sharded; call quantize before shard")
     if any(map(is_packed, model.modules())):
         raise UsageError("quantize: this model is already packed")
+    if any(map(is_factored, model.modules())):
+        raise UsageError(
+            "quantization: cannot act on a compressed model, whose weights are products"
+        )
     packed, weights, nbytes = [], 0, 0
-    left, uses = dict(_not_linear(model)), _uses(model)
-    asked = weights_asked_for(model)
-    for path, reader in readers_of_weights(model).items():
-        left[path] = f"{reader} reads its weight itself"
-    for path in _linear_in_blocks(model):
+    left = dict(_not_linear(model))
+    for path, why in replaceable(model).items():
         module = model.get_submodule(path)
         k, n = module.get_parameter("weight").shape
-        if n % fmt.block:
+        if why:
+            left[path] = why
+        elif n % fmt.block:
             left[path] = f"its rows have {n} weights, not a multiple of the block size {fmt.block}"
-        elif path in asked:
-            left[path] = f"{asked[path]} asks for its weight, which a packed layer has not"
-        elif _must_be_float32(model, path):
-            left[path] = "the model needs it in float32"
-        elif uses[id(module.weight)] > 1:
-            left[path] = "it shares its weight with another module"
         else:
             kind: Any = layer_kind(module) or AdaptedLayer
             pack(module, quantization, transposed=kind.transposed)
             packed.append(path)
             weights, nbytes = weights + k * n, nbytes + k * (fmt.code_bytes(n) + fmt.scale_bytes(n))
     if not packed:
-        why = next(iter(left.items()), None)
-        reason = f": {why[0]}: {why[1]}" if why else " in the blocks of this model"
+        first = next(iter(left.items()), None)
+        reason = f": {first[0]}: {first[1]}" if first else " in the blocks of this model"
         raise UsageError(f"quantization: {quantization} cannot act on any linear layer{reason}")
     return Quantized(quantization, tuple(packed), weights, nbytes, left)
+
+
+def replaceable(model: nn.Module) -> dict[str, str]:
+    """{linear layer of the blocks: why its weight has to stay as it is, or ""}, in two parts: first
+    those whose weight another module reads, then the others in the model's order.
+    """
+    uses, asked = _uses(model), weights_asked_for(model)
+    found = {p: f"{r} reads its weight itself" for p, r in readers_of_weights(model).items()}
+    for path in _linear_in_blocks(model):
+        if path in asked:
+            found[path] = f"{asked[path]} asks for its weight, which a packed layer has not"
+        elif _must_be_float32(model, path):
+            found[path] = "the model needs it in float32"
+        elif uses[id(model.get_submodule(path).weight)] > 1:
+            found[path] = "it shares its weight with another module"
+        else:
+            found[path] = ""
+    return found
 
 
 def quantize_as_set(model: nn.Module, setting: str) -> Quantized | None:

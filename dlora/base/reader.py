@@ -120,6 +120,16 @@ class StoredWeights:
             piece.copy_(stored.elements(start + offset, start + offset + piece.numel()))
 
     @property
+    def stored_dtypes(self) -> set[str]:
+        """The dtypes of the files' floating-point tensors, as safetensors names them."""
+        return {tensor.dtype for tensor in self._tensors.values()} & FLOATS.keys()
+
+    @property
+    def unused(self) -> list[str]:
+        """The names that keys of the files have in the model, which has no such tensors."""
+        return [name for name in self._origins if name not in self._shapes]
+
+    @property
     def makes_rows(self) -> bool:
         """Whether rows of some parameter are made of several keys, or of parts of one.
 
@@ -127,6 +137,10 @@ class StoredWeights:
         """
         origins = [origin for _, origin in self._origins.values() if origin.converter is not None]
         return not all(map(stacks_alone, origins))
+
+    def has(self, name: str) -> bool:
+        """Whether the files have a (tied) parameter or buffer."""
+        return self._stored_name(name) is not None
 
     def is_plain(self, name: str) -> bool:
         """Whether a parameter is only renamed; one that is converted is converted at every read."""

@@ -16,6 +16,10 @@ from dlora.io.files import plain_name, read_object
 from dlora.io.safetensors import stored_tensors
 
 INDEX = "model.safetensors.index.json"
+# Of a model that `dlora compress` wrote: a name that transformers does not read, since it would
+# draw at random what it does not find.
+LOW_RANK = "low_rank"
+LOW_RANK_INDEX = f"{LOW_RANK}.safetensors.index.json"
 # The other files of a model directory: settings, tokenizer, templates, code, licence.
 BESIDE_WEIGHTS = (
     "*.json",
@@ -49,8 +53,9 @@ def are_local(base: BaseSource) -> bool:
     )
     if isinstance(cached("model.safetensors"), str):
         return True
-    index = cached(INDEX)
-    if not isinstance(index, str):
+    found = (cached(name) for name in (INDEX, LOW_RANK_INDEX))
+    index = next((path for path in found if isinstance(path, str)), None)
+    if index is None:
         return False
     return all(isinstance(cached(shard), str) for shard in _shards(Path(index)))
 
@@ -96,7 +101,7 @@ def weight_files(base: BaseSource) -> list[Path]:
     try:
         if single := cached(base, "model.safetensors"):
             return [single]
-        if index := cached(base, INDEX):
+        if index := cached(base, INDEX) or cached(base, LOW_RANK_INDEX):
             _shards(index)
             files, _ = get_checkpoint_shard_files(base.source, str(index), revision=base.revision)
             return [Path(file) for file in files]

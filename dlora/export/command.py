@@ -24,6 +24,7 @@ from dlora.adapters.save_load import adapter_files, save_adapter
 from dlora.adapters.source import AdapterSource
 from dlora.adapters.write import converted_line, write_files
 from dlora.base.answering import write_beside_adapter, write_into_model
+from dlora.base.low_rank import low_ranks
 from dlora.base.model import DTYPES, BaseModel
 from dlora.base.stored_base import StoredBase
 from dlora.cli import OneLineParser, answering, chosen_base, naming_base, new_target
@@ -70,6 +71,12 @@ def main(argv: list[str]) -> int:
         raise UsageError(f"--to: {args.to} is the base itself; name a new directory")
     with naming_base(option):
         skeleton = base.skeleton()
+    if low_ranks(base.config()) is not None and (args.merge or args.layout == "checkpoint"):
+        what = "--merge" if args.merge else "--layout: checkpoint"
+        raise UsageError(
+            f"{what}: {base.path} is compressed, so that W0 is a product of two matrices; `dlora "
+            "compress --dense` writes whole weights, and --base names them"
+        )
     if args.format == "gguf":
         Layout.of(base.config())
     try:

@@ -26,15 +26,15 @@ from transformers import PreTrainedModel
 from dlora.adapters.source import AdapterSource
 from dlora.base.skeleton import untied_config
 from dlora.base.stored_base import StoredBase
-from dlora.base.weight_files import INDEX
 from dlora.errors import UsageError, dtype_name
 from dlora.io.safetensors import (
-    BLOCK_BYTES,
     FLOATS,
     NewTensor,
     StoredTensor,
+    in_shards,
     new_float_tensor,
-    write_tensors,
+    row_blocks,
+    write_shards,
 )
 from dlora.lora.attach import named_adapters, named_copies, weight_at
 from dlora.lora.layers import CHILD
@@ -42,7 +42,6 @@ from dlora.lora.merge import change_of, merged_weight
 from dlora.lora.tasks import HEADS
 from dlora.metrics.progress import CopyDisplay
 
-MERGED_FILE_BYTES = 256 * 10**6
 # Reads W0 as it is stored, yields the new value in a dtype, in blocks of rows.
 Edit = Callable[[StoredTensor, torch.dtype], Iterator[Tensor]]
 
@@ -87,7 +86,7 @@ class MergedModel:
                 self.edits[name] = self._replace(f"{path}.{CHILD}.{own}")
         self.untied = self._untied()
         self.config = self._config()
-        self.shards = _shards(list(self._tensors()))
+        self.shards = in_shards(list(self._tensors()))
 
     @property
     def nbytes(self) -> int:
@@ -99,17 +98,7 @@ class MergedModel:
         self.check(folder)
         self.stored.copy_rest(folder)
         (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
-        weight_map = {}
-        for number, shard in enumerate(self.shards, start=1):
-            name = f"model-{number:05d}-of-{len(self.shards):05d}.safetensors"
-            name = "model.safetensors" if len(self.shards) == 1 else name
-            with torch.no_grad():
-                write_tensors(folder / name, shard, display.advance)
-            display.finish(name)
-            weight_map.update({tensor.key: name for tensor in shard})
-        if len(self.shards) > 1:
-            index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
-            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        write_shards(folder, self.shards, display.advance, display.finish)
 
     def _tensors(self) -> Iterator[NewTensor]:
         """Every tensor of the new model: those of the files in their order, then those untied."""
@@ -151,10 +140,10 @@ class MergedModel:
     def _add_delta(self, path: str) -> Edit:
         def edit(tensor: StoredTensor, dtype: torch.dtype) -> Iterator[Tensor]:
             wide = torch.promote_types(FLOATS[tensor.dtype], torch.float32)
-            blocks = ((*b, tensor.rows(*b)) for b in _row_blocks(tensor))
+            blocks = ((*b, tensor.rows(*b)) for b in row_blocks(tensor))
             delta, scale = self.source.update(self.skeleton, path, wide, blocks)
             lost = total = 0.0
-            for first, last in _row_blocks(tensor):
+            for first, last in row_blocks(tensor):
                 rows = tensor.rows(first, last)
                 part = change_of(
                     rows, delta[first:last], scale if scale is None else scale[first:last]
@@ -247,7 +236,7 @@ class MergedModel:
             )
         for name, copy in self.source.base_copies.items():
             original = self.stored.tensors[self.stored.key_of(self.untied.get(name, name))]
-            blocks = _row_blocks(original)
+            blocks = row_blocks(original)
             same_shape = original.shape == copy.shape
             pairs = ((copy.rows(*b), original.rows(*b)) for b in (blocks if same_shape else ()))
             self.source.check_base_copy(name, pairs)
@@ -259,29 +248,8 @@ def names_in(path: str, copy: nn.Module) -> list[str]:
 
 
 def _cast(tensor: StoredTensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    for first, last in _row_blocks(tensor):
+    for first, last in row_blocks(tensor):
         yield tensor.rows(first, last).to(dtype)
-
-
-def _row_blocks(tensor: StoredTensor) -> Iterator[tuple[int, int]]:
-    """(first, last) of consecutive slices in the first dim, of about `BLOCK_BYTES` each."""
-    count = tensor.shape[0] if tensor.shape else 1
-    step = max(1, BLOCK_BYTES * count // max(tensor.nbytes, 1))
-    for first in range(0, count, step):
-        yield first, min(first + step, count)
-
-
-def _shards(tensors: list[NewTensor]) -> list[list[NewTensor]]:
-    """Consecutive tensors, up to `MERGED_FILE_BYTES` or one alone."""
-    shards: list[list[NewTensor]] = [[]]
-    size = 0
-    for tensor in tensors:
-        if shards[-1] and size + tensor.nbytes > MERGED_FILE_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size += tensor.nbytes
-    return shards
 
 
 def _set_untied(config: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from dlora.errors import UsageError
 from dlora.runtime.memory import trim
 
 BLOCK_BYTES = 1 << 20
+SHARD_BYTES = 256 * 10**6  # of a model's files
 FLOATS = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -173,6 +174,55 @@ def write_tensors(path: Path, tensors: Sequence[NewTensor], written: Callable[[i
             trim()  # or the memory of one tensor adds to that of the next
         file.flush()
         os.fsync(file.fileno())
+
+
+def in_shards(tensors: Sequence[NewTensor]) -> list[list[NewTensor]]:
+    """Consecutive tensors, up to `SHARD_BYTES` or one alone."""
+    shards: list[list[NewTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    return shards
+
+
+def write_shards(
+    folder: Path,
+    shards: Sequence[Sequence[NewTensor]],
+    written: Callable[[int], None],
+    finished: Callable[[str], None],
+    stem: str = "model",
+) -> None:
+    """Write a model's files, and their index where there are several.
+
+    Args:
+        written: called with the number of bytes after every block.
+        finished: called with the name of every file.
+        stem: of the names; of another stem than `model` there is always an index.
+    """
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        name = f"{stem}.safetensors" if len(shards) == 1 else name
+        with torch.no_grad():
+            write_tensors(folder / name, shard, written)
+        finished(name)
+        weight_map.update({tensor.key: name for tensor in shard})
+    if len(shards) > 1 or stem != "model":
+        total = sum(tensor.nbytes for shard in shards for tensor in shard)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def row_blocks(tensor: StoredTensor) -> Iterator[tuple[int, int]]:
+    """(first, last) of consecutive slices in the first dim, of about `BLOCK_BYTES` each."""
+    count = tensor.shape[0] if tensor.shape else 1
+    step = max(1, BLOCK_BYTES * count // max(tensor.nbytes, 1))
+    for first in range(0, count, step):
+        yield first, min(first + step, count)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

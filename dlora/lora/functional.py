@@ -38,7 +38,7 @@ from torch.autograd.function import once_differentiable
 
 from dlora.lora.dropout_mask import Mask
 from dlora.lora.step_values import Shared, made_anew
-from dlora.quant.linear import Weight, save_with, saved_with, whole
+from dlora.quant.linear import Weight, multiply, multiply_back, save_with, saved_with
 
 _CAST_BYTES = 1 << 24  # of a factor that are cast at once
 
@@ -65,7 +65,7 @@ class LinearWithLowRank(torch.autograd.Function):
     ) -> Tensor:
         A_x, B_x = cast(A, B, E, x_Tn.dtype, shared)
         z_Tr = (x_Tn if mask is None else mask.drop(x_Tn)) @ A_x.t()
-        y_Tm = F.linear(x_Tn, whole(weight, x_Tn.dtype), bias)
+        y_Tm = multiply(x_Tn, weight, bias)
         y_Tm.addmm_(z_Tr, B_x.t(), alpha=scaling)
         save_with(ctx, weight, x_Tn, z_Tr, A, B, E)
         ctx.scaling, ctx.mask, ctx.shared = scaling, mask, shared
@@ -83,7 +83,7 @@ class LinearWithLowRank(torch.autograd.Function):
         dyB_Tr = dy_Tm @ B_x
         dx_Tn = dA = dB = dE = None
         if ctx.needs_input_grad[0]:
-            dx_Tn = dy_Tm @ whole(weight, dy_Tm.dtype, dy_Tm)
+            dx_Tn = multiply_back(dy_Tm, weight)
             if keep is None:
                 dx_Tn.addmm_(dyB_Tr, A_x, alpha=ctx.scaling)
             else:

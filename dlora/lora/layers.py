@@ -20,6 +20,7 @@ from dlora.lora.obstacles import CONVOLUTIONS, obstacle
 from dlora.lora.own_forward import computes_embedding, computes_linear, embed_scale
 from dlora.lora.own_storage import OwnStorage
 from dlora.lora.states import AdapterState, Stateful
+from dlora.quant.factored import FactoredMixin
 from dlora.quant.linear import (
     WEIGHT_NAMES,
     PackedMixin,
@@ -105,8 +106,8 @@ class AdaptedLinear(AdaptedLayer):
     def accepts(module: nn.Module) -> bool:
         if not isinstance(module, nn.Linear):
             return False
-        plain = type(module).forward in (nn.Linear.forward, PackedMixin.forward)
-        return plain or computes_linear(module)
+        own = (nn.Linear.forward, PackedMixin.forward, FactoredMixin.forward)
+        return type(module).forward in own or computes_linear(module)
 
     @staticmethod
     def shape(module: Any) -> tuple[int, int]:
@@ -125,7 +126,7 @@ class AdaptedConv1D(AdaptedLayer):
 
     @staticmethod
     def accepts(module: nn.Module) -> bool:
-        if isinstance(module, PackedMixin):
+        if isinstance(module, (PackedMixin, FactoredMixin)):
             return module.transposed
         return (
             type(module).__name__.removeprefix("FSDP") == "Conv1D"

@@ -14,6 +14,7 @@ from dlora.lora.init import INITS
 from dlora.lora.layers import CHILD, adapt_, layer_kind
 from dlora.lora.parameters import ParameterAdapter, ParameterLayer
 from dlora.lora.variants import VARIANTS
+from dlora.quant.factored import is_factored
 from dlora.quant.linear import is_packed
 
 
@@ -35,6 +36,11 @@ def check_start(module: nn.Module, path: str, config: LoraConfig, residual: bool
         raise UsageError(
             f"init_lora_weights: {init.name} needs the weight of {path}, which is packed; use a "
             "16-bit base, or init_lora_weights: true"
+        )
+    if init.needs != "nothing" and is_factored(module):
+        raise UsageError(
+            f"init_lora_weights: {init.name} needs the weight of {path}, and this base is "
+            "compressed, so that it is a product; use init_lora_weights: true"
         )
     if problem := init.check_shape(*kind.shape(module), r):
         key = "r" if r == config.r else "rank_pattern"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dlora.errors import UsageError
 from dlora.lora.layers import AdaptedLayer
 from dlora.lora.variants import LoraAdapter
+from dlora.quant.factored import FACTORS, FactoredWeight, is_factored
 from dlora.quant.linear import CODES, SCALES, is_packed
 
 WholeWeights = Callable[[nn.Module], AbstractContextManager[dict[str, Tensor]]]
@@ -60,6 +61,9 @@ def plain_weights(what: str) -> WholeWeights:
 
 def _dense(layer: Any, weights: dict[str, Tensor]) -> Tensor:
     """The weight as its layer stores it; a packed one in the dtype that it had."""
+    if is_factored(layer):
+        weight = FactoredWeight(*(weights[name] for name in FACTORS)).whole()
+        return weight.t() if layer.transposed else weight
     if not is_packed(layer):
         return weights["weight"]
     return layer.packing.whole(weights[CODES], weights[SCALES], layer.packing.dtype)

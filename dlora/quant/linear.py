@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dlora.quant.dequantize import chunk_rows
+from dlora.quant.factored import FACTORS, FactoredWeight, factored_weight, is_factored
 from dlora.quant.formats import FORMATS, unpack, unpack_after
 
 CODES, SCALES = "weight_codes", "weight_scales"
-WEIGHT_NAMES = ("weight", CODES, SCALES)
+WEIGHT_NAMES = ("weight", CODES, SCALES, *FACTORS)
+_FACTORED = "factored"  # what `save_with` notes in the place of a packing
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,12 @@ class PackedWeight:
         return self
 
 
-Weight = Tensor | PackedWeight
+Weight = Tensor | PackedWeight | FactoredWeight
 
 
 def whole(weight: Weight, dtype: torch.dtype, first: Tensor | None = None) -> Tensor:
-    """The weight as a tensor: a packed one is de-quantised to `dtype`, a tensor returned as it is.
+    """The weight as a tensor: a packed one is de-quantised to `dtype`, factors are multiplied in
+    it, a tensor is returned as it is.
 
     Do not store the result: it is as large as the unpacked weight.
 
@@ -83,7 +86,21 @@ def whole(weight: Weight, dtype: torch.dtype, first: Tensor | None = None) -> Te
     """
     if isinstance(weight, PackedWeight):
         return weight.packing.whole(weight.codes, weight.scales, dtype, first)
-    return weight
+    return weight.to(dtype).whole() if isinstance(weight, FactoredWeight) else weight
+
+
+def multiply(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b in the dtype of x, inside a function that has its own backward."""
+    if isinstance(weight, FactoredWeight):
+        return weight.product(x, bias)
+    return F.linear(x, whole(weight, x.dtype), bias)
+
+
+def multiply_back(dy: Tensor, weight: Weight) -> Tensor:
+    """dy W in the dtype of dy."""
+    if isinstance(weight, FactoredWeight):
+        return weight.times(dy)
+    return dy @ whole(weight, dy.dtype, dy)
 
 
 def save_with(ctx: Any, weight: Weight, *tensors: Tensor | None) -> None:
@@ -94,6 +111,9 @@ def save_with(ctx: Any, weight: Weight, *tensors: Tensor | None) -> None:
     if isinstance(weight, PackedWeight):
         ctx.packing = weight.packing
         ctx.save_for_backward(weight.codes, weight.scales, *tensors)
+    elif isinstance(weight, FactoredWeight):
+        ctx.packing = _FACTORED
+        ctx.save_for_backward(weight.B, weight.A, *tensors)
     else:
         ctx.packing = None
         ctx.save_for_backward(weight, *tensors)
@@ -103,8 +123,10 @@ def saved_with(ctx: Any) -> tuple[Any, ...]:
     """The weight and the tensors that `save_with` saved."""
     if ctx.packing is None:
         return ctx.saved_tensors
-    codes, scales, *tensors = ctx.saved_tensors
-    return PackedWeight(codes, scales, ctx.packing), *tensors
+    one, other, *tensors = ctx.saved_tensors
+    if isinstance(ctx.packing, str):
+        return FactoredWeight(one, other), *tensors
+    return PackedWeight(one, other, ctx.packing), *tensors
 
 
 class _Product(torch.autograd.Function):
@@ -124,6 +146,8 @@ class _Product(torch.autograd.Function):
 
 def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """`F.linear`; under `torch.autocast` in autocast's dtype."""
+    if isinstance(weight, FactoredWeight):
+        return weight.product(x, bias)
     if not isinstance(weight, PackedWeight):
         return F.linear(x, weight, bias)
     if torch.is_autocast_enabled(x.device.type):
@@ -152,6 +176,8 @@ def is_packed(module: nn.Module) -> bool:
 
 def frozen_weight(module: Any) -> Weight:
     """The weight of a linear layer, [k, n] as it is stored."""
+    if is_factored(module):
+        return factored_weight(module)
     if not is_packed(module):
         return module.weight
     return PackedWeight(module.weight_codes, module.weight_scales, module.packing)
@@ -185,7 +211,7 @@ def unpacked(module: nn.Module) -> Tensor:
     weight = frozen_weight(module)
     if isinstance(weight, PackedWeight):
         return whole(weight, weight.packing.dtype)
-    return weight.detach()
+    return whole(weight, weight.dtype).detach()
 
 
 def replace_weight(module: nn.Module, weight: Tensor) -> dict[str, nn.Parameter]:
@@ -195,7 +221,7 @@ def replace_weight(module: nn.Module, weight: Tensor) -> dict[str, nn.Parameter]
         The replaced parameters, for `restore_weight`.
     """
     originals = {n: module.get_parameter(n) for n in WEIGHT_NAMES if n in module._parameters}
-    _put(module, {CODES: None, SCALES: None, "weight": weight})
+    _put(module, {**dict.fromkeys(WEIGHT_NAMES), "weight": weight})
     return originals
 
 

@@ -143,8 +143,8 @@ def test_large_tensors_pass_in_blocks_and_shards(bases, tmp_path, monkeypatch):
     argv = ["--adapter", str(tmp_path / "adapter"), "--base", str(base), "--merge", "--to"]
     main([*argv, str(tmp_path / "whole")])
     monkeypatch.setattr("dlora.io.safetensors.BLOCK_BYTES", 300)
-    monkeypatch.setattr("dlora.export.merged_model.BLOCK_BYTES", 300)
-    monkeypatch.setattr("dlora.export.merged_model.MERGED_FILE_BYTES", 15_000)
+    monkeypatch.setattr("dlora.io.safetensors.BLOCK_BYTES", 300)
+    monkeypatch.setattr("dlora.io.safetensors.SHARD_BYTES", 15_000)
     main([*argv, str(tmp_path / "blocks")])
     whole, blocks = weights(tmp_path / "whole"), weights(tmp_path / "blocks")
     assert whole.keys() == blocks.keys()

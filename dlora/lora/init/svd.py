@@ -35,6 +35,41 @@ class Triplets(NamedTuple):
         return root[:, None] * self.V.t(), self.U * root
 
 
+class Spectrum(NamedTuple):
+    """All singular values of a matrix [m, n], and what its triplets are made of.
+
+    Attributes:
+        matrix: itself.
+        squares: σ² [p] with p = min(m, n), ascending; rounding may leave negative ones.
+        vectors: [p, p], the singular vectors of the shorter side, as columns in the same order.
+    """
+
+    matrix: Tensor
+    squares: Tensor
+    vectors: Tensor
+
+    def triplets(self, k: int, *, smallest: bool = False) -> Triplets:
+        """The k largest, or the k smallest of all."""
+        wide = _wide(self.matrix)
+        U = (self.vectors[:, :k] if smallest else self.vectors[:, -k:]).flip(1)
+        # Signs are free, and LoRA-GA pairs vectors of several triplets: rounding must not choose
+        # them.
+        U = U * U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
+        Y = torch.cat([block.t() @ U for block in _blocks(wide)])
+        S = torch.linalg.vector_norm(Y, dim=0)
+        V = Y / S
+        return Triplets(U, S, V) if wide is self.matrix else Triplets(V, S, U)
+
+
+@torch.no_grad()
+def spectrum(matrix: Tensor) -> Spectrum | None:
+    """Decompose a matrix [m, n]; None if it is not finite."""
+    gram = _lower_gram(_wide(matrix))
+    if not bool(gram.isfinite().all()):
+        return None
+    return Spectrum(matrix, *torch.linalg.eigh(gram, UPLO="L"))
+
+
 @torch.no_grad()
 def triplets(matrix: Tensor, k: int, *, smallest: bool = False) -> Triplets | None:
     """The k largest, or the k smallest of all min(m, n), singular triplets of a matrix [m, n].
@@ -42,21 +77,18 @@ def triplets(matrix: Tensor, k: int, *, smallest: bool = False) -> Triplets | No
     Returns:
         None where one of them is zero, or the matrix is not finite.
     """
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t()
-    gram = _lower_gram(wide)
-    if not bool(gram.isfinite().all()):
+    whole = spectrum(matrix)
+    if whole is None:
         return None
-    values, vectors = torch.linalg.eigh(gram, UPLO="L")  # ascending
-    U = (vectors[:, :k] if smallest else vectors[:, -k:]).flip(1)
-    # Signs are free, and LoRA-GA pairs vectors of several triplets: rounding must not choose them.
-    U = U * U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
-    Y = torch.cat([block.t() @ U for block in _blocks(wide)])
-    S = torch.linalg.vector_norm(Y, dim=0)
-    largest = values[-1].clamp(min=0).sqrt()
-    if not bool((S / largest > DEAD).all()):  # nor where all are zero
-        return None
-    V = Y / S
-    return Triplets(U, S, V) if wide is matrix else Triplets(V, S, U)
+    found = whole.triplets(k, smallest=smallest)
+    largest = whole.squares[-1].clamp(min=0).sqrt()
+    # Nor where all are zero.
+    return found if bool((found.S / largest > DEAD).all()) else None
+
+
+def _wide(matrix: Tensor) -> Tensor:
+    """The matrix, or its transpose where that is the wide one."""
+    return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t()
 
 
 def _lower_gram(wide: Tensor) -> Tensor:
