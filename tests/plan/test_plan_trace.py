@@ -169,12 +169,12 @@ def test_inputs_in_host_memory_are_not_on_the_device() -> None:
 
 
 def test_tokens_that_are_no_targets_have_no_logits() -> None:
-    arguments = ("llama", torch.bfloat16)
+    arguments = ("llama", torch.float32)  # in bfloat16 AMX has scratch that others have not
     planned = trace(model_of(*arguments, "meta"), ROWS, TOKENS, checkpointing=SAVED, targets=20)
     whole = trace(model_of(*arguments, "meta"), ROWS, TOKENS, checkpointing=SAVED)
     _, most = allocated(model_of(*arguments, "cpu"), few=20)
     assert planned.estimated == ""
-    fewer = (ROWS * TOKENS - 20) * 2 * HIDDEN  # hidden states that the head does not see
+    fewer = (ROWS * TOKENS - 20) * 4 * HIDDEN  # hidden states that the head does not see
     assert planned.loss < whole.loss
     assert whole.saved - planned.saved == pytest.approx(fewer, rel=0.05)
     assert max(planned.blocks, planned.loss) == pytest.approx(most, rel=0.005)
