@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dlora.errors import UsageError, dtype_name
+from dlora.errors import UsageError, and_more, dtype_name
 from dlora.lora.attach import attachment_of, named_adapters, named_copies, owner_of
 from dlora.lora.layers import AdaptedLayer
+from dlora.lora.names import attached
+from dlora.lora.several import DEFAULT
 from dlora.lora.states import AdapterState
 from dlora.lora.variants import LoraAdapter
 
@@ -159,6 +161,12 @@ def is_merged(model: nn.Module) -> bool:
 
 
 def _check_mergeable(model: nn.Module) -> None:
+    named = [name for name in attached(model) if name != DEFAULT]
+    if named:
+        raise UsageError(
+            f"merge: this model has adapters by name ({and_more(named)}), whose W0 would change; "
+            "remove them first, or save one and use dlora.export --merge"
+        )
     attachment_of(model)
     if is_merged(model):
         raise UsageError("merge: this model is merged already")
