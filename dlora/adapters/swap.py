@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,6 @@ from dlora.lora.whole_weights import show_weights
 from dlora.methods.trained_replica import TrainedReplica, replica_of
 
 _FRESH = "__new__"  # before the name of an adapter that has not taken its place yet
-Slots = dict[str, Tensor]
 
 
 def load_named(model: nn.Module, directory: str | Path, name: str, is_trainable: bool) -> None:
@@ -58,9 +57,8 @@ def load_named(model: nn.Module, directory: str | Path, name: str, is_trainable:
     check_unmerged(model, "load_adapter")
     if old is not None and old.trained:
         with by_name(model, name):
-            found = _on_first(replica, lambda: _read(model, directory))[1]
-        for stored, slots in found:
-            stored.fill(slots)
+            found = _on_first(replica, lambda: read_stored(model, directory))
+            found.fill(_slots(model, found, replica))
         if replica is not None:
             replica.share(name)
         return
@@ -86,49 +84,64 @@ def _attach_fresh(model: nn.Module, directory: str | Path, fresh: str, is_traina
     """Attach the adapter of a directory, with the same values on every rank."""
     replica = replica_of(model)
 
-    def attach_as(config: LoraConfig) -> None:
-        unread = None if replica is None else _unread_weights
-        attach(
-            model, config, name=fresh, trained=is_trainable, whole_weights=unread, shown=not replica
-        )
-
-    def read() -> tuple[StoredAdapter, Slots]:
+    def read() -> StoredAdapter:
         stored = read_stored(model, directory)
         stored.check_ranks(model)
-        attach_as(stored.config)
-        with by_name(model, fresh):
-            return stored, slots_for(model, stored)
+        return stored
 
-    settings, found = _on_first(replica, read)
-    if not found:
-        attach_as(LoraConfig(**settings))
+    found = _on_first(replica, read)
+    attach(
+        model,
+        found.config,
+        name=fresh,
+        trained=is_trainable,
+        whole_weights=None if replica is None else _unread_weights,
+        started=False,
+    )
     for line in attached(model)[fresh].left:
         warnings.warn(line, stacklevel=5)  # of the caller of `dlora.load_adapter`
-    if replica is not None:
-        with by_name(model, fresh):
-            show_weights(named_adapters(model), replica.engine.gather_module)
-    for stored, slots in found:
-        stored.fill(slots)
+    with by_name(model, fresh):
+        slots = _slots(model, found, replica)
+        gathered = None if replica is None else replica.engine.gather_module
+        show_weights(named_adapters(model), gathered)
+        found.fill(slots)
     if replica is not None:
         replica.share(fresh)
 
 
-def _read(model: nn.Module, directory: str | Path) -> tuple[StoredAdapter, Slots]:
-    stored = read_stored(model, directory)
-    return stored, slots_for(model, stored)
+class _Found(NamedTuple):
+    """What all ranks know of an adapter's files, and the files on the rank that reads them."""
+
+    config: LoraConfig
+    stored: StoredAdapter | None
+
+    def fill(self, slots: dict[str, Tensor]) -> None:
+        """Read the values, where the files are."""
+        if self.stored is not None:
+            self.stored.fill(slots)
 
 
-def _on_first(
-    replica: TrainedReplica | None, read: Callable[[], tuple[StoredAdapter, Slots]]
-) -> tuple[dict[str, Any], list[tuple[StoredAdapter, Slots]]]:
-    """(settings, on every rank; what `read` returns, on the rank that reads, else nothing)."""
-    found: list[tuple[StoredAdapter, Slots]] = []
+def _on_first(replica: TrainedReplica | None, read: Callable[[], StoredAdapter]) -> _Found:
+    stored: list[StoredAdapter] = []
 
     def settings() -> dict[str, Any]:
-        found.append(read())
-        return asdict(found[0][0].config)
+        stored.append(read())
+        return asdict(stored[0].config)
 
-    return settings() if replica is None else replica.from_first(settings), found
+    config = LoraConfig(**(settings() if replica is None else replica.from_first(settings)))
+    return _Found(config, stored[0] if stored else None)
+
+
+def _slots(model: nn.Module, found: _Found, replica: TrainedReplica | None) -> dict[str, Tensor]:
+    """The tensors to be filled, where the files are; checked for all ranks that they fit."""
+    slots: dict[str, Tensor] = {}
+
+    def check() -> None:
+        assert found.stored is not None
+        slots.update(slots_for(model, found.stored))
+
+    check() if replica is None else replica.from_first(check)
+    return slots
 
 
 @contextmanager

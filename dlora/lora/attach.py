@@ -47,7 +47,7 @@ def attach(
     residual: bool = False,
     name: str = DEFAULT,
     trained: bool = True,
-    shown: bool = True,
+    started: bool = True,
 ) -> Attachment:
     """Give every target module of `model` an adapter, in place, and freeze all that was there.
 
@@ -62,7 +62,7 @@ def attach(
         residual: packed weights are (or will be) the residual W0 − s·B0·A0.
         name: of these adapters among others; the first ones are active.
         trained: whether they have gradients.
-        shown: False: the caller shows them the weights that they need, see `show_weights`.
+        started: False: the caller reads A and B, and shows the weights, see `show_weights`.
 
     Raises:
         UsageError: nothing matches, a match cannot carry an adapter, or the name is taken.
@@ -80,12 +80,12 @@ def attach(
     owners = {path.rpartition(".")[0]: None for path in attachment.parameters}
     for path in attachment.adapted:
         if path not in attachment.parameters:
-            attach_adapter(model.get_submodule(path), path, attachment, residual, names)
+            attach_adapter(model.get_submodule(path), path, attachment, residual, names, started)
     for owner in owners:
         module = model.get_submodule(owner)
         adapt_(module, AdaptedParameters, ParameterAdapters(), owner, name, names)
     for path in attachment.parameters:
-        adapt_parameter(model, path, attachment)
+        adapt_parameter(model, path, attachment, started)
     for path, child in copies.items():
         adapt_(model.get_submodule(path), ModulesToSaveLayer, child, path, name, names)
     forbid_fused_inference(model)
@@ -93,7 +93,7 @@ def attach(
     with by_name(model, name):
         for inner in children_of(model):
             inner.requires_grad_(trained)
-        if shown:
+        if started:
             show_weights(named_adapters(model), whole_weights)
     return attachment
 

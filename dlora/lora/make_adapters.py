@@ -76,8 +76,14 @@ def check_whole(module: nn.Module, path: str) -> None:
 
 
 def attach_adapter(
-    module: nn.Module, path: str, attachment: Attachment, residual: bool, names: Names | None
+    module: nn.Module,
+    path: str,
+    attachment: Attachment,
+    residual: bool,
+    names: Names | None,
+    drawn: bool = True,
 ) -> None:
+    """Make an adapter and put it into its layer; A and B are only `drawn` where they start so."""
     kind, config = layer_kind(module), attachment.config
     assert kind is not None  # target_paths has checked
     m, n = kind.shape(module)
@@ -92,13 +98,15 @@ def attach_adapter(
         residual=residual and init.needs == "weight" and is_packed(module),
         **config.shapes_for(path, kernel_of(module)),
     )
-    if device.type != "meta":
+    if device.type != "meta" and drawn:
         adapter.reset(is_embedding=kind.is_embedding, init=init)
     adapter.train(module.training)
     adapt_(module, kind, adapter, path, attachment.name, names)
 
 
-def adapt_parameter(model: nn.Module, path: str, attachment: Attachment) -> None:
+def adapt_parameter(
+    model: nn.Module, path: str, attachment: Attachment, drawn: bool = True
+) -> None:
     """Put A and B of one parameter among its module's `ParameterAdapters`."""
     owner, _, name = path.rpartition(".")
     module = model.get_submodule(owner)
@@ -113,7 +121,7 @@ def adapt_parameter(model: nn.Module, path: str, attachment: Attachment) -> None
         **_common(attachment, path, module),
         device=device,
     )
-    if device.type != "meta":
+    if device.type != "meta" and drawn:
         adapter.reset(is_embedding=False, init=attachment.init)
     adapter.train(module.training)
     adapters = child_of(module, attachment.name)
@@ -131,7 +139,7 @@ def _common(attachment: Attachment, path: str, module: nn.Module) -> dict[str, A
         "path": path,
         "stream": attachment.stream,
         "values": attachment.values,
-        "dtype": master_dtype(module),
+        "dtype": _master(module.parameters(recurse=False)),
     }
 
 
@@ -141,7 +149,12 @@ def kernel_of(module: nn.Module) -> tuple[int, ...]:
 
 
 def master_dtype(module: nn.Module) -> torch.dtype:
-    is_double = any(p.dtype == torch.float64 for p in module.parameters(recurse=True))
+    """Of a trained copy of the module, which has no adapters."""
+    return _master(module.parameters())
+
+
+def _master(parameters: Iterable[nn.Parameter]) -> torch.dtype:
+    is_double = any(p.dtype == torch.float64 for p in parameters)
     return torch.float64 if is_double else torch.float32
 
 

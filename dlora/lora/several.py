@@ -266,7 +266,8 @@ def release_(module: nn.Module, name: str) -> None:
 
 def child_of(module: nn.Module, name: str) -> Any:
     """The adapter of that name in a module that has one."""
-    return module.get_submodule(CHILD if name == DEFAULT else f"{NAMED}.{name}")
+    children: Any = module._modules
+    return children[CHILD] if name == DEFAULT else children[NAMED]._modules[name]
 
 
 def is_adapted(module: nn.Module) -> bool:
