@@ -246,10 +246,10 @@ class AdaptedModel:
             safe_merge: of no effect: a merge that is not finite is refused in any case.
 
         Raises:
-            UsageError: as there, or another adapter is meant.
+            UsageError: as there, or others than the active adapters are meant.
         """
-        if adapter_names not in (None, [DEFAULT]):
-            raise UsageError(f"merge_adapter: {adapter_names!r}: only {[DEFAULT]} can be merged")
+        if adapter_names not in (None, active(self)):
+            raise UsageError(f"merge_adapter: {adapter_names!r}: set_adapter chooses them first")
         if not is_merged(self):
             merge(self)
 
@@ -263,7 +263,7 @@ class AdaptedModel:
         f"{_STAY}; merge_adapter() merges in place, and dlora.export --merge writes a merged model",
     )
     unload = _refused("unload", f"{_STAY}; disable_adapters() is there")
-    add_adapter = _refused("add_adapter", _WRAPPED)
+    add_adapter = _refused("add_adapter", "dlora.attach(model, config, name) adds adapters")
     add_weighted_adapter = _refused(
         "add_weighted_adapter", "activate() sums the updates of several"
     )

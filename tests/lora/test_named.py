@@ -313,13 +313,11 @@ REFUSED: dict[str, Any] = {
     "removing none": lambda m: remove(m, "c"),
     "renaming none": lambda m: rename(m, "c", "d"),
     "renaming to another": lambda m: rename(m, "a", "default"),
-    "merging": merge,
     "packing": lambda m: quantize(m, "int8"),
     "whose parameters": lambda m: trainable_parameters(m, "c"),
 }
 SAID = {
     "a name twice": "attach: this model already has adapters named 'a'",
-    "merging": "merge: this model has adapters by name (a)",
     "an unknown one": "activate: the model has no adapters named 'c'; there are 'default', 'a'",
     "renaming to another": "rename: this model already has adapters",
 }
@@ -345,6 +343,28 @@ def test_names_wait_while_the_model_is_merged() -> None:
     ):
         assert "this model is merged; call dlora.unmerge first" in refusal(call)
     attach(unmerge(model), B, "b")
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_the_active_ones_are_merged(kind: str) -> None:
+    """The sum, a DoRA in it; the others stay, and wait."""
+    experts = {"target_parameters": ["experts.down_proj"]} if kind == "mixtral" else {}
+    one = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], **experts)
+    dora = LoraConfig(r=3, use_dora=True, target_modules=["q_proj", "v_proj"])
+    model = moved(moved(causal_model(kind), one, "one", 1), dora, "dora", 2)
+    moved(model, B, "default", 3)
+    base = {n: p.clone() for n, p in model.state_dict().items() if ".adapter" not in n}
+    activate(model, ["dora", "one"])
+    summed = logits(model)
+    torch.testing.assert_close(logits(merge(model)), summed, atol=1e-5, rtol=1e-5)
+    merged = {n: p for n, p in model.state_dict().items() if ".adapter" not in n}
+    plain = causal_model(kind)
+    plain.load_state_dict(merged)
+    torch.testing.assert_close(logits(plain), summed, atol=1e-5, rtol=1e-5)
+    assert torch.equal(logits(unmerge(model)), summed)
+    assert all(torch.equal(model.state_dict()[n], t) for n, t in base.items())
+    activate(model, "default")
+    assert torch.equal(logits(model), alone(kind, B, 3))
 
 
 class Small(nn.Module):
