@@ -78,6 +78,8 @@ class AdaptedModel:
         self: Any, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
     ) -> Any:
         """The model's own call; see `rows` for `adapter_names`, an adapter for each row."""
+        if adapter_names is None:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
         with rows(self, adapter_names):
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
 

@@ -32,7 +32,7 @@ from dlora.lora.parameters import (
     ParameterLayer,
 )
 from dlora.lora.saved_modules import ModulesToSaveCopy, ModulesToSaveLayer
-from dlora.lora.several import DEFAULT, adapt_, child_of
+from dlora.lora.several import DEFAULT, adapt_, child_of, module_at
 from dlora.lora.states import AdapterState
 from dlora.lora.targets import module_paths, parameter_paths, saved_paths
 from dlora.lora.variants import VARIANTS, LoraAdapter
@@ -80,14 +80,14 @@ def attach(
     owners = {path.rpartition(".")[0]: None for path in attachment.parameters}
     for path in attachment.adapted:
         if path not in attachment.parameters:
-            attach_adapter(model.get_submodule(path), path, attachment, residual, names, started)
+            attach_adapter(module_at(model, path), path, attachment, residual, names, started)
     for owner in owners:
-        module = model.get_submodule(owner)
+        module = module_at(model, owner)
         adapt_(module, AdaptedParameters, ParameterAdapters(), owner, name, names)
     for path in attachment.parameters:
         adapt_parameter(model, path, attachment, started)
     for path, child in copies.items():
-        adapt_(model.get_submodule(path), ModulesToSaveLayer, child, path, name, names)
+        adapt_(module_at(model, path), ModulesToSaveLayer, child, path, name, names)
     forbid_fused_inference(model)
     record(model, attachment)
     with by_name(model, name):
@@ -105,21 +105,21 @@ def _prepared(
     adapted, saved = module_paths(model, config), saved_paths(model, config)
     parameters = parameter_paths(model, config)
     for path in (*adapted, *saved, *{path.rpartition(".")[0]: None for path in parameters}):
-        check_free(model.get_submodule(path), path)
+        check_free(module_at(model, path), path)
     for path in adapted:
-        check_start(model.get_submodule(path), path, config, residual)
+        check_start(module_at(model, path), path, config, residual)
     for path in saved:
-        check_whole(model.get_submodule(path), path)
-    config.check_kernels([kernel_of(model.get_submodule(path)) for path in adapted])
+        check_whole(module_at(model, path), path)
+    config.check_kernels([kernel_of(module_at(model, path)) for path in adapted])
     if VARIANTS[config.variant].needs_weight and whole_weights is None:
         for path in adapted:
-            plain_weights(f"attach: {config.variant} starts from W0")(model.get_submodule(path))
+            plain_weights(f"attach: {config.variant} starts from W0")(module_at(model, path))
     left = what_is_left(model, config, adapted, parameters)
     return Attachment(config, [*adapted, *parameters], parameters, saved, left)
 
 
 def _copied(model: nn.Module, path: str, whole_weights: WholeWeights | None) -> ModulesToSaveCopy:
-    module = model.get_submodule(path)
+    module = module_at(model, path)
     with (whole_weights or plain_weights("modules_to_save"))(module) as weights:
         return ModulesToSaveCopy(weights, master_dtype(module))
 
@@ -151,10 +151,10 @@ def adapted_at(model: nn.Module, path: str) -> tuple[Any, Any]:
     """Layer and adapter at one of the paths of `Attachment.adapted`."""
     attachment = attachment_of(model)
     if path not in attachment.parameters:
-        layer = model.get_submodule(path)
+        layer = module_at(model, path)
         return layer, child_of(layer, attachment.name)
     owner, _, parameter = path.rpartition(".")
-    module = model.get_submodule(owner)
+    module = module_at(model, owner)
     adapters = child_of(module, attachment.name)
     return ParameterLayer(module, parameter), adapters.get_submodule(parameter)
 
@@ -173,7 +173,7 @@ def named_copies(model: nn.Module) -> Iterator[tuple[str, nn.Module, ModulesToSa
     """(path, layer, trained copy) of every one of `modules_to_save`."""
     attachment = attachment_of(model)
     for path in attachment.saved:
-        layer = model.get_submodule(path)
+        layer = module_at(model, path)
         yield path, layer, child_of(layer, attachment.name)
 
 

@@ -165,12 +165,14 @@ def forbid_fused_inference(model: nn.Module) -> None:
     around them still packs padded batches into nested tensors, which only the fused layer reads.
     """
     for module in model.modules():
+        if not isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder):
+            continue
         if not any(map(is_adapted, module.modules())):
             continue
         if isinstance(module, nn.TransformerEncoderLayer):
             if _no_fused_layer not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(_no_fused_layer)
-        elif isinstance(module, nn.TransformerEncoder):
+        else:
             module.use_nested_tensor = False
 
 

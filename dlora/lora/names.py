@@ -22,6 +22,7 @@ from dlora.lora.several import (
     Rows,
     adapt_,
     is_adapted,
+    module_at,
     release_,
     share,
     take_,
@@ -50,6 +51,8 @@ def active(model: nn.Module) -> list[str]:
 @contextmanager
 def by_name(model: nn.Module, name: str) -> Iterator[None]:
     """Inside, functions of a model's adapters mean those of this name: `model.dlora` is theirs.
+
+    In this thread and in all others.
 
     Raises:
         UsageError: there is no such name.
@@ -119,7 +122,7 @@ def names_of(model: nn.Module) -> Names:
         own = attached(model)
         names = model.__dict__[RECORD] = Names(own, list(own))
         for path in {path for attachment in own.values() for path in attachment.modules}:
-            share(model.get_submodule(path), path, names)
+            share(module_at(model, path), path, names)
     return model.__dict__[RECORD]
 
 
@@ -174,7 +177,7 @@ def remove(model: nn.Module, name: str) -> None:
     """Take the adapters of a name off the model; see `dlora.remove`."""
     check_unmerged(model, "remove")
     for path in found(model, name, "remove").modules:
-        release_(model.get_submodule(path), name)
+        release_(module_at(model, path), name)
     names: Names | None = model.__dict__.get(RECORD)
     if names is not None:
         del names.attachments[name]
@@ -190,7 +193,7 @@ def rename(model: nn.Module, old: str, new: str) -> None:
     attachment = found(model, old, "rename")
     names = names_of(model)
     for path in attachment.modules:
-        module = model.get_submodule(path)
+        module = module_at(model, path)
         adapt_(module, type(module), take_(module, old), path, new, names)
     attachment.name = new
     names.attachments = {a.name: a for a in names.attachments.values()}

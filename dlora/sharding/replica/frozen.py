@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dlora.sharding.replica.flat_buffers import common_kind
 from dlora.sharding.topology import Topology
 
 
@@ -16,10 +17,14 @@ def same_on_every_rank(named: Mapping[str, nn.Parameter], topology: Topology) ->
     """Give every rank rank 0's values, in one broadcast; the parameters lie end to end afterwards.
 
     Args:
-        named: in the same order on every rank; of one dtype, on one device.
+        named: in the same order on every rank.
+
+    Raises:
+        ReplicaError: they differ in dtype or device.
     """
     if topology.world == 1 or not named:
         return
+    common_kind(named)
     flat = torch.cat([parameter.detach().view(-1) for parameter in named.values()])
     dist.broadcast(flat, src=0)
     parts = flat.split([parameter.numel() for parameter in named.values()])
