@@ -4,8 +4,8 @@
 
 The demo model, SmolLM2-135M in bfloat16, over two ranks with half of W0 each; adapters of r=16 on
 all linear layers, in float32 as `save_adapter` writes them. Two files take each other's place under
-one name. Seconds from a barrier to the return of `load_adapter`, on the slower rank; the forward
-pass of 1×64 tokens before it and right after it; and the one broadcast alone.
+one name. Seconds from a barrier to the return of `load_adapter`, on the slower rank, and of its
+processor alone; the forward pass of 1×64 tokens before it and right after it; the broadcast alone.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ def slower(seconds: float) -> float:
     return float(found)
 
 
-def timed(call: Callable[[], Any]) -> float:
+def timed(call: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
     dist.barrier()
-    began = time.perf_counter()
+    began = clock()
     call()
-    return slower(time.perf_counter() - began)
+    return slower(clock() - began)
 
 
 def worker(directory: Path, rounds: int, into: Path) -> None:
@@ -81,11 +81,14 @@ def worker(directory: Path, rounds: int, into: Path) -> None:
     files = [directory / "two", directory / "one"]
     load_adapter(model, files[1], "a")
     flat = torch.zeros(sum(p.numel() for p in trainable_parameters(model, "a").values()))
-    seconds: dict[str, list[float]] = {"swap": [], "before": [], "after": [], "broadcast": []}
+    names = ("swap", "processor", "before", "after", "broadcast")
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds + 2):
+        swap = functools.partial(load_adapter, model, files[number % 2], "a")
         taken = {
+            "processor": timed(swap, time.process_time),
             "before": timed(forward),
-            "swap": timed(functools.partial(load_adapter, model, files[number % 2], "a")),
+            "swap": timed(swap),
             "after": timed(forward),
             "broadcast": timed(lambda: dist.broadcast(flat, src=0)),
         }
