@@ -72,9 +72,9 @@ def by_name(model: nn.Module, name: str) -> Iterator[None]:
 def bare(model: nn.Module) -> Iterator[None]:
     """Inside, the model is its base: layers have their own classes, and adapters are no part."""
     taken: list[tuple[Any, type, dict[str, Any]]] = []
-    carrying = {path for a in attached(model).values() for path in a.modules}
-    for path, module in list(model.named_modules()) if carrying else ():
-        if path not in carrying or not is_adapted(module):
+    for path in {path for a in attached(model).values() for path in a.modules}:
+        module = module_at(model, path)
+        if not is_adapted(module):  # inside another `bare`
             continue
         children = {n: c for n, c in module._modules.items() if n in (CHILD, NAMED)}
         taken.append((module, type(module), children))
