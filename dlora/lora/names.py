@@ -117,12 +117,23 @@ def check_name(model: nn.Module, name: str, call: str = "attach") -> None:
 
 
 def names_of(model: nn.Module) -> Names:
-    """The record that the layers of a model compute by; made where there was no need before."""
+    """The record that the layers of a model compute by; made where there was no need before.
+
+    Raises:
+        UsageError: the base is packed as the residual of its adapters, so it is none without them.
+    """
     if RECORD not in model.__dict__:
         own = attached(model)
+        paths = {path for attachment in own.values() for path in attachment.modules}
+        modules = {path: module_at(model, path) for path in paths}
+        if any(getattr(m._modules[CHILD], "residual", False) for m in modules.values()):
+            raise UsageError(
+                "name: this base is packed as the residual of its adapters (init_lora_weights), so "
+                "no others can act on it"
+            )
         names = model.__dict__[RECORD] = Names(own, list(own))
-        for path in {path for attachment in own.values() for path in attachment.modules}:
-            share(module_at(model, path), path, names)
+        for path, module in modules.items():
+            share(module, path, names)
     return model.__dict__[RECORD]
 
 

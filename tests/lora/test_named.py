@@ -345,6 +345,21 @@ def test_names_wait_while_the_model_is_merged() -> None:
     attach(unmerge(model), B, "b")
 
 
+def test_a_residual_is_no_base_for_others() -> None:
+    model = moved(causal_model("llama"), A, "default", 1).eval()
+    model.model.layers[1].self_attn.q_proj.adapter.residual = True  # as packed_residual has it
+    expected = logits(model)
+    for call in (
+        lambda: attach(model, B, "b"),
+        lambda: activate(model, []),
+        lambda: rename(model, "default", "a"),
+        lambda: model(token_ids(), adapter_names=["default", "__base__"]),
+    ):
+        assert refusal(call).startswith("name: this base is packed as the residual")
+    assert torch.equal(logits(model), expected)
+    assert not any("adapters" in module._modules for module in model.modules())
+
+
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
 def test_the_active_ones_are_merged(kind: str) -> None:
     """The sum, a DoRA in it; the others stay, and wait."""
