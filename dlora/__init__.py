@@ -9,7 +9,17 @@ Importing dlora loads torch, and nothing larger.
 """
 
 from dlora.adapters.save_load import save_adapter
-from dlora.api import attach, load_adapter, shard, start_from_gradients
+from dlora.api import (
+    activate,
+    attach,
+    attached,
+    load_adapter,
+    remove,
+    rename,
+    replica_of,
+    shard,
+    start_from_gradients,
+)
 from dlora.base.quantize import quantize
 from dlora.errors import UsageError
 from dlora.lora.attach import disabled
@@ -25,12 +35,17 @@ __all__ = [
     "FloraConfig",
     "LoraConfig",
     "UsageError",
+    "activate",
     "attach",
+    "attached",
     "disabled",
     "ema",
     "load_adapter",
     "merge",
     "quantize",
+    "remove",
+    "rename",
+    "replica_of",
     "save_adapter",
     "shard",
     "start_from_gradients",

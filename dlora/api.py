@@ -10,17 +10,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from dlora.adapters.model_methods import equip
+from dlora.adapters.model_methods import equip, unequip
 from dlora.adapters.peft_settings import config_for
 from dlora.adapters.save_load import load_adapter as read_adapter
+from dlora.adapters.swap import load_named
 from dlora.base.eval_mode import random_settings
 from dlora.errors import UsageError
-from dlora.lora.attach import trainable_parameters
+from dlora.lora.attach import every_parameter
 from dlora.lora.config import LoraConfig
+from dlora.lora.names import activate, attached
+from dlora.lora.several import DEFAULT
 from dlora.methods.attach import attach as attach_adapters
 from dlora.methods.attach import warn_of_left
 from dlora.methods.lora_ga import GradientEstimate, LossOf
 from dlora.methods.matrix_init import Started
+from dlora.methods.named import remove as remove_adapters
+from dlora.methods.named import rename
 from dlora.methods.trained_replica import TrainedReplica, replica_of, replicate
 from dlora.plan.own_loop import cheapest_base
 from dlora.sharding.engines.gather_groups import frozen_groups, worth_holding
@@ -31,34 +36,71 @@ from dlora.sharding.topology import Topology, resolve_placement
 
 __all__ = [
     "TrainedReplica",
+    "activate",
     "attach",
+    "attached",
     "load_adapter",
+    "remove",
+    "rename",
     "replica_of",
     "shard",
     "start_from_gradients",
 ]
 
 
-def attach(model: nn.Module, config: LoraConfig | Any) -> nn.Module:
+def attach(
+    model: nn.Module, config: LoraConfig | Any, name: str = DEFAULT, *, is_trainable: bool = True
+) -> nn.Module:
     """Put adapters on `model` in place, before or after `shard`, and return the model.
 
-    `config` is dlora's, or a `LoraConfig` or `AdaLoraConfig` of PEFT with PEFT's meaning.
-    It gains the methods of `dlora.adapters.model_methods.AdaptedModel`: `save_pretrained` writes
-    the adapter, `print_trainable_parameters` counts. See `dlora.methods.attach.attach`.
+    The model gains the methods of `dlora.adapters.model_methods.AdaptedModel`: `save_pretrained`
+    writes the adapter, `print_trainable_parameters` counts. See `dlora.methods.attach.attach`.
+
+    Args:
+        config: dlora's, or a `LoraConfig` or `AdaLoraConfig` of PEFT with PEFT's meaning.
+        name: of these adapters; each call needs another one. The first ones are active at once,
+            others from `activate` on, as in PEFT. After `shard`, those that are trained have a
+            replica of their own, `replica_of(model, name)`.
+        is_trainable: False: they get no gradients; for those with a name.
+
+    Raises:
+        UsageError: see `dlora.methods.attach.attach`; the name is taken, or cannot be one.
     """
-    attach_adapters(model, config_for(model, config))
+    if name == DEFAULT and not is_trainable:
+        raise UsageError("attach: is_trainable=False is for adapters with a name: name=…")
+    attach_adapters(model, config_for(model, config), name=name, trained=is_trainable)
     equip(model)
     return model
 
 
-def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
+def load_adapter(
+    model: nn.Module, directory: str | Path, name: str = DEFAULT, *, is_trainable: bool = False
+) -> nn.Module:
     """Load an adapter that dlora or PEFT wrote; attaches it first where nothing is attached.
 
-    See `dlora.adapters.save_load.load_adapter`; the model gains methods as by `attach`.
+    With a name it may take the place of another one on a running, sharded model, see
+    `dlora.adapters.swap.load_named`. Without one, see `dlora.adapters.save_load.load_adapter`. The
+    model gains methods as by `attach`.
+
+    Args:
+        is_trainable: True: an adapter with a name that is attached by this call is trained; the one
+            without a name always is.
     """
-    read_adapter(model, directory)
+    if name == DEFAULT:
+        read_adapter(model, directory)
+    else:
+        load_named(model, directory, name, is_trainable)
     equip(model)
     return model
+
+
+def remove(model: nn.Module, name: str) -> None:
+    """Take the adapters of a name off a model; see `dlora.methods.named.remove`.
+
+    With the last one the model loses the methods that it gained by `attach`.
+    """
+    remove_adapters(model, name)
+    unequip(model)
 
 
 def start_from_gradients(model: nn.Module, batches: Iterable[Any], loss_of: LossOf) -> Started:
@@ -196,8 +238,7 @@ def _cheapest_base(model: nn.Module, engine: str, topology: Topology) -> str:
     """The base that `auto` stands for, of a model that is whole on every rank. Collective."""
     groups = engine_class(resolve_placement(engine, "world", topology)).groups(model)
     largest = max((group.nbytes for group in groups), default=0)
-    trained = trainable_parameters(model) if hasattr(model, "dlora") else {}
-    adapters = sum(p.nbytes for p in trained.values())
+    adapters = sum(p.nbytes for p in every_parameter(model).values())
     frozen = sum(p.nbytes for p in model.parameters()) - adapters
     device = next(model.parameters()).device
     return cheapest_base(frozen, largest, adapters, device, topology)

@@ -7,7 +7,7 @@ that are trained whole.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Collection, Container
 
 import torch
 from torch import Tensor, nn
@@ -35,13 +35,15 @@ def base_names(model: nn.Module, keys: Container[str]) -> dict[str, str]:
 
 
 def take_base_copies(
-    model: nn.Module, tensors: dict[str, StoredTensor], expected: Container[str]
+    model: nn.Module, tensors: dict[str, StoredTensor], expected: Collection[str]
 ) -> dict[str, tuple[StoredTensor, Tensor]]:
     """Take the copies of frozen tensors out of `tensors`: (stored, the model's) by key.
 
     Args:
         expected: keys of what is trained.
     """
+    if not tensors.keys() - set(expected):
+        return {}
     own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     named = base_names(model, {key for key in tensors if key not in expected})
     return {key: (tensors.pop(key), own[name].detach()) for key, name in named.items()}

@@ -22,7 +22,7 @@ from dlora.adapters.peft_names import PREFIX
 from dlora.adapters.stacked_experts import stack_experts
 from dlora.io.safetensors import StoredTensor
 from dlora.lora.config import LoraConfig
-from dlora.lora.layers import CHILD, layer_kind
+from dlora.lora.layers import layer_kind
 from dlora.lora.parameters import shape_of
 
 _EXPERT = re.compile(r"\.experts\.\d+\.\w+$")
@@ -86,11 +86,12 @@ def _with_routers(
 ) -> LoraConfig:
     """Settings that adapt the weight of what was a linear layer once, as a mixture's router was."""
     paths = {key.removeprefix(PREFIX).partition(_FACTORS)[0] for key in tensors}
+    own = getattr(model, "dlora", None)
     routers = [
         path
         for path, module in model.named_modules()
         if path in paths
-        and not hasattr(module, CHILD)
+        and (own is None or path not in own.modules)
         and not isinstance(module, (nn.Linear, nn.Embedding))
         and layer_kind(module) is None
         and [len(shape_of(p)) for p in module.parameters(recurse=False)][:1] == [2]

@@ -7,7 +7,6 @@ methods mean dlora's adapters.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,23 +14,25 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dlora.adapters.counted import count_parameters
 from dlora.adapters.hub import upload
 from dlora.adapters.peft_names import PREFIX
 from dlora.adapters.save_load import adapter_files, load_adapter, save_adapter
+from dlora.adapters.swap import load_named
 from dlora.errors import UsageError
-from dlora.lora.attach import children_of, disabled
-from dlora.lora.made_class import made_class
+from dlora.lora.attach import disabled, every_child
+from dlora.lora.foreign import peft_asks
+from dlora.lora.made_class import made_class, original_class
 from dlora.lora.merge import is_merged, merge, unmerge
+from dlora.lora.names import activate, active, attached, by_name, rows
+from dlora.lora.several import DEFAULT
 from dlora.lora.switch import switch_off, switch_on
-from dlora.quant.linear import is_packed
+from dlora.methods.named import remove
 
-NAME = "default"  # of the adapters, as in PEFT
-_ONLY = f"a model has one adapter, {NAME!r}"
 # Arguments of transformers' and PEFT's `save_pretrained`, with the values that change nothing here.
 _UNUSED: dict[str, tuple[Any, ...]] = {
     "variant": (None,),
     "safe_serialization": (True,),
-    "selected_adapters": (None, [NAME]),
     "save_peft_format": (True,),
     "distributed_checkpoint": (False,),
     "save_embedding_layers": ("auto", False),
@@ -51,7 +52,14 @@ def equip(model: nn.Module) -> None:
     """Give a model with adapters the methods of `AdaptedModel`, in place; once is enough."""
     if not isinstance(model, AdaptedModel):
         base: Any = type(model)
-        model.__class__ = made_class(AdaptedModel, base, base.__name__)
+        kind = GeneratingModel if hasattr(base, "generate") else AdaptedModel
+        model.__class__ = made_class(kind, base, base.__name__)
+
+
+def unequip(model: nn.Module) -> None:
+    """Give a model without adapters its own class back."""
+    if not attached(model) and isinstance(model, AdaptedModel):
+        model.__class__ = original_class(type(model))
 
 
 def _refused(call: str, why: str) -> Callable[..., None]:
@@ -66,15 +74,27 @@ def _refused(call: str, why: str) -> Callable[..., None]:
 class AdaptedModel:
     """What a model gains, and what replaces methods of transformers' `PreTrainedModel`."""
 
+    def __call__(
+        self: Any, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> Any:
+        """The model's own call; see `rows` for `adapter_names`, an adapter for each row."""
+        if adapter_names is None:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        with rows(self, adapter_names):
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
     def save_pretrained(
         self: Any,
         save_directory: str | Path,
         is_main_process: bool = True,
         push_to_hub: bool = False,
         token: str | bool | None = None,
+        selected_adapters: list[str] | None = None,
         **others: Any,
     ) -> None:
         """Write the adapter, never the base, in PEFT's files; see `dlora.save_adapter`.
+
+        Those with names are written into folders of their names, as PEFT does.
 
         Any rank may, without a collective. What transformers' method has for the files of the base
         (`state_dict`, `max_shard_size`) has no part in it.
@@ -83,6 +103,7 @@ class AdaptedModel:
             is_main_process: False: nothing is written, by this process.
             push_to_hub: upload the files as well, with `repo_id` and the other arguments of
                 `push_to_hub`; without `repo_id` under the directory's name.
+            selected_adapters: names of those to write; None: all.
 
         Raises:
             UsageError: an argument asks for something that is not written here.
@@ -98,7 +119,9 @@ class AdaptedModel:
             raise UsageError(f"save_pretrained: {next(iter(uploading))} needs push_to_hub=True")
         if not is_main_process:
             return
-        save_adapter(self, save_directory)
+        for name in attached(self) if selected_adapters is None else selected_adapters:
+            place = Path(save_directory) if name == DEFAULT else Path(save_directory, name)
+            save_adapter(self, place, name=name)
         if push_to_hub:
             repository = uploading.pop("repo_id", None) or Path(save_directory).name
             upload(Path(save_directory), repository, token=token, **uploading)
@@ -129,7 +152,7 @@ class AdaptedModel:
             if key not in _OF_THE_BASE and value is not None:
                 raise UsageError(f"push_to_hub: {key}={value!r} cannot act on an adapter's files")
         return upload(
-            lambda directory: save_adapter(self, directory),
+            lambda directory: self.save_pretrained(directory),
             repo_id,
             commit_message=commit_message,
             commit_description=commit_description,
@@ -172,39 +195,45 @@ class AdaptedModel:
     def active_adapters(self: Any) -> list[str]:
         """The names of the adapters that the model computes with; as in transformers, of those
         that are switched off as well."""
-        return [NAME]
+        return active(self)
 
     def set_adapter(self: Any, adapter_name: str | list[str]) -> None:
-        """Choose the one adapter that there is.
-
-        Raises:
-            UsageError: another one is meant.
-        """
-        if adapter_name not in (NAME, [NAME]):
-            raise UsageError(f"set_adapter: there is no {adapter_name!r}: {_ONLY}")
+        """`dlora.activate`, by the name that PEFT has for it; what is trained does not change."""
+        activate(self, adapter_name)
 
     def load_adapter(
-        self: Any, peft_model_id: str | Path, adapter_name: str = NAME, **others: Any
+        self: Any,
+        peft_model_id: str | Path,
+        adapter_name: str = DEFAULT,
+        is_trainable: bool = False,
+        **others: Any,
     ) -> None:
-        """`dlora.load_adapter`: the values of a directory or hub id into the attached adapters.
+        """`dlora.load_adapter`: a directory or hub id into the adapters of a name.
 
         Raises:
             UsageError: as there, or an argument means PEFT's own adapters.
         """
         for key in (key for key, value in others.items() if value is not None):
             raise UsageError(f"load_adapter: {key} cannot act on dlora adapters")
-        self.set_adapter(adapter_name)
-        load_adapter(self, peft_model_id)
+        if adapter_name == DEFAULT:
+            load_adapter(self, peft_model_id)
+        else:
+            load_named(self, peft_model_id, adapter_name, is_trainable)
 
-    def get_adapter_state_dict(self: Any, adapter_name: str = NAME) -> dict[str, Tensor]:
+    def delete_adapter(self: Any, adapter_name: str) -> None:
+        """`dlora.remove`, by the name that PEFT has for it."""
+        remove(self, adapter_name)
+        unequip(self)
+
+    def get_adapter_state_dict(self: Any, adapter_name: str = DEFAULT) -> dict[str, Tensor]:
         """Copies of the tensors that `save_pretrained` writes, by transformers' keys for them."""
-        self.set_adapter(adapter_name)
-        _, tensors = adapter_files(self, None)
+        with by_name(self, adapter_name):
+            _, tensors = adapter_files(self, None)
         return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
 
     def _apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """`.to()` and its like: a cast that the replica forbids is refused before it begins."""
-        for child in children_of(self):
+        for child in every_child(self):
             child.check_cast(fn)
         return super()._apply(fn, recurse)  # type: ignore[misc]
 
@@ -219,9 +248,10 @@ class AdaptedModel:
             safe_merge: of no effect: a merge that is not finite is refused in any case.
 
         Raises:
-            UsageError: as there, or another adapter is meant.
+            UsageError: as there, or others than the active adapters are meant.
         """
-        self.set_adapter(NAME if adapter_names is None else adapter_names)
+        if adapter_names not in (None, active(self)):
+            raise UsageError(f"merge_adapter: {adapter_names!r}: set_adapter chooses them first")
         if not is_merged(self):
             merge(self)
 
@@ -235,9 +265,10 @@ class AdaptedModel:
         f"{_STAY}; merge_adapter() merges in place, and dlora.export --merge writes a merged model",
     )
     unload = _refused("unload", f"{_STAY}; disable_adapters() is there")
-    delete_adapter = _refused("delete_adapter", f"{_STAY}; disable_adapters() is there")
-    add_adapter = _refused("add_adapter", _WRAPPED)
-    add_weighted_adapter = _refused("add_weighted_adapter", _ONLY)
+    add_adapter = _refused("add_adapter", "dlora.attach(model, config, name) adds adapters")
+    add_weighted_adapter = _refused(
+        "add_weighted_adapter", "activate() sums the updates of several"
+    )
     enable_peft_hotswap = _refused(
         "enable_peft_hotswap", "the model has dlora adapters, not PEFT's"
     )
@@ -247,7 +278,7 @@ class AdaptedModel:
     @property
     def peft_config(self: Any) -> Any:
         """Not there, since PEFT has no adapters in this model; PEFT's own question is refused."""
-        if _peft_asks():
+        if peft_asks():
             raise UsageError(f"get_peft_model: {_WRAPPED}")
         raise AttributeError("peft_config")
 
@@ -256,36 +287,15 @@ class AdaptedModel:
         raise UsageError(f"get_peft_model: {_WRAPPED}")
 
 
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trained, all) parameters, as PEFT counts them: of packed weights those before packing."""
-    packed = {
-        id(parameter): elements
-        for module in model.modules()
-        if is_packed(module)
-        for parameter, elements in _elements(module)
-    }
-    trained = every = 0
-    for parameter in model.parameters():
-        size = packed.get(id(parameter), getattr(parameter, "ds_numel", parameter.numel()))
-        every += size
-        trained += size if parameter.requires_grad else 0
-    return trained, every
+class GeneratingModel(AdaptedModel):
+    """A model with a `generate` of transformers'."""
 
-
-def _elements(module: Any) -> Iterator[tuple[nn.Parameter, int]]:
-    """(parameter, elements of W0 that it stands for) of a packed layer."""
-    codes = module.weight_codes
-    yield codes, getattr(codes, "ds_shape", codes.shape)[0] * module.packing.n
-    yield module.weight_scales, 0
-
-
-def _peft_asks() -> bool:
-    """Whether a tuner of PEFT's looks for `peft_config`, before it puts its layers in."""
-    frame: Any = sys._getframe(2)
-    for _ in range(6):  # torch's and PEFT's own `__getattr__` lie between
-        if frame is None:
-            return False
-        if frame.f_globals.get("__name__", "").startswith("peft.tuners"):
-            return True
-        frame = frame.f_back
-    return False
+    def generate(
+        self: Any, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> Any:
+        """The model's own `generate`; see `rows` for `adapter_names`, an adapter for each row."""
+        given = kwargs.get("generation_config") or getattr(self, "generation_config", None)
+        sizes = ("num_beams", "num_return_sequences")
+        repeated = max(kwargs.get(size) or getattr(given, size, None) or 1 for size in sizes)
+        with rows(self, adapter_names, repeated):
+            return super().generate(*args, **kwargs)  # type: ignore[misc]

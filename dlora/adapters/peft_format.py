@@ -19,10 +19,10 @@ from dlora.errors import UsageError
 from dlora.lora.attach import (
     Attachment,
     attachment_of,
-    children_of,
     named_adapters,
     trainable_parameters,
 )
+from dlora.lora.names import bare
 from dlora.lora.tasks import head_names
 from dlora.lora.variants import PlainLora
 from dlora.lora.variants.adalora import AdaLoraAdapter, AdaLoraConfig
@@ -213,8 +213,8 @@ def peft_targets(
     The shortest that will do: last names, else full paths, else an expression (a path such as
     `head` also means `block.head`).
     """
-    inner = tuple(child.place for child in children_of(model))
-    paths = [p for p, _ in model.named_modules() if p and not f"{p}.".startswith(inner)]
+    with bare(model):
+        paths = [path for path, _ in model.named_modules() if path]
     wanted = set(adapted)
     for names in ({path.rpartition(".")[2] for path in wanted}, wanted):
         suffixes = tuple(f".{name}" for name in names)

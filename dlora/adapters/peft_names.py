@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from dlora.lora.attach import attachment_of, named_adapters, named_copies, trainable_parameters
-from dlora.lora.layers import CHILD, AdaptedConvolution, AdaptedLayer
+from dlora.lora.layers import AdaptedConvolution, AdaptedLayer
 from dlora.lora.variants import LoraAdapter
 from dlora.lora.variants.dora import DoraAdapter
 
@@ -90,7 +90,7 @@ def shaped(layer: AdaptedLayer, factor: str, tensor: Tensor) -> Tensor:
 def copy_names(model: nn.Module) -> dict[str, str]:
     """PEFT's key of each parameter of a module that is trained whole, by its name in the model."""
     return {
-        f"{path}.{CHILD}.{name}": f"{PREFIX}{path}.{name}"
+        f"{copy.place}.{name}": f"{PREFIX}{path}.{name}"
         for path, _, copy in named_copies(model)
         for name, _ in copy.named_parameters()
     }

@@ -21,7 +21,7 @@ from torch import nn
 from dlora.adapters.peft_format import NO_TARGETS
 from dlora.errors import UsageError
 from dlora.lora.config import LoraConfig
-from dlora.lora.foreign import check_no_adapters
+from dlora.lora.foreign import check_none_of_peft
 from dlora.lora.peft_arguments import check_unused
 from dlora.lora.targets import target_paths
 from dlora.lora.variants.adalora import AdaLoraConfig
@@ -76,7 +76,7 @@ def config_for(model: nn.Module, config: Any) -> LoraConfig:
     cls = type(config)
     if not any(base.__module__.partition(".")[0] == "peft" for base in cls.__mro__):
         raise UsageError(f"attach: expected a LoraConfig, of dlora or of peft, got {cls.__name__}")
-    check_no_adapters(model)
+    check_none_of_peft(model)
     try:
         return _names_checked(model, _of_peft(model, config))
     except UsageError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ from dlora.io.safetensors import StoredTensor, stored_tensors
 from dlora.lora.attach import attachment_of, frozen_tensors, named_adapters
 from dlora.lora.config import LoraConfig
 from dlora.lora.layers import layer_kind
+from dlora.lora.names import by_name
 from dlora.lora.peft_arguments import check_unused
+from dlora.lora.several import DEFAULT
 from dlora.lora.targets import module_paths
 from dlora.methods.attach import attach
 
@@ -61,12 +64,14 @@ def save_adapter(
     *,
     base_model_name_or_path: str | None = None,
     peft_type: str = "LORA",
+    name: str = DEFAULT,
 ) -> None:
     """Write the adapter of `model` so that stock PEFT loads it. Any rank may, without a collective.
 
     Of a model of diffusers the file that its pipelines load is written too.
 
     Args:
+        name: of the adapters; without one, of those that were attached so.
         directory: created if need be; each file is written beside its place and renamed.
         base_model_name_or_path: recorded in the configuration, a path as an absolute one; by
             default the model's own.
@@ -78,13 +83,16 @@ def save_adapter(
     """
     if peft_type not in FORMS:
         raise UsageError(f"peft_type: expected one of {', '.join(FORMS)}, got {peft_type!r}")
-    name = base_model_name_or_path or getattr(getattr(model, "config", None), "name_or_path", None)
-    settings, tensors = adapter_files(model, name, peft_type)
-    metadata, beside = None, {}
-    if is_of_diffusers(model) and peft_type == "LORA":
-        metadata = header(settings, PREFIX)
-        if (content := diffusers_file(model, settings, tensors)) is not None:
-            beside[LORA_WEIGHTS] = content
+    base = base_model_name_or_path or getattr(getattr(model, "config", None), "name_or_path", None)
+    if name == DEFAULT:
+        attachment_of(model)
+    with by_name(model, name):
+        settings, tensors = adapter_files(model, base, peft_type)
+        metadata, beside = None, {}
+        if is_of_diffusers(model) and peft_type == "LORA":
+            metadata = header(settings, PREFIX)
+            if (content := diffusers_file(model, settings, tensors)) is not None:
+                beside[LORA_WEIGHTS] = content
     write_files(directory, settings, tensors, metadata, beside)
 
 
@@ -116,14 +124,55 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
             have, contains NaN or infinite values, or does not fit the model; the message names
             the file and the key.
     """
+    stored = read_stored(model, directory)
+    if not hasattr(model, "dlora"):
+        stored.check_ranks(model)
+        attach(model, stored.config)
+    stored.fill(slots_for(model, stored))
+    return model
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """The files of an adapter, with the names that a model has for what is in them."""
+
+    directory: Path
+    config: LoraConfig
+    tensors: dict[str, StoredTensor]
+
+    @property
+    def file(self) -> Path:
+        """Of the tensors."""
+        return inside(self.directory, WEIGHTS)
+
+    def check_ranks(self, model: nn.Module) -> None:
+        """Check that every r is that of a tensor, before tensors of that size are allocated."""
+        _check_ranks(model, self.config, self.file, self.tensors)
+
+    @torch.no_grad()
+    def fill(self, slots: Mapping[str, Tensor]) -> None:
+        """Read the values into the tensors of `slots_for`."""
+        for key, slot in slots.items():
+            slot.copy_(self.tensors[key].rows().view(slot.shape))
+
+
+def read_stored(model: nn.Module, directory: str | Path) -> StoredAdapter:
+    """Read the settings, and check the numbers, of an adapter; see `load_adapter`."""
     directory = adapter_directory(directory, "load_adapter")
     file = inside(directory, WEIGHTS)
     config, tensors = in_layout_of(model, read_config(directory), stored_tensors(file))
     buffers = {PREFIX + name for name, _ in model.named_buffers()}
     check_numbers({key: tensor for key, tensor in tensors.items() if key not in buffers})
-    if not hasattr(model, "dlora"):
-        _check_ranks(model, config, file, tensors)
-        attach(model, config)
+    return StoredAdapter(directory, config, tensors)
+
+
+def slots_for(model: nn.Module, stored: StoredAdapter) -> dict[str, Tensor]:
+    """The model's own tensors by the keys of a file that fits them; nothing is changed.
+
+    Raises:
+        UsageError: it does not fit the adapters that are meant, or was trained on another base.
+    """
+    directory, config, file, tensors = stored.directory, stored.config, stored.file, stored.tensors
     if (method := attachment_of(model).config.method) != "lora":
         raise UsageError(
             f"load_adapter: {directory} is a plain LoRA, but the model has {method} adapters; load "
@@ -138,8 +187,8 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     expected = peft_slots(model)
     base_copies = take_base_copies(model, tensors, expected)
     check_shapes(file, {key: t.shape for key, t in tensors.items()}, expected)
-    for key, (stored, base) in base_copies.items():
-        if not same_base(stored, base):
+    for key, (copy, base) in base_copies.items():
+        if not same_base(copy, base):
             raise UsageError(
                 f"{file}: {key} differs from this model's weight; the adapter was "
                 "trained on another base"
@@ -151,10 +200,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
                 f"{config.scaling_for(path):g}, but the attached adapter is scaled by "
                 f"{adapter.scaling:g}; attach it with the same settings"
             )
-    with torch.no_grad():
-        for key, slot in expected.items():
-            slot.copy_(tensors[key].rows().view(slot.shape))
-    return model
+    return expected
 
 
 def check_shapes(

@@ -17,6 +17,7 @@ from torch import nn
 from dlora.base.skeleton import pinned_dtypes
 from dlora.errors import UsageError, and_more
 from dlora.lora.layers import AdaptedLayer, layer_kind
+from dlora.lora.names import attached
 from dlora.lora.targets import linear_paths, readers_of_weights
 from dlora.lora.weight_reads import weights_asked_for
 from dlora.quant.factored import is_factored
@@ -75,7 +76,7 @@ def quantize(model: nn.Module, quantization: str) -> Quantized:
         raise UsageError(
             f"quantization: {quantization!r} is unknown; expected one of {', '.join(FORMATS)}"
         )
-    if hasattr(model, "dlora"):
+    if attached(model):
         raise UsageError("quantize: this model already has adapters; call quantize before attach")
     if any(map(is_divided, model.parameters())):
         raise UsageError("quantize: this model is already sharded; call quantize before shard")

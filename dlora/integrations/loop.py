@@ -22,6 +22,7 @@ from dlora import UsageError
 from dlora.api import replica_of
 from dlora.integrations import adapter, stored
 from dlora.integrations.one_step import reduce_gradients
+from dlora.integrations.prepared import check_names
 from dlora.integrations.whole_state import WholeState
 
 STATE = "dlora_state.safetensors"
@@ -55,6 +56,7 @@ class DloraCallback:
         replica = replica_of(model)
         if replica is None:
             raise UsageError("DloraCallback: the model is not sharded; call dlora.shard first")
+        check_names(model)
         self.model, self.replica, self.optimizer = model, replica, optimizer
         self.scheduler, self.scaler, self.max_grad_norm = scheduler, scaler, max_grad_norm
         WholeState(replica, optimizer)

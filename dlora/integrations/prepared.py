@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dlora import LoraConfig, UsageError, attach, shard
+from dlora import LoraConfig, UsageError, attach, attached, shard
 from dlora.api import TrainedReplica, replica_of
 
 
@@ -34,6 +34,7 @@ def prepared_model(
         )
     if dlora is not None:
         attach(model, dlora)
+    check_names(model)
     found = replica or replica_of(model)
     if found is None:
         settings = dict(sharding or {})
@@ -51,3 +52,16 @@ def prepared_model(
     # Generation under W0 in shards goes on until the longest sequence of all ranks is done.
     model._is_fsdp_managed_module = found.engine.placement.shard_size > 1  # type: ignore[assignment]
     return found
+
+
+def check_names(model: nn.Module) -> None:
+    """Raise a `UsageError` about trained adapters with names, which would not be stepped or saved.
+
+    Frozen ones stay where they are; a checkpoint is of the adapters without a name.
+    """
+    named = [name for name, a in attached(model).items() if a.trained and name != "default"]
+    if named:
+        raise UsageError(
+            f"model: trains adapters by name ({', '.join(named)}), which no integration steps or "
+            "saves; attach the trained ones without a name, or the others with is_trainable=False"
+        )

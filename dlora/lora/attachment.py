@@ -21,6 +21,8 @@ class Attachment:
         left: lines for the user about what `all-linear` left alone.
         stream: where the adapters' dropout masks come from.
         values: what the adapters make once for all passes of a step.
+        name: of these adapters, among those of the model.
+        trained: whether they have gradients.
     """
 
     config: LoraConfig
@@ -30,6 +32,15 @@ class Attachment:
     left: list[str] = field(default_factory=list)
     stream: DropoutStream = field(default_factory=DropoutStream)
     values: StepValues = field(default_factory=StepValues)
+    name: str = "default"
+    trained: bool = True
+
+    @property
+    def modules(self) -> list[str]:
+        """Paths of all modules that carry something, each once."""
+        parameters = set(self.parameters)
+        owners = [p.rpartition(".")[0] if p in parameters else p for p in self.adapted]
+        return list(dict.fromkeys([*owners, *self.saved]))
 
     @property
     def init(self) -> type[Initialisation]:

@@ -1,9 +1,12 @@
-"""Adapters that a model has already when `attach` is given it: dlora's, or PEFT's.
+"""Adapters of PEFT's in a model that `attach` is given: known by their class.
 
-The latter are known by their class; PEFT is not imported.
+PEFT is not imported.
 """
 
 from __future__ import annotations
+
+import sys
+from typing import Any
 
 from torch import nn
 
@@ -12,10 +15,8 @@ from dlora.errors import UsageError
 _PACKAGE = "peft"
 
 
-def check_no_adapters(model: nn.Module) -> None:
-    """Raise a `UsageError` if `attach` was called already, or PEFT has wrapped the model."""
-    if hasattr(model, "dlora"):
-        raise UsageError("attach: this model already has adapters")
+def check_none_of_peft(model: nn.Module) -> None:
+    """Raise a `UsageError` if PEFT has wrapped the model."""
     for path, module in model.named_modules():
         if any(base.__module__.partition(".")[0] == _PACKAGE for base in type(module).__mro__):
             raise UsageError(
@@ -23,3 +24,15 @@ def check_no_adapters(model: nn.Module) -> None:
                 "adapters would no longer be trained; attach to the base itself (unload() returns "
                 "it), and dlora.load_adapter reads an adapter that PEFT saved"
             )
+
+
+def peft_asks() -> bool:
+    """Whether a tuner of PEFT's looks for `peft_config`, before it puts its layers in."""
+    frame: Any = sys._getframe(2)
+    for _ in range(6):  # torch's and PEFT's own `__getattr__` lie between
+        if frame is None:
+            return False
+        if frame.f_globals.get("__name__", "").startswith("peft.tuners"):
+            return True
+        frame = frame.f_back
+    return False

@@ -36,7 +36,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dlora.lora.dropout_mask import Mask
+from dlora.lora.dropout_mask import Mask, dropped
+from dlora.lora.master_products import by_master
 from dlora.lora.step_values import Shared, made_anew
 from dlora.quant.linear import Weight, multiply, multiply_back, save_with, saved_with
 
@@ -163,6 +164,21 @@ def linear(
         x_Tn = x.reshape(-1, x.shape[-1])
         y_Tm = LinearWithLowRank.apply(x_Tn, *rest, A, B, E, scaling, mask, shared)
         return y_Tm.view(*x.shape[:-1], y_Tm.shape[1])
+
+
+def low_rank(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    *,
+    E: Tensor | None = None,
+    mask: Mask | None = None,
+) -> Tensor:
+    """s·(drop(x) Aᵀ)(B E)ᵀ [..., m] alone, what `linear` adds to the base product."""
+    with cast_for_autocast(x, x, None) as (x, _, _):
+        z = by_master(dropped(x, mask, -1), A, F.linear)
+        return by_master(z, times(B, E), F.linear) * scaling
 
 
 @contextmanager

@@ -8,18 +8,13 @@ under the same names and an extra child, `adapter`; nothing is wrapped, so `q_pr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dlora.lora.made_class import made_class
 from dlora.lora.obstacles import CONVOLUTIONS, obstacle
 from dlora.lora.own_forward import computes_embedding, computes_linear, embed_scale
-from dlora.lora.own_storage import OwnStorage
-from dlora.lora.states import AdapterState, Stateful
 from dlora.quant.factored import FactoredMixin
 from dlora.quant.linear import (
     WEIGHT_NAMES,
@@ -31,6 +26,16 @@ from dlora.quant.linear import (
 )
 
 CHILD = "adapter"
+NAMED = "adapters"  # the child that has those with names, see `several`
+
+
+def acting(layer: nn.Module) -> Any:
+    """What a layer computes with beside its weight: its adapter, several of them, or None."""
+    children = layer._modules
+    found = children.get(NAMED)
+    if found is None:
+        found = children.get(CHILD)
+    return found if found is not None and found.active else None
 
 
 class AdaptedLayer:
@@ -114,9 +119,10 @@ class AdaptedLinear(AdaptedLayer):
         return module.out_features, module.in_features
 
     def forward(self: Any, input: Tensor) -> Tensor:
-        if not self.adapter.active:
+        adapter = acting(self)
+        if adapter is None:
             return super().forward(input)  # type: ignore[misc]
-        return self.adapter.linear(input, frozen_weight(self), self.bias)
+        return adapter.linear(input, frozen_weight(self), self.bias)
 
 
 class AdaptedConv1D(AdaptedLayer):
@@ -140,9 +146,10 @@ class AdaptedConv1D(AdaptedLayer):
         return module.nf, module.nx
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        if not self.adapter.active:
+        adapter = acting(self)
+        if adapter is None:
             return super().forward(x)  # type: ignore[misc]
-        return self.adapter.linear(x, frozen_weight(self).t(), self.bias)
+        return adapter.linear(x, frozen_weight(self).t(), self.bias)
 
 
 class AdaptedEmbedding(AdaptedLayer):
@@ -167,9 +174,10 @@ class AdaptedEmbedding(AdaptedLayer):
         return module.embedding_dim, module.num_embeddings
 
     def forward(self: Any, input: Tensor) -> Tensor:
-        if not self.adapter.active:
+        adapter = acting(self)
+        if adapter is None:
             return super().forward(input)  # type: ignore[misc]
-        y = self.adapter.embedding(input, self.weight, self.padding_idx)
+        y = adapter.embedding(input, self.weight, self.padding_idx)
         return y * embed_scale(self, y.dtype) if hasattr(self, "embed_scale") else y
 
     @classmethod
@@ -210,9 +218,10 @@ class AdaptedConvolution(AdaptedLayer):
         return delta.reshape(-1, module.in_channels, *module.kernel_size)
 
     def forward(self: Any, input: Tensor) -> Tensor:
-        if not self.adapter.active:
+        adapter = acting(self)
+        if adapter is None:
             return super().forward(input)  # type: ignore[misc]
-        return self.adapter.convolution(input, self.weight, self.bias, self._conv_forward)
+        return adapter.convolution(input, self.weight, self.bias, self._conv_forward)
 
     @classmethod
     def gradient_times(
@@ -236,66 +245,7 @@ LAYERS: tuple[type[AdaptedLayer], ...] = (
 
 
 def layer_kind(module: nn.Module) -> type[AdaptedLayer] | None:
-    """The kind of adapted layer that `module` can become, or None."""
+    """The kind of adapted layer that `module` is or can become, or None."""
+    if isinstance(module, AdaptedLayer):
+        return next(kind for kind in LAYERS if isinstance(module, kind))
     return next((kind for kind in LAYERS if kind.accepts(module)), None)
-
-
-class ModulesToSaveCopy(Stateful):
-    """The trainable masters of one of `modules_to_save`: a tree of parameters like the base's.
-
-    Like an adapter it is never called; its layer computes with the masters in place of its own
-    parameters, cast to the base's dtype.
-    """
-
-    what = "trained copy"
-
-    def __init__(self, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
-        super().__init__()
-        self._dtypes = {path: weight.dtype for path, weight in weights.items()}
-        for path, weight in weights.items():
-            *owners, name = path.split(".")
-            node: nn.Module = self
-            for owner in owners:
-                if not hasattr(node, owner):
-                    node.add_module(owner, OwnStorage())
-                node = node.get_submodule(owner)
-            master = weight.detach().to(dtype, copy=True)
-            node.register_parameter(name, nn.Parameter(master))
-
-    def cast(self) -> dict[str, Tensor]:
-        """The masters in the dtypes of the base's parameters, by path; gradients flow through."""
-        return {path: p.to(self._dtypes[path]) for path, p in self.named_parameters()}
-
-
-class ModulesToSaveLayer:
-    """A module of `modules_to_save`: computes with its trained copy beside the frozen original."""
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.adapter.state is not AdapterState.ON:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        with _substituted(self, self.adapter.cast()):
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-
-
-@contextmanager
-def _substituted(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
-    """Inside, `module` computes with `tensors` (by path) in place of its parameters."""
-    slots = []
-    for path, tensor in tensors.items():
-        owner, _, name = path.rpartition(".")
-        parameters: Any = module.get_submodule(owner)._parameters
-        slots.append((parameters, name, parameters[name]))
-        parameters[name] = tensor
-    try:
-        yield
-    finally:
-        for parameters, name, original in slots:
-            parameters[name] = original
-
-
-def adapt_(module: nn.Module, kind: type, child: Any, path: str) -> None:
-    """Give `module`, at `path`, the child and the class, in place."""
-    module.add_module(CHILD, child)
-    child.place = f"{path}.{CHILD}"
-    base: Any = type(module)
-    module.__class__ = made_class(kind, base, f"Adapted{base.__name__}")

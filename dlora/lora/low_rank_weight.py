@@ -43,6 +43,12 @@ class LowRankWeight:
         left, right = self._cast()
         return self.weight + (left @ right) * self.scaling
 
+    def plus(self, other: LowRankWeight) -> LowRankWeight:
+        """W0 + s·L·R + s'·L'·R', of another one with the same W0."""
+        left = torch.cat([self.left * self.scaling, other.left * other.scaling], dim=-1)
+        right = torch.cat([self.right, other.right], dim=-2)
+        return LowRankWeight(self.weight, left, right, 1.0)
+
     def _cast(self) -> tuple[Tensor, Tensor]:
         return self.left.to(self.weight.dtype), self.right.to(self.weight.dtype)
 

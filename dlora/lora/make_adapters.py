@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,21 +12,44 @@ from dlora.errors import UsageError
 from dlora.lora.attachment import Attachment
 from dlora.lora.config import LoraConfig
 from dlora.lora.init import INITS
-from dlora.lora.layers import CHILD, adapt_, layer_kind
+from dlora.lora.layers import CHILD, NAMED, layer_kind
 from dlora.lora.parameters import ParameterAdapter, ParameterLayer
+from dlora.lora.several import Names, adapt_, child_of, is_adapted
 from dlora.lora.variants import VARIANTS
 from dlora.quant.factored import is_factored
 from dlora.quant.linear import is_packed
 
 
 def check_free(module: nn.Module, path: str) -> None:
-    if hasattr(module, CHILD):
-        raise UsageError(f"attach: {path} already has an attribute named {CHILD!r}")
+    """Check a module as it is without adapters of other names."""
+    for child in (CHILD, NAMED):
+        if hasattr(module, child):
+            raise UsageError(f"attach: {path} already has an attribute named {child!r}")
     if "forward" in module.__dict__:
         raise UsageError(
             f"attach: {path} has a forward set on the instance (as accelerate's hooks do), which "
             "would bypass the adapter; remove it first"
         )
+
+
+def check_beside(own: Attachment, others: Iterable[Attachment]) -> None:
+    """Check that adapters fit beside those of other names, which stay as they are."""
+    for other in others:
+        for one, two in ((own, other), (other, own)):
+            for path in one.saved:
+                inside = [at for at in two.modules if f"{at}.".startswith(f"{path}.")]
+                if any(at != path or at not in two.saved for at in inside):
+                    raise UsageError(
+                        f"attach: {one.name!r} trains {path} whole, and {two.name!r} adapts "
+                        f"{inside[0]}; leave one of them out"
+                    )
+            layers = {*one.adapted} - {*one.parameters}
+            owners = {*two.modules} - {*two.adapted} - {*two.saved}
+            if odd := [path for path in one.adapted if path in layers & owners]:
+                raise UsageError(
+                    f"attach: {one.name!r} adapts the layer {odd[0]}, and {two.name!r} one of its "
+                    "parameters (target_parameters); leave one of them out"
+                )
 
 
 def check_start(module: nn.Module, path: str, config: LoraConfig, residual: bool) -> None:
@@ -57,7 +81,15 @@ def check_whole(module: nn.Module, path: str) -> None:
         )
 
 
-def attach_adapter(module: nn.Module, path: str, attachment: Attachment, residual: bool) -> None:
+def attach_adapter(
+    module: nn.Module,
+    path: str,
+    attachment: Attachment,
+    residual: bool,
+    names: Names | None,
+    drawn: bool = True,
+) -> None:
+    """Make an adapter and put it into its layer; A and B are only `drawn` where they start so."""
     kind, config = layer_kind(module), attachment.config
     assert kind is not None  # target_paths has checked
     m, n = kind.shape(module)
@@ -72,13 +104,15 @@ def attach_adapter(module: nn.Module, path: str, attachment: Attachment, residua
         residual=residual and init.needs == "weight" and is_packed(module),
         **config.shapes_for(path, kernel_of(module)),
     )
-    if device.type != "meta":
+    if device.type != "meta" and drawn:
         adapter.reset(is_embedding=kind.is_embedding, init=init)
     adapter.train(module.training)
-    adapt_(module, kind, adapter, path)
+    adapt_(module, kind, adapter, path, attachment.name, names)
 
 
-def adapt_parameter(model: nn.Module, path: str, attachment: Attachment) -> None:
+def adapt_parameter(
+    model: nn.Module, path: str, attachment: Attachment, drawn: bool = True
+) -> None:
     """Put A and B of one parameter among its module's `ParameterAdapters`."""
     owner, _, name = path.rpartition(".")
     module = model.get_submodule(owner)
@@ -93,11 +127,12 @@ def adapt_parameter(model: nn.Module, path: str, attachment: Attachment) -> None
         **_common(attachment, path, module),
         device=device,
     )
-    if device.type != "meta":
+    if device.type != "meta" and drawn:
         adapter.reset(is_embedding=False, init=attachment.init)
     adapter.train(module.training)
-    adapter.place = f"{owner}.{CHILD}.{name}"
-    module.get_submodule(CHILD).add_module(name, adapter)
+    adapters = child_of(module, attachment.name)
+    adapter.place = f"{adapters.place}.{name}"
+    adapters.add_module(name, adapter)
 
 
 def _common(attachment: Attachment, path: str, module: nn.Module) -> dict[str, Any]:
@@ -110,7 +145,7 @@ def _common(attachment: Attachment, path: str, module: nn.Module) -> dict[str, A
         "path": path,
         "stream": attachment.stream,
         "values": attachment.values,
-        "dtype": master_dtype(module),
+        "dtype": _master(module.parameters(recurse=False)),
     }
 
 
@@ -120,7 +155,12 @@ def kernel_of(module: nn.Module) -> tuple[int, ...]:
 
 
 def master_dtype(module: nn.Module) -> torch.dtype:
-    is_double = any(p.dtype == torch.float64 for p in module.parameters(recurse=True))
+    """Of a trained copy of the module, which has no adapters."""
+    return _master(module.parameters())
+
+
+def _master(parameters: Iterable[nn.Parameter]) -> torch.dtype:
+    is_double = any(p.dtype == torch.float64 for p in parameters)
     return torch.float64 if is_double else torch.float32
 
 
@@ -131,11 +171,14 @@ def forbid_fused_inference(model: nn.Module) -> None:
     around them still packs padded batches into nested tensors, which only the fused layer reads.
     """
     for module in model.modules():
-        if not any(hasattr(child, CHILD) for child in module.modules()):
+        if not isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder):
+            continue
+        if not any(map(is_adapted, module.modules())):
             continue
         if isinstance(module, nn.TransformerEncoderLayer):
-            module.register_forward_pre_hook(_no_fused_layer)
-        elif isinstance(module, nn.TransformerEncoder):
+            if _no_fused_layer not in module._forward_pre_hooks.values():
+                module.register_forward_pre_hook(_no_fused_layer)
+        else:
             module.use_nested_tensor = False
 
 

@@ -9,13 +9,21 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dlora.errors import UsageError, dtype_name
-from dlora.lora.attach import attachment_of, named_adapters, named_copies, owner_of
+from dlora.lora.attach import (
+    attachment_of,
+    every_child,
+    named_adapters,
+    named_copies,
+    owner_of,
+)
 from dlora.lora.layers import AdaptedLayer
+from dlora.lora.names import active, by_name
 from dlora.lora.states import AdapterState
 from dlora.lora.variants import LoraAdapter
 
@@ -80,6 +88,8 @@ def change_of(weight: Tensor, delta: Tensor, scale: Tensor | None) -> Tensor:
 def merge(model: nn.Module) -> nn.Module:
     """Replace every adapted W0 by W0 + ΔW and switch the adapters off, in place.
 
+    Of adapters with names, ΔW is the sum of those that are active.
+
     The original parameters are stored whole (one copy of the adapted weights), so that
     `unmerge` restores them bit for bit. A tied weight is untied: only the adapted side changes. A
     packed W0 is unpacked to the dtype that it had before, and not packed again: that would round
@@ -92,20 +102,21 @@ def merge(model: nn.Module) -> nn.Module:
             W0 + ΔW is not finite; nothing was merged then.
     """
     _check_mergeable(model)
-    merged = {path: _merged(path, *found) for path, *found in named_adapters(model)}
+    summed, copies = _active(model)
+    merged = {path: _merged(path, *found) for path, found in summed.items()}
     originals: dict[str, nn.Parameter] = {}
-    for path, layer, adapter in named_adapters(model):
+    for path, (layer, _) in summed.items():
         owner = owner_of(path, layer)
         taken = layer.replace(merged[path].weight)
         originals |= {f"{owner}.{name}": parameter for name, parameter in taken.items()}
-        if adapter.state is not AdapterState.EMPTY:
-            adapter.become(AdapterState.MERGED)
-    for path, layer, copy in named_copies(model):
+    for path, layer, copy in copies:
         for name, value in copy.cast().items():
             originals[f"{path}.{name}"] = layer.get_parameter(name)
             value = value.clone()  # never the master itself
             _set_parameter(model, f"{path}.{name}", nn.Parameter(value, requires_grad=False))
-        copy.become(AdapterState.MERGED)
+    for child in every_child(model):
+        if child.state is not AdapterState.EMPTY:
+            child.become(AdapterState.MERGED)
     model.dlora_originals = originals  # type: ignore[assignment]
     warn_of_rounding({path: result.loss for path, result in merged.items()})
     return model
@@ -121,16 +132,15 @@ def unmerge(model: nn.Module) -> nn.Module:
     originals = model.__dict__.pop("dlora_originals", None)
     if originals is None:
         raise UsageError("unmerge: this model is not merged")
-    for path, layer, adapter in named_adapters(model):
-        if adapter.state is not AdapterState.EMPTY:
-            adapter.become(AdapterState.ON)
+    for child in every_child(model):
+        if child.state is not AdapterState.EMPTY:
+            child.become(AdapterState.ON)
+    for path, (layer, _) in _active(model)[0].items():
         owner = owner_of(path, layer)
         names = [name for name in layer.weight_names if f"{owner}.{name}" in originals]
         layer.restore({name: originals.pop(f"{owner}.{name}") for name in names})
     for path, original in originals.items():
         _set_parameter(model, path, original)
-    for _, _, copy in named_copies(model):
-        copy.become(AdapterState.ON)
     return model
 
 
@@ -159,13 +169,15 @@ def is_merged(model: nn.Module) -> bool:
 
 
 def _check_mergeable(model: nn.Module) -> None:
-    attachment_of(model)
+    if not active(model):
+        attachment_of(model)
     if is_merged(model):
         raise UsageError("merge: this model is merged already")
-    for path, _, adapter in named_adapters(model):
-        if adapter.state not in (AdapterState.ON, AdapterState.EMPTY):
-            raise UsageError(f"merge: the adapter of {path} {adapter.state.value}")
-    for path, layer, _ in named_adapters(model):
+    for child in every_child(model):
+        if child.state not in (AdapterState.ON, AdapterState.EMPTY):
+            path = child.place.rpartition(".")[0]
+            raise UsageError(f"merge: the adapter of {path} {child.state.value}")
+    for path, (layer, _) in _active(model)[0].items():
         name, parameter = layer.first_parameter()
         if type(parameter.data) is not Tensor:
             raise UsageError(
@@ -174,10 +186,27 @@ def _check_mergeable(model: nn.Module) -> None:
             )
 
 
-def _merged(path: str, layer: AdaptedLayer, adapter: LoraAdapter) -> Merged:
-    weight, delta = layer.whole_weight(), layer.as_stored(layer, adapter.addend())
-    scale = scale_of_rows(layer, adapter, delta, [(0, len(weight), weight)])
-    result = merged_weight(weight, change_of(weight, delta, scale))
+def _active(
+    model: nn.Module,
+) -> tuple[dict[str, tuple[AdaptedLayer, list[LoraAdapter]]], list[tuple[str, Any, Any]]]:
+    """(layer and active adapters by path; path, layer and trained copy of the active names)."""
+    summed: dict[str, tuple[AdaptedLayer, list[LoraAdapter]]] = {}
+    copies: list[tuple[str, Any, Any]] = []
+    for name in active(model):
+        with by_name(model, name):
+            copies += named_copies(model)
+            for path, layer, adapter in named_adapters(model):
+                summed.setdefault(path, (layer, []))[1].append(adapter)
+    return summed, copies
+
+
+def _merged(path: str, layer: AdaptedLayer, adapters: list[LoraAdapter]) -> Merged:
+    weight, changes = layer.whole_weight(), []
+    for adapter in adapters:
+        delta = layer.as_stored(layer, adapter.addend())
+        scale = scale_of_rows(layer, adapter, delta, [(0, len(weight), weight)])
+        changes.append(change_of(weight, delta, scale))
+    result = merged_weight(weight, sum(changes[1:], changes[0]))
     if not result.weight.isfinite().all() and weight.isfinite().all():
         raise UsageError(
             f"merge: {path}: W0 + ΔW has NaN or infinite values in {dtype_name(weight.dtype)}; "

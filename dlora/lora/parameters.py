@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dlora.errors import UsageError
 from dlora.lora.init import Initialisation
-from dlora.lora.layers import AdaptedLayer
+from dlora.lora.layers import AdaptedLayer, acting
 from dlora.lora.low_rank_weight import LowRankWeight
 from dlora.lora.variants.lora import LoraAdapter, PlainLora
 
@@ -141,6 +141,16 @@ class ParameterAdapters(nn.Module):
 
     place: str
 
+    @property
+    def active(self) -> bool:
+        """Whether the module computes with more than its parameters."""
+        return any(adapter.active for adapter in self.children())
+
+    def weights(self, module: nn.Module) -> dict[str, LowRankWeight]:
+        """W0 + ΔW of each parameter that has an active adapter, by its name."""
+        adapters: Any = self.named_children()
+        return {n: a.weight(getattr(module, n)) for n, a in adapters if a.active}
+
 
 class AdaptedParameters:
     """A module some of whose own parameters are adapted."""
@@ -156,11 +166,8 @@ def _substituted(module: Any) -> Iterator[None]:
 
     As attributes of the object, which are found before its parameters: these stay registered.
     """
-    active = {
-        name: adapter.weight(getattr(module, name))
-        for name, adapter in module.adapter.named_children()
-        if adapter.active
-    }
+    adapters = acting(module)
+    active = {} if adapters is None else adapters.weights(module)
     module.__dict__.update(active)
     try:
         yield

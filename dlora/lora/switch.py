@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from dlora.errors import UsageError
-from dlora.lora.attach import children_of
+from dlora.lora.attach import every_child
 from dlora.lora.states import AdapterState
 
 _BEFORE = "state_before_off"
@@ -19,7 +19,7 @@ def switch_off(model: nn.Module) -> None:
     """
     if "dlora_originals" in model.__dict__:
         raise UsageError("disable_adapters: this model is merged; call dlora.unmerge first")
-    for child in children_of(model):
+    for child in every_child(model):
         if child.state not in (AdapterState.OFF, AdapterState.EMPTY):
             setattr(child, _BEFORE, child.state)
             child.become(AdapterState.OFF)
@@ -27,7 +27,7 @@ def switch_off(model: nn.Module) -> None:
 
 def switch_on(model: nn.Module) -> None:
     """Let the adapters that `switch_off` has switched off compute again."""
-    for child in children_of(model):
+    for child in every_child(model):
         before = child.__dict__.pop(_BEFORE, None)
         if before is not None and child.state is AdapterState.OFF:
             child.become(before)

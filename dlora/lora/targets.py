@@ -12,6 +12,7 @@ from dlora.errors import UsageError
 from dlora.lora.choice import chosen
 from dlora.lora.config import LoraConfig
 from dlora.lora.layers import AdaptedConv1D, AdaptedLinear, layer_kind
+from dlora.lora.names import of_base
 from dlora.lora.obstacles import obstacle, statistics_in
 from dlora.lora.parameters import check_parameter, shape_of
 from dlora.lora.suggest import suggestion, why_not
@@ -29,6 +30,7 @@ class Passed(Enum):
     OTHER_RESULT = "its forward computes something else"
 
 
+@of_base
 def target_paths(model: nn.Module, config: LoraConfig) -> list[str]:
     """Paths of the modules and then of the parameters that get A and B, in the model's order.
 
@@ -39,6 +41,7 @@ def target_paths(model: nn.Module, config: LoraConfig) -> list[str]:
     return [*module_paths(model, config), *parameter_paths(model, config)]
 
 
+@of_base
 def module_paths(model: nn.Module, config: LoraConfig) -> list[str]:
     """The modules among `target_paths`; the errors are the same."""
     modules = {path: module for path, module in model.named_modules() if path}
@@ -61,6 +64,7 @@ def module_paths(model: nn.Module, config: LoraConfig) -> list[str]:
     return paths
 
 
+@of_base
 def parameter_paths(model: nn.Module, config: LoraConfig) -> list[str]:
     """The parameters among `target_paths`; the errors are the same."""
     paths = _parameters_named(model, config)
@@ -82,6 +86,7 @@ def parameter_paths(model: nn.Module, config: LoraConfig) -> list[str]:
     return paths
 
 
+@of_base
 def saved_paths(model: nn.Module, config: LoraConfig) -> list[str]:
     """Paths of the modules that are trained whole.
 
@@ -117,12 +122,14 @@ def saved_paths(model: nn.Module, config: LoraConfig) -> list[str]:
     return list(dict.fromkeys(paths))
 
 
+@of_base
 def linear_paths(model: nn.Module) -> list[str]:
     """Paths of the linear layers that are called, but for the output head, in the model's order."""
     read = _bypassed(model)
     return [path for path in _linear(model) if path not in read]
 
 
+@of_base
 def passed_over(model: nn.Module) -> dict[str, Passed | str]:
     """{linear layer that `all-linear` leaves alone: why, or the class that reads its weight}."""
     read, part = _bypassed(model), text_part(model)
@@ -138,6 +145,7 @@ def passed_over(model: nn.Module) -> dict[str, Passed | str]:
     return passed
 
 
+@of_base
 def readers_of_weights(model: nn.Module) -> dict[str, str]:
     """{linear layer: the class that reads its weight past the layer}, but for the output head."""
     read = _bypassed(model)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from dlora.lora.adalora import importance
-from dlora.lora.layers import CHILD
 from dlora.lora.variants.adalora import TRIPLET_DIM, AdaLoraAdapter, AdaLoraConfig
 from dlora.sharding.replica.optimizer_state import LocalSlice, States
 from dlora.sharding.replica.replica import Replica
@@ -30,7 +29,7 @@ class Triplets:
     @property
     def prefix(self) -> str:
         """Of the names of its parameters."""
-        return f"{self.path}.{CHILD}."
+        return f"{self.adapter.place}."
 
     @property
     def size(self) -> int:

@@ -11,6 +11,8 @@ from dlora.lora.attach import attach as attach_adapters
 from dlora.lora.attach import attachment_of, await_start
 from dlora.lora.config import LoraConfig
 from dlora.lora.init import INITS
+from dlora.lora.names import by_name
+from dlora.lora.several import DEFAULT
 from dlora.lora.whole_weights import plain_weights
 from dlora.methods.matrix_init import Started, start_from_weights
 from dlora.methods.trained_replica import replica_of
@@ -18,7 +20,9 @@ from dlora.sharding.engines.protocol import is_divided
 from dlora.sharding.topology import Topology
 
 
-def attach(model: nn.Module, config: LoraConfig) -> nn.Module:
+def attach(
+    model: nn.Module, config: LoraConfig, *, name: str = DEFAULT, trained: bool = True
+) -> nn.Module:
     """Put adapters on `model` in place, before or after `shard`, and return the model.
 
     After `shard` it is collective: rank 0's A and B are broadcast. So it is wherever there is a
@@ -28,18 +32,31 @@ def attach(model: nn.Module, config: LoraConfig) -> nn.Module:
     Raises:
         UsageError: as there, or A and B start from a W0 that was not sharded by `dlora.shard`.
     """
-    attach_unstarted(model, config)
-    for line in attachment_of(model).left:
-        warnings.warn(line, stacklevel=3)  # of the caller of `dlora.attach`
-    init = attachment_of(model).init
-    if init.needs == "gradient":
-        await_start(model)
-    if init.needs == "weight" and next(model.parameters()).device.type != "meta":
-        warn_of_left(start_adapters(model), stacklevel=4)
+    init = INITS[config.init_lora_weights]
+    if name != DEFAULT and init.needs == "gradient":
+        raise UsageError(
+            f"init_lora_weights: {init.name} starts the adapter without a name alone; attach it so "
+            "and rename it, or start otherwise"
+        )
+    attach_unstarted(model, config, name=name, trained=trained)
+    with by_name(model, name):
+        for line in attachment_of(model).left:
+            warnings.warn(line, stacklevel=3)  # of the caller of `dlora.attach`
+        if init.needs == "gradient":
+            await_start(model)
+        if init.needs == "weight" and next(model.parameters()).device.type != "meta":
+            warn_of_left(start_adapters(model), stacklevel=4)
     return model
 
 
-def attach_unstarted(model: nn.Module, config: LoraConfig, *, residual: bool = False) -> None:
+def attach_unstarted(
+    model: nn.Module,
+    config: LoraConfig,
+    *,
+    residual: bool = False,
+    name: str = DEFAULT,
+    trained: bool = True,
+) -> None:
     """`attach` without the start from W0: A and B stay as they were drawn at random.
 
     Args:
@@ -56,9 +73,11 @@ def attach_unstarted(model: nn.Module, config: LoraConfig, *, residual: bool = F
             "base is sharded; call dlora.shard first"
         )
     whole_weights = replica.engine.gather_module if replica else None
-    attach_adapters(model, config, whole_weights=whole_weights, residual=residual)
+    attach_adapters(
+        model, config, whole_weights=whole_weights, residual=residual, name=name, trained=trained
+    )
     if replica is not None:
-        replica.take_over()
+        replica.join(name)
 
 
 def start_adapters(model: nn.Module) -> Started:

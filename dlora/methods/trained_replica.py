@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -16,6 +17,7 @@ from dlora.errors import UsageError
 from dlora.lora.attach import (
     attachment_of,
     children_of,
+    every_parameter,
     frozen_tensors,
     is_unstarted,
     named_adapters,
@@ -23,12 +25,16 @@ from dlora.lora.attach import (
 )
 from dlora.lora.made_class import REPLICA
 from dlora.lora.method_state import MethodState
+from dlora.lora.names import attached, by_name
 from dlora.lora.parameters import ParameterAdapter
+from dlora.lora.several import DEFAULT
 from dlora.lora.variants import VARIANTS
 from dlora.optim.groups import parameter_groups
 from dlora.optim.lora_pro import Pair
 from dlora.sharding.counts import whole_number
 from dlora.sharding.engines.protocol import Engine, is_divided
+from dlora.sharding.first_rank import from_first
+from dlora.sharding.replica.frozen import same_on_every_rank
 from dlora.sharding.replica.optimizer_state import States, states_of
 from dlora.sharding.replica.replica import Reduced, Replica
 from dlora.sharding.replica.step_scalars import Scalar
@@ -39,28 +45,78 @@ class TrainedReplica(Replica):
 
     Args:
         engine: has the frozen base of the model.
+        name: of the adapters that it is for.
         divided, reduce_dtype: as of `Replica`.
 
     Attributes:
         method: what the adapters' method computes and saves beside them; see `MethodState`.
+        others: of the replica for the adapters without a name: those of trained ones with a name.
     """
 
-    def __init__(self, engine: Engine, model: nn.Module, **settings: Any) -> None:
+    def __init__(
+        self, engine: Engine, model: nn.Module, *, name: str = DEFAULT, **settings: Any
+    ) -> None:
         super().__init__(engine.topology, engine.wire, **settings)
-        self.engine, self._model = engine, model
+        self.engine, self._model, self._name, self._settings = engine, model, name, settings
         self.method = MethodState()
+        self.others: dict[str, TrainedReplica] = {}
 
-    def take_over(self) -> None:
-        """Own the adapters that the model has by now. Collective: rank 0's values are broadcast."""
-        named = trainable_parameters(self._model)
-        self.own(named)
-        for child in children_of(self._model):
-            child.replicated = True
-        self.engine.set_trainable(self._model, named.values())
-        kind = _state_class(VARIANTS[attachment_of(self._model).config.variant].state_class)
-        if kind is not MethodState:
-            self.method = kind(self._model, self)  # type: ignore[call-arg]
-            _follow_steps(self)
+    def take_over(self, *, equal: bool = False) -> None:
+        """Own the adapters that the model has by now. Collective: rank 0's values are broadcast.
+
+        Args:
+            equal: they have the same values on every rank already, so nothing is sent.
+        """
+        with by_name(self._model, self._name):
+            self.own(trainable_parameters(self._model), equal=equal)
+            for child in children_of(self._model):
+                child.replicated = True
+            trained = [p for p in every_parameter(self._model).values() if p.requires_grad]
+            self.engine.set_trainable(self._model, trained)
+            kind = _state_class(VARIANTS[attachment_of(self._model).config.variant].state_class)
+            if kind is not MethodState:
+                self.method = kind(self._model, self)  # type: ignore[call-arg]
+                _follow_steps(self)
+
+    def join(self, name: str, *, equal: bool = False) -> None:
+        """Make the adapters of a name the same on every rank: one broadcast of rank 0's values.
+
+        Trained ones get a replica of their own, `replica_of(model, name)`.
+
+        Args:
+            equal: as of `take_over`.
+        """
+        if name == DEFAULT:
+            self.take_over(equal=equal)
+        elif attached(self._model)[name].trained:
+            settings = self._settings | {"reduction": self._reduction}
+            replica = TrainedReplica(self.engine, self._model, name=name, **settings)
+            replica.take_over(equal=equal)
+            self.others[name] = replica
+        elif not equal:
+            self.share(name)
+
+    def share(self, name: str) -> None:
+        """Give every rank rank 0's values of the adapters of a name: one broadcast.
+
+        Trained ones stay where their replica has them.
+        """
+        if name in self.others:
+            if self.topology.world > 1:
+                dist.broadcast(self.others[name].values, src=0)
+            return
+        same_on_every_rank(trainable_parameters(self._model, name), self.topology)
+
+    def from_first(self, make: Callable[[], Any]) -> Any:
+        """See `dlora.sharding.first_rank.from_first`."""
+        return from_first(self.topology, make)
+
+    def leave(self, name: str) -> None:
+        """Forget the adapters of a name, which have been removed."""
+        self.others.pop(name, None)
+        if name == DEFAULT and self.named:
+            self.method = MethodState()
+            self.disown()
 
     def reduce_gradients(
         self,
@@ -75,7 +131,7 @@ class TrainedReplica(Replica):
             UsageError: the adapters still wait for `dlora.start_from_gradients`.
         """
         self.release()
-        if self.named and is_unstarted(self._model):
+        if self.named and self._is_unstarted():
             raise UsageError(
                 "init_lora_weights: lora_ga starts from gradients; call "
                 "dlora.start_from_gradients(model, batches, loss_of) before the first step"
@@ -94,7 +150,8 @@ class TrainedReplica(Replica):
     @property
     def frozen(self) -> dict[str, Tensor]:
         """The adapters' tensors beside what is trained: the factors of their offsets, by name."""
-        return frozen_tensors(self._model)
+        with by_name(self._model, self._name):
+            return frozen_tensors(self._model)
 
     def states(self, optimizer: Optimizer) -> dict[str, States]:
         """This rank's tensors beside the adapters, by the name of their file in a checkpoint."""
@@ -108,7 +165,9 @@ class TrainedReplica(Replica):
             UsageError: an adapter has another factor.
         """
         found = []
-        for path, _, adapter in named_adapters(self._model):
+        with by_name(self._model, self._name):
+            adapters = list(named_adapters(self._model))
+        for path, _, adapter in adapters:
             if isinstance(adapter, ParameterAdapter) and adapter.experts is not None:
                 raise UsageError(f"LoraPro: the adapter at {path} has a pair for each expert")
             pair = Pair(adapter.lora_A, adapter.lora_B, adapter.scaling)
@@ -136,10 +195,26 @@ class TrainedReplica(Replica):
             group["params"] = [optimized[id(whole)] for whole in group["params"]]
         return groups
 
+    def _is_unstarted(self) -> bool:
+        with by_name(self._model, self._name):
+            return is_unstarted(self._model)
 
-def replica_of(model: nn.Module) -> TrainedReplica | None:
-    """The replica of a model; None before `dlora.shard`."""
-    return model.__dict__.get(REPLICA)
+
+def replica_of(model: nn.Module, name: str = DEFAULT) -> TrainedReplica | None:
+    """The replica of the adapters of a model; None before `dlora.shard`.
+
+    Args:
+        name: of trained adapters; frozen ones have none.
+
+    Raises:
+        UsageError: the model is sharded, and no trained adapters have this name.
+    """
+    replica: TrainedReplica | None = model.__dict__.get(REPLICA)
+    if replica is None or name == DEFAULT:
+        return replica
+    if name not in replica.others:
+        raise UsageError(f"replica_of: the model trains no adapters named {name!r}")
+    return replica.others[name]
 
 
 def replicate(
@@ -161,7 +236,7 @@ def replicate(
     Raises:
         UsageError: an adapter's parameter is divided over ranks.
     """
-    named = trainable_parameters(model) if hasattr(model, "dlora") else {}
+    named = every_parameter(model)
     for name, parameter in named.items():
         if is_divided(parameter):
             raise UsageError(
@@ -176,8 +251,8 @@ def replicate(
     engine.after_load(model)
     replica = TrainedReplica(engine, model, divided=divided, reduce_dtype=reduce_dtype)
     model.__dict__[REPLICA] = replica
-    if named:
-        replica.take_over()
+    for name in attached(model):
+        replica.join(name)
     return replica
 
 

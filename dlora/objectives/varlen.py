@@ -21,7 +21,8 @@ _WITHOUT_MEANING = {"position_ids", "cache_position", "use_cache", "output_atten
 class Row(Protocol):
     """What a kernel needs to know of a packed row."""
 
-    lengths: tuple[int, ...]
+    @property
+    def lengths(self) -> tuple[int, ...]: ...
 
     def offsets(self, device: torch.device) -> Tensor: ...
 

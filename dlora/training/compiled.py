@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dlora.base.recomputation import CACHES
 from dlora.lora.attach import attachment_of
 from dlora.lora.dropout import key_of
-from dlora.lora.layers import CHILD, AdaptedConv1D, AdaptedLinear
+from dlora.lora.layers import CHILD, NAMED, AdaptedConv1D, AdaptedLinear
 from dlora.lora.states import AdapterState
 from dlora.lora.variants import LoraAdapter
 from dlora.objectives import packed_operator
@@ -177,6 +177,8 @@ class _Forward:
             config = attachment_of(self._owner._model).config
             found = []
             for layer in self._block.modules():
+                if NAMED in layer._modules:
+                    raise NotImplementedError(f"a layer ({type(layer).__name__}) of named adapters")
                 adapter = getattr(layer, CHILD, None)
                 if not isinstance(adapter, LoraAdapter):
                     continue

@@ -141,14 +141,16 @@ DIFFERENCES: dict[str, Difference] = {
 }
 
 # Calls of PEFT's tests that need several adapters in one model, with what each says until then.
-WITH_L: dict[str, str] = {
-    "`add_adapter(name, config)`": "add_adapter",
-    "`load_adapter(directory, name)` of another name": "load_adapter",
-    "`set_adapter(name)`": "set_adapter",
-    "`delete_adapter(name)`": "delete_adapter",
-    "`merge_adapter([name, …])`": "merge_adapter",
-    "`add_weighted_adapter(…)`": "add_weighted_adapter",
-    "`attach` on a model with an adapter": "attach",
+SEVERAL: dict[str, tuple[str, str]] = {
+    "`get_peft_model(model, config, name)`, `add_adapter(name, config)`": (
+        "`attach(model, config, name)`, before or after `shard`",
+        "add_adapter",
+    ),
+    "`merge_adapter([name, …])`": ("`activate`, then `merge`", "merge_adapter"),
+    "`add_weighted_adapter(…)`": (
+        "`activate(model, [name, …])`, the sum of the updates",
+        "add_weighted_adapter",
+    ),
 }
 
 
@@ -156,4 +158,4 @@ def rows() -> list[str]:
     """The rows of the page's tables, in their order."""
     found = [f"| {d.what} | {d.in_peft} | {d.here} | {d.why} |" for d in DIFFERENCES.values()]
     found += [f"| {r.shown} | `{r.key}` | {r.why} |" for r in REFUSED]
-    return [*found, *(f"| {call} |" for call in WITH_L)]
+    return [*found, *(f"| {call} | {ours} |" for call, (ours, _) in SEVERAL.items())]

@@ -177,7 +177,7 @@ def test_adapters_are_switched_off_and_on(saved_models: Any) -> None:
         assert torch.equal(model(IDS).logits, on)
     assert model.active_adapters() == ["default"]
     model.set_adapter("default")
-    with pytest.raises(UsageError, match="^set_adapter: there is no 'other'"):
+    with pytest.raises(UsageError, match="^activate: the model has no adapters named 'other'"):
         model.set_adapter("other")
 
 

@@ -15,7 +15,7 @@ from peft import PeftModel
 from ranks import Pools
 from tiny import whole
 
-from dlora import UsageError, save_adapter
+from dlora import LoraConfig, UsageError, attach, save_adapter, shard
 from dlora.integrations.accelerate import prepare
 from dlora.integrations.transformers import DloraCallback
 
@@ -106,3 +106,14 @@ def test_what_would_break_a_loop_is_refused(saved_models: Any, tmp_path: Path) -
     (tmp_path / "dlora_state.safetensors").write_bytes(b"{}")
     with pytest.raises(UsageError, match="dlora_state.safetensors: damaged"):
         DloraCallback(model, optimizer).load(tmp_path)
+
+
+def test_trained_adapters_with_names_are_refused(saved_models: Any) -> None:
+    """None of them would be stepped or saved; frozen ones stay where they are."""
+    model = attach(whole(saved_models("llama")), LoraConfig(r=2))
+    attach(model, LoraConfig(r=2), "frozen", is_trainable=False)
+    optimizer = torch.optim.AdamW(shard(model).parameter_groups(lr=1e-3))
+    DloraCallback(model, optimizer)
+    attach(model, LoraConfig(r=2), "trained")
+    with pytest.raises(UsageError, match=r"^model: trains adapters by name \(trained\)"):
+        DloraCallback(model, optimizer)

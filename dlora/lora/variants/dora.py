@@ -17,7 +17,7 @@ from dlora.lora.functional_convolution import Convolve
 from dlora.lora.given import Given
 from dlora.lora.step_values import made_anew
 from dlora.lora.variants.lora import LoraAdapter
-from dlora.quant.linear import Weight, whole
+from dlora.quant.linear import Weight, product, whole
 
 
 class DoraAdapter(LoraAdapter):
@@ -56,6 +56,9 @@ class DoraAdapter(LoraAdapter):
         A, B = self.factors()
         mask = self.mask(x)
         return functional_dora.linear(x, weight, bias, A, B, self.scaling, self._rows, mask=mask)
+
+    def linear_update(self, x: Tensor, weight: Weight) -> Tensor:
+        return self.linear(x, weight, None) - product(x, weight, None)
 
     @torch.no_grad()
     def norms(self, weight: Weight, dtype: torch.dtype) -> Tensor:

@@ -182,6 +182,12 @@ class LoraAdapter(Stateful):
             x, weight, bias, A, B, self.scaling, **how, shared=self.shared_by_passes
         )
 
+    def linear_update(self, x: Tensor, weight: Weight) -> Tensor:
+        """What `linear` adds to the product of the weight alone, [..., m]."""
+        A, B = self.factors()
+        E, mask = self.singular_values(), self.mask(x)
+        return functional.low_rank(x, A, B, self.scaling, E=E, mask=mask)
+
     def give(self, x: Tensor, weight: Weight, r: int, layer: Tensor) -> Given:
         """What a compiled graph is given of this adapter, for a pass over x [rows, tokens, …].
 

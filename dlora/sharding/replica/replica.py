@@ -31,13 +31,10 @@ from dlora.sharding.replica.hierarchical_reduce import Reduction
 from dlora.sharding.replica.optimizer_state import (
     Named,
     ReplicaError,
-    ReplicatedState,
     StateStrategy,
     count,
 )
-from dlora.sharding.replica.owned_state import OwnedState
 from dlora.sharding.replica.resize import Cuts, cut_states, cut_values, put_states, replace_data
-from dlora.sharding.replica.sharded_state import ShardedState
 from dlora.sharding.replica.step_scalars import (
     MOST_SCALARS,
     Reduced,
@@ -45,20 +42,10 @@ from dlora.sharding.replica.step_scalars import (
     pack_tail,
     unpack_tail,
 )
+from dlora.sharding.replica.strategies import strategy_class
 from dlora.sharding.topology import Topology
 
 AUDIT_EVERY = 10  # optimizer steps between two comparisons of checksums
-
-
-def strategy_class(divided: bool, world: int = 1) -> type[StateStrategy]:
-    """How the optimizer's state and work are distributed over `world` ranks.
-
-    Without `divided`, an optimizer that works in units still steps each on one of several ranks;
-    buffers and reductions are the same as of `ReplicatedState`.
-    """
-    if divided:
-        return ShardedState
-    return OwnedState if world > 1 else ReplicatedState
 
 
 class Replica:
@@ -68,6 +55,7 @@ class Replica:
         topology: ranks and nodes; its world may be 1, and then there are no collectives.
         divided: whether the optimizer state is divided over ranks.
         reduce_dtype: in which gradients are sent, and summed in their own; None: their own.
+        reduction: of another replica of the same ranks, whose process groups this one uses.
 
     Attributes:
         strategy: how the optimizer state is distributed, once there are parameters.
@@ -86,22 +74,24 @@ class Replica:
         *,
         divided: bool = False,
         reduce_dtype: torch.dtype | None = None,
+        reduction: Reduction | None = None,
     ) -> None:
         self.topology, self.divided = topology, divided
         self.wire = wire or WireCounter()
-        self._reduction = Reduction(topology, self.wire, reduce_dtype)
+        self._reduction = reduction or Reduction(topology, self.wire, reduce_dtype)
         self.named: dict[str, nn.Parameter] = {}
         self.healed: Callable[[str], None] | None = None
         self.reductions = 0  # made so far; every `AUDIT_EVERY`th ends with an audit
         self.unreduced = False  # whether a backward pass came since the last one
         self._guard: StepGuard | None = None
 
-    def own(self, named: Named) -> None:
+    def own(self, named: Named, *, equal: bool = False) -> None:
         """Take over parameters; collective: rank 0's values are broadcast.
 
         Args:
             named: trainable parameters by name, in the same order on every rank; all of one dtype,
                 on one device.
+            equal: every rank has the same values already, so nothing is sent.
         """
         self.named = dict(named)
         strategy = strategy_class(self.divided, self.topology.world)
@@ -113,8 +103,14 @@ class Replica:
             hook = functools.partial(_after_backward, weak, name)
             parameter.register_post_accumulate_grad_hook(hook)
         if self.topology.world > 1:
-            dist.broadcast(self._buffers.values, src=0)
+            if not equal:
+                dist.broadcast(self._buffers.values, src=0)
             self._guard = self._guard or StepGuard(self)
+
+    def disown(self) -> None:
+        """Own nothing, as at first."""
+        self.named, self.unreduced, self._guard = {}, False, None
+        del self.strategy, self._buffers
 
     @property
     def values(self) -> Tensor:
