@@ -94,9 +94,8 @@ class AdaptedModel:
     ) -> None:
         """Write the adapter, never the base, in PEFT's files; see `dlora.save_adapter`.
 
-        Those with names are written into folders of their names, as PEFT does.
-
-        Any rank may, without a collective. What transformers' method has for the files of the base
+        Those with names are written into folders of their names, as PEFT does. Any rank may,
+        without a collective. What transformers' method has for the files of the base
         (`state_dict`, `max_shard_size`) has no part in it.
 
         Args:
