@@ -70,19 +70,17 @@ class CompiledBlocks:
         torch._dynamo.config.force_nn_module_property_static_shapes = False
         # Else an error would come in the middle of a backward pass.
         torch._functorch.config.force_non_lazy_backward_lowering = True
-        if (row := row_of(self._model)) is not None:
-            row.compiled = self._packs
         for block in self._blocks if self._packs else ():
             for module in block.modules():
                 packed_operator.give_handle(module)
         self._before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        self.on = True
+        self.switch(True)
 
-    def stop(self) -> None:
-        """Let blocks run as without a compiler."""
-        self.on = False
+    def switch(self, on: bool) -> None:
+        """Let blocks run as graphs, once these have been started, or as without a compiler."""
+        self.on = on
         if (row := row_of(self._model)) is not None:
-            row.compiled = False
+            row.compiled = on and self._packs
 
     def fail(self, block: nn.Module, error: Exception) -> None:
         """Note that a block does not compile, and go on without graphs."""
@@ -94,7 +92,7 @@ class CompiledBlocks:
     def distrust(self, reason: str) -> None:
         """Note why graphs cannot be used, and go on without."""
         self.failed = self.failed or reason
-        self.stop()
+        self.switch(False)
 
     @property
     def made(self) -> int:

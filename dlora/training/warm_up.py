@@ -3,12 +3,14 @@
 So a run knows before it trains whether its blocks compile, no step waits for a compiler, and ranks
 wait for one another while the long limit for loading holds. The passes are of made-up sequences;
 each is made without graphs as well, and losses and gradients have to agree. They are thrown away.
+Where `train.compile` is `auto`, the largest micro-batch is timed in both ways, and graphs that gain
+nothing are left.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +35,7 @@ _ROWS = 3
 # How far a loss and its gradients' norm may be from those without graphs, by the base's dtype.
 _AGREE = {torch.float32: (1e-4, 1e-3), torch.float64: (1e-6, 1e-6)}
 _AGREE_IN_HALF = (1e-2, 1e-1)
+_TRIALS, _WORTH = 4, 0.97  # passes of each kind; what those with graphs may take of the others
 
 
 def start_compiled(context: RunContext, objective: Objective) -> None:
@@ -50,9 +53,12 @@ def start_compiled(context: RunContext, objective: Objective) -> None:
     end_workers()
     if dist.is_initialized():
         dist.barrier()  # the limit for loading holds here, and a shorter one for `gather`
+    # A run that is resumed goes on as it was.
+    if context.config.train.compile == "auto" and context.prepared.resumed is None:
+        weigh_graphs(context, blocks, objective)
     failed = [found for found in gather(context.ranks, "compile", blocks.failed) if found]
     if failed:
-        blocks.stop()
+        blocks.switch(False)
         if context.config.train.compile is True:
             raise UsageError(f"train.compile: true: {failed[0]}; set train.compile: auto or false")
         console.info(f"train.compile: off: {failed[0]}")
@@ -81,9 +87,44 @@ def make_graphs(context: RunContext, blocks: CompiledBlocks, objective: Objectiv
         blocks.distrust("no block of the model is called with a tensor of hidden states alone")
 
 
+def weigh_graphs(
+    context: RunContext,
+    blocks: CompiledBlocks,
+    objective: Objective,
+    clock: Callable[[], float] = time.perf_counter,
+) -> None:
+    """Leave graphs with which the run's largest micro-batch takes as long as without. Collective.
+
+    Args:
+        clock: seconds.
+    """
+    if any(gather(context.ranks, "compile, before", blocks.failed)):
+        return
+    batch, seconds = _largest(context), dict[bool, list[float]]({True: [], False: []})
+    for on in (True, False) * _TRIALS:
+        blocks.switch(on)
+        began = clock()
+        _step(context, objective, batch)
+        seconds[on].append(clock() - began)
+    blocks.switch(True)
+    share = min(seconds[True]) / min(seconds[False])
+    if (slowest := max(gather(context.ranks, "compile, share", share))) > _WORTH:
+        blocks.distrust(f"a pass with graphs takes {slowest:.2f} of the time of one without")
+
+
 def _pass(context: RunContext, objective: Objective, batch: Batch) -> tuple[float, float]:
-    """Forward and backward, and an evaluation, of one batch: its loss and its gradients' norm."""
-    model, prepared, replica = context.model, context.prepared, context.replica
+    """A step, and an evaluation, of one batch: its loss and its gradients' norm."""
+    found = _step(context, objective, batch)
+    if context.prepared.eval is not None:
+        with evaluating(context):
+            context.prepared.task.evaluate(context.model, batch)
+    context.replica.wire.take()
+    return found
+
+
+def _step(context: RunContext, objective: Objective, batch: Batch) -> tuple[float, float]:
+    """Forward and backward of one batch: its loss and its gradients' norm."""
+    model, replica = context.model, context.replica
     row = batch.input_ids.shape[1] if batch.packed else 0
     keys = SampleKeys(context.config.train.seed, 0, batch.ids, batch.lengths, row)
     attachment = attachment_of(model)
@@ -94,9 +135,6 @@ def _pass(context: RunContext, objective: Objective, batch: Batch) -> tuple[floa
     norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
     replica.zero_grad()
     replica.release()
-    if prepared.eval is not None:
-        with evaluating(context):
-            prepared.task.evaluate(model, batch)
     replica.wire.take()
     return float(loss.detach()), norm
 
@@ -112,6 +150,15 @@ def _batches(context: RunContext) -> Iterator[Batch]:
         return
     for rows in (_ROWS, 1):
         yield prepared.collate([replace(whole, id=i) for i in range(rows)]).to(device)
+
+
+def _largest(context: RunContext) -> Batch:
+    """A batch of the shape of the run's largest."""
+    prepared, work = context.prepared, context.prepared.budget.workload
+    lengths = work.lengths or (work.tokens,) * work.rows
+    some = [prepared.task.example(max(2, n // prepared.task.longest)) for n in lengths]
+    batch = prepared.collate([replace(e, id=i) for i, e in enumerate(some)])
+    return batch.to(context.ranks.device)
 
 
 def _unlike_any_size(model: nn.Module) -> int:

@@ -37,7 +37,7 @@ from dlora.training.settle_compile import (
     earlier_compile,
     settle_compile,
 )
-from dlora.training.warm_up import make_graphs
+from dlora.training.warm_up import make_graphs, weigh_graphs
 
 DROPS = {"adapter__lora_dropout": 0.1}
 NF4 = {"model__quantization": "nf4", "model": "blocks"}
@@ -154,6 +154,45 @@ def test_all_graphs_are_made_before_the_first_step(run: Runs, tmp_path: Path) ->
     assert stat.S_IMODE((tmp_path / "cache").stat().st_mode) == 0o700
     assert Path(result["cache"]).parent == tmp_path / "cache"
     assert any(Path(result["cache"]).rglob("*.so"))
+
+
+def weighed(argv: list[str], *shares: float) -> dict[str, Any]:
+    """What `auto` makes of graphs whose passes take that share of others' time, by rank."""
+    share = shares[int(os.environ.get("RANK", "0"))]
+    run = prepared_run(argv)
+    blocks = CompiledBlocks(run.model, packs=run.prepared.dealing.packs, backend="aot_eager")
+    torch._dynamo.reset()
+    make_graphs(run.context, blocks, run.objective)
+    made, now = blocks.made, 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += share if blocks.on else 1.0
+        return now
+
+    weigh_graphs(run.context, blocks, run.objective, clock)
+    found = {"on": blocks.on, "failed": blocks.failed, "more": blocks.made - made}
+    run.train()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("shares", "said"),
+    [
+        ((0.9,), ""),
+        ((1.0,), "a pass with graphs takes 1.00 of the time"),
+        ((0.5, 1.1), "a pass with graphs takes 1.10 of the time"),
+    ],
+    ids=["gain", "no gain", "no gain on one rank"],
+)
+def test_auto_leaves_graphs_that_gain_nothing(
+    run: Runs, shares: tuple[float, ...], said: str
+) -> None:
+    settings = {"train__compile": False, "sharding__base": "world"}
+    results, _ = run("weighed", len(shares), work=weighed, arguments=shares, **settings)
+    for found in results:
+        assert found["failed"].startswith(said) and bool(found["failed"]) == bool(said)
+        assert found["on"] is not bool(said) and not found["more"]
 
 
 class Branching(nn.Module):
