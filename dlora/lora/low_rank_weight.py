@@ -117,14 +117,16 @@ class LowRankWeight:
 
     def grouped(self, x: Tensor, product: Callable[..., Tensor], **how: Any) -> Tensor:
         """`product(x, W, **how)` for rows of x that belong to one matrix of W each."""
-        left, right = self._cast()
-        unit = _ALIGNED_BYTES // left.element_size()
+        left, right = self.left, self.right
+        unit = _ALIGNED_BYTES // x.element_size()
         if short := -left.shape[-1] % unit:
             left, right = F.pad(left, (0, short)), F.pad(right, (0, 0, 0, short))
-        inner = product(x, left.contiguous(), **how)
-        return product(x, self.weight, **how).add(
-            product(inner, right.contiguous(), **how), alpha=self.scaling
-        )
+
+        def multiply(rows: Tensor, factor: Tensor) -> Tensor:
+            return product(rows, factor.contiguous(), **how)
+
+        low_rank = by_master(by_master(x, left, multiply), right, multiply)
+        return product(x, self.weight, **how).add(low_rank, alpha=self.scaling)
 
     def __matmul__(self, x: Tensor) -> Tensor:
         return self.before(x, torch.matmul)
