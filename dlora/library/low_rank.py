@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dlora.errors import UsageError
+from dlora.library.truncation import with_signs
 from dlora.lora.init.svd import DEAD, Spectrum, spectrum
 
 
@@ -78,9 +79,7 @@ class Decomposed:
 
     def cut(self, k: int) -> LowRank:
         """The best approximation of rank k."""
-        A, B = self.spectrum.triplets(k).balanced(1.0)
-        largest = B.gather(0, B.abs().argmax(0, keepdim=True))
-        sign = torch.where(largest < 0, -1.0, 1.0).to(B.dtype)
-        A, B = (A * sign.t()).float().cpu(), (B * sign).float().cpu()
+        A, B = with_signs(*self.spectrum.triplets(k).balanced(1.0))
+        A, B = A.float().cpu().contiguous(), B.float().cpu().contiguous()
         squares = self.squares
-        return LowRank(A.contiguous(), B.contiguous(), float(squares[:k].sum() / squares.sum()))
+        return LowRank(A, B, float(squares[:k].sum() / squares.sum()))

@@ -80,7 +80,13 @@ def _signed(A: Tensor, B: Tensor, energies: Tensor) -> Product:
     Args:
         energies: σ², descending.
     """
+    lost, energy = float(energies[A.shape[0] :].sum()), float(energies.sum())
+    A, B = with_signs(A, B)
+    return Product(A.float(), B.float(), lost, energy)
+
+
+def with_signs(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """A [k, n] and B [m, k] with signs that make the largest entry of each column of B positive."""
     largest = B.gather(0, B.abs().argmax(0, keepdim=True))
     sign = torch.where(largest < 0, -1.0, 1.0).to(B.dtype)
-    lost, energy = float(energies[A.shape[0] :].sum()), float(energies.sum())
-    return Product((A * sign.t()).float(), (B * sign).float(), lost, energy)
+    return A * sign.t(), B * sign
