@@ -39,7 +39,9 @@ HOLES = 1 / 16
 # not got back yet the one that has computed, as its pools are of one stream each.
 AT_ONCE = {"cpu": 2, "cuda": 3}
 # What a process takes that no tensor here accounts for. CPU: the interpreter's growth, gloo's
-# buffers, scratch of matrix products. CUDA: context, NCCL's buffers, workspaces of cuBLAS.
+# buffers, scratch of matrix products. CUDA, from documentation and not measured: context and loaded
+# kernels, "1 to 2 GB" in transformers' page "Model training anatomy"; NCCL's buffers, 4 MiB for a
+# channel (NCCL_BUFFSIZE); cuBLAS's workspace, 32 MiB on Hopper (cublasSetWorkspace).
 PROCESS = {"cpu": 60 * 10**6, "cuda": 1_200 * 10**6}
 # oneDNN, which multiplies half-precision numbers on a CPU, makes kernels for each shape of a
 # micro-batch and keeps the last 1,024 (measured on a machine with AMX, the demo model).
