@@ -160,7 +160,7 @@ def weighed(argv: list[str], *shares: float) -> dict[str, Any]:
     """What `auto` makes of graphs whose passes take that share of others' time, by rank."""
     share = shares[int(os.environ.get("RANK", "0"))]
     run = prepared_run(argv)
-    blocks = CompiledBlocks(run.model, packs=run.prepared.dealing.packs, backend="aot_eager")
+    blocks = CompiledBlocks(run.model, packs=run.prepared.dealing.packs, backend="eager")
     torch._dynamo.reset()
     make_graphs(run.context, blocks, run.objective)
     made, now = blocks.made, 0.0
@@ -180,10 +180,9 @@ def weighed(argv: list[str], *shares: float) -> dict[str, Any]:
     ("shares", "said"),
     [
         ((0.9,), ""),
-        ((1.0,), "a pass with graphs takes 1.00 of the time"),
         ((0.5, 1.1), "a pass with graphs takes 1.10 of the time"),
     ],
-    ids=["gain", "no gain", "no gain on one rank"],
+    ids=["gain", "no gain on one rank"],
 )
 def test_auto_leaves_graphs_that_gain_nothing(
     run: Runs, shares: tuple[float, ...], said: str
