@@ -92,7 +92,9 @@ class ShardingConfig:
     )
     timeout_seconds: float = option(600.0, "a collective that takes longer ends the run", gt=0)
     loading_timeout_seconds: float = option(
-        3600.0, "the same until all ranks have read their weights, some from a slower disk", gt=0
+        3600.0,
+        "the same until all ranks have their data and weights, some from a slower disk",
+        gt=0,
     )
 
     if TYPE_CHECKING:

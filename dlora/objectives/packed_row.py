@@ -96,6 +96,8 @@ class PackedRow:
 
     def remember(self, outputs: Any) -> Any:
         """A pass's outputs, whose backward has the row of that pass, whatever came after it."""
+        if not torch.is_grad_enabled():
+            return outputs
         return tree_map(
             lambda x: _Remembered.apply(x, self) if getattr(x, "requires_grad", False) else x,
             outputs,

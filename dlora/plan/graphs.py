@@ -50,7 +50,10 @@ def graphs_in_words(config: Config, plan: Plan, speeds: Speeds) -> str:
     if setting is True:
         return "of each block, made before the first step"
     if speeds.flops is None or train.governed_by == "epochs":
-        return "of each block, where there is a compiler and the run is long enough to earn it"
+        return (
+            "of each block, where there is a compiler, the run is long enough to earn it and they "
+            "prove faster"
+        )
     if reason := too_short(plan, train.max_steps, speeds.flops):
         return f"none: {reason}"
-    return "of each block, where there is a compiler"
+    return "of each block, where there is a compiler and they prove faster"

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import secrets
 import socket
 import time
@@ -36,10 +35,14 @@ _MOST_BETWEEN_LOOKS = 0.25  # seconds
 
 
 class NodeData:
-    """What the ranks of one node exchange of their data, while they prepare a run."""
+    """What the ranks of one node exchange of their data, while they prepare a run.
 
-    def __init__(self, ranks: Ranks, topology: Topology) -> None:
-        self._ranks = ranks
+    Args:
+        limit_seconds: that the first rank may take to encode a data set.
+    """
+
+    def __init__(self, ranks: Ranks, topology: Topology, limit_seconds: float) -> None:
+        self._ranks, self._limit_seconds = ranks, limit_seconds
         self._first = topology.node * topology.ranks_per_node
         end = min(self._first + topology.ranks_per_node, topology.world)
         self._others = range(self._first + 1, end)
@@ -64,7 +67,7 @@ class NodeData:
 
         Raises:
             UsageError, TransientError: as `load`, on all ranks of the node; or they cannot reach
-                each other.
+                each other; or the first one takes longer than it may.
         """
         store, topic = self._ranks.store, f"tokens/{key}/{self._first}"
         if store is None or not self._others:
@@ -72,7 +75,7 @@ class NodeData:
         if self._ranks.rank == self._first:
             return self._sent(store, topic, load)
         store.set(self._ready(topic, self._ranks.rank), "")
-        if not self._comes(topic, self._first, math.inf):  # however long it encodes
+        if not self._comes(topic, self._first, self._limit_seconds):
             raise UsageError(f"rank {self._first} has failed")  # which it says itself, before this
         return self._received(store, json.loads(store.get(topic)), load)
 
@@ -139,7 +142,7 @@ class NodeData:
                 return False
             if time.monotonic() > until:
                 where = f"rank {rank} on {self._ranks.host(rank)}"
-                raise TransientError(f"{where} is not ready for data after {seconds:g} s")
+                raise TransientError(f"{where} has not got so far with the data in {seconds:g} s")
             time.sleep(pause)
             pause = min(2 * pause, _MOST_BETWEEN_LOOKS)
         return True

@@ -135,7 +135,7 @@ def prepared(config: Config, ranks: Ranks, *, check: bool = False) -> Preparatio
         natively = gather(ranks, "bfloat16", multiplies_natively(ranks.device.type))
         config = settle_dtype(config, resumed, all(natively), console.info)
 
-    data = NodeData(ranks, topology)
+    data = NodeData(ranks, topology, config.sharding.loading_timeout_seconds)
 
     def work() -> tuple[Preparation, str]:
         with data.preparing():

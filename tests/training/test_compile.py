@@ -335,9 +335,9 @@ def test_a_plan_says_whether_blocks_are_compiled(tmp_path: Path) -> None:
     assert said(False, 1e12) == "none (train.compile: false)"
     assert said(True, None) == "of each block, made before the first step"
     assert said(True, None, engine="zero3").startswith("none: sharding.engine: zero3 gathers")
-    assert said("auto", 1e12) == "of each block, where there is a compiler"
+    assert said("auto", 1e12) == "of each block, where there is a compiler and they prove faster"
     assert said("auto", 1e12, steps=100).startswith("none: 100 steps are estimated to take 2 min")
-    assert said("auto", None, steps=1).endswith("and the run is long enough to earn it")
+    assert said("auto", None, steps=1).endswith("long enough to earn it and they prove faster")
 
 
 # -- the cache -------------------------------------------------------------------------------------

@@ -14,9 +14,11 @@ from tiny import save_chats
 
 from dlora.config.load import parse
 from dlora.data.encode import Encoder
-from dlora.errors import UsageError
+from dlora.errors import TransientError, UsageError
 from dlora.runtime.ranks import Ranks
+from dlora.sharding.topology import Topology
 from dlora.training import prepare
+from dlora.training.node_data import NodeData
 from dlora.training.prepare import Preparation
 from dlora.training.startup import prepared
 
@@ -101,3 +103,14 @@ def test_a_rank_that_fails_alone_is_not_waited_for(
     found = pools(4).run(prepared_here, argv, broken, ranks_per_node=4)
     said = "the disk of this rank is gone"
     assert [told for told, _ in found] == [f"rank {broken}: {said}" if broken else said] * 4
+
+
+def test_a_first_rank_that_never_comes_is_named() -> None:
+    """It hangs, say, and raises nothing."""
+    store = torch.distributed.HashStore()
+    these = Ranks(1, 2, torch.device("cpu"), store)
+    data = NodeData(these, Topology.over(1, [2, 2], None), limit_seconds=0.1)
+    with pytest.raises(
+        TransientError, match=r"^rank 0 on .* has not got so far with the data in 0.1"
+    ):
+        data.once("data.train", lambda: pytest.fail("it is the first rank's to encode"))
