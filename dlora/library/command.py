@@ -50,7 +50,8 @@ def _list(library: Library, args: argparse.Namespace) -> None:
     for name, entry in sorted(index.adapters.items()):
         version = entry.version(entry.active or 0)
         shown = "removed" if version is None else _summary(version)
-        print(f"  {name:<24} {len(entry.versions)} versions, {shown}")
+        number = len(entry.versions)
+        print(f"  {name:<24} {number} version{'' if number == 1 else 's'}, {shown}")
         missing += [
             f"{name}@{v.number}" for v in entry.versions if not library.objects.place(v).is_dir()
         ]
