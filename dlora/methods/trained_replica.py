@@ -118,14 +118,8 @@ class TrainedReplica(Replica):
             self.method = MethodState()
             self.disown()
 
-    def reduce_gradients(
-        self,
-        tokens: int | Tensor | None = None,
-        *,
-        scalars: Mapping[str, Scalar] | None = None,
-        each: int = 0,
-    ) -> Reduced:
-        """See `Replica.reduce_gradients`; the step's passes are over, so W0 is freed as well.
+    def before_reduction(self, tokens: int) -> None:
+        """The step's passes are over: W0 is freed, and the method adds to the gradients.
 
         Raises:
             UsageError: the adapters still wait for `dlora.start_from_gradients`.
@@ -136,8 +130,7 @@ class TrainedReplica(Replica):
                 "init_lora_weights: lora_ga starts from gradients; call "
                 "dlora.start_from_gradients(model, batches, loss_of) before the first step"
             )
-        self.method.before_reduce(1 if tokens is None else whole_number(tokens))
-        return super().reduce_gradients(tokens, scalars=scalars, each=each)
+        self.method.before_reduce(tokens)
 
     def skip_step(self, optimizer: Optimizer) -> None:
         """Call it in place of a skipped optimizer step, so that the method's schedule advances."""

@@ -119,6 +119,17 @@ class FlatBuffers:
             found.append(float(self.present[name]))
         return found
 
+    def lie_in(self, place: Tensor) -> None:
+        """Move the gradients into `place`, a part of another tensor, of their length."""
+        place.copy_(self.gradients)
+        views = _views(place, self._named)
+        for name, parameter in self._named.items():
+            gradient = parameter.grad
+            if gradient is not None and is_same_place(gradient, self._gradient_views[name]):
+                parameter.grad = views[name]
+        self.gradients, self._gradient_views = place, views
+        self._on_bind(self.values, place, views)
+
     def zero_(self, numel: int) -> None:
         """Every gradient, the first `numel` elements, becomes zero and absent."""
         self.check()  # `.to()` moves gradients too, out of the buffer

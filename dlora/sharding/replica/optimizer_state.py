@@ -209,13 +209,22 @@ class ReplicatedState:
         """Equal steps on equal tensors: nothing to do."""
 
     def sum_(self, scalars: Sequence[Scalar]) -> Tensor:
-        extras = self._buffer[len(self.gradients) :][: len(scalars)]
-        fill_(extras, scalars)
+        extras = self.put(scalars)
         if self._reduction.sent_as is None:
             self._reduction.sum_(self._buffer)
         else:  # counts and flags are exact
             self._reduction.sum_rounded_(self.gradients)
             extras.copy_(self._reduction.sum_of(extras))
+        return self.summed(extras)
+
+    def put(self, scalars: Sequence[Scalar]) -> Tensor:
+        """Where scalars are summed with the gradients, with this rank's in it."""
+        extras = self._buffer[len(self.gradients) :][: len(scalars)]
+        fill_(extras, scalars)
+        return extras
+
+    def summed(self, extras: Tensor) -> Tensor:
+        """What `sum_` returns, once both are sums."""
         return torch.cat([extras.double(), self.norm()[None]])
 
     def finalize_gradients(self, present: Mapping[str, bool], divisor: int) -> None:

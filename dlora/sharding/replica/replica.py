@@ -185,29 +185,53 @@ class Replica:
                 10th time) the adapters differ between ranks; see `audit`.
             UsageError: `tokens` is no whole number.
         """
+        self.before_reduction(1 if tokens is None else whole_number(tokens))
+        given = dict(scalars or {})
+        mine = self.addends(tokens, given, each)
+        return self.reduced(self.strategy.sum_(mine), given)
+
+    def before_reduction(self, tokens: int) -> None:
+        """Comes before every reduction.
+
+        Args:
+            tokens: the weight of this rank's gradients in the mean over ranks.
+        """
+
+    def addends(
+        self, tokens: int | Tensor | None, scalars: Mapping[str, Scalar], each: int
+    ) -> list[Scalar]:
+        """What this rank adds to the sum beside its gradients, which lie in the buffer now."""
         if not self.named:
             raise ReplicaError("there is nothing to reduce: attach adapters first")
-        given = dict(scalars or {})
-        if len(given) > MOST_SCALARS:
+        if len(scalars) > MOST_SCALARS:
             raise ReplicaError(
-                f"{len(given)} scalars do not fit the {MOST_SCALARS} slots beside the gradients"
+                f"{len(scalars)} scalars do not fit the {MOST_SCALARS} slots beside the gradients"
             )
         self._buffers.check()
         self.unreduced = False
         present = self._buffers.collect(self.strategy.has_gradient)
         rank, world = self.topology.rank, self.topology.world
-        mine = pack_tail(1 if tokens is None else whole_number(tokens), given, each, rank, world)
-        *received, norm = self.strategy.sum_([*present, *mine]).tolist()
-        reduced = unpack_tail(received[len(self.named) :], list(given), world)
+        count = 1 if tokens is None else whole_number(tokens)
+        return [*present, *pack_tail(count, scalars, each, rank, world)]
+
+    def reduced(self, summed: Tensor, scalars: Mapping[str, Scalar]) -> Reduced:
+        """Make means of the summed gradients, and read what was summed beside them.
+
+        Args:
+            summed: as of `StateStrategy.sum_`.
+        """
+        *received, norm = summed.tolist()
+        world = self.topology.world
+        found = unpack_tail(received[len(self.named) :], list(scalars), world)
         ranks_with = dict(zip(self.named, received, strict=False))
         self.present = {name: ranks > 0 for name, ranks in ranks_with.items()}
-        divisor = max(reduced.tokens, 1)
+        divisor = max(found.tokens, 1)
         self.strategy.finalize_gradients(self.present, divisor)
-        reduced = replace(reduced, norm=self._rounded(norm / divisor))
+        found = replace(found, norm=self._rounded(norm / divisor))
         self.reductions += 1
         if self.reductions % AUDIT_EVERY == 0:
             self.audit()
-        return reduced
+        return found
 
     def clip(self, max_norm: float, norm: float | None = None) -> Tensor | float:
         """Scale all gradients so that their global 2-norm is at most `max_norm`.
@@ -276,6 +300,11 @@ class Replica:
         found = unhealed(self.named, self.topology.world, self.wire, self.healed)
         if found:
             raise ReplicaError(f"the adapters are no longer the same on every rank: {found}")
+
+    @property
+    def buffers(self) -> FlatBuffers:
+        """The flat buffers of values and gradients."""
+        return self._buffers
 
     def _rounded(self, number: float) -> float:
         """A number in the precision of the values, where the last bits of ranks' own sums go."""
