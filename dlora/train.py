@@ -32,11 +32,13 @@ from dlora.runtime.ranks import Ranks
 from dlora.runtime.run_lock import RunLock
 from dlora.runtime.stop_signals import StopRequest, exit_status
 from dlora.sharding.replica.step_scalars import Reduced
+from dlora.together.prepare import prepare_together
+from dlora.together.run import TogetherRun
 from dlora.training.build import build, objective_of
 from dlora.training.checkpointing import RESUMES, CheckpointManager
 from dlora.training.evaluate import held_out, print_samples
 from dlora.training.finish import finish, save_result
-from dlora.training.prepare import Preparation
+from dlora.training.prepare import Preparation, prepare
 from dlora.training.rates import rates
 from dlora.training.reporting import due, has_reader, open_log, start_sinks
 from dlora.training.resume import resume
@@ -61,7 +63,8 @@ def main(argv: list[str], hooks: Hooks = NO_HOOKS) -> int:
         preparation = planned(config, ranks)
         with reported(ranks), deterministic(config.train.deterministic):
             ranks.join(config.sharding.loading_timeout_seconds)
-            return Run(config, ranks, preparation, meter, lock, hooks).run()
+            run = TogetherRun if config.adapters else Run
+            return run(config, ranks, preparation, meter, lock, hooks).run()
     finally:
         lock.release()
 
@@ -74,9 +77,10 @@ def check(config: Config, ranks: Ranks) -> int:
     return 0
 
 
-def planned(config: Config, ranks: Ranks, *, check: bool = False) -> Preparation:
+def planned(config: Config, ranks: Ranks, *, check: bool = False) -> Any:
     """The preparation of a run, its plan printed."""
-    preparation = prepared(config, ranks, check=check)
+    work = prepare_together if config.adapters else prepare
+    preparation = prepared(config, ranks, work, check=check)
     is_open = config.sharding.base == "auto"
     console.info("\n".join(lines_of(preparation.decision, is_open=is_open)))
     return preparation

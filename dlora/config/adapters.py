@@ -147,4 +147,3 @@ def problems_together(config: Config) -> Iterator[str]:
         yield f"optimizer.name: {config.optimizer.name} divides the state of one adapter"
     if room("lora.variants")[method].says.get("alone", False):
         yield f"adapter.method: {method} trains one adapter at a time"
-

@@ -127,7 +127,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def _build(values: dict[str, Any], members: tuple[Member, ...] = ()) -> Config:
     user_set = frozenset(values)
     for key in set.intersection(*({*member.values} for member in members)) if members else ():
-        values.setdefault(key, members[0].values[key])  # each has its own, so there need be no other
+        values.setdefault(key, members[0].values[key])  # nobody needs another one
     missing = [key for key, opt in SCHEMA.items() if opt.default is MISSING and key not in values]
     if missing:
         raise UsageError(f"required but not set: {', '.join(missing)}")

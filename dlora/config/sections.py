@@ -244,7 +244,9 @@ class Config:
 
 
 SECTIONS: dict[str, type] = {
-    name: hint for name, hint in get_type_hints(Config).items() if name not in ("adapters", "user_set")
+    name: hint
+    for name, hint in get_type_hints(Config).items()
+    if name not in ("adapters", "user_set")
 }
 SCHEMA: dict[str, Option] = {}  # by dotted key, in the order of the contract
 for _name, _section in SECTIONS.items():

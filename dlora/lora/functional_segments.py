@@ -96,7 +96,7 @@ class LinearWithSegments(torch.autograd.Function):
             dyB_Tr = dy_own @ B_x
             if dx_Tn is not None and keep is None:
                 dx_Tn[place].addmm_(dyB_Tr, A_x, alpha=scaling)
-            elif dx_Tn is not None:
+            elif dx_Tn is not None and keep is not None:
                 dx_Tn[place].addcmul_(dyB_Tr @ A_x, keep, value=scaling * mask.scale)
             if needs_A:
                 dropped_Tn = own_Tn if mask is None else mask.drop(own_Tn, keep)
@@ -107,9 +107,7 @@ class LinearWithSegments(torch.autograd.Function):
         return dx_Tn, None, None, None, *found
 
 
-def linear(
-    x: Tensor, weight: Weight, bias: Tensor | None, parts: Sequence[LowRankPart]
-) -> Tensor:
+def linear(x: Tensor, weight: Weight, bias: Tensor | None, parts: Sequence[LowRankPart]) -> Tensor:
     """x [..., n], weight [m, n], packed or not → y [..., m]; see `LinearWithSegments`.
 
     Args:

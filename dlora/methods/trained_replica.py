@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,13 +31,11 @@ from dlora.lora.several import DEFAULT
 from dlora.lora.variants import VARIANTS
 from dlora.optim.groups import parameter_groups
 from dlora.optim.lora_pro import Pair
-from dlora.sharding.counts import whole_number
 from dlora.sharding.engines.protocol import Engine, is_divided
 from dlora.sharding.first_rank import from_first
 from dlora.sharding.replica.frozen import same_on_every_rank
 from dlora.sharding.replica.optimizer_state import States, states_of
-from dlora.sharding.replica.replica import Reduced, Replica
-from dlora.sharding.replica.step_scalars import Scalar
+from dlora.sharding.replica.replica import Replica
 
 
 class TrainedReplica(Replica):

@@ -122,9 +122,7 @@ class LossPart:
     own: Tensor
     head: Callable[[Tensor], AbstractContextManager[None]]
 
-    def loss(
-        self, head: OutputHead, hidden: Tensor, targets: Tensor, device: str | None
-    ) -> Tensor:
+    def loss(self, head: OutputHead, hidden: Tensor, targets: Tensor, device: str | None) -> Tensor:
         """Its `target_loss`."""
         return target_loss(head, hidden, targets, self.positions, device, self)
 

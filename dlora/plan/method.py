@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
 from dlora.lora.attach import attachment_of, named_adapters
+from dlora.lora.config import LoraConfig
+from dlora.lora.names import attached, by_name
+from dlora.lora.variants import LoraAdapter
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,8 @@ class MethodPlan:
 def method_plan(skeleton: nn.Module) -> MethodPlan:
     """The sum of what the adapter classes declare; see `LoraAdapter.planned_state`."""
     copies: list[dict[str, nn.Parameter]] = []
-    summed, config = 0, attachment_of(skeleton).config
-    for _, _, adapter in named_adapters(skeleton):
+    summed = 0
+    for adapter, config in _every_adapter(skeleton):
         planned = adapter.planned_state(config)
         summed += planned.summed
         for name, count in planned.copies.items():
@@ -34,3 +38,17 @@ def method_plan(skeleton: nn.Module) -> MethodPlan:
             for named in copies[:count]:
                 named[f"{adapter.place}.{name}"] = adapter.get_parameter(name)
     return MethodPlan(tuple(copies), summed)
+
+
+def offset_bytes(skeleton: nn.Module) -> int:
+    """Bytes of the frozen factors of all adapters' offsets."""
+    offsets = (adapter.offsets().values() for adapter, _ in _every_adapter(skeleton))
+    return sum(tensor.nbytes for own in offsets for tensor in own)
+
+
+def _every_adapter(skeleton: nn.Module) -> Iterator[tuple[LoraAdapter, LoraConfig]]:
+    """The adapters of all names, with their settings."""
+    for name in attached(skeleton):
+        with by_name(skeleton, name):
+            for _, _, adapter in named_adapters(skeleton):
+                yield adapter, attachment_of(skeleton).config

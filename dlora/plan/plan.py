@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 from dlora.config.recompute import Recompute
-from dlora.lora.attach import frozen_tensors
 from dlora.plan.gathers import Unit, units_of
 from dlora.plan.memory import Memory, memory_of
-from dlora.plan.method import method_plan
+from dlora.plan.method import method_plan, offset_bytes
 from dlora.plan.trace import trace
 from dlora.plan.traffic import Traffic, traffic_of
 from dlora.plan.workload import Workload
@@ -155,7 +154,7 @@ class Subject:
                 held,
                 self.trained,
                 activations=self.activations,
-                offsets=sum(t.nbytes for t in frozen_tensors(self.skeleton).values()),
+                offsets=offset_bytes(self.skeleton),
                 casts=self._casts(),
                 device=self.device,
                 method=self._method,

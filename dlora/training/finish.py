@@ -48,7 +48,8 @@ def save_result(context: RunContext, checkpoints: CheckpointManager) -> int:
         if context.ranks.main:
             context.lock.check()
             base = context.prepared.base
-            save_adapter(context.model, where, base_model_name_or_path=base.source)
+            about = {"base_model_name_or_path": base.source, "name": context.name}
+            save_adapter(context.model, where, **about)
             _write_answering(context, where)
             kept = write_card(context, where)
             checkpoints.publish(where)

@@ -42,6 +42,7 @@ class FlatBuffers:
         self._named, self._on_bind = named, on_bind
         self.values, self.gradients = (torch.zeros(n, dtype=dtype, device=device) for n in lengths)
         self.present = dict.fromkeys(named, False)
+        self._gradient_views: dict[str, Tensor] = {}
         self._bind()
 
     def check(self) -> None:
@@ -127,7 +128,8 @@ class FlatBuffers:
             gradient = parameter.grad
             if gradient is not None and is_same_place(gradient, self._gradient_views[name]):
                 parameter.grad = views[name]
-        self.gradients, self._gradient_views = place, views
+        self.gradients = place
+        self._gradient_views = views
         self._on_bind(self.values, place, views)
 
     def zero_(self, numel: int) -> None:

@@ -302,6 +302,11 @@ class Replica:
             raise ReplicaError(f"the adapters are no longer the same on every rank: {found}")
 
     @property
+    def reduction(self) -> Reduction:
+        """The process groups that it sends through."""
+        return self._reduction
+
+    @property
     def buffers(self) -> FlatBuffers:
         """The flat buffers of values and gradients."""
         return self._buffers
