@@ -151,11 +151,12 @@ def validate_all(config: Config) -> None:
     for name, own in configs_of(config).items():
         for problem in (*problems_of(own), *problems_together(own)):
             found.setdefault(problem, []).append(name)
-    every = len(config.adapters)
-    lines = [
-        problem if len(names) == every else f"{ADAPTERS}[{', '.join(names)}]: {problem}"
-        for problem, names in found.items()
-    ]
+    lines = []
+    for problem, names in found.items():
+        if len(names) == len(config.adapters):
+            lines.append(problem)
+        elif problem.partition(".")[0] in OWN:  # what all share may act for some of them
+            lines.append(f"{ADAPTERS}[{', '.join(names)}]: {problem}")
     if lines:
         raise UsageError("; ".join(lines))
 

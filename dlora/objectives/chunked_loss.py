@@ -115,11 +115,13 @@ class LossPart:
     Attributes:
         positions: [N, 2], the (row, token) of its targets.
         own: the same places in a batch of this part alone.
+        end: in a row that all share, where its tokens end.
         head: entered around each product of the head, with the places `own` of its rows.
     """
 
     positions: Tensor
     own: Tensor
+    end: int
     head: Callable[[Tensor], AbstractContextManager[None]]
 
     def loss(self, head: OutputHead, hidden: Tensor, targets: Tensor, device: str | None) -> Tensor:
@@ -163,7 +165,8 @@ def install(model: Any, device: str | None = None) -> None:
         parts: Sequence[LossPart] = (),
         **kwargs: Any,
     ) -> Any:
-        packed.set(lengths, targets.shape if targets is not None else None)
+        shape = targets.shape if targets is not None else None
+        packed.set(lengths, shape, [part.end for part in parts])
         own_lengths.set(lengths, needed=targets is not None, packed=bool(packed.lengths))
         if targets is None:
             return packed.remember(own_forward(*args, **kwargs))

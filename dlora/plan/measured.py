@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -34,24 +34,34 @@ class Measured:
     pruned: bool = False
 
 
+class Stored(NamedTuple):
+    """Bytes of W0, and of A, B, gradients and optimizer state, that a rank stores."""
+
+    base: int
+    replica: int
+
+
+def stored(model: nn.Module, replica: TrainedReplica, optimizer: Optimizer) -> Stored:
+    """What this rank stores now."""
+    return Stored(held_bytes(model), _storage_bytes(_kept(replica, optimizer)))
+
+
 def measure(
-    model: nn.Module,
-    replica: TrainedReplica,
-    optimizer: Optimizer,
-    records: Sequence[Mapping[str, Any]],
+    replica: TrainedReplica, records: Sequence[Mapping[str, Any]], found: Stored
 ) -> Measured:
     """The figures of a run that is over.
 
     Args:
         records: lines of the metrics, one for each step.
+        found: what it stored.
     """
     steady, resized = records[2:] or records, replica.method.resized_after
     if resized is not None:
         steady = [r for r in steady if r["step"] <= resized] or steady
     return Measured(
         wire=statistics.median(record["wire_bytes"] for record in steady),
-        base=held_bytes(model),
-        replica=_storage_bytes(_kept(replica, optimizer)),
+        base=found.base,
+        replica=found.replica,
         peak=max(record["peak_memory_bytes"] for record in records),
         pruned=resized is not None,
     )

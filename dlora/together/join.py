@@ -71,8 +71,10 @@ class JoinedBatch:
         """What the loss has to tell apart."""
         streams = {name: attachment.stream for name, attachment in attached(model).items()}
         return [
-            LossPart(positions, share.batch.positions, _head(model, share.name, streams))
-            for share, positions in zip(self.shares, self.positions, strict=True)
+            LossPart(at, share.batch.positions, part.stop, _head(model, share.name, streams))
+            for share, at, part in zip(
+                self.shares, self.positions, self.segments.parts, strict=True
+            )
         ]
 
     @contextmanager

@@ -22,7 +22,7 @@ from dlora.lora.shared_batch import only
 from dlora.methods.trained_replica import TrainedReplica, replica_of
 from dlora.metrics.progress import StepDisplay
 from dlora.optim.schedule import lr_factor, set_lr
-from dlora.plan.measured import measure
+from dlora.plan.measured import Stored, measure, stored
 from dlora.plan.report import comparison
 from dlora.runtime.console import console
 from dlora.runtime.memory import MemoryMeter, trim_after_step
@@ -154,6 +154,8 @@ class TogetherRun:
                     display.update(record, self.figures.progress(lines))
 
                 # 6  who has failed leaves before the commit, who has finished after it
+                if done == self.start + 1:
+                    self.stored = self.stored_now()
                 for member in running:
                     if (why := failing[member.name]) is not None:
                         self.fail(member, done, why)
@@ -203,6 +205,12 @@ class TogetherRun:
         self.reduction = JointReduction(
             [m.context.replica for m in self.running], self.shared.reduction
         )
+
+    def stored_now(self) -> Stored:
+        """Bytes that this rank stores."""
+        replica: Any = self.joint.replica
+        optimizer: Any = self.joint.optimizer
+        return stored(self.model, replica, optimizer)
 
     def batches(self, member: Member) -> Batches:
         """This rank's micro-batches of one adapter."""
@@ -315,7 +323,10 @@ class TogetherRun:
             return status
         if self.records:
             plan, device = self.joint.residents.plan, self.ranks.device.type
-            measured = measure(self.model, self.joint.replica, self.joint.optimizer, self.records)
+            most = len(self.records[0]["adapters"])  # the plan is for as many as there were
+            steps = [record for record in self.records if len(record["adapters"]) == most]
+            replica: Any = self.joint.replica
+            measured = measure(replica, steps, self.stored)
             console.info(comparison(plan, measured, device))
         if failed:
             console.error(f"failed: {', '.join(failed)}; the other adapters are trained")
