@@ -80,7 +80,7 @@ def check(config: Config, ranks: Ranks) -> int:
 def planned(config: Config, ranks: Ranks, *, check: bool = False) -> Any:
     """The preparation of a run, its plan printed."""
     work = prepare_together if config.adapters else prepare
-    preparation = prepared(config, ranks, work, check=check)
+    preparation: Any = prepared(config, ranks, work, check=check)
     is_open = config.sharding.base == "auto"
     console.info("\n".join(lines_of(preparation.decision, is_open=is_open)))
     return preparation

@@ -72,6 +72,7 @@ def build_together(
             )
         context = _context(name, ranks, own, model, replica, residents, lock, hooks, config)
         members.append(_member(name, context, prepared.standing[name]))
+        members[-1].why = prepared.why(name)
     replicas, optimizers = Replicas(model, shared, members), Optimizers(members)
     return JointContext(
         config, ranks, prepared, model, replicas, residents, optimizers, lock, hooks, members

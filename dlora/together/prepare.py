@@ -79,6 +79,10 @@ class JointPreparation:
         """Steps of the longest."""
         return max(own.sampler.total_steps for own in self.members.values())
 
+    def why(self, name: str) -> str:
+        """Why an adapter has left before this start, where it had not finished."""
+        return str(self.resumed.of(name).state.get("why", "")) if self.resumed else ""
+
     @property
     def fingerprint(self) -> str:
         """A text that is equal on ranks with the same data, settings and plan."""

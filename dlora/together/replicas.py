@@ -8,7 +8,7 @@ Names are full ones, `….adapters.NAME.lora_A`, so that nothing clashes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -64,7 +64,7 @@ class Replicas:
                 found |= adapter_tensors(self._model)
         return found
 
-    def states(self, optimizer: Any) -> dict[str, States]:
+    def states(self, optimizer: Any) -> Mapping[str, States]:
         """This rank's tensors beside the adapters, by the name of their file in a checkpoint."""
         found: dict[str, dict[str, Any]] = {"optimizer": {}}
         for member in self.running:

@@ -159,6 +159,9 @@ class TogetherRun:
                 for member in running:
                     if (why := failing[member.name]) is not None:
                         self.fail(member, done, why)
+                    elif reduced[member.name].scalars["drop"] > 0 and done < member.total_steps:
+                        member.say(f"is dropped after step {done}")
+                        leave(self.joint, member, Standing.DROPPED, "dropped")
                 ended = [m for m in running if not m.running or done >= m.total_steps]
                 asked = status is not None or common.scalars["save"] > 0
                 if asked or ended or due(done, config.output.save_every, last=last):
@@ -195,9 +198,9 @@ class TogetherRun:
             context.replica.zero_grad()
             context.replica.reductions = self.start  # audits fall on the same steps
         for member in self.members:  # an earlier start may have ended before it wrote the adapter
-            if member.standing is Standing.FAILED:
-                self.status = 1
-                member.say(f"has failed already: {member.why}")
+            if member.standing in (Standing.FAILED, Standing.DROPPED):
+                self.status = max(self.status, int(member.standing is Standing.FAILED))
+                member.say(f"has left already: {member.why}")
             elif not member.running or self.start >= member.total_steps:
                 member.say(f"is already finished: {member.total_steps} steps")
                 self.end(member, self.start)
@@ -256,7 +259,8 @@ class TogetherRun:
         for place, member in enumerate(running):
             own = sums[member.name]
             more, peak = ({}, 0) if place else (flags, self.meter.peak())
-            addends.append(Addend(own.tokens, {**own.scalars, **more}, peak))
+            drop = {"drop": float(self.hooks.should_drop(member.name))}
+            addends.append(Addend(own.tokens, {**own.scalars, **drop, **more}, peak))
         found = self.reduction.reduce_gradients(addends)
         return {member.name: one for member, one in zip(running, found, strict=True)}
 

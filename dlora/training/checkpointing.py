@@ -30,7 +30,7 @@ from dlora.runtime.console import console
 from dlora.runtime.failure import found_report, note, noted
 from dlora.runtime.peer_watch import PeerWatch
 from dlora.sharding.replica.optimizer_state import ReplicaError
-from dlora.training.context import CHECKPOINTS, RunContext
+from dlora.training.context import CHECKPOINTS, SavedRun
 from dlora.training.pushes import Pushes
 
 # Texts of gloo's and torch's errors when the connection to a peer is lost.
@@ -47,7 +47,7 @@ class CheckpointManager:
         start: the step that it resumes after.
     """
 
-    def __init__(self, context: RunContext, start: int) -> None:
+    def __init__(self, context: SavedRun, start: int) -> None:
         self._context, self._start = context, start
         self._root = context.directory / CHECKPOINTS
         self._snapshots = Snapshots()

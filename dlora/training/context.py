@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 from torch.optim import Optimizer
@@ -24,6 +24,50 @@ from dlora.training.residents import Residents
 from dlora.training.resolved import resolved_yaml
 
 CHECKPOINTS = "checkpoints"  # the directory in that of a run
+
+
+class SavedRun(Protocol):
+    """What saves and resumes a run knows of it: of one adapter, or of several together."""
+
+    @property
+    def config(self) -> Config: ...
+
+    @property
+    def ranks(self) -> Ranks: ...
+
+    @property
+    def prepared(self) -> Any: ...
+
+    @property
+    def replica(self) -> Any: ...
+
+    @property
+    def optimizer(self) -> Any: ...
+
+    @property
+    def lock(self) -> RunLock: ...
+
+    @property
+    def hooks(self) -> Hooks: ...
+
+    @property
+    def directory(self) -> Path: ...
+
+    @property
+    def topology(self) -> Topology: ...
+
+    @property
+    def continues(self) -> bool: ...
+
+    def settings(self) -> str: ...
+
+    def state(self, step: int) -> dict[str, Any]: ...
+
+    def beside(self) -> dict[str, Any]: ...
+
+    def write_method_files(self, step: int) -> None: ...
+
+    def complete_metrics(self, record: dict[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,10 @@ from dlora.registry import room
 from dlora.runtime.agreement import agree, broadcast
 from dlora.runtime.console import console
 from dlora.runtime.ranks import Ranks
-from dlora.training.context import CHECKPOINTS, RunContext
+from dlora.training.context import CHECKPOINTS, SavedRun
 
 
-def resume(context: RunContext) -> int:
+def resume(context: SavedRun) -> int:
     """Restore the checkpoint that `prepare` chose; returns the step that is done (0: fresh).
 
     Rank 0 reads; the tensors are broadcast one by one, so that no other rank needs to see its disk
@@ -101,7 +101,7 @@ def _check_states(
                 )
 
 
-def open_directory(context: RunContext, start: int) -> MetricsLog:
+def open_directory(context: SavedRun, start: int) -> MetricsLog:
     """Write `config.yaml` and open the metrics; rank 0 only.
 
     What another run left in the directory is renamed, all of it before a fresh start or where the
@@ -121,7 +121,7 @@ def open_directory(context: RunContext, start: int) -> MetricsLog:
     )
 
 
-def open_joint_directory(context: RunContext, start: int) -> None:
+def open_joint_directory(context: SavedRun, start: int) -> None:
     """Write `config.yaml` of a run of several adapters, whose metrics have their own directories;
     rank 0 does. What another run left is renamed."""
     if context.ranks.main:
@@ -129,7 +129,7 @@ def open_joint_directory(context: RunContext, start: int) -> None:
         write_atomically(context.directory / "config.yaml", context.settings().encode())
 
 
-def set_aside_others(context: RunContext, start: int) -> None:
+def set_aside_others(context: SavedRun, start: int) -> None:
     """Make the directory of a run, and rename what is there and not this run's."""
     context.lock.check()
     directory = context.directory

@@ -13,7 +13,7 @@ import io
 import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -39,8 +39,6 @@ from dlora.training.node_data import NodeData
 from dlora.training.prepare import prepare
 from dlora.training.settle_compile import Compiler, find_compiler
 from dlora.training.settle_dtype import settle_dtype
-
-T = TypeVar("T")
 
 
 def enter(argv: list[str], prog: str, first: Callable[[], None]) -> tuple[Ranks, Options | None]:
@@ -105,8 +103,8 @@ def lock_output(config: Config, ranks: Ranks) -> RunLock:
 
 
 def prepared(
-    config: Config, ranks: Ranks, how: Callable[..., T] = prepare, *, check: bool = False
-) -> T:
+    config: Config, ranks: Ranks, how: Callable[..., Any] = prepare, *, check: bool = False
+) -> Any:
     """What `prepare` finds out, the same on every rank, from the checkpoint that rank 0 sees.
 
     Args:
@@ -144,9 +142,9 @@ def prepared(
 
     data = NodeData(ranks, topology, config.sharding.loading_timeout_seconds)
 
-    def work() -> tuple[T, str]:
+    def work() -> tuple[Any, str]:
         with data.preparing():
-            found: Any = how(config, topology, console.info, resumed, around, data.once)
+            found = how(config, topology, console.info, resumed, around, data.once)
         return found, found.fingerprint
 
     return agree(ranks, "preparation", work)
