@@ -34,7 +34,7 @@ from dlora.runtime.stop_signals import StopRequest, exit_status
 from dlora.sharding.replica.step_scalars import Reduced
 from dlora.together.prepare import prepare_together
 from dlora.together.run import TogetherRun
-from dlora.training.build import build, objective_of
+from dlora.training.build import batches_of, build, objective_of
 from dlora.training.checkpointing import RESUMES, CheckpointManager
 from dlora.training.evaluate import held_out, print_samples
 from dlora.training.finish import finish, save_result
@@ -70,7 +70,7 @@ def main(argv: list[str], hooks: Hooks = NO_HOOKS) -> int:
 
 
 def check(config: Config, ranks: Ranks) -> int:
-    """`--check`: configuration, data and plan, without a lock and without writing anything."""
+    """`--check`: configuration, data and plan, without writing anything, so without a lock."""
     planned(config, ranks, check=True)
     console.info("configuration, data and plan are valid; nothing was trained (--check)")
     ranks.leave()
@@ -231,16 +231,7 @@ class Run:
 
     def batches(self) -> Batches:
         """This rank's micro-batches."""
-        prepared, ranks = self.prepared, self.ranks
-        return Batches(
-            prepared.train,
-            prepared.sampler,
-            rank=ranks.rank,
-            world=ranks.world,
-            deal=prepared.dealing,
-            collate=prepared.collate,
-            pinned=ranks.device.type == "cuda",
-        )
+        return batches_of(self.prepared, self.ranks, pinned=self.ranks.device.type == "cuda")
 
     def passes(self, step: int, batches: Iterator[Batch]) -> tuple[dict[str, Any], int]:
         """Forward and backward of this rank's micro-batches: summed losses, and target tokens."""

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from dlora.methods.trained_replica import TrainedReplica
 from dlora.sharding.engines.storage import held_bytes
 
 
@@ -41,14 +39,12 @@ class Stored(NamedTuple):
     replica: int
 
 
-def stored(model: nn.Module, replica: TrainedReplica, optimizer: Optimizer) -> Stored:
+def stored(model: nn.Module, replica: Any, optimizer: Any) -> Stored:
     """What this rank stores now."""
     return Stored(held_bytes(model), _storage_bytes(_kept(replica, optimizer)))
 
 
-def measure(
-    replica: TrainedReplica, records: Sequence[Mapping[str, Any]], found: Stored
-) -> Measured:
+def measure(replica: Any, records: Sequence[Mapping[str, Any]], found: Stored) -> Measured:
     """The figures of a run that is over.
 
     Args:
@@ -67,7 +63,7 @@ def measure(
     )
 
 
-def _kept(replica: TrainedReplica, optimizer: Optimizer) -> Iterable[Tensor]:
+def _kept(replica: Any, optimizer: Any) -> Iterable[Tensor]:
     for parameter in (*replica.named.values(), *replica.optimized.values()):
         yield parameter.detach()
         if parameter.grad is not None:

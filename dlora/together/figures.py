@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from dlora.sharding.replica.step_scalars import Reduced
 from dlora.together.member import Member
 from dlora.together.prepare import JointPreparation
 from dlora.training.rates import rates
+from dlora.training.reporting import has_reader
 
 _SHOWN = 6  # adapters whose losses the live line has
 
@@ -46,10 +47,9 @@ class Figures:
     def __init__(self, config: Config, ranks: Ranks, prepared: JointPreparation) -> None:
         self._rates = {name: rates(config, ranks, own) for name, own in prepared.members.items()}
 
-    def of(
-        self, member: Member, step: int, ids: Any, reduced: Reduced, lr: float, seconds: float
-    ) -> dict[str, Any]:
-        """One adapter's figures of a step, as in a run of it alone; time is that of all."""
+    @staticmethod
+    def of(member: Member, step: int, ids: Any, reduced: Reduced, lr: float) -> dict[str, Any]:
+        """One adapter's figures of a step, as in a run of it alone."""
         data, targets = member.prepared.train, reduced.tokens
         all_tokens = int(sum(data.lengths[i] for i in ids))
         return {
@@ -61,9 +61,25 @@ class Figures:
             "tokens": targets,
             "all_tokens": all_tokens,
             "padding": 1 - all_tokens / max(reduced.scalars["places"], all_tokens),
-            **self._rates[member.name].of(targets, all_tokens, seconds),
             "batch_hash": batch_hash(ids),
         }
+
+    def complete(
+        self,
+        running: Sequence[Member],
+        lines: dict[str, dict[str, Any]],
+        common: Reduced,
+        seconds: float,
+        wire: int,
+    ) -> None:
+        """Add to each line what all have in common, rates by the step's seconds, and what its
+        method says where somebody reads it."""
+        for member in running:
+            line, output = lines[member.name], member.config.output
+            line |= self._rates[member.name].of(line["tokens"], line["all_tokens"], seconds)
+            line |= {"peak_memory_bytes": max(common.each), "wire_bytes": wire}
+            if has_reader(output, line["step"], common.scalars, member.total_steps):
+                line |= member.context.replica.method.metrics()
 
     @staticmethod
     def progress(lines: Mapping[str, Mapping[str, Any]]) -> str:

@@ -14,7 +14,6 @@ from itertools import zip_longest
 from typing import Any
 
 from dlora.config.load import Config
-from dlora.data.batches import Batches
 from dlora.data.collate import Batch
 from dlora.hooks import NO_HOOKS, Hooks
 from dlora.lora.names import attached, by_name
@@ -22,7 +21,7 @@ from dlora.lora.shared_batch import only
 from dlora.methods.trained_replica import TrainedReplica, replica_of
 from dlora.metrics.progress import StepDisplay
 from dlora.optim.schedule import lr_factor, set_lr
-from dlora.plan.measured import Stored, measure, stored
+from dlora.plan.measured import measure, stored
 from dlora.plan.report import comparison
 from dlora.runtime.console import console
 from dlora.runtime.memory import MemoryMeter, trim_after_step
@@ -37,12 +36,13 @@ from dlora.together.figures import Figures, Sums, joint_record
 from dlora.together.join import JoinedBatch, join
 from dlora.together.leave import finish, leave
 from dlora.together.member import Member, Standing
+from dlora.together.opening import open_logs
 from dlora.together.prepare import JointPreparation
-from dlora.training.build import objective_of
+from dlora.training.build import batches_of, objective_of
 from dlora.training.checkpointing import RESUMES, CheckpointManager
-from dlora.training.evaluate import held_out, print_samples
-from dlora.training.reporting import due, has_reader, open_log
-from dlora.training.resume import open_joint_directory, resume
+from dlora.training.evaluate import held_out
+from dlora.training.reporting import due
+from dlora.training.resume import resume
 from dlora.training.watchdogs import HangWatch, is_finite
 
 STOP_FLAGS = ("terminated", "interrupted")  # what `StopRequest.poll` returns
@@ -103,7 +103,9 @@ class TogetherRun:
         display = StepDisplay(self.total_steps, self.start, self.ranks.main)
         committing = stop.committing(checkpoints.commit_alone)
         with checkpoints.writing(), display, committing, self.hang.watching(), ExitStack() as data:
-            batches = {m.name: data.enter_context(self.batches(m)) for m in self.running}
+            batches = {
+                m.name: data.enter_context(batches_of(m.prepared, self.ranks)) for m in self.running
+            }
             for step in range(self.start, self.total_steps):
                 running = self.running
                 if not running:
@@ -135,13 +137,10 @@ class TogetherRun:
                 trim_after_step(self.ranks.device)
                 seconds, wire = time.perf_counter() - began, self.shared.wire.take()
                 lines = {
-                    m.name: self.figures.of(
-                        m, done, ids[m.name], reduced[m.name], lrs[m.name], seconds
-                    )
-                    | {"peak_memory_bytes": max(common.each), "wire_bytes": wire}
-                    | (m.context.replica.method.metrics() if self.is_read(m, done, common) else {})
+                    m.name: self.figures.of(m, done, ids[m.name], reduced[m.name], lrs[m.name])
                     for m in running
                 }
+                self.figures.complete(running, lines, common, seconds, wire)
                 checkpoints.snapshot(done, lines)
                 record = joint_record(done, lines)
                 self.records.append(record)
@@ -155,7 +154,7 @@ class TogetherRun:
 
                 # 6  who has failed leaves before the commit, who has finished after it
                 if done == self.start + 1:
-                    self.stored = self.stored_now()
+                    self.stored = stored(self.model, self.joint.replica, self.joint.optimizer)
                 for member in running:
                     if (why := failing[member.name]) is not None:
                         self.fail(member, done, why)
@@ -182,50 +181,17 @@ class TogetherRun:
         return replica
 
     def begin(self) -> None:
-        """Open the logs; before a fresh run, print samples and log the held-out losses."""
-        open_joint_directory(self.joint, self.start)
-        for member in self.members:
-            if not member.running or self.start >= member.total_steps:
-                continue
-            context, name = member.context, member.name
-            member.log = open_log(context, self.start, ())
-            if self.start == 0:
-                with by_name(self.model, name), only(self.model, name):
-                    print_samples(context, f"{name}, before training")
-                    if member.evaluates:
-                        member.log.write({"step": 0, **(before := held_out(context))})
-                        member.say(f"held-out loss before training: {before['eval_loss']:.4f}")
-            context.replica.zero_grad()
-            context.replica.reductions = self.start  # audits fall on the same steps
-        for member in self.members:  # an earlier start may have ended before it wrote the adapter
-            if member.standing in (Standing.FAILED, Standing.DROPPED):
-                self.status = max(self.status, int(member.standing is Standing.FAILED))
-                member.say(f"has left already: {member.why}")
-            elif not member.running or self.start >= member.total_steps:
-                member.say(f"is already finished: {member.total_steps} steps")
-                self.end(member, self.start)
+        """Open the logs; an adapter that has no steps left leaves at once."""
+        for member in open_logs(self.joint, self.start):
+            self.end(member, self.start)
+        self.status |= any(m.standing is Standing.FAILED for m in self.members)
         self.shared.wire.take()
-        self.reduction = JointReduction(
-            [m.context.replica for m in self.running], self.shared.reduction
-        )
+        self.join_reductions()
 
-    def stored_now(self) -> Stored:
-        """Bytes that this rank stores."""
-        replica: Any = self.joint.replica
-        optimizer: Any = self.joint.optimizer
-        return stored(self.model, replica, optimizer)
-
-    def batches(self, member: Member) -> Batches:
-        """This rank's micro-batches of one adapter."""
-        prepared, ranks = member.prepared, self.ranks
-        return Batches(
-            prepared.train,
-            prepared.sampler,
-            rank=ranks.rank,
-            world=ranks.world,
-            deal=prepared.dealing,
-            collate=prepared.collate,
-        )
+    def join_reductions(self) -> None:
+        """Let one reduction be for those that are trained."""
+        replicas = [member.context.replica for member in self.running]
+        self.reduction = JointReduction(replicas, self.shared.reduction)
 
     def passes(self, step: int, mine: dict[str, Iterator[Batch]]) -> dict[str, Sums]:
         """Forward and backward of this rank's micro-batches: each adapter's sums."""
@@ -280,10 +246,6 @@ class TogetherRun:
             replica.audit()
         return lr
 
-    def is_read(self, member: Member, done: int, common: Reduced) -> bool:
-        """Whether anybody reads what an adapter's method says of this step."""
-        return has_reader(member.config.output, done, common.scalars, member.total_steps)
-
     def trouble(self, member: Member, line: dict[str, Any], ids: Any) -> str | None:
         """Why an adapter has to leave after this step, or None."""
         found = member.losses.see(line, ids)
@@ -312,9 +274,7 @@ class TogetherRun:
             self.status = max(self.status, finish(self.joint, member, self.checkpoints, done))
         elif member.log is not None:
             member.log.close()
-        self.reduction = JointReduction(
-            [m.context.replica for m in self.running], self.shared.reduction
-        )
+        self.join_reductions()
 
     def close(self, status: int | None) -> int:
         """The last lines; returns the exit status."""
@@ -329,8 +289,7 @@ class TogetherRun:
             plan, device = self.joint.residents.plan, self.ranks.device.type
             most = len(self.records[0]["adapters"])  # the plan is for as many as there were
             steps = [record for record in self.records if len(record["adapters"]) == most]
-            replica: Any = self.joint.replica
-            measured = measure(replica, steps, self.stored)
+            measured = measure(self.joint.replica, steps, self.stored)
             console.info(comparison(plan, measured, device))
         if failed:
             console.error(f"failed: {', '.join(failed)}; the other adapters are trained")

@@ -16,8 +16,8 @@ import torch
 
 from dlora.sharding.replica.flat_buffers import is_same_place
 from dlora.sharding.replica.hierarchical_reduce import Reduction
-from dlora.sharding.replica.optimizer_state import ReplicatedState
 from dlora.sharding.replica.replica import Replica
+from dlora.sharding.replica.replicated_state import ReplicatedState
 from dlora.sharding.replica.step_scalars import Reduced, Scalar
 
 
