@@ -27,6 +27,10 @@ from dlora.lora.variants.lora import LoraAdapter
 from dlora.quant.linear import Weight, product
 
 
+class NotByTokenError(UsageError):
+    """A layer's input is not the batch token by token, so nobody knows whose tokens it has."""
+
+
 @dataclass(frozen=True)
 class Segment:
     """Tokens [start, stop) of a flattened batch, which the adapters of one name have."""
@@ -103,9 +107,9 @@ class Segments:
         return torch.cat(outputs)
 
     def _check(self, tokens: int, place: str) -> None:
-        """Raise a `UsageError` where a layer does not see the batch token by token."""
+        """Raise a `NotByTokenError` where a layer does not see the batch token by token."""
         if tokens != self.rows * self.tokens:
-            raise UsageError(
+            raise NotByTokenError(
                 f"adapters: {place.rpartition('.')[0]} gets an input of {tokens} tokens for a batch"
                 f" of {self.rows * self.tokens}, so whose they are is not known; leave it out of "
                 "adapter.target_modules, or train one adapter at a time"

@@ -12,8 +12,15 @@ from peft import PeftModel
 from ranks import Pools
 from run_training import Runs, relative_error, same_bits
 from sampling import full
+from stopped_runs import steps_saved
 from tiny import save_chats
-from together_runs import Together, crashed_together, words_alone
+from together_runs import (
+    Together,
+    crashed_together,
+    dropped_together,
+    terminated_together,
+    words_alone,
+)
 from transformers import AutoModelForCausalLM
 
 from dlora.metrics.log import read_metrics
@@ -33,7 +40,11 @@ ADALORA = {
 }
 RSLORA = {
     "name": "rs",
-    "adapter": {"r": 6, "use_rslora": True, "target_modules": ["v_proj", "up_proj", "lm_head"]},
+    "adapter": {
+        "r": 6,
+        "use_rslora": True,
+        "target_modules": ["v_proj", "embed_tokens", "lm_head"],
+    },
     "train": {"max_steps": 7},
 }
 MIXED = [PLAIN, DORA, ADALORA, RSLORA]
@@ -127,7 +138,7 @@ def test_each_is_the_adapter_of_its_own_run(
 
 @pytest.mark.parametrize("placement", [FSDP2, full(ZERO3)], ids=["fsdp2", "zero3"])
 def test_a_packed_base_is_shared(together: Together, alone: Any, placement: Any) -> None:
-    members = [PLAIN, {**ADALORA, "train": {"max_steps": 6}}]
+    members = [PLAIN, DORA, {**ADALORA, "train": {"max_steps": 6}}]
     packed = {"model": "blocks", "model__quantization": "nf4"}
     results = together("run", 2, members, **packed, **placement)
     for member in members:
@@ -180,13 +191,8 @@ def _numel(directory: Path) -> int:
     return sum(t.numel() for t in load_file(directory / "adapter_model.safetensors").values())
 
 
-@pytest.mark.parametrize("steps", [5, 7], ids=["all there", "one finished"])
-def test_a_resumed_run_is_the_run_that_was_not_interrupted(together: Together, steps: int) -> None:
-    settings = {**FSDP2, "output__save_every": 2, "output__keep_last": 9}
-    whole = together("whole", 2, MIXED, **settings)
-    died = together("run", 2, MIXED, work=crashed_together, arguments=(steps,), **settings)
-    assert died == ["crashed"] * 2
-    resumed = together("run", 2, MIXED, **settings)
+def check_same_run(together: Together, whole: list[Any], resumed: list[Any]) -> None:
+    """Bit for bit, on every rank, and every step stands in each adapter's metrics once."""
     for one, other in zip(whole, resumed, strict=True):
         assert one["status"] == other["status"] == 0
         for name, tensors in one["tensors"].items():
@@ -196,6 +202,67 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(together: Together, s
         assert together.lines("run", name) == together.lines("whole", name)
     ranks = [together.root / run / "adapters/adalora/ranks.json" for run in ("run", "whole")]
     assert ranks[0].read_bytes() == ranks[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("steps", "commits"),
+    [(5, False), (7, False), (3, True)],
+    ids=["all there", "one finished", "the last whole step is committed"],
+)
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(
+    together: Together, steps: int, commits: bool
+) -> None:
+    settings = {**FSDP2, "output__save_every": 0 if commits else 2, "output__keep_last": 9}
+    whole = together("whole", 2, MIXED, **settings)
+    died = together("run", 2, MIXED, work=crashed_together, arguments=(steps, commits), **settings)
+    if commits:
+        assert all(f"step {steps} is committed" in line for line in died)
+    else:
+        assert died == ["crashed"] * 2
+    check_same_run(together, whole, together("run", 2, MIXED, **settings))
+
+
+def test_a_signal_stops_all_after_a_commit(together: Together) -> None:
+    whole = together("whole", 2, MIXED, **FSDP2)
+    stopped = together("run", 2, MIXED, work=terminated_together, arguments=(3,), **FSDP2)
+    assert [result["status"] for result in stopped] == [143, 143]
+    assert steps_saved(together.root / "run") == ["step-000003"]
+    check_same_run(together, whole, together("run", 2, MIXED, **FSDP2))
+
+
+def test_a_finished_run_writes_what_is_missing(together: Together) -> None:
+    together("run", 1, MIXED)
+    where = together.root / "run/adapters/dora/adapter"
+    before = (where / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(where)
+    assert together("run", 1, MIXED)[0]["status"] == 0
+    assert (where / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_one_is_dropped_and_stays_away(together: Together, alone: Any) -> None:
+    members = [PLAIN, {"name": "loser", "adapter": {"r": 2}}]
+    settings = {**FSDP2, "output__save_every": 4}
+    results = together("run", 2, members, work=dropped_together, arguments=("loser", 3), **settings)
+    assert [result["status"] for result in results] == [0, 0]
+    check_as_alone(results, together.lines("run", "plain"), "plain", alone(PLAIN))
+    assert [line["step"] for line in together.lines("run", "loser")] == [1, 2, 3]
+    assert not (together.root / "run/adapters/loser/adapter").exists()
+    assert [r["status"] for r in together("run", 2, members, **settings)] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "model", ["gpt2", full("opt_dropout"), full("mixtral"), full("longrope"), full("windows")]
+)
+def test_other_architectures(together: Together, alone: Any, model: str) -> None:
+    members = [
+        {"name": "a", "adapter": {"r": 2, "lora_dropout": 0.1}, "train": {"seed": 1}},
+        {"name": "b", "adapter": {"r": 4, "use_dora": True}, "optimizer": {"lr": 1e-3}},
+    ]
+    settings = {"model": model, "train__max_steps": 4}
+    results = together("run", 2, members, **FSDP2, **settings)
+    for member in members:
+        name = str(member["name"])
+        check_as_alone(results, together.lines("run", name), name, alone(member, **settings))
 
 
 def test_one_that_fails_leaves_and_the_rest_go_on(together: Together, alone: Any) -> None:

@@ -1,13 +1,17 @@
 """Runs of several adapters through dlora's own pieces, inside the workers of `ranks.py`."""
 
+import dataclasses
 import itertools
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from run_training import figures, prepared_run
-from stopped_runs import Crash
+from stopped_runs import Crash, crash, handlers_kept
 from torch import Tensor
 
 from dlora.config.adapters import read
@@ -40,24 +44,61 @@ def train_together(
     return {"status": status, "tensors": tensors, "planned_wire": round(wire)}
 
 
-def crashed_together(argv: list[str], steps: int) -> str:
-    """A run that dies once it has made so many steps of all adapters."""
+def in_pass(number: int, act: Callable[[], None]) -> Callable[[TogetherRun], None]:
+    """Meddles with a run: `act` before the passes of its step of this number."""
 
     def meddle(run: TogetherRun) -> None:
         made, before = itertools.count(1), run.passes
 
         def passes(*args: Any) -> Any:
-            if next(made) > steps:
-                raise Crash
+            if next(made) == number:
+                act()
             return before(*args)
 
         run.passes = passes  # type: ignore[method-assign]
 
+    return meddle
+
+
+def crashed_together(argv: list[str], steps: int, commits: bool = False) -> str:
+    """A run that dies after so many steps of all adapters.
+
+    Args:
+        commits: the last whole step, as a rank that has lost its peers does.
+    """
+    runs: list[TogetherRun] = []
+
+    def meddle(run: TogetherRun) -> None:
+        runs.append(run)
+        in_pass(steps + 1, crash)(run)
+
     try:
         train_together(argv, meddle)
     except Crash:
-        return "crashed"
+        return runs[0].checkpoints.commit_alone(ending=True) if commits else "crashed"
     return "finished"
+
+
+def terminated_together(argv: list[str], step: int) -> dict[str, Any]:
+    """A run of which the last rank alone gets SIGTERM in this step."""
+    last = dist.get_rank() == dist.get_world_size() - 1
+    with handlers_kept():
+        kill = in_pass(step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        return train_together(argv, kill if last else None)
+
+
+def dropped_together(argv: list[str], name: str, step: int) -> dict[str, Any]:
+    """A run whose rank 0 wants one adapter dropped in this step."""
+
+    def meddle(run: TogetherRun) -> None:
+        asked = itertools.count(1)
+
+        def should_drop(other: str) -> bool:
+            return other == name and dist.get_rank() == 0 and next(asked) == step
+
+        run.hooks = dataclasses.replace(run.hooks, should_drop=should_drop)
+
+    return train_together(argv, meddle)
 
 
 class Together:
