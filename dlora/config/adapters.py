@@ -44,7 +44,6 @@ _LIMITS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("train.task", ("causal",), "its head is trained whole, by every adapter another one"),
     ("train.compile", (False, "auto"), "blocks that several adapters share run without graphs"),
     ("data.streaming", (False,), "data sets of several adapters are read into memory"),
-    ("train.tokens_per_micro_batch", (None,), "set train.micro_batch_size"),
     ("sharding.optimizer_state", ("auto", "replicated"), "each adapter's state is whole"),
     ("output.metrics_port", (None,), "an endpoint serves the figures of one adapter"),
     ("output.remote", (None,), "copies elsewhere are those of one adapter"),
@@ -131,6 +130,8 @@ def problems_together(config: Config) -> Iterator[str]:
     for key, allowed, why in _LIMITS:
         if (value := value_of(config, key)) not in allowed:
             yield f"{key}: {plain(value)} trains one adapter at a time: {why}"
+    if config.train.tokens_per_micro_batch == "auto":
+        yield "train.tokens_per_micro_batch: auto fits one adapter at a time: set a number"
     for tracker in config.output.report_to:
         if tracker != "tensorboard":
             yield f"output.report_to: {tracker} follows one adapter at a time"

@@ -54,27 +54,32 @@ class JoinedBatch:
 
     Attributes:
         batch: of all.
-        positions: of each share's targets, in the order of `shares`.
+        positions: of each share's targets, in the order of `shares`; `own` are those places in its
+            own batch.
     """
 
     batch: Batch
     segments: Segments
     shares: list[Share]
     positions: list[Tensor]
+    own: list[Tensor]
 
     def to(self, device: torch.device) -> JoinedBatch:
-        """The same on a device."""
-        there = [tensor.to(device, non_blocking=True) for tensor in self.positions]
-        return JoinedBatch(self.batch.to(device), self.segments, self.shares, there)
+        """The same on a device; nobody waits for the copies to a GPU."""
+        if device.type == "cpu":
+            return self
+        both = [
+            [place.pin_memory().to(device, non_blocking=True) for place in places]
+            for places in (self.positions, self.own)
+        ]
+        return JoinedBatch(self.batch.pinned().to(device), self.segments, self.shares, *both)
 
     def parts(self, model: nn.Module) -> list[LossPart]:
         """What the loss has to tell apart."""
         streams = {name: attachment.stream for name, attachment in attached(model).items()}
         return [
-            LossPart(at, share.batch.positions, part.stop, _head(model, share.name, streams))
-            for share, at, part in zip(
-                self.shares, self.positions, self.segments.parts, strict=True
-            )
+            LossPart(at, own, part.stop, _head(model, part.name, streams))
+            for at, own, part in zip(self.positions, self.own, self.segments.parts, strict=True)
         ]
 
     @contextmanager
@@ -162,7 +167,8 @@ def _joined(
         sum(share.batch.num_targets for share in shares),
         extra,
     )
-    return JoinedBatch(batch, segments, shares, positions)
+    own = [share.batch.positions for share in shares]
+    return JoinedBatch(batch, segments, shares, positions, own)
 
 
 def _filled(rows: int, tokens: int, value: int) -> Tensor:

@@ -22,7 +22,7 @@ def finish(joint: JointContext, member: Member, checkpoints: CheckpointManager, 
     """Write a trained adapter, its reports and its last lines; returns the exit status."""
     context, method = member.context, member.context.replica.method
     with by_name(joint.model, member.name), only(joint.model, member.name):
-        if context.ranks.main and member.running:
+        if context.ranks.main and member.log is not None:
             context.write_method_files(done)
             method.report(context.directory, member.log, member.say)
         if member.log is not None:

@@ -23,6 +23,7 @@ from dlora.lora.names import by_name, names_of
 from dlora.lora.segments import Segment, Segments
 from dlora.objectives.router_loss import find_router_loss
 from dlora.plan.choose import Decision
+from dlora.plan.micro_batches import settle_micro_batches
 from dlora.plan.plan import Plan
 from dlora.plan.workload import Workload, workload_of
 from dlora.registry import room
@@ -179,6 +180,13 @@ def _check_alone(found: Material) -> None:
         raise UsageError(
             f"train.objective: {name} has no loss_of_parts, so it trains one adapter at a time"
         )
+
+
+def _dealing(found: Material, topology: Topology) -> Dealing:
+    """How one adapter's micro-batches are made, by sequences or by a number of tokens."""
+    about = (found.config, found.train, topology.world, found.packs)
+    dealing, _ = settle_micro_batches(*about, lambda dealing: None)  # type: ignore[arg-type, return-value]
+    return dealing
 
 
 def _workload(

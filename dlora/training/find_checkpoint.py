@@ -18,6 +18,7 @@ from dlora.checkpoint.state import saved_lora
 from dlora.config.adapters import OWN
 from dlora.config.load import SCHEMA, Config
 from dlora.config.members import ADAPTERS
+from dlora.config.options import show
 from dlora.config.strict_yaml import parse_yaml
 from dlora.data import Sampler
 from dlora.data.stream import StreamSampler
@@ -77,7 +78,7 @@ class ResumePoint:
         """One of several adapters, as the checkpoint of its run alone would have it."""
         entries = self.settings.get(ADAPTERS, [])
         entry = next((e for e in entries if isinstance(e, dict) and e.get("name") == name), {})
-        settings = dict(self.settings)
+        settings = {name: body for name, body in self.settings.items() if name != ADAPTERS}
         for section in OWN:
             settings[section] = {**settings.get(section, {}), **entry.get(section, {})}
         own = f".{NAMED}.{name}."
@@ -86,7 +87,8 @@ class ResumePoint:
             for path, shape in self.shapes.items()
             if own in path
         }
-        state = self.state | self.state[ADAPTERS][name]
+        state = {key: value for key, value in self.state.items() if key != ADAPTERS}
+        state |= self.state[ADAPTERS][name]
         record = (self.record or {}).get(name)
         return replace(self, state=state, settings=settings, shapes=shapes, record=record)
 
@@ -183,7 +185,7 @@ def _strange(resumed: ResumePoint) -> Iterator[tuple[str, str]]:
     sections = settings if isinstance(settings, dict) else {"": settings}
     for name, options in sections.items():
         if not isinstance(options, dict):
-            yield "config.yaml", f"{name or 'the whole file'} is {options!r}"
+            yield "config.yaml", f"{name or 'the whole file'} is {show(options)}"
     for name in ("engine", "base", "optimizer_state"):  # a resume takes them over
         option = SCHEMA[f"sharding.{name}"]
         value = sections.get("sharding", {}).get(name, option.default)

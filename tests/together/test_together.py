@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from ranks import Pools
+from refusals import preparation, refusal
 from run_training import Runs, relative_error, same_bits
 from sampling import full
 from stopped_runs import steps_saved
@@ -24,6 +25,7 @@ from together_runs import (
 from transformers import AutoModelForCausalLM
 
 from dlora.metrics.log import read_metrics
+from dlora.together.prepare import prepare_together
 
 STEPS = 8
 PLAIN = {"name": "plain", "adapter": {"r": 4, "lora_dropout": 0.1}}
@@ -51,6 +53,7 @@ MIXED = [PLAIN, DORA, ADALORA, RSLORA]
 FSDP2 = {"sharding__engine": "fsdp2", "sharding__base": "world"}
 ZERO3 = {"sharding__engine": "zero3", "sharding__base": "world"}
 WHOLE = {"sharding__engine": "fsdp2", "sharding__base": "none"}
+BY_TOKENS = {"train__micro_batch_size": None, "train__tokens_per_micro_batch": 128}
 NODE = {"sharding__engine": "fsdp2", "sharding__base": "node"}
 
 
@@ -168,6 +171,29 @@ def test_adapters_of_w0_and_of_another_adapter(
         check_as_alone(results, together.lines("run", name), name, wanted)
 
 
+def test_micro_batches_by_tokens(together: Together, alone: Any) -> None:
+    other = {**DORA, "train": {"seed": 5, "max_steps": 6, "global_batch_size": 9}}
+    results = together("run", 2, [PLAIN, other], **FSDP2, **BY_TOKENS)
+    for member in (PLAIN, other):
+        name = str(member["name"])
+        check_as_alone(results, together.lines("run", name), name, alone(member))
+
+
+def test_another_setting_of_one_is_another_run(together: Together) -> None:
+    settings = {"train__max_steps": 4, "output__save_every": 2}
+    together("run", 1, [PLAIN, DORA], work=crashed_together, arguments=(3,), **settings)
+    faster = {**PLAIN, "optimizer": {"lr": 1e-5}}
+    words = together.words("run", [faster, DORA], **settings)
+    refused = refusal(preparation, words, how=prepare_together)
+    assert "adapters[plain]: output.resume: " in refused
+    assert "optimizer.lr was 0.002 and is 1e-05" in refused
+    words = together.words("run", [DORA], **settings)
+    one_less = refusal(preparation, words, how=prepare_together)
+    assert "is of a run with adapters: plain, dora, and this one has dora" in one_less
+    none = refusal(preparation, together.command(together.root / "run", **settings))
+    assert "is of a run with adapters: plain, dora, and this one has none" in none
+
+
 def test_the_base_gathers_for_one_run(together: Together) -> None:
     """What is sent: the gathers of one run, and the gradients of all."""
     one = [{"name": "a", "adapter": {"r": 4}}]
@@ -191,8 +217,13 @@ def _numel(directory: Path) -> int:
     return sum(t.numel() for t in load_file(directory / "adapter_model.safetensors").values())
 
 
-def check_same_run(together: Together, whole: list[Any], resumed: list[Any]) -> None:
-    """Bit for bit, on every rank, and every step stands in each adapter's metrics once."""
+def check_same_run(together: Together, whole: list[Any], resumed: list[Any], start: int) -> None:
+    """Bit for bit, on every rank, and every step stands in each adapter's metrics once.
+
+    Args:
+        start: the step after which it was resumed.
+    """
+    assert [result["start"] for result in resumed] == [start, start]
     for one, other in zip(whole, resumed, strict=True):
         assert one["status"] == other["status"] == 0
         for name, tensors in one["tensors"].items():
@@ -205,12 +236,12 @@ def check_same_run(together: Together, whole: list[Any], resumed: list[Any]) -> 
 
 
 @pytest.mark.parametrize(
-    ("steps", "commits"),
-    [(5, False), (7, False), (3, True)],
+    ("steps", "commits", "start"),
+    [(5, False, 4), (7, False, 7), (3, True, 3)],
     ids=["all there", "one finished", "the last whole step is committed"],
 )
 def test_a_resumed_run_is_the_run_that_was_not_interrupted(
-    together: Together, steps: int, commits: bool
+    together: Together, steps: int, commits: bool, start: int
 ) -> None:
     settings = {**FSDP2, "output__save_every": 0 if commits else 2, "output__keep_last": 9}
     whole = together("whole", 2, MIXED, **settings)
@@ -219,7 +250,7 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(
         assert all(f"step {steps} is committed" in line for line in died)
     else:
         assert died == ["crashed"] * 2
-    check_same_run(together, whole, together("run", 2, MIXED, **settings))
+    check_same_run(together, whole, together("run", 2, MIXED, **settings), start)
 
 
 def test_a_signal_stops_all_after_a_commit(together: Together) -> None:
@@ -227,7 +258,7 @@ def test_a_signal_stops_all_after_a_commit(together: Together) -> None:
     stopped = together("run", 2, MIXED, work=terminated_together, arguments=(3,), **FSDP2)
     assert [result["status"] for result in stopped] == [143, 143]
     assert steps_saved(together.root / "run") == ["step-000003"]
-    check_same_run(together, whole, together("run", 2, MIXED, **FSDP2))
+    check_same_run(together, whole, together("run", 2, MIXED, **FSDP2), 3)
 
 
 def test_a_finished_run_writes_what_is_missing(together: Together) -> None:
@@ -235,7 +266,8 @@ def test_a_finished_run_writes_what_is_missing(together: Together) -> None:
     where = together.root / "run/adapters/dora/adapter"
     before = (where / "adapter_model.safetensors").read_bytes()
     shutil.rmtree(where)
-    assert together("run", 1, MIXED)[0]["status"] == 0
+    again = together("run", 1, MIXED)
+    assert (again[0]["status"], again[0]["start"]) == (0, STEPS)
     assert (where / "adapter_model.safetensors").read_bytes() == before
 
 
@@ -247,7 +279,8 @@ def test_one_is_dropped_and_stays_away(together: Together, alone: Any) -> None:
     check_as_alone(results, together.lines("run", "plain"), "plain", alone(PLAIN))
     assert [line["step"] for line in together.lines("run", "loser")] == [1, 2, 3]
     assert not (together.root / "run/adapters/loser/adapter").exists()
-    assert [r["status"] for r in together("run", 2, members, **settings)] == [0, 0]
+    again = together("run", 2, members, **settings)
+    assert [(r["status"], r["start"]) for r in again] == [(0, STEPS)] * 2
 
 
 @pytest.mark.parametrize(
@@ -277,6 +310,7 @@ def test_one_that_fails_leaves_and_the_rest_go_on(together: Together, alone: Any
     assert not (adapters / "wild/adapter").exists()
     assert (adapters / "wild/nonfinite.json").exists()
     again = together("run", 2, [wild, DORA, PLAIN], **settings)  # it does not begin again
+    assert again[0]["start"] == STEPS
     assert [result["status"] for result in again] == [1, 1]
 
 

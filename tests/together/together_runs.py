@@ -41,7 +41,12 @@ def train_together(
                 for name, tensor in own.items()
             }
     wire = planned.traffic.gathers.rank + planned.traffic.reduction.rank
-    return {"status": status, "tensors": tensors, "planned_wire": round(wire)}
+    return {
+        "status": status,
+        "start": run.start,
+        "tensors": tensors,
+        "planned_wire": round(wire),
+    }
 
 
 def in_pass(number: int, act: Callable[[], None]) -> Callable[[TogetherRun], None]:
