@@ -18,6 +18,7 @@ from dlora.base.native import AUTO_DTYPE, native_dtype
 from dlora.data.stops import turn_ends
 from dlora.data.template import set_template
 from dlora.errors import UsageError
+from dlora.io.files import path_of
 from dlora.sharding.engines.protocol import build_engine
 from dlora.sharding.topology import Topology, resolve_placement
 
@@ -34,7 +35,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def new_target(to: str, *sources: Path) -> Path:
     """The absolute path of `--to`, which must be new or empty, and none of what is read."""
-    target = Path(to).expanduser().resolve()
+    target = path_of(to, "--to").resolve()
     if any(target == source.resolve() for source in sources):
         raise UsageError(f"--to: {to} is the adapter itself; name a new directory")
     if target.is_dir() and any(target.iterdir()):

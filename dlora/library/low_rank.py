@@ -131,7 +131,11 @@ def truncate_product(A: Tensor, B: Tensor, k: int) -> Product:
 
 
 def truncate_matrix(D: Tensor, k: int) -> Product:
-    """The best rank-k approximation of D [m, n], float32."""
+    """The best rank-k approximation of D [m, n], float32.
+
+    Raises:
+        UsageError: it has NaN or infinite values.
+    """
     return Decomposed.of(D, "the mix").truncated(k)
 
 
