@@ -18,11 +18,12 @@ from collections.abc import Callable
 from dlora.cli import OneLineParser
 from dlora.errors import UsageError
 from dlora.io.files import path_of
+from dlora.library.describe import Described
 from dlora.library.difference import difference_lines
 from dlora.library.index import Entry, Version
 from dlora.library.options import as_number, whole
 from dlora.library.same_base import base_of_record
-from dlora.library.store import Described, Library
+from dlora.library.store import Library
 from dlora.library.stored import read_adapter
 from dlora.runtime.exit_status import exit_with
 

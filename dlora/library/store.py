@@ -13,18 +13,19 @@ lock.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from dlora.adapters.diffusers_format import LORA_WEIGHTS
 from dlora.adapters.hub import adapter_directory
 from dlora.adapters.write import CONFIG, WEIGHTS
 from dlora.errors import UsageError, and_more
 from dlora.io.files import inside, read_object
-from dlora.library.describe import data_of, metrics_of, parents_of
+from dlora.library.describe import Described, data_of, metrics_of, parents_of
+from dlora.library.extracted import RECORD as EXTRACTION
 from dlora.library.index import (
     INDEX,
     LONGEST_NAME,
@@ -48,18 +49,8 @@ from dlora.library.same_base import (
 from dlora.library.stored import check_directory, check_stored, sha256_of, shapes_in
 from dlora.runtime.run_lock import NAME, RunLock
 
-FILES = (CONFIG, WEIGHTS, COMPOSITION, "README.md", *BESIDE)  # of an adapter
+FILES = (CONFIG, WEIGHTS, LORA_WEIGHTS, COMPOSITION, EXTRACTION, "README.md", *BESIDE)
 PATIENCE_SECONDS = 5.0
-
-
-@dataclass(frozen=True)
-class Described:
-    """What is said of an adapter when it is added, beside what its run recorded."""
-
-    parents: Sequence[str] = ()
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    tags: Sequence[str] = ()
-    base: str | None = None
 
 
 class Library:

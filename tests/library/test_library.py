@@ -23,8 +23,9 @@ from dlora.errors import UsageError
 from dlora.library import objects
 from dlora.library.command import main
 from dlora.library.compose import main as compose
+from dlora.library.describe import Described
 from dlora.library.same_base import Base, with_identity
-from dlora.library.store import Described, Library
+from dlora.library.store import Library
 from dlora.runtime.run_lock import RunLock
 
 
