@@ -33,11 +33,15 @@ class OneLineParser(argparse.ArgumentParser):
         raise UsageError(f"{message} (--help lists the options)")
 
 
-def new_target(to: str, *sources: Path) -> Path:
-    """The absolute path of `--to`, which must be new or empty, and none of what is read."""
+def new_target(to: str, *sources: Path, what: str = "the adapter itself") -> Path:
+    """The absolute path of `--to`, which must be new or empty, and none of what is read.
+
+    Args:
+        what: the sources are, for errors.
+    """
     target = path_of(to, "--to").resolve()
     if any(target == source.resolve() for source in sources):
-        raise UsageError(f"--to: {to} is the adapter itself; name a new directory")
+        raise UsageError(f"--to: {to} is {what}; name a new directory")
     if target.is_dir() and any(target.iterdir()):
         raise UsageError(f"--to: {to} is not empty; name a new or empty directory")
     if target.exists() and not target.is_dir():

@@ -65,7 +65,9 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     source = path_of(args.base, "--base")
-    args.target = new_target(args.to, *([source] if source.is_dir() else []))
+    args.target = new_target(
+        args.to, *([source] if source.is_dir() else []), what="the model itself"
+    )
     return args
 
 

@@ -59,7 +59,8 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     sources = [path_of(args.base, "--base"), path_of(args.tuned, "--tuned")]
-    args.target = new_target(args.to, *(path for path in sources if path.is_dir()))
+    sources = [path for path in sources if path.is_dir()]
+    args.target = new_target(args.to, *sources, what="a model that is read")
     return args
 
 
@@ -146,7 +147,7 @@ def _take(pair: Pair, unit: Unit, cut: Cut, parts: Parts, number: int) -> None:
 
 def _low_rank(D: Tensor, cut: Cut, what: str) -> LowRank:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    decomposed = Decomposed.of(D.to(device), what)
+    decomposed = Decomposed.of(D.to(device), f"--tuned: the change of {what}")
     return decomposed.cut(cut.of(decomposed.squares))
 
 

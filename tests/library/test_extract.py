@@ -242,7 +242,7 @@ MISTAKES = {  # words after --to DIR; what the message says
         ["--base", "B", "--tuned", "nan", "--rank", "2"],
         "q_proj.weight contains NaN or infin",
     ),
-    "itself": (["--base", "B", "--tuned", "T", "--rank", "2", "--to", "B"], "is the"),
+    "itself": (["--base", "B", "--tuned", "T", "--rank", "2", "--to", "B"], "B is a model"),
     "full": (["--base", "B", "--tuned", "T", "--rank", "2", "--to", "site"], "site is not empty"),
 }
 
