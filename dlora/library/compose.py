@@ -188,6 +188,7 @@ def _parser() -> argparse.ArgumentParser:
         "--adapters",
         required=True,
         nargs="+",
+        action="extend",
         metavar="DIR=W",
         help="adapter directories, or names in --library, each with its weight, such as out/a=0.7 "
         "out/b=-0.3; with --search a weight may be left out (required)",

@@ -61,6 +61,10 @@ MISTAKES = {  # the words behind `--to out`; what the message says
         ["--method", "ties", "--adapters", "a=1", "--density", "1.5"],
         "at most 1, not '1.5'",
     ),
+    "rank twice": (
+        ["--method", "svd", "--adapters", "a=1", "--rank", "2", "--rank=3"],
+        "argument --rank: is given twice",
+    ),
     "seed": (["--method", "ties", "--adapters", "a=1", "--seed", "1"], "--seed cannot act with"),
     "budget": (
         ["--method", "cat", "--adapters", "a=1", "--budget", "3"],
@@ -169,6 +173,15 @@ def test_the_command_ends_with_status_2(site, tmp_path):
     assert log.read_text().splitlines() == [
         "dlora: error: --adapters: a=nan: a weight is a finite number, not 'nan'"
     ]
+
+
+def test_adapters_may_be_given_one_by_one(site, tmp_path, monkeypatch):
+    """Of an option that is given twice argparse takes the last one alone."""
+    monkeypatch.chdir(site)
+    words = ["--adapters", "a=1", "--adapters", "b=-1", "--method", "cat"]
+    assert main([*words, "--to", str(tmp_path / "out")]) == 0
+    made = json.loads((tmp_path / "out/composition.json").read_text())["adapters"]
+    assert [(Path(one["path"]).name, one["weight"]) for one in made] == [("a", 1.0), ("b", -1.0)]
 
 
 def test_a_base_may_be_named(site, tmp_path, monkeypatch):

@@ -243,6 +243,7 @@ WORDS = {  # behind `add LIB ADAPTER --name n`; what the message says
     "no tag": (["--tag", " "], "--tag: ' ': a tag is a line of text"),
     "metric": (["--metric", "f=1e999"], "NAME=NUMBER is expected"),
     "metric's name": (["--metric", "a\nb=1"], "NAME=NUMBER is expected"),
+    "name twice": (["--name", "m"], "argument --name: is given twice"),
     "parent": (["--parent", "m"], "has no adapter 'm'; it has n"),
     "version": (["--parent", "n@"], "n has no version without a number; it has 1"),
     "digits": (["--parent", "n@" + "9" * 5000], "n has no version 99999999999999999999; it has 1"),
