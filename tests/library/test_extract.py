@@ -282,5 +282,6 @@ def test_mistakes_are_one_line_and_nothing_is_written(mistake, site, monkeypatch
     monkeypatch.chdir(site)
     before = sorted(site.rglob("*"))
     words, message = MISTAKES[mistake]
-    assert message in refusal(main, ["--to", "new", *words])
+    target = [] if "--to" in words else ["--to", "new"]
+    assert message in refusal(main, [*target, *words])
     assert sorted(site.rglob("*")) == before
