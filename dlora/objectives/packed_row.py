@@ -213,7 +213,7 @@ class _Remembered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, row: PackedRow) -> Tensor:
         ctx.row, ctx.made = row, row.now
-        return output.view_as(output)
+        return output.detach()  # no view: FSDP2 warns of a root that returns one
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

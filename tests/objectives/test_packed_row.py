@@ -235,6 +235,17 @@ def test_attention_outside_of_the_table_is_refused_not_computed() -> None:
         step(model, batch)
 
 
+@pytest.mark.parametrize("has_targets", [True, False], ids=["loss", "logits"])
+def test_what_a_pass_returns_is_no_view(has_targets: bool) -> None:
+    """FSDP2 warns of a root module that returns one: its hook would be lost by `out += …`."""
+    model = model_of(CONFIGS["llama"]())
+    chunked_loss.install(model)
+    batch = packed(examples(), 0)
+    where = {"targets": batch.targets, "lengths": batch.lengths} if has_targets else {}
+    found = model(**batch.inputs, **where)
+    assert not (found if has_targets else found.logits)._is_view()
+
+
 def test_more_sequences_than_fit_a_row_are_refused() -> None:
     model = model_of(CONFIGS["llama"]())
     chunked_loss.install(model)
