@@ -22,12 +22,11 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import torch
 from huggingface_hub import save_torch_state_dict
-from transformers import PreTrainedModel
 
 from dlora.base.gguf_cache import content_key, is_whole, lock_of, remove_leftovers, sizes_in
 from dlora.base.gguf_reader import GGUFReader
@@ -35,6 +34,9 @@ from dlora.base.weight_files import FILE_LIST, check_loaded
 from dlora.errors import UsageError, and_more, dtype_name
 from dlora.io.files import new_directory
 from dlora.runtime.memory import trim
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def converted_base(
