@@ -19,8 +19,9 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 # 27 s of CPU to start, not 12.
 export PYTHONDONTWRITEBYTECODE :=
 
-# Processes that run tests side by side, each a file at a time.
-TEST_PROCESSES ?= 2
+# Processes that run tests side by side, each a file at a time: more than cores, since many tests wait,
+# for a start of Ray, a time limit, or a rank that writes.
+TEST_PROCESSES ?= 3
 
 # Where `make partners` makes its environment, outside the tree: it takes half an hour.
 DLORA_PARTNERS ?= $(HOME)/.cache/dlora/partners

@@ -38,6 +38,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneProcessAF
 
 def pytest_configure(config: pytest.Config) -> None:
     """All processes of a test run share one folder of traces; see `remembered.py`."""
+    gc.disable()  # as long as files are imported: a fifth of the time would look for garbage
     if not hasattr(config, "workerinput"):
         os.environ["DLORA_TEST_TRACES"] = tempfile.mkdtemp(prefix="dlora-traces-")
 
@@ -51,6 +52,7 @@ def pytest_collection_finish() -> None:
     """A run in this process collects garbage, and what imports have made is none."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

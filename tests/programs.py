@@ -11,7 +11,6 @@ torchrun starts them; the agent alone is missing.
 import contextlib
 import ctypes
 import gc
-import multiprocessing
 import os
 import runpy
 import secrets
@@ -24,7 +23,7 @@ from collections.abc import Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-from ranks import PRELOADED
+from ranks import server
 
 LIMIT_SECONDS = 240.0
 _CLONE_NEWNET, _CLONE_NEWNS = 0x40000000, 0x20000  # of sched.h
@@ -48,8 +47,7 @@ def start(
         namespaces: network namespaces, each of them a node with as many ranks.
         variables: environment of the ranks beside what torchrun would set.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context = server()
     here = variables | {"LOCAL_WORLD_SIZE": str(world // max(len(namespaces), 1))}
     port, ranks = free_port(), []
     for rank in range(world):

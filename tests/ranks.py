@@ -6,11 +6,11 @@
 A worker imports the function by the name of its module. Each call gets a process group of its own
 (gloo on the loopback, a file as its store), a random state that differs between ranks, and a time
 limit. What a rank prints lies in a file and is shown when a call fails; then all workers are ended,
-and the next call starts new ones. Workers are forked from a server that has imported torch,
-transformers, DeepSpeed, PEFT, TRL and Lightning once, except `fresh` ones, whose memory can be
-measured.
+and the next call starts new ones. Workers are forked from a server that has imported what
+`preloaded.py` names, except `fresh` ones, whose memory can be measured.
 """
 
+import contextlib
 import faulthandler
 import gc
 import importlib
@@ -24,20 +24,13 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-PRELOADED = [
-    "transformers.models.llama.modeling_llama",
-    "dlora.train",
-    "dlora.sharding.engines.zero3",
-    "dlora.quant.formats",
-    "dlora.integrations.trl",
-    "dlora.integrations.lightning",
-    "peft",  # with bitsandbytes: longer than all others, and many test files import it
-    "pytest",
-]
+ROOT = Path(__file__).parents[1]
 LIMIT_SECONDS = 240.0
 GRACE_SECONDS = 2.0  # in which the other ranks may fail as well, before they are ended
 SHOWN_CHARACTERS = 3000
@@ -96,9 +89,7 @@ class Pool:
         self._end()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn" if self.fresh else "forkserver")
-        if not self.fresh:
-            context.set_forkserver_preload(PRELOADED)
+        context = multiprocessing.get_context("spawn") if self.fresh else server()
         self._starts += 1
         self._directory.mkdir(parents=True, exist_ok=True)
         for rank in range(self.world):
@@ -153,6 +144,15 @@ class Pool:
 
     def _log(self, rank: int) -> Path:
         return self._directory / f"rank-{rank}-of-{self.world}.{self._starts}.log"
+
+
+def server() -> ForkServerContext:
+    """Where processes are forked from that have imported what `preloaded.py` names."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preloaded"])
+    with contextlib.chdir(ROOT):  # where it finds that
+        forkserver.ensure_running()
+    return context
 
 
 class Pools:

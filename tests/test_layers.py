@@ -207,14 +207,21 @@ def test_no_import_leads_back() -> None:
 
 
 def test_importing_dlora_loads_torch_and_nothing_larger() -> None:
+    """And a command loads transformers, and torch's compiler, once it needs a model: before, it
+    has said what is wrong with its options, or answered `--help`."""
     program = (
         "import sys, time, torch; began = time.process_time(); import dlora; "
-        "print(time.process_time() - began, *sys.modules)"
+        "print(time.process_time() - began, *sys.modules); from importlib import import_module; "
+        "from dlora.__main__ import COMMANDS, MODULES; "
+        "[import_module(MODULES.get(name, f'dlora.{name}')) for name in COMMANDS]; "
+        "print(*sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
     )
-    seconds, *modules = done.stdout.split()
+    imported, by_commands = done.stdout.splitlines()
+    assert not {"transformers.modeling_utils", "torch._dynamo"} & set(by_commands.split())
+    seconds, *modules = imported.split()
     loaded = {name.partition(".")[0] for name in modules}
     assert {"dlora", "torch"} <= loaded
     assert not loaded & {"deepspeed", "ray", "transformers", "peft", "bitsandbytes", "triton"}

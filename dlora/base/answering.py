@@ -14,8 +14,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers.utils.hub import cached_file
-
 from dlora.base.model import BaseModel
 from dlora.io.files import read_object, write_atomically
 
@@ -69,6 +67,8 @@ def write_into_model(folder: Path, base: BaseModel, tokenizer: Any, ends: Iterab
 
 def generation_settings(base: BaseModel) -> dict[str, Any]:
     """The base's generation_config.json; without one, what its config.json says of tokens."""
+    from transformers.utils.hub import cached_file
+
     path = cached_file(
         base.source,
         GENERATION,

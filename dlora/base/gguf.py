@@ -22,18 +22,21 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import torch
 from huggingface_hub import save_torch_state_dict
-from transformers import PreTrainedModel
 
 from dlora.base.gguf_cache import content_key, is_whole, lock_of, remove_leftovers, sizes_in
+from dlora.base.gguf_reader import GGUFReader
 from dlora.base.weight_files import FILE_LIST, check_loaded
 from dlora.errors import UsageError, and_more, dtype_name
 from dlora.io.files import new_directory
 from dlora.runtime.memory import trim
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def converted_base(
@@ -217,7 +220,13 @@ def _make_plain(model: Any, skeleton: Any, tokenizer: Any) -> None:
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Inside, any exception means that the file is at fault: the parsers raise all kinds."""
+    """Inside, any exception means that the file is at fault: the parsers raise all kinds.
+
+    What transformers parses with gguf's reader is parsed by the faster one.
+    """
+    reader = gguf.GGUFReader
+    if reader is GGUFReader.__base__:
+        gguf.GGUFReader = GGUFReader  # type: ignore[misc]
     try:
         yield
     except UsageError:
@@ -227,6 +236,8 @@ def _reading(path: Path) -> Iterator[None]:
             f"model.path: {path} is truncated or damaged, or transformers cannot convert it: "
             f"{str(error).strip() or type(error).__name__}"
         ) from error
+    finally:
+        gguf.GGUFReader = reader  # type: ignore[misc]
 
 
 @contextlib.contextmanager
@@ -237,7 +248,7 @@ def _parsed_once() -> Iterator[None]:
     builds the name table in every submodule: two thirds of the time that a small model takes.
     """
     reader, name_table = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader = functools.cache(reader)  # type: ignore[assignment, misc]
+    gguf.GGUFReader = functools.cache(GGUFReader)  # type: ignore[assignment, misc]
     gguf.get_tensor_name_map = functools.cache(name_table)
     try:
         yield

@@ -15,17 +15,19 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from dlora.base.source import BaseSource
 from dlora.base.stored_base import Origin, origins_of_parameters, stacks_alone
 from dlora.base.weight_files import weight_files
 from dlora.errors import UsageError, and_more
 from dlora.io.safetensors import FLOATS, INTEGERS, StoredTensor, stored_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BLOCK_NUMEL = 1 << 22  # elements read at a time
 

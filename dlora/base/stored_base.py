@@ -13,26 +13,19 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    Concatenate,
-    MergeModulelist,
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-    revert_weight_conversion,
-)
 
 from dlora.base.source import BaseSource
 from dlora.base.weight_files import beside_weights, cached, weight_files
 from dlora.errors import UsageError, and_more
 from dlora.io.safetensors import FLOATS, StoredTensor, stored_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.core_model_loading import WeightConverter
 
 
 class StoredBase:
@@ -113,6 +106,8 @@ class StoredBase:
 
         It is taken apart as transformers takes weights apart that it saves.
         """
+        from transformers.core_model_loading import revert_weight_conversion
+
         first, own = self.stacked(name)[0], self.stacked(name)[expert]
         parts = revert_weight_conversion(self._skeleton, {name: value})
         if parts.keys() != set(first):
@@ -153,6 +148,8 @@ class Origin:
 
 def stacks_alone(origin: Origin) -> bool:
     """Whether the keys are stacked along dim 0 and that dim is not touched again."""
+    from transformers.core_model_loading import Concatenate, MergeModulelist
+
     assert origin.converter is not None
     stack, *rest = origin.converter.operations
     return (
@@ -169,6 +166,14 @@ def origins_of_parameters(
 
     It follows the first half of transformers' `convert_and_load_state_dict_in_model`.
     """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from dlora.base.source import BaseSource
 from dlora.errors import UsageError, and_more
@@ -38,6 +37,8 @@ LEFT_OUT = ("*.index.json", FILE_LIST, "adapter_config.json")
 
 def cached(base: BaseSource, name: str) -> Path | None:
     """A file of the base, downloaded from the hub if need be; None: the base has no such file."""
+    from transformers.utils.hub import cached_file
+
     found = cached_file(
         base.source, name, revision=base.revision, _raise_exceptions_for_missing_entries=False
     )
@@ -98,6 +99,8 @@ def check_loaded(path: str, found: dict[str, Any], may_lack: Collection[str] = (
 
 def weight_files(base: BaseSource) -> list[Path]:
     """The files that `from_pretrained` reads."""
+    from transformers.utils.hub import get_checkpoint_shard_files
+
     try:
         if single := cached(base, "model.safetensors"):
             return [single]

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dlora.base.gguf_reader import GGUFReader
 from dlora.errors import UsageError
 from dlora.export.gguf_layout import Layout
 from dlora.export.gguf_tokenizer import add_tokenizer
@@ -183,7 +184,7 @@ def _copy_metadata(
     writer: gguf.GGUFWriter, origin: Path, architecture: str, tokenizer: Any
 ) -> None:
     """The metadata of a `.gguf`, with the chat template of the training in place of its own."""
-    reader = gguf.GGUFReader(origin)
+    reader = GGUFReader(origin)
     found = reader.fields["general.architecture"].contents()
     if found != architecture:
         raise UsageError(f"--format: gguf: {origin} is {found}, and the base {architecture}")
@@ -202,5 +203,5 @@ def _copy_metadata(
 
 def _copied(origin: Path) -> dict[str, np.ndarray]:
     """Tensors that are no weights, from a `.gguf`."""
-    tensors = gguf.GGUFReader(origin).tensors
+    tensors = GGUFReader(origin).tensors
     return {t.name: np.array(t.data) for t in tensors if t.name in _COPIED}

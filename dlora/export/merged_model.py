@@ -17,11 +17,10 @@ import shutil
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from dlora.adapters.source import AdapterSource
 from dlora.base.skeleton import untied_config
@@ -41,6 +40,9 @@ from dlora.lora.layers import CHILD
 from dlora.lora.merge import change_of, merged_weight
 from dlora.lora.tasks import HEADS
 from dlora.metrics.progress import CopyDisplay
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Reads W0 as it is stored, yields the new value in a dtype, in blocks of rows.
 Edit = Callable[[StoredTensor, torch.dtype], Iterator[Tensor]]

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 
 _LARGEST = 256  # of a head, in flash attention's kernels
 # Arguments that change nothing here; `scaling` and `sliding_window` are taken.
@@ -40,6 +39,8 @@ def by_torch(
     query, key, value = qkv
     if not takes(qkv, mask, how):
         return None
+    from torch.nn.attention.varlen import varlen_attn  # it imports torch's compiler
+
     window = how.get("sliding_window")
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in qkv)
     offsets, longest = row.offsets(query.device), max(row.lengths)

@@ -168,7 +168,8 @@ def _compiler(config: Config, ranks: Ranks) -> Compiler:
 
 def import_late_ones(config: Config) -> None:
     """Import early what would count towards the run's memory if it were imported later."""
-    importlib.import_module("transformers.models.auto.modeling_auto")
+    for name in ("transformers.models.auto.modeling_auto", "transformers.modeling_utils"):
+        importlib.import_module(name)
     if os.environ.get("RANK", "0") == "0":  # it alone reports
         import_trackers(config.output.report_to)
     if config.model.quantization.startswith("nf4"):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf
 import gguf_files
 import pytest
 import torch
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from dlora.base import gguf as gguf_base
 from dlora.base import gguf_cache
+from dlora.base.gguf_reader import GGUFReader
 from dlora.base.model import find_base
 from dlora.errors import dtype_name
 from dlora.io.safetensors import stored_tensors
@@ -101,6 +103,19 @@ path, cache_dir, dtype, lines, before = *sys.argv[1:], [], anonymous()
 out = converted_base(Path(path), Path(cache_dir), getattr(torch, dtype), lines.append)
 print(json.dumps([str(out), lines, anonymous() - before]))
 """
+
+
+def test_the_faster_reader_reads_what_gguf_s_own_reads(tmp_path):
+    file = gguf_files.tiny_llama(tmp_path / "base.gguf")
+    ours, theirs = (read(file) for read in (GGUFReader, gguf.GGUFReader))
+    assert list(ours.fields) == list(theirs.fields) and len(ours.tensors) == len(theirs.tensors) > 0
+    for name, field in theirs.fields.items():
+        assert ours.fields[name].types == field.types
+        assert ours.fields[name].contents() == field.contents(), name
+    for own, their in zip(ours.tensors, theirs.tensors, strict=True):
+        assert (own.name, own.tensor_type, own.data_offset) == their[:2] + their[5:6]
+        assert own.data.shape == their.data.shape and own.data.dtype == their.data.dtype
+        assert own.data.tobytes() == their.data.tobytes(), their.name
 
 
 @pytest.mark.timeout(600)

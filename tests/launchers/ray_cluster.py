@@ -46,7 +46,8 @@ class Cluster:
             "RAY_ADDRESS": f"127.0.0.1:{self.gcs}",
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+            "RAY_health_check_period_ms": "500",  # a node that is gone is lost after 5 of them
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",  # for room, which is there or not
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_DISABLE_IMPORT_WARNING": "1",
             "OMP_NUM_THREADS": "1",

@@ -1,6 +1,5 @@
 """Ranks that are processes of their own, started as by hand, without an agent: they may die."""
 
-import multiprocessing
 import os
 import sys
 import time
@@ -9,7 +8,7 @@ from typing import Any
 
 import torch
 from programs import become, free_port
-from ranks import PRELOADED
+from ranks import server
 from run_training import figures
 
 LIMIT_SECONDS = 300
@@ -39,8 +38,7 @@ class Ranks:
         self, argv: list[str], directory: Path, *, world: int = 2, **meddling: Any
     ) -> None:
         port = free_port()
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+        context = server()
         directory.mkdir(parents=True, exist_ok=True)
         self._printed = [directory / f"rank-{rank}" for rank in range(world)]
         self.workers: list[Any] = []

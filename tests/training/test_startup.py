@@ -3,7 +3,6 @@
 The processes are started as by hand, without an agent: rank 0 hosts the store.
 """
 
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from programs import become, free_port
-from ranks import PRELOADED, Pools
+from ranks import Pools, server
 from tiny import command
 
 from dlora.errors import TransientError, UsageError
@@ -81,8 +80,7 @@ def by_hand(
 ) -> list[tuple[int, str, str]]:
     """(status, standard output, standard error) by rank; one command line, or one for each."""
     port = free_port()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context = server()
     workers: list[Any] = []
     for rank in range(world):
         arguments = (rank, world, port, argv[rank % len(argv)], str(directory / str(rank)))
