@@ -201,6 +201,7 @@ class TogetherRun:
             if member.standing in (Standing.FAILED, Standing.DROPPED):
                 self.status = max(self.status, int(member.standing is Standing.FAILED))
                 member.say(f"has left already: {member.why}")
+                self.hooks.left(member.name, member.standing.value, member.why)
             elif not member.running or self.start >= member.total_steps:
                 member.say(f"is already finished: {member.total_steps} steps")
                 self.end(member, self.start)
@@ -308,10 +309,13 @@ class TogetherRun:
 
     def end(self, member: Member, done: int) -> None:
         """After the commit: write the adapter of one that has finished, and go on without it."""
+        why = member.why
         if member.standing in (Standing.RUNNING, Standing.FINISHED):
-            self.status = max(self.status, finish(self.joint, member, self.checkpoints, done))
+            status = finish(self.joint, member, self.checkpoints, done)
+            self.status, why = max(self.status, status), "its adapter was not written" * status
         elif member.log is not None:
             member.log.close()
+        self.hooks.left(member.name, member.standing.value, why)
         self.reduction = JointReduction(
             [m.context.replica for m in self.running], self.shared.reduction
         )
