@@ -38,6 +38,7 @@ from .sweep_runs import (
     check_together,
     configuration,
     evaluates,
+    names,
     packs,
     together,
     told_by,
@@ -182,12 +183,19 @@ def run_together(
 
     def pack(values: dict[str, Any]) -> None:
         os.chdir(directory)
-        trials, name = runs[values["pack"]], tune.get_context().get_trial_name()
-        config, place = placed(together(words, trials, root / name), sweep)
+        trials, name = dict(runs[values["pack"]]), tune.get_context().get_trial_name()
         ray.get(board.begin.remote(list(trials), str(root / name)))
-        told, said = {"board": board, "every": told_by(config)}, [TuneReportCallback()]
-        made = trainer(config, sweep, place, directory, trials=told, callbacks=said)
-        verdict = made.fit().return_value
+        while trials:
+            config, place = placed(together(words, trials, root / name), sweep)
+            told, said = {"board": board, "every": told_by(config)}, [TuneReportCallback()]
+            made = trainer(config, sweep, place, directory, trials=told, callbacks=said)
+            verdict = made.fit().return_value
+            wrong = [trial for trial in trials if names(verdict.error, trial)]
+            if not wrong:
+                break
+            for trial in wrong:  # before weights were read; the others begin without it
+                del trials[trial]
+                ray.get(board.left.remote(trial, "failed", verdict.error, None))
         if verdict.status:
             raise UsageError(verdict.error or f"the run ended with status {verdict.status}")
 

@@ -106,6 +106,11 @@ def packs(trials: Trials, size: int) -> Iterator[Trials]:
         yield {name: trials[name] for name in names[first : first + size]}
 
 
+def names(error: str, trial: str) -> bool:
+    """Whether a run's error is about this one of its trials."""
+    return f"adapters[{trial}]: " in error
+
+
 def _parsed(words: Words, more: Sequence[str], directory: Path) -> Config:
     given = [word(name, value) for name, value in words.items() if name != "output.dir"]
     argv = [*given, *more, f"--output.dir={directory}"]

@@ -1,25 +1,31 @@
 """Several trials of a sweep in each run: each as in a run of its own, and ASHA between them."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ranks import Pools
-from ray_cluster import Cluster
+from ray_cluster import Cluster, ended, starts_in
 from run_files import tiny_run
 from run_training import figures, train
 from tiny import save_chats
 
 from dlora.config.adapters import configs_of
 from dlora.config.load import UsageError, dump_yaml, load
+from dlora.metrics.log import read_metrics
 from launchers.ray_board import Board
 from launchers.ray_sweep import main
 from launchers.sweep_runs import configuration, packs, together
 from launchers.sweep_space import drawn_values
 
 STEPS, EVERY = 8, 2
-SPACE = {"optimizer.lr": [3e-3, 1e-6], "adapter.r": [2, 4]}
+SPACE = {
+    "adapter.r": {"choice": [2, 4]},
+    "optimizer.lr": [3e-3, 1e-6],  # both in each run of two: the grid varies this key first
+    "train.seed": [0, 1],
+}
 CLOSE = ("loss", "grad_norm", "eval_loss")
 
 
@@ -75,8 +81,8 @@ def test_each_is_its_own_run_and_asha_drops_those_behind(
 ) -> None:
     words = ["--together", "2", "--scheduler", "asha"]
     trials, printed = swept(ray, run_file, "asha", SPACE, *words)
-    values = [(t["values"]["adapter.r"], t["values"]["optimizer.lr"]) for t in trials]
-    assert sorted(values) == [(2, 1e-6), (2, 3e-3), (4, 1e-6), (4, 3e-3)]
+    values = [(t["values"]["optimizer.lr"], t["values"]["train.seed"]) for t in trials]
+    assert sorted(values) == [(1e-6, 0), (1e-6, 1), (3e-3, 0), (3e-3, 1)]
     assert [t["figure"] for t in trials] == sorted(t["figure"] for t in trials)
     assert not any(t["error"] for t in trials)
     runs: dict[Path, list[Any]] = {}
@@ -102,7 +108,7 @@ def test_each_is_its_own_run_and_asha_drops_those_behind(
 @pytest.mark.full  # 90 s: the same sweep twice
 def test_the_sweep_without_it(ray: Cluster, run_file: Path) -> None:
     """Drawn from the same seed, trials have the same values and figures."""
-    space = SPACE | {"optimizer.lr": {"loguniform": [1e-4, 1e-2]}}
+    space = {"adapter.r": [2, 4], "optimizer.lr": {"loguniform": [1e-4, 1e-2]}}
     [one, three] = [
         swept(ray, run_file, f"by-{count}", space, "--samples", "2", "--together", count)[0]
         for count in ("1", "3")
@@ -113,15 +119,50 @@ def test_the_sweep_without_it(ray: Cluster, run_file: Path) -> None:
         assert got["figure"] == pytest.approx(wanted["figure"], rel=1e-5)
 
 
-@pytest.mark.full  # 40 s
+@pytest.mark.full  # 60 s
 def test_one_that_fails_does_not_end_the_others(ray: Cluster, run_file: Path) -> None:
-    space = {"optimizer.lr": [1e30, 3e-3], "adapter.r": [4]}
-    more = ["--together", "2", "--optimizer.max_grad_norm", "0"]
-    [good, wild], _ = swept(ray, run_file, "failed", space, *more, status=1)
-    assert (good["error"], good["step"], wild["figure"]) == ("", STEPS, pytest.approx(float("nan")))
-    assert wild["error"] and wild["values"]["optimizer.lr"] == 1e30
+    """One has a loss that is not finite; one is wrong, which the workers find out."""
+    space = {"adapter.target_modules": ["all-linear", "nothing"], "optimizer.lr": [1e30, 3e-3]}
+    more = ["--together", "4", "--optimizer.max_grad_norm", "0"]
+    trials, _ = swept(ray, run_file, "failed", space, *more, status=1)
+    found = {tuple(trial["values"].values()): trial for trial in trials}
+    good, wild = found["all-linear", 3e-3], found["all-linear", 1e30]
+    assert (good["error"], good["step"], trials[0]) == ("", STEPS, good)
+    assert "not finite" in wild["error"]
     assert (Path(good["directory"]) / "adapter/adapter_model.safetensors").is_file()
     assert not (Path(wild["directory"]) / "adapter").exists()
+    for lr in (1e30, 3e-3):
+        assert "adapter.target_modules" in found["nothing", lr]["error"]
+        assert found["nothing", lr]["step"] == 0
+
+
+@pytest.mark.full  # 60 s
+def test_a_run_that_loses_its_worker_goes_on(ray: Cluster, run_file: Path) -> None:
+    """With the trials it had: one was dropped, and stays so."""
+    root, log = run_file.parent / "lost", run_file.parent / "lost.log"
+    space = {"optimizer.lr": [3e-3, 1e-6]}
+    words = ["--config", str(run_file), "--output.dir", str(root), "--space", json.dumps(space)]
+    words += ["--together", "2", "--scheduler", "asha"]
+    words += ["--train.max_steps", "200", "--output.eval_every", "20"]
+    with ray.running("launchers.ray_sweep", *words, log=log) as sweep:
+        until = time.monotonic() + 300
+        while time.monotonic() < until and not has_reached(root, 45):
+            time.sleep(0.2)
+        [worker] = ray.workers()
+        worker.kill()
+        assert ended(sweep, log) == 0, log.read_text()
+    assert starts_in(log.read_text()) == 2
+    kept, dropped = json.loads((root / "sweep.json").read_text())
+    assert (kept["step"], kept["dropped"], dropped["dropped"]) == (200, False, True)
+    lines = figures(Path(kept["directory"]))
+    assert [line["step"] for line in lines] == list(range(201))
+    assert figures(Path(dropped["directory"]))[-1]["step"] == dropped["step"] + 1
+
+
+def has_reached(root: Path, step: int) -> bool:
+    """Whether any trial has made so many steps."""
+    files = root.glob("*/adapters/*/metrics.jsonl")
+    return any(line["step"] >= step for file in files for line in read_metrics(file))
 
 
 # Without Ray -------------------------------------------------------------------------------------
@@ -193,7 +234,7 @@ def test_a_run_has_the_values_of_its_trials(run_file: Path) -> None:
     values = [
         {"optimizer.lr": 1e-5, "adapter.target_modules": ["q_proj"], "train.max_steps": 7},
         {"optimizer.lr": 2.0, "adapter.target_modules": "all-linear", "adapter.use_dora": "true"},
-        {"data.eval": None, "train.seed": 3},
+        {"data.max_length": 100, "train.seed": 3},
     ]
     trials = {f"t{place}": of_trial for place, of_trial in enumerate(values)}
     runs = list(packs(trials, 2))
