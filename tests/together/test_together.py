@@ -220,12 +220,9 @@ def test_hooks_follow_every_adapter(together: Together, tmp_path: Path) -> None:
     settings = {**FSDP2, "data__eval": held_out, "output__eval_every": 2, "output__save_every": 2}
     members = [wild, PLAIN, {"name": "late", "adapter": {"r": 2}}]
     first, second = together("run", 2, members, work=followed, arguments=(2,), **settings)
-    assert first == second  # on every rank
-    assert [(name, how) for name, how, _ in first["left"]] == [
-        ("late", "dropped"),
-        ("wild", "failed"),
-        ("plain", "finished"),
-    ]
+    for rank in (first, second):
+        how = [(name, standing) for name, standing, _ in rank["left"]]
+        assert how == [("late", "dropped"), ("wild", "failed"), ("plain", "finished")]
     assert [bool(why) for _, _, why in first["left"]] == [True, True, False]
     logged = together.lines("run", "plain")
     losses = {line["step"]: line["eval_loss"] for line in logged if "eval_loss" in line}
