@@ -20,7 +20,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from dlora.hooks import Committed, Hooks
 
 Figures = Mapping[str, Any]
-ENDED = ("finished", "failed", "dropped")
 
 
 @dataclass
@@ -32,7 +31,7 @@ class Heard:
         figure: the newest of the metric; None: there was none.
         step: of the newest report.
         seconds: from the start of its run until then.
-        standing: one of `ENDED`, or empty while it is trained.
+        standing: how it has left (see `dlora.hooks.Hooks.left`); empty while it is trained.
         why: it has failed, or did not end well.
     """
 

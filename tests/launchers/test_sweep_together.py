@@ -17,6 +17,7 @@ from dlora.config.load import UsageError, dump_yaml, load
 from dlora.metrics.log import read_metrics
 from launchers.ray_board import Board
 from launchers.ray_sweep import main
+from launchers.ray_train import Workers, placed
 from launchers.sweep_runs import configuration, packs, together
 from launchers.sweep_space import drawn_values
 
@@ -247,6 +248,14 @@ def test_a_run_has_the_values_of_its_trials(run_file: Path) -> None:
             wanted = configuration(words, trials[name], own.output.directory)
             for section in ("adapter", "optimizer", "train", "data"):
                 assert getattr(own, section) == getattr(wanted, section), (name, section)
+
+
+def test_checkpoints_of_several_adapters_stay_where_they_are(run_file: Path) -> None:
+    config = load(run_file, ["--adapters", "[{name: a}, {name: b}]"])
+    made, place = placed(config, Workers())
+    assert made.output.remote is None and place.storage == str(run_file.parent / "swept")
+    with pytest.raises(UsageError, match="--storage: checkpoints of several adapters stay in"):
+        placed(config, Workers(storage="/mnt/all"))
 
 
 @pytest.mark.parametrize(
