@@ -59,6 +59,9 @@ class Hooks:
         logged: called with every line of the metrics, as (step, figures), once the run has logged
             it; `figures` is the line, a copy. `wire_bytes` in it are this rank's own. Of several
             adapters each has lines of its own, with its name as `adapter`.
+        left: called in a run of several adapters with the name of each that has left, with how
+            (`finished`, `failed`, `dropped`) and with why, which is empty where all is well: after
+            the commit of its last step, and again where a run that starts again finds it so.
         lost: called when the connection to a peer is lost, after the last whole step has been
             committed.
     """
@@ -69,11 +72,12 @@ class Hooks:
     should_drop: Callable[[str], bool] = never_dropped
     saved: Callable[[Mapping[str, Any], Committed], None] = nothing
     logged: Callable[[int, Mapping[str, Any]], None] = nothing
+    left: Callable[[str, str, str], None] = nothing
     lost: Callable[[], None] = nothing
 
     def within(self, context: Callable[[], AbstractContextManager[None]]) -> Hooks:
         """The same, those of a step each called inside a `context()`."""
-        names = ("should_stop", "should_save", "should_drop", "saved", "logged")
+        names = ("should_stop", "should_save", "should_drop", "saved", "logged", "left")
         return replace(self, **{name: _within(context, getattr(self, name)) for name in names})
 
 

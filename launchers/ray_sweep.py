@@ -10,6 +10,10 @@ its saves: at every evaluation, or every `output.save_every` steps where there i
 trials that are behind then. Each trial is a run of launchers.ray_train's in `output.dir/TRIAL`; the
 table at the end is in `output.dir/sweep.json` as well, its plot in `sweep.png`.
 
+`--together K` trains K trials in each run, on one gather of W0 for all: their values are those of
+adapter, optimizer, train and data, and a trial's directory is `output.dir/RUN/adapters/TRIAL`. Then
+`asha` drops trials inside a run, which goes on with the others.
+
 Exit status: 0 all trials ended well, 2 a wrong configuration or space, 1 a trial failed.
 """
 
@@ -17,23 +21,30 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from dlora.config.load import SCHEMA, Config, UsageError, option, parse
+from dlora.config.load import Config, UsageError, option, parse
 from dlora.train import exit_with
 
 from . import NAME
-from .argv import names_of, word, words_of
+from .argv import names_of, words_of
 from .ray_train import Workers, check_options, number, placed, trainer
-from .sweep_report import Trial, draw, table
-
-RANGES = ("uniform", "loguniform", "randint")
-Space = dict[str, Any]
+from .sweep_report import Trial, draw, found_together, name_best, table
+from .sweep_runs import (
+    Words,
+    check_together,
+    configuration,
+    evaluates,
+    names,
+    packs,
+    together,
+    told_by,
+    told_every,
+)
+from .sweep_space import Space, drawn_values, read_space, searched
 
 
 @dataclass(frozen=True)
@@ -44,7 +55,8 @@ class Sweep(Workers):
     samples: int = option(1, "how often the grid is run, each time with new draws", ge=1)
     scheduler: Literal["none", "asha"] = option("none", "asha: stop trials early that are behind")
     metric: Literal["eval_loss", "loss"] = option("eval_loss", "the metric to minimise")
-    max_concurrent: int = option(0, "trials at the same time; 0: as many as fit the cluster", ge=0)
+    together: int = option(1, "trials that each run trains together, on one gather of W0", ge=1)
+    max_concurrent: int = option(0, "runs at the same time; 0: as many as fit the cluster", ge=0)
     sweep_seed: int = option(0, "seed of the draws")
 
 
@@ -59,68 +71,17 @@ def main(argv: list[str]) -> int:
     words = {name: value for name, value in words_of(argv, Sweep) if name not in own}
     check(config, sweep, words, space)
     root = Path(config.output.dir).expanduser().absolute()
-    trials = run(words, sweep, space, root, config.train.max_steps)
+    how = run_together if sweep.together > 1 else run
+    trials = sorted(
+        how(words, sweep, space, root, config.train.max_steps), key=lambda trial: trial.order
+    )
     root.mkdir(parents=True, exist_ok=True)
     (root / "sweep.json").write_text(json.dumps([vars(t) for t in trials], indent=2) + "\n")
     draw(trials, sweep.metric, root / "sweep.png")
     table(trials, sweep.metric)
+    name_best(trials)
     print(f"{root / 'sweep.json'}\n{root / 'sweep.png'}", flush=True)
     return 1 if any(trial.error for trial in trials) else 0
-
-
-def read_space(given: str) -> Space:
-    """Read the space of `--space`, or of the file that it names.
-
-    Raises:
-        UsageError: it is not a mapping of configuration keys to lists or distributions.
-    """
-    try:
-        text = Path(given).read_text() if Path(given).suffix in (".yaml", ".json") else given
-        space = yaml.safe_load(text)
-    except (OSError, yaml.YAMLError) as error:
-        raise UsageError(f"--space: {str(error).partition(chr(10))[0]}") from None
-    if not isinstance(space, dict) or not space:
-        raise UsageError(
-            '--space: expected {"section.key": [values] or {"loguniform": [low, high]}}'
-        )
-    for key, values in space.items():
-        if key not in SCHEMA:
-            raise UsageError(f"--space: {key} is not a key of the configuration")
-        values = space[key] = numbers(values) if SCHEMA[key].type is float else values
-        if isinstance(values, dict) and len(values) == 1:
-            [(kind, values)] = values.items()
-            if kind not in (*RANGES, "choice"):
-                raise UsageError(
-                    f"--space: {key}: {kind} is not one of {', '.join(RANGES)}, choice"
-                )
-            if kind in RANGES and not is_range(values, above_zero=kind == "loguniform"):
-                raise UsageError(f"--space: {key}: {kind} needs [low, high], low below high")
-            if kind != "choice" and SCHEMA[key].type is int and kind != "randint":
-                raise UsageError(f"--space: {key}: {kind} draws fractions; randint draws integers")
-            if kind == "randint" and not all(type(value) is int for value in values):
-                raise UsageError(f"--space: {key}: randint needs integers")
-        if not isinstance(values, list) or not values:
-            raise UsageError(f"--space: {key}: expected a list or one distribution")
-    return space
-
-
-def numbers(given: Any) -> Any:
-    """`given` with strings such as 1e-5 as floats: YAML, unlike JSON, reads them as strings."""
-    if isinstance(given, dict):
-        return {kind: numbers(values) for kind, values in given.items()}
-    if isinstance(given, list):
-        return [numbers(value) for value in given]
-    try:
-        return float(given) if isinstance(given, str) else given
-    except ValueError:
-        return given
-
-
-def is_range(values: Any, *, above_zero: bool) -> bool:
-    """Whether these are two numbers in order."""
-    if not isinstance(values, list) or [type(v) in (int, float) for v in values] != [True] * 2:
-        return False
-    return values[0] < values[1] and (values[0] > 0 or not above_zero)
 
 
 def check(config: Config, sweep: Sweep, words: Mapping[str, str | None], space: Space) -> None:
@@ -130,6 +91,11 @@ def check(config: Config, sweep: Sweep, words: Mapping[str, str | None], space: 
         UsageError: it does not; a key is set twice; or no run would compute the metric.
     """
     check_options(config, sweep)
+    if config.adapters:
+        raise UsageError(
+            "adapters: remove it; a sweep names its trials itself, and trains several in one run "
+            "with --together"
+        )
     if sweep.name or config.output.remote:
         raise UsageError(
             f"{'--name' if sweep.name else 'output.remote'}: remove it, since trials would share "
@@ -152,50 +118,25 @@ def check(config: Config, sweep: Sweep, words: Mapping[str, str | None], space: 
         raise UsageError(
             "output.save_every: a trial saves when it evaluates; output.eval_every says when"
         )
+    if sweep.together > 1:
+        check_options(check_together(words, space), sweep)
     for key, values in space.items():
         [listed] = values.values() if isinstance(values, dict) else [values]
         for value in listed:
             configuration(words, {key: value}, Path("runs"))
+            if sweep.together > 1:
+                together(words, {"trial": {key: value}}, Path("runs"))
 
 
-def configuration(
-    words: Mapping[str, str | None], values: Mapping[str, Any], directory: Path
-) -> Config:
-    """The configuration of a trial, which reports to Ray at each save; see `told_every`."""
-    given = [word(name, value) for name, value in words.items() if name != "output.dir"]
-    tried = [word(key, v if isinstance(v, str) else json.dumps(v)) for key, v in values.items()]
-    options = parse([*given, *tried, f"--output.dir={directory}"], f"{NAME}.ray_sweep", Workers)
-    config = options.config
-    return replace(config, output=replace(config.output, save_every=told_every(config)))
-
-
-def told_every(config: Config) -> int:
-    """Steps between two saves: those of evaluation or, without one, of saves; else all steps."""
-    output = config.output
-    every = output.eval_every if evaluates(config) else output.save_every
-    return every or config.train.max_steps
-
-
-def evaluates(config: Config) -> bool:
-    """Whether a run evaluates."""
-    return bool(config.data.eval) and config.output.eval_every > 0
-
-
-def run(
-    words: dict[str, str | None], sweep: Sweep, space: Space, root: Path, max_steps: int
-) -> list[Trial]:
-    """Let Ray Tune run all trials; returns them, the best first."""
-    # A save before a node's announced removal has no evaluation.
-    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
+def run(words: Words, sweep: Sweep, space: Space, root: Path, max_steps: int) -> list[Trial]:
+    """Let Ray Tune run all trials, each as a run."""
     from ray import tune
-    from ray.tune.search import BasicVariantGenerator
+    from ray.tune.integration.ray_train import TuneReportCallback
 
     directory = Path.cwd()
 
     def trial(values: dict[str, Any]) -> None:
         os.chdir(directory)
-        from ray.tune.integration.ray_train import TuneReportCallback
-
         name = tune.get_context().get_trial_name()
         config = configuration(words, values, root / name)
         config, place = placed(config, sweep)
@@ -210,25 +151,84 @@ def run(
     scheduler = None
     if sweep.scheduler == "asha":
         scheduler = tune.schedulers.ASHAScheduler(time_attr="step", max_t=max_steps)
-    tuner = tune.Tuner(
-        tune.with_resources(trial, {"memory": 1 << 20}),  # the CPUs are for its workers
-        param_space={key: _drawn(tune, values) for key, values in space.items()},
+    drawn = searched(space)
+    found = tuned(trial, drawn, sweep, root, metric=sweep.metric, mode="min", scheduler=scheduler)
+    return [
+        Trial.of(result.config or {}, result.metrics or {}, result.error, sweep.metric)
+        for result in found
+    ]
+
+
+def run_together(
+    words: Words, sweep: Sweep, space: Space, root: Path, max_steps: int
+) -> list[Trial]:
+    """Let Ray Tune run all trials, several in each run; a board has what they report.
+
+    Raises:
+        UsageError: trials that were drawn cannot be trained; none has begun.
+    """
+    import ray
+    from ray import tune
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    from . import ray_board
+
+    values = drawn_values(space, sweep.samples, sweep.sweep_seed)
+    drawn = {f"trial_{place:05d}": of_trial for place, of_trial in enumerate(values)}
+    runs = list(packs(drawn, sweep.together))
+    for trials in runs:
+        together(words, trials, root)
+    board = ray_board.start_board(sweep.metric, max_steps if sweep.scheduler == "asha" else None)
+    directory = Path.cwd()
+
+    def pack(values: dict[str, Any]) -> None:
+        os.chdir(directory)
+        trials, name = dict(runs[values["pack"]]), tune.get_context().get_trial_name()
+        ray.get(board.begin.remote(list(trials), str(root / name)))
+        while trials:
+            config, place = placed(together(words, trials, root / name), sweep)
+            told, said = {"board": board, "every": told_by(config)}, [TuneReportCallback()]
+            made = trainer(config, sweep, place, directory, trials=told, callbacks=said)
+            verdict = made.fit().return_value
+            wrong = [trial for trial in trials if names(verdict.error, trial)]
+            if not wrong:
+                break
+            for trial in wrong:  # before weights were read; the others begin without it
+                del trials[trial]
+                ray.get(board.left.remote(trial, "failed", verdict.error, None))
+        if verdict.status:
+            raise UsageError(verdict.error or f"the run ended with status {verdict.status}")
+
+    numbers = {"pack": tune.grid_search(list(range(len(runs))))}
+    errors = {
+        name: result.error
+        for result in tuned(pack, numbers, sweep, root)
+        for name in runs[(result.config or {})["pack"]]
+    }
+    return found_together(drawn, ray.get(board.heard.remote()), errors)
+
+
+def tuned(
+    work: Callable[[dict[str, Any]], None], space: Space, sweep: Sweep, root: Path, **how: Any
+) -> Any:
+    """What Ray Tune found in a space, with `how` for its `TuneConfig`."""
+    # A save before a node's announced removal has no evaluation.
+    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
+    from ray import tune
+    from ray.tune.search import BasicVariantGenerator
+
+    return tune.Tuner(
+        tune.with_resources(work, {"memory": 1 << 20}),  # the CPUs are for its workers
+        param_space=space,
         tune_config=tune.TuneConfig(
-            metric=sweep.metric,
-            mode="min",
-            num_samples=sweep.samples,
-            scheduler=scheduler,
+            num_samples=1 if sweep.together > 1 else sweep.samples,
             search_alg=BasicVariantGenerator(
                 max_concurrent=sweep.max_concurrent or room(sweep), random_state=sweep.sweep_seed
             ),
+            **how,
         ),
         run_config=tune.RunConfig(name="tune", storage_path=str(root)),
-    )
-    found = [
-        Trial.of(result.config or {}, result.metrics or {}, result.error, sweep.metric)
-        for result in tuner.fit()
-    ]
-    return sorted(found, key=lambda trial: trial.order)
+    ).fit()
 
 
 def room(sweep: Sweep) -> int:
@@ -243,14 +243,6 @@ def room(sweep: Sweep) -> int:
     per_worker |= sweep.resources
     there = ray.cluster_resources()
     return max(1, min(int(there.get(n, 0) / (least * a)) for n, a in per_worker.items()))
-
-
-def _drawn(tune: Any, values: Any) -> Any:
-    """A list or distribution as Ray Tune's object."""
-    if isinstance(values, list):
-        return tune.grid_search(values)
-    [(kind, given)] = values.items()
-    return tune.choice(given) if kind == "choice" else getattr(tune, kind)(*given)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -107,12 +107,14 @@ def main(argv: list[str]) -> int:
 def placed(config: Config, workers: Workers) -> tuple[Config, Place]:
     """The configuration with an `output.remote`, and Ray's place.
 
+    A run of several adapters has none: its checkpoints stay in `output.dir`.
+
     Raises:
         UsageError: as for `place_of`; or two options contradict each other.
     """
     check_options(config, workers)
     place = place_of(config, workers, submitted=is_submitted())
-    if config.output.remote is None:
+    if config.output.remote is None and not config.adapters:
         config = replace(config, output=replace(config.output, remote=place.url))
     return config, place
 
@@ -132,6 +134,11 @@ def check_options(config: Config, workers: Workers) -> None:
         )
     if "GPU" in workers.resources and not workers.use_gpu:
         raise UsageError("--resources: GPU needs --use-gpu")
+    if config.adapters and workers.storage is not None:
+        raise UsageError(
+            "--storage: checkpoints of several adapters stay in output.dir, which all nodes have "
+            "to see; remove it"
+        )
     if find_spec("ray") is None:
         raise UsageError("Ray is not installed: pip install 'dlora[ray]'")
 
@@ -173,6 +180,7 @@ def trainer(
     directory: Path,
     *,
     stop: Any = None,
+    trials: Mapping[str, Any] | None = None,
     callbacks: Sequence[Any] = (),
 ) -> Any:
     """Build Ray's trainer of the run.
@@ -180,6 +188,7 @@ def trainer(
     Args:
         directory: where relative paths start.
         stop: a handle of `ray_stop.Flag`; None: signals do not stop the run.
+        trials: of a sweep, where the run trains several: the arguments of `ray_board.Teller`.
         callbacks: Ray Train's, called with reports and when ranks are lost.
     """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -200,6 +209,7 @@ def trainer(
             "directory": str(directory),
             "run": uuid.uuid4().hex,
             "stop": stop,
+            "trials": trials,
         },
         torch_config=Ungrouped(),
         scaling_config=ScalingConfig(

@@ -42,6 +42,7 @@ from dlora.hooks import Committed, Hooks, Saved
 from dlora.train import main
 
 from . import NAME
+from .ray_board import Teller
 
 PACE_SECONDS = 5.0  # that a save waits for the report of the previous one
 GOING_SECONDS = 60.0  # in which Ray notices that a node is gone
@@ -80,7 +81,8 @@ def work(given: dict[str, Any]) -> Verdict:
     Args:
         given: `config`, the resolved configuration as YAML, and `directory`, where relative paths
             start unless the job has a working directory of its own; `run`, a name that all starts
-            of this run have and no other; `stop`, a flag to ask (see `ray_stop`) or None.
+            of this run have and no other; `stop`, a flag to ask (see `ray_stop`) or None; `trials`,
+            of a sweep that this run trains together, the arguments of a `Teller`, or None.
 
     Raises:
         RuntimeError: a peer was lost; Ray starts the run again.
@@ -99,6 +101,8 @@ def work(given: dict[str, Any]) -> Verdict:
                 saved=reports.saved,
                 lost=reports.lose_peer,
             )
+            if given["trials"] is not None and os.environ["RANK"] == "0":
+                hooks = Teller(**given["trials"]).beside(hooks)
             status = main(["--config", str(file)], hooks)
             reports.close()
     except UsageError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,62 @@ class Trial:
     @property
     def order(self) -> tuple[bool, float]:
         """The best first; those without a figure last."""
-        return self.figure is None, self.figure or 0.0
+        if self.figure is None or math.isnan(self.figure):
+            return True, 0.0
+        return False, self.figure
+
+
+@dataclass(frozen=True)
+class TrialTogether(Trial):
+    """One of several trials of a run.
+
+    Attributes:
+        directory: with its metrics and, where it was trained to its end, `adapter`.
+        dropped: it ended early, as it was behind.
+    """
+
+    directory: str
+    dropped: bool
+
+
+def found_together(
+    drawn: Mapping[str, Mapping[str, Any]], heard: Mapping[str, Any], errors: Mapping[str, Any]
+) -> list[Trial]:
+    """The trials by what the board has heard, and by what ended their runs.
+
+    Args:
+        drawn: values by name.
+        heard: `ray_board.Heard` of those whose runs have begun.
+        errors: of each one's run, which are the trial's where it had not ended before; None: none.
+    """
+    found: list[Trial] = []
+    for name, values in drawn.items():
+        known, error = heard.get(name), errors.get(name)
+        if known is None or not known.standing:
+            why = str(error).strip().splitlines()[-1] if error else "its run did not train it"
+        else:
+            why = known.why if known.standing != "dropped" else ""
+        found.append(
+            TrialTogether(
+                values=dict(values),
+                figure=known and known.figure,
+                step=known.step if known else 0,
+                seconds=known.seconds if known else 0.0,
+                error=why,
+                directory=f"{known.directory}/adapters/{name}" if known else "",
+                dropped=known is not None and known.standing == "dropped",
+            )
+        )
+    return found
+
+
+def name_best(trials: Sequence[Trial]) -> None:
+    """Print where the adapter of the best trial lies, of those that were trained together."""
+    for trial in trials:
+        if isinstance(trial, TrialTogether) and not trial.error and not trial.dropped:
+            values = ", ".join(f"{key} {plain(value)}" for key, value in trial.values.items())
+            print(f"best: {values}: {trial.directory}/adapter", flush=True)
+            return
 
 
 def table(trials: Sequence[Trial], metric: str) -> None:

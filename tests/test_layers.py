@@ -72,7 +72,7 @@ OWNERS = {
 }
 # What may be imported inside a function: heavy packages, and those that only an extra installs.
 HEAVY = {"transformers", "accelerate", "torch.utils.tensorboard", "matplotlib", "ray", "deepspeed"}
-HEAVY |= {"launchers.ray_stop", "launchers.ray_worker"}  # they import ray
+HEAVY |= {"launchers.ray_board", "launchers.ray_stop", "launchers.ray_worker"}  # they import ray
 HEAVY |= {"torch.nn.attention.varlen", "torch._inductor.compile_fx"}
 # Both import torch's compiler, which takes seconds
 OPTIONAL = {

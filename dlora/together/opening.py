@@ -24,6 +24,7 @@ def open_logs(joint: JointContext, start: int) -> list[Member]:
     for member in joint.members:
         if member.standing in (Standing.FAILED, Standing.DROPPED):
             member.say(f"has left already: {member.why}")
+            joint.hooks.left(member.name, member.standing.value, member.why)
         elif not member.running or start >= member.total_steps:
             member.say(f"is already finished: {member.total_steps} steps")
             over.append(member)  # an earlier start may have ended before it wrote the adapter

@@ -270,10 +270,13 @@ class TogetherRun:
 
     def end(self, member: Member, done: int) -> None:
         """After the commit: write the adapter of one that has finished, and go on without it."""
+        why = member.why
         if member.standing in (Standing.RUNNING, Standing.FINISHED):
-            self.status = max(self.status, finish(self.joint, member, self.checkpoints, done))
+            status = finish(self.joint, member, self.checkpoints, done)
+            self.status, why = max(self.status, status), "its adapter was not written" * status
         elif member.log is not None:
             member.log.close()
+        self.hooks.left(member.name, member.standing.value, why)
         self.join_reductions()
 
     def close(self, status: int | None) -> int:

@@ -19,6 +19,7 @@ from together_runs import (
     Together,
     crashed_together,
     dropped_together,
+    followed,
     terminated_together,
     words_alone,
 )
@@ -312,6 +313,25 @@ def test_one_that_fails_leaves_and_the_rest_go_on(together: Together, alone: Any
     again = together("run", 2, [wild, DORA, PLAIN], **settings)  # it does not begin again
     assert again[0]["start"] == STEPS
     assert [result["status"] for result in again] == [1, 1]
+
+
+def test_hooks_follow_every_adapter(together: Together, tmp_path: Path) -> None:
+    """Saves have each one's held-out loss; how each has left is told, also after a restart."""
+    wild = {"name": "wild", "adapter": {"r": 4}, "optimizer": {"lr": 1e30, "max_grad_norm": 0}}
+    held_out = str(save_chats(tmp_path / "held out.jsonl", 4))
+    settings = {**FSDP2, "data__eval": held_out, "output__eval_every": 2, "output__save_every": 2}
+    members = [wild, PLAIN, {"name": "late", "adapter": {"r": 2}}]
+    first, second = together("run", 2, members, work=followed, arguments=(2,), **settings)
+    for rank in (first, second):
+        how = [(name, standing) for name, standing, _ in rank["left"]]
+        assert how == [("late", "dropped"), ("wild", "failed"), ("plain", "finished")]
+    assert [bool(why) for _, _, why in first["left"]] == [True, True, False]
+    logged = together.lines("run", "plain")
+    losses = {line["step"]: line["eval_loss"] for line in logged if "eval_loss" in line}
+    saved = {step: lines["plain"] for step, lines in first["saved"].items() if step % 2 == 0}
+    assert saved == {step: loss for step, loss in losses.items() if step}
+    again, _ = together("run", 2, members, work=followed, arguments=(2,), **settings)
+    assert sorted(again["left"]) == sorted(first["left"])
 
 
 def test_peft_loads_every_adapter(together: Together, saved_models: Any) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dlora.config.adapters import read
 from dlora.config.options import Given
+from dlora.hooks import Hooks
 from dlora.lora.attach import adapter_tensors
 from dlora.lora.names import by_name
 from dlora.together.prepare import prepare_together
@@ -47,6 +48,26 @@ def train_together(
         "tensors": tensors,
         "planned_wire": round(wire),
     }
+
+
+def followed(argv: list[str], dropped_after: int) -> dict[str, Any]:
+    """What the hooks of a run are told; the adapter `late` is dropped after so many steps."""
+    left: list[tuple[str, str, str]] = []
+    saved: dict[int, dict[str, Any]] = {}
+
+    def save(record: Any, _: Any) -> None:
+        lines = record["adapters"].items()
+        saved[record["step"]] = {name: line.get("eval_loss") for name, line in lines}
+
+    hooks = Hooks(
+        should_drop=lambda name: name == "late" and len(run.records) == dropped_after,
+        saved=save,
+        left=lambda *told: left.append(told),
+    )
+    run = prepared_run(argv, hooks, kind=TogetherRun, how=prepare_together)
+    run.train()
+    run.checkpoints.close()
+    return {"left": left, "saved": saved}
 
 
 def in_pass(number: int, act: Callable[[], None]) -> Callable[[TogetherRun], None]:
