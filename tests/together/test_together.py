@@ -187,6 +187,7 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(together: Together, s
     died = together("run", 2, MIXED, work=crashed_together, arguments=(steps,), **settings)
     assert died == ["crashed"] * 2
     resumed = together("run", 2, MIXED, **settings)
+    assert [result["start"] for result in resumed] == [steps - steps % 2] * 2
     for one, other in zip(whole, resumed, strict=True):
         assert one["status"] == other["status"] == 0
         for name, tensors in one["tensors"].items():

@@ -25,7 +25,7 @@ def train_together(
     run = prepared_run(argv, kind=TogetherRun, how=prepare_together)
     if meddle is not None:
         meddle(run)
-    planned = run.joint.residents.plan
+    planned, start = run.joint.residents.plan, run.start
     status = run.train()
     run.checkpoints.close()
     tensors: dict[str, dict[str, Tensor]] = {}
@@ -37,7 +37,8 @@ def train_together(
                 for name, tensor in own.items()
             }
     wire = planned.traffic.gathers.rank + planned.traffic.reduction.rank
-    return {"status": status, "tensors": tensors, "planned_wire": round(wire)}
+    found = {"status": status, "tensors": tensors, "planned_wire": round(wire)}
+    return found | {"start": start}
 
 
 def crashed_together(argv: list[str], steps: int) -> str:
