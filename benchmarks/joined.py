@@ -14,13 +14,15 @@ import functools
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from network import sent_bytes
-from rows import SHAPE, TOKENS, R, Row, adamw, adapter_parameters, base_model
+from rows import SHAPE, TOKENS, R, adamw, adapter_parameters, base_model
+from rows import Row as PlainRow
 from torch import Tensor
 
 from dlora import LoraConfig, attach, shard
@@ -31,14 +33,23 @@ from dlora.methods.trained_replica import replica_of
 from dlora.objectives.chunked_loss import install
 from dlora.objectives.sft import Sft
 from dlora.runtime.memory import MemoryMeter, trim_after_step, unmap_large_blocks
+from dlora.sharding.comm_bytes import WireCounter
 from dlora.sharding.engines.storage import held_bytes
 from dlora.sharding.replica.joint import Addend, JointReduction
 from dlora.together.join import join
 
 ONE = "one"
-# Seconds of a step and of a rank's processor; bytes that an interface has sent.
-MEASURED = ("seconds", "cpu_seconds", "sent_bytes")
+# Seconds of a step and of a rank's processor; bytes that an interface has sent, whoever sent them,
+# and ring-equivalent bytes by dlora's own counter.
+MEASURED = ("seconds", "cpu_seconds", "sent_bytes", "counted_bytes")
 CPU = torch.device("cpu")
+
+
+@dataclass
+class Row(PlainRow):
+    """One way of doing the step, with dlora's counter of what it sends."""
+
+    wire: WireCounter
 
 
 def batch_of(adapter: int) -> Batch:
@@ -68,7 +79,7 @@ def one() -> Row:
         replica.zero_grad()
         trim_after_step(CPU)
 
-    return Row(step, held_bytes(model))
+    return Row(step, held_bytes(model), replica.wire)
 
 
 def together(adapters: int) -> Row:
@@ -101,7 +112,7 @@ def together(adapters: int) -> Row:
             replica.zero_grad()
         trim_after_step(CPU)
 
-    return Row(step, held_bytes(model))
+    return Row(step, held_bytes(model), shared.wire)
 
 
 def row_of(name: str) -> Callable[[], Row]:
@@ -143,7 +154,7 @@ def seconds_and_bytes(names: list[str], rounds: int, interface: str) -> dict[str
     for row in rows.values():
         for _ in range(2):  # the first makes buffers, connections and optimizer state
             row.step()
-    own = [[_measured(row.step, interface) for row in rows.values()] for _ in range(rounds)]
+    own = [[_measured(row, interface) for row in rows.values()] for _ in range(rounds)]
     found = most(own)
     return {
         name: dict(zip(MEASURED, found[:, i].T.tolist(), strict=True))
@@ -151,13 +162,14 @@ def seconds_and_bytes(names: list[str], rounds: int, interface: str) -> dict[str
     }
 
 
-def _measured(step: Callable[[], None], interface: str) -> list[float]:
+def _measured(row: Row, interface: str) -> list[float]:
+    row.wire.take()
     dist.barrier()
     before, began, cpu = sent_bytes(interface), time.perf_counter(), time.process_time()
-    step()
+    row.step()
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     dist.barrier()  # all that was sent has been received
-    return [seconds, cpu, sent_bytes(interface) - before]
+    return [seconds, cpu, sent_bytes(interface) - before, row.wire.take()]
 
 
 def peak(name: str, meter: MemoryMeter) -> dict[str, Any]:

@@ -9,7 +9,8 @@ are in the same processes and alternate round by round, on the loopback, and the
     per adapter     seconds of a step / K
     over K runs     the step over K steps of one run, median of the ratios within a round
     CPU over K runs the same of the ranks' processors, which other work on a machine hardly moves
-    over needed     bytes sent over what one run's gathers of W0 and K adapters' gradients need
+    over needed     bytes sent over what one run's gathers of W0 and K adapters' gradients need, by
+                    the interface, and by dlora's own counter
 Peaks are of processes that have one row alone, anonymous memory in steps above that after imports;
 the bound is the peak of one run and K − 1 times an adapter, its gradient, two moments and
 activations, and 5 %.
@@ -117,6 +118,8 @@ def table(
                 "cpu_over_runs": over(own, alone, "cpu_seconds", count),
                 "wire_mb_per_rank": sent / 1e6,
                 "over_needed": sent / (gathers + count * reduction),
+                "counted_over_needed": statistics.median(own["counted_bytes"])
+                / (gathers + count * reduction),
                 **own,
             }
         )
@@ -148,13 +151,14 @@ def show(link: dict[str, Any]) -> None:
     print(link["link"])
     print(
         f"{'adapters':10}{'step s':>9}{'per adapter':>13}{'/ K runs':>10}{'CPU / K runs':>14}"
-        f"{'wire MB':>10}{'/ needed':>10}"
+        f"{'wire MB':>10}{'/ needed':>10}{'counted':>9}"
     )
     for line in link["rows"]:
         print(
             f"{line['row']:10}{line['step_seconds']:9.3f}{line['per_adapter']:13.3f}"
             f"{line['over_runs']:10.3f}{line['cpu_over_runs']:14.3f}"
-            f"{line['wire_mb_per_rank']:10.1f}{line['over_needed']:10.3f}",
+            f"{line['wire_mb_per_rank']:10.1f}{line['over_needed']:10.3f}"
+            f"{line['counted_over_needed']:9.4f}",
             flush=True,
         )
 

@@ -187,7 +187,8 @@ def survey(config: Config, machines: Machines) -> Survey:
     rows = [*decision.candidates, *others]
     return Survey(
         model=f"{type(skeleton).__name__}, {size:,} parameters in {config.model.dtype}"
-        + (f"; {quantized}" if quantized else ""),
+        + (f"; {quantized}" if quantized else "")
+        + (f"; {several}" if several else ""),
         capacity=capacity,
         speeds=speeds,
         decision=decision,

@@ -18,7 +18,7 @@ from dlora.config.load import Config
 from dlora.config.members import ADAPTERS
 from dlora.data import Dealing
 from dlora.data.collate import in_eights
-from dlora.errors import UsageError
+from dlora.errors import UsageError, and_more
 from dlora.lora.attach import attach, trainable_parameters
 from dlora.lora.config import LoraConfig
 from dlora.lora.names import names_of
@@ -45,6 +45,9 @@ class Several:
                 adapters[name] = lora_config(own)
                 check_apart(skeleton, adapters[name], own.train.objective)
         attach_each(skeleton, adapters)
+
+    def __str__(self) -> str:
+        return f"{len(self._configs)} adapters in one run: {and_more(list(self._configs), 8)}"
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
