@@ -82,6 +82,11 @@ def main(argv: list[str]) -> int:
     if options.check:
         raise UsageError("--check is an option of dlora.train, which reads the same configuration")
     workers = options.extra
+    if options.config.adapters:
+        raise UsageError(
+            "adapters: Ray copies the checkpoints of one adapter to its storage; train several "
+            "with torchrun, dlora launch or Slurm"
+        )
     config, place = placed(options.config, workers)
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # it would drop lines of steps as duplicates
     from ray.train.v2.api.exceptions import TrainingFailedError

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-
 from dlora.adapters.hub import adapter_directory
 from dlora.adapters.recorded import Answering, BaseReference, as_ends, ends_in, template_in
 from dlora.adapters.save_load import read_config
@@ -14,8 +12,10 @@ from dlora.adapters.source import AdapterSource
 from dlora.adapters.write import CONFIG, WEIGHTS
 from dlora.checkpoint import format as checkpoint
 from dlora.checkpoint.state import saved_lora
+from dlora.checkpoint.written_by import written_by
 from dlora.config.load import load
-from dlora.errors import UsageError
+from dlora.config.members import ADAPTERS
+from dlora.errors import UsageError, and_more
 from dlora.io.files import inside, read_object
 from dlora.io.safetensors import stored_tensors
 from dlora.lora.variants import VARIANTS
@@ -36,17 +36,24 @@ def open_adapter(directory: str | Path) -> AdapterSource:
         return _from_peft(directory)
     if (directory / "manifest.json").exists():
         return _from_checkpoint(directory)
-    hint = f"; did you mean {directory / 'adapter'}?" if (directory / "adapter").is_dir() else ""
+    within = [directory / "adapter", *_adapters_of(directory)]
+    hint = and_more([str(path) for path in within if path.is_dir()])
     raise UsageError(
-        f"--adapter: {directory} has neither an {CONFIG} nor a checkpoint's manifest.json{hint}"
+        f"--adapter: {directory} has neither an {CONFIG} nor a checkpoint's manifest.json"
+        + (f"; did you mean {hint}?" if hint else "")
     )
+
+
+def _adapters_of(run: Path) -> list[Path]:
+    """The adapters that a run of several has written."""
+    return sorted(path.parent for path in (run / ADAPTERS).glob(f"*/adapter/{CONFIG}"))
 
 
 def _from_peft(directory: Path) -> AdapterSource:
     config = read_config(directory)
     raw = read_object(directory / CONFIG)
     path = raw.get("base_model_name_or_path")
-    run = _model_section(directory.parent / "config.yaml")
+    run = _model_section(directory)
     if not path or not _is_base_of(run, path):
         run = {}
     from_gguf = run.get("path", "").endswith(".gguf")
@@ -71,6 +78,13 @@ def _from_checkpoint(directory: Path) -> AdapterSource:
     elsewhere = ["--sharding.engine", "fsdp2", "--sharding.cpu_offload", "false"]
     config = load(directory / "config.yaml", elsewhere)
     state = read_object(directory / "state.json")
+    if config.adapters:
+        run = directory.resolve().parent.parent
+        places = [str(run / ADAPTERS / member.name / "adapter") for member in config.adapters]
+        raise UsageError(
+            f"--adapter: {directory} is a checkpoint of several adapters; each has a directory of "
+            f"its own once it is trained: {and_more(places)}"
+        )
     lora = saved_lora(state)
     settings = lora or lora_config(config)
     record = checkpoint.method_record(directory)
@@ -102,12 +116,9 @@ def _is_base_of(run: dict[str, str], path: str) -> bool:
     return named.suffix == ".gguf" or path in (run.get("path"), str(named.absolute()))
 
 
-def _model_section(path: Path) -> dict[str, str]:
+def _model_section(adapter: Path) -> dict[str, str]:
     """`model` of a run's configuration, which knows where its base was converted, or {}."""
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return {}
-    section = found.get("model") if isinstance(found, dict) else None
+    run = written_by(adapter)
+    section = run.settings().get("model") if run else None
     texts = section.items() if isinstance(section, dict) else ()
     return {name: value for name, value in texts if isinstance(value, str)}

@@ -5,6 +5,8 @@
 <run>/metrics.jsonl                         the last loss, and the last held-out figures
 <run>/config.yaml       adapter.path        the adapter that training began with
 composition.json        beside the adapter  the adapters of a mix
+
+One of several adapters of a run is in <run>/adapters/NAME/adapter/, with its own metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -15,9 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dlora.adapters.write import WEIGHTS
+from dlora.checkpoint.written_by import written_by
 from dlora.errors import UsageError
 from dlora.io.files import read_object
 from dlora.library.result import COMPOSITION
@@ -46,7 +47,7 @@ def data_of(directory: Path) -> str | None:
 def metrics_of(directory: Path) -> dict[str, float]:
     """`step`, `loss` and the figures of the last evaluation, of the run that wrote the adapter."""
     path = directory.parent / "metrics.jsonl"
-    if not path.is_file() or not (directory.parent / "config.yaml").is_file():
+    if not path.is_file() or written_by(directory) is None:
         return {}
     found: dict[str, float] = {}
     for line in read_metrics(path):
@@ -64,11 +65,9 @@ def origins_of(directory: Path) -> list[dict[str, Any]]:
         if not isinstance(mixed, list) or not all(isinstance(one, dict) for one in mixed):
             raise UsageError(f"{record}: adapters: is no list of adapters")
         return [{key: one.get(key) for key in ("path", "sha256", "weight")} for one in mixed]
-    try:
-        config = yaml.safe_load((directory.parent / "config.yaml").read_text(encoding="utf-8"))
-        path = config["adapter"]["path"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError):
-        return []
+    run = written_by(directory)
+    section = run.settings().get("adapter") if run else None
+    path = section.get("path") if isinstance(section, dict) else None
     if not isinstance(path, str):
         return []
     file = Path(path).expanduser() / WEIGHTS

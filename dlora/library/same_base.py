@@ -13,9 +13,8 @@ from typing import Any
 
 from dlora.base.identity import identity
 from dlora.base.model import find_base
-from dlora.checkpoint.listing import steps_in
+from dlora.checkpoint.written_by import written_by
 from dlora.errors import UsageError, and_more
-from dlora.io.files import read_object
 
 
 @dataclass(frozen=True)
@@ -53,14 +52,8 @@ def base_of(directory: Path, settings: Mapping[str, Any]) -> Base:
 
 def run_state(directory: Path) -> dict[str, Any]:
     """`state.json` of the newest checkpoint of the run that wrote the adapter in `directory`."""
-    if not (directory.parent / "config.yaml").is_file():
-        return {}
-    for _, checkpoint in reversed(steps_in(directory.parent / "checkpoints")):
-        try:
-            return read_object(checkpoint / "state.json")
-        except UsageError:  # unfinished or damaged: an older one knows it as well
-            continue
-    return {}
+    run = written_by(directory)
+    return run.state() if run else {}
 
 
 def with_identity(base: Base) -> Base:

@@ -137,7 +137,7 @@ def decide(
     own = subject.workload.checkpointing
     for how in (own,) if checkpointing is None else ways(checkpointing, subject.device):
         current, seen = subject.recomputing(how), list[Candidate]()
-        for divided in modes(subject.workload.optimizer, optimizer_state, topology.world):
+        for divided in modes(subject.workload, optimizer_state, topology.world):
             found = candidates(
                 current,
                 topology,

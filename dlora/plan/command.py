@@ -31,6 +31,7 @@ from dlora.plan.plan import Plan, Subject
 from dlora.plan.speed import Speeds, step_time
 from dlora.plan.state import modes
 from dlora.plan.tables import Survey, as_json, as_text
+from dlora.plan.together import NO_GRAPHS, Several
 from dlora.plan.workload import workload_of
 from dlora.registry import option, room
 from dlora.sharding.topology import Topology
@@ -122,15 +123,22 @@ def survey(config: Config, machines: Machines) -> Survey:
     size = sum(p.numel() for p in skeleton.parameters())
     task.check(skeleton)
     quantized = quantize_as_set(skeleton, config.model.quantization)
-    with keyed_by("adapter"):
-        attach(skeleton, lora_config(config))
+    several = config.adapters and Several(config, skeleton)
+    if not several:
+        with keyed_by("adapter"):
+            attach(skeleton, lora_config(config))
     packs = settle_packing(config.data.packing, task, skeleton)
 
     def subject_of(dealing: Dealing) -> Subject:
+        if several:
+            trained, workload = several.trained, several.workload(topology.world, packs=packs)
+        else:
+            trained = trainable_parameters(skeleton)
+            workload = workload_of(config, topology.world, dealing=dealing)
         return Subject(
             skeleton,
-            trainable_parameters(skeleton),
-            workload_of(config, topology.world, dealing=dealing),
+            trained,
+            workload,
             device=device,
             task=task,
             check=lambda placement: check_divides(skeleton, placement),
@@ -171,7 +179,7 @@ def survey(config: Config, machines: Machines) -> Survey:
             engine=str(engine),
             base=section.base,
             capacity=capacity,
-            divided=modes(config.optimizer, section.optimizer_state, topology.world)[0],
+            divided=modes(subject.workload, section.optimizer_state, topology.world)[0],
         )
         if candidate.base != "none"
     ]
@@ -179,13 +187,14 @@ def survey(config: Config, machines: Machines) -> Survey:
     rows = [*decision.candidates, *others]
     return Survey(
         model=f"{type(skeleton).__name__}, {size:,} parameters in {config.model.dtype}"
-        + (f"; {quantized}" if quantized else ""),
+        + (f"; {quantized}" if quantized else "")
+        + (f"; {several}" if several else ""),
         capacity=capacity,
         speeds=speeds,
         decision=decision,
         others=others,
         twins=[c.plan and _as(c.plan, twin) for c in rows],
-        graphs=graphs_in_words(config, decision.plan, speeds),
+        graphs=NO_GRAPHS if several else graphs_in_words(config, decision.plan, speeds),
     )
 
 

@@ -48,6 +48,11 @@ def patch(kind: str, plan: Plan, config: Config, file: str, reason: str, place: 
     Raises:
         UsageError: the run would refuse the options that the plan stands for.
     """
+    if config.adapters and kind == "rayjob":
+        raise UsageError(
+            "--emit: a RayJob trains one adapter at a time, whose checkpoints it copies; take "
+            "trainjob or jobset for adapters"
+        )
     words = options(plan, config, file)
     load(file, words)
     name = f"{CONFIGS}/{Path(file).name}"
@@ -80,6 +85,8 @@ def _overridden(config: Config, file: str) -> Iterator[str]:
     """Options that the file alone would leave at another value."""
     places = [_word(key, value_of(config, key)) for key in PLACES & config.user_set]
     stored = load(file, places)
+    if config.adapters != stored.adapters:
+        raise UsageError(f"--emit: adapters: put the list into {file}, which the pods read")
     for key in SCHEMA:
         if key not in PLACES and value_of(config, key) != value_of(stored, key):
             yield key

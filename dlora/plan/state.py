@@ -11,6 +11,7 @@ from torch import nn
 from dlora.config.load import OptimizerConfig
 from dlora.optim.eight_bit import MAP_BYTES, state_bytes
 from dlora.optim.lora_pro import Pair, pair_cost
+from dlora.plan.workload import Workload
 from dlora.registry import room
 from dlora.sharding.replica.optimizer_state import StateStrategy, count, item
 from dlora.sharding.replica.owned_state import gather_bytes, gathered_elements, owners
@@ -37,12 +38,12 @@ class State:
     wire: float = 0.0
 
 
-def modes(optimizer: OptimizerConfig, setting: str, ranks: int) -> list[bool]:
+def modes(workload: Workload, setting: str, ranks: int) -> list[bool]:
     """The values of `divided` to try, in order, for a `setting` of `sharding.optimizer_state`."""
     if setting != "auto":
         return [setting == "divided"]
-    divides = _rule(optimizer)["divides"]
-    if ranks == 1 or divides == "nothing":
+    divides = _rule(workload.optimizer)["divides"]
+    if ranks == 1 or divides == "nothing" or workload.optimizers:  # those of several are whole
         return [False]
     return [True] if divides == "pairs" else [False, True]
 

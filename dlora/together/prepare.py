@@ -16,17 +16,14 @@ from torch import nn
 from dlora.config.adapters import configs_of
 from dlora.config.load import Config
 from dlora.data import Dataset, Dealing, Sampler
-from dlora.data.collate import in_eights
 from dlora.errors import UsageError
-from dlora.lora.attach import attach, every_parameter, load_record, trainable_parameters
-from dlora.lora.names import by_name, names_of
-from dlora.lora.segments import Segment, Segments
-from dlora.objectives.router_loss import find_router_loss
+from dlora.lora.attach import every_parameter, load_record
+from dlora.lora.names import by_name
 from dlora.plan.choose import Decision
 from dlora.plan.micro_batches import settle_micro_batches
 from dlora.plan.plan import Plan
+from dlora.plan.together import attach_each, check_apart, joined, of_adapter, trained_of
 from dlora.plan.workload import Workload, workload_of
-from dlora.registry import room
 from dlora.sharding.topology import Placement, Topology
 from dlora.together.member import Standing, left_in
 from dlora.training.find_checkpoint import ResumePoint
@@ -113,11 +110,10 @@ def prepare_together(
     for name, own in own_configs.items():
         load = data.of(name, own)
         before = resumed.of(name) if resumed else None
-        try:
+        with of_adapter(name):
             found[name] = gather_material(own, topology, said.by(name), before, around, load)
-            _check_alone(found[name])
-        except UsageError as error:
-            raise UsageError(f"adapters[{name}]: {error}") from None
+            own_model, objective = found[name].model.skeleton, own.train.objective
+            check_apart(own_model, found[name].lora, objective)
     said.flush()
     standing = {
         name: left_in(resumed.of(name).state) if resumed else Standing.RUNNING for name in found
@@ -127,8 +123,8 @@ def prepare_together(
         n: Dealing(m.config.train.micro_batch_size, packs=m.packs) for n, m in found.items()
     }
     running = [name for name in found if standing[name] is Standing.RUNNING] or list(found)
-    workload = _workload(config, {name: found[name] for name in running}, dealings, topology, joint)
-    trained = {n: p for name in running for n, p in trainable_parameters(joint, name).items()}
+    workload = _workload({name: found[name] for name in running}, dealings, topology, joint)
+    trained = trained_of(joint, running)
     first = next(iter(found.values()))
     decision = decision_of(config, first.task, joint, trained, workload, topology, around, resumed)
     members = {
@@ -143,11 +139,8 @@ def joint_skeleton(found: dict[str, Material], resumed: ResumePoint | None) -> n
     first = next(iter(found.values()))
     skeleton = first.base.skeleton()
     first.base.pack(skeleton)
-    for name, own in found.items():
-        try:
-            attach(skeleton, own.lora, name=name)
-        except UsageError as error:
-            raise UsageError(f"adapters[{name}]: {error}") from None
+    attach_each(skeleton, {name: own.lora for name, own in found.items()})
+    for name in found:
         with by_name(skeleton, name):
             load_record(skeleton, resumed.of(name).record if resumed else None)
     every_parameter(skeleton)
@@ -163,25 +156,6 @@ def _check_names(names: list[str], resumed: ResumePoint | None) -> None:
         )
 
 
-def _check_alone(found: Material) -> None:
-    """Raise a `UsageError` for what acts on all tokens of a batch alike, or counts them as one."""
-    if found.lora.modules_to_save:
-        raise UsageError(
-            f"adapter.modules_to_save: {', '.join(found.lora.modules_to_save)}: a module that is "
-            "trained whole acts on all tokens alike; train one adapter at a time"
-        )
-    if find_router_loss(found.model.skeleton) is not None:
-        raise UsageError(
-            "model.path: output_router_logits asks for a loss over all tokens of a micro-batch; "
-            "set it to false in the base's config.json, or train one adapter at a time"
-        )
-    name = found.config.train.objective
-    if not hasattr(room("objectives")[name].load(), "loss_of_parts"):
-        raise UsageError(
-            f"train.objective: {name} has no loss_of_parts, so it trains one adapter at a time"
-        )
-
-
 def _dealing(found: Material, topology: Topology) -> Dealing:
     """How one adapter's micro-batches are made, by sequences or by a number of tokens."""
     about = (found.config, found.train, topology.world, found.packs)
@@ -190,41 +164,19 @@ def _dealing(found: Material, topology: Topology) -> Dealing:
 
 
 def _workload(
-    config: Config,
     found: dict[str, Material],
     dealings: dict[str, Dealing],
     topology: Topology,
     skeleton: nn.Module,
 ) -> Workload:
-    """The largest passes of all adapters as one, whose segments the skeleton gets for its trace."""
+    """The workload of all passes, as of `dlora.plan.together.joined`."""
     each: dict[str, Workload] = {}
     for name, own in found.items():
         known: tuple[Any, ...] = ()
         if isinstance(own.train, Dataset) and isinstance(own.sampler, Sampler):
             known = own.train, own.sampler
         each[name] = workload_of(own.config, topology.world, *known, dealing=dealings[name])
-    packs = next(iter(found.values())).packs
-    lengths = {n: w.lengths or (w.tokens,) * w.rows for n, w in each.items()}
-    rows = 1 if packs else sum(w.rows for w in each.values())
-    total = sum(map(sum, lengths.values()))
-    tokens = in_eights(total) if packs else max(w.tokens for w in each.values())
-    sizes = {n: sum(lengths[n]) if packs else w.rows * tokens for n, w in each.items()}
-    segments, start = [], 0
-    for name, size in sizes.items():
-        segments.append(Segment(name, start, start + size))
-        start += size
-    names_of(skeleton).segments = Segments(tuple(segments), rows, tokens)
-    first = next(iter(each.values()))
-    return replace(
-        first,
-        rows=rows,
-        tokens=tokens,
-        micro_batches=max(w.micro_batches for w in each.values()),
-        targets=sum(w.rows * w.tokens if w.targets is None else w.targets for w in each.values()),
-        lengths=tuple(n for own in lengths.values() for n in own) if packs else (),
-        shapes=sum(w.shapes for w in each.values()),
-        optimizers={name: own.config.optimizer for name, own in found.items()},
-    )
+    return joined(each, skeleton, packs=next(iter(found.values())).packs)
 
 
 class _Said:

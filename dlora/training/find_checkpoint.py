@@ -15,9 +15,8 @@ from dlora.checkpoint import format as checkpoints
 from dlora.checkpoint.listing import newest
 from dlora.checkpoint.remote import remote_of
 from dlora.checkpoint.state import saved_lora
-from dlora.config.adapters import OWN
+from dlora.checkpoint.written_by import names_in, own_settings, own_state
 from dlora.config.load import SCHEMA, Config
-from dlora.config.members import ADAPTERS
 from dlora.config.options import show
 from dlora.config.strict_yaml import parse_yaml
 from dlora.data import Sampler
@@ -71,24 +70,17 @@ class ResumePoint:
     @property
     def names(self) -> list[str]:
         """Of the adapters that its run trained together; none where it trained one."""
-        found = self.state.get(ADAPTERS)
-        return list(found) if isinstance(found, dict) else []
+        return names_in(self.state)
 
     def of(self, name: str) -> ResumePoint:
         """One of several adapters, as the checkpoint of its run alone would have it."""
-        entries = self.settings.get(ADAPTERS, [])
-        entry = next((e for e in entries if isinstance(e, dict) and e.get("name") == name), {})
-        settings = {name: body for name, body in self.settings.items() if name != ADAPTERS}
-        for section in OWN:
-            settings[section] = {**settings.get(section, {}), **entry.get(section, {})}
+        settings, state = own_settings(self.settings, name), own_state(self.state, name)
         own = f".{NAMED}.{name}."
         shapes = {
             path.replace(own, f".{CHILD}."): shape
             for path, shape in self.shapes.items()
             if own in path
         }
-        state = {key: value for key, value in self.state.items() if key != ADAPTERS}
-        state |= self.state[ADAPTERS][name]
         record = (self.record or {}).get(name)
         return replace(self, state=state, settings=settings, shapes=shapes, record=record)
 

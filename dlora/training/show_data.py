@@ -17,6 +17,7 @@ import numpy as np
 
 from dlora.base.gguf import gguf_tokenizer
 from dlora.base.model import find_base, quiet_libraries
+from dlora.config.adapters import configs_of
 from dlora.config.load import Config, parse
 from dlora.data import NO_TARGET
 from dlora.data.encode import Int32Array
@@ -44,13 +45,23 @@ def main(argv: list[str]) -> int:
     options = parse(argv, prog="dlora.data", extra=Show)
     if options.check:
         raise UsageError("--check is an option of dlora.train; dlora.data trains nothing anyway")
-    config: Config = options.config
-    tokenizer = with_template(config, tokenizer_of(config))
-    for name in ("train", "eval"):
-        if getattr(config.data, name) is not None:
-            for line in lines_of(config, name, tokenizer, options.extra.show, in_colour()):
-                print(line)
+    for adapters, config in apart(options.config):
+        if adapters:
+            print(f"adapters: {', '.join(adapters)}")
+        tokenizer = with_template(config, tokenizer_of(config))
+        for name in ("train", "eval"):
+            if getattr(config.data, name) is not None:
+                for line in lines_of(config, name, tokenizer, options.extra.show, in_colour()):
+                    print(line)
     return 0
+
+
+def apart(config: Config) -> list[tuple[list[str], Config]]:
+    """(names, configuration) of the adapters that have the same data; of one run, its own."""
+    found: dict[str, tuple[list[str], Config]] = {}
+    for name, own in configs_of(config).items():
+        found.setdefault(repr(own.data), ([], own))[0].append(name)
+    return list(found.values()) or [([], config)]
 
 
 def tokenizer_of(config: Config) -> Any:
