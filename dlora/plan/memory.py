@@ -195,7 +195,7 @@ def memory_of(
         adapters=item * (values + gradients),
         casts=casts,
         offsets=offsets,
-        state=state.held + item * sum(of_method),
+        state=state.held + item * (sum(of_method) + method.working),
         snapshots=copies if device == "cpu" else staging,
         activations=activations,
         saving=max(saving, state.stepping, 2 * (workload.gradient_bytes or 0) * numel),

@@ -143,7 +143,8 @@ class Subject:
             "workload": self.workload,
             "divided": divided,
         }
-        sent: dict[str, Any] = {"summed": self._method.summed, **common}
+        sums = {"summed": self._method.summed, "summed_always": self._method.summed_always}
+        sent: dict[str, Any] = {**sums, **common}
         traffic = traffic_of(units, held, self.trained, **sent)
         bare = traffic_of(units, (), self.trained, **sent) if held else traffic
         return Plan(
