@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dlora.adapters.write import CONFIG, WEIGHTS
+from dlora.adapters.write import CONFIG, ROUTER, WEIGHTS
 from dlora.errors import UsageError
 
+_FILES = [CONFIG, WEIGHTS, ROUTER, f"experts/*/{CONFIG}", f"experts/*/{WEIGHTS}"]
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name
 
 
@@ -36,7 +37,7 @@ def _downloaded(repository: str, option: str) -> Path:
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        found = snapshot_download(repository, allow_patterns=[CONFIG, WEIGHTS])
+        found = snapshot_download(repository, allow_patterns=_FILES)
     except Exception as error:  # of the network and of the hub
         said = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise UsageError(
