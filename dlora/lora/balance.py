@@ -88,6 +88,11 @@ class BalanceSums:
         if self.pairs is not None:
             self.pairs.zero_()
 
+    @property
+    def nbytes(self) -> int:
+        """Of the sums."""
+        return self.totals.nbytes + (0 if self.pairs is None else self.pairs.nbytes)
+
     def to(self, device: torch.device) -> None:
         """Follow the model where `model.to(device)` has moved it."""
         if self.totals.device != device:

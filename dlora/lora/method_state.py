@@ -47,6 +47,11 @@ class MethodState:
     """
 
     @property
+    def working_bytes(self) -> int:
+        """What every rank has for the passes of a step, and no checkpoint."""
+        return 0
+
+    @property
     def resized_after(self) -> int | None:
         """The step after which the method cut parameters for good; None as long as it has not.
 

@@ -61,6 +61,11 @@ class ExpertBalance(MethodState):
 
         model.register_forward_pre_hook(see, with_kwargs=True)
 
+    @property
+    def working_bytes(self) -> int:
+        """Of the sums of all routers."""
+        return sum(router.sums.nbytes for router in self._routers if router.sums is not None)
+
     @torch.no_grad()
     def before_reduce(self, tokens: int) -> None:
         """Add N times the gradient of c·L to the gradients, of which the reduction takes Σ / N.

@@ -51,7 +51,7 @@ def measure(
     return Measured(
         wire=statistics.median(record["wire_bytes"] for record in steady),
         base=held_bytes(model),
-        replica=_storage_bytes(_kept(replica, optimizer)),
+        replica=_storage_bytes(_kept(replica, optimizer)) + replica.method.working_bytes,
         peak=max(record["peak_memory_bytes"] for record in records),
         pruned=resized is not None,
     )
