@@ -6,11 +6,12 @@
         <path>.router.weight  R [E, n]
         <path>.mean_gates     ḡ [E], mean of the gates over tokens at the end of training, if known
 
-`router.safetensors` says in its metadata how many experts there are and how many a token uses.
+The metadata of `router.safetensors` say how many experts there are and how many a token uses.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -72,8 +73,9 @@ def write_mixture(model: nn.Module, directory: str | Path, base: str | None) -> 
             found["mean_gates"] = adapter.mean_gates
         for name, tensor in found.items():
             tensors[f"{path}.{name}"] = tensor.to("cpu", torch.float32, copy=True).contiguous()
-    metadata = {name: str(getattr(config, name)) for name in _KINDS}
-    content = save(tensors, metadata={"format": "pt", "method": config.method, **metadata})
+    # In one entry: the library writes several in any order, and equal files are equal.
+    said = json.dumps({name: getattr(config, name) for name in _KINDS})
+    content = save(tensors, metadata={config.method: said})
     write_atomically(directory / ROUTER, content)
     for name in (CONFIG, WEIGHTS):  # of a plain LoRA that was here before
         (directory / name).unlink(missing_ok=True)
@@ -95,12 +97,13 @@ def mixture_of(directory: Path) -> MolaConfig:
     file = inside(directory, ROUTER)
     stored_tensors(file)  # checks the header
     with safe_open(file, "pt") as opened:
-        said = opened.metadata() or {}
+        metadata = opened.metadata() or {}
     try:
+        said = json.loads(metadata[MolaConfig.method])
         own: dict[str, Any] = {name: kind(said[name]) for name, kind in _KINDS.items()}
         if not 1 <= own["experts"] <= 1024:
             raise ValueError
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, TypeError, RecursionError):
         raise UsageError(f"{file}: does not say how many experts there are, and how used") from None
     places = [inside(directory, EXPERTS) / str(expert) for expert in range(own["experts"])]
     try:

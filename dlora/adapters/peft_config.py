@@ -30,14 +30,19 @@ _KINDS: dict[str, tuple[type, ...]] = {  # types that `LoraConfig` does not chec
 }
 
 
+def check_no_mixture(directory: Path) -> None:
+    """Raise a `UsageError` of a directory with a mixture of experts."""
+    if inside(directory, ROUTER).exists():
+        raise UsageError(
+            f"{directory}: is a mixture of experts (mola), and not one plain LoRA; each of its "
+            f"{directory / 'experts'}/0, … is"
+        )
+
+
 def read_config(directory: str | Path) -> LoraConfig:
     """The `LoraConfig` of an adapter directory; see `load_adapter` for the errors."""
     path = inside(Path(directory).expanduser(), CONFIG)
-    if not path.exists() and inside(path.parent, ROUTER).exists():
-        raise UsageError(
-            f"{directory}: is a mixture of experts (mola), and not one plain LoRA; each of its "
-            f"{path.parent / 'experts'}/0, … is"
-        )
+    check_no_mixture(path.parent)
     if not path.exists():
         raise UsageError(f"{path}: file not found, so {directory} is not an adapter directory")
     raw = read_object(path)
