@@ -33,7 +33,7 @@ from dlora.io.safetensors import FLOATS, StoredTensor, stored_tensors
 from dlora.lora.attach import attachment_of, named_adapters
 from dlora.lora.config import LoraConfig
 from dlora.lora.variants import PlainLora
-from dlora.lora.variants.mola import SIZES, MolaConfig
+from dlora.lora.variants.mola import SIZES, MolaAdapter, MolaConfig
 
 EXPERTS = "experts"
 _KINDS = {"experts": int, "top_k": int, "balance_coef": float, "router_init_std": float}
@@ -44,6 +44,13 @@ _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_
 def is_mixture(model: nn.Module) -> bool:
     """Whether the adapters that are meant are a mixture of experts."""
     return isinstance(attachment_of(model).config, MolaConfig)
+
+
+def experts_of(model: nn.Module) -> Iterator[tuple[str, Any, MolaAdapter]]:
+    """(path, layer, adapter) of every layer of a model with a mixture."""
+    for path, layer, adapter in named_adapters(model):
+        assert isinstance(adapter, MolaAdapter)
+        yield path, layer, adapter
 
 
 def has_mixture(directory: str | Path) -> bool:
@@ -64,10 +71,10 @@ def write_mixture(model: nn.Module, directory: str | Path, base: str | None) -> 
     assert isinstance(config, MolaConfig)
     directory = Path(directory).expanduser()
     for expert in range(config.experts):
-        forms = {path: _form(adapter, expert) for path, _, adapter in named_adapters(model)}
+        forms = {path: _form(adapter, expert) for path, _, adapter in experts_of(model)}
         write_files(directory / EXPERTS / str(expert), *lora_files(model, base, forms))
     tensors: dict[str, Tensor] = {}
-    for path, _, adapter in named_adapters(model):
+    for path, _, adapter in experts_of(model):
         found = {"router.weight": adapter.lora_router.detach()}
         if adapter.mean_gates is not None:
             found["mean_gates"] = adapter.mean_gates
@@ -81,8 +88,9 @@ def write_mixture(model: nn.Module, directory: str | Path, base: str | None) -> 
         (directory / name).unlink(missing_ok=True)
 
 
-def _form(adapter: Any, expert: int) -> PlainLora:
-    return PlainLora(*adapter.of_each()[expert], adapter.experts.scalings[expert])
+def _form(adapter: MolaAdapter, expert: int) -> PlainLora:
+    A, B = adapter.of_each()[expert]
+    return PlainLora(A, B, adapter.experts.scalings[expert])
 
 
 # -- reading --------------------------------------------------------------------------------------
@@ -155,7 +163,7 @@ def _of_experts(places: Sequence[Path], what: str) -> dict[str, Any]:
 def expert_slots(model: nn.Module) -> list[dict[str, Tensor]]:
     """The tensors of each expert of a model, views, by their keys in PEFT's file."""
     slots: list[dict[str, Tensor]] = []
-    for path, layer, adapter in named_adapters(model):
+    for path, layer, adapter in experts_of(model):
         pairs = adapter.of_each()
         slots += [{} for _ in pairs[len(slots) :]]
         keys = keys_of(model, path, layer, adapter)
@@ -203,11 +211,8 @@ def fill_mixture(model: nn.Module, directory: Path, config: MolaConfig) -> None:
         UsageError: it has not, or a file is damaged.
     """
     own = attachment_of(model).config
-    named = list(named_adapters(model))
-    fits = isinstance(own, MolaConfig) and all(
-        adapter.experts == config.experts_at(path) for path, _, adapter in named
-    )
-    if not fits:
+    named = list(experts_of(model)) if isinstance(own, MolaConfig) else []
+    if not named or any(a.experts != config.experts_at(path) for path, _, a in named):
         raise UsageError(
             f"load_adapter: {directory} is a mixture of {config.experts} experts (mola) that does "
             "not fit the adapters of this model; load it into a model without adapters"
@@ -232,14 +237,14 @@ def router_tensors(
     file = inside(directory, ROUTER)
     stored = stored_tensors(file)
     shapes: dict[str, Tensor] = {}
-    for path, _, adapter in named_adapters(model):
+    for path, _, adapter in experts_of(model):
         R = adapter.lora_router
         shapes[f"{path}.router.weight"] = R
         if f"{path}.mean_gates" in stored:
             shapes[f"{path}.mean_gates"] = R[:, 0]
     _check_fits(file, stored, shapes)
     check_numbers(stored)
-    paths = [path for path, _, _ in named_adapters(model)]
+    paths = [path for path, _, _ in experts_of(model)]
     return (
         dict(_by_path(stored, paths, "router.weight")),
         dict(_by_path(stored, paths, "mean_gates")),

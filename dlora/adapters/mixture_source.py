@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from dlora.adapters.mixture import places_in, read_experts, router_tensors
+from dlora.adapters.mixture import experts_of, places_in, read_experts, router_tensors
 from dlora.adapters.peft_names import keys_of
 from dlora.adapters.source import AdapterSource
 from dlora.errors import UsageError
 from dlora.io.safetensors import StoredTensor
-from dlora.lora.attach import attach, named_adapters
+from dlora.lora.attach import attach
 from dlora.lora.variants.mola import MolaConfig
 
 _DIMS = {"lora_A": 0, "lora_B": 1}  # along which experts lie side by side
@@ -34,7 +34,7 @@ class MixtureSource(AdapterSource):
             raise UsageError(f"{self.directory} does not fit the base: {error}") from None
         routers, gates = router_tensors(model, self.directory)
         experts = read_experts(model, places_in(self.directory, config))
-        for path, layer, adapter in named_adapters(model):
+        for path, layer, adapter in experts_of(model):
             keys = keys_of(model, path, layer, adapter)
             for name, dim in _DIMS.items():
                 self._parts[f"{adapter.place}.{name}"] = dim, [own[keys[name]] for own in experts]

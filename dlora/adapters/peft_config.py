@@ -1,4 +1,4 @@
-"""What PEFT's `adapter_config.json` says, as a `LoraConfig`, and whether its tensors are numbers."""
+"""PEFT's `adapter_config.json` as a `LoraConfig`, and whether its tensors are numbers."""
 
 from __future__ import annotations
 

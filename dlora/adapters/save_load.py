@@ -75,7 +75,9 @@ def save_adapter(
     with by_name(model, name):
         if is_mixture(model):
             if peft_type != "LORA":
-                raise UsageError(f"peft_type: {peft_type} has no form for a mixture of experts (mola)")
+                raise UsageError(
+                    f"peft_type: {peft_type} has no form for a mixture of experts (mola)"
+                )
             write_mixture(model, directory, base and recorded_name(base))
             return
         settings, tensors = adapter_files(model, base, peft_type)

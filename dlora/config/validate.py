@@ -49,7 +49,7 @@ INERT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
         "adapter.r adapter.lora_alpha adapter.target_modules adapter.use_rslora "
         "adapter.rank_pattern adapter.alpha_pattern adapter.exclude_modules "
         "adapter.layers_to_transform adapter.layers_pattern",
-        lambda c: bool(c.adapter.experts_from),  # type: ignore[attr-defined]
+        lambda c: bool(c.adapter.experts_from),
         "the experts at adapter.experts_from set it",
     ),
     (

@@ -148,8 +148,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--mean-gates",
         action="store_true",
-        help="of a mixture of experts (mola): one plain LoRA with all experts, each weighted by its "
-        "mean gate in training; it is another model (default: no)",
+        help="of a mixture of experts (mola): one plain LoRA with all experts, each weighted by "
+        "its mean gate in training; it is another model (default: no)",
     )
     parser.add_argument(
         "--base",

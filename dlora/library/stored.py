@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from dlora.adapters.hub import adapter_directory
-from dlora.adapters.peft_names import PREFIX
 from dlora.adapters.peft_config import check_no_mixture, read_config
+from dlora.adapters.peft_names import PREFIX
 from dlora.adapters.write import CONFIG, WEIGHTS
 from dlora.errors import UsageError, and_more
 from dlora.io.files import inside, read_object

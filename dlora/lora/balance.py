@@ -62,13 +62,13 @@ class BalanceSums:
     ) -> None:
         """Add the tokens of a pass; `counted_T` is False where one is padding, None: all count."""
         self.to(x_Tn.device)
-        p_TE = logits_TE.softmax(dim=1)
+        p_TE, E = logits_TE.softmax(dim=1), logits_TE.shape[1]
         parts_3TE = torch.stack([chosen_TE.to(p_TE.dtype), p_TE, gates_TE])
         if counted_T is not None:
             parts_3TE = parts_3TE * counted_T[None, :, None]
         self.totals += parts_3TE.sum(1)
         if self.pairs is not None:
-            first, second = torch.triu_indices(*[p_TE.shape[1]] * 2, 1, device=p_TE.device)
+            first, second = torch.triu_indices(E, E, 1, device=p_TE.device)
             of_pairs_TP = parts_3TE[1][:, first] * p_TE[:, second]
             self.pairs += summed(of_pairs_TP, x_Tn, self.pairs.dtype, 1.0)
 
@@ -101,7 +101,7 @@ class BalanceSums:
 
 
 def balance_loss(totals: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(L, f [E], T) of each router from its `totals` [..., 3, E], summed over ranks; 0 without T."""
+    """(L, f [E], T) of each router from its `totals` [..., 3, E] of all ranks; 0 without T."""
     counts, p_sums = totals[..., 0, :], totals[..., 1, :]
     tokens = counts.sum(-1, keepdim=True) / top_k
     per_token = tokens.clamp(min=1)

@@ -83,7 +83,7 @@ class Experts:
 
 
 def chosen_of(logits_TE: Tensor, top_k: int) -> Tensor:
-    """bool [T, E]: the `top_k` largest logits of each token, of equal ones those that come first."""
+    """bool [T, E]: the `top_k` largest logits of each token, of equal ones the first."""
     order_TE = logits_TE.sort(dim=1, descending=True, stable=True).indices
     return torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(1, order_TE[:, :top_k], True)
 
@@ -202,9 +202,7 @@ def linear(
     with cast_for_autocast(x, weight, bias) as inputs:
         x, *rest = inputs
         x_Tn = x.reshape(-1, x.shape[-1])
-        y_Tm = LinearWithExperts.apply(
-            x_Tn, *rest, A, B, R, experts, mask, shared, sums, counted
-        )
+        y_Tm = LinearWithExperts.apply(x_Tn, *rest, A, B, R, experts, mask, shared, sums, counted)
         return y_Tm.view(*x.shape[:-1], y_Tm.shape[1])
 
 

@@ -176,7 +176,7 @@ def _check_mergeable(model: nn.Module) -> None:
     for child in every_child(model):
         if not getattr(child, "mergeable", True):
             raise UsageError(
-                f"merge: a {child.name} adapter has another ΔW for each token, so it cannot be "  # type: ignore[union-attr]
+                f"merge: a {child.name} adapter has another ΔW for each token, so it cannot be "
                 "merged into W0"
             )
         if child.state not in (AdapterState.ON, AdapterState.EMPTY):

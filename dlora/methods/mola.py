@@ -42,9 +42,11 @@ class ExpertBalance(MethodState):
         attachment = attachment_of(model)
         assert isinstance(attachment.config, MolaConfig)
         self.config, self._replica, self.step = attachment.config, replica, 0
-        self._routers: list[MolaAdapter] = [found for _, _, found in named_adapters(model)]
-        for router in self._routers:
+        self._routers: list[MolaAdapter] = []
+        for _, _, router in named_adapters(model):
+            assert isinstance(router, MolaAdapter)
             router.balance(self.config.balance_coef)
+            self._routers.append(router)
         count = len(self._routers)
         self._gates = replica.values.new_zeros(count, self.config.experts)
         # What the host reads: L and the mean gates of every router. Written in front of the

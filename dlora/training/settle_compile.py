@@ -109,7 +109,9 @@ def settle_compile(
 
 def _of_method(config: Config) -> str:
     method = room("lora.variants")[config.adapter.method]
-    return "" if method.says.get("compiles", True) else f"adapter.method: {method.name} has no graphs"
+    return (
+        "" if method.says.get("compiles", True) else f"adapter.method: {method.name} has no graphs"
+    )
 
 
 def why_not(decision: Decision, compiler: Compiler) -> str:

@@ -103,7 +103,9 @@ def test_a_run_that_dies_is_resumed_exactly(run: Runs, tmp_path: Path) -> None:
     again = run("broken", 2, **more)
     assert all(same_bits(r["tensors"], whole[0][0]["tensors"]) for r in again[0])
     assert again[1] == whole[1]
-    files = sorted(p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole/adapter").rglob("*.safe*"))
+    files = sorted(
+        p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole/adapter").rglob("*.safe*")
+    )
     assert len(files) == 5
     for file in files:
         assert (tmp_path / "broken" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
@@ -209,6 +211,8 @@ def test_what_does_not_go_together_is_refused_before_weights_are_read(
     shutil.copytree(saved_models("mixtral"), config)
     edit_json(config / "config.json", output_router_logits=True)
     asked = said(model__path=str(config))
-    assert asked.startswith("adapter.method: mola has an aux_loss of its routers, and the base asks")
+    assert asked.startswith(
+        "adapter.method: mola has an aux_loss of its routers, and the base asks"
+    )
     words_of_auto = words(tmp_path / "run", **MOLA)
     assert preparation(words_of_auto).compiles is False

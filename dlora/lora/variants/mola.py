@@ -237,7 +237,9 @@ class MolaAdapter(LoraAdapter):
     def check_record(cls, record: Any, names: Collection[str]) -> None:
         gates = record.get("gates") if isinstance(record, dict) else None
         lists = gates.values() if isinstance(gates, dict) else [None]
-        if not all(isinstance(each, list) and all(type(g) is float for g in each) for each in lists):
+        if not all(
+            isinstance(each, list) and all(type(g) is float for g in each) for each in lists
+        ):
             raise UsageError("method: does not list the mean gates of experts by module")
 
     def load_record(self, record: Any) -> None:
