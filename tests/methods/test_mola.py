@@ -11,12 +11,14 @@ import torch
 from hostile import edit_json
 from refusals import preparation, refusal
 from run_training import Runs, check_near, prepared_run, same_bits
+from safetensors import safe_open
 from safetensors.torch import load_file
 from sampling import full
 from stopped_runs import crashed
 from tiny import whole as loaded
 
 from dlora import LoraConfig, attach, load_adapter, save_adapter
+from dlora.export.command import main as export
 from dlora.lora.attach import named_adapters
 from dlora.plan.measured import measure
 
@@ -103,12 +105,19 @@ def test_a_run_that_dies_is_resumed_exactly(run: Runs, tmp_path: Path) -> None:
     again = run("broken", 2, **more)
     assert all(same_bits(r["tensors"], whole[0][0]["tensors"]) for r in again[0])
     assert again[1] == whole[1]
-    files = sorted(
-        p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole/adapter").rglob("*.safe*")
-    )
+    last = max((tmp_path / "whole/checkpoints").glob("step-*"))
+    assert export(["--adapter", str(last), "--to", str(tmp_path / "exported")]) == 0
+    files = [path.name for path in (tmp_path / "whole/adapter").rglob("*.safetensors")]
     assert len(files) == 5
-    for file in files:
-        assert (tmp_path / "broken" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    for directory in ("broken/adapter", "exported"):
+        for path in (tmp_path / "whole/adapter").rglob("*.safetensors"):
+            name = path.relative_to(tmp_path / "whole/adapter")
+            assert (tmp_path / directory / name).read_bytes() == path.read_bytes(), name
+    with safe_open(tmp_path / "whole/adapter/router.safetensors", "pt") as routers:
+        gates = [routers.get_tensor(key) for key in routers.offset_keys() if key.endswith("mean_gates")]
+    assert len(gates) == 14
+    assert all(float(mean.sum()) == pytest.approx(1, abs=1e-5) for mean in gates)
+    assert max(float(mean.max() - mean.min()) for mean in gates) > 0.05  # they were measured
 
 
 # -- routers alone, over frozen experts -----------------------------------------------------------
