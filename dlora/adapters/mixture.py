@@ -202,6 +202,8 @@ def fill_experts(model: nn.Module, places: Sequence[Path]) -> None:
     for stored, slots in every:
         for key, slot in slots.items():
             slot.copy_(stored[key].rows().view(slot.shape))
+    for _, _, adapter in experts_of(model):
+        adapter.filled = adapter.frozen
 
 
 def fill_mixture(model: nn.Module, directory: Path, config: MolaConfig) -> None:

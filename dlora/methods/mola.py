@@ -23,6 +23,7 @@ from dlora.lora.balance import balance_loss
 from dlora.lora.method_state import MethodState
 from dlora.lora.variants.mola import MolaAdapter, MolaConfig
 from dlora.methods.trained_replica import TrainedReplica
+from dlora.sharding.replica.frozen import same_on_every_rank
 
 _STEPS = 100  # over which mean gates are averaged, after as many steps
 
@@ -47,6 +48,8 @@ class ExpertBalance(MethodState):
             assert isinstance(router, MolaAdapter)
             router.balance(self.config.balance_coef)
             self._routers.append(router)
+        if self._routers and all(router.filled for router in self._routers):
+            same_on_every_rank(replica.frozen, replica.topology)  # each rank read its own files
         count = len(self._routers)
         self._gates = replica.values.new_zeros(count, self.config.experts)
         # What the host reads: L and the mean gates of every router. Written in front of the

@@ -175,9 +175,10 @@ class Subject:
         return next((p.dtype for p in frozen if p.is_floating_point()), None)
 
     def _casts(self) -> int:
-        """Bytes of the trained tensors in the dtype that the model computes in, if another."""
+        """Bytes of A and B in the dtype that the model computes in, if another."""
         dtype = self._dtype
-        others = [p for p in self.trained.values() if dtype is not None and p.dtype != dtype]
+        factors = [*self.trained.values(), *frozen_tensors(self.skeleton).values()]
+        others = [p for p in factors if dtype is not None and p.dtype != dtype]
         return sum(p.numel() * dtype.itemsize for p in others) if dtype is not None else 0
 
     def plan_within(

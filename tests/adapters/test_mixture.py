@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from dlora import LoraConfig, MolaConfig, attach, load_adapter, save_adapter
+from dlora import LoraConfig, MolaConfig, attach, load_adapter, save_adapter, shard
 from dlora.adapters.open_adapter import open_adapter
 from dlora.export.command import main as export
 from dlora.generate import main as generate
@@ -101,6 +101,29 @@ def test_it_is_loaded_as_it_was(base: Path, saved: Path) -> None:
     assert "does not fit the adapters of this model" in refusal(load_adapter, plain, saved)
     gpt2 = nn.Sequential(nn.Linear(3, 3))
     assert "target_modules" in refusal(load_adapter, gpt2, saved)
+
+
+def test_plain_loras_become_frozen_experts(base: Path, saved: Path) -> None:
+    """From Python: with the same routers it is the same mixture, and routers alone are trained."""
+    wanted = mixture(base)
+    places = [str(saved / "experts" / str(expert)) for expert in range(3)]
+    model = attach(loaded(base), MolaConfig(experts_from=places))
+    replica = shard(model)
+    assert {name.rpartition(".")[2] for name in replica.named} == {"lora_router"}
+    for (_, _, mine), (_, _, theirs) in zip(
+        named_adapters(model), named_adapters(wanted), strict=True
+    ):
+        assert mine.experts == theirs.experts
+        with torch.no_grad():
+            mine.lora_router.copy_(theirs.lora_router)
+    assert torch.equal(logits(model), logits(wanted))
+    model.train()
+    model(IDS).logits.square().sum().backward()
+    assert replica.reduce_gradients().norm > 0
+    one = attach(loaded(base), MolaConfig(experts_from=places[1:2], top_k=1))
+    assert torch.equal(logits(one), logits(load_adapter(loaded(base), places[1])))
+    said = refusal(attach, loaded(base), MolaConfig(experts_from=[str(saved)], top_k=1))
+    assert "is a mixture of experts" in said
 
 
 def test_generate_mixes_token_by_token(base: Path, saved: Path, capsys: Any) -> None:

@@ -114,7 +114,9 @@ def test_a_run_that_dies_is_resumed_exactly(run: Runs, tmp_path: Path) -> None:
             name = path.relative_to(tmp_path / "whole/adapter")
             assert (tmp_path / directory / name).read_bytes() == path.read_bytes(), name
     with safe_open(tmp_path / "whole/adapter/router.safetensors", "pt") as routers:
-        gates = [routers.get_tensor(key) for key in routers.offset_keys() if key.endswith("mean_gates")]
+        gates = [
+            routers.get_tensor(key) for key in routers.offset_keys() if key.endswith("mean_gates")
+        ]
     assert len(gates) == 14
     assert all(float(mean.sum()) == pytest.approx(1, abs=1e-5) for mean in gates)
     assert max(float(mean.max() - mean.min()) for mean in gates) > 0.05  # they were measured

@@ -119,6 +119,7 @@ class MolaAdapter(LoraAdapter):
     Attributes:
         experts: as given.
         sums: what backward passes add to for the balance loss; None where nobody makes one of them.
+        filled: whether frozen experts have been read.
         mean_gates: [E] mean of g over tokens, lately in training; None: not measured.
     """
 
@@ -164,6 +165,7 @@ class MolaAdapter(LoraAdapter):
         self.lora_router = nn.Parameter(torch.empty(count, n, dtype=dtype, device=device))
         self.experts, self.router_init_std, self.frozen = experts, router_init_std, frozen
         self.sums: BalanceSums | None = None
+        self.filled = False
         self.mean_gates: Tensor | None = None
 
     def offsets(self) -> dict[str, Tensor]:
