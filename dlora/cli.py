@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,25 +19,45 @@ from dlora.base.native import AUTO_DTYPE, native_dtype
 from dlora.data.stops import turn_ends
 from dlora.data.template import set_template
 from dlora.errors import UsageError
+from dlora.io.files import path_of
 from dlora.sharding.engines.protocol import build_engine
 from dlora.sharding.topology import Topology, resolve_placement
 
+_REPEATED = ("_AppendAction", "_ExtendAction")  # argparse's names of what adds up
+
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse, with an error of one line instead of its usage text."""
+    """argparse, with an error of one line instead of its usage text, also of an option that is
+    given twice, of which argparse would take the last."""
 
     def __init__(self, prog: str, description: str) -> None:
         super().__init__(prog, description=description, allow_abbrev=False)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else list(args)
+        seen = set[str]()
+        for word in words[: words.index("--") if "--" in words else None]:
+            action = self._option_string_actions.get(word.partition("=")[0])
+            if action is None or action.nargs == 0 or type(action).__name__ in _REPEATED:
+                continue
+            if action.dest in seen:
+                self.error(f"argument {action.option_strings[0]}: is given twice")
+            seen.add(action.dest)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (--help lists the options)")
 
 
-def new_target(to: str, *sources: Path) -> Path:
-    """The absolute path of `--to`, which must be new or empty, and none of what is read."""
-    target = Path(to).expanduser().resolve()
+def new_target(to: str, *sources: Path, what: str = "the adapter itself") -> Path:
+    """The absolute path of `--to`, which must be new or empty, and none of what is read.
+
+    Args:
+        what: the sources are, for errors.
+    """
+    target = path_of(to, "--to").resolve()
     if any(target == source.resolve() for source in sources):
-        raise UsageError(f"--to: {to} is the adapter itself; name a new directory")
+        raise UsageError(f"--to: {to} is {what}; name a new directory")
     if target.is_dir() and any(target.iterdir()):
         raise UsageError(f"--to: {to} is not empty; name a new or empty directory")
     if target.exists() and not target.is_dir():

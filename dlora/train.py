@@ -32,11 +32,13 @@ from dlora.runtime.ranks import Ranks
 from dlora.runtime.run_lock import RunLock
 from dlora.runtime.stop_signals import StopRequest, exit_status
 from dlora.sharding.replica.step_scalars import Reduced
-from dlora.training.build import build, objective_of
+from dlora.together.prepare import prepare_together
+from dlora.together.run import TogetherRun
+from dlora.training.build import batches_of, build, objective_of
 from dlora.training.checkpointing import RESUMES, CheckpointManager
 from dlora.training.evaluate import held_out, print_samples
 from dlora.training.finish import finish, save_result
-from dlora.training.prepare import Preparation
+from dlora.training.prepare import Preparation, prepare
 from dlora.training.rates import rates
 from dlora.training.reporting import due, has_reader, open_log, start_sinks
 from dlora.training.resume import resume
@@ -61,22 +63,24 @@ def main(argv: list[str], hooks: Hooks = NO_HOOKS) -> int:
         preparation = planned(config, ranks)
         with reported(ranks), deterministic(config.train.deterministic):
             ranks.join(config.sharding.loading_timeout_seconds)
-            return Run(config, ranks, preparation, meter, lock, hooks).run()
+            run = TogetherRun if config.adapters else Run
+            return run(config, ranks, preparation, meter, lock, hooks).run()
     finally:
         lock.release()
 
 
 def check(config: Config, ranks: Ranks) -> int:
-    """`--check`: configuration, data and plan, without a lock and without writing anything."""
+    """`--check`: configuration, data and plan, without writing anything, so without a lock."""
     planned(config, ranks, check=True)
     console.info("configuration, data and plan are valid; nothing was trained (--check)")
     ranks.leave()
     return 0
 
 
-def planned(config: Config, ranks: Ranks, *, check: bool = False) -> Preparation:
+def planned(config: Config, ranks: Ranks, *, check: bool = False) -> Any:
     """The preparation of a run, its plan printed."""
-    preparation = prepared(config, ranks, check=check)
+    work = prepare_together if config.adapters else prepare
+    preparation: Any = prepared(config, ranks, work, check=check)
     is_open = config.sharding.base == "auto"
     console.info("\n".join(lines_of(preparation.decision, is_open=is_open)))
     return preparation
@@ -227,16 +231,7 @@ class Run:
 
     def batches(self) -> Batches:
         """This rank's micro-batches."""
-        prepared, ranks = self.prepared, self.ranks
-        return Batches(
-            prepared.train,
-            prepared.sampler,
-            rank=ranks.rank,
-            world=ranks.world,
-            deal=prepared.dealing,
-            collate=prepared.collate,
-            pinned=ranks.device.type == "cuda",
-        )
+        return batches_of(self.prepared, self.ranks, pinned=self.ranks.device.type == "cuda")
 
     def passes(self, step: int, batches: Iterator[Batch]) -> tuple[dict[str, Any], int]:
         """Forward and backward of this rank's micro-batches: summed losses, and target tokens."""

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dlora.lora.attach import attachment_of
+from dlora.lora.names import RECORD, attached
 from dlora.plan import plan
 from dlora.plan.activations import Trace
 from dlora.plan.trace import trace
@@ -28,7 +28,8 @@ def remembered(skeleton: Any, *where: Any, task: Any, **how: Any) -> Trace:
     known = (
         skeleton.config.to_json_string(use_diff=False),
         skeleton.config._attn_implementation,
-        repr(attachment_of(skeleton).config),
+        [(name, repr(own.config)) for name, own in attached(skeleton).items()],
+        repr(getattr(skeleton.__dict__.get(RECORD), "segments", None)),
         repr(skeleton),
         [(name, tuple(t.shape), t.dtype, t.requires_grad) for name, t in tensors],
         where,

@@ -41,6 +41,8 @@ TABLE = {
     "sharding tasks",
     "training": "adapters base checkpoint config data hooks io lora methods metrics objectives "
     "optim plan quant registry runtime sharding tasks",
+    "together": "adapters base config data hooks lora methods metrics objectives optim plan "
+    "registry runtime sharding training",
     "export": "adapters base io lora metrics runtime cli",
     "library": "adapters base checkpoint cli data io lora metrics runtime tasks",
     "integrations": "api",  # and what `dlora` exports: see `PUBLIC`

@@ -24,6 +24,8 @@ from dlora.config.load import parse
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+LIFE = ROOT / "docs" / "life_of_an_adapter.md"  # library/test_life.py runs its blocks
+RUN_HERE = [page for page in (README, *PAGES) if page != LIFE]
 OTHERS = [ROOT / name / "README.md" for name in ("benchmarks", "launchers", "k8s")]
 NOT_RUN = {
     "make test",  # is this test run
@@ -141,7 +143,7 @@ def ran(tree: Path, request: pytest.FixtureRequest) -> Iterator[dict[Path, Futur
 
 
 @pytest.mark.timeout(LIMIT_SECONDS)
-@pytest.mark.parametrize("page", [p for p in (README, *PAGES) if blocks(p, "bash")], ids=of_name)
+@pytest.mark.parametrize("page", [p for p in RUN_HERE if blocks(p, "bash")], ids=of_name)
 def test_every_command_runs(page: Path, ran: dict[Path, Future[None]]) -> None:
     ran[page].result()
 
@@ -276,7 +278,9 @@ assert torch.isfinite(model(**loader[0]).loss)
 """
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=of_name)
+@pytest.mark.parametrize(
+    "page", [p for p in RUN_HERE if p != README and blocks(p, "python")], ids=of_name
+)
 def test_every_python_block_runs(page: Path, tmp_path: Path) -> None:
     """Each around a new tiny model, on two ranks; its optimizer makes one more step, which moves
     what is trained."""

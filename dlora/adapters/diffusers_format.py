@@ -13,12 +13,16 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from dlora.adapters.peft_names import PREFIX
+from dlora.errors import UsageError, and_more
+from dlora.io.files import inside
+from dlora.io.safetensors import stored_tensors
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 _METADATA = "lora_adapter_metadata"
@@ -36,6 +40,21 @@ def header(settings: Mapping[str, Any], prefix: str) -> dict[str, str]:
     """The metadata of a safetensors file with the settings for keys that begin with `prefix`."""
     prefixed = {f"{prefix}{key}": value for key, value in settings.items()}
     return {"format": "pt", _METADATA: json.dumps(prefixed)}
+
+
+def prefix_in(directory: Path) -> str | None:
+    """The prefix of the keys of diffusers' file in an adapter's directory; None: there is no file.
+
+    Raises:
+        UsageError: it is damaged, or has the adapters of several models, as those of a pipeline.
+    """
+    file = inside(directory, LORA_WEIGHTS)
+    if not file.is_file():
+        return None
+    models = sorted({key.partition(".")[0] for key in stored_tensors(file)})
+    if len(models) != 1:
+        raise UsageError(f"{file}: has adapters of {and_more(models) or 'no model'}, not of one")
+    return f"{models[0]}."
 
 
 def diffusers_file(

@@ -12,6 +12,7 @@ from typing import Any
 
 from dlora.adapters.write import CONFIG, ROUTER, WEIGHTS
 from dlora.errors import UsageError
+from dlora.io.files import path_of
 
 _FILES = [CONFIG, WEIGHTS, ROUTER, f"experts/*/{CONFIG}", f"experts/*/{WEIGHTS}"]
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name
@@ -26,7 +27,7 @@ def adapter_directory(path: str | Path, option: str = "adapter.path") -> Path:
     Raises:
         UsageError: the hub does not have it, or cannot be reached.
     """
-    local = Path(path).expanduser()
+    local = path_of(path, option)
     is_id = isinstance(path, str) and _ID.fullmatch(path) and not local.parent.exists()
     return local if local.exists() or not is_id else _downloaded(str(path), option)
 

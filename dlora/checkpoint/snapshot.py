@@ -64,7 +64,7 @@ class Snapshots:
         files = [ADAPTER, *states]
         newer, older = self._newest_first
         newer.wait()  # the only whole one from here on
-        if self._frozen is None:
+        if self._frozen is None or self._frozen.keys() != frozen.keys():
             room = copied({(ADAPTER, name): t.detach() for name, t in frozen.items()})
             self._frozen = room.content([ADAPTER])[ADAPTER]
         with older.lock:

@@ -13,7 +13,9 @@ from typing import Any
 
 import yaml
 
+from dlora.config.adapters import COMMON, OWN, configs_of, problems_together, read
 from dlora.config.chat_template import template_text
+from dlora.config.members import ADAPTERS, Member
 from dlora.config.options import Given, convert
 from dlora.config.sections import (
     SCHEMA,
@@ -30,7 +32,7 @@ from dlora.config.sections import (
     value_of,
 )
 from dlora.config.sources import print_help, read_file, scan_argv
-from dlora.config.validate import parts_of, validate
+from dlora.config.validate import parts_of, problems_of, validate
 from dlora.errors import UsageError
 from dlora.registry import Option, option, options_of
 
@@ -98,17 +100,19 @@ def parse(argv: Sequence[str], prog: str, extra: type | None = None) -> Options:
         docs = {name: cls.__doc__ or "" for name, cls in SECTIONS.items()}
         print_help(prog, valued, docs, {**SWITCHES, **flags})
         raise SystemExit(0)
-    words = scan_argv(list(argv), ["config", *valued], {**SWITCHES, **flags})
+    words = scan_argv(list(argv), ["config", ADAPTERS, *valued], {**SWITCHES, **flags})
     words |= dict.fromkeys(flags.keys() & words.keys(), "true")
     given = read_file(words["config"], SCHEMA) if "config" in words else {}
-    given |= {key: Given(word, is_word=True) for key, word in words.items() if key in SCHEMA}
+    known = (*SCHEMA, ADAPTERS)
+    given |= {key: Given(word, is_word=True) for key, word in words.items() if key in known}
+    members = read(given.pop(ADAPTERS)) if ADAPTERS in given else ()
     values = {key: convert(SCHEMA[key], value) for key, value in given.items()}
     if (
         values.get(TEMPLATE) or ""
     ).strip():  # the run and its checkpoints carry the text, not a file's name
         values[TEMPLATE] = template_text(values[TEMPLATE])
-    config = _build(values)
-    validate(config)
+    config = _build(values, members)
+    validate_all(config)
     if "print_config" in words:
         print(dump_yaml(config), end="")
         raise SystemExit(0)
@@ -120,7 +124,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return parse(["--config", str(path), *overrides], prog="dlora").config
 
 
-def _build(values: dict[str, Any]) -> Config:
+def _build(values: dict[str, Any], members: tuple[Member, ...] = ()) -> Config:
+    user_set = frozenset(values)
+    for key in set.intersection(*({*member.values} for member in members)) if members else ():
+        values.setdefault(key, members[0].values[key])  # nobody needs another one
     missing = [key for key, opt in SCHEMA.items() if opt.default is MISSING and key not in values]
     if missing:
         raise UsageError(f"required but not set: {', '.join(missing)}")
@@ -129,7 +136,29 @@ def _build(values: dict[str, Any]) -> Config:
         section, _, name = key.partition(".")
         sections[section][name] = value
     built = {name: SECTIONS[name](**options) for name, options in sections.items()}
-    return Config(**built, user_set=frozenset(values))
+    return Config(**built, adapters=members, user_set=user_set)
+
+
+def validate_all(config: Config) -> None:
+    """`validate` of the configuration, or of each of the adapters that it trains together.
+
+    What is wrong for all of them alike is said once.
+    """
+    if not config.adapters:
+        validate(config)
+        return
+    found: dict[str, list[str]] = {}
+    for name, own in configs_of(config).items():
+        for problem in (*problems_of(own), *problems_together(own)):
+            found.setdefault(problem, []).append(name)
+    lines = []
+    for problem, names in found.items():
+        if len(names) == len(config.adapters):
+            lines.append(problem)
+        elif problem.partition(".")[0] in OWN:  # what all share may act for some of them
+            lines.append(f"{ADAPTERS}[{', '.join(names)}]: {problem}")
+    if lines:
+        raise UsageError("; ".join(lines))
 
 
 def _build_extra(extra: type | None, schema: dict[str, Option], words: dict[str, str]) -> Any:
@@ -150,8 +179,23 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
 def dump_yaml(config: Config) -> str:
     """The resolved configuration, which loads back to an equal one.
 
-    That is why it leaves out options whose mere presence would contradict another one.
+    That is why it leaves out options whose mere presence would contradict another one. Of several
+    adapters each entry has all that may differ from the others'.
     """
+    sections: dict[str, Any] = _sections_of(config)
+    if config.adapters:
+        entries = {n: _sections_of(own) for n, own in configs_of(config).items()}
+        sections[ADAPTERS] = [
+            {"name": name} | {section: _apart(own, section)[1] for section in OWN}
+            for name, own in entries.items()
+        ]
+        sections |= {section: _apart(sections, section)[0] for section in OWN}
+        sections = {name: body for name, body in sections.items() if body}
+    return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True, width=2**20)
+
+
+def _sections_of(config: Config) -> dict[str, dict[str, Any]]:
+    """What `dump_yaml` writes of a configuration's sections."""
     sections = to_dict(config)
     if config.train.governed_by == "epochs":
         del sections["train"]["max_steps"]
@@ -160,4 +204,12 @@ def dump_yaml(config: Config) -> str:
     for key, part in parts_of(config):
         for name in part.says.get("instead", ()):
             del sections[key.partition(".")[0]][name]
-    return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True, width=2**20)
+    return sections
+
+
+def _apart(sections: dict[str, dict[str, Any]], section: str) -> tuple[dict[str, Any], ...]:
+    """The options of a section that several adapters have in common, and those of each."""
+    common: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    for name, value in sections[section].items():
+        common[f"{section}.{name}" not in COMMON][name] = value
+    return common

@@ -6,9 +6,10 @@ options of any adapter, in `lora/config.py`; `carries` gives the sections a fiel
 
 import operator
 from dataclasses import dataclass, field, make_dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
 
+from dlora.config.members import Member
+from dlora.config.output import OutputConfig
 from dlora.registry import Option, carries, option, options_of, required, room
 
 T = TypeVar("T")
@@ -21,8 +22,6 @@ Attention = Literal[
     "flash_attention_4",
     "flex_attention",
 ]
-
-Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,46 +211,6 @@ class TrainConfig:
         return "max_steps" if self.epochs is None else "epochs"
 
 
-@dataclass(frozen=True, kw_only=True)
-class OutputConfig:
-    """What a run writes, and how it resumes."""
-
-    dir: str = required("directory of the run")
-    log_every: int = option(1, "steps between metrics; 0: never", ge=0)
-    eval_every: int = option(50, "steps between evaluations; 0: never", ge=0)
-    save_every: int = option(50, "steps between checkpoints; 0: never", ge=0)
-    snapshot_every: int = option(
-        1, "steps between snapshots in host memory, which survivors of a lost rank commit", ge=1
-    )
-    keep_last: int = option(2, "checkpoints to keep", ge=1)
-    remote: str | None = option(
-        None, "an fsspec URL (s3://..., gs://...): checkpoints are copied there and fetched from it"
-    )
-    resume: str = option("auto", "auto, none, or the path of a checkpoint")
-    stop_file: str | None = option(
-        None, "a path; once this file exists, the run saves a checkpoint and exits, as on SIGTERM"
-    )
-    resume_force: bool = option(False, "resume even if base, data or settings differ")
-    tensorboard: bool = option(True, "also write the metrics as TensorBoard scalars")
-    report_to: list[Tracker] = option(
-        [], "also report metrics and configuration to these trackers, whose packages you install"
-    )
-    metrics_port: int | None = option(
-        None, "rank 0 serves its latest metrics on this port, for Prometheus", ge=1, le=65535
-    )
-    samples: int = option(0, "number of held-out prompts to answer before and after training", ge=0)
-
-    @property
-    def directory(self) -> Path:
-        """`output.dir` as a path."""
-        return Path(self.dir).expanduser()
-
-    @property
-    def stop_path(self) -> Path | None:
-        """`output.stop_file` as a path."""
-        return None if self.stop_file is None else Path(self.stop_file).expanduser()
-
-
 def _sections_of_objectives(cls: type[T]) -> type[T]:
     """Add a section for every objective that has options, under the objective's name."""
     for name, part in room("objectives").items():
@@ -267,7 +226,11 @@ def _sections_of_objectives(cls: type[T]) -> type[T]:
 @dataclass(frozen=True, kw_only=True)
 @_sections_of_objectives
 class Config:
-    """All sections, and which dotted keys the user set (in the file or on the command line)."""
+    """All sections, and which dotted keys the user set (in the file or on the command line).
+
+    Attributes:
+        adapters: what is trained together in one run; empty: the one adapter of the sections.
+    """
 
     model: ModelConfig
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
@@ -276,11 +239,14 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     output: OutputConfig
+    adapters: tuple[Member, ...] = ()
     user_set: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
 
 SECTIONS: dict[str, type] = {
-    name: hint for name, hint in get_type_hints(Config).items() if name != "user_set"
+    name: hint
+    for name, hint in get_type_hints(Config).items()
+    if name not in ("adapters", "user_set")
 }
 SCHEMA: dict[str, Option] = {}  # by dotted key, in the order of the contract
 for _name, _section in SECTIONS.items():

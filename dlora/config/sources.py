@@ -14,10 +14,16 @@ from typing import Any
 
 import yaml
 
+from dlora.config.members import ADAPTERS
 from dlora.config.options import Given, show, unknown
 from dlora.config.strict_yaml import line_of, parse_yaml
 from dlora.errors import UsageError
 from dlora.registry import Option, plain
+
+ADAPTERS_HELP = (
+    "several adapters that are trained together, each as a run of its own would: a list of "
+    "{name: ..., adapter: {...}, optimizer: {...}, train: {...}, data: {...}}"
+)
 
 
 def read_file(path: str | Path, schema: Mapping[str, Option]) -> dict[str, Given]:
@@ -53,6 +59,9 @@ def _leaves(
         if section in schema and "." in section:
             outer, _, inner = section.partition(".")
             raise UsageError(f"{where}write {section} as {inner}: indented under {outer}:")
+        if section == ADAPTERS:
+            yield ADAPTERS, Given(body, where)
+            continue
         if section not in sections:
             raise unknown(str(section), [*schema, *sections], where)
         if not isinstance(body, dict):
@@ -112,4 +121,5 @@ def print_help(
         doc = f"{opt.help} (type: {opt.spelling}{opt.range and ', ' + opt.range}, {default})"
         group = groups.get(key.partition(".")[0], parser)
         group.add_argument(f"--{key}", metavar="VALUE", help=doc.replace("%", "%%"))
+    parser.add_argument(f"--{ADAPTERS}", metavar="VALUE", help=ADAPTERS_HELP)
     parser.print_help()

@@ -95,11 +95,15 @@ def parts_of(config: Config) -> Iterator[tuple[str, Part]]:
 
 def validate(config: Config) -> None:
     """Raise one `UsageError` that names every key whose value cannot be right."""
+    if problems := problems_of(config):
+        raise UsageError("; ".join(problems))
+
+
+def problems_of(config: Config) -> list[str]:
+    """A clause for every key whose value cannot be right."""
     right = (_bad_values, _bad_patterns, _bad_recompute)
     checks = (*right, _contradictions, _cannot_act, _not_built, _not_installed)
-    problems = [found for check in checks for found in check(config)]
-    if problems:
-        raise UsageError("; ".join(problems))
+    return [found for check in checks for found in check(config)]
 
 
 def _bad_values(config: Config) -> Iterator[str]:

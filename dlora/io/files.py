@@ -2,7 +2,7 @@
 
 A file or a directory is written beside its final name, synced and renamed, so that a crash loses
 nothing. Names read from a file may not leave their directory; a file that is no JSON object is
-refused in one line.
+refused in one line, and so is a word that can be no path.
 """
 
 from __future__ import annotations
@@ -76,6 +76,27 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def path_of(word: str | Path, option: str) -> Path:
+    """The path that a user's word means, `~` expanded; nothing need be there.
+
+    Args:
+        option: what the user set, for errors.
+
+    Raises:
+        UsageError: it can be no path: a name in it is too long, links lead in a circle, the user of
+            `~user` is unknown, or a directory may not be entered.
+    """
+    try:
+        path = Path(word).expanduser()
+        path.resolve()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        shown = str(word) if len(str(word)) <= 80 else f"{str(word)[:77]}..."
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{option}: {shown}: is no path: {reason}") from None
+    return path
 
 
 # -- what others wrote --------------------------------------------------------------------------

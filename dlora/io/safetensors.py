@@ -13,7 +13,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,13 +145,19 @@ def new_float_tensor(
     return NewTensor(key, FLOAT_NAMES[dtype], tuple(shape), nbytes, lambda: map(_bytes_of, parts()))
 
 
-def write_tensors(path: Path, tensors: Sequence[NewTensor], written: Callable[[int], None]) -> None:
+def write_tensors(
+    path: Path,
+    tensors: Sequence[NewTensor],
+    written: Callable[[int], None],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write a file and force it to the disk.
 
     Args:
         written: called with the number of bytes after every block.
+        metadata: in the header, beside the format.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for tensor in tensors:
         offsets = [end, end := end + tensor.nbytes]

@@ -5,11 +5,11 @@ stored.py       an adapter's files as matrices       store.py      a library of 
 same_base.py    whether adapters have one base       index.py      its index, versions and history
 composition.py  the mix, matrix by matrix            objects.py    its files
 mixtures.py     the formulas                         describe.py   what it records of a run
-truncation.py   the best B·A of rank k               difference.py two adapters side by side
-result.py       the files of the composed adapter    search.py     weights that suit examples
+result.py       the files of the composed adapter    difference.py two adapters side by side
+low_rank.py     the best B·A of a matrix             search.py     weights that suit examples
 
 extract.py    `dlora extract`          compress.py    `dlora compress`
 changes.py    what a fine-tune changed compressed.py  the files of a low-rank model
-units.py      how tensors are taken    low_rank.py    the best B·A of a matrix, and its energy
-extracted.py  the files of its adapter dealt.py       matrices dealt over ranks
+units.py      how tensors are taken    dealt.py       matrices dealt over ranks
+extracted.py  the files of its adapter
 """

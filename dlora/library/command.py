@@ -14,15 +14,16 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 from dlora.cli import OneLineParser
 from dlora.errors import UsageError
+from dlora.io.files import path_of
+from dlora.library.describe import Described
 from dlora.library.difference import difference_lines
 from dlora.library.index import Entry, Version
 from dlora.library.options import as_number, whole
 from dlora.library.same_base import base_of_record
-from dlora.library.store import Described, Library
+from dlora.library.store import Library
 from dlora.library.stored import read_adapter
 from dlora.runtime.exit_status import exit_with
 
@@ -30,7 +31,7 @@ from dlora.runtime.exit_status import exit_with
 def main(argv: list[str]) -> int:
     """The command; returns the exit status."""
     args = _parser().parse_args(argv)
-    library = Library(Path(args.library))
+    library = Library(path_of(args.library, "LIB"))
     run: Callable[[Library, argparse.Namespace], None] = args.run
     run(library, args)
     return 0
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> int:
 
 def _add(library: Library, args: argparse.Namespace) -> None:
     metrics = dict(map(_metric, args.metric))
-    said = Described(args.parent, metrics, args.tag, args.base)
+    said = Described(args.parent, metrics, list(map(_tag, args.tag)), args.base)
     version = library.add(args.adapter, args.name, said, activate=not args.no_activate)
     print(f"added {args.name}@{version.number}: {library.objects.place(version)}")
 
@@ -130,9 +131,15 @@ def _remove(library: Library, args: argparse.Namespace) -> None:
 def _metric(word: str) -> tuple[str, float]:
     name, _, text = word.partition("=")
     value = as_number(text)
-    if not name or not math.isfinite(value):
+    if not name.isprintable() or not name or not math.isfinite(value):
         raise UsageError(f"--metric: {word!r}: NAME=NUMBER is expected")
     return name, value
+
+
+def _tag(word: str) -> str:
+    if not word.strip() or not word.isprintable():
+        raise UsageError(f"--tag: {word!r}: a tag is a line of text")
+    return word
 
 
 def _summary(version: Version) -> str:

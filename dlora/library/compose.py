@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from dlora.cli import OneLineParser, new_target
 from dlora.data import FORMATS
 from dlora.errors import UsageError
+from dlora.io.files import path_of
 from dlora.library.composition import DENSITY, Composition, check_weights
 from dlora.library.mixtures import METHODS, ON_FACTORS, RANDOM, TRUNCATING, WITH_DENSITY
 from dlora.library.options import as_number, share, whole
@@ -33,7 +35,7 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     _check_options(args)
     named = [_entry(word, args.search is not None) for word in args.adapters]
-    library = Library(Path(args.library)) if args.library else None
+    library = Library(path_of(args.library, "--library")) if args.library else None
     found = [_place(name, library) for name, _ in named]
     adapters = [read_adapter(place) for place, _ in found]
     _check_different([name for name, _ in named], adapters)
@@ -48,7 +50,10 @@ def main(argv: list[str]) -> int:
         _announce(composition)
         write_result(composition, target, base, print)
     except OSError as error:
-        raise UsageError(f"--to: cannot write {args.to}: {error.strerror or error}") from error
+        at = Path(error.filename or target)
+        is_read = any(at.is_relative_to(adapter.directory) for adapter in adapters)
+        what = f"--adapters: cannot read {at}" if is_read else f"--to: cannot write {args.to}"
+        raise UsageError(f"{what}: {error.strerror or error}") from error
     for line in energy_lines(composition):
         print(line)
     print(f"wrote {args.to}")
@@ -79,7 +84,7 @@ def _check_options(args: argparse.Namespace) -> None:
 def _entry(word: str, is_searched: bool) -> tuple[str, float | None]:
     """`DIR=W`, or `DIR` where weights are searched for."""
     name, separator, text = word.rpartition("=")
-    if not separator or Path(word).expanduser().is_dir():
+    if not separator or os.path.isdir(os.path.expanduser(word)):
         if not is_searched:
             raise UsageError(
                 f"--adapters: {word} has no weight: write {word}=1.0, or let --search find it"
@@ -95,7 +100,7 @@ def _place(name: str, library: Library | None) -> tuple[str | Path, Base | None]
     """Where the adapter `name` is, a directory or a name in the library, which knows its base."""
     if library is None or (found := library.find(name)) is None:
         return name, None
-    if Path(name).expanduser().exists():
+    if path_of(name, "--adapters").exists():
         raise UsageError(
             f"--adapters: {name} is a directory here and a name in {library.directory}; write "
             f"./{name} for the directory"
@@ -183,6 +188,7 @@ def _parser() -> argparse.ArgumentParser:
         "--adapters",
         required=True,
         nargs="+",
+        action="extend",
         metavar="DIR=W",
         help="adapter directories, or names in --library, each with its weight, such as out/a=0.7 "
         "out/b=-0.3; with --search a weight may be left out (required)",

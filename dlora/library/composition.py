@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,12 +22,15 @@ from dlora.library.mixtures import (
     TRUNCATING,
     WITH_DENSITY,
     How,
+    Mixture,
     Part,
+    Product,
 )
 from dlora.library.same_base import check_shapes
 from dlora.library.stored import Place, StoredAdapter
 
 DENSITY = 0.5  # without --density
+_LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass
@@ -120,6 +124,11 @@ class Composition:
 
     def _made(self, path: str) -> tuple[Tensor, Tensor]:
         found = [(w, a, place.scaling, *place.factors()) for w, a, place in self._at(path)]
+        for w, adapter, s, A, _ in found:
+            if not float(A.abs().max()) * abs(w * s) <= _LARGEST:
+                raise UsageError(
+                    f"--adapters: {adapter.directory}: {path} times {w:g} is beyond float32"
+                )
         how = How(self.rank_of(path), self.density)
         made = []
         for expert in range(self.places[path].experts):
@@ -127,7 +136,7 @@ class Composition:
                 Part(w, s, A[expert], B[expert], self._seed(adapter, path, expert))
                 for w, adapter, s, A, B in found
             ]
-            made.append(METHODS[self.method](parts, how))
+            made.append(_finite(METHODS[self.method], parts, how, path))
         self.energies[path] = sum(p.lost for p in made), sum(p.energy for p in made)
         return torch.stack([p.A for p in made]), torch.stack([p.B for p in made])
 
@@ -165,6 +174,19 @@ def check_weights(named: Sequence[tuple[str, float]]) -> None:
             raise UsageError(f"--adapters: {name}={weight}: a weight is a finite number")
     if not any(weight for _, weight in named):
         raise UsageError("--adapters: all weights are 0, so the mix is empty")
+
+
+def _finite(method: Mixture, parts: Sequence[Part], how: How, path: str) -> Product:
+    """What the method makes.
+
+    Raises:
+        UsageError: not all of it is finite.
+    """
+    with suppress(UsageError):  # of a matrix that is to be decomposed
+        made = method(parts, how)
+        if all(bool(tensor.isfinite().all()) for tensor in (made.A, made.B)):
+            return made
+    raise UsageError(f"--adapters: {path}: the mix is beyond float32; are the weights too large?")
 
 
 def _check_alike(one: Place, other: Place) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from dlora.base.quantize import replaceable
 from dlora.base.stored_base import StoredBase
 from dlora.cli import OneLineParser, naming_base, new_target
 from dlora.errors import UsageError
+from dlora.io.files import path_of
 from dlora.library.changes import Stored
 from dlora.library.compressed import Compressed, Layer
 from dlora.library.dealt import Parts, agreed, naming_target, on_all_ranks, parts_beside, work_on
@@ -64,8 +64,10 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
         help="run the Python code that comes with the base (default: no)",
     )
     args = parser.parse_args(argv)
-    source = Path(args.base).expanduser()
-    args.target = new_target(args.to, *([source] if source.is_dir() else []))
+    source = path_of(args.base, "--base")
+    args.target = new_target(
+        args.to, *([source] if source.is_dir() else []), what="the model itself"
+    )
     return args
 
 

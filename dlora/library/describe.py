@@ -10,7 +10,8 @@ composition.json        beside the adapter  the adapters of a mix
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,16 @@ from dlora.library.result import COMPOSITION
 from dlora.library.same_base import run_state
 from dlora.library.stored import sha256_of
 from dlora.metrics.log import read_metrics
+
+
+@dataclass(frozen=True)
+class Described:
+    """What is said of an adapter when it is added, beside what its run recorded."""
+
+    parents: Sequence[str] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    tags: Sequence[str] = ()
+    base: str | None = None
 
 
 def data_of(directory: Path) -> str | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from dlora.adapters.write import converted_line
 from dlora.cli import OneLineParser, new_target
 from dlora.errors import UsageError, and_more
-from dlora.io.files import new_directory
+from dlora.io.files import new_directory, path_of
 from dlora.library.changes import Change, Pair, Stored
 from dlora.library.dealt import Parts, agreed, naming_target, on_all_ranks, parts_beside, work_on
 from dlora.library.extracted import Extracted
@@ -59,8 +58,9 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
         help="run the Python code that comes with the models (default: no)",
     )
     args = parser.parse_args(argv)
-    sources = [Path(path).expanduser() for path in (args.base, args.tuned)]
-    args.target = new_target(args.to, *(path for path in sources if path.is_dir()))
+    sources = [path_of(args.base, "--base"), path_of(args.tuned, "--tuned")]
+    sources = [path for path in sources if path.is_dir()]
+    args.target = new_target(args.to, *sources, what="a model that is read")
     return args
 
 
@@ -147,7 +147,7 @@ def _take(pair: Pair, unit: Unit, cut: Cut, parts: Parts, number: int) -> None:
 
 def _low_rank(D: Tensor, cut: Cut, what: str) -> LowRank:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    decomposed = Decomposed.of(D.to(device), what)
+    decomposed = Decomposed.of(D.to(device), f"--tuned: the change of {what}")
     return decomposed.cut(cut.of(decomposed.squares))
 
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from dlora.library.same_base import Base, base_of_record
 
 FORMAT = 1
 INDEX = "library.json"
+LONGEST_NAME = 200  # of a file it may be 255, and others are named after it
+_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{LONGEST_NAME - 1}}}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -134,9 +138,16 @@ def read_index(directory: Path) -> Index:
     try:
         adapters = {name: _entry(entry) for name, entry in raw["adapters"].items()}
         shapes = {str(path): [int(n) for n in shape] for path, shape in raw["shapes"].items()}
+        if strange := [name for name in adapters if not is_name(name)]:
+            raise ValueError(f"the name {strange[0][:80]!r}")
         return Index(base_of_record(raw["base"]), shapes, adapters)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"{path}: is damaged: {error!r}; nothing was changed") from None
+
+
+def is_name(name: str) -> bool:
+    """Whether an adapter can have this name."""
+    return _NAME.fullmatch(name) is not None
 
 
 def is_plain(name: str) -> bool:
@@ -147,14 +158,36 @@ def is_plain(name: str) -> bool:
 def _entry(raw: Mapping[str, Any]) -> Entry:
     entry = Entry([Version(**v) for v in raw["versions"]], [State(**s) for s in raw["history"]])
     numbers = [version.number for version in entry.versions]
-    if not entry.history or numbers != sorted(set(numbers)):
-        raise ValueError("its versions or its history")
+    if not all(type(n) is int and n > 0 for n in numbers) or numbers != sorted(set(numbers)):
+        raise ValueError("its versions")
     for version in entry.versions:
-        files = version.files if isinstance(version.files, dict) else {}
-        if not files or not all(is_plain(name) for name in files):
-            raise ValueError(f"the files of version {version.number}")
+        if wrong := next((field for field, is_right in _checks(version) if not is_right), None):
+            raise ValueError(f"{wrong} of version {version.number}")
     for place, state in enumerate(entry.history):
-        known = state.active is None or state.active in numbers
-        if not known or not (state.to is None or 0 <= state.to < place):
+        known = state.active is None or (type(state.active) is int and state.active in numbers)
+        back = state.to is None or (type(state.to) is int and 0 <= state.to < place)
+        if not (known and back and _are(str, [state.action, state.time])):
             raise ValueError(f"state {place + 1} of its history")
+    if not entry.history:
+        raise ValueError("its history")
     return entry
+
+
+def _checks(version: Version) -> Iterator[tuple[str, bool]]:
+    """(field, whether it is of its type) of a version that was read."""
+    digests = version.files.values()
+    is_named = bool(version.files) and all(map(is_plain, version.files))
+    yield "files", is_named and all(_DIGEST.fullmatch(digest) for digest in digests)
+    yield "base", base_of_record(version.base) is not None
+    for parent in version.parents:
+        texts = [parent.get(key) for key in ("path", "name") if parent.get(key) is not None]
+        numbers = [parent[key] for key in ("version", "weight") if parent.get(key) is not None]
+        yield "parents", _are(str, texts) and _are(int | float, numbers)
+    yield "metrics", _are(str, version.metrics) and _are(int | float, version.metrics.values())
+    yield "tags", isinstance(version.tags, list) and _are(str, version.tags)
+    yield "data", version.data is None or isinstance(version.data, str)
+    yield "added", isinstance(version.added, str)
+
+
+def _are(kind: Any, values: Iterable[Any]) -> bool:
+    return all(isinstance(value, kind) for value in values)

@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dlora.library.truncation import Product, truncate_matrix, truncate_product
+from dlora.library.low_rank import Product, truncate_matrix, truncate_product
 
 _BLOCK_ELEMENTS = 1 << 19  # of D that are made of all adapters at a time
 

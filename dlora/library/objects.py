@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dlora.errors import UsageError
 from dlora.io.files import clear, inside, new_directory, sync, unused_name
-from dlora.library.index import Version
+from dlora.library.index import INDEX, Version
 from dlora.library.stored import sha256_of
 
 OBJECTS, ACTIVE = "objects", "active"
@@ -51,6 +51,8 @@ class Objects:
         """Make the folders, and delete what a writer that died left half written."""
         (self.directory / OBJECTS).mkdir(exist_ok=True)
         clear(self.directory / OBJECTS, ".*.tmp")
+        for left in self.directory.glob(f".{INDEX}.*.tmp"):
+            left.unlink()
 
     def write(self, name: str, version: Version, paths: Mapping[str, Path]) -> bool:
         """Write a version's files from `paths`; whether they were there already, whole."""
@@ -73,6 +75,14 @@ class Objects:
         for name in names:
             shutil.rmtree(self.directory / OBJECTS / name, ignore_errors=True)
 
+    def check_links(self, active: Iterable[str]) -> None:
+        """Raise a `UsageError` if something else is in the place of a link, or of their folder."""
+        links = self.directory / ACTIVE
+        strange = [links] if links.is_symlink() or (links.exists() and not links.is_dir()) else []
+        strange += [links / name for name in active if _is_no_link(links / name)]
+        if strange:
+            raise UsageError(f"{strange[0]}: was not made by the library; move it away first")
+
     def link(self, active: Mapping[str, Version]) -> None:
         """Let `active/<name>` be links to these versions, and to nothing else."""
         links = self.directory / ACTIVE
@@ -89,3 +99,7 @@ class Objects:
             beside.symlink_to(target, target_is_directory=True)
             os.replace(beside, link)
         sync(links)
+
+
+def _is_no_link(path: Path) -> bool:
+    return path.exists() and not path.is_symlink()

@@ -2,6 +2,7 @@
 
 adapter_config.json, adapter_model.safetensors    a plain LoRA of scale 1, float32
 composition.json                                  method, adapters by path and hash, weights
+pytorch_lora_weights.safetensors                  diffusers' file, where the adapters have one
 chat_template.jinja, …                            what all adapters have beside them, alike
 """
 
@@ -18,12 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlora.adapters import diffusers_format
 from dlora.adapters.peft_format import NO_TARGETS
 from dlora.adapters.peft_names import PREFIX
 from dlora.adapters.write import CONFIG, WEIGHTS, recorded_name
 from dlora.errors import UsageError
 from dlora.io.files import inside, new_directory, write_atomically
-from dlora.io.safetensors import FLOATS, NewTensor, StoredTensor, new_float_tensor, write_tensors
+from dlora.io.safetensors import (
+    FLOATS,
+    NewTensor,
+    StoredTensor,
+    new_float_tensor,
+    stored_tensors,
+    write_tensors,
+)
 from dlora.library.composition import Composition
 from dlora.library.same_base import Base
 from dlora.library.stored import Place, StoredAdapter
@@ -55,8 +64,12 @@ def write_result(
     settings = settings_of(composition, base)
     tensors = [*_new_tensors(composition), *_copies(composition.adapters)]
     beside = carried(composition.adapters, announce)
+    prefix = _diffusers_prefix(composition.adapters)
+    header = diffusers_format.header(settings, PREFIX) if prefix else None
     with new_directory(target) as folder, CopyDisplay(sum(t.nbytes for t in tensors)) as display:
-        write_tensors(folder / WEIGHTS, tensors, display.advance)
+        write_tensors(folder / WEIGHTS, tensors, display.advance, header)
+        if prefix:
+            _write_for_diffusers(folder, settings, prefix)
         for name, content in beside.items():
             write_atomically(folder / name, content)
         write_atomically(folder / COMPOSITION, _json(composition.record()))
@@ -110,6 +123,32 @@ def carried(adapters: Sequence[StoredAdapter], announce: Callable[[str], None]) 
         elif content := contents.pop():
             found[name] = content
     return found
+
+
+def _diffusers_prefix(adapters: Sequence[StoredAdapter]) -> str | None:
+    """The prefix of the keys in diffusers' files; None: no adapter has such a file.
+
+    Raises:
+        UsageError: they are of two models.
+    """
+    known = {prefix: a for a in adapters if (prefix := diffusers_format.prefix_in(a.directory))}
+    if len(known) > 1:
+        (one, first), (other, second), *_ = known.items()
+        raise UsageError(
+            f"{second.directory}: is an adapter of a pipeline's {other[:-1]}, and "
+            f"{first.directory} of its {one[:-1]}: they do not belong together"
+        )
+    return next(iter(known), None)
+
+
+def _write_for_diffusers(folder: Path, settings: dict[str, Any], prefix: str) -> None:
+    """Write diffusers' file: the tensors of PEFT's under other keys."""
+    renamed = [
+        NewTensor(prefix + key.removeprefix(PREFIX), t.dtype, t.shape, t.nbytes, t.blocks)
+        for key, t in stored_tensors(folder / WEIGHTS).items()
+    ]
+    header = diffusers_format.header(settings, prefix)
+    write_tensors(folder / diffusers_format.LORA_WEIGHTS, renamed, lambda _: None, header)
 
 
 def _targets(composition: Composition) -> dict[str, Any]:

@@ -106,8 +106,15 @@ def check_same(first: str, known: Base, name: str, base: Base) -> None:
 
 
 def base_of_record(record: Mapping[str, Any]) -> Base:
-    """The base of `Base.record`."""
-    return Base(record["path"], record["revision"], record["identity"])
+    """The base of `Base.record`.
+
+    Raises:
+        KeyError, TypeError: it is none.
+    """
+    found = [record[key] for key in ("path", "revision", "identity")]
+    if not all(value is None or isinstance(value, str) for value in found):
+        raise TypeError(f"the base {found}")
+    return Base(*found)
 
 
 def base_line(base: Base, bases: Iterable[Base]) -> str:

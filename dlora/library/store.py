@@ -12,23 +12,30 @@ lock.
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from dlora.adapters.diffusers_format import LORA_WEIGHTS
 from dlora.adapters.hub import adapter_directory
-from dlora.adapters.save_load import read_config
 from dlora.adapters.write import CONFIG, WEIGHTS
 from dlora.errors import UsageError, and_more
 from dlora.io.files import inside, read_object
-from dlora.io.safetensors import stored_tensors
-from dlora.library.describe import data_of, metrics_of, parents_of
-from dlora.library.index import INDEX, Entry, Index, State, Version, read_index
+from dlora.library.describe import Described, data_of, metrics_of, parents_of
+from dlora.library.extracted import RECORD as EXTRACTION
+from dlora.library.index import (
+    INDEX,
+    LONGEST_NAME,
+    Entry,
+    Index,
+    State,
+    Version,
+    is_name,
+    read_index,
+)
 from dlora.library.objects import OBJECTS, Objects
 from dlora.library.result import BESIDE, COMPOSITION
 from dlora.library.same_base import (
@@ -39,22 +46,11 @@ from dlora.library.same_base import (
     check_shapes,
     with_identity,
 )
-from dlora.library.stored import check_directory, sha256_of, shapes_in
+from dlora.library.stored import check_directory, check_stored, sha256_of, shapes_in
 from dlora.runtime.run_lock import NAME, RunLock
 
-FILES = (CONFIG, WEIGHTS, COMPOSITION, "README.md", *BESIDE)  # of an adapter
+FILES = (CONFIG, WEIGHTS, LORA_WEIGHTS, COMPOSITION, EXTRACTION, "README.md", *BESIDE)
 PATIENCE_SECONDS = 5.0
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-
-@dataclass(frozen=True)
-class Described:
-    """What is said of an adapter when it is added, beside what its run recorded."""
-
-    parents: Sequence[str] = ()
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    tags: Sequence[str] = ()
-    base: str | None = None
 
 
 class Library:
@@ -65,7 +61,7 @@ class Library:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory.expanduser()
+        self.directory = directory
         self.objects = Objects(self.directory)
 
     def index(self) -> Index:
@@ -97,15 +93,16 @@ class Library:
 
     def version(self, index: Index, name: str) -> tuple[str, Version]:
         """The name and the version that `NAME` (the active one) or `NAME@VERSION` means."""
-        name, _, wanted = name.partition("@")
+        name, at, wanted = name.partition("@")
         entry = self.entry(index, name)
-        number = int(wanted) if wanted.isdecimal() else None if wanted else entry.active
-        if not wanted and number is None:
+        if not at and entry.active is None:
             raise UsageError(f"{self.directory}: {name} is removed; rollback brings it back")
-        version = None if number is None else entry.version(number)
+        number = str(entry.active) if not at else wanted
+        version = next((v for v in entry.versions if str(v.number) == number), None)
         if version is None:
             have = ", ".join(str(version.number) for version in entry.versions)
-            raise UsageError(f"{self.directory}: {name} has no version {wanted}; it has {have}")
+            said = wanted[:20] or "without a number"
+            raise UsageError(f"{self.directory}: {name} has no version {said}; it has {have}")
         return name, version
 
     def entry(self, index: Index, name: str) -> Entry:
@@ -124,18 +121,20 @@ class Library:
         Raises:
             UsageError: it is no adapter, or one of another base, or the version is there already.
         """
-        if not _NAME.fullmatch(name):
-            raise UsageError(f"--name: {name!r}: letters, digits, '.', '_' and '-' make a name")
+        if not is_name(name):
+            raise UsageError(
+                f"--name: {name[:80]!r}: at most {LONGEST_NAME} letters, digits, '.', '_' and '-' "
+                "make a name"
+            )
         source = adapter_directory(directory, "library add")
         check_directory(source, "library add")
-        read_config(source)
-        for tensor in stored_tensors(inside(source, WEIGHTS)).values():
-            tensor.check_numbers()
+        check_stored(source)
         base, shapes = self._base(source, said.base), shapes_in(inside(source, WEIGHTS))
         found = {file: inside(source, file) for file in FILES}
         paths = {file: path for file, path in found.items() if path.is_file()}
         with self._writing(Index(base)) as index:
             self._check_base(index, source, base, shapes)
+            self.objects.check_links([name])
             entry = index.adapters.setdefault(name, Entry())
             version = Version(
                 number=max((v.number for v in entry.versions), default=0) + 1,
@@ -237,6 +236,7 @@ class Library:
             if not there:  # first: objects without an index are a library that lost it
                 index.write(self.directory)
             self.objects.prepare()
+            self.objects.check_links(index.active())
             before = index.objects()
             yield index
             lock.check()

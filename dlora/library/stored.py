@@ -115,7 +115,7 @@ def read_adapter(directory: str | Path, option: str = "--adapters") -> StoredAda
     if config.use_dora or any("magnitude_vector" in names for names in factors.values()):
         raise UsageError(
             f"{directory}: is a DoRA (use_dora), whose update of W0 has no low-rank form, so it "
-            "cannot be composed"
+            "can be neither composed nor compared"
         )
     _check_none_whole(directory, config, others)
     places = {path: _place(file, config, path, names) for path, names in factors.items()}
@@ -125,6 +125,26 @@ def read_adapter(directory: str | Path, option: str = "--adapters") -> StoredAda
         place.A.check_numbers()
         place.B.check_numbers()
     return StoredAdapter(directory, settings, config, places, others)
+
+
+def check_stored(directory: Path) -> None:
+    """Check an adapter that is stored and not composed, so that it may be a DoRA, or train modules
+    whole: its settings, that all tensors are finite, and that A and B have their r.
+
+    Raises:
+        UsageError: it is damaged, or has nothing that PEFT would load.
+    """
+    config, file = read_config(directory), inside(directory, WEIGHTS)
+    for tensor in stored_tensors(file).values():
+        tensor.check_numbers()
+    factors, others = factors_in(file)
+    if not factors and not (others and config.modules_to_save):
+        raise UsageError(f"{file}: has no A and B")
+    if config.target_parameters:  # whose names and r the file alone does not always tell
+        return
+    for path, names in factors.items():
+        pair = {n: tensor for n, tensor in names.items() if not n.startswith("magnitude_vector")}
+        _place(file, config, path, pair)
 
 
 def sha256_of(path: Path) -> str:
@@ -181,7 +201,7 @@ def _check_none_whole(directory: Path, config: LoraConfig, others: dict[str, Sto
         if any(f"{name}." in f"{path}." for name in heads):
             raise UsageError(
                 f"{directory}: trains {path} whole (modules_to_save), which has no low-rank form, "
-                "so it cannot be composed; adapt that module instead"
+                "so it can be neither composed nor compared; adapt that module instead"
             )
     if strange := [key for key in others if not key.endswith(".weight")]:
         raise UsageError(f"{directory / WEIGHTS}: has the unexpected {and_more(strange, 1)}")

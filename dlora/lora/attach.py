@@ -69,7 +69,7 @@ def attach(
     """
     check_none_of_peft(model)
     check_name(model, name)
-    if name != DEFAULT and not VARIANTS[config.variant].named:
+    if name != DEFAULT and VARIANTS[config.variant].alone:
         raise UsageError(f"attach: a {config.method} adapter cannot have a name, such as {name!r}")
     with bare(model):
         attachment = _prepared(model, config, whole_weights, residual)

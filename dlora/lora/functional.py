@@ -94,7 +94,7 @@ class LinearWithLowRank(torch.autograd.Function):
             dropped_Tn = x_Tn if ctx.mask is None else ctx.mask.drop(x_Tn, keep)
             dA = summed(dyB_Tr, dropped_Tn, A.dtype, ctx.scaling)
         if ctx.needs_input_grad[4]:
-            dB, dE = _split(summed(dy_Tm, z_Tr, B.dtype, ctx.scaling), B, E)
+            dB, dE = split_gradient(summed(dy_Tm, z_Tr, B.dtype, ctx.scaling), B, E)
         return dx_Tn, None, None, dA, dB, dE, None, None, None
 
 
@@ -134,7 +134,7 @@ class EmbeddingWithLowRank(torch.autograd.Function):
                 dz_Tr = dz_Tr.masked_fill((ids_T == ctx.padding_idx)[:, None], 0)
             dA = torch.zeros_like(A).index_add_(1, ids_T, dz_Tr.t())
         if ctx.needs_input_grad[3]:
-            dB, dE = _split(summed(dy_Tm, z_Tr, B.dtype, ctx.scaling), B, E)
+            dB, dE = split_gradient(summed(dy_Tm, z_Tr, B.dtype, ctx.scaling), B, E)
         return None, None, dA, dB, dE, None, None
 
 
@@ -225,7 +225,7 @@ def times(B: Tensor, E: Tensor | None) -> Tensor:
     return B if E is None else B * E.t()
 
 
-def _split(gradient: Tensor, B: Tensor, E: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def split_gradient(gradient: Tensor, B: Tensor, E: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The gradients of B and E from that of B·diag(E), all [m, r] but dE [r, 1]."""
     if E is None:
         return gradient, None

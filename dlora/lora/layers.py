@@ -29,6 +29,11 @@ CHILD = "adapter"
 NAMED = "adapters"  # the child that has those with names, see `several`
 
 
+def adapter_of(path: str) -> str:
+    """The name of the adapter that has the tensor of this full name, `….adapters.NAME.lora_A`."""
+    return path.rpartition(f".{NAMED}.")[2].partition(".")[0]
+
+
 def acting(layer: nn.Module) -> Any:
     """What a layer computes with beside its weight: its adapter, several of them, or None."""
     children = layer._modules

@@ -11,7 +11,7 @@ import functools
 from typing import Any
 
 from dlora.errors import UsageError
-from dlora.quant.linear import class_of_spec, class_spec
+from dlora.quant.made_class import class_of_spec, class_spec
 
 REPLICA = "dlora_replica"  # what dlora.shard leaves on a model
 

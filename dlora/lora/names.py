@@ -30,6 +30,7 @@ from dlora.lora.several import (
 
 RECORD = "dlora_names"  # on the model, once adapters have names
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
+_LONGEST = 200  # `save_pretrained` makes a folder of the name
 T = TypeVar("T")
 
 
@@ -102,16 +103,17 @@ def of_base(function: Callable[..., T]) -> Callable[..., T]:
 
 def check_name(model: nn.Module, name: str, call: str = "attach") -> None:
     """Raise a `UsageError` unless a new adapter can have this name."""
-    if name in attached(model):
+    if isinstance(name, str) and name in attached(model):
         raise UsageError(
             f"{call}: this model already has adapters"
             + (f" named {name!r}" if name != DEFAULT else "")
         )
     taken = NamedAdapters(Names(), "")
-    if name == BASE or not _NAME.fullmatch(name) or hasattr(taken, name):
+    is_name = isinstance(name, str) and _NAME.fullmatch(name) is not None
+    if not is_name or name == BASE or len(name) > _LONGEST or hasattr(taken, name):
         raise UsageError(
-            f"{call}: name: {name!r} cannot be a name: letters, digits, _ and - can, but no "
-            "attribute of modules"
+            f"{call}: name: {str(name)[:80]!r} cannot be a name: letters, digits, _ and - can, but "
+            "no attribute of modules"
         )
     check_unmerged(model, call)
 
@@ -168,6 +170,8 @@ def activate(model: nn.Module, names: str | Iterable[str]) -> None:
         UsageError: there is no such name, one is there twice, the model is merged, or two of them
             train a module whole (`modules_to_save`).
     """
+    if not isinstance(names, Iterable):
+        raise UsageError(f"activate: expected a name or a list of names, got {names!r}")
     wanted = [names] if isinstance(names, str) else list(names)
     check_unmerged(model, "activate")
     saved: dict[str, str] = {}

@@ -26,6 +26,7 @@ from dlora.errors import UsageError
 from dlora.lora.layers import CHILD, NAMED
 from dlora.lora.made_class import made_class, original_class
 from dlora.lora.own_storage import OwnStorage
+from dlora.lora.segments import Segments
 from dlora.quant.linear import Weight, product
 
 DEFAULT = "default"  # the name of what is attached without one, as in PEFT
@@ -68,15 +69,19 @@ class Names:
         attachments: what `attach` recorded of each.
         active: whose updates are summed, in this order.
         rows: of the batch that is computed now; None: every row uses the active ones.
+        segments: of a batch that several train on together; None: no batch is shared.
     """
 
     attachments: dict[str, Any] = field(default_factory=dict)
     active: list[str] = field(default_factory=list)
     rows: Rows | None = None
+    segments: Segments | None = None
 
     @property
     def meant(self) -> list[str]:
         """The names that some row uses."""
+        if self.segments is not None:
+            return self.segments.names
         return self.active if self.rows is None else list(dict.fromkeys(self.rows.names))
 
 
@@ -122,6 +127,8 @@ class NamedAdapters(OwnStorage):
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         """As `LoraAdapter.linear`."""
+        if self.names.segments is not None:
+            return self.names.segments.linear(self, x, weight, bias)
         return self._computed(
             x,
             lambda adapter: adapter.linear(x, weight, bias),
@@ -131,6 +138,8 @@ class NamedAdapters(OwnStorage):
 
     def embedding(self, ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
         """As `LoraAdapter.embedding`."""
+        if self.names.segments is not None:
+            return self.names.segments.embedding(self, ids, weight, padding_idx)
 
         def update(adapter: Any, ids: Tensor) -> Tensor:
             return adapter.embedding(ids, weight, padding_idx) - F.embedding(ids, weight)
@@ -146,6 +155,8 @@ class NamedAdapters(OwnStorage):
         self, x: Tensor, weight: Tensor, bias: Tensor | None, convolve: Callable[..., Tensor]
     ) -> Tensor:
         """As `LoraAdapter.convolution`."""
+        if self.names.segments is not None:
+            self._check_alike("the convolutions")
 
         def update(adapter: Any, x: Tensor) -> Tensor:
             return adapter.convolution(x, weight, None, convolve) - convolve(x, weight, None)
@@ -209,6 +220,11 @@ class NamedAdapters(OwnStorage):
         return self.names.rows is not None and len(self.names.meant) > 1
 
     def _check_alike(self, key: str) -> None:
+        if self.names.segments is not None:
+            raise UsageError(
+                f"adapters: {self.place.rpartition('.')[0]} is one of {key}, which act on all "
+                "tokens of a batch alike; train one adapter at a time"
+            )
         if self._rows_differ:
             raise UsageError(
                 f"adapter_names: {self.place.rpartition('.')[0]} is one of {key}, which act on all "

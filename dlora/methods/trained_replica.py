@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,13 +31,11 @@ from dlora.lora.several import DEFAULT
 from dlora.lora.variants import VARIANTS
 from dlora.optim.groups import parameter_groups
 from dlora.optim.lora_pro import Pair
-from dlora.sharding.counts import whole_number
 from dlora.sharding.engines.protocol import Engine, is_divided
 from dlora.sharding.first_rank import from_first
 from dlora.sharding.replica.frozen import same_on_every_rank
 from dlora.sharding.replica.optimizer_state import States, states_of
-from dlora.sharding.replica.replica import Reduced, Replica
-from dlora.sharding.replica.step_scalars import Scalar
+from dlora.sharding.replica.replica import Replica
 
 
 class TrainedReplica(Replica):
@@ -118,14 +116,8 @@ class TrainedReplica(Replica):
             self.method = MethodState()
             self.disown()
 
-    def reduce_gradients(
-        self,
-        tokens: int | Tensor | None = None,
-        *,
-        scalars: Mapping[str, Scalar] | None = None,
-        each: int = 0,
-    ) -> Reduced:
-        """See `Replica.reduce_gradients`; the step's passes are over, so W0 is freed as well.
+    def before_reduction(self, tokens: int) -> None:
+        """The step's passes are over: W0 is freed, and the method adds to the gradients.
 
         Raises:
             UsageError: the adapters still wait for `dlora.start_from_gradients`.
@@ -136,8 +128,7 @@ class TrainedReplica(Replica):
                 "init_lora_weights: lora_ga starts from gradients; call "
                 "dlora.start_from_gradients(model, batches, loss_of) before the first step"
             )
-        self.method.before_reduce(1 if tokens is None else whole_number(tokens))
-        return super().reduce_gradients(tokens, scalars=scalars, each=each)
+        self.method.before_reduce(tokens)
 
     def sum_over_ranks(self, flat: Tensor) -> Tensor:
         """Σ over ranks of a flat tensor, the same bits on each. Collective."""

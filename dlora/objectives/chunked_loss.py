@@ -15,7 +15,8 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -107,6 +108,27 @@ def chunk_rows(vocabulary: int, device: str) -> int:
     return max(1, rows if rows < _WHOLE_TILES else rows - rows % _WHOLE_TILES)
 
 
+@dataclass(frozen=True)
+class LossPart:
+    """A part of a batch whose loss is wanted apart.
+
+    Attributes:
+        positions: [N, 2], the (row, token) of its targets.
+        own: the same places in a batch of this part alone.
+        end: in a row that all share, where its tokens end.
+        head: entered around each product of the head, with the places `own` of its rows.
+    """
+
+    positions: Tensor
+    own: Tensor
+    end: int
+    head: Callable[[Tensor], AbstractContextManager[None]]
+
+    def loss(self, head: OutputHead, hidden: Tensor, targets: Tensor, device: str | None) -> Tensor:
+        """Its `target_loss`."""
+        return target_loss(head, hidden, targets, self.positions, device, self)
+
+
 def install(model: Any, device: str | None = None) -> None:
     """Let a causal language model compute `model(..., targets=[rows, tokens])` → Σ cross entropy.
 
@@ -114,6 +136,7 @@ def install(model: Any, device: str | None = None) -> None:
     the tokens of each row without padding, on which some models' positions depend; more lengths
     than rows are those of the sequences that share the one row (`packed_row`), with `position_ids`
     that start again for each. An auxiliary loss of its own is left for `router_loss.whole_loss`.
+    With `parts` of the batch the result is [parts], a sum for each.
 
     Without `targets` the model's own forward runs. With them it runs as well, and its head computes
     the loss of its input in place of logits: so all that the class does in front of the head stays,
@@ -139,9 +162,11 @@ def install(model: Any, device: str | None = None) -> None:
         targets: Tensor | None = None,
         positions: Tensor | None = None,
         lengths: Sequence[int] | None = None,
+        parts: Sequence[LossPart] = (),
         **kwargs: Any,
     ) -> Any:
-        packed.set(lengths, targets.shape if targets is not None else None)
+        shape = targets.shape if targets is not None else None
+        packed.set(lengths, shape, [part.end for part in parts])
         own_lengths.set(lengths, needed=targets is not None, packed=bool(packed.lengths))
         if targets is None:
             return packed.remember(own_forward(*args, **kwargs))
@@ -149,7 +174,9 @@ def install(model: Any, device: str | None = None) -> None:
             positions = (targets != IGNORED).nonzero()
 
         def loss(hidden: Tensor) -> Tensor:
-            return target_loss(head, hidden, targets, positions, device)
+            if not parts:
+                return target_loss(head, hidden, targets, positions, device)
+            return torch.stack([part.loss(head, hidden, targets, device) for part in parts])
 
         asked = router.begin() if router is not None else {}
         losses[:], found[:] = [loss] if head.finish is not None else [], []
@@ -162,7 +189,9 @@ def install(model: Any, device: str | None = None) -> None:
                 router.compute(outputs, targets.shape, in_rows)
             if head.finish is not None:
                 return packed.remember(found.pop())
-            return packed.remember(loss_of_logits(outputs.logits, targets, positions))
+            wanted = [part.positions for part in parts] or [positions]
+            each = [loss_of_logits(outputs.logits, targets, some) for some in wanted]
+            return packed.remember(torch.stack(each) if parts else each[0])
         finally:
             losses.clear()
             found.clear()
@@ -203,6 +232,7 @@ def target_loss(
     targets: Tensor,
     positions: Tensor,
     device: str | None = None,
+    part: LossPart | None = None,
 ) -> Tensor:
     """Σ cross entropy over the positions with a target, float32 (float64 for a float64 model).
 
@@ -213,21 +243,24 @@ def target_loss(
         targets: [rows, tokens], −100 where there is none.
         positions: [N, 2], the (row, token) of each target.
         device: as of `install`.
+        part: what the positions belong to, of a batch with several.
     """
     h, t = hidden[tuple(positions.T)], targets[tuple(positions.T)]
     module, finish = head.module, head.finish
     assert finish is not None
     stream = getattr(getattr(module, CHILD, None), "stream", None)
+    own = stream.at if stream is not None else lambda at: nullcontext()
+    inside, places = (own, positions) if part is None else (part.head, part.own)
 
     def logits(rows: Tensor, at: Tensor) -> Tensor:
         """[chunk, V] of rows [chunk, H] at the places [chunk, 2]; the head's adapter included."""
-        with stream.at(at) if stream is not None else nullcontext():
+        with inside(at):
             return finish(type(module).forward(module, rows))
 
     chunk = chunk_rows(head.vocabulary, device or hidden.device.type)
     trained = [p for p in module.parameters() if p.requires_grad]
     needs_grad = torch.is_grad_enabled() and (h.requires_grad or bool(trained))
-    return ChunkedTargetLoss.apply(logits, h, t, positions, chunk, needs_grad, *trained)
+    return ChunkedTargetLoss.apply(logits, h, t, places, chunk, needs_grad, *trained)
 
 
 def loss_of_logits(logits: Tensor, targets: Tensor, positions: Tensor) -> Tensor:

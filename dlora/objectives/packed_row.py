@@ -44,6 +44,7 @@ class _Pass:
     lengths: tuple[int, ...] = ()
     apart: bool = False  # each sequence is known to have a row of its own
     attended: bool = False  # attention has been called
+    ends: tuple[int, ...] = ()  # where tokens end that others may not be computed with
     masks: dict[int, tuple[Tensor, Callable[[int], Tensor | None]]] = field(default_factory=dict)
     offsets: dict[torch.device, Tensor] = field(default_factory=dict)
 
@@ -65,16 +66,23 @@ class PackedRow:
         for module in model.modules():
             module.__dict__[OWNER] = self
 
-    def set(self, lengths: Sequence[int] | None, shape: torch.Size | None) -> None:
+    def set(
+        self,
+        lengths: Sequence[int] | None,
+        shape: torch.Size | None,
+        ends: Sequence[int] = (),
+    ) -> None:
         """Set what a batch of this shape [rows, tokens] has in its rows; None: it has no targets.
 
         Args:
             lengths: tokens of each sequence without padding; more of them than rows share one.
+            ends: places in a shared row at which another adapter's tokens begin: a value there that
+                is not finite stays among them.
 
         Raises:
             UsageError: they do not fit into one row.
         """
-        self.now = _Pass()
+        self.now = _Pass(ends=tuple(ends))
         if lengths is None or shape is None:
             return
         alone = self.compiled and shape[0] == 1
@@ -168,7 +176,8 @@ class PackedRow:
         unit = _CPU_LENGTHS if is_causal and qkv[0].device.type == "cpu" else 1
         outputs, start = [], 0
         for n in self.lengths:
-            piece = slice(start, min(start - -n // unit * unit, total))
+            end = next((end for end in self.now.ends if end >= start + n), total)
+            piece = slice(start, min(start - -n // unit * unit, end))
             parts = [x[:, :, piece] for x in qkv]
             some = {name: _of_piece(value, total, piece) for name, value in how.items()}
             outputs.append(own(module, *parts, made(parts[0].shape[2]), **some)[0][:, :n])

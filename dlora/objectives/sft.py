@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,3 +21,8 @@ class Sft:
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         where = {"positions": batch.positions, "lengths": batch.lengths}
         return model(**batch.inputs, targets=batch.targets, **where)
+
+    def loss_of_parts(self, model: nn.Module, batch: Batch, parts: Sequence[Any]) -> Tensor:
+        """[parts], the sum of each part of a batch that several adapters share."""
+        where = {"positions": batch.positions, "lengths": batch.lengths}
+        return model(**batch.inputs, targets=batch.targets, parts=parts, **where)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from dlora.methods.trained_replica import TrainedReplica
 from dlora.sharding.engines.storage import held_bytes
 
 
@@ -34,30 +32,39 @@ class Measured:
     pruned: bool = False
 
 
-def measure(
-    model: nn.Module,
-    replica: TrainedReplica,
-    optimizer: Optimizer,
-    records: Sequence[Mapping[str, Any]],
-) -> Measured:
+class Stored(NamedTuple):
+    """Bytes of W0, and of A, B, gradients and optimizer state, that a rank stores."""
+
+    base: int
+    replica: int
+
+
+def stored(model: nn.Module, replica: Any, optimizer: Any) -> Stored:
+    """What this rank stores now."""
+    working = replica.method.working_bytes
+    return Stored(held_bytes(model), _storage_bytes(_kept(replica, optimizer)) + working)
+
+
+def measure(replica: Any, records: Sequence[Mapping[str, Any]], found: Stored) -> Measured:
     """The figures of a run that is over.
 
     Args:
         records: lines of the metrics, one for each step.
+        found: what it stored.
     """
     steady, resized = records[2:] or records, replica.method.resized_after
     if resized is not None:
         steady = [r for r in steady if r["step"] <= resized] or steady
     return Measured(
         wire=statistics.median(record["wire_bytes"] for record in steady),
-        base=held_bytes(model),
-        replica=_storage_bytes(_kept(replica, optimizer)) + replica.method.working_bytes,
+        base=found.base,
+        replica=found.replica,
         peak=max(record["peak_memory_bytes"] for record in records),
         pruned=resized is not None,
     )
 
 
-def _kept(replica: TrainedReplica, optimizer: Optimizer) -> Iterable[Tensor]:
+def _kept(replica: Any, optimizer: Any) -> Iterable[Tensor]:
     for parameter in (*replica.named.values(), *replica.optimized.values()):
         yield parameter.detach()
         if parameter.grad is not None:

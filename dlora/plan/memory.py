@@ -167,15 +167,19 @@ def memory_of(
     units = list(units)
     share, size = share_of(workload.optimizer, divided), placement.shard_size
     item = next(iter(trained.values())).element_size()
-    state = state_of(workload.optimizer, trained, topology, divided)
-    stepped = share.elements(trained, topology)
-    values, gradients = share.lengths(trained, topology)
+    groups = workload.groups(trained)
+    states = [state_of(optimizer, named, topology, divided) for optimizer, named in groups]
+    stepped = max(share.elements(named, topology) for _, named in groups)
+    lengths = [share.lengths(named, topology) for _, named in groups]
+    values, gradients = (sum(each) for each in zip(*lengths, strict=True))
     always = sum(unit.nbytes for unit in units if unit.always) if size > 1 else 0
     shard = sum(unit.gathered if size > 1 else unit.nbytes for unit in units) // size
     numel = sum(parameter.numel() for parameter in trained.values())
     whole = item * numel
     of_method = [share.elements(named, topology) for named in method.copies]
-    kept = state.whole + item * sum(p.numel() for named in method.copies for p in named.values())
+    kept = sum(state.whole for state in states)
+    kept += item * sum(p.numel() for named in method.copies for p in named.values())
+    stepping = max(state.stepping for state in states)
     # Then no rank has the whole state, so there are no snapshots.
     collective = divided or (divides(workload.optimizer) == "pairs" and topology.world > 1)
     written = 2 * (whole + kept + offsets)  # the copy, and the bytes of the files made of it
@@ -195,10 +199,10 @@ def memory_of(
         adapters=item * (values + gradients),
         casts=casts,
         offsets=offsets,
-        state=state.held + item * (sum(of_method) + method.working),
+        state=sum(state.held for state in states) + item * (sum(of_method) + method.working),
         snapshots=copies if device == "cpu" else staging,
         activations=activations,
-        saving=max(saving, state.stepping, 2 * (workload.gradient_bytes or 0) * numel),
+        saving=max(saving, stepping, 2 * (workload.gradient_bytes or 0) * numel),
         process=PROCESS[device] + kernels,
         host=0 if device == "cpu" else keepers * copies + written + away,
         at_once=AT_ONCE[device],

@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 from dlora.config.recompute import Recompute
-from dlora.lora.attach import frozen_tensors
 from dlora.plan.gathers import Unit, units_of
 from dlora.plan.memory import Memory, memory_of
-from dlora.plan.method import method_plan
+from dlora.plan.method import method_plan, offset_bytes, offsets_of
 from dlora.plan.trace import trace
 from dlora.plan.traffic import Traffic, traffic_of
 from dlora.plan.workload import Workload
@@ -156,7 +155,7 @@ class Subject:
                 held,
                 self.trained,
                 activations=self.activations,
-                offsets=sum(t.nbytes for t in frozen_tensors(self.skeleton).values()),
+                offsets=offset_bytes(self.skeleton),
                 casts=self._casts(),
                 device=self.device,
                 method=self._method,
@@ -177,7 +176,7 @@ class Subject:
     def _casts(self) -> int:
         """Bytes of A and B in the dtype that the model computes in, if another."""
         dtype = self._dtype
-        factors = [*self.trained.values(), *frozen_tensors(self.skeleton).values()]
+        factors = [*self.trained.values(), *offsets_of(self.skeleton)]
         others = [p for p in factors if dtype is not None and p.dtype != dtype]
         return sum(p.numel() * dtype.itemsize for p in others) if dtype is not None else 0
 

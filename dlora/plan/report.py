@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dlora.plan.choose import HELD_WITHIN, Decision
 from dlora.plan.measured import Measured
 from dlora.plan.plan import Plan
-from dlora.sharding.replica.replica import AUDIT_EVERY
+from dlora.sharding.replica.reducing import AUDIT_EVERY
 
 
 def lines_of(decision: Decision, *, is_open: bool) -> list[str]:

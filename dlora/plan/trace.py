@@ -30,6 +30,8 @@ from dlora.base.eval_mode import keep_in_eval
 from dlora.base.recomputation import recompute_blocks
 from dlora.config.recompute import Recompute
 from dlora.data.encode import Example
+from dlora.lora.names import RECORD
+from dlora.lora.segments import NotByTokenError
 from dlora.objectives.router_loss import whole_loss
 from dlora.plan.activations import Trace, estimate
 from dlora.plan.fake_memory import LiveBytes
@@ -81,6 +83,8 @@ def trace(
         if not checkpointing.offload:
             return whole
         return _offloaded(whole, traces[1].saved - traces[0].saved, number)
+    except NotByTokenError:  # so it would be in the run
+        raise
     except Exception as error:  # a model's code may need real values
         return estimate(skeleton, rows * tokens, checkpointing, _reason(error), targets, device)
 
@@ -157,6 +161,7 @@ def _traced(
     live = LiveBytes(known)
     batch = (task.packed if packs else task.collate)(examples, pad_id=0)
     _mark_loss(head, live)
+    _share_head(twin, head)
     with _quiet(), fake, live:
         inputs = {name: fake.from_tensor(tensor) for name, tensor in batch.inputs.items()}
         marked = live.mark(fake.from_tensor(batch.targets), targets)
@@ -177,6 +182,26 @@ def _mark_loss(head: nn.Module, live: LiveBytes) -> None:
 
     def leave(*_: Any) -> None:
         open_phases.pop().__exit__(None, None, None)
+
+    head.register_forward_pre_hook(enter)
+    head.register_forward_hook(leave)
+
+
+def _share_head(model: nn.Module, head: nn.Module) -> None:
+    """Let all adapters of a batch that several share act on all rows of the head.
+
+    A run computes the head for the rows of each apart, which its input no longer tells.
+    """
+    names = model.__dict__.get(RECORD)
+    if names is None or names.segments is None:
+        return
+    before = names.active, names.segments
+
+    def enter(*_: Any) -> None:
+        names.active, names.segments = names.segments.names, None
+
+    def leave(*_: Any) -> None:
+        names.active, names.segments = before
 
     head.register_forward_pre_hook(enter)
     head.register_forward_hook(leave)

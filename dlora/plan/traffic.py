@@ -86,16 +86,16 @@ def traffic_of(
     size = placement.shard_size
     coming = (unit for unit in units if not (unit.always or unit.path in held))
     gathers = sum(unit.times * ring_gather_bytes(unit.gathered, size) for unit in coming)
-    optimizer = workload.optimizer
-    sent = workload.gradient_bytes
-    reduced = share_of(optimizer, divided).wire_bytes(trained, topology, sent)
-    reduced += state_of(optimizer, trained, topology, divided).wire
+    sent, reduced, groups = workload.gradient_bytes, 0.0, workload.groups(trained)
+    for optimizer, named in groups:
+        reduced += share_of(optimizer, divided).wire_bytes(named, topology, sent)
+        reduced += state_of(optimizer, named, topology, divided).wire
     own, always = (
         reduction_bytes(padded(elements, topology) * item(trained), topology) if elements else 0.0
         for elements in (summed, summed_always)
     )
     reduced += always
-    checksums = ring_gather_bytes(8 * topology.world, topology.world)
+    checksums = len(groups) * ring_gather_bytes(8 * topology.world, topology.world)
     return Traffic(
         gathers=_in_a_ring(gathers, size, topology),
         reduction=_in_two_levels(reduced, topology),

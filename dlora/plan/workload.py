@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
+
+from torch import nn
 
 from dlora.config.load import Config, OptimizerConfig
 from dlora.config.recompute import Recompute, ways
 from dlora.data import Dataset, Dealing, Sampler
 from dlora.data.collate import PAD_TO, in_eights
 from dlora.data.encode import count_targets
+from dlora.lora.layers import adapter_of
 from dlora.tasks import TASKS
 
 MANY = 1_000  # shapes of the micro-batches of a run that is not measured
@@ -29,6 +33,8 @@ class Workload:
         lengths: of the sequences that share its one row; empty: each has a row of its own.
         gradient_bytes: of an element of the gradients as it is sent; None: its own.
         shapes: how many numbers of rows and tokens the run's micro-batches have.
+        optimizers: the `optimizer` section of each of several adapters, by name, that are trained
+            together; empty: `optimizer` is that of the one there is.
     """
 
     rows: int
@@ -40,6 +46,18 @@ class Workload:
     lengths: tuple[int, ...] = ()
     gradient_bytes: int | None = None
     shapes: int = 1
+    optimizers: Mapping[str, OptimizerConfig] = field(default_factory=dict)
+
+    def groups(
+        self, trained: Mapping[str, nn.Parameter]
+    ) -> list[tuple[OptimizerConfig, Mapping[str, nn.Parameter]]]:
+        """(optimizer section, its tensors) of each adapter, of all trained ones by full names."""
+        if not self.optimizers:
+            return [(self.optimizer, trained)]
+        own: dict[str, dict[str, nn.Parameter]] = {name: {} for name in self.optimizers}
+        for path, parameter in trained.items():
+            own[adapter_of(path)][path] = parameter
+        return [(self.optimizers[name], named) for name, named in own.items()]
 
     def __str__(self) -> str:
         packed = f" ({len(self.lengths)} sequences)" if self.lengths else ""

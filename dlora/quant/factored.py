@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dlora.quant.made_class import made_class
+
 FACTORS = ("weight_B", "weight_A")
 
 
@@ -97,5 +99,5 @@ def factor(module: nn.Module, k: int, *, transposed: bool = False) -> None:
 @functools.cache
 def factored_class(base: Any, transposed: bool) -> type:
     """The subclass of `base` whose weight is a product. Cached: equal layers share one class."""
-    members = {"__module__": base.__module__, "transposed": transposed}
-    return type(f"Factored{base.__name__}", (FactoredMixin, base), members)
+    name, given = f"Factored{base.__name__}", (base, transposed)
+    return made_class(FactoredMixin, base, name, factored_class, *given, transposed=transposed)

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from dlora.quant.dequantize import chunk_rows
 from dlora.quant.factored import FACTORS, FactoredWeight, factored_weight, is_factored
 from dlora.quant.formats import FORMATS, unpack, unpack_after
+from dlora.quant.made_class import made_class
 
 CODES, SCALES = "weight_codes", "weight_scales"
 WEIGHT_NAMES = ("weight", CODES, SCALES, *FACTORS)
@@ -245,33 +246,5 @@ def _put(module: nn.Module, tensors: dict[str, Any]) -> None:
 @functools.cache
 def _packed_class(base: Any, transposed: bool) -> type:
     """The subclass of `base` whose weight is packed. Cached: equal layers share one class."""
-    members = {
-        "__module__": base.__module__,
-        "__reduce_ex__": _reduce,
-        "transposed": transposed,
-        "packed_of": (base, transposed),
-    }
-    return type(f"Packed{base.__name__}", (PackedMixin, base), members)
-
-
-def class_spec(cls: Any) -> Any:
-    """A class, or the arguments of `_packed_class`: one that is made at run time has no name by
-    which it could be pickled."""
-    return cls.__dict__.get("packed_of", cls)
-
-
-def class_of_spec(spec: Any) -> Any:
-    """The class that `class_spec` described."""
-    return _packed_class(*spec) if isinstance(spec, tuple) else spec
-
-
-def _reduce(self: Any, protocol: int) -> Any:
-    """Of an object of a packed class, for pickle and copy."""
-    packed: Any = next(cls for cls in type(self).__mro__ if "packed_of" in cls.__dict__)
-    _, (_, *arguments), *state = super(packed, self).__reduce_ex__(max(protocol, 2))
-    return _made, (class_spec(type(self)), *arguments), *state
-
-
-def _made(spec: Any, *arguments: Any) -> Any:
-    cls = class_of_spec(spec)
-    return cls.__new__(cls, *arguments)
+    name, given = f"Packed{base.__name__}", (base, transposed)
+    return made_class(PackedMixin, base, name, _packed_class, *given, transposed=transposed)

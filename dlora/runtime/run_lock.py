@@ -96,6 +96,9 @@ class RunLock:
             text = json.dumps({**me, "token": self.token}).ljust(FILE_BYTES)
             os.pwrite(self._descriptor, text.encode(), 0)
             os.ftruncate(self._descriptor, len(text))
+        except OSError as error:  # such as a full disk
+            self._close()
+            raise UsageError(f"{self._key}: cannot write {self._path}: {error.strerror}") from error
         except BaseException:
             self._close()
             raise

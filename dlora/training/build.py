@@ -17,6 +17,7 @@ from dlora.base.model_class import draw_copies
 from dlora.base.recomputation import recompute_blocks
 from dlora.config.load import Config
 from dlora.data import Dealing
+from dlora.data.batches import Batches
 from dlora.data.collate import Batch
 from dlora.hooks import Hooks
 from dlora.lora.attach import attachment_of
@@ -139,6 +140,19 @@ def _first_batches(config: Config, ranks: Ranks, prepared: Preparation) -> Itera
     for step in range(min(config.adapter.lora_ga_batches, sampler.total_steps)):
         for micro in deal(sampler.step(step), train.lengths, ranks.world)[ranks.rank]:
             yield prepared.collate([train[i] for i in micro]).to(ranks.device)
+
+
+def batches_of(prepared: Preparation, ranks: Ranks, *, pinned: bool = False) -> Batches:
+    """This rank's micro-batches of a run."""
+    return Batches(
+        prepared.train,
+        prepared.sampler,
+        rank=ranks.rank,
+        world=ranks.world,
+        deal=prepared.dealing,
+        collate=prepared.collate,
+        pinned=pinned,
+    )
 
 
 def objective_of(config: Config) -> Objective:

@@ -26,15 +26,12 @@ from dlora.checkpoint.host_copy import capture
 from dlora.checkpoint.snapshot import KEEPERS, Snapshots
 from dlora.errors import UsageError
 from dlora.hooks import Committed, nothing
-from dlora.metrics.log import complete
 from dlora.runtime.console import console
 from dlora.runtime.failure import found_report, note, noted
 from dlora.runtime.peer_watch import PeerWatch
 from dlora.sharding.replica.optimizer_state import ReplicaError
-from dlora.training.context import RunContext
-from dlora.training.find_checkpoint import state_at
+from dlora.training.context import CHECKPOINTS, SavedRun
 from dlora.training.pushes import Pushes
-from dlora.training.resume import resolved_yaml
 
 # Texts of gloo's and torch's errors when the connection to a peer is lost.
 _LOST = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
@@ -50,9 +47,9 @@ class CheckpointManager:
         start: the step that it resumes after.
     """
 
-    def __init__(self, context: RunContext, start: int) -> None:
+    def __init__(self, context: SavedRun, start: int) -> None:
         self._context, self._start = context, start
-        self._root = context.directory / "checkpoints"
+        self._root = context.directory / CHECKPOINTS
         self._snapshots = Snapshots()
         self._done = start  # the last whole step
         self._committing = threading.Lock()  # one commit at a time
@@ -73,7 +70,7 @@ class CheckpointManager:
         committed: Committed = nothing
         if self._context.ranks.main or replica.strategy.collective_saves:
             self.settle()  # before there is a second copy beside the one that is being written
-            captured = capture(replica, state=self._state(step), **self._beside())
+            captured = capture(replica, state=self._context.state(step), **self._context.beside())
             if captured is not None:
                 with self._warning_of_disk(step):
                     self.write_method_files(step)
@@ -101,7 +98,7 @@ class CheckpointManager:
 
         None does where the optimizer state is divided: no rank has all of it.
         """
-        topology = self._context.prepared.topology
+        topology = self._context.topology
         on_node = topology.rank - topology.node * topology.ranks_per_node
         return on_node < KEEPERS and not self._context.replica.strategy.collective_saves
 
@@ -109,7 +106,7 @@ class CheckpointManager:
         """Copy a step that is due to host memory, with its line of the metrics."""
         self._done = step
         if step % self._context.config.output.snapshot_every == 0 and self.keeps_snapshots:
-            self._snapshots.take(step, metrics, self._context.replica, **self._beside())
+            self._snapshots.take(step, metrics, self._context.replica, **self._context.beside())
 
     def before_change(self) -> None:
         """Comes before anything that changes what a snapshot copies."""
@@ -135,11 +132,11 @@ class CheckpointManager:
             except UsageError:
                 self._context.lock.check()
                 self.write_method_files(step)
-                self._pushes.push(self._write(snapshot.checkpoint(self._state(step))))
+                self._pushes.push(self._write(snapshot.checkpoint(self._context.state(step))))
             every = self._context.config.output.log_every
             if ending and every and step % every == 0:
                 self._context.lock.check()
-                complete(self._context.directory / "metrics.jsonl", snapshot.metrics)
+                self._context.complete_metrics(snapshot.metrics)
         older = self._done - step
         behind = f", {older} step{'s'[: older - 1]} before the last whole one" if older else ""
         line = f"step {step} is committed in {directory}{behind}; {RESUMES}"
@@ -193,16 +190,7 @@ class CheckpointManager:
 
     def write_method_files(self, step: int) -> None:
         """Write the files that the adapters' method has in the run's directory, up to a step."""
-        self._context.replica.method.write_files(self._context.directory, until=step)
-
-    def _beside(self) -> dict[str, Any]:
-        """The content of a checkpoint beside the trained tensors."""
-        replica = self._context.replica
-        return {
-            "states": replica.states(self._context.optimizer),
-            "record": replica.method.record(),
-            "frozen": replica.frozen,
-        }
+        self._context.write_method_files(step)
 
     def _nothing_to_commit(self) -> str:
         if self._done > self._start:
@@ -219,13 +207,6 @@ class CheckpointManager:
             return "no rank has the whole optimizer state; the newest checkpoint is the last save"
         said = noted(self._context.ranks, _COMMITTED, KEEPER_SECONDS)
         return said or f"snapshots are kept by the first {KEEPERS} ranks of each node"
-
-    def _state(self, step: int) -> dict[str, Any]:
-        found = self._context.prepared
-        fingerprints = found.train.fingerprint, found.base_identity
-        about = (self._context.config, found.lora, found.sampler, *fingerprints)
-        state = state_at(step, *about, found.task.labels, found.train.report.ends)
-        return state | {"ranks": self._context.ranks.world}
 
     @contextlib.contextmanager
     def _warning_of_disk(self, step: int) -> Iterator[None]:
@@ -244,7 +225,7 @@ class CheckpointManager:
             return writing.write(
                 checkpoint,
                 self._root,
-                resolved_yaml(self._context.config, self._context.prepared, self._context.compiles),
+                self._context.settings(),
                 self._context.config.output.keep_last,
                 rank=self._context.ranks.rank,
                 check=self._context.lock.check,

@@ -7,7 +7,7 @@ ResumePoint   ──check_resume, all ranks──> a line that names what makes 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,7 +15,10 @@ from dlora.checkpoint import format as checkpoints
 from dlora.checkpoint.listing import newest
 from dlora.checkpoint.remote import remote_of
 from dlora.checkpoint.state import saved_lora
+from dlora.config.adapters import OWN
 from dlora.config.load import SCHEMA, Config
+from dlora.config.members import ADAPTERS
+from dlora.config.options import show
 from dlora.config.strict_yaml import parse_yaml
 from dlora.data import Sampler
 from dlora.data.stream import StreamSampler
@@ -24,6 +27,7 @@ from dlora.io.files import read_object
 from dlora.io.safetensors import stored_tensors
 from dlora.lora.config import LoraConfig
 from dlora.lora.dropout import KEYED_BY
+from dlora.lora.layers import CHILD, NAMED
 from dlora.lora.variants import VARIANTS
 
 
@@ -49,6 +53,10 @@ class ResumePoint:
         """Optimizer steps that have been made."""
         return int(self.state["step"])
 
+    def lies_in(self, root: Path) -> bool:
+        """Whether it is one of the checkpoints in a directory."""
+        return Path(self.directory).resolve().parent == root.resolve()
+
     def has_masks_of(self, keys: Sequence[str]) -> bool:
         """Whether its run's dropout masks depend on these keys."""
         random = self.state.get("random")
@@ -59,6 +67,30 @@ class ResumePoint:
         found = self.settings.get("train", {}).get("tokens_per_micro_batch")
         same = self.state.get("ranks") in (None, world)
         return found if isinstance(found, int) and same else None
+
+    @property
+    def names(self) -> list[str]:
+        """Of the adapters that its run trained together; none where it trained one."""
+        found = self.state.get(ADAPTERS)
+        return list(found) if isinstance(found, dict) else []
+
+    def of(self, name: str) -> ResumePoint:
+        """One of several adapters, as the checkpoint of its run alone would have it."""
+        entries = self.settings.get(ADAPTERS, [])
+        entry = next((e for e in entries if isinstance(e, dict) and e.get("name") == name), {})
+        settings = {name: body for name, body in self.settings.items() if name != ADAPTERS}
+        for section in OWN:
+            settings[section] = {**settings.get(section, {}), **entry.get(section, {})}
+        own = f".{NAMED}.{name}."
+        shapes = {
+            path.replace(own, f".{CHILD}."): shape
+            for path, shape in self.shapes.items()
+            if own in path
+        }
+        state = {key: value for key, value in self.state.items() if key != ADAPTERS}
+        state |= self.state[ADAPTERS][name]
+        record = (self.record or {}).get(name)
+        return replace(self, state=state, settings=settings, shapes=shapes, record=record)
 
     @property
     def lora(self) -> LoraConfig | None:
@@ -127,7 +159,8 @@ def _opened(directory: Path) -> ResumePoint:
     state = read_object(directory / "state.json")
     record = checkpoints.method_record(directory)
     resumed = ResumePoint(str(directory), state, settings, shapes, record)
-    for file, problem in _strange(resumed):
+    own = [resumed.of(name) for name in resumed.names] or [resumed]
+    for file, problem in (found for one in own for found in _strange(one)):
         raise UsageError(f"{directory / file}: {problem}, which a run never writes")
     return resumed
 
@@ -152,7 +185,7 @@ def _strange(resumed: ResumePoint) -> Iterator[tuple[str, str]]:
     sections = settings if isinstance(settings, dict) else {"": settings}
     for name, options in sections.items():
         if not isinstance(options, dict):
-            yield "config.yaml", f"{name or 'the whole file'} is {options!r}"
+            yield "config.yaml", f"{name or 'the whole file'} is {show(options)}"
     for name in ("engine", "base", "optimizer_state"):  # a resume takes them over
         option = SCHEMA[f"sharding.{name}"]
         value = sections.get("sharding", {}).get(name, option.default)

@@ -13,7 +13,7 @@ from dlora.adapters.write import converted_line
 from dlora.base.answering import write_beside_adapter
 from dlora.data.stream import Stream
 from dlora.metrics.log import held_out_line
-from dlora.plan.measured import measure
+from dlora.plan.measured import measure, stored
 from dlora.plan.report import comparison
 from dlora.runtime.console import console
 from dlora.training.card import write_card
@@ -36,7 +36,8 @@ def finish(
     if context.ranks.main and (line := held_out_line(context.directory)):
         console.info(line)
     status = save_result(context, checkpoints)
-    measured = measure(context.model, context.replica, context.optimizer, records)
+    now = stored(context.model, context.replica, context.optimizer)
+    measured = measure(context.replica, records, now)
     console.info(comparison(context.residents.plan, measured, context.ranks.device.type))
     return status
 
@@ -48,7 +49,8 @@ def save_result(context: RunContext, checkpoints: CheckpointManager) -> int:
         if context.ranks.main:
             context.lock.check()
             base = context.prepared.base
-            save_adapter(context.model, where, base_model_name_or_path=base.source)
+            about = {"base_model_name_or_path": base.source, "name": context.name}
+            save_adapter(context.model, where, **about)
             _write_answering(context, where)
             kept = write_card(context, where)
             checkpoints.publish(where)

@@ -2,62 +2,39 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
+from torch import nn
 
-from dlora.adapters.settings import scheduled
-from dlora.base.eval_mode import random_settings
-from dlora.base.identity import identity
 from dlora.base.model import BaseModel
-from dlora.base.native import has_kernels
 from dlora.base.skeleton import check_divides
 from dlora.config.load import Config
 from dlora.data import Dataset, Dealing, Example, Sampler
 from dlora.data.collate import Batch
 from dlora.data.stream import Stream, StreamSampler
-from dlora.errors import UsageError, and_more
+from dlora.errors import UsageError
 from dlora.lora.attach import (
-    adapter_tensors,
     attachment_of,
     trainable_parameters,
 )
 from dlora.lora.config import LoraConfig
-from dlora.lora.dropout import KEYED_BY
 from dlora.lora.left import unreached_by_text
 from dlora.plan.choose import Decision, capacity_of, decide
 from dlora.plan.micro_batches import settle_micro_batches
 from dlora.plan.plan import Plan, Subject
-from dlora.plan.workload import workload_of
+from dlora.plan.workload import Workload, workload_of
 from dlora.sharding.topology import Placement, Topology
 from dlora.tasks import Task
-from dlora.tasks.packing import settle_packing
-from dlora.training.check_resume import check_resume
-from dlora.training.checks import (
-    check_attention,
-    check_placement,
-    check_ranks_per_node,
-    check_sequences,
-    limits_of,
-    pad_token,
-)
 from dlora.training.earlier_placement import earlier_placement, settle
 from dlora.training.find_checkpoint import ResumePoint
+from dlora.training.material import Material, Surroundings, gather_material
 from dlora.training.prepare_data import (
     Once,
     by_itself,
-    load_data,
-    open_stream,
-    sampler_of,
-    steps_line,
-    with_template,
 )
-from dlora.training.prepare_model import adapted, task_of
 from dlora.training.settle_compile import (
-    Compiler,
     changed_compile,
     earlier_compile,
     settle_compile,
@@ -123,23 +100,6 @@ class Preparation:
         return " ".join([*data, str(self.lora), *map(str, chosen)])
 
 
-@dataclass(frozen=True)
-class Surroundings:
-    """What has to be equal on all ranks, so that all of them plan the same.
-
-    Attributes:
-        device: `"cpu"` or `"cuda"`.
-        free: bytes that each rank may take; None if that is not known, and then everything fits.
-        writes: whether `data.cache_dir` may be written.
-        compiler: for `train.compile`.
-    """
-
-    device: str = "cpu"
-    free: int | None = None
-    writes: bool = True
-    compiler: Compiler = Compiler()
-
-
 def prepare(
     config: Config,
     topology: Topology,
@@ -158,58 +118,23 @@ def prepare(
         UsageError: data, model or adapter settings are wrong, named by key, file or line, or no
             placement fits the budget.
     """
-    world = topology.world
-    check_ranks_per_node(config, world)
-    check_placement(config, topology)
-    check_attention(config, around.device)
-    task, base = task_of(config, announce)
-    model = adapted(config, task, base, resumed)
-    skeleton = model.skeleton
-    if model.quantized is not None:
-        announce(f"model.quantization: {model.quantized}")
-    if model.drawn:
-        announce(
-            f"model: {and_more(list(model.drawn))} is not in the files of the base: drawn from "
-            "train.seed, trained, and saved with the adapter"
+    found = gather_material(config, topology, announce, resumed, around, once)
+    skeleton, world, train = found.model.skeleton, topology.world, found.train
+
+    def place(dealing: Dealing) -> Decision:
+        if isinstance(train, Dataset) and isinstance(found.sampler, Sampler):
+            workload = workload_of(config, world, train, found.sampler, dealing=dealing)
+        else:  # any sequence may be the longest
+            workload = workload_of(config, world, dealing=dealing)
+        trained = trainable_parameters(skeleton)
+        return decision_of(
+            config, found.task, skeleton, trained, workload, topology, around, resumed
         )
-    attachment = attachment_of(skeleton)
-    for line in attachment.left:
-        announce(f"adapter.{line}")
-    if drawn := random_settings(skeleton):
-        announce(f"model: its own {', '.join(drawn)} are off in training, since W0 is frozen")
-    packs = settle_packing(config.data.packing, task, skeleton, announce)
-    known = identity(base, skeleton)
-    tokenizer = with_template(config, base.tokenizer())
-    read = (config, tokenizer, task, announce)
-    load = functools.partial(load_data, *read, around.writes, once)
-    train = open_stream(*read) if config.data.streaming else load("train")
-    held_out = load("eval") if config.data.eval is not None else None
-    limits = limits_of(tokenizer, skeleton)
-    check_sequences({"data.train": train, "data.eval": held_out}, limits)
-    sampler = sampler_of(config, train, limits, announce)
-    lora = scheduled(model.lora, sampler.total_steps)
-    if resumed is not None:
-        tensors = adapter_tensors(skeleton)
-        check_resume(resumed, config, lora, tensors, sampler, train.fingerprint, known, announce)
-        if lora.lora_dropout and not resumed.has_masks_of(KEYED_BY):
-            announce(
-                "output.resume: the checkpoint is of a version that drew dropout masks otherwise: "
-                "from here on they differ from those that the run would have had"
-            )
-    if around.device == "cpu" and base.dtype == torch.bfloat16 and not has_kernels():
-        announce(
-            "model.dtype: this CPU has no instructions for bfloat16, which is many times slower "
-            "than float32 on it"
-        )
-    if isinstance(sampler, StreamSampler) and resumed and resumed.step < sampler.total_steps:
-        announce(f"data.streaming: reading on to step {resumed.step}")
-        sampler.step(resumed.step)
-    announce(steps_line(sampler, config.train.global_batch_size))
-    place = functools.partial(
-        _decision, config, task, skeleton, topology, train, sampler, around, resumed
-    )
+
     earlier = resumed.tokens_per_micro_batch(world) if resumed else None
-    dealing, decision = settle_micro_batches(config, train, world, packs, place, earlier=earlier)
+    dealing, decision = settle_micro_batches(
+        config, train, world, found.packs, place, earlier=earlier
+    )
     if config.train.tokens_per_micro_batch == "auto":
         announce(f"train.tokens_per_micro_batch: {dealing.tokens}")
     if decision.plan.divided:
@@ -219,44 +144,53 @@ def prepare(
             "snapshots (output.snapshot_every), and a lost rank leaves the last save"
         )
     before = resumed.settings if resumed else None
+    steps = found.sampler.total_steps
     compiles = settle_compile(
-        config, decision, sampler.total_steps, around.compiler, earlier_compile(before), announce
+        config, decision, steps, around.compiler, earlier_compile(before), announce
     )
     if line := changed_compile(before, compiles):
         announce(line)
+    return prepared_from(found, topology, dealing, decision, compiles)
+
+
+def prepared_from(
+    found: Material, topology: Topology, dealing: Dealing, decision: Decision, compiles: bool
+) -> Preparation:
+    """The preparation of one adapter's run, once it is decided where it lies."""
+    skeleton = found.model.skeleton
+    attachment = attachment_of(skeleton)
     return Preparation(
-        config,
-        base,
-        tokenizer,
-        train,
-        held_out,
-        sampler,
-        lora,
+        found.config,
+        found.base,
+        found.tokenizer,
+        found.train,
+        found.eval,
+        found.sampler,
+        found.lora,
         topology,
-        pad_token(tokenizer, skeleton),
-        resumed,
+        found.pad_id,
+        found.resumed,
         decision,
-        known,
-        task,
+        found.known,
+        found.task,
         dealing,
-        model.drawn,
+        found.model.drawn,
         unreached=tuple(unreached_by_text(skeleton, [*attachment.adapted, *attachment.saved])),
         compiles=compiles,
     )
 
 
-def _decision(
+def decision_of(
     config: Config,
     task: Task,
     skeleton: Any,
+    trained: Mapping[str, nn.Parameter],
+    workload: Workload,
     topology: Topology,
-    data: Dataset | Stream,
-    sampler: Sampler | StreamSampler,
     around: Surroundings,
     resumed: ResumePoint | None,
-    dealing: Dealing,
 ) -> Decision:
-    """The plan of the run: what the settings leave open is chosen, `base: auto` above all."""
+    """The plan of a run: what the settings leave open is chosen, `base: auto` above all."""
     section, world = config.sharding, topology.world
     setting = section.activation_checkpointing
     if isinstance(setting, Mapping) and "offload" in setting and around.device == "cpu":
@@ -266,14 +200,10 @@ def _decision(
         )
     earlier = earlier_placement(resumed.settings, resumed.state) if resumed else None
     settings = settle(config, earlier, world)
-    if isinstance(data, Dataset) and isinstance(sampler, Sampler):
-        workload = workload_of(config, world, data, sampler, dealing=dealing)
-    else:  # any sequence may be the longest
-        workload = workload_of(config, world, dealing=dealing)
     decision = decide(
         Subject(
             skeleton,
-            trainable_parameters(skeleton),
+            trained,
             workload,
             task=task,
             device=around.device,

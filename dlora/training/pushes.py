@@ -17,13 +17,13 @@ from pathlib import Path
 from dlora.checkpoint.remote import RemoteCheckpoints, remote_of
 from dlora.hooks import Committed, Saved
 from dlora.runtime.console import console
-from dlora.training.context import RunContext
+from dlora.training.context import SavedRun
 
 
 class Pushes:
     """The copies of one run."""
 
-    def __init__(self, context: RunContext) -> None:
+    def __init__(self, context: SavedRun) -> None:
         self._context = context
         self._remote = remote_of(context.config)
         self._thread = ThreadPoolExecutor(1, "dlora-push")

@@ -6,7 +6,6 @@ What can be refused is started before weights are read; nothing is reported befo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import yaml
@@ -18,9 +17,10 @@ from dlora.metrics.trackers import STARTERS, Trackers
 from dlora.runtime.agreement import agree
 from dlora.runtime.console import console
 from dlora.runtime.ranks import Ranks
-from dlora.training.context import RunContext
+from dlora.training.context import CHECKPOINTS, RunContext
 from dlora.training.prepare import Preparation
-from dlora.training.resume import open_directory, resolved_yaml
+from dlora.training.resolved import resolved_yaml
+from dlora.training.resume import open_directory
 
 
 class Sink(Protocol):
@@ -105,18 +105,12 @@ def start_sinks(config: Config, ranks: Ranks, prepared: Preparation) -> list[Sin
             sinks.append(MetricsEndpoint(output.metrics_port, about))
         if ranks.main and names:
             shown = _shown(config, prepared)
-            here = continues(config, prepared)
+            here = resumed is not None and resumed.lies_in(output.directory / CHECKPOINTS)
             warn = console.warning
             sinks.append(Trackers(names, output.directory, shown, resumes=here, warn=warn))
         return sinks, ""
 
     return agree(ranks, "trackers", start, patience_seconds=ranks.timeout_seconds)
-
-
-def continues(config: Config, prepared: Preparation) -> bool:
-    """Whether the run goes on with what lies in `output.dir`."""
-    resumed, root = prepared.resumed, config.output.directory / "checkpoints"
-    return resumed is not None and Path(resumed.directory).resolve().parent == root.resolve()
 
 
 def open_log(context: RunContext, start: int, sinks: Sequence[Sink]) -> RunLog:
@@ -127,7 +121,7 @@ def open_log(context: RunContext, start: int, sinks: Sequence[Sink]) -> RunLog:
     if "tensorboard" in context.config.output.report_to and not start:
         files.text(
             "config",
-            f"```yaml\n{resolved_yaml(context.config, context.prepared, context.compiles)}```",
+            f"```yaml\n{context.settings()}```",
         )
     for sink in sinks:
         if isinstance(sink, Trackers):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from dlora.checkpoint.format import Checkpoint
 from dlora.checkpoint.host_copy import restore
 from dlora.checkpoint.listing import set_aside_after
 from dlora.checkpoint.remote import remote_of
-from dlora.config.load import SCHEMA, Config, dump_yaml
 from dlora.errors import UsageError, dtype_name
 from dlora.io.files import unused_name, write_atomically
 from dlora.methods.trained_replica import TrainedReplica
@@ -27,11 +25,10 @@ from dlora.registry import room
 from dlora.runtime.agreement import agree, broadcast
 from dlora.runtime.console import console
 from dlora.runtime.ranks import Ranks
-from dlora.training.context import RunContext
-from dlora.training.prepare import Preparation
+from dlora.training.context import CHECKPOINTS, SavedRun
 
 
-def resume(context: RunContext) -> int:
+def resume(context: SavedRun) -> int:
     """Restore the checkpoint that `prepare` chose; returns the step that is done (0: fresh).
 
     Rank 0 reads; the tensors are broadcast one by one, so that no other rank needs to see its disk
@@ -104,28 +101,18 @@ def _check_states(
                 )
 
 
-def open_directory(context: RunContext, start: int) -> MetricsLog:
+def open_directory(context: SavedRun, start: int) -> MetricsLog:
     """Write `config.yaml` and open the metrics; rank 0 only.
 
     What another run left in the directory is renamed, all of it before a fresh start or where the
     checkpoint is in another directory; of the run that resumes, the checkpoints past `start`. So
     nothing is lost, and nothing is mistaken for this run's.
     """
-    context.lock.check()
     directory, config = context.directory, context.config
-    directory.mkdir(parents=True, exist_ok=True)
-    resumed, root = context.prepared.resumed, directory / "checkpoints"
-    if resumed and Path(resumed.directory).resolve().parent == root.resolve():
-        set_aside_after(start, root)
-    else:
-        says = [part.says for part in room("lora.variants").values()]
-        of_methods = [name for said in says for name in said.get("run_files", ())]
-        for name in ["checkpoints", "metrics.jsonl", *dict.fromkeys(of_methods), "tensorboard"]:
-            _set_aside(directory / name)
+    set_aside_others(context, start)
     if (remote := remote_of(config)) is not None:
         remote.set_aside(start)
-    settings = resolved_yaml(config, context.prepared, context.compiles)
-    write_atomically(directory / "config.yaml", settings.encode())
+    write_atomically(directory / "config.yaml", context.settings().encode())
     return MetricsLog(
         directory,
         after=start if start else None,
@@ -134,20 +121,26 @@ def open_directory(context: RunContext, start: int) -> MetricsLog:
     )
 
 
-def resolved_yaml(config: Config, prepared: Preparation, compiles: bool) -> str:
-    """The configuration with the placement, the micro-batches and graphs that were chosen."""
-    sharding = replace(
-        config.sharding,
-        engine=prepared.placement.engine,
-        base=prepared.placement.base,  # type: ignore[arg-type]
-        optimizer_state="divided" if prepared.divided else "replicated",
-    )
-    train = replace(config.train, compile=compiles)
-    if not compiles:  # where it cannot act
-        train = replace(train, compile_cache=SCHEMA["train.compile_cache"].default)
-    if train.tokens_per_micro_batch == "auto":
-        train = replace(train, tokens_per_micro_batch=prepared.dealing.tokens)
-    return dump_yaml(replace(config, sharding=sharding, train=train))
+def open_joint_directory(context: SavedRun, start: int) -> None:
+    """Write `config.yaml` of a run of several adapters, whose metrics have their own directories;
+    rank 0 does. What another run left is renamed."""
+    if context.ranks.main:
+        set_aside_others(context, start)
+        write_atomically(context.directory / "config.yaml", context.settings().encode())
+
+
+def set_aside_others(context: SavedRun, start: int) -> None:
+    """Make the directory of a run, and rename what is there and not this run's."""
+    context.lock.check()
+    directory = context.directory
+    directory.mkdir(parents=True, exist_ok=True)
+    if context.continues:
+        set_aside_after(start, directory / CHECKPOINTS)
+        return
+    says = [part.says for part in room("lora.variants").values()]
+    of_methods = [name for said in says for name in said.get("run_files", ())]
+    for name in [CHECKPOINTS, "metrics.jsonl", *dict.fromkeys(of_methods), "tensorboard"]:
+        _set_aside(directory / name)
 
 
 def _described(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import io
 import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 
@@ -33,8 +34,9 @@ from dlora.sharding.topology import Topology
 from dlora.training.checks import check_output
 from dlora.training.compile_cache import unusable
 from dlora.training.find_checkpoint import ResumePoint, find_checkpoint
+from dlora.training.material import Surroundings
 from dlora.training.node_data import NodeData
-from dlora.training.prepare import Preparation, Surroundings, prepare
+from dlora.training.prepare import prepare
 from dlora.training.settle_compile import Compiler, find_compiler
 from dlora.training.settle_dtype import settle_dtype
 
@@ -100,10 +102,13 @@ def lock_output(config: Config, ranks: Ranks) -> RunLock:
     return lock or RunLock(config.output.directory, token)
 
 
-def prepared(config: Config, ranks: Ranks, *, check: bool = False) -> Preparation:
+def prepared(
+    config: Config, ranks: Ranks, how: Callable[..., Any] = prepare, *, check: bool = False
+) -> Any:
     """What `prepare` finds out, the same on every rank, from the checkpoint that rank 0 sees.
 
     Args:
+        how: that one, or the `prepare_together` of several adapters.
         check: write nothing, so fetch no checkpoint from `output.remote`.
 
     Raises:
@@ -137,9 +142,9 @@ def prepared(config: Config, ranks: Ranks, *, check: bool = False) -> Preparatio
 
     data = NodeData(ranks, topology, config.sharding.loading_timeout_seconds)
 
-    def work() -> tuple[Preparation, str]:
+    def work() -> tuple[Any, str]:
         with data.preparing():
-            found = prepare(config, topology, console.info, resumed, around, data.once)
+            found = how(config, topology, console.info, resumed, around, data.once)
         return found, found.fingerprint
 
     return agree(ranks, "preparation", work)
@@ -147,7 +152,7 @@ def prepared(config: Config, ranks: Ranks, *, check: bool = False) -> Preparatio
 
 def _compiler(config: Config, ranks: Ranks) -> Compiler:
     """What all ranks have for compiling: what is missing on any, and the speed of the slowest."""
-    if config.train.compile is False:
+    if config.train.compile is False or config.adapters:
         return Compiler()
     set_environment(config.train.deterministic)
     own = find_compiler(ranks.device, DTYPES.get(config.model.dtype, torch.float32))

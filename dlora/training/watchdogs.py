@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -40,6 +40,7 @@ class FiniteWatch:
 
     def __init__(self, file: Path | None = None) -> None:
         self._file = file
+        self.say: Callable[[str], None] = console.info
         self._steps: list[int] = []
         self._row: dict[int, list[int]] = {}  # step: its sequences, without a good one between
 
@@ -52,7 +53,7 @@ class FiniteWatch:
         self._steps.append(step)
         self._row[step] = [int(i) for i in ids]
         if len(self._steps) == 1:
-            console.info(
+            self.say(
                 f"warning: step {step} has loss {loss} and gradient norm {norm} and is skipped; a "
                 "smaller optimizer.lr may help"
             )
@@ -67,7 +68,7 @@ class FiniteWatch:
     def close(self) -> None:
         """Report the skipped steps at the end of the run."""
         if self._steps:
-            console.info(
+            self.say(
                 f"warning: loss or gradient was not finite in {len(self._steps)} steps, the first "
                 f"of them step {self._steps[0]}; they were skipped"
             )

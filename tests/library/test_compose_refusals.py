@@ -26,6 +26,24 @@ MISTAKES = {  # the words behind `--to out`; what the message says
     "inf": (["--method", "cat", "--adapters", "a=-inf"], "a=-inf: a weight is a finite number"),
     "word": (["--method", "cat", "--adapters", "a=x"], "a weight is a finite number, not 'x'"),
     "twice": (["--method", "cat", "--adapters", "a=1", "./a=2"], "a and ./a are one adapter"),
+    "digits": (
+        ["--method", "cat", "--adapters", "a=1e999"],
+        "a=1e999: a weight is a finite number",
+    ),
+    "no number": (["--method", "cat", "--adapters", "a="], "a weight is a finite number, not ''"),
+    "large": (
+        ["--method", "linear", "--adapters", "a=1e300"],
+        "q_proj times 1e+300 is beyond float32",
+    ),
+    "large sum": (
+        ["--method", "ties_svd", "--adapters", "a=2e38"],
+        "q_proj: the mix is beyond float32",
+    ),
+    "long": (["--method", "cat", "--adapters", "a=1", "--to", "x" * 300], "File name too long"),
+    "long name": (["--method", "cat", "--adapters", "x" * 5000 + "=1"], "File name too long"),
+    "user": (["--method", "cat", "--adapters", "~nobody-here/a=1"], "--adapters: ~nobody-here/a"),
+    "ring": (["--method", "cat", "--adapters", "a=1", "--to", "ring"], "--to: "),
+    "link": (["--method", "cat", "--adapters", "linked=1"], "is a link out of its directory"),
     "gone": (["--method", "cat", "--adapters", "nix=1"], "directory nix does not exist"),
     "run": (["--method", "cat", "--adapters", "run=1"], "did you mean run/adapter?"),
     "checkpoint": (
@@ -42,6 +60,10 @@ MISTAKES = {  # the words behind `--to out`; what the message says
     "share": (
         ["--method", "ties", "--adapters", "a=1", "--density", "1.5"],
         "at most 1, not '1.5'",
+    ),
+    "rank twice": (
+        ["--method", "svd", "--adapters", "a=1", "--rank", "2", "--rank=3"],
+        "argument --rank: is given twice",
     ),
     "seed": (["--method", "ties", "--adapters", "a=1", "--seed", "1"], "--seed cannot act with"),
     "budget": (
@@ -111,6 +133,10 @@ def site(saved_models, tmp_path_factory) -> Path:
     change(site / "wide", widen)
     file = site / "cut/adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
+    (site / "ring").symlink_to("ring")
+    shutil.copytree(site / "a", site / "linked")
+    (site / "linked/adapter_model.safetensors").unlink()
+    (site / "linked/adapter_model.safetensors").symlink_to(site / "a/adapter_model.safetensors")
     (site / "step").mkdir()
     (site / "step/manifest.json").write_text("{}")
     return site
@@ -147,6 +173,15 @@ def test_the_command_ends_with_status_2(site, tmp_path):
     assert log.read_text().splitlines() == [
         "dlora: error: --adapters: a=nan: a weight is a finite number, not 'nan'"
     ]
+
+
+def test_adapters_may_be_given_one_by_one(site, tmp_path, monkeypatch):
+    """Of an option that is given twice argparse takes the last one alone."""
+    monkeypatch.chdir(site)
+    words = ["--adapters", "a=1", "--adapters", "b=-1", "--method", "cat"]
+    assert main([*words, "--to", str(tmp_path / "out")]) == 0
+    made = json.loads((tmp_path / "out/composition.json").read_text())["adapters"]
+    assert [(Path(one["path"]).name, one["weight"]) for one in made] == [("a", 1.0), ("b", -1.0)]
 
 
 def test_a_base_may_be_named(site, tmp_path, monkeypatch):

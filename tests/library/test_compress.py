@@ -112,6 +112,11 @@ MISTAKES = {  # words after --to DIR; what the message says
     "again": (["--base", "low", "--energy", "0.99"], "--base: low is compressed already"),
     "no base": (["--base", "./nix", "--energy", "0.9"], "--base: directory ./nix does not exist"),
     "full": (["--base", "B", "--energy", "0.9", "--to", "low"], "--to: low is not empty"),
+    "itself": (
+        ["--base", "low", "--energy", "0.9", "--to", "low"],
+        "--to: low is the model itself",
+    ),
+    "long": (["--base", "x" * 300, "--energy", "0.9"], "--base: xxx"),
 }
 
 
@@ -129,5 +134,6 @@ def test_mistakes_are_one_line_and_nothing_is_written(mistake, site, monkeypatch
     monkeypatch.chdir(site)
     before = sorted(site.rglob("*"))
     words, message = MISTAKES[mistake]
-    assert message in refusal(main, ["--to", "new", *words])
+    target = [] if "--to" in words else ["--to", "new"]
+    assert message in refusal(main, [*target, *words])
     assert sorted(site.rglob("*")) == before

@@ -1,5 +1,6 @@
 """Runs, answers and merges on a compressed base, whose weights are products."""
 
+import copy
 import functools
 import json
 import shutil
@@ -9,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from causal_models import randomize_trainable
 from exported import loaded, logits
 from hostile import edit_json
 from refusals import preparation, refusal
@@ -75,6 +77,23 @@ def test_an_attached_adapter_is_peft_s_on_the_whole_weights(made, dora: bool) ->
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-4, atol=1e-4)
     unmerge(ours)
     assert "weight" not in ours.model.layers[0].self_attn.q_proj._parameters
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("is_adapted", [False, True], ids=["base", "adapted"])
+def test_a_compressed_model_is_copied_and_pickled(made, name, is_adapted, tmp_path) -> None:
+    model = load_compressed(made[name][0], dtype="float32")
+    if is_adapted:
+        randomize_trainable(attach(model, LoraConfig(r=2)))
+    torch.save(model, tmp_path / "model.pt")
+    copies = [copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)]
+    wanted = logits(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    for copied in copies:
+        assert [type(m) for m in copied.modules()] == [type(m) for m in model.modules()]
+        assert torch.equal(logits(copied), wanted)
 
 
 def test_it_answers_as_the_whole_weights(made, capsys) -> None:

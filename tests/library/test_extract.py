@@ -242,7 +242,7 @@ MISTAKES = {  # words after --to DIR; what the message says
         ["--base", "B", "--tuned", "nan", "--rank", "2"],
         "q_proj.weight contains NaN or infin",
     ),
-    "itself": (["--base", "B", "--tuned", "T", "--rank", "2", "--to", "B"], "is the"),
+    "itself": (["--base", "B", "--tuned", "T", "--rank", "2", "--to", "B"], "B is a model"),
     "full": (["--base", "B", "--tuned", "T", "--rank", "2", "--to", "site"], "site is not empty"),
 }
 
@@ -282,5 +282,6 @@ def test_mistakes_are_one_line_and_nothing_is_written(mistake, site, monkeypatch
     monkeypatch.chdir(site)
     before = sorted(site.rglob("*"))
     words, message = MISTAKES[mistake]
-    assert message in refusal(main, ["--to", "new", *words])
+    target = [] if "--to" in words else ["--to", "new"]
+    assert message in refusal(main, [*target, *words])
     assert sorted(site.rglob("*")) == before

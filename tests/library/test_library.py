@@ -1,10 +1,13 @@
 """A library of adapters: what it stores, which version others read, and that nothing is lost."""
 
+import contextlib
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +16,16 @@ from hostile import edit_json
 from mixes import apart, loaded, save_random, updates
 from programs import start, status
 from refusals import preparation
+from safetensors.torch import load_file, save_file
 from tiny import command, whole
 
 from dlora.errors import UsageError
 from dlora.library import objects
 from dlora.library.command import main
 from dlora.library.compose import main as compose
+from dlora.library.describe import Described
 from dlora.library.same_base import Base, with_identity
-from dlora.library.store import Described, Library
+from dlora.library.store import Library
 from dlora.runtime.run_lock import RunLock
 
 
@@ -219,13 +224,78 @@ def test_a_base_has_the_identity_that_a_run_records(saved_models, tmp_path):
         assert with_identity(Base(path)).identity == recorded
 
 
-NAMES = ["", ".", "..", "a/b", "a@1", ".hidden", "ü", "a b"]
+NAMES = ["", ".", "..", "../x", "a/b", "a@1", ".hidden", "ü", "a b", "n\n", "n" * 201]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
 def test_a_name_is_one_word(name, library, adapters):
     assert "make a name" in refused("add", library, adapters[0], "--name", name)
     assert not library.exists()
+
+
+def test_the_longest_name(library, adapters):
+    run("add", library, adapters[0], "--name", "n" * 200)
+    assert active(library, "n" * 200) == weights(adapters[0])
+
+
+WORDS = {  # behind `add LIB ADAPTER --name n`; what the message says
+    "tag": (["--tag", "a\nb"], "--tag: 'a\\nb': a tag is a line of text"),
+    "no tag": (["--tag", " "], "--tag: ' ': a tag is a line of text"),
+    "metric": (["--metric", "f=1e999"], "NAME=NUMBER is expected"),
+    "metric's name": (["--metric", "a\nb=1"], "NAME=NUMBER is expected"),
+    "name twice": (["--name", "m"], "argument --name: is given twice"),
+    "parent": (["--parent", "m"], "has no adapter 'm'; it has n"),
+    "version": (["--parent", "n@"], "n has no version without a number; it has 1"),
+    "digits": (["--parent", "n@" + "9" * 5000], "n has no version 99999999999999999999; it has 1"),
+}
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_word_that_means_nothing(word, library, adapters):
+    run("add", library, adapters[0], "--name", "n")
+    before = everything(library)
+    words, message = WORDS[word]
+    assert message in refused("add", library, adapters[1], "--name", "n", *words)
+    assert everything(library) == before
+
+
+PATHS = {"long": "x" * 300, "user": "~no-such-user/x", "ring": "ring", "file": "file/x"}
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_what_can_be_no_path(path, library, adapters, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("ring").symlink_to("ring")
+    Path("file").touch()
+    refused("add", PATHS[path], adapters[0], "--name", "n")
+    refused("add", library, PATHS[path], "--name", "n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "ring"]
+
+
+def test_what_peft_would_not_load(library, adapters, tmp_path):
+    """A file with other keys than PEFT's, and an r that is not that of the file."""
+    renamed, other = (Path(shutil.copytree(adapters[0], tmp_path / n)) for n in "ab")
+    tensors = load_file(renamed / "adapter_model.safetensors")
+    tensors = {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
+    save_file(tensors, renamed / "adapter_model.safetensors")
+    edit_json(other / "adapter_config.json", r=9)
+    assert "has no A and B" in refused("add", library, renamed, "--name", "n")
+    assert "but r is 9" in refused("add", library, other, "--name", "n")
+    assert not library.exists()
+
+
+KINDS = {"dora": {"use_dora": True}, "whole": {"modules_to_save": ["lm_head"]}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_has_no_low_rank_form_is_stored(kind, library, adapters, saved_models, tmp_path):
+    made = save_random(
+        whole(saved_models("llama")), tmp_path / kind, 0, target_modules=["q_proj"], **KINDS[kind]
+    )
+    run("add", library, adapters[0], "--name", "n")
+    run("add", library, made, "--name", "n")
+    assert active(library, "n") == weights(made)
+    assert "can be neither composed nor compared" in refused("diff", library, "n")
 
 
 def test_a_name_that_is_a_directory_too(library, adapters, tmp_path, monkeypatch):
@@ -265,6 +335,12 @@ TORN = {
         lambda lib: cut(next((lib / "objects").glob("*/*.safetensors"))),
         "is not what was added",
     ),
+    "name": (
+        lambda lib: edit_json(lib / "library.json", adapters=renamed(lib, "../../x")),
+        "is damaged: ValueError(\"the name '../../x'\")",
+    ),
+    "active": (lambda lib: in_the_way(lib / "active"), "active: was not made by the library"),
+    "folder": (lambda lib: in_the_way(lib / "active/n"), "active/n: was not made by the library"),
     "outside": (
         lambda lib: edit_json(lib / "library.json", adapters=with_file(lib, "../../x")),
         "is damaged",
@@ -278,20 +354,67 @@ def with_file(library: Path, name: str) -> Any:
     return found
 
 
+def renamed(library: Path, name: str) -> Any:
+    found = json.loads((library / "library.json").read_text())["adapters"]
+    return {name: found["n"]}
+
+
+def in_the_way(path: Path) -> None:
+    path.unlink() if path.is_symlink() else shutil.rmtree(path)
+    path.mkdir() if path.name == "n" else path.touch()
+
+
+WRONG: dict[str, Any] = {  # of a version
+    "number": [-1, 1.0, True, "1"],
+    "files": [{}, {"x": 5}, {"x": "1"}, []],
+    "added": [5],
+    "base": [{}, "x", {"path": 1, "revision": None, "identity": None}],
+    "parents": [["x"], [{"path": 1}], [{"path": "x", "weight": "1"}]],
+    "data": [5],
+    "metrics": [[1], {"loss": "1"}],
+    "tags": ["x", [1]],
+    "other": [1],
+}
+WRONG_CASES = [(key, value) for key, values in WRONG.items() for value in values]
+
+
+def test_a_field_of_another_type_is_damage(library, adapters):
+    run("add", library, adapters[0], "--name", "n")
+    index = library / "library.json"
+    whole_index = index.read_text()
+    for key, value in WRONG_CASES:
+        found = json.loads(whole_index)
+        found["adapters"]["n"]["versions"][0][key] = value
+        index.write_text(json.dumps(found))
+        before = everything(library)
+        for words in (["show", library, "n"], ["add", library, adapters[1], "--name", "n"]):
+            assert "library.json: is damaged" in refused(*words), (key, value)
+        assert everything(library) == before
+    for key, value in (("active", True), ("active", "1"), ("to", "0"), ("action", 1)):
+        found = json.loads(whole_index)
+        found["adapters"]["n"]["history"][0][key] = value
+        index.write_text(json.dumps(found))
+        assert "library.json: is damaged" in refused("list", library), (key, value)
+
+
 @pytest.mark.parametrize("torn", TORN)
 def test_a_torn_library_is_one_line_and_stays(torn, library, adapters):
     tear, message = TORN[torn]
     run("add", library, adapters[0], "--name", "n")
     tear(library)
     before = everything(library)
-    assert message in refused("show", library, "n")
+    reads = torn not in ("active", "folder")
+    assert message in refused(*(["show"] if reads else ["remove"]), library, "n")
     calls = [
         ["diff", library, "n", "n"],
         ["remove", library, "n"],
         ["add", library, adapters[1], "--name", "n"],
     ]
-    for words in calls[:1] if torn in ("object", "file") else calls:
+    for words in calls[:1] if torn in ("object", "file") else calls[0 if reads else 1 :]:
         refused(*words)
+    assert everything(library) == before
+    if not reads:
+        return
     with pytest.raises(UsageError):
         compose(
             [
@@ -335,6 +458,42 @@ def test_a_crash_between_object_and_index(library, adapters, monkeypatch):
     monkeypatch.undo()
     run("add", library, adapters[1], "--name", "n")
     assert active(library, "n") == weights(adapters[1])
+
+
+@pytest.mark.parametrize("most", [100, 600])
+def test_a_full_disk(most, library, adapters):
+    """No file may grow beyond `most` bytes: the lock's, and the adapter's."""
+    run("add", library, adapters[0], "--name", "n")
+    before = everything(library)
+    with files_of_at_most(most):
+        assert "File too large" in refused("add", library, adapters[1], "--name", "n")
+    assert everything(library) == before
+    run("add", library, adapters[1], "--name", "n")
+    assert active(library, "n") == weights(adapters[1])
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_the_next_writer_cleans_up_after_one_that_died(library, adapters):
+    run("add", library, adapters[0], "--name", "n")
+    (library / ".library.json.1.tmp").write_text("{")
+    (library / "objects/.x.1.tmp").mkdir()
+    run("add", library, adapters[1], "--name", "n")
+    assert sorted(path.name for path in library.iterdir()) == [
+        ".lock",
+        *("active", "library.json", "objects"),
+    ]
+    assert len(list((library / "objects").iterdir())) == 2
 
 
 # -- two processes ------------------------------------------------------------------------------

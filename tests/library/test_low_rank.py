@@ -53,6 +53,15 @@ def test_a_rank_that_is_not_there_is_not_made_of_rounding(shape) -> None:
     assert (cut.B @ cut.A - M).norm() <= 1e-6 * M.norm()
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_zeros_have_rank_1_and_lose_nothing(shape) -> None:
+    found = Decomposed.of(torch.zeros(shape), "M")
+    assert Cut(rank=7).of(found.squares) == Cut(energy=0.5).of(found.squares) == 1
+    low = found.cut(1)
+    assert low.energy == 1 and low.A.shape == (1, shape[1]) and low.B.shape == (shape[0], 1)
+    assert not low.A.any() and not low.B.any()
+
+
 def test_what_is_not_finite_is_named() -> None:
     with pytest.raises(UsageError, match="q_proj: contains NaN or infinite values"):
         Decomposed.of(torch.tensor([[1.0, float("nan")]]), "q_proj")

@@ -9,6 +9,7 @@ import torch
 from peft.utils import merge_utils
 from torch import Tensor
 
+from dlora.library.low_rank import Product, truncate_matrix, truncate_product
 from dlora.library.mixtures import (
     METHODS,
     ON_FACTORS,
@@ -20,7 +21,6 @@ from dlora.library.mixtures import (
     merge_signs,
     seeded,
 )
-from dlora.library.truncation import Product, truncate_matrix, truncate_product
 
 M, N = 23, 31
 HOW = How(rank=3, density=0.4)

@@ -303,6 +303,9 @@ def test_a_model_with_names_is_copied_and_pickled() -> None:
 
 REFUSED: dict[str, Any] = {
     "a name twice": lambda m: attach(m, B, "a"),
+    "no word": lambda m: attach(m, B, 5),
+    "a long name": lambda m: attach(m, B, "n" * 201),
+    "no names": lambda m: activate(m, None),
     "a dot": lambda m: attach(m, B, "a.b"),
     "an attribute": lambda m: attach(m, B, "train"),
     "the base": lambda m: attach(m, B, "__base__"),
@@ -318,6 +321,9 @@ REFUSED: dict[str, Any] = {
 }
 SAID = {
     "a name twice": "attach: this model already has adapters named 'a'",
+    "no word": "attach: name: '5' cannot be a name",
+    "a long name": "attach: name: 'nnnn",
+    "no names": "activate: expected a name or a list of names, got None",
     "an unknown one": "activate: the model has no adapters named 'c'; there are 'default', 'a'",
     "renaming to another": "rename: this model already has adapters",
 }

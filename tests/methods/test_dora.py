@@ -17,7 +17,7 @@ from dlora import LoraConfig, UsageError, attach
 from dlora.adapters.save_load import WEIGHTS
 from dlora.export.command import main
 from dlora.lora.attach import named_adapters
-from dlora.sharding.replica.optimizer_state import ReplicatedState
+from dlora.sharding.replica.replicated_state import ReplicatedState
 
 STEPS = 5
 RUN = {"adapter__use_dora": True, "adapter__lora_dropout": 0.1, "optimizer__loraplus_lr_ratio": 2}

@@ -20,7 +20,7 @@ from tiny import whole as loaded
 from dlora import LoraConfig, attach, load_adapter, save_adapter
 from dlora.export.command import main as export
 from dlora.lora.attach import named_adapters
-from dlora.plan.measured import measure
+from dlora.plan.measured import measure, stored
 
 MOLA = {
     "adapter__method": "mola",
@@ -51,7 +51,8 @@ def compared(argv: list[str]) -> dict[str, Any]:
     run = prepared_run(argv)
     status = run.train()
     run.checkpoints.close()
-    found = measure(run.model, run.replica, run.optimizer, run.records)
+    now = stored(run.model, run.replica, run.optimizer)
+    found = measure(run.replica, run.records, now)
     tensors = {name: p.detach().clone() for name, p in run.replica.named.items()}
     plan = run.context.residents.plan
     sent = plan.traffic.gathers.rank + plan.traffic.reduction.rank
@@ -193,6 +194,10 @@ def test_what_does_not_go_together_is_refused_before_weights_are_read(
         ({"adapter__top_k": 9}, "adapter.top_k: 9 is more than the 4 experts"),
         ({"train__compile": True}, "train.compile: true cannot be combined with adapter.method"),
         ({"optimizer__name": "lora_pro"}, "adapter.method: mola cannot be combined with optimizer"),
+        (
+            {"adapters": [{"name": "a"}, {"name": "b"}]},
+            "adapters[0]: adapter.method: mola trains one adapter at a time",
+        ),
         ({"adapter__use_dora": True}, "adapter.use_dora: DoRA needs adapter.method: lora"),
         ({"train__task": "classification"}, "train.task: classification cannot be combined"),
         ({"adapter__modules_to_save": ["norm"]}, "adapter.modules_to_save: "),

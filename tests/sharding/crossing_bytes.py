@@ -19,7 +19,7 @@ from network import resent_bytes, sent_bytes
 from run_training import command_line, prepared_run
 
 from dlora.runtime.ranks import Ranks
-from dlora.sharding.replica.optimizer_state import ReplicatedState
+from dlora.sharding.replica.replicated_state import ReplicatedState
 
 BASES = ("node", "world")
 TIMEOUT_SECONDS = 60

@@ -24,6 +24,7 @@ from dlora.runtime.ranks import Ranks
 from dlora.runtime.run_lock import RunLock
 from dlora.train import Run as TrainingRun
 from dlora.training.checks import check_output
+from dlora.training.prepare import prepare
 from dlora.training.startup import import_late_ones, prepared
 
 BASE_SETTINGS = {
@@ -54,8 +55,14 @@ def command_line(**settings: Any) -> list[str]:
     return words
 
 
-def prepared_run(argv: list[str], hooks: Hooks = NO_HOOKS) -> TrainingRun:
-    """This rank's `Run`, as `dlora.train.main` sets it up."""
+def prepared_run(
+    argv: list[str], hooks: Hooks = NO_HOOKS, kind: Any = TrainingRun, how: Any = prepare
+) -> Any:
+    """This rank's `Run`, as `dlora.train.main` sets it up.
+
+    Args:
+        kind, how: the class of the run, and what prepares it.
+    """
     config = parse(argv, prog="dlora.train").config
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     these = Ranks(rank, world, torch.device("cpu"), ranks.current_store)
@@ -69,7 +76,7 @@ def prepared_run(argv: list[str], hooks: Hooks = NO_HOOKS) -> TrainingRun:
     lock = RunLock(config.output.directory, "not taken: the next run may be another pool's")
     import_late_ones(config)
     since_before = MemoryMeter()
-    return TrainingRun(config, these, prepared(config, these), since_before, lock, hooks)
+    return kind(config, these, prepared(config, these, how), since_before, lock, hooks)
 
 
 def train(argv: list[str], meddle: Callable[[TrainingRun], None] | None = None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dlora.data.encode import Encoder
 from dlora.errors import TransientError, UsageError
 from dlora.runtime.ranks import Ranks
 from dlora.sharding.topology import Topology
-from dlora.training import prepare
+from dlora.training import material
 from dlora.training.node_data import NodeData
 from dlora.training.prepare import Preparation
 from dlora.training.startup import prepared
@@ -50,7 +50,7 @@ def prepared_here(argv: list[str], broken: int | None = None) -> Found:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Encoder, "encode", encode)
         if rank == broken:
-            patch.setattr(prepare, "identity", identity)
+            patch.setattr(material, "identity", identity)
         try:
             found: Any = contents(prepared(parse(argv, "dlora.train").config, these))
         except UsageError as error:

@@ -166,7 +166,7 @@ def test_a_cpu_without_bfloat16_is_told_of(
     saved_models: Any, tmp_path: Path, monkeypatch: Any, capsys: Any, dtype: str, multiplies: bool
 ) -> None:
     """A step of the demo took 140 s on one, where float32 took 10."""
-    monkeypatch.setattr("dlora.training.prepare.has_kernels", lambda: multiplies)
+    monkeypatch.setattr("dlora.training.material.has_kernels", lambda: multiplies)
     preparation(command(saved_models("llama"), tmp_path, model__dtype=dtype))
     told = "model.dtype: this CPU has no instructions for bfloat16" in capsys.readouterr().out
     assert told is (dtype == "bfloat16" and not multiplies)

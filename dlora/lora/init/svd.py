@@ -57,7 +57,7 @@ class Spectrum(NamedTuple):
         U = U * U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
         Y = torch.cat([block.t() @ U for block in _blocks(wide)])
         S = torch.linalg.vector_norm(Y, dim=0)
-        V = Y / S
+        V = Y / S.clamp(min=torch.finfo(S.dtype).tiny)  # of 0, zeros and not NaN
         return Triplets(U, S, V) if wide is self.matrix else Triplets(V, S, U)
 
 
@@ -104,6 +104,11 @@ def _lower_gram(wide: Tensor) -> Tensor:
 
 
 def _blocks(wide: Tensor) -> Iterator[Tensor]:
-    """The columns of a matrix, some at a time, in float64."""
-    for block in wide.split(max(1, _BLOCK // wide.shape[0]), dim=1):
-        yield block.to(torch.float64)
+    """The columns of a matrix, some at a time, in float64, each in the memory of the one before.
+
+    New memory for each would leave holes between what stays: the heap grew to M in float64.
+    """
+    p, width = wide.shape[0], max(1, _BLOCK // wide.shape[0])
+    memory = torch.empty(p * min(width, wide.shape[1]), dtype=torch.float64, device=wide.device)
+    for columns in wide.split(width, dim=1):
+        yield memory[: columns.numel()].view(p, -1).copy_(columns)

@@ -127,7 +127,7 @@ class MolaAdapter(LoraAdapter):
     name = "mola"
     mergeable = False
     linear_only = True
-    named = False
+    alone = True
     compiles = False
     state_class = "dlora.methods.mola:ExpertBalance"
     unused = {

@@ -42,6 +42,7 @@ class FlatBuffers:
         self._named, self._on_bind = named, on_bind
         self.values, self.gradients = (torch.zeros(n, dtype=dtype, device=device) for n in lengths)
         self.present = dict.fromkeys(named, False)
+        self._gradient_views: dict[str, Tensor] = {}
         self._bind()
 
     def check(self) -> None:
@@ -118,6 +119,18 @@ class FlatBuffers:
                 continue
             found.append(float(self.present[name]))
         return found
+
+    def lie_in(self, place: Tensor) -> None:
+        """Move the gradients into `place`, a part of another tensor, of their length."""
+        place.copy_(self.gradients)
+        views = _views(place, self._named)
+        for name, parameter in self._named.items():
+            gradient = parameter.grad
+            if gradient is not None and is_same_place(gradient, self._gradient_views[name]):
+                parameter.grad = views[name]
+        self.gradients = place
+        self._gradient_views = views
+        self._on_bind(self.values, place, views)
 
     def zero_(self, numel: int) -> None:
         """Every gradient, the first `numel` elements, becomes zero and absent."""

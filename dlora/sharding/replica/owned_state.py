@@ -22,7 +22,8 @@ from torch.optim import Optimizer
 
 from dlora.sharding.replica.flat_shards import RankRange
 from dlora.sharding.replica.hierarchical_reduce import Reduction, part_of, reduction_bytes
-from dlora.sharding.replica.optimizer_state import Named, ReplicaError, ReplicatedState, States
+from dlora.sharding.replica.optimizer_state import Named, ReplicaError, States
+from dlora.sharding.replica.replicated_state import ReplicatedState
 from dlora.sharding.replica.state_gathering import gather_ranges, kinds_by_rank
 from dlora.sharding.topology import Topology
 

@@ -10,11 +10,9 @@ that a step wants summed (loss, tokens, flags) are in the same reduction. The st
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import weakref
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -23,7 +21,6 @@ from torch.optim import Optimizer
 
 from dlora.errors import UsageError
 from dlora.sharding.comm_bytes import WireCounter
-from dlora.sharding.counts import whole_number
 from dlora.sharding.replica.audit import unhealed
 from dlora.sharding.replica.flat_buffers import FlatBuffers
 from dlora.sharding.replica.forgotten_reduction import StepGuard
@@ -34,21 +31,13 @@ from dlora.sharding.replica.optimizer_state import (
     StateStrategy,
     count,
 )
+from dlora.sharding.replica.reducing import Reducing
 from dlora.sharding.replica.resize import Cuts, cut_states, cut_values, put_states, replace_data
-from dlora.sharding.replica.step_scalars import (
-    MOST_SCALARS,
-    Reduced,
-    Scalar,
-    pack_tail,
-    unpack_tail,
-)
 from dlora.sharding.replica.strategies import strategy_class
 from dlora.sharding.topology import Topology
 
-AUDIT_EVERY = 10  # optimizer steps between two comparisons of checksums
 
-
-class Replica:
+class Replica(Reducing):
     """Owns the trainable parameters of a model, on every engine with the same code.
 
     Args:
@@ -159,56 +148,6 @@ class Replica:
 
     # -- one optimizer step ---------------------------------------------------------------------
 
-    def reduce_gradients(
-        self,
-        tokens: int | Tensor | None = None,
-        *,
-        scalars: Mapping[str, Scalar] | None = None,
-        each: int = 0,
-    ) -> Reduced:
-        """Replace every gradient by its mean over ranks: one reduction, the same bits everywhere.
-
-        Where the optimizer state is divided, the mean is that of this rank's part, as `.grad` of
-        `optimized`; the parameters themselves have none then.
-
-        Args:
-            tokens: with losses summed over this rank's target tokens since the last step, their
-                number; gradients then become Σ grad / Σ tokens, the mean over all target tokens of
-                all ranks. Without it they become Σ grad / world.
-            scalars: up to 16 numbers by name, which are summed over ranks in the same reduction;
-                every rank must give the same names in the same order. One that is a tensor is not
-                read before the sum is: the one moment of a step at which the host waits for a GPU.
-            each: an integer ≥ 0, below 2^48, of this rank, which every rank gets.
-
-        Raises:
-            ReplicaError: adapters are missing or were cast, there are too many scalars, or (every
-                10th time) the adapters differ between ranks; see `audit`.
-            UsageError: `tokens` is no whole number.
-        """
-        if not self.named:
-            raise ReplicaError("there is nothing to reduce: attach adapters first")
-        given = dict(scalars or {})
-        if len(given) > MOST_SCALARS:
-            raise ReplicaError(
-                f"{len(given)} scalars do not fit the {MOST_SCALARS} slots beside the gradients"
-            )
-        self._buffers.check()
-        self.unreduced = False
-        present = self._buffers.collect(self.strategy.has_gradient)
-        rank, world = self.topology.rank, self.topology.world
-        mine = pack_tail(1 if tokens is None else whole_number(tokens), given, each, rank, world)
-        *received, norm = self.strategy.sum_([*present, *mine]).tolist()
-        reduced = unpack_tail(received[len(self.named) :], list(given), world)
-        ranks_with = dict(zip(self.named, received, strict=False))
-        self.present = {name: ranks > 0 for name, ranks in ranks_with.items()}
-        divisor = max(reduced.tokens, 1)
-        self.strategy.finalize_gradients(self.present, divisor)
-        reduced = replace(reduced, norm=self._rounded(norm / divisor))
-        self.reductions += 1
-        if self.reductions % AUDIT_EVERY == 0:
-            self.audit()
-        return reduced
-
     def clip(self, max_norm: float, norm: float | None = None) -> Tensor | float:
         """Scale all gradients so that their global 2-norm is at most `max_norm`.
 
@@ -277,9 +216,15 @@ class Replica:
         if found:
             raise ReplicaError(f"the adapters are no longer the same on every rank: {found}")
 
-    def _rounded(self, number: float) -> float:
-        """A number in the precision of the values, where the last bits of ranks' own sums go."""
-        return number if self.values.dtype == torch.float64 else ctypes.c_float(number).value
+    @property
+    def reduction(self) -> Reduction:
+        """The process groups that it sends through."""
+        return self._reduction
+
+    @property
+    def buffers(self) -> FlatBuffers:
+        """The flat buffers of values and gradients."""
+        return self._buffers
 
     def _allocate(self) -> None:
         """Buffers for the parameters as they are, and the parameters in them."""

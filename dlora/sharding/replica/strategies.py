@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dlora.sharding.replica.optimizer_state import ReplicatedState, StateStrategy
+from dlora.sharding.replica.optimizer_state import StateStrategy
 from dlora.sharding.replica.owned_state import OwnedState
+from dlora.sharding.replica.replicated_state import ReplicatedState
 from dlora.sharding.replica.sharded_state import ShardedState
 
 

@@ -1,0 +1,1 @@
+"""Several adapters trained in one run, on one gather of W0 for all of them."""

@@ -1,0 +1,56 @@
+"""How an adapter leaves a run that goes on with the others: finished, failed or dropped."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from dlora.lora.names import by_name
+from dlora.lora.shared_batch import only
+from dlora.methods.trained_replica import TrainedReplica, replica_of
+from dlora.metrics.log import held_out_line
+from dlora.together.context import JointContext
+from dlora.together.member import Member, Standing
+from dlora.training.checkpointing import CheckpointManager
+from dlora.training.evaluate import print_samples
+from dlora.training.finish import save_result
+
+
+def finish(joint: JointContext, member: Member, checkpoints: CheckpointManager, done: int) -> int:
+    """Write a trained adapter, its reports and its last lines; returns the exit status."""
+    context, method = member.context, member.context.replica.method
+    with by_name(joint.model, member.name), only(joint.model, member.name):
+        if context.ranks.main and member.log is not None:
+            context.write_method_files(done)
+            method.report(context.directory, member.log, member.say)
+        if member.log is not None:
+            member.log.close()
+            print_samples(context, f"{member.name}, after training")
+            if context.ranks.main and (line := held_out_line(context.directory)):
+                member.say(line)
+        member.losses.close()
+        status = save_result(context, checkpoints)
+    if member.running:
+        leave(joint, member, Standing.FINISHED)
+    return status
+
+
+def leave(joint: JointContext, member: Member, standing: Standing, why: str = "") -> None:
+    """Take an adapter out of training; it stays on the model, frozen, for checkpoints to have it.
+
+    Its gradients, its optimizer's state and its part of the reduction are gone.
+    """
+    replica, shared = member.context.replica, replica_of(joint.model)
+    assert isinstance(shared, TrainedReplica)
+    member.record = replica.method.record()
+    for parameter in replica.named.values():
+        parameter.grad = None
+        parameter.data = parameter.data.clone()  # out of the buffer, which is freed
+        parameter.requires_grad_(False)
+    shared.leave(member.name)
+    replica.disown()
+    idle: Any = torch.optim.SGD([torch.zeros(())], lr=0.0)
+    member.context = replace(member.context, replica=shared, optimizer=idle)
+    member.standing, member.why = standing, why

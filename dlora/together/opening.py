@@ -1,0 +1,45 @@
+"""The start of a run of several adapters: their logs, and what each says before its first step."""
+
+from __future__ import annotations
+
+from dlora.lora.names import by_name
+from dlora.lora.shared_batch import only
+from dlora.together.context import JointContext
+from dlora.together.member import Member, Standing
+from dlora.training.evaluate import held_out, print_samples
+from dlora.training.reporting import open_log
+from dlora.training.resume import open_joint_directory
+
+
+def open_logs(joint: JointContext, start: int) -> list[Member]:
+    """Open the logs of those that have steps left; returns those that have none.
+
+    Before a fresh run samples are printed and held-out losses logged.
+
+    Args:
+        start: steps that are done.
+    """
+    open_joint_directory(joint, start)
+    over: list[Member] = []
+    for member in joint.members:
+        if member.standing in (Standing.FAILED, Standing.DROPPED):
+            member.say(f"has left already: {member.why}")
+        elif not member.running or start >= member.total_steps:
+            member.say(f"is already finished: {member.total_steps} steps")
+            over.append(member)  # an earlier start may have ended before it wrote the adapter
+        else:
+            _open(joint, member, start)
+    return over
+
+
+def _open(joint: JointContext, member: Member, start: int) -> None:
+    context, name = member.context, member.name
+    member.log = open_log(context, start, ())
+    if start == 0:
+        with by_name(joint.model, name), only(joint.model, name):
+            print_samples(context, f"{name}, before training")
+            if member.evaluates:
+                member.log.write({"step": 0, **(before := held_out(context))})
+                member.say(f"held-out loss before training: {before['eval_loss']:.4f}")
+    context.replica.zero_grad()
+    context.replica.reductions = start  # audits fall on the same steps as without a stop
