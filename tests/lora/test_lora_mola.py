@@ -265,9 +265,9 @@ def test_it_is_transformers_loss_and_its_gradient_by_the_router() -> None:
             total = total + E * (f * counted.softmax(1).mean(0)).sum() / 2
         asked = torch.autograd.grad(c * theirs, leaves, retain_graph=True)
         (c * total).backward()
-        assert float(total) == pytest.approx(float(theirs), rel=1e-6)  # which is float32
+        assert total.item() == pytest.approx(theirs.item(), rel=1e-6)  # which is float32
         replica.method.after_step(torch.optim.SGD(routers, lr=0.1))
-        assert replica.method.metrics() == {"aux_loss": pytest.approx(float(total), rel=1e-12)}
+        assert replica.method.metrics() == {"aux_loss": pytest.approx(total.item(), rel=1e-12)}
         for layers in zip(model, none, leaves, asked, strict=True):  # type: ignore[call-overload]
             own, other, leaf, theirs_of = layers
             added = own.adapter.lora_router.grad - other.adapter.lora_router.grad

@@ -196,7 +196,7 @@ def test_what_does_not_go_together_is_refused_before_weights_are_read(
         ({"optimizer__name": "lora_pro"}, "adapter.method: mola cannot be combined with optimizer"),
         (
             {"adapters": [{"name": "a"}, {"name": "b"}]},
-            "adapters[0]: adapter.method: mola trains one adapter at a time",
+            "adapter.method: mola trains one adapter at a time",
         ),
         ({"adapter__use_dora": True}, "adapter.use_dora: DoRA needs adapter.method: lora"),
         ({"train__task": "classification"}, "train.task: classification cannot be combined"),
