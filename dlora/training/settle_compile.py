@@ -19,8 +19,7 @@ import torch
 from dlora.config.load import Config
 from dlora.errors import UsageError
 from dlora.plan.choose import Decision
-from dlora.plan.graphs import no_graphs, too_short
-from dlora.registry import room
+from dlora.plan.graphs import no_graphs, no_graphs_of, too_short
 from dlora.training.compile_cache import check_cache
 
 KEY = "train.compile"
@@ -91,7 +90,7 @@ def settle_compile(
     setting = config.train.compile
     if setting is False:
         return False
-    reason = _of_method(config) or why_not(decision, compiler)
+    reason = no_graphs_of(config) or why_not(decision, compiler)
     if reason and setting is True:
         raise UsageError(f"{KEY}: true: {reason}; set {KEY}: auto or false")
     if not reason and setting == "auto":
@@ -105,13 +104,6 @@ def settle_compile(
         return False
     check_cache(config.train.compile_cache, config.output.directory)
     return True
-
-
-def _of_method(config: Config) -> str:
-    method = room("lora.variants")[config.adapter.method]
-    return (
-        "" if method.says.get("compiles", True) else f"adapter.method: {method.name} has no graphs"
-    )
 
 
 def why_not(decision: Decision, compiler: Compiler) -> str:
