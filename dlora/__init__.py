@@ -27,6 +27,7 @@ from dlora.lora.config import LoraConfig
 from dlora.lora.merge import merge, unmerge
 from dlora.lora.variants.adalora import AdaLoraConfig
 from dlora.lora.variants.flora import FloraConfig
+from dlora.lora.variants.mola import MolaConfig
 from dlora.methods.average import ema
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ __all__ = [
     "AdaLoraConfig",
     "FloraConfig",
     "LoraConfig",
+    "MolaConfig",
     "UsageError",
     "activate",
     "attach",

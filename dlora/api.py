@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dlora.adapters.mixture import fill_experts, frozen_experts, with_experts
 from dlora.adapters.model_methods import equip, unequip
 from dlora.adapters.peft_settings import config_for
 from dlora.adapters.save_load import load_adapter as read_adapter
@@ -20,6 +21,7 @@ from dlora.lora.attach import every_parameter
 from dlora.lora.config import LoraConfig
 from dlora.lora.names import activate, attached
 from dlora.lora.several import DEFAULT
+from dlora.lora.variants.mola import MolaConfig
 from dlora.methods.attach import attach as attach_adapters
 from dlora.methods.attach import warn_of_left
 from dlora.methods.lora_ga import GradientEstimate, LossOf
@@ -31,6 +33,7 @@ from dlora.plan.own_loop import cheapest_base
 from dlora.sharding.engines.gather_groups import frozen_groups, worth_holding
 from dlora.sharding.engines.own_engine import check_engine
 from dlora.sharding.engines.protocol import build_engine, engine_class, sharded_by
+from dlora.sharding.replica.frozen import same_on_every_rank
 from dlora.sharding.replica.optimizer_state import state_is_divided
 from dlora.sharding.topology import Topology, resolve_placement
 
@@ -68,9 +71,21 @@ def attach(
     """
     if name == DEFAULT and not is_trainable:
         raise UsageError("attach: is_trainable=False is for adapters with a name: name=…")
-    attach_adapters(model, config_for(model, config), name=name, trained=is_trainable)
+    config = with_experts(config_for(model, config))
+    attach_adapters(model, config, name=name, trained=is_trainable)
+    if isinstance(config, MolaConfig) and config.frozen:
+        _read_experts(model)
     equip(model)
     return model
+
+
+def _read_experts(model: nn.Module) -> None:
+    """Fill the frozen experts of a mixture, equal on every rank of a model that is sharded."""
+    if next(model.parameters()).device.type == "meta":
+        return
+    fill_experts(model, frozen_experts(model))
+    if (replica := replica_of(model)) is not None:
+        same_on_every_rank(replica.frozen, replica.topology)
 
 
 def load_adapter(

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dlora.adapters.write import CONFIG, WEIGHTS
+from dlora.adapters.write import CONFIG, ROUTER, WEIGHTS
 from dlora.errors import UsageError
 from dlora.io.files import path_of
 
+_FILES = [CONFIG, WEIGHTS, ROUTER, f"experts/*/{CONFIG}", f"experts/*/{WEIGHTS}"]
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name
 
 
@@ -37,7 +38,7 @@ def _downloaded(repository: str, option: str) -> Path:
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        found = snapshot_download(repository, allow_patterns=[CONFIG, WEIGHTS])
+        found = snapshot_download(repository, allow_patterns=_FILES)
     except Exception as error:  # of the network and of the hub
         said = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise UsageError(

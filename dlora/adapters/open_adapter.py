@@ -1,15 +1,18 @@
-"""Opening an adapter: PEFT's directory or a checkpoint, whichever a directory is."""
+"""Opening an adapter: PEFT's directory, a mixture's or a checkpoint, whichever a directory is."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from dlora.adapters.hub import adapter_directory
+from dlora.adapters.mixture import has_mixture, mixture_of, places_in
+from dlora.adapters.mixture_source import MixtureSource
 from dlora.adapters.recorded import Answering, BaseReference, as_ends, ends_in, template_in
 from dlora.adapters.save_load import read_config
 from dlora.adapters.settings import lora_config
 from dlora.adapters.source import AdapterSource
-from dlora.adapters.write import CONFIG, WEIGHTS
+from dlora.adapters.write import CONFIG, ROUTER, WEIGHTS
 from dlora.checkpoint import format as checkpoint
 from dlora.checkpoint.state import saved_lora
 from dlora.checkpoint.written_by import written_by
@@ -32,6 +35,8 @@ def open_adapter(directory: str | Path) -> AdapterSource:
     directory = adapter_directory(directory, "--adapter")
     if not directory.is_dir():
         raise UsageError(f"--adapter: directory {directory} does not exist")
+    if has_mixture(directory):
+        return _from_mixture(directory)
     if (directory / CONFIG).exists():
         return _from_peft(directory)
     if (directory / "manifest.json").exists():
@@ -52,6 +57,23 @@ def _adapters_of(run: Path) -> list[Path]:
 def _from_peft(directory: Path) -> AdapterSource:
     config = read_config(directory)
     raw = read_object(directory / CONFIG)
+    file, base = inside(directory, WEIGHTS), _base_of(directory, raw)
+    answering = Answering(template_in(directory), ends=ends_in(directory))
+    task = raw.get("task_type")
+    return AdapterSource(directory, file, config, base, False, answering=answering, task=task)
+
+
+def _from_mixture(directory: Path) -> AdapterSource:
+    config = mixture_of(directory)
+    raw = read_object(places_in(directory, config)[0] / CONFIG)
+    file, base = inside(directory, ROUTER), _base_of(directory, raw)
+    answering = Answering(template_in(directory), ends=ends_in(directory))
+    task = raw.get("task_type")
+    return MixtureSource(directory, file, config, base, False, answering=answering, task=task)
+
+
+def _base_of(directory: Path, raw: dict[str, Any]) -> BaseReference:
+    """The base of the adapter in a directory, whose settings are `raw`."""
     path = raw.get("base_model_name_or_path")
     run = _model_section(directory)
     if not path or not _is_base_of(run, path):
@@ -59,17 +81,13 @@ def _from_peft(directory: Path) -> AdapterSource:
     from_gguf = run.get("path", "").endswith(".gguf")
     if path and from_gguf and Path(path).is_absolute() and not Path(path).exists():
         path = run["path"]  # what it was converted to has been deleted
-    base = BaseReference(
+    return BaseReference(
         path,
         raw.get("revision") or run.get("revision"),
         None,
         run.get("cache_dir"),
         run["path"] if from_gguf else None,
     )
-    file = inside(directory, WEIGHTS)
-    answering = Answering(template_in(directory), ends=ends_in(directory))
-    task = raw.get("task_type")
-    return AdapterSource(directory, file, config, base, False, answering=answering, task=task)
 
 
 def _from_checkpoint(directory: Path) -> AdapterSource:

@@ -55,16 +55,20 @@ def plain_forms(model: nn.Module) -> dict[str, PlainLora]:
     return left
 
 
-def lora_files(model: nn.Module, base: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def lora_files(
+    model: nn.Module, base: str | None, forms: dict[str, PlainLora] | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The files of the model's adapters in their plain form, or as a DoRA, which has none.
 
     Args:
         base: name or path of the base, to be recorded.
+        forms: the plain LoRA of every module by path, where it is another one than that of
+            `plain_forms`.
 
     Returns:
         The content of `adapter_config.json`, and the tensors by PEFT's keys.
     """
-    forms, attached = plain_forms(model), attachment_of(model)
+    forms, attached = plain_forms(model) if forms is None else forms, attachment_of(model)
     config = attached.config
     tensors: dict[str, Tensor] = {}
     for path, layer, adapter in named_adapters(model):

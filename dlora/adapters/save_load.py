@@ -24,38 +24,23 @@ from dlora.adapters.diffusers_format import (
 )
 from dlora.adapters.hub import adapter_directory
 from dlora.adapters.layouts import in_layout_of
+from dlora.adapters.mixture import fill_mixture, has_mixture, is_mixture, mixture_of, write_mixture
+from dlora.adapters.peft_config import check_numbers, read_config
 from dlora.adapters.peft_format import adalora_files, lora_files
 from dlora.adapters.peft_names import PREFIX, peft_slots
-from dlora.adapters.peft_settings import lora_fields
 from dlora.adapters.write import CONFIG, WEIGHTS, recorded_name, write_files
 from dlora.errors import UsageError, and_more
-from dlora.io.files import inside, read_object
+from dlora.io.files import inside
 from dlora.io.safetensors import StoredTensor, stored_tensors
 from dlora.lora.attach import attachment_of, frozen_tensors, named_adapters
 from dlora.lora.config import LoraConfig
 from dlora.lora.layers import layer_kind
 from dlora.lora.names import by_name
-from dlora.lora.peft_arguments import check_unused
 from dlora.lora.several import DEFAULT
 from dlora.lora.targets import module_paths
 from dlora.methods.attach import attach
 
 FORMS = {"LORA": lora_files, "ADALORA": adalora_files}  # by PEFT's name
-# PEFT's initialisations that leave W0 unchanged; the others change the base.
-_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
-_KINDS: dict[str, tuple[type, ...]] = {  # types that `LoraConfig` does not check
-    "lora_dropout": (float, int),
-    "target_modules": (str, list),
-    "target_parameters": (list,),
-    "exclude_modules": (str, list),
-    "layers_pattern": (str, list),
-    "modules_to_save": (list,),
-    "rank_pattern": (dict,),
-    "alpha_pattern": (dict,),
-    "base_model_name_or_path": (str,),
-    "revision": (str,),
-    "task_type": (str,),
-}
 
 
 def save_adapter(
@@ -68,7 +53,8 @@ def save_adapter(
 ) -> None:
     """Write the adapter of `model` so that stock PEFT loads it. Any rank may, without a collective.
 
-    Of a model of diffusers the file that its pipelines load is written too.
+    A mixture of experts (mola) has a directory for each of them instead, see `mixture`. Of a model
+    of diffusers the file that its pipelines load is written too.
 
     Args:
         name: of the adapters; without one, of those that were attached so.
@@ -87,6 +73,13 @@ def save_adapter(
     if name == DEFAULT:
         attachment_of(model)
     with by_name(model, name):
+        if is_mixture(model):
+            if peft_type != "LORA":
+                raise UsageError(
+                    f"peft_type: {peft_type} has no form for a mixture of experts (mola)"
+                )
+            write_mixture(model, directory, base and recorded_name(base))
+            return
         settings, tensors = adapter_files(model, base, peft_type)
         metadata, beside = None, {}
         if is_of_diffusers(model) and peft_type == "LORA":
@@ -124,7 +117,14 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
             have, contains NaN or infinite values, or does not fit the model; the message names
             the file and the key.
     """
-    stored = read_stored(model, directory)
+    found = adapter_directory(directory, "load_adapter")
+    if has_mixture(found):
+        config = mixture_of(found)
+        if not hasattr(model, "dlora"):
+            attach(model, config)
+        fill_mixture(model, found, config)
+        return model
+    stored = read_stored(model, found)
     if not hasattr(model, "dlora"):
         stored.check_ranks(model)
         attach(model, stored.config)
@@ -216,46 +216,6 @@ def check_shapes(
             raise UsageError(
                 f"{path}: {key} has shape {list(stored[key])}, the model expects {list(slot.shape)}"
             )
-
-
-def read_config(directory: str | Path) -> LoraConfig:
-    """The `LoraConfig` of an adapter directory; see `load_adapter` for the errors."""
-    path = inside(Path(directory).expanduser(), CONFIG)
-    if not path.exists():
-        raise UsageError(f"{path}: file not found, so {directory} is not an adapter directory")
-    raw = read_object(path)
-    if raw.get("peft_type") != "LORA":
-        kind = raw.get("peft_type")
-        raise UsageError(f"{path}: peft_type is {kind!r}; only LORA can be loaded")
-    for key, kinds in _KINDS.items():
-        value = raw.get(key)
-        items = value if isinstance(value, list) else ()
-        if not isinstance(value, (*kinds, type(None))) or any(type(i) is not str for i in items):
-            raise UsageError(f"{path}: {key}: {value!r} has an unexpected type")
-    try:
-        check_unused(raw)
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None
-    init = raw.get("init_lora_weights", True)
-    if (init.lower() if isinstance(init, str) else init) not in _INITS:
-        raise UsageError(
-            f"{path}: init_lora_weights: {raw['init_lora_weights']!r} rewrites the base; convert "
-            "the adapter with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
-        )
-    try:
-        return LoraConfig(**lora_fields(raw))
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None
-
-
-def check_numbers(tensors: Mapping[str, StoredTensor]) -> None:
-    """Raise a `UsageError` unless an adapter's tensors are floats, and finite.
-
-    Copies of W0 are left out: they are compared with the base.
-    """
-    for key, tensor in tensors.items():
-        if not key.endswith(".base_layer.weight"):
-            tensor.check_numbers()
 
 
 def _check_ranks(

@@ -11,7 +11,8 @@ from torch import nn
 
 from dlora.adapters.hub import adapter_directory
 from dlora.adapters.layouts import in_layout_of
-from dlora.adapters.save_load import read_config
+from dlora.adapters.mixture import with_experts
+from dlora.adapters.peft_config import read_config
 from dlora.adapters.write import WEIGHTS
 from dlora.config.load import Config
 from dlora.config.sections import AdapterConfig
@@ -28,7 +29,7 @@ def lora_config(config: Config, earlier: LoraConfig | None = None) -> LoraConfig
 
     Args:
         earlier: the settings in the checkpoint that a run resumes; they replace those at
-            `adapter.path` where that directory has been deleted since.
+            `adapter.path` or `adapter.experts_from` where a directory has been deleted since.
     """
     section = config.adapter
     with keyed_by("adapter"):
@@ -42,7 +43,8 @@ def lora_config(config: Config, earlier: LoraConfig | None = None) -> LoraConfig
         says = room("lora.variants")[section.method].says
         # The method has no use for these, so there is nothing to set.
         names -= {*says.get("unused", {}), *says.get("instead", {})}
-        return variant.settings(**{name: getattr(section, name) for name in names})
+        made = variant.settings(**{name: getattr(section, name) for name in names})
+        return with_experts(made, earlier)
 
 
 def settings_today(model: nn.Module, lora: LoraConfig, directory: Path) -> LoraConfig:

@@ -13,6 +13,7 @@ from torch import Tensor
 from dlora.io.files import write_atomically
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ROUTER = "router.safetensors"  # of a mixture of experts, which has the two files for each of them
 
 
 def write_files(
@@ -37,6 +38,7 @@ def write_files(
     write_atomically(directory / WEIGHTS, save(dict(tensors), metadata=header))
     # Not sorted: of two patterns that match, the first one counts.
     write_atomically(directory / CONFIG, (json.dumps(settings, indent=2) + "\n").encode())
+    (directory / ROUTER).unlink(missing_ok=True)  # of a mixture that was here before
 
 
 def recorded_name(name: str) -> str:

@@ -96,7 +96,9 @@ class RemoteCheckpoints:
 
     def _copy(self, directory: Path, to: str) -> None:
         self._make_directory(to)
-        for name in sorted((path.name for path in directory.iterdir()), key=_manifest_last):
+        for name in sorted(_names_in(directory), key=_manifest_last):
+            if "/" in name:  # of an expert
+                self._make_directory(f"{to}/{name.rpartition('/')[0]}")
             self._files.put_file(str(directory / name), f"{to}/{name}")
             self._see_arrived(directory / name, f"{to}/{name}")
 
@@ -125,8 +127,8 @@ class RemoteCheckpoints:
             manifest = self._files.cat_file(f"{target}/{MANIFEST}")
             if manifest != (directory / MANIFEST).read_bytes():
                 return False
-            for file in directory.iterdir():
-                self._see_arrived(file, f"{target}/{file.name}")
+            for name in _names_in(directory):
+                self._see_arrived(directory / name, f"{target}/{name}")
         except OSError:
             return False
         return True
@@ -243,6 +245,11 @@ class RemoteCheckpoints:
 def remote_of(config: Config) -> RemoteCheckpoints | None:
     """The store of `output.remote`, or None."""
     return RemoteCheckpoints(config.output.remote) if config.output.remote else None
+
+
+def _names_in(directory: Path) -> list[str]:
+    """The files in a directory and below."""
+    return [p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()]
 
 
 def _manifest_last(name: str) -> bool:

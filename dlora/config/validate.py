@@ -46,6 +46,13 @@ INERT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
         "the adapter at adapter.path sets it",
     ),
     (
+        "adapter.r adapter.lora_alpha adapter.target_modules adapter.use_rslora "
+        "adapter.rank_pattern adapter.alpha_pattern adapter.exclude_modules "
+        "adapter.layers_to_transform adapter.layers_pattern",
+        lambda c: bool(c.adapter.experts_from),
+        "the experts at adapter.experts_from set it",
+    ),
+    (
         "output.eval_every",
         lambda c: c.data.eval is None and c.output.eval_every != 0,  # 0 asks for nothing
         "data.eval is null",

@@ -52,6 +52,8 @@ def main(argv: list[str]) -> int:
     if args.layout != "class" and (args.merge or args.format not in PLAIN):
         raise UsageError("--layout cannot act with --merge or another --format than peft")
     source = open_adapter(args.adapter)
+    if (problem := _no_mixture(source, args)) is not None:
+        raise UsageError(problem)
     if args.format == "adalora" and source.config.method != "adalora":
         raise UsageError(
             f"--format: adalora needs a checkpoint of an adalora run, but {args.adapter} is "
@@ -92,6 +94,24 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _no_mixture(source: AdapterSource, args: argparse.Namespace) -> str | None:
+    """What is asked of a mixture of experts that it has not, or of another adapter; None: nothing.
+
+    Merged and as one adapter for other programs it exists with its mean gates alone.
+    """
+    if source.config.method != "mola":
+        return "--mean-gates: needs a mixture of experts (mola)" if args.mean_gates else None
+    asked = {"--merge": args.merge, f"--format: {args.format}": args.format not in PLAIN}
+    asked["--layout: checkpoint"] = args.layout != "class" and not args.mean_gates
+    for option, there in asked.items():
+        if there:
+            return (
+                f"{option}: {args.adapter} is a mixture of experts (mola), whose ΔW differs from "
+                "token to token; --mean-gates writes the plain LoRA of its mean gates, which can"
+            )
+    return None
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         "dlora.export",
@@ -126,6 +146,12 @@ def _parser() -> argparse.ArgumentParser:
         help="dtype of the merged model (default: as each tensor is stored in the base)",
     )
     parser.add_argument(
+        "--mean-gates",
+        action="store_true",
+        help="of a mixture of experts (mola): one plain LoRA with all experts, each weighted by "
+        "its mean gate in training; it is another model (default: no)",
+    )
+    parser.add_argument(
         "--base",
         metavar="PATH",
         help="hub id, directory or .gguf file (default: the one that the adapter records)",
@@ -145,7 +171,9 @@ def _write_adapter(
     source.attach_to(skeleton)
     source.materialize(skeleton)
     with new_directory(target) as folder:
-        if stored is None:
+        if args.mean_gates and stored is None:
+            write_files(folder, *adapter_files(skeleton, base.source))
+        elif stored is None:
             kind = "LORA" if args.format in PLAIN else args.format.upper()
             save_adapter(skeleton, folder, base_model_name_or_path=base.source, peft_type=kind)
         else:
@@ -158,7 +186,8 @@ def _write_adapter(
         else:
             write_beside_adapter(folder, base, *_answering(base, source))
     part = part_line(skeleton, base.config()) if stored is None else None
-    served = [] if args.format == "adalora" else serving_lines(*adapter_files(skeleton, None))
+    one = args.format != "adalora" and (source.config.method != "mola" or args.mean_gates)
+    served = serving_lines(*adapter_files(skeleton, None)) if one else []
     for line in filter(None, (converted_line(base.path, base.source), part, *served)):
         print(line)
 

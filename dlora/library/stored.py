@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from dlora.adapters.hub import adapter_directory
+from dlora.adapters.peft_config import check_no_mixture, read_config
 from dlora.adapters.peft_names import PREFIX
-from dlora.adapters.save_load import read_config
 from dlora.adapters.write import CONFIG, WEIGHTS
 from dlora.errors import UsageError, and_more
 from dlora.io.files import inside, read_object
@@ -181,6 +181,7 @@ def shapes_in(file: Path) -> dict[str, list[int]]:
 def check_directory(directory: Path, option: str) -> None:
     if not directory.is_dir():
         raise UsageError(f"{option}: directory {directory} does not exist")
+    check_no_mixture(directory)
     if (directory / CONFIG).exists():
         return
     if (directory / "manifest.json").exists():

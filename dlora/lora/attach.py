@@ -69,6 +69,8 @@ def attach(
     """
     check_none_of_peft(model)
     check_name(model, name)
+    if name != DEFAULT and VARIANTS[config.variant].alone:
+        raise UsageError(f"attach: a {config.method} adapter cannot have a name, such as {name!r}")
     with bare(model):
         attachment = _prepared(model, config, whole_weights, residual)
         attachment.name, attachment.trained = name, trained

@@ -55,12 +55,14 @@ class _Grid:
         longest: tokens of the longest, or of the row that they share.
         made: {(device, tokens): hashes [rows, tokens]}, once for all layers.
         shared: int32 [1, tokens], what is hashed of each token of a row that all share.
+        ends: int64 [rows], where the tokens of each row end and its padding begins.
     """
 
     rows: Tensor
     whole: Tensor
     longest: int
     made: dict[tuple[torch.device, int], Tensor]
+    ends: Tensor
     shared: Tensor | None = None
 
     @classmethod
@@ -69,13 +71,14 @@ class _Grid:
         whole = [key_of(keys.seed, keys.step, *keys.ids)]
         tensors = [torch.tensor(found, dtype=torch.int32) for found in (rows, whole)]
         if not keys.row:
-            return cls(tensors[0], tensors[1], max(keys.lengths, default=0), {})
+            ends = torch.tensor(keys.lengths, dtype=torch.int64)
+            return cls(tensors[0], tensors[1], max(keys.lengths, default=0), {}, ends)
         parts = [
             _hashed(row, n)[0] for row, n in zip(tensors[0][:, None], keys.lengths, strict=True)
         ]
         shared = torch.zeros(1, keys.row, dtype=torch.int32)
         shared[0, : sum(keys.lengths)] = torch.cat(parts)
-        return cls(tensors[0], tensors[1], keys.row, {}, shared)
+        return cls(tensors[0], tensors[1], keys.row, {}, torch.tensor([sum(keys.lengths)]), shared)
 
     def hashes(self, device: torch.device, tokens: int) -> Tensor:
         """int32 [rows, tokens], a hash of each token; one row of them where all share it."""
@@ -97,9 +100,11 @@ class DropoutStream:
 
     Attributes:
         announce: gets the line that says, once, that a layer's input is not laid out by sequence.
+        attended: without keys, the attention mask [rows, tokens] of the pass, or None.
     """
 
     announce: Callable[[str], None] = staticmethod(warnings.warn)
+    attended: Tensor | None = None
 
     def __init__(self) -> None:
         self._grid: _Grid | None = None
@@ -157,6 +162,25 @@ class DropoutStream:
             self._announce(x)
             return Mask(_tokens(grid.whole.to(x.device), total).view(-1), layer, p)
         return Mask(grid.hashes(x.device, tokens).view(-1), layer, p)
+
+    def counted(self, x: Tensor) -> Tensor | None:
+        """bool [T], False for the padding in x [..., n]; None where nothing is known to be padding.
+
+        That is so of an input that is not laid out by sequence: all of its tokens count.
+        """
+        total, grid = x.shape[:-1].numel(), self._grid
+        if self._positions is not None:
+            return None
+        if grid is None:
+            mask = self.attended
+            return None if mask is None or mask.numel() != total else mask.reshape(-1).bool()
+        if not len(grid.rows):  # a pass of weight zero: all of it is padding
+            return torch.zeros(total, dtype=torch.bool, device=x.device)
+        tokens, rest = divmod(total, len(grid.ends))
+        if rest or tokens < grid.longest or x.ndim > 3:
+            return None
+        ends = grid.ends.to(x.device, non_blocking=True)
+        return (torch.arange(tokens, device=x.device) < ends[:, None]).view(-1)
 
     def _announce(self, x: Tensor) -> None:
         if not self._announced and not torch.compiler.is_compiling():

@@ -241,9 +241,10 @@ def summed(left_Tp: Tensor, right_Tq: Tensor, dtype: torch.dtype, scaling: float
         return _summed(left_Tp, right_Tq, dtype, scaling)
     left_pT = left_Tp.t()
     sum_pq = left_Tp.new_empty(len(left_pT), right_Tq.shape[1], dtype=dtype)
-    if left_Tp.dtype == dtype:
+    alike = left_Tp.dtype == right_Tq.dtype
+    if alike and left_Tp.dtype == dtype:
         return sum_pq.addmm_(left_pT, right_Tq, beta=0, alpha=scaling)
-    if left_Tp.is_cuda and dtype == torch.float32:
+    if alike and left_Tp.is_cuda and dtype == torch.float32:
         return torch.addmm(sum_pq, left_pT, right_Tq, dtype, beta=0, alpha=scaling, out=sum_pq)
     # Elsewhere torch has no such product: it takes factors in `dtype`, some columns at a time.
     left_pT = left_pT.to(dtype)

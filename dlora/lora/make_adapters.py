@@ -56,6 +56,11 @@ def check_start(module: nn.Module, path: str, config: LoraConfig, residual: bool
     """Check that the module has the weight that its adapter starts from."""
     kind, init, r = layer_kind(module), INITS[config.init_lora_weights], config.r_for(path)
     assert kind is not None  # target_paths has checked
+    if VARIANTS[config.variant].linear_only and (kind.is_embedding or kind.kernel(module)):
+        what = "an embedding" if kind.is_embedding else "a convolution"
+        raise UsageError(
+            f"target_modules: {path} is {what}, and {config.method} adapts linear layers alone"
+        )
     if init.needs != "nothing" and is_packed(module) and not residual:
         raise UsageError(
             f"init_lora_weights: {init.name} needs the weight of {path}, which is packed; use a "

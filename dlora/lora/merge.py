@@ -174,6 +174,11 @@ def _check_mergeable(model: nn.Module) -> None:
     if is_merged(model):
         raise UsageError("merge: this model is merged already")
     for child in every_child(model):
+        if not getattr(child, "mergeable", True):
+            raise UsageError(
+                f"merge: a {child.name} adapter has another ΔW for each token, so it cannot be "
+                "merged into W0"
+            )
         if child.state not in (AdapterState.ON, AdapterState.EMPTY):
             path = child.place.rpartition(".")[0]
             raise UsageError(f"merge: the adapter of {path} {child.state.value}")

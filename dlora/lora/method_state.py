@@ -30,10 +30,14 @@ class PlannedState(NamedTuple):
         copies: tensors of its size that the method stores for a parameter, by the parameter's name
             in the adapter.
         summed: elements of the sum over ranks that the method makes at some steps.
+        summed_always: those of the sum that it makes in every step.
+        working: elements that every rank has for the passes of a step, and no checkpoint.
     """
 
     copies: Mapping[str, int] = {}
     summed: int = 0
+    summed_always: int = 0
+    working: int = 0
 
 
 class MethodState:
@@ -41,6 +45,11 @@ class MethodState:
 
     A subclass is made with `(model, replica)` once the replica owns the model's adapters.
     """
+
+    @property
+    def working_bytes(self) -> int:
+        """What every rank has for the passes of a step, and no checkpoint."""
+        return 0
 
     @property
     def resized_after(self) -> int | None:

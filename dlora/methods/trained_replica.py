@@ -130,6 +130,10 @@ class TrainedReplica(Replica):
             )
         self.method.before_reduce(tokens)
 
+    def sum_over_ranks(self, flat: Tensor) -> Tensor:
+        """Σ over ranks of a flat tensor, the same bits on each. Collective."""
+        return self._reduction.sum_of(flat)
+
     def skip_step(self, optimizer: Optimizer) -> None:
         """Call it in place of a skipped optimizer step, so that the method's schedule advances."""
         self.method.after_step(optimizer, skipped=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dlora.config.load import Config
 from dlora.plan.plan import Plan
 from dlora.plan.speed import Speeds
+from dlora.registry import room
 
 COST_SECONDS = 180.0  # about what the graphs of a block take on a few cores, in all modes
 SAVED = 0.1  # of the time of a step
@@ -23,6 +24,13 @@ def no_graphs(plan: Plan) -> str:
             "cannot have; fsdp2 has them outside"
         )
     return ""
+
+
+def no_graphs_of(config: Config) -> str:
+    """Why the adapters' method cannot have graphs; "": it can."""
+    method = room("lora.variants")[config.adapter.method]
+    can = method.says.get("compiles", True)
+    return "" if can else f"adapter.method: {method.name} has no graphs"
 
 
 def too_short(plan: Plan, steps: int, speed: float) -> str:
@@ -45,7 +53,7 @@ def graphs_in_words(config: Config, plan: Plan, speeds: Speeds) -> str:
     setting, train = config.train.compile, config.train
     if setting is False:
         return "none (train.compile: false)"
-    if reason := no_graphs(plan):
+    if reason := no_graphs_of(config) or no_graphs(plan):
         return f"none: {reason}"
     if setting is True:
         return "of each block, made before the first step"

@@ -41,7 +41,8 @@ class Stored(NamedTuple):
 
 def stored(model: nn.Module, replica: Any, optimizer: Any) -> Stored:
     """What this rank stores now."""
-    return Stored(held_bytes(model), _storage_bytes(_kept(replica, optimizer)))
+    working = replica.method.working_bytes
+    return Stored(held_bytes(model), _storage_bytes(_kept(replica, optimizer)) + working)
 
 
 def measure(replica: Any, records: Sequence[Mapping[str, Any]], found: Stored) -> Measured:

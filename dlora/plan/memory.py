@@ -199,7 +199,7 @@ def memory_of(
         adapters=item * (values + gradients),
         casts=casts,
         offsets=offsets,
-        state=sum(state.held for state in states) + item * sum(of_method),
+        state=sum(state.held for state in states) + item * (sum(of_method) + method.working),
         snapshots=copies if device == "cpu" else staging,
         activations=activations,
         saving=max(saving, stepping, 2 * (workload.gradient_bytes or 0) * numel),

@@ -12,7 +12,7 @@ from torch import nn
 from dlora.config.recompute import Recompute
 from dlora.plan.gathers import Unit, units_of
 from dlora.plan.memory import Memory, memory_of
-from dlora.plan.method import method_plan, offset_bytes
+from dlora.plan.method import method_plan, offset_bytes, offsets_of
 from dlora.plan.trace import trace
 from dlora.plan.traffic import Traffic, traffic_of
 from dlora.plan.workload import Workload
@@ -142,7 +142,8 @@ class Subject:
             "workload": self.workload,
             "divided": divided,
         }
-        sent: dict[str, Any] = {"summed": self._method.summed, **common}
+        sums = {"summed": self._method.summed, "summed_always": self._method.summed_always}
+        sent: dict[str, Any] = {**sums, **common}
         traffic = traffic_of(units, held, self.trained, **sent)
         bare = traffic_of(units, (), self.trained, **sent) if held else traffic
         return Plan(
@@ -173,9 +174,10 @@ class Subject:
         return next((p.dtype for p in frozen if p.is_floating_point()), None)
 
     def _casts(self) -> int:
-        """Bytes of the trained tensors in the dtype that the model computes in, if another."""
+        """Bytes of A and B in the dtype that the model computes in, if another."""
         dtype = self._dtype
-        others = [p for p in self.trained.values() if dtype is not None and p.dtype != dtype]
+        factors = [*self.trained.values(), *offsets_of(self.skeleton)]
+        others = [p for p in factors if dtype is not None and p.dtype != dtype]
         return sum(p.numel() * dtype.itemsize for p in others) if dtype is not None else 0
 
     def plan_within(

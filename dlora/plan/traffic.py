@@ -75,11 +75,13 @@ def traffic_of(
     workload: Workload,
     divided: bool,
     summed: int = 0,
+    summed_always: int = 0,
 ) -> Traffic:
     """The traffic of a rank; see `dlora.plan.memory.memory_of` for the arguments.
 
     Args:
         summed: elements of the sum over ranks that the adapters' method makes at some steps.
+        summed_always: those of its sum in every step, which counts with the reduction.
     """
     size = placement.shard_size
     coming = (unit for unit in units if not (unit.always or unit.path in held))
@@ -88,7 +90,11 @@ def traffic_of(
     for optimizer, named in groups:
         reduced += share_of(optimizer, divided).wire_bytes(named, topology, sent)
         reduced += state_of(optimizer, named, topology, divided).wire
-    own = reduction_bytes(padded(summed, topology) * item(trained), topology) if summed else 0.0
+    own, always = (
+        reduction_bytes(padded(elements, topology) * item(trained), topology) if elements else 0.0
+        for elements in (summed, summed_always)
+    )
+    reduced += always
     checksums = len(groups) * ring_gather_bytes(8 * topology.world, topology.world)
     return Traffic(
         gathers=_in_a_ring(gathers, size, topology),

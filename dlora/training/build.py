@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dlora.adapters.hub import adapter_directory
+from dlora.adapters.mixture import fill_experts, frozen_experts
 from dlora.adapters.save_load import load_adapter
 from dlora.base.eval_mode import keep_in_eval
 from dlora.base.model_class import draw_copies
@@ -33,6 +34,7 @@ from dlora.runtime.memory import unmap_large_blocks
 from dlora.runtime.ranks import Ranks
 from dlora.runtime.run_lock import RunLock
 from dlora.sharding.engines.protocol import build_engine
+from dlora.sharding.replica.frozen import same_on_every_rank
 from dlora.training.compiled import CompiledBlocks
 from dlora.training.context import RunContext
 from dlora.training.prepare import Preparation
@@ -70,6 +72,9 @@ def build(
     residents = Residents(prepared.decision, engine, model, ranks.device)
     if config.adapter.path is not None and prepared.resumed is None:
         load_adapter(model, adapter_directory(config.adapter.path))
+    if prepared.resumed is None and (experts := frozen_experts(model)):
+        fill_experts(model, experts)
+        same_on_every_rank(replica.frozen, prepared.topology)
     # Around which checkpointing comes.
     blocks = CompiledBlocks(model, packs=prepared.dealing.packs) if prepared.compiles else None
     how = prepared.budget.workload.checkpointing

@@ -16,6 +16,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from dlora.adapters.write import CONFIG
+from dlora.config.load import Config
 from dlora.io.files import read_object, write_atomically
 from dlora.metrics.log import read_metrics
 from dlora.training.context import RunContext
@@ -35,7 +36,9 @@ def write_card(context: RunContext, where: Path) -> str | None:
     path = where / CARD
     if path.exists() and not is_unchanged(path):
         return f"{path} was changed since a run wrote it, so it stays as it is"
-    write_atomically(path, marked(card(context, read_object(where / CONFIG))).encode())
+    mixed = not (where / CONFIG).exists()  # experts, whose settings say the same of the base
+    settings = read_object((where / "experts" / "0" if mixed else where) / CONFIG)
+    write_atomically(path, marked(card(context, settings)).encode())
     return None
 
 
@@ -72,11 +75,7 @@ def card(context: RunContext, settings: dict[str, Any]) -> str:
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {context.directory.absolute().name}",
-        f"An adapter of `{base}` for PEFT, trained with dlora.",
-        "## Use\n\n```python\nfrom peft import AutoPeftModelForCausalLM\n\n"
-        'model = AutoPeftModelForCausalLM.from_pretrained("path of this directory")\n```'
-        if config.train.task == "causal"
-        else "",
+        *_use(config, base),
         "## Training\n\n" + _table(_settings(context, settings)),
         "## Metrics\n\n" + _table(_metrics(context)),
     ]
@@ -86,6 +85,24 @@ def card(context: RunContext, settings: dict[str, Any]) -> str:
             "this is published, and `base_model` to the base's name on the hub."
         )
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _use(config: Config, base: str) -> list[str]:
+    """What it is, and how it is loaded."""
+    if config.adapter.method == "mola":
+        return [
+            f"A mixture of LoRA experts of `{base}`, trained with dlora. Each directory in "
+            "`experts/` is a plain LoRA for PEFT; `router.safetensors` mixes them token by token.",
+            "## Use\n\n```python\nimport dlora\nfrom transformers import AutoModelForCausalLM\n\n"
+            f'model = AutoModelForCausalLM.from_pretrained("{base}")\n'
+            'dlora.load_adapter(model, "path of this directory")\n```',
+        ]
+    use = (
+        "## Use\n\n```python\nfrom peft import AutoPeftModelForCausalLM\n\n"
+        'model = AutoPeftModelForCausalLM.from_pretrained("path of this directory")\n```'
+    )
+    made = f"An adapter of `{base}` for PEFT, trained with dlora."
+    return [made, use] if config.train.task == "causal" else [made]
 
 
 def licence_of(base: str | None) -> str:

@@ -15,6 +15,7 @@ from torch import nn
 
 from dlora.adapters.base_copies import base_names
 from dlora.adapters.layouts import in_layout_of
+from dlora.adapters.mixture import frozen_experts, is_mixture, read_experts
 from dlora.adapters.peft_names import peft_slots
 from dlora.adapters.save_load import check_numbers, check_shapes
 from dlora.adapters.write import WEIGHTS
@@ -26,6 +27,7 @@ from dlora.io.files import inside
 from dlora.io.safetensors import stored_tensors
 from dlora.lora.attach import attachment_of, named_adapters
 from dlora.lora.layers import AdaptedLayer
+from dlora.objectives.router_loss import find_router_loss
 from dlora.sharding.topology import Topology, resolve_placement
 from dlora.tasks import Task
 from dlora.tasks.generation import learned_positions
@@ -109,6 +111,17 @@ def check_adapter(model: nn.Module, directory: Path) -> None:
     own = {key: stored for key, stored in tensors.items() if key not in copies}
     check_shapes(path, {key: stored.shape for key, stored in own.items()}, slots)
     check_numbers(own)
+
+
+def check_experts(model: nn.Module) -> None:
+    """Check a mixture of experts: its files, and that the base has no such loss of its own."""
+    if is_mixture(model) and find_router_loss(model) is not None:
+        raise UsageError(
+            "adapter.method: mola has an aux_loss of its routers, and the base asks for one of its "
+            "own; set output_router_logits to false in the base's config.json"
+        )
+    if places := frozen_experts(model):
+        read_experts(model, places)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from dlora.lora.config import LoraConfig
 from dlora.lora.targets import saved_paths
 from dlora.tasks import CAUSAL, TASKS, Task
 from dlora.tasks.made_as import model_class_for
-from dlora.training.checks import check_adapter, check_dropout, check_gradients
+from dlora.training.checks import check_adapter, check_dropout, check_experts, check_gradients
 from dlora.training.find_checkpoint import ResumePoint
 from dlora.training.prepare_data import check_sources, labels_in_data
 
@@ -100,6 +100,8 @@ def adapted(config: Config, task: Task, base: BaseModel, resumed: ResumePoint | 
     load_record(skeleton, resumed.record if resumed else None)
     check_dropout(skeleton)
     check_gradients(skeleton, task)
+    if resumed is None:
+        check_experts(skeleton)
     if config.adapter.path is not None and resumed is None:
         check_adapter(skeleton, adapter_directory(config.adapter.path))
     return Adapted(skeleton, lora, quantized, tuple(drawn))

@@ -19,7 +19,7 @@ import torch
 from dlora.config.load import Config
 from dlora.errors import UsageError
 from dlora.plan.choose import Decision
-from dlora.plan.graphs import no_graphs, too_short
+from dlora.plan.graphs import no_graphs, no_graphs_of, too_short
 from dlora.training.compile_cache import check_cache
 
 KEY = "train.compile"
@@ -90,7 +90,7 @@ def settle_compile(
     setting = config.train.compile
     if setting is False:
         return False
-    reason = why_not(decision, compiler)
+    reason = no_graphs_of(config) or why_not(decision, compiler)
     if reason and setting is True:
         raise UsageError(f"{KEY}: true: {reason}; set {KEY}: auto or false")
     if not reason and setting == "auto":

@@ -72,6 +72,11 @@ ADDED = {  # change nothing
     ("adapter", "budget_unit"): "triplets",
     ("adapter", "flora_r_out"): None,
     ("adapter", "flora_kernel_r"): None,
+    ("adapter", "experts"): 8,
+    ("adapter", "top_k"): 2,
+    ("adapter", "balance_coef"): 1e-3,
+    ("adapter", "router_init_std"): 0.02,
+    ("adapter", "experts_from"): [],
     ("adapter", "lora_ga_gamma"): 16.0,
     ("adapter", "lora_ga_batches"): 2,
     ("optimizer", "lora_pro_moments"): "low",
@@ -149,6 +154,8 @@ def other_value(opt: Option) -> Any:
         return not opt.default
     if isinstance(opt.default, float):
         return opt.default / 2
+    if isinstance(opt.default, list):
+        return ["other"]
     return (opt.default or 0) + 1 if "int" in opt.spelling else "other"
 
 
@@ -638,7 +645,7 @@ def test_help_lists_every_option_that_works(capsys):
     for key, opt in SCHEMA.items():
         assert f"--{key} VALUE {opt.help} (type: {opt.spelling}" in text
     assert "(type: int, >= 1 and <= 65536, default: 16)" in text
-    assert "one of lora, adalora, flora, default: lora" in text
+    assert "one of lora, adalora, flora, mola, default: lora" in text
     assert text.count(", required)") == 3
     assert not {"dpo", "float16", "preference", "later"} & set(re.findall(r"\w+", text))
     for flag in ("--config", "--check", "--print_config"):

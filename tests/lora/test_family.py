@@ -29,7 +29,7 @@ from dlora.lora.variants import VARIANTS
 pytestmark = quiet_peft
 INPUT, WIDTH, R, STEPS = 10, 12, 4, 3
 # Settings that a run knows by itself, and those of PEFT's files.
-FILLED_IN = {"total_step", "task_type", "strict_names"}
+FILLED_IN = {"total_step", "task_type", "strict_names", "expert_settings"}
 
 
 class Net(nn.Module):
@@ -123,6 +123,11 @@ def attaches(case: str, host: str) -> bool:
 CASES = [*(f"variant {name}" for name in VARIANTS), *(f"init {name}" for name in INITS)]
 PAIRS = [(case, host) for case in CASES for host in HOSTS if attaches(case, host)]
 on_every_host = pytest.mark.parametrize(("case", "host"), PAIRS)
+# A form that has another ΔW for each token is neither merged nor one plain LoRA.
+MERGEABLE = {case: VARIANTS[config_of(case).variant].mergeable for case in CASES}
+on_every_mergeable = pytest.mark.parametrize(
+    ("case", "host"), [pair for pair in PAIRS if MERGEABLE[pair[0]]]
+)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -171,7 +176,7 @@ def test_it_starts_at_no_change(case: str, host: str) -> None:
         assert relative_error(after, before) <= tolerance, dtype
 
 
-@on_every_host
+@on_every_mergeable
 def test_stock_peft_computes_what_was_trained(case: str, host: str, tmp_path: Path) -> None:
     model, x = trained(case, host), inputs(host, 9)
     save_adapter(model, tmp_path)
@@ -181,7 +186,19 @@ def test_stock_peft_computes_what_was_trained(case: str, host: str, tmp_path: Pa
         assert relative_error(net(host)(x), model(x)) > 1e-3  # it has been trained
 
 
-@on_every_host
+@pytest.mark.parametrize("case", [case for case in CASES if not MERGEABLE[case]])
+def test_what_cannot_be_merged_says_so_and_is_disabled(case: str) -> None:
+    model, x = trained(case, "Linear"), inputs("Linear", 9)
+    with torch.no_grad():
+        y = model(x)
+        with disabled(model):
+            assert torch.equal(model(x), net("Linear")(x))
+        with pytest.raises(UsageError, match="^merge: a .* for each token, so it cannot be merged"):
+            merge(model)
+        assert torch.equal(model(x), y)
+
+
+@on_every_mergeable
 def test_merged_disabled_and_unmerged(case: str, host: str) -> None:
     model, x = trained(case, host), inputs(host, 9)
     with torch.no_grad():

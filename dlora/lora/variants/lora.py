@@ -56,6 +56,9 @@ class LoraAdapter(Stateful):
         needs_weight: `see_weight` is to be called before the first use.
         keeps_output: forward stores a tensor of the size of the output for backward.
         rescales_rows: it amounts to diag(d)·(W0 + ΔW), with d from `row_scale`.
+        mergeable: it amounts to one ΔW for all tokens.
+        linear_only: no embedding or convolution may have it; alone: none with a name may be of it.
+        compiles: blocks with it may run as graphs of torch's compiler.
         prunes: the method may leave a module no rank, so that it has no part in the plain LoRA.
         state_class: what the method computes and saves beside A, B and the optimizer; one that
             needs all ranks is named `"module:class"`, since nothing here knows process groups.
@@ -72,6 +75,10 @@ class LoraAdapter(Stateful):
     needs_weight: ClassVar[bool] = False
     keeps_output: ClassVar[bool] = False
     rescales_rows: ClassVar[bool] = False
+    mergeable: ClassVar[bool] = True
+    linear_only: ClassVar[bool] = False
+    alone: ClassVar[bool] = False
+    compiles: ClassVar[bool] = True
     prunes: ClassVar[bool] = False
     state_class: ClassVar[type[MethodState] | str] = MethodState
     run_files: ClassVar[tuple[str, ...]] = ()

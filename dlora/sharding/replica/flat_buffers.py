@@ -166,7 +166,7 @@ def is_same_place(one: Tensor, other: Tensor) -> bool:
     )
 
 
-def common_kind(named: Named) -> tuple[torch.dtype, torch.device]:
+def common_kind(named: Mapping[str, Tensor]) -> tuple[torch.dtype, torch.device]:
     """The one dtype and device of all parameters.
 
     Raises:

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor
 
 from dlora.sharding.replica.flat_buffers import common_kind
 from dlora.sharding.topology import Topology
 
 
 @torch.no_grad()
-def same_on_every_rank(named: Mapping[str, nn.Parameter], topology: Topology) -> None:
-    """Give every rank rank 0's values, in one broadcast; the parameters lie end to end afterwards.
+def same_on_every_rank(named: Mapping[str, Tensor], topology: Topology) -> None:
+    """Give every rank rank 0's values, in one broadcast; the tensors lie end to end afterwards.
 
     Args:
         named: in the same order on every rank.
