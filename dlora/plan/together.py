@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -16,14 +17,16 @@ from dlora.adapters.settings import keyed_by, lora_config
 from dlora.config.adapters import configs_of
 from dlora.config.load import Config
 from dlora.config.members import ADAPTERS
-from dlora.data import Dealing
+from dlora.data import Dataset, Dealing
 from dlora.data.collate import in_eights
+from dlora.data.stream import Stream
 from dlora.errors import UsageError, and_more
 from dlora.lora.attach import attach, trainable_parameters
 from dlora.lora.config import LoraConfig
 from dlora.lora.names import names_of
 from dlora.lora.segments import Segment, Segments
 from dlora.objectives.router_loss import find_router_loss
+from dlora.plan.micro_batches import settle_micro_batches
 from dlora.plan.workload import Workload, workload_of
 from dlora.registry import room
 
@@ -56,16 +59,19 @@ class Several:
 
     def workload(self, world: int, *, packs: bool) -> Workload:
         """That of a step of all; every sequence may be the longest."""
-        return joined(
-            {
-                name: workload_of(
-                    own, world, dealing=Dealing(own.train.micro_batch_size, packs=packs)
-                )
-                for name, own in self._configs.items()
-            },
-            self._skeleton,
-            packs=packs,
-        )
+        each = {
+            name: workload_of(own, world, dealing=dealing_of(own, None, world, packs=packs))
+            for name, own in self._configs.items()
+        }
+        return joined(each, self._skeleton, packs=packs)
+
+
+def dealing_of(
+    config: Config, data: Dataset | Stream | None, world: int, *, packs: bool
+) -> Dealing:
+    """How one adapter's micro-batches are made: by sequences, or by a number of tokens."""
+    undecided: Any = lambda dealing: None  # noqa: E731 - the plan is for all of them, later
+    return settle_micro_batches(config, data, world, packs, undecided)[0]
 
 
 @contextmanager

@@ -20,7 +20,6 @@ from dlora.errors import UsageError
 from dlora.lora.attach import every_parameter, load_record
 from dlora.lora.names import by_name
 from dlora.plan.choose import Decision
-from dlora.plan.micro_batches import settle_micro_batches
 from dlora.plan.plan import Plan
 from dlora.plan.together import attach_each, check_apart, joined, of_adapter, trained_of
 from dlora.plan.workload import Workload, workload_of
@@ -154,13 +153,6 @@ def _check_names(names: list[str], resumed: ResumePoint | None) -> None:
             f"output.resume: {resumed.directory} is of a run with adapters: {before}, and this one "
             f"has {', '.join(names)} (output.resume: none starts afresh)"
         )
-
-
-def _dealing(found: Material, topology: Topology) -> Dealing:
-    """How one adapter's micro-batches are made, by sequences or by a number of tokens."""
-    about = (found.config, found.train, topology.world, found.packs)
-    dealing, _ = settle_micro_batches(*about, lambda dealing: None)  # type: ignore[arg-type, return-value]
-    return dealing
 
 
 def _workload(
