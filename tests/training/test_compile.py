@@ -265,7 +265,8 @@ def decision(engine: str = "fsdp2", flops: float = 1e12) -> Any:
 
 def config(directory: Path, setting: object, cache: str | None = None) -> Any:
     train = SimpleNamespace(compile=setting, compile_cache=cache)
-    return SimpleNamespace(train=train, output=SimpleNamespace(directory=directory / "run"))
+    adapter, output = SimpleNamespace(method="lora"), SimpleNamespace(directory=directory / "run")
+    return SimpleNamespace(train=train, adapter=adapter, output=output)
 
 
 @pytest.mark.parametrize(
