@@ -72,6 +72,11 @@ def main(argv: list[str]) -> int:
     options = parse(argv, prog="dlora.plan", extra=Machines)
     if options.check:
         raise UsageError("--check is an option of dlora.train; dlora.plan trains nothing anyway")
+    if options.config.adapters:
+        raise UsageError(
+            "adapters: dlora.plan plans for one adapter; dlora.train --check plans for all of "
+            "them, on the machine that it runs on"
+        )
     machines = options.extra
     file = _file_to_emit(argv, machines)
     found = survey(options.config, machines)

@@ -110,12 +110,15 @@ def prepare_together(
     _check_names(list(own_configs), resumed)
     said, data = _Said(announce, len(own_configs)), _SharedData(once)
     found: dict[str, Material] = {}
+    dealings: dict[str, Dealing] = {}
     for name, own in own_configs.items():
         load = data.of(name, own)
         before = resumed.of(name) if resumed else None
         try:
             found[name] = gather_material(own, topology, said.by(name), before, around, load)
             _check_alone(found[name])
+            _check_finished(found[name])
+            dealings[name] = _dealing(found[name], topology)
         except UsageError as error:
             raise UsageError(f"adapters[{name}]: {error}") from None
     said.flush()
@@ -123,9 +126,6 @@ def prepare_together(
         name: left_in(resumed.of(name).state) if resumed else Standing.RUNNING for name in found
     }
     joint = joint_skeleton(found, resumed)
-    dealings = {
-        n: Dealing(m.config.train.micro_batch_size, packs=m.packs) for n, m in found.items()
-    }
     running = [name for name in found if standing[name] is Standing.RUNNING] or list(found)
     workload = _workload(config, {name: found[name] for name in running}, dealings, topology, joint)
     trained = {n: p for name in running for n, p in trainable_parameters(joint, name).items()}
@@ -180,6 +180,21 @@ def _check_alone(found: Material) -> None:
         raise UsageError(
             f"train.objective: {name} has no loss_of_parts, so it trains one adapter at a time"
         )
+
+
+def _check_finished(found: Material) -> None:
+    """Raise a `UsageError` for more steps of an adapter that has finished.
+
+    Its optimizer's state is gone, so the rest would be no continuation of its run.
+    """
+    before, steps = found.resumed, found.sampler.total_steps
+    if before is None or left_in(before.state) is not Standing.FINISHED or before.step == steps:
+        return
+    raise UsageError(
+        f"train.{found.config.train.governed_by}: it has finished after {before.step} steps, which "
+        f"its optimizer's state is no longer there to make {steps} of; train it on in a run of its "
+        "own (adapter.path), or leave its steps as they were"
+    )
 
 
 def _dealing(found: Material, topology: Topology) -> Dealing:

@@ -75,12 +75,20 @@ class ResumePoint:
         return list(found) if isinstance(found, dict) else []
 
     def of(self, name: str) -> ResumePoint:
-        """One of several adapters, as the checkpoint of its run alone would have it."""
-        entries = self.settings.get(ADAPTERS, [])
-        entry = next((e for e in entries if isinstance(e, dict) and e.get("name") == name), {})
-        settings = {name: body for name, body in self.settings.items() if name != ADAPTERS}
+        """One of several adapters, as the checkpoint of its run alone would have it.
+
+        What is no mapping there, which a run never writes, is as if it were not there.
+        """
+        whole = _mapping(self.settings)
+        entries = whole.get(ADAPTERS)
+        named = [_mapping(entry) for entry in (entries if isinstance(entries, list) else [])]
+        entry = next((e for e in named if e.get("name") == name), {})
+        settings = {name: body for name, body in whole.items() if name != ADAPTERS}
         for section in OWN:
-            settings[section] = {**settings.get(section, {}), **entry.get(section, {})}
+            settings[section] = {
+                **_mapping(settings.get(section)),
+                **_mapping(entry.get(section)),
+            }
         own = f".{NAMED}.{name}."
         shapes = {
             path.replace(own, f".{CHILD}."): shape
@@ -88,14 +96,18 @@ class ResumePoint:
             if own in path
         }
         state = {key: value for key, value in self.state.items() if key != ADAPTERS}
-        state |= self.state[ADAPTERS][name]
-        record = (self.record or {}).get(name)
+        state |= _mapping(self.state[ADAPTERS][name])
+        record = _mapping(self.record).get(name)
         return replace(self, state=state, settings=settings, shapes=shapes, record=record)
 
     @property
     def lora(self) -> LoraConfig | None:
         """The adapter settings of the checkpoint; None if it has none."""
         return saved_lora(self.state)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def find_checkpoint(

@@ -17,6 +17,7 @@ import numpy as np
 
 from dlora.base.gguf import gguf_tokenizer
 from dlora.base.model import find_base, quiet_libraries
+from dlora.config.adapters import configs_of
 from dlora.config.load import Config, parse
 from dlora.data import NO_TARGET
 from dlora.data.encode import Int32Array
@@ -44,12 +45,15 @@ def main(argv: list[str]) -> int:
     options = parse(argv, prog="dlora.data", extra=Show)
     if options.check:
         raise UsageError("--check is an option of dlora.train; dlora.data trains nothing anyway")
-    config: Config = options.config
-    tokenizer = with_template(config, tokenizer_of(config))
-    for name in ("train", "eval"):
-        if getattr(config.data, name) is not None:
-            for line in lines_of(config, name, tokenizer, options.extra.show, in_colour()):
-                print(line)
+    each = configs_of(options.config) or {"": options.config}
+    for adapter, config in each.items():
+        if adapter:
+            print(f"=== {adapter}")
+        tokenizer = with_template(config, tokenizer_of(config))
+        for name in ("train", "eval"):
+            if getattr(config.data, name) is not None:
+                for line in lines_of(config, name, tokenizer, options.extra.show, in_colour()):
+                    print(line)
     return 0
 
 
