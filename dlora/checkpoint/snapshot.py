@@ -47,6 +47,7 @@ class Snapshots:
         states: Mapping[str, States],
         record: dict[str, Any] | None,
         frozen: Mapping[str, Tensor],
+        state: dict[str, Any],
     ) -> None:
         """Copy what a checkpoint after `step` steps has, over the older of the two snapshots.
 
@@ -55,12 +56,12 @@ class Snapshots:
 
         Args:
             metrics: the step's line of the metrics.
-            states, record, frozen: as for `dlora.checkpoint.host_copy.capture`.
+            states, record, frozen, state: as for `dlora.checkpoint.host_copy.capture`.
         """
         tensors = {(ADAPTER, name): p.detach() for name, p in replica.named.items()}
         for file, kept in states.items():
-            for name, slot, state in replica.strategy.gather_full(kept):
-                tensors[file, f"{name}.{slot}"] = state
+            for name, slot, tensor in replica.strategy.gather_full(kept):
+                tensors[file, f"{name}.{slot}"] = tensor
         files = [ADAPTER, *states]
         newer, older = self._newest_first
         newer.wait()  # the only whole one from here on
@@ -73,7 +74,7 @@ class Snapshots:
             older.fill(tensors, self._copies_of)
             content = older.room.content(files)
             content[ADAPTER] |= self._frozen
-            older.snapshot = Snapshot(step, metrics, content, record)
+            older.snapshot = Snapshot(step, metrics, content, record, state)
         self._newest_first = older, newer
 
     def before_change(self) -> None:
@@ -110,21 +111,23 @@ class Snapshots:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The content of a checkpoint of `step`, without its `state.json`, which follows from it.
+    """The content of a checkpoint of `step`.
 
     Attributes:
         metrics: the step's line of the metrics.
+        state: of that step, whatever has happened to the run since.
     """
 
     step: int
     metrics: dict[str, Any]
     files: dict[str, dict[str, Tensor]]
     record: dict[str, Any] | None
+    state: dict[str, Any]
 
-    def checkpoint(self, state: dict[str, Any]) -> Checkpoint:
+    def checkpoint(self) -> Checkpoint:
         """The checkpoint of this step, as `dlora.checkpoint.host_copy.capture` makes it."""
         states = {file: tensors for file, tensors in self.files.items() if file != ADAPTER}
-        return Checkpoint(self.files[ADAPTER], states, state, self.record)
+        return Checkpoint(self.files[ADAPTER], states, self.state, self.record)
 
 
 @dataclass

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from dlora.config.chat_template import template_text
 from dlora.config.members import ADAPTERS, Member
 from dlora.config.options import Given, convert, show, unknown
 from dlora.config.sections import SCHEMA, SECTIONS, Config, value_of
@@ -27,6 +28,7 @@ OWN = ("adapter", "optimizer", "train", "data")  # sections that an entry may ha
 COMMON = (  # keys of these that are the same for all
     "train.task",
     "train.num_labels",
+    "train.objective",
     "train.compile",
     "train.compile_cache",
     "train.deterministic",
@@ -100,7 +102,13 @@ def _values(entry: Mapping[Any, Any], where: str) -> Iterator[tuple[str, Any]]:
                 raise unknown(key, [k for k in SCHEMA if k.partition(".")[0] in OWN], where)
             if key in COMMON:
                 raise UsageError(f"{where}{key} is the same for all adapters; set it beside them")
-            yield key, convert(SCHEMA[key], Given(value, where))
+            found = convert(SCHEMA[key], Given(value, where))
+            if key == "data.chat_template" and (found or "").strip():
+                try:
+                    found = template_text(found)  # as of the common one: not a file's name
+                except UsageError as error:
+                    raise UsageError(f"{where}{error}") from None
+            yield key, found
 
 
 def config_of(config: Config, member: Member) -> Config:

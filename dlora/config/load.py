@@ -32,7 +32,7 @@ from dlora.config.sections import (
     value_of,
 )
 from dlora.config.sources import print_help, read_file, scan_argv
-from dlora.config.validate import parts_of, problems_of, validate
+from dlora.config.validate import CANNOT_ACT, parts_of, problems_of, validate
 from dlora.errors import UsageError
 from dlora.registry import Option, option, options_of
 
@@ -147,7 +147,7 @@ def validate_all(config: Config) -> None:
     if not config.adapters:
         validate(config)
         return
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[str]] = {}  # an option that all share may act for some of them
     for name, own in configs_of(config).items():
         for problem in (*problems_of(own), *problems_together(own)):
             found.setdefault(problem, []).append(name)
@@ -155,7 +155,7 @@ def validate_all(config: Config) -> None:
     for problem, names in found.items():
         if len(names) == len(config.adapters):
             lines.append(problem)
-        elif problem.partition(".")[0] in OWN:  # what all share may act for some of them
+        elif problem.partition(".")[0] in OWN or CANNOT_ACT not in problem:
             lines.append(f"{ADAPTERS}[{', '.join(names)}]: {problem}")
     if lines:
         raise UsageError("; ".join(lines))

@@ -18,6 +18,8 @@ from dlora.config.sections import SCHEMA, Config, is_set, record_format, value_o
 from dlora.errors import LaterError, UsageError
 from dlora.registry import ROOMS, Part, plain, room
 
+CANNOT_ACT = " cannot act: "  # in what is said of an option that does nothing
+
 
 def _is_gguf(c: Config) -> bool:
     return c.model.path.endswith(".gguf")
@@ -197,7 +199,7 @@ def _contradictions(config: Config) -> Iterator[str]:
 def _cannot_act(config: Config) -> Iterator[str]:
     for key, why in _inert(config):
         if (value := value_of(config, key)) != SCHEMA[key].default:
-            yield f"{key}: {show(value)} cannot act: {why}"
+            yield f"{key}: {show(value)}{CANNOT_ACT}{why}"
 
 
 def _inert(config: Config) -> Iterator[tuple[str, str]]:

@@ -12,7 +12,7 @@ each segment apart. So every sequence is computed as it is in a batch of its ada
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,7 @@ class Segments:
 
     def linear(self, several: Any, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         """The output of a linear layer with adapters of several names."""
-        self._check(x.shape[:-1].numel(), several.place)
+        self._check(x.shape[:-1], several.place)
         x_Tn = x.reshape(-1, x.shape[-1])
         acting = [(part, several.find(part.name)) for part in self.parts]
         acting = [(part, child) for part, child in acting if child is not None and child.active]
@@ -79,7 +79,7 @@ class Segments:
         self, several: Any, ids: Tensor, weight: Tensor, padding_idx: int | None
     ) -> Tensor:
         """The output of an embedding with adapters of several names."""
-        self._check(ids.numel(), several.place)
+        self._check(ids.shape, several.place)
         y_Tm = self._apart(
             several,
             ids.reshape(-1),
@@ -106,14 +106,29 @@ class Segments:
         outputs += [base(flat[end:])] if end < len(flat) else []
         return torch.cat(outputs)
 
-    def _check(self, tokens: int, place: str) -> None:
-        """Raise a `NotByTokenError` where a layer does not see the batch token by token."""
-        if tokens != self.rows * self.tokens:
+    def _check(self, shape: torch.Size, place: str) -> None:
+        """Raise a `NotByTokenError` where a layer does not see the batch token by token.
+
+        Rows and tokens may be one dim; tokens in front of rows would be in another order, and so
+        may those be that a router sends to an expert, even where it sends all of them.
+        """
+        flat = len(shape) == 1 and shape.numel() == self.rows * self.tokens
+        sizes, here = ([n for n in s if n != 1] for s in (shape, (self.rows, self.tokens)))
+        if sizes != here and not flat or flat and _is_in_a_list_of_a_block(place):
             raise NotByTokenError(
-                f"adapters: {place.rpartition('.')[0]} gets an input of {tokens} tokens for a batch"
-                f" of {self.rows * self.tokens}, so whose they are is not known; leave it out of "
-                "adapter.target_modules, or train one adapter at a time"
+                f"adapters: {place.rpartition('.')[0]} gets an input of {_times(shape)} tokens for "
+                f"a batch of {_times((self.rows, self.tokens))}, so whose they are is not known; "
+                "leave it out of adapter.target_modules, or train one adapter at a time"
             )
+
+
+def _is_in_a_list_of_a_block(place: str) -> bool:
+    """Whether a path has a second index: `layers.3.mlp.experts.2.w1`."""
+    return sum(part.isdigit() for part in place.split(".")) > 1
+
+
+def _times(sizes: Sequence[int]) -> str:
+    return " x ".join(map(str, sizes))
 
 
 def _is_low_rank(child: Any) -> bool:

@@ -11,6 +11,7 @@ from dlora.lora.names import by_name
 from dlora.lora.shared_batch import only
 from dlora.methods.trained_replica import TrainedReplica, replica_of
 from dlora.metrics.log import held_out_line
+from dlora.runtime.console import console
 from dlora.together.context import JointContext
 from dlora.together.member import Member, Standing
 from dlora.training.checkpointing import CheckpointManager
@@ -20,18 +21,22 @@ from dlora.training.finish import save_result
 
 def finish(joint: JointContext, member: Member, checkpoints: CheckpointManager, done: int) -> int:
     """Write a trained adapter, its reports and its last lines; returns the exit status."""
-    context, method = member.context, member.context.replica.method
+    context, method, status = member.context, member.context.replica.method, 0
     with by_name(joint.model, member.name), only(joint.model, member.name):
         if context.ranks.main and member.log is not None:
-            context.write_method_files(done)
-            method.report(context.directory, member.log, member.say)
+            try:
+                context.write_method_files(done)
+                method.report(context.directory, member.log, member.say)
+            except OSError as error:
+                console.error(f"{member.name}: its reports could not be written: {error}")
+                status = 1
         if member.log is not None:
             member.log.close()
             print_samples(context, f"{member.name}, after training")
             if context.ranks.main and (line := held_out_line(context.directory)):
                 member.say(line)
         member.losses.close()
-        status = save_result(context, checkpoints)
+        status |= save_result(context, checkpoints)
     if member.running:
         leave(joint, member, Standing.FINISHED)
     return status

@@ -21,7 +21,7 @@ from dlora.lora.attach import every_parameter, load_record
 from dlora.lora.names import by_name
 from dlora.plan.choose import Decision
 from dlora.plan.plan import Plan
-from dlora.plan.together import attach_each, check_apart, joined, of_adapter, trained_of
+from dlora.plan.together import attach_each, check_apart, dealing_of, joined, of_adapter, trained_of
 from dlora.plan.workload import Workload, workload_of
 from dlora.sharding.topology import Placement, Topology
 from dlora.together.member import Standing, left_in
@@ -106,6 +106,7 @@ def prepare_together(
     _check_names(list(own_configs), resumed)
     said, data = _Said(announce, len(own_configs)), _SharedData(once)
     found: dict[str, Material] = {}
+    dealings: dict[str, Dealing] = {}
     for name, own in own_configs.items():
         load = data.of(name, own)
         before = resumed.of(name) if resumed else None
@@ -113,14 +114,14 @@ def prepare_together(
             found[name] = gather_material(own, topology, said.by(name), before, around, load)
             own_model, objective = found[name].model.skeleton, own.train.objective
             check_apart(own_model, found[name].lora, objective)
+            _check_finished(found[name])
+            about = (own, found[name].train, topology.world)
+            dealings[name] = dealing_of(*about, packs=found[name].packs)
     said.flush()
     standing = {
         name: left_in(resumed.of(name).state) if resumed else Standing.RUNNING for name in found
     }
     joint = joint_skeleton(found, resumed)
-    dealings = {
-        n: Dealing(m.config.train.micro_batch_size, packs=m.packs) for n, m in found.items()
-    }
     running = [name for name in found if standing[name] is Standing.RUNNING] or list(found)
     workload = _workload({name: found[name] for name in running}, dealings, topology, joint)
     trained = trained_of(joint, running)
@@ -153,6 +154,21 @@ def _check_names(names: list[str], resumed: ResumePoint | None) -> None:
             f"output.resume: {resumed.directory} is of a run with adapters: {before}, and this one "
             f"has {', '.join(names)} (output.resume: none starts afresh)"
         )
+
+
+def _check_finished(found: Material) -> None:
+    """Raise a `UsageError` for more steps of an adapter that has finished.
+
+    Its optimizer's state is gone, so the rest would be no continuation of its run.
+    """
+    before, steps = found.resumed, found.sampler.total_steps
+    if before is None or left_in(before.state) is not Standing.FINISHED or before.step == steps:
+        return
+    raise UsageError(
+        f"train.{found.config.train.governed_by}: it has finished after {before.step} steps, which "
+        f"its optimizer's state is no longer there to make {steps} of; train it on in a run of its "
+        "own (adapter.path), or leave its steps as they were"
+    )
 
 
 def _workload(

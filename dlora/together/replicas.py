@@ -155,6 +155,10 @@ class _Methods:
         found = [m.context.replica.method.resized_after for m in self._members if m.running]
         return min((step for step in found if step is not None), default=None)
 
+    @property
+    def working_bytes(self) -> int:
+        return sum(m.context.replica.method.working_bytes for m in self._members if m.running)
+
     def record(self) -> dict[str, Any] | None:
         """{name: what its method records}."""
         found = {

@@ -106,7 +106,8 @@ class CheckpointManager:
         """Copy a step that is due to host memory, with its line of the metrics."""
         self._done = step
         if step % self._context.config.output.snapshot_every == 0 and self.keeps_snapshots:
-            self._snapshots.take(step, metrics, self._context.replica, **self._context.beside())
+            beside = self._context.beside() | {"state": self._context.state(step)}
+            self._snapshots.take(step, metrics, self._context.replica, **beside)
 
     def before_change(self) -> None:
         """Comes before anything that changes what a snapshot copies."""
@@ -132,7 +133,7 @@ class CheckpointManager:
             except UsageError:
                 self._context.lock.check()
                 self.write_method_files(step)
-                self._pushes.push(self._write(snapshot.checkpoint(self._context.state(step))))
+                self._pushes.push(self._write(snapshot.checkpoint()))
             every = self._context.config.output.log_every
             if ending and every and step % every == 0:
                 self._context.lock.check()

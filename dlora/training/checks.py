@@ -19,6 +19,7 @@ from dlora.adapters.mixture import frozen_experts, is_mixture, read_experts
 from dlora.adapters.peft_names import peft_slots
 from dlora.adapters.save_load import check_numbers, check_shapes
 from dlora.adapters.write import WEIGHTS
+from dlora.config.adapters import configs_of
 from dlora.config.load import Config
 from dlora.data import Dataset
 from dlora.data.stream import Stream
@@ -34,16 +35,21 @@ from dlora.tasks.generation import learned_positions
 
 
 def check_output(config: Config) -> None:
-    """Check, on the rank that writes, that `output.dir` is writable and no stop file exists."""
+    """Check, on the rank that writes, that `output.dir` is writable and no stop file exists.
+
+    So it is of the directories in it that several adapters have.
+    """
     stop = config.output.stop_path
     if stop is not None and stop.exists():
         raise UsageError(f"output.stop_file: {stop} already exists; remove it to start the run")
-    wanted = config.output.directory.absolute()
-    existing = next(path for path in (wanted, *wanted.parents) if path.exists())
-    if not existing.is_dir():
-        raise UsageError(f"output.dir: {existing} is a file, so {config.output.dir} cannot be made")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UsageError(f"output.dir: {existing} cannot be written to")
+    own = [one.output.directory for one in configs_of(config).values()]
+    for directory in (config.output.directory, *own):
+        wanted = directory.absolute()
+        existing = next(path for path in (wanted, *wanted.parents) if path.exists())
+        if not existing.is_dir():
+            raise UsageError(f"output.dir: {existing} is a file, so {directory} cannot be made")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise UsageError(f"output.dir: {existing} cannot be written to")
 
 
 def check_ranks_per_node(config: Config, world: int) -> None:

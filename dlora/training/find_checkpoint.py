@@ -81,13 +81,17 @@ class ResumePoint:
             for path, shape in self.shapes.items()
             if own in path
         }
-        record = (self.record or {}).get(name)
+        record = self.record.get(name) if isinstance(self.record, dict) else None
         return replace(self, state=state, settings=settings, shapes=shapes, record=record)
 
     @property
     def lora(self) -> LoraConfig | None:
         """The adapter settings of the checkpoint; None if it has none."""
         return saved_lora(self.state)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def find_checkpoint(

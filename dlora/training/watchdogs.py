@@ -61,8 +61,11 @@ class FiniteWatch:
             return None
         where = ""
         if self._file is not None:
-            write_atomically(self._file, (json.dumps(self._row) + "\n").encode())
             where = f"; their sequences are listed in {self._file}"
+            try:
+                write_atomically(self._file, (json.dumps(self._row) + "\n").encode())
+            except OSError as error:
+                where = f"; {self._file} cannot be written: {error}"
         return f"{len(self._row)} steps in a row had no finite loss or gradient{where}"
 
     def close(self) -> None:

@@ -45,7 +45,7 @@ def take(snapshots: Snapshots, replica: Replica, step: int, event: Any = None) -
     """After `step` steps every value is `step`; `event` stands for its arrival."""
     with torch.no_grad():
         replica.values.fill_(step)
-    snapshots.take(step, {"step": step}, replica, states={}, record=None, frozen={})
+    snapshots.take(step, {"step": step}, replica, states={}, record=None, frozen={}, state={})
     snapshots._newest_first[0].arriving = event
 
 

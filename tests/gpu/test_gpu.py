@@ -151,7 +151,7 @@ def test_a_snapshot_arrives_beside_the_next_step() -> None:
         optimizer.zero_grad()
         wanted = {name: p.detach().clone() for name, p in replica.named.items()}
         states = replica.states(optimizer)
-        snapshots.take(step, {}, replica, states=states, record=None, frozen={})
+        snapshots.take(step, {}, replica, states=states, record=None, frozen={}, state={})
     torch.cuda.synchronize()
     with snapshots.newest() as found:
         assert found is not None and found.step == 5

@@ -119,7 +119,7 @@ def test_snapshots_take_what_the_plan_says_in_host_memory() -> None:
         with counted(replica, optimizer) as live:
             for step in range(1, 5):
                 states = {"optimizer": states_of(optimizer, replica.optimized)}
-                snapshots.take(step, {}, replica, states=states, record=None, frozen={})
+                snapshots.take(step, {}, replica, states=states, record=None, frozen={}, state={})
     plan = planned(cpu).snapshots
     assert plan <= live.peaks[""] <= plan + FREE
     assert plan == 2 * 3 * SIZE  # two of values and two moments
@@ -144,7 +144,7 @@ def test_adalora_s_snapshots_shrink_to_what_the_plan_says() -> None:
     for step in range(1, 13):
         run.step(mse(run.model, step))
         states = run.replica.states(run.optimizer)
-        snapshots.take(step, {}, run.replica, states=states, record=None, frozen={})
+        snapshots.take(step, {}, run.replica, states=states, record=None, frozen={}, state={})
         flat = [part for b in snapshots._newest_first for part in b.room.flat.values()]
         held[step], plans[step] = sum(part.nbytes for part in flat), of_adalora(run)[1]
     assert run.replica.method.resized_after == 10

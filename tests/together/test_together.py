@@ -1,7 +1,5 @@
 """Several adapters in one run: each is the adapter of its own run alone."""
 
-import functools
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,19 +7,18 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from ranks import Pools
 from refusals import preparation, refusal
-from run_training import Runs, relative_error, same_bits
+from run_training import same_bits
 from sampling import full
 from stopped_runs import steps_saved
 from tiny import save_chats
 from together_runs import (
     Together,
+    check_as_alone,
     crashed_together,
     dropped_together,
     followed,
     terminated_together,
-    words_alone,
 )
 from transformers import AutoModelForCausalLM
 
@@ -56,55 +53,6 @@ ZERO3 = {"sharding__engine": "zero3", "sharding__base": "world"}
 WHOLE = {"sharding__engine": "fsdp2", "sharding__base": "none"}
 BY_TOKENS = {"train__micro_batch_size": None, "train__tokens_per_micro_batch": 128}
 NODE = {"sharding__engine": "fsdp2", "sharding__base": "node"}
-
-
-@pytest.fixture(scope="module")
-def command(words: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """command(directory, adapters=…, **settings): the words of a run of several adapters."""
-    own = {"adapter__r": None, "adapter__lora_alpha": None, "train__max_steps": STEPS}
-    return functools.partial(words, **own)
-
-
-@pytest.fixture(scope="module")
-def alone(pools: Pools, command: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """alone(member, **settings): the run of one adapter in one process, (tensors, lines)."""
-    root = tmp_path_factory.mktemp("alone")
-
-    @functools.cache
-    def of(member: str, settings: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        entry = json.loads(member)
-        directory = root / f"{entry['name']} {len(list(root.iterdir()))}"
-        words = command(directory, adapters=[entry], **json.loads(settings))
-        argv = words_alone(words, entry["name"], directory)
-        ([result], lines) = Runs(pools, lambda *_, **__: argv, root)(directory.name, 1)
-        assert result["status"] == 0
-        return result["tensors"], lines
-
-    return lambda member, **settings: of(json.dumps(member), json.dumps(settings))
-
-
-@pytest.fixture
-def together(pools: Pools, command: Any, tmp_path: Path) -> Together:
-    return Together(pools, command, tmp_path)
-
-
-def check_as_alone(results: list[Any], lines: list[dict[str, Any]], name: str, wanted: Any) -> None:
-    """Invariant 3's bounds of the run alone, and the same bits on every rank."""
-    tensors, wanted_lines = wanted
-    for got, expected in zip(lines, wanted_lines, strict=True):
-        close = ("loss", "grad_norm", "orth_loss", "eval_loss")
-        for key in (key for key in close if key in expected):
-            assert got[key] == pytest.approx(expected[key], rel=1e-5), key
-        exact = ("step", "lr", "tokens", "all_tokens", "batch_hash", "budget", "kept_ranks")
-        for key in (key for key in exact if key in expected):
-            assert got[key] == expected[key], key
-    for result in results:
-        assert same_bits(result["tensors"][name], results[0]["tensors"][name])
-    own = {n: t for n, t in results[0]["tensors"][name].items() if ".offset_" not in n}
-    assert own.keys() == tensors.keys()
-    for key, tensor in tensors.items():
-        assert own[key].shape == tensor.shape, key
-        assert not tensor.numel() or relative_error(own[key], tensor) < 1e-4, key
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.distributed as dist
-from run_training import figures, prepared_run
+from run_training import figures, prepared_run, relative_error, same_bits
 from stopped_runs import Crash, crash, handlers_kept
 from torch import Tensor
 
@@ -125,6 +126,25 @@ def dropped_together(argv: list[str], name: str, step: int) -> dict[str, Any]:
         run.hooks = dataclasses.replace(run.hooks, should_drop=should_drop)
 
     return train_together(argv, meddle)
+
+
+def check_as_alone(results: list[Any], lines: list[dict[str, Any]], name: str, wanted: Any) -> None:
+    """Invariant 3's bounds of the run alone, and the same bits on every rank."""
+    tensors, wanted_lines = wanted
+    for got, expected in zip(lines, wanted_lines, strict=True):
+        close = ("loss", "grad_norm", "orth_loss", "eval_loss")
+        for key in (key for key in close if key in expected):
+            assert got[key] == pytest.approx(expected[key], rel=1e-5), key
+        exact = ("step", "lr", "tokens", "all_tokens", "batch_hash", "budget", "kept_ranks")
+        for key in (key for key in exact if key in expected):
+            assert got[key] == expected[key], key
+    for result in results:
+        assert same_bits(result["tensors"][name], results[0]["tensors"][name])
+    own = {n: t for n, t in results[0]["tensors"][name].items() if ".offset_" not in n}
+    assert own.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        assert own[key].shape == tensor.shape, key
+        assert not tensor.numel() or relative_error(own[key], tensor) < 1e-4, key
 
 
 class Together:
