@@ -11,7 +11,13 @@ from refusals import preparation, refusal
 from run_training import same_bits
 from sampling import full
 from test_together import ADALORA, BY_TOKENS, DORA, FSDP2, MIXED, PLAIN, RSLORA, WHOLE
-from together_runs import Together, check_as_alone, crashed_together, train_together
+from together_runs import (
+    Together,
+    check_as_alone,
+    crashed_together,
+    obstructed_together,
+    train_together,
+)
 
 from dlora.config.adapters import configs_of
 from dlora.config.load import parse
@@ -115,7 +121,7 @@ def test_nan_beside_an_adapter_changes_no_bit_of_it(
     wild: dict[str, Any] = {
         "name": "wild",
         "adapter": {"r": 4, "target_modules": targets},
-        "optimizer": {"lr": 1e30, "max_grad_norm": 0},
+        "optimizer": {"lr": 1e30, "max_grad_norm": 0, "warmup_ratio": 0},
     }
     tame = wild | {"optimizer": {"lr": 1e-3, "max_grad_norm": 0}}
     dora = {"name": "dora", "adapter": {"r": 2, "use_dora": True}}
@@ -252,14 +258,14 @@ def test_a_file_that_cannot_be_written_is_one_adapter_s_failure(
     wild = {"name": "bad", "adapter": {"r": 4}, "optimizer": {"lr": 1e30, "max_grad_norm": 0}}
     short = ADALORA | {"name": "bad", "train": {"seed": 3, "max_steps": 6}}
     place = together.root / "run/adapters/bad" / file
-    place.mkdir(parents=True)
-    (place / "other").mkdir()  # neither a file nor empty
     bad = wild if file == "nonfinite.json" else short
     if file == "adapter":
-        place.joinpath("other").rmdir()
-        place.rmdir()
+        place.parent.mkdir(parents=True)
         place.write_text("no directory")
-    [result] = together("run", 1, [bad, PLAIN])
+        [result] = together("run", 1, [bad, PLAIN])
+    else:
+        blocked = {"work": obstructed_together, "arguments": (str(place),)}
+        [result] = together("run", 1, [bad, PLAIN], **blocked)
     assert result["status"] == 1
     check_as_alone([result], together.lines("run", "plain"), "plain", alone(PLAIN))
     assert (together.root / "run/adapters/plain/adapter/adapter_config.json").exists()

@@ -106,6 +106,11 @@ def crashed_together(argv: list[str], steps: int, commits: bool = False) -> str:
     return "finished"
 
 
+def obstructed_together(argv: list[str], place: str) -> dict[str, Any]:
+    """A run in whose second step a directory appears where a file is to be written."""
+    return train_together(argv, in_pass(2, lambda: Path(place, "other").mkdir(parents=True)))
+
+
 def terminated_together(argv: list[str], step: int) -> dict[str, Any]:
     """A run of which the last rank alone gets SIGTERM in this step."""
     last = dist.get_rank() == dist.get_world_size() - 1
