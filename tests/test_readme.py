@@ -84,7 +84,11 @@ def quickstart(tree: Path) -> str:
 
 def run(command: str, tree: Path) -> str:
     """Standard output of a command, typed into a shell whose environment is activated."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "MAKE"))}
+    # Names first: pytest changes the environment while threads of `ran` are here.
+    known = {name: os.environ.get(name) for name in list(os.environ)}
+    environment = {
+        k: v for k, v in known.items() if v is not None and not k.startswith(("PYTEST", "MAKE"))
+    }
     environment["PATH"] = f"{tree / '.venv' / 'bin'}{os.pathsep}{environment['PATH']}"
     environment["PYTHONPATH"] = str(tree)
     environment["OMP_NUM_THREADS"] = "1"
