@@ -170,6 +170,11 @@ def _check_alone(found: Material) -> None:
             f"adapter.modules_to_save: {', '.join(found.lora.modules_to_save)}: a module that is "
             "trained whole acts on all tokens alike; train one adapter at a time"
         )
+    if found.lora.target_parameters:
+        raise UsageError(
+            f"adapter.target_parameters: {', '.join(found.lora.target_parameters)}: a whole "
+            "parameter acts on all tokens alike; train one adapter at a time"
+        )
     if find_router_loss(found.model.skeleton) is not None:
         raise UsageError(
             "model.path: output_router_logits asks for a loss over all tokens of a micro-batch; "
