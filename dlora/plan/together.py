@@ -106,6 +106,11 @@ def check_apart(skeleton: nn.Module, lora: LoraConfig, objective: str) -> None:
             f"adapter.modules_to_save: {', '.join(lora.modules_to_save)}: a module that is "
             "trained whole acts on all tokens alike; train one adapter at a time"
         )
+    if lora.target_parameters:
+        raise UsageError(
+            f"adapter.target_parameters: {', '.join(lora.target_parameters)}: a whole parameter "
+            "acts on all tokens alike; train one adapter at a time"
+        )
     if find_router_loss(skeleton) is not None:
         raise UsageError(
             "model.path: output_router_logits asks for a loss over all tokens of a micro-batch; "

@@ -280,6 +280,7 @@ def test_hooks_follow_every_adapter(together: Together, tmp_path: Path) -> None:
     assert saved == {step: loss for step, loss in losses.items() if step}
     again, _ = together("run", 2, members, work=followed, arguments=(2,), **settings)
     assert sorted(again["left"]) == sorted(first["left"])
+    assert again["saved"] == {}  # nothing was left to do
 
 
 def test_peft_loads_every_adapter(together: Together, saved_models: Any) -> None:
