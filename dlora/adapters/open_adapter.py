@@ -23,22 +23,25 @@ from dlora.lora.variants import VARIANTS
 _PEFT_TASKS = {"classification": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}  # of `train.task`
 
 
-def open_adapter(directory: str | Path) -> AdapterSource:
+def open_adapter(directory: str | Path, option: str = "--adapter") -> AdapterSource:
     """Read the settings of an adapter directory or a checkpoint.
+
+    Args:
+        option: that named the directory, for errors.
 
     Raises:
         UsageError: it is neither, it is damaged, or it is no LoRA.
     """
-    directory = adapter_directory(directory, "--adapter")
+    directory = adapter_directory(directory, option)
     if not directory.is_dir():
-        raise UsageError(f"--adapter: directory {directory} does not exist")
+        raise UsageError(f"{option}: directory {directory} does not exist")
     if (directory / CONFIG).exists():
         return _from_peft(directory)
     if (directory / "manifest.json").exists():
         return _from_checkpoint(directory)
     hint = f"; did you mean {directory / 'adapter'}?" if (directory / "adapter").is_dir() else ""
     raise UsageError(
-        f"--adapter: {directory} has neither an {CONFIG} nor a checkpoint's manifest.json{hint}"
+        f"{option}: {directory} has neither an {CONFIG} nor a checkpoint's manifest.json{hint}"
     )
 
 
