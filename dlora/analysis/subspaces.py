@@ -38,6 +38,8 @@ def similarity(one: Tensor, other: Tensor) -> Tensor:
 
 def projection(U: Tensor, W: Tensor, V: Tensor) -> float:
     """‖Uᵀ·W·V‖ of U [m, r], W [m, n] and V [n, r]; of W only blocks are in float64."""
+    if not W.is_contiguous():  # its rows are apart in memory
+        U, W, V = V, W.t(), U
     product = torch.zeros(U.shape[1], V.shape[1], dtype=torch.float64)
     rows = max(1, _BLOCK // W.shape[1])
     for first in range(0, W.shape[0], rows):
@@ -48,6 +50,7 @@ def projection(U: Tensor, W: Tensor, V: Tensor) -> float:
 
 def norm(W: Tensor) -> float:
     """‖W‖ of W [m, n], summed in float64."""
+    W = W if W.is_contiguous() else W.t()
     rows = max(1, _BLOCK // W.shape[1])
     return math.sqrt(sum(float(block.double().square().sum()) for block in W.split(rows)))
 

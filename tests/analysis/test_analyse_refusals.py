@@ -36,9 +36,9 @@ MISTAKES = {  # the words behind `--to out`; what the message says
     "not finite": (["--adapter", "nan"], "contains NaN or infinite values"),
     "no base": (["--adapter", "unnamed"], "unnamed does not record its base; add --base"),
     "lost base": (["--adapter", "lost"], "lost (--base overrides it): directory"),
-    "wrong base": (["--adapter", "a", "--base", "gone"], "--base: "),
-    "other shapes": (["--adapter", "a", "--base", "wide"], "a does not fit the base"),
-    "other class": (["--adapter", "a", "--base", "gpt2"], "a does not fit the base"),
+    "wrong base": (["--adapter", "a", "--base", "./gone"], "--base: directory ./gone does not"),
+    "other shapes": (["--adapter", "a", "--base", "wide"], "does not fit the base"),
+    "other class": (["--adapter", "a", "--base", "gpt2"], "does not fit the base"),
     "quantized": (["--adapter", "a", "--base", "quantized"], "--base: quantized is quantized"),
     "compressed": (["--adapter", "a", "--base", "compressed"], "--base: compressed is compressed"),
     "nan base": (["--adapter", "a", "--base", "nan base"], "--base: model.layers.0.self_attn.q_"),
@@ -131,6 +131,6 @@ def test_a_mistake_is_one_line(mistake, site, monkeypatch) -> None:
 def test_the_command_ends_with_status_2(site, tmp_path) -> None:
     words = ["--adapter", "dora", "--to", str(tmp_path / "out")]
     log = tmp_path / "log"
-    assert status(start(1, ["dlora", "analyse", *words], log, directory=site)) == 2
+    assert status(start(1, ["dlora.analysis.command", *words], log, directory=site)) == 2
     (line,) = log.read_text().splitlines()
     assert line.startswith("dlora: error: --adapter: dora is a DoRA")

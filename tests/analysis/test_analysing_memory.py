@@ -1,5 +1,6 @@
 """One matrix at a time: what an analysis takes beside the adapters, over its imports."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,9 +9,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from dlora import LoraConfig, attach, save_adapter
-from dlora.lora.attach import trainable_parameters
 
 ROOT = Path(__file__).parents[2]
 HIDDEN, INNER, R = 2048, 16384, 8  # a short side for the Krylov space
@@ -50,7 +48,7 @@ def test_peak_memory(tmp_path: Path) -> None:
         weights[name] = (made * falling[: made.shape[-1]]).bfloat16()
     save_file(weights, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
     del weights
-    stored = sum(save_random(config, tmp_path, seed) for seed in (1, 2))
+    stored = sum(save_random(tmp_path, seed) for seed in (1, 2))
     words = ["--adapter", "1", "--against", "2", "--to", "to"]
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, *words],
@@ -64,15 +62,23 @@ def test_peak_memory(tmp_path: Path) -> None:
     assert MATRIX < peak < MATRIX + stored + MARGIN, f"{peak / 1e6:.0f} MB"
 
 
-def save_random(config: LlamaConfig, root: Path, seed: int) -> int:
+def save_random(root: Path, seed: int) -> int:
     """An adapter of the MLP; the bytes of its tensors."""
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    attach(model, LoraConfig(r=R, target_modules=["up_proj", "down_proj"]))
-    torch.manual_seed(seed)
-    for name, parameter in trainable_parameters(model).items():
-        owner, _, own = name.rpartition(".")
-        made = torch.nn.Parameter(torch.randn(parameter.shape))
-        setattr(model.get_submodule(owner), own, made)
-    save_adapter(model, root / str(seed), base_model_name_or_path=str(root / "base"))
-    return sum(p.nbytes for p in trainable_parameters(model).values())
+    draw = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, m, n in (("up_proj", INNER, HIDDEN), ("down_proj", HIDDEN, INNER)):
+        key = f"base_model.model.model.layers.0.mlp.{name}.lora_"
+        tensors[f"{key}A.weight"] = torch.randn(R, n, generator=draw)
+        tensors[f"{key}B.weight"] = torch.randn(m, R, generator=draw)
+    settings = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": str(root / "base"),
+        "r": R,
+        "lora_alpha": R,
+        "target_modules": ["up_proj", "down_proj"],
+    }
+    directory = root / str(seed)
+    directory.mkdir()
+    save_file(tensors, directory / "adapter_model.safetensors")
+    (directory / "adapter_config.json").write_text(json.dumps(settings))
+    return sum(tensor.nbytes for tensor in tensors.values())

@@ -55,7 +55,7 @@ def test_random_spaces_have_the_similarity_that_is_expected(i: int, j: int, n: i
     found = [
         similarity(orthonormal(n, i, s), orthonormal(n, j, s + 500))[-1, -1] for s in range(300)
     ]
-    assert float(torch.stack(found).mean()) == pytest.approx(max(i, j) / n, rel=0.03)
+    assert float(torch.stack(found).mean()) == pytest.approx(max(i, j) / n, rel=0.05)
 
 
 def test_every_cell_is_the_formula() -> None:
