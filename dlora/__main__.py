@@ -15,6 +15,7 @@ COMMANDS = {
     "export": "write an adapter or checkpoint as a plain PEFT LoRA, or merge it",
     "compose": "make one adapter from several of the same base",
     "library": "keep adapters of one base with versions, history and the active one",
+    "analyse": "say what an adapter learned: norms, ranks, directions, similarity",
     "generate": "answer a prompt with a base, or with a base and an adapter",
     "extract": "write what a full fine-tune changed of its base as a plain LoRA",
     "compress": "write a model whose weights are products of two thin matrices",
@@ -25,6 +26,7 @@ MODULES = {  # of those whose name is a package
     "export": "dlora.export.command",
     "compose": "dlora.library.compose",
     "library": "dlora.library.command",
+    "analyse": "dlora.analysis.command",
     "extract": "dlora.library.extract",
     "compress": "dlora.library.compress",
 }

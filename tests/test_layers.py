@@ -45,6 +45,7 @@ TABLE = {
     "registry runtime sharding training",
     "export": "adapters base io lora metrics runtime cli",
     "library": "adapters base checkpoint cli data io lora metrics runtime tasks",
+    "analysis": "adapters base cli io library lora methods runtime",
     "integrations": "api",  # and what `dlora` exports: see `PUBLIC`
     "launchers": "train config hooks",
 }

@@ -26,15 +26,18 @@ from dlora.lora.variants import VARIANTS
 _PEFT_TASKS = {"classification": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}  # of `train.task`
 
 
-def open_adapter(directory: str | Path) -> AdapterSource:
+def open_adapter(directory: str | Path, option: str = "--adapter") -> AdapterSource:
     """Read the settings of an adapter directory or a checkpoint.
+
+    Args:
+        option: that named the directory, for errors.
 
     Raises:
         UsageError: it is neither, it is damaged, or it is no LoRA.
     """
-    directory = adapter_directory(directory, "--adapter")
+    directory = adapter_directory(directory, option)
     if not directory.is_dir():
-        raise UsageError(f"--adapter: directory {directory} does not exist")
+        raise UsageError(f"{option}: directory {directory} does not exist")
     if has_mixture(directory):
         return _from_mixture(directory)
     if (directory / CONFIG).exists():
@@ -44,7 +47,7 @@ def open_adapter(directory: str | Path) -> AdapterSource:
     within = [directory / "adapter", *_adapters_of(directory)]
     hint = and_more([str(path) for path in within if path.is_dir()])
     raise UsageError(
-        f"--adapter: {directory} has neither an {CONFIG} nor a checkpoint's manifest.json"
+        f"{option}: {directory} has neither an {CONFIG} nor a checkpoint's manifest.json"
         + (f"; did you mean {hint}?" if hint else "")
     )
 

@@ -37,7 +37,7 @@ from dlora.lora.config import LoraConfig
 from dlora.lora.merge import scale_of_rows
 from dlora.lora.states import Stateful
 from dlora.lora.tasks import HEADS
-from dlora.lora.variants import LoraAdapter
+from dlora.lora.variants import LoraAdapter, PlainLora
 
 
 @dataclass
@@ -140,6 +140,19 @@ class AdapterSource:
         """Give the adapters of a model on the meta device their tensors, in float32."""
         for _, _, child in (*named_adapters(model), *named_copies(model)):
             self._fill(child, torch.float32)
+
+    def plain(self, model: nn.Module, path: str, dtype: torch.dtype) -> PlainLora:
+        """The plain LoRA of one module of a model on the meta device, whatever the adapter's form.
+
+        Only this adapter's tensors are in memory meanwhile.
+        """
+        _, adapter = adapted_at(model, path)
+        self._fill(adapter, dtype)
+        try:
+            form: PlainLora = adapter.as_lora()
+            return form
+        finally:
+            adapter.to("meta")
 
     def update(
         self,

@@ -7,6 +7,7 @@ composition.py  the mix, matrix by matrix            objects.py    its files
 mixtures.py     the formulas                         describe.py   what it records of a run
 result.py       the files of the composed adapter    difference.py two adapters side by side
 low_rank.py     the best B·A of a matrix             search.py     weights that suit examples
+place.py        a name, or a directory
 
 extract.py    `dlora extract`          compress.py    `dlora compress`
 changes.py    what a fine-tune changed compressed.py  the files of a low-rank model

@@ -20,6 +20,7 @@ from dlora.io.files import path_of
 from dlora.library.composition import DENSITY, Composition, check_weights
 from dlora.library.mixtures import METHODS, ON_FACTORS, RANDOM, TRUNCATING, WITH_DENSITY
 from dlora.library.options import as_number, share, whole
+from dlora.library.place import place_of
 from dlora.library.result import write_result
 from dlora.library.same_base import Base, apart_line, base_line, base_of, common_base
 from dlora.library.search import search
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> int:
     _check_options(args)
     named = [_entry(word, args.search is not None) for word in args.adapters]
     library = Library(path_of(args.library, "--library")) if args.library else None
-    found = [_place(name, library) for name, _ in named]
+    found = [place_of(name, library, "--adapters") for name, _ in named]
     adapters = [read_adapter(place) for place, _ in found]
     _check_different([name for name, _ in named], adapters)
     target = new_target(args.to, *(adapter.directory for adapter in adapters))
@@ -94,18 +95,6 @@ def _entry(word: str, is_searched: bool) -> tuple[str, float | None]:
     if not name or not math.isfinite(weight):
         raise UsageError(f"--adapters: {word}: a weight is a finite number, not {text!r}")
     return name, weight
-
-
-def _place(name: str, library: Library | None) -> tuple[str | Path, Base | None]:
-    """Where the adapter `name` is, a directory or a name in the library, which knows its base."""
-    if library is None or (found := library.find(name)) is None:
-        return name, None
-    if path_of(name, "--adapters").exists():
-        raise UsageError(
-            f"--adapters: {name} is a directory here and a name in {library.directory}; write "
-            f"./{name} for the directory"
-        )
-    return found
 
 
 def _check_different(names: Sequence[str], adapters: Sequence[StoredAdapter]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +35,26 @@ def write_masks(directory: Path, masks: Masks) -> None:
 
 
 def table_of(ranks: Mapping[str, int]) -> tuple[list[str], list[str], dict[tuple[str, str], int]]:
-    """(rows, columns, rank by row and column) of a picture: kinds of matrices by layers.
+    """(rows, columns, rank by row and column) of a picture: kinds of matrices by layers."""
+    cells = {kind_and_layer(path): rank for path, rank in ranks.items()}
+    return *rows_and_columns(cells), cells
 
-    The layer is the first number in a module's path; modules outside the layers, whose path has
-    none, form the first column.
+
+def kind_and_layer(path: str) -> tuple[str, str]:
+    """(kind, layer) of a module: what stands behind the first number in its path, and the number.
+
+    Of modules outside the layers, whose path has none, the layer is `-`.
     """
-    cells: dict[tuple[str, str], int] = {}
-    for path, rank in ranks.items():
-        number = re.search(r"\.(\d+)\.", f".{path}.")
-        kind = path if number is None else f".{path}"[number.end() :]
-        layer = "-" if number is None else number[1]
-        cells[kind, layer] = rank
-    layers = {layer for _, layer in cells}
-    columns = sorted(layers, key=lambda layer: -1 if layer == "-" else int(layer))
-    return list(dict.fromkeys(kind for kind, _ in cells)), columns, cells
+    number = re.search(r"\.(\d+)\.", f".{path}.")
+    return (path, "-") if number is None else (f".{path}"[number.end() :], number[1])
+
+
+def rows_and_columns(cells: Iterable[tuple[str, str]]) -> tuple[list[str], list[str]]:
+    """The kinds in their order, and the layers by number, modules outside of them first."""
+    places = list(cells)
+    layers = {layer for _, layer in places}
+    by_number = sorted(layers, key=lambda layer: -1 if layer == "-" else int(layer))
+    return list(dict.fromkeys(kind for kind, _ in places)), by_number
 
 
 def heat_map(ranks: Mapping[str, int], init_r: int) -> Any:

@@ -50,12 +50,12 @@ class Spectrum(NamedTuple):
 
     def triplets(self, k: int, *, smallest: bool = False) -> Triplets:
         """The k largest, or the k smallest of all."""
-        wide = _wide(self.matrix)
+        wide = wide_of(self.matrix)
         U = (self.vectors[:, :k] if smallest else self.vectors[:, -k:]).flip(1)
         # Signs are free, and LoRA-GA pairs vectors of several triplets: rounding must not choose
         # them.
         U = U * U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
-        Y = torch.cat([block.t() @ U for block in _blocks(wide)])
+        Y = torch.cat([block.t() @ U for block in column_blocks(wide)])
         S = torch.linalg.vector_norm(Y, dim=0)
         V = Y / S.clamp(min=torch.finfo(S.dtype).tiny)  # of 0, zeros and not NaN
         return Triplets(U, S, V) if wide is self.matrix else Triplets(V, S, U)
@@ -64,7 +64,7 @@ class Spectrum(NamedTuple):
 @torch.no_grad()
 def spectrum(matrix: Tensor) -> Spectrum | None:
     """Decompose a matrix [m, n]; None if it is not finite."""
-    gram = _lower_gram(_wide(matrix))
+    gram = _lower_gram(wide_of(matrix))
     if not bool(gram.isfinite().all()):
         return None
     return Spectrum(matrix, *torch.linalg.eigh(gram, UPLO="L"))
@@ -86,7 +86,7 @@ def triplets(matrix: Tensor, k: int, *, smallest: bool = False) -> Triplets | No
     return found if bool((found.S / largest > DEAD).all()) else None
 
 
-def _wide(matrix: Tensor) -> Tensor:
+def wide_of(matrix: Tensor) -> Tensor:
     """The matrix, or its transpose where that is the wide one."""
     return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t()
 
@@ -96,14 +96,14 @@ def _lower_gram(wide: Tensor) -> Tensor:
     p = wide.shape[0]
     gram = torch.zeros(p, p, dtype=torch.float64, device=wide.device)
     width = -(-p // _STRIPS)
-    for block in _blocks(wide):
+    for block in column_blocks(wide):
         for start in range(0, p, width):
             strip = slice(start, start + width)
             gram[start:, strip].addmm_(block[start:], block[strip].t())
     return gram
 
 
-def _blocks(wide: Tensor) -> Iterator[Tensor]:
+def column_blocks(wide: Tensor) -> Iterator[Tensor]:
     """The columns of a matrix, some at a time, in float64, each in the memory of the one before.
 
     New memory for each would leave holes between what stays: the heap grew to M in float64.
