@@ -13,6 +13,7 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,7 @@ def write(made: Analysis, folder: Path) -> None:
     }
     if made.against is not None:
         tensors = [
-            new_float_tensor(key, torch.float32, grid.shape, lambda grid=grid: iter([grid]))
+            new_float_tensor(key, torch.float32, grid.shape, partial(iter, [grid]))
             for key, grid in grids.items()
         ]
         write_tensors(folder / GRIDS, tensors, lambda _: None)

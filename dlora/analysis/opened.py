@@ -94,6 +94,11 @@ class Opened:
         """
         place, known = place_of(word, library, option)
         source = open_adapter(place, option)
+        if source.config.variant == "mola":
+            raise UsageError(
+                f"{option}: {source.directory} is of a mixture of experts (mola), whose update "
+                "differs from token to token; `dlora export --mean-gates` makes a LoRA of it"
+            )
         if source.config.use_dora:
             raise UsageError(
                 f"{option}: {source.directory} is a DoRA (use_dora), whose update W' - W0 has no "
