@@ -7,9 +7,11 @@ from llama_shapes import FLOAT32, R, block_shapes, subject
 from torch import nn
 
 from dlora.config.load import OptimizerConfig
+from dlora.config.recompute import Recompute
 from dlora.plan.choose import decide
 from dlora.plan.plan import Subject
 from dlora.plan.state import modes, state_of
+from dlora.plan.workload import Workload
 from dlora.sharding.topology import Topology
 
 ONE_NODE, TWO_NODES = Topology(0, 8, 8), Topology(0, 16, 8)
@@ -73,7 +75,8 @@ def test_8_bit_moments_are_a_quarter() -> None:
 def test_what_may_be_divided(
     optimizer: str, setting: str, ranks: int, expected: list[bool]
 ) -> None:
-    assert modes(OptimizerConfig(name=optimizer), setting, ranks) == expected  # type: ignore[arg-type]
+    workload = Workload(1, 8, 1, OptimizerConfig(name=optimizer), Recompute())
+    assert modes(workload, setting, ranks) == expected
 
 
 def test_the_chosen_plan_spreads_lora_pro() -> None:
