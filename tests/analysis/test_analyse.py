@@ -222,6 +222,8 @@ def test_a_run(method, run, saved_models, tmp_path, capsys) -> None:
     last = masks[max(masks, key=int)]
     assert found["adalora"]["ranks"] == last
     assert (found["adalora"]["kept"], found["adalora"]["of"]) == (sum(last.values()), 4 * len(last))
+    for kind, rank in found["adalora"]["kinds"].items():
+        assert rank == pytest.approx(np.mean([r for path, r in last.items() if kind in path]))
     pruned = [path for path, rank in last.items() if not rank]
     assert set(found["against"]["only in against"]) == set(pruned)
     assert (
