@@ -83,8 +83,7 @@ def row(name: str, runs: Path) -> dict[str, Any]:
         **result["all"],
         "first": first,
         "kinds": result["kinds"],
-        "layers": {layer: own["r"] for layer, own in result["layers"].items()} if kept else None,
-        "adalora": kept and {key: kept[key] for key in ("init_r", "kept", "of")},
+        "adalora": kept and {key: value for key, value in kept.items() if key != "ranks"},
         "pruned": kept and sum(1 for rank in kept["ranks"].values() if not rank),
     }
 
@@ -112,7 +111,7 @@ def report(rows: dict[str, Any], pairs: dict[str, Any]) -> None:
         cells = []
         for own in rows.values():
             part = own["kinds"][kind]
-            rank = f", r {part['r']:.2f}" if own["adalora"] else ""
+            rank = f", r {own['adalora']['kinds'][kind]:.2f}" if own["adalora"] else ""
             cells.append(f"{part['energy']:.1%}, {part['amplification']:.2f}{rank}")
         print(f"| {kind} | " + " | ".join(cells) + " |")
 

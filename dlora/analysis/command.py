@@ -167,6 +167,8 @@ def lines(made: Analysis) -> list[str]:
         pruned = [path for path, rank in made.kept.ranks.items() if not rank]
         without = f"; none of {and_more(pruned)}" if pruned else ""
         shown.append(f"AdaLoRA kept {made.kept.kept:,} of {made.kept.of:,} triplets{without}")
+        means = ", ".join(f"{kind} {r:.3g}" for kind, r in made.kept.means(0).items())
+        shown.append(f"mean rank: {means}")
     if made.against is not None:
         both = list(made.beside)
         kinds = by_groups(both, 0, made.beside_row) | {"all": made.beside_row(both)}
@@ -193,7 +195,7 @@ def write(made: Analysis, folder: Path) -> None:
     }
     if made.against is not None:
         tensors = [
-            new_float_tensor(key, torch.float32, grid.shape, partial(iter, [grid]))
+            new_float_tensor(key, torch.float32, grid.shape, partial(iter, (grid,)))
             for key, grid in grids.items()
         ]
         write_tensors(folder / GRIDS, tensors, lambda _: None)

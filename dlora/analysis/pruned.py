@@ -10,11 +10,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 import yaml
 
 from dlora.analysis.opened import Opened
+from dlora.analysis.summary import groups
 from dlora.methods.adalora_report import read_masks
 
 
@@ -35,9 +37,17 @@ class Kept:
         """Triplets at the start."""
         return self.init_r * len(self.ranks)
 
+    def means(self, which: int) -> dict[str, float]:
+        """The mean rank of each kind (0) or layer (1), modules without rank included."""
+        return {
+            group: mean(self.ranks[path] for path in own)
+            for group, own in groups(self.ranks, which).items()
+        }
+
     def record(self) -> dict[str, Any]:
         """As JSON."""
-        return {"init_r": self.init_r, "kept": self.kept, "of": self.of, "ranks": self.ranks}
+        sums = {"init_r": self.init_r, "kept": self.kept, "of": self.of}
+        return {**sums, "kinds": self.means(0), "layers": self.means(1), "ranks": self.ranks}
 
 
 def kept_by(opened: Opened, ranks: Mapping[str, int]) -> Kept | None:

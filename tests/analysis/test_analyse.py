@@ -177,10 +177,10 @@ def test_modules_that_are_trained_whole(bases, tmp_path, capsys) -> None:
     case = Case("llama", ["q_proj"], saved=("norm",))
     adapter = made_by_peft(base, case, tmp_path / "adapter")
     found = analysed(tmp_path / "to", adapter)["whole"]
-    before = loaded(base).model.norm.weight
+    before = loaded(base).model.norm.weight.detach()
     tensors = load_file(adapter / "adapter_model.safetensors")
     after = tensors["base_model.model.model.norm.weight"]
-    change = np.linalg.norm(after - before.detach().numpy())
+    change = np.linalg.norm(after - before.numpy())
     assert found["model.norm.weight"]["update"] == pytest.approx(change, rel=1e-6)
     assert found["model.norm.weight"]["base"] == pytest.approx(float(before.norm()), rel=1e-6)
     assert "model.norm.weight: trained whole, moved by" in capsys.readouterr().out
@@ -222,6 +222,8 @@ def test_a_run(method, run, saved_models, tmp_path, capsys) -> None:
     last = masks[max(masks, key=int)]
     assert found["adalora"]["ranks"] == last
     assert (found["adalora"]["kept"], found["adalora"]["of"]) == (sum(last.values()), 4 * len(last))
+    for kind, rank in found["adalora"]["kinds"].items():
+        assert rank == pytest.approx(np.mean([r for path, r in last.items() if kind in path]))
     pruned = [path for path, rank in last.items() if not rank]
     assert set(found["against"]["only in against"]) == set(pruned)
     assert (

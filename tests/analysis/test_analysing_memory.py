@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parents[2]
-HIDDEN, INNER, R = 2048, 16384, 8  # a short side for the Krylov space
+HIDDEN, INNER, R = 1536, 20480, 8  # a short side for the Krylov space
 MATRIX = HIDDEN * INNER * 4  # more than the margin, so that a second one is seen
 MARGIN = 100_000_000
 MEASURED = """
@@ -41,11 +41,13 @@ def test_peak_memory(tmp_path: Path) -> None:
         model = LlamaForCausalLM(config)
     config.save_pretrained(tmp_path / "base")
     draw = torch.Generator().manual_seed(0)
-    falling = torch.arange(1, INNER + 1) ** -0.5
+    falling = 1 / torch.arange(1, INNER + 1)
     weights = {}
     for name, parameter in model.named_parameters():
-        made = torch.randn(parameter.shape, generator=draw)
-        weights[name] = (made * falling[: made.shape[-1]]).bfloat16()
+        shape = parameter.shape
+        rows = torch.randn(min(shape[0], 512), *shape[1:], generator=draw)
+        rows = (rows * falling[: shape[-1]] if rows.ndim == 2 else rows).bfloat16()
+        weights[name] = rows.repeat(shape[0] // len(rows), *[1] * (len(shape) - 1))
     save_file(weights, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
     del weights
     stored = sum(save_random(tmp_path, seed) for seed in (1, 2))
