@@ -16,7 +16,7 @@ MATRIX = HIDDEN * INNER * 4  # more than the margin, so that a second one is see
 MARGIN = 100_000_000
 MEASURED = """
 import sys
-import transformers
+import transformers.models.llama.modeling_llama  # what the command would import later
 from matplotlib.figure import Figure
 from dlora.analysis.command import main
 from dlora.runtime.memory import MemoryMeter
