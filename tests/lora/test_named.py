@@ -434,6 +434,6 @@ def test_a_thousand_adapters_come_and_go_in_the_same_memory() -> None:
             counts.append(held())
     assert {path: type(m) for path, m in model.named_modules()} == kinds
     assert counts[1][1:] == counts[0][1:]
-    assert abs(counts[1][0] - counts[0][0]) < 100
+    assert counts[1][0] - counts[0][0] < 100  # what earlier tests left may go meanwhile
     hooks = [h for m in model.modules() for h in m._forward_pre_hooks.values()]
     assert len(hooks) == 1  # that switches torch's fused encoder off
