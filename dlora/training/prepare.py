@@ -34,6 +34,7 @@ from dlora.training.prepare_data import (
     Once,
     by_itself,
 )
+from dlora.training.reference import reference_line
 from dlora.training.settle_compile import (
     changed_compile,
     earlier_compile,
@@ -123,14 +124,18 @@ def prepare(
 
     def place(dealing: Dealing) -> Decision:
         if isinstance(train, Dataset) and isinstance(found.sampler, Sampler):
-            workload = workload_of(config, world, train, found.sampler, dealing=dealing)
+            how: dict[str, Any] = {"dealing": dealing, "task": found.task}
+            workload = workload_of(config, world, train, found.sampler, **how)
         else:  # any sequence may be the longest
-            workload = workload_of(config, world, dealing=dealing)
+            workload = workload_of(config, world, dealing=dealing, task=found.task)
+        workload = replace(workload, reference=found.task.reference(skeleton))
         trained = trainable_parameters(skeleton)
         return decision_of(
             config, found.task, skeleton, trained, workload, topology, around, resumed
         )
 
+    if line := reference_line(config, found.task, skeleton, resumed):
+        announce(line)
     earlier = resumed.tokens_per_micro_batch(world) if resumed else None
     dealing, decision = settle_micro_batches(
         config, train, world, found.packs, place, earlier=earlier

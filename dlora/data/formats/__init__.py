@@ -10,6 +10,7 @@ from dlora.data.formats.record import (
     Conversation,
     Fields,
     LabelledText,
+    Preference,
     RecordError,
     RecordFormat,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "Continuation",
     "Conversation",
     "LabelledText",
+    "Preference",
     "RecordError",
     "RecordFormat",
     "read_record",
@@ -30,7 +32,7 @@ __all__ = [
 
 def read_record(
     format: str, record: Mapping[str, Any]
-) -> tuple[Conversation | Continuation | LabelledText | str, dict[str, Any]]:
+) -> tuple[Conversation | Continuation | LabelledText | Preference | str, dict[str, Any]]:
     """A record as its format reads it, and the fields that the format does not read.
 
     Raises:

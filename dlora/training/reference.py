@@ -1,0 +1,60 @@
+"""What a policy is compared with, decided by how its adapter began.
+
+a fresh adapter                     W0 with the adapter off
+the adapter at `adapter.path`       a frozen copy of what it was then, on every rank and in
+                                    checkpoints; or W0, with `dpo.reference: base`
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from dlora.config.load import Config, value_of
+from dlora.methods.trained_replica import TrainedReplica
+from dlora.objectives.reference import reference_of
+from dlora.registry import room
+from dlora.tasks import Task
+from dlora.training.find_checkpoint import ResumePoint
+
+
+def copies_adapter(config: Config, resumed: ResumePoint | None) -> bool:
+    """Whether the reference is a copy of the adapter that the run began with."""
+    objective = config.train.objective
+    if not room("objectives")[objective].says.get("compares"):
+        return False
+    setting = value_of(config, f"{objective}.reference")
+    if setting != "auto":
+        return bool(setting == "adapter")
+    if resumed is not None:  # `adapter.path` may have been changed since, or be gone
+        return (resumed.settings.get("adapter") or {}).get("path") is not None
+    return config.adapter.path is not None
+
+
+def reference_line(
+    config: Config, task: Task, skeleton: nn.Module, resumed: ResumePoint | None
+) -> str:
+    """What the reference is and how it is computed, in a line; empty where there is none."""
+    how = task.reference(skeleton)
+    if not how:
+        return ""
+    what = "W0 with the adapter off"
+    if copies_adapter(config, resumed):
+        what = "a frozen copy of the adapter at adapter.path"
+    passes = {
+        "joined": "in the policy's pass: each block computes for both, so W0 is gathered once",
+        "apart": "in a pass of its own: adapters lie outside of the blocks, or the model computes "
+        "between them",
+    }
+    return f"train.objective: {config.train.objective}: the reference is {what}, {passes[how]}"
+
+
+def freeze_reference(
+    config: Config, resumed: ResumePoint | None, model: nn.Module, replica: TrainedReplica
+) -> None:
+    """Copy the trained tensors as they are, where the reference is their copy.
+
+    Of a resumed run the checkpoint has them: `TrainedReplica.load_reference`.
+    """
+    if copies_adapter(config, resumed):
+        replica.reference = {name: p.detach().clone() for name, p in replica.named.items()}
+        reference_of(model).copies = replica.reference
