@@ -58,4 +58,7 @@ class Orpo(Pairwise):
 def log1mexp(x: Tensor) -> Tensor:
     """log(1 − eˣ) of x < 0, exact near 0 and far from it, and finite at 0."""
     x = x.clamp(max=-torch.finfo(x.dtype).tiny)
-    return torch.where(x > -0.6931, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
+    near = x > -0.6931
+    # Each branch sees only what it is for: where it overflows, its gradient times zero is no zero.
+    first, second = torch.where(near, x, -0.5), torch.where(near, -1.0, x)
+    return torch.where(near, torch.log(-torch.expm1(first)), torch.log1p(-torch.exp(second)))
