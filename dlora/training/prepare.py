@@ -34,7 +34,7 @@ from dlora.training.prepare_data import (
     Once,
     by_itself,
 )
-from dlora.training.reference import reference_line
+from dlora.training.reference import check_reference, reference_line
 from dlora.training.settle_compile import (
     changed_compile,
     earlier_compile,
@@ -140,6 +140,7 @@ def prepare(
     dealing, decision = settle_micro_batches(
         config, train, world, found.packs, place, earlier=earlier
     )
+    check_reference(decision.plan.workload, decision.plan.placement)
     if config.train.tokens_per_micro_batch == "auto":
         announce(f"train.tokens_per_micro_batch: {dealing.tokens}")
     if decision.plan.divided:

@@ -10,9 +10,12 @@ from __future__ import annotations
 from torch import nn
 
 from dlora.config.load import Config, value_of
+from dlora.errors import UsageError
 from dlora.methods.trained_replica import TrainedReplica
 from dlora.objectives.reference import reference_of
+from dlora.plan.workload import Workload
 from dlora.registry import room
+from dlora.sharding.topology import Placement
 from dlora.tasks import Task
 from dlora.training.find_checkpoint import ResumePoint
 
@@ -46,6 +49,21 @@ def reference_line(
         "between them",
     }
     return f"train.objective: {config.train.objective}: the reference is {what}, {passes[how]}"
+
+
+def check_reference(workload: Workload, placement: Placement) -> None:
+    """Check that an engine can compute the reference as the plan says.
+
+    Raises:
+        UsageError: DeepSpeed would have to follow a pass without a backward between two with one,
+            and gathers then more than its trace, and the plan, know of.
+    """
+    if workload.reference == "apart" and placement.engine == "zero3" and placement.shard_size > 1:
+        raise UsageError(
+            "sharding.engine: zero3 cannot compute a reference in a pass of its own, which it has "
+            "where adapters lie outside of the blocks, or the model computes between them; set "
+            "sharding.engine: fsdp2"
+        )
 
 
 def freeze_reference(
