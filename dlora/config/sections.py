@@ -177,7 +177,7 @@ class TrainConfig:
         ge=2,
         when={"task": "classification"},
     )
-    objective: str = option("sft", "the loss", room="objectives", later=("kto", "distill"))
+    objective: str = option("sft", "the loss", room="objectives", later=("kto",))
     max_steps: int = option(200, "optimizer steps in all", ge=1)
     epochs: int | None = option(None, "passes over the data; set it instead of max_steps", ge=1)
     global_batch_size: int = option(32, "sequences per optimizer step, over all ranks", ge=1)
@@ -269,8 +269,8 @@ def value_of(config: Config, key: str) -> Any:
 
 def task_name(config: Config) -> str:
     """What the model is trained to do: `train.task`, or what the objective makes of it."""
-    says = room("objectives")[config.train.objective].says
-    return says.get("task") or config.train.task
+    part = room("objectives").get(config.train.objective)  # none: it comes later
+    return (part.says.get("task") if part else None) or config.train.task
 
 
 def record_format(config: Config) -> str:

@@ -2,10 +2,12 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from dlora.data.builtin import as_pairs
 from dlora.data.columns import Columns
 from dlora.data.encode import Encoder, Int32Array, count_targets, longest_row
 from dlora.data.files import Sources, is_builtin, read_records
@@ -174,11 +176,16 @@ def _contents(
     """Every record of the source with what its format makes of it."""
     if format not in FORMATS:
         raise UsageError(f"data.format: {format!r} is unknown; expected one of {list(FORMATS)}")
-    if is_builtin(source) and format != "chat":
+    if is_builtin(source) and format not in ("chat", PreferenceFormat.name):
         raise UsageError(
             f"data.format: {key} {source} contains chats; set it to chat, not {format}"
         )
-    for record in read_records(source, key, faults):
+    records = read_records(source, key, faults)
+    if is_builtin(source) and format == PreferenceFormat.name:
+        found = list(records)
+        pairs = as_pairs([record.value for record in found])
+        records = (replace(r, value=pair) for r, pair in zip(found, pairs, strict=True))
+    for record in records:
         try:
             content = read_record(format, columns(record.value))
         except RecordError as error:
