@@ -27,7 +27,7 @@ from dlora.plan.choose import candidates as candidates_of
 from dlora.plan.graphs import graphs_in_words
 from dlora.plan.kustomize import patch, write
 from dlora.plan.micro_batches import settle_micro_batches
-from dlora.plan.objective import made_task
+from dlora.plan.objective import copies_adapter, made_task
 from dlora.plan.plan import Plan, Subject
 from dlora.plan.speed import Speeds, step_time
 from dlora.plan.state import modes
@@ -137,7 +137,8 @@ def survey(config: Config, machines: Machines) -> Survey:
         else:
             trained = trainable_parameters(skeleton)
             workload = workload_of(config, topology.world, dealing=dealing, task=task)
-            workload = replace(workload, reference=task.reference(skeleton))
+            reference, copied = task.reference(skeleton), copies_adapter(config)
+            workload = replace(workload, reference=reference, copied=copied)
         return Subject(
             skeleton,
             trained,

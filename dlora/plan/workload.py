@@ -36,6 +36,7 @@ class Workload:
         shapes: how many numbers of rows and tokens the run's micro-batches have.
         reference: how a policy is compared: "joined", each block computes for the reference as
             well; "apart", in a pass of its own; empty: with nothing.
+        copied: whether that is a copy of the trained tensors as they began.
         optimizers: the `optimizer` section of each of several adapters, by name, that are trained
             together; empty: `optimizer` is that of the one there is.
     """
@@ -50,6 +51,7 @@ class Workload:
     gradient_bytes: int | None = None
     shapes: int = 1
     reference: str = ""
+    copied: bool = False
     optimizers: Mapping[str, OptimizerConfig] = field(default_factory=dict)
 
     def groups(

@@ -66,7 +66,7 @@ class Preference(Causal):
         return 2 * in_eights(longest)
 
     def sizes(self, data: Any) -> Any:
-        return [self.whole(longest_row(data[i].labels)) for i in range(len(data))]
+        return _Sizes(data, self)
 
     def install(self, model: nn.Module, device: str | None = None) -> None:
         super().install(model, device)
@@ -119,3 +119,13 @@ class Preference(Causal):
         """What is wanted is the chosen answer."""
         chosen = [halves(example)[0] for example in examples]
         return super().answers(model, tokenizer, chosen, pad_id=pad_id, ends=ends)
+
+
+class _Sizes:
+    """Tokens of a pair with its padding, counted when they are asked for."""
+
+    def __init__(self, data: Any, task: Preference) -> None:
+        self._data, self._task = data, task
+
+    def __getitem__(self, index: int) -> int:
+        return self._task.whole(longest_row(self._data[index].labels))

@@ -23,6 +23,7 @@ from dlora.lora.config import LoraConfig
 from dlora.lora.left import unreached_by_text
 from dlora.plan.choose import Decision, capacity_of, decide
 from dlora.plan.micro_batches import settle_micro_batches
+from dlora.plan.objective import copies_adapter
 from dlora.plan.plan import Plan, Subject
 from dlora.plan.workload import Workload, workload_of
 from dlora.sharding.topology import Placement, Topology
@@ -128,7 +129,8 @@ def prepare(
             workload = workload_of(config, world, train, found.sampler, **how)
         else:  # any sequence may be the longest
             workload = workload_of(config, world, dealing=dealing, task=found.task)
-        workload = replace(workload, reference=found.task.reference(skeleton))
+        copied = copies_adapter(config, resumed and resumed.settings)
+        workload = replace(workload, reference=found.task.reference(skeleton), copied=copied)
         trained = trainable_parameters(skeleton)
         return decision_of(
             config, found.task, skeleton, trained, workload, topology, around, resumed

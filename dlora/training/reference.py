@@ -9,28 +9,15 @@ from __future__ import annotations
 
 from torch import nn
 
-from dlora.config.load import Config, value_of
+from dlora.config.load import Config
 from dlora.errors import UsageError
 from dlora.methods.trained_replica import TrainedReplica
 from dlora.objectives.reference import reference_of
+from dlora.plan.objective import copies_adapter
 from dlora.plan.workload import Workload
-from dlora.registry import room
 from dlora.sharding.topology import Placement
 from dlora.tasks import Task
 from dlora.training.find_checkpoint import ResumePoint
-
-
-def copies_adapter(config: Config, resumed: ResumePoint | None) -> bool:
-    """Whether the reference is a copy of the adapter that the run began with."""
-    objective = config.train.objective
-    if not room("objectives")[objective].says.get("compares"):
-        return False
-    setting = value_of(config, f"{objective}.reference")
-    if setting != "auto":
-        return bool(setting == "adapter")
-    if resumed is not None:  # `adapter.path` may have been changed since, or be gone
-        return (resumed.settings.get("adapter") or {}).get("path") is not None
-    return config.adapter.path is not None
 
 
 def reference_line(
@@ -41,7 +28,7 @@ def reference_line(
     if not how:
         return ""
     what = "W0 with the adapter off"
-    if copies_adapter(config, resumed):
+    if copies_adapter(config, resumed and resumed.settings):
         what = "a frozen copy of the adapter at adapter.path"
     passes = {
         "joined": "in the policy's pass: each block computes for both, so W0 is gathered once",
@@ -73,6 +60,6 @@ def freeze_reference(
 
     Of a resumed run the checkpoint has them: `TrainedReplica.load_reference`.
     """
-    if copies_adapter(config, resumed):
+    if copies_adapter(config, resumed and resumed.settings):
         replica.reference = {name: p.detach().clone() for name, p in replica.named.items()}
         reference_of(model).copies = replica.reference

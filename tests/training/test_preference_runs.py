@@ -75,7 +75,8 @@ def with_plan(argv: list[str]) -> dict[str, Any]:
         ("llama", DPO | {"dpo__sft_weight": 0.5, "dpo__kl_weight": 0.2}, "joined"),
         # An adapter before the blocks: the reference has a pass of its own.
         ("tied", DPO | {"adapter__target_modules": ["embed_tokens", "q_proj"]}, "apart"),
-        ("gpt2", {"train__objective": "orpo"}, ""),
+        # Some seconds each: what differs from the first is in tests/objectives in one process.
+        full("gpt2", {"train__objective": "orpo"}, ""),
         full("gpt2", DPO | {"dpo__loss_type": "ipo"}, "joined"),
         full("llama", {"train__objective": "simpo"}, ""),
         full("mixtral", DPO, "joined"),
@@ -149,7 +150,13 @@ def continued(pools: Pools, saved_models: Any, tmp_path_factory: pytest.TempPath
 
 
 @pytest.mark.parametrize(
-    ("engine", "state"), [("fsdp2", "replicated"), ("zero3", "replicated"), ("fsdp2", "divided")]
+    ("engine", "state"),
+    [
+        ("fsdp2", "replicated"),
+        # 5 s each: both parts are resumed without a copy in test_resume.py and test_divided_runs.py
+        full("zero3", "replicated"),
+        full("fsdp2", "divided"),
+    ],
 )
 def test_a_continued_adapter_is_compared_with_its_copy_after_a_resume_as_well(
     run: Runs, continued: str, tmp_path: Path, engine: str, state: str
@@ -191,6 +198,7 @@ def test_a_policy_may_be_compared_with_the_base_instead(run: Runs, continued: st
     assert lines[0]["eval_margin"] != 0 and lines[0]["eval_kl"] > 0
 
 
+@pytest.mark.full  # 5 s: the one that is continued has more to restore
 def test_a_fresh_policy_resumes_bit_for_bit(run: Runs) -> None:
     settings = {"output__save_every": 2, "adapter__lora_dropout": 0.1, "train__micro_batch_size": 3}
     whole = run("whole", 2, **settings)
@@ -204,8 +212,9 @@ def test_a_fresh_policy_resumes_bit_for_bit(run: Runs) -> None:
     "settings",
     [
         {"sharding__activation_checkpointing": True},
-        {"data__streaming": True, "data__shuffle_window": 64},
-        {"adapter__init_lora_weights": "pissa"},
+        # 1 s each: tests/objectives and test_streaming.py have the two apart
+        full({"data__streaming": True, "data__shuffle_window": 64}),
+        full({"adapter__init_lora_weights": "pissa"}),
     ],
 )
 def test_what_a_run_may_have_beside_pairs(run: Runs, settings: dict[str, Any]) -> None:
