@@ -15,7 +15,7 @@ import numpy as np
 from dlora.data.chat import Rendered
 from dlora.data.collate import Batch, collate
 from dlora.data.encode import NO_TARGET, SECOND, Encoder, Example, Int32Array, count_targets
-from dlora.data.formats import Preference, RecordError
+from dlora.data.formats import AnswerPair, RecordError
 from dlora.data.remarks import Remarks
 from dlora.data.render import Renderer
 
@@ -68,7 +68,7 @@ class AnswerPairs:
         """Ids that ended answers so far."""
         return sorted({end for encoder in self._encoders.values() for end in encoder.ends})
 
-    def render(self, content: Preference, beside: Mapping[str, Any]) -> _Pair:
+    def render(self, content: AnswerPair, beside: Mapping[str, Any]) -> _Pair:
         """Both answers behind their prompt, as texts.
 
         Raises:

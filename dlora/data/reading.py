@@ -13,10 +13,10 @@ from dlora.data.encode import Encoder, Int32Array, count_targets, longest_row
 from dlora.data.files import Sources, is_builtin, read_records
 from dlora.data.formats import (
     FORMATS,
+    AnswerPair,
     Continuation,
     Conversation,
     LabelledText,
-    Preference,
     RecordError,
     read_record,
 )
@@ -31,7 +31,7 @@ from dlora.errors import UsageError
 
 NO_COLUMNS: Mapping[str, str] = MappingProxyType({})
 # What a format makes of a record, and the fields beside it.
-Read = Conversation | Continuation | LabelledText | Preference | str
+Read = Conversation | Continuation | LabelledText | AnswerPair | str
 Content = tuple[Read, Mapping[str, Any]]
 _BATCH = 512  # texts per call of the tokenizer: enough for its threads, little in memory
 

@@ -134,7 +134,7 @@ def marked(one: Encoded, tokenizer: Any, colour: bool, labels: Sequence[str] = (
     for second in np.flatnonzero(one.labels == SECOND).tolist():
         parts = ("chosen", slice(second)), ("rejected", slice(second, None))
         return "\n".join(
-            f"{name}: {marked(Encoded(one.input_ids[at], _plain(one.labels[at]), 0), *how)}"
+            f"{name}: {marked(Encoded(one.input_ids[at], _unmarked(one.labels[at]), 0), *how)}"
             for name, at in parts
         )
     is_target = one.labels >= 0
@@ -146,7 +146,7 @@ def marked(one: Encoded, tokenizer: Any, colour: bool, labels: Sequence[str] = (
     return text
 
 
-def _plain(labels: Int32Array) -> Int32Array:
+def _unmarked(labels: Int32Array) -> Int32Array:
     return np.where(labels == SECOND, NO_TARGET, labels)
 
 

@@ -10,8 +10,9 @@ from tiny import tokenizer
 from trl import maybe_extract_prompt
 
 from dlora.data import NO_TARGET, load_examples
+from dlora.data.builtin import as_pairs, builtin_records
 from dlora.data.cache import cached
-from dlora.data.formats import Preference, RecordError, read_record
+from dlora.data.formats import AnswerPair, RecordError, read_record
 from dlora.data.pairs import collate_pairs, halves
 from dlora.errors import UsageError
 
@@ -82,7 +83,7 @@ def test_the_prompt_that_texts_share_is_that_of_trl(chosen: str, rejected: str) 
     record = {"chosen": chosen, "rejected": rejected}
     content, _ = read_record("preference", record)
     wanted = maybe_extract_prompt(record)
-    assert isinstance(content, Preference)
+    assert isinstance(content, AnswerPair)
     for name in ("chosen", "rejected"):
         found: Any = getattr(content, name)
         assert (found.prompt, found.completion) == (wanted["prompt"], wanted[name])
@@ -90,7 +91,7 @@ def test_the_prompt_that_texts_share_is_that_of_trl(chosen: str, rejected: str) 
 
 def test_answers_are_cut_at_whole_words() -> None:
     content, _ = read_record("preference", {"chosen": "it is red", "rejected": "it is reddish"})
-    assert isinstance(content, Preference) and not isinstance(content.chosen, list)
+    assert isinstance(content, AnswerPair) and not isinstance(content.chosen, list)
     assert (content.chosen.prompt, content.chosen.completion) == ("it is", " red")
 
 
@@ -215,3 +216,17 @@ def test_fields_that_nothing_reads_are_counted_once(tmp_path: Path) -> None:
     assert data.report.ignored == {"score": 2}
     with pytest.raises(RecordError):
         read_record("preference", {"chosen": "a"})
+
+
+def test_the_builtin_data_as_pairs() -> None:
+    """The records in their order, each with the answer of another one."""
+    records = builtin_records("docstrings-heldout")
+    found = as_pairs(records)
+    assert len(found) == len(records)
+    for pair, record in zip(found, records, strict=True):
+        assert [*pair["prompt"], *pair["chosen"]] == record["messages"]
+        assert pair["rejected"] != pair["chosen"]
+        assert any(other["messages"][-1:] == pair["rejected"] for other in records)
+    settings = {"key": "data.train", "format": "preference", "max_length": 512}
+    data = load_examples("builtin:docstrings-heldout", tokenizer=tokenizer(), **settings)
+    assert data.report.records == len(records)

@@ -7,10 +7,10 @@ from typing import Any
 
 from dlora.data.formats.messages import checked, message, text_of, turns, with_system
 from dlora.data.formats.record import (
+    AnswerPair,
     Continuation,
     Conversation,
     Message,
-    Preference,
     RecordError,
     filled,
     kind_of,
@@ -28,7 +28,7 @@ class PreferenceFormat:
     fields = ("prompt", "chosen", "rejected", "system", "tools", "documents")
 
     @staticmethod
-    def read(record: Mapping[str, Any]) -> Preference:
+    def read(record: Mapping[str, Any]) -> AnswerPair:
         """The prompt with either answer.
 
         Without "prompt" it is what the two have in common: their first messages, or the text up to
@@ -42,11 +42,11 @@ class PreferenceFormat:
         return made
 
 
-def _texts(record: Mapping[str, Any]) -> Preference:
+def _texts(record: Mapping[str, Any]) -> AnswerPair:
     chosen, rejected = filled(record, "chosen"), filled(record, "rejected")
     if "prompt" in record and record["prompt"] is not None:
         prompt = string(record, "prompt")
-        return Preference(Continuation(prompt, chosen), Continuation(prompt, rejected))
+        return AnswerPair(Continuation(prompt, chosen), Continuation(prompt, rejected))
     if chosen == rejected:
         raise RecordError(_SAME)
     common = _common(chosen, rejected)
@@ -54,7 +54,7 @@ def _texts(record: Mapping[str, Any]) -> Preference:
     for name, one in zip(ANSWERS, pair, strict=True):
         if not one.completion.strip():
             raise RecordError(f"{name!r} is the beginning of the other answer, so it says nothing")
-    return Preference(*pair)
+    return AnswerPair(*pair)
 
 
 def _common(one: str, other: str) -> int:
@@ -66,7 +66,7 @@ def _common(one: str, other: str) -> int:
     return len(one[:end].rstrip(" "))
 
 
-def _conversations(record: Mapping[str, Any]) -> Preference:
+def _conversations(record: Mapping[str, Any]) -> AnswerPair:
     answers = [_answer(record, name) for name in ANSWERS]
     prompt = _prompt(record, answers)
     made = []
@@ -81,7 +81,7 @@ def _conversations(record: Mapping[str, Any]) -> Preference:
         if said[-1]["role"] != "assistant":
             raise RecordError(f"{name!r} ends with role {said[-1]['role']!r}; expected an answer")
         made.append(with_system(record, asked + said))
-    return Preference(*made)
+    return AnswerPair(*made)
 
 
 def _answer(record: Mapping[str, Any], name: str) -> Conversation:

@@ -36,7 +36,7 @@ class LabelledText:
 
 
 @dataclass(frozen=True, slots=True)
-class Preference:
+class AnswerPair:
     """A better and a worse answer to one prompt, each with the prompt in front of it."""
 
     chosen: Conversation | Continuation
@@ -57,7 +57,7 @@ class RecordFormat(Protocol):
     @staticmethod
     def read(
         record: Mapping[str, Any],
-    ) -> Conversation | Continuation | LabelledText | Preference | str:
+    ) -> Conversation | Continuation | LabelledText | AnswerPair | str:
         """The record as a conversation, or as a plain text of which every token is trained on.
 
         Raises:
