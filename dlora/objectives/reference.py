@@ -26,9 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dlora.lora.attach import every_child
 from dlora.lora.names import attached
-from dlora.lora.states import AdapterState
+from dlora.lora.states import AdapterState, Stateful
 
 _RECORD = "dlora_reference"
 _IDLE = (AdapterState.OFF, AdapterState.EMPTY)
@@ -49,7 +48,7 @@ class Reference:
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module] = ()) -> None:
-        self._model, self._children = model, every_child(model)
+        self._model, self._children = model, adapters_in(model)
         self.copies: Mapping[str, Tensor] | None = None
         self.joined = bool(blocks)
         self._run: _Run | None = None
@@ -59,7 +58,7 @@ class Reference:
     @contextmanager
     def acting(self, module: nn.Module | None = None) -> Iterator[None]:
         """Inside, the model (or a module in it) computes as the reference, without a graph."""
-        with self._acting(self._children if module is None else self._inside(module)):
+        with self._acting(self._children if module is None else adapters_in(module)):
             yield
 
     @contextmanager
@@ -85,14 +84,10 @@ class Reference:
                     stack.enter_context(attachment.values.apart())
             yield
 
-    def _inside(self, module: nn.Module) -> list[Any]:
-        own = set(module.modules())
-        return [child for child in self._children if child in own]
-
     def _join(self, block: Any, *, first: bool, last: bool) -> None:
         """Let a block compute for both."""
         own: Callable[..., Any] = block.forward
-        children = self._inside(block)
+        children = adapters_in(block)
 
         def forward(_: Any, *args: Any, **kwargs: Any) -> Any:
             run = self._run
@@ -112,6 +107,11 @@ class Reference:
             return both if isinstance(found, Tensor) else (both, *found[1:])
 
         block.forward = types.MethodType(forward, block)
+
+
+def adapters_in(module: nn.Module) -> list[Stateful]:
+    """The adapters and trained copies in a module; of a model with fewer blocks, those it has."""
+    return [child for child in module.modules() if isinstance(child, Stateful)]
 
 
 class _Run:

@@ -19,9 +19,8 @@ from dlora.data.collate import in_eights
 from dlora.data.encode import NO_TARGET, SECOND, Example, longest_row
 from dlora.data.pairs import PairedBatch, collate_pairs, halves
 from dlora.errors import UsageError
-from dlora.lora.attach import every_child
 from dlora.objectives.preference import Pairwise
-from dlora.objectives.reference import install_reference
+from dlora.objectives.reference import adapters_in, install_reference
 from dlora.objectives.router_loss import find_router_loss
 from dlora.tasks.block_chain import chained_blocks
 from dlora.tasks.causal import Causal
@@ -90,7 +89,7 @@ class Preference(Causal):
         blocks = chained_blocks(model, known=True) if self._chained else []
         inside = {module for block in blocks for module in block.modules()}
         inside |= set(self.head(model).modules())
-        return blocks if inside.issuperset(every_child(model)) else []
+        return blocks if inside.issuperset(adapters_in(model)) else []
 
     def evaluate(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         """The counts are the pairs and the sum over them of each of the objective's figures."""
