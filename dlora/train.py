@@ -19,8 +19,10 @@ from dlora.hooks import NO_HOOKS, Hooks
 from dlora.lora.attach import attachment_of
 from dlora.lora.dropout import SampleKeys
 from dlora.metrics.progress import StepDisplay
+from dlora.objectives.objective import figures_of
 from dlora.objectives.router_loss import whole_loss
 from dlora.optim.schedule import lr_factor, set_lr
+from dlora.plan.objective import objective_of
 from dlora.plan.report import lines_of
 from dlora.runtime.console import console
 from dlora.runtime.determinism import deterministic
@@ -34,7 +36,7 @@ from dlora.runtime.stop_signals import STOP_FLAGS, StopRequest, exit_status
 from dlora.sharding.replica.step_scalars import Reduced
 from dlora.together.prepare import prepare_together
 from dlora.together.run import TogetherRun
-from dlora.training.build import batches_of, build, objective_of
+from dlora.training.build import batches_of, build
 from dlora.training.checkpointing import RESUMES, CheckpointManager
 from dlora.training.evaluate import held_out, print_samples
 from dlora.training.finish import finish, save_result
@@ -149,15 +151,15 @@ class Run:
                 # 1  the step's sequences, the same whatever the world size, and this rank's part
                 ids, mine = batches.step(step)
 
-                # 2  forward and backward, summed over this rank's target tokens
-                sums, tokens = self.passes(step, mine)
+                # 2  forward and backward, summed over this rank's targets, or its pairs
+                sums, weight = self.passes(step, mine)
 
-                # 3  one reduction: gradients become the mean over all target tokens of all ranks
+                # 3  one reduction: gradients become the mean over all targets (pairs) of all ranks
                 checkpoints.before_change()
                 scalars: dict[str, Any] = {**sums, "save": float(self.hooks.should_save())}
                 scalars["near"] = residents.near(self.meter)
                 scalars |= zip(STOP_FLAGS, stop.poll(), strict=True)
-                reduced = replica.reduce_gradients(tokens, scalars=scalars, each=self.meter.peak())
+                reduced = replica.reduce_gradients(weight, scalars=scalars, each=self.meter.peak())
 
                 # 4  clip, schedule, step (after which the method's state follows)
                 loss, norm = reduced.scalars["loss"] / max(reduced.tokens, 1), reduced.norm
@@ -230,29 +232,33 @@ class Run:
         return batches_of(self.prepared, self.ranks, pinned=self.ranks.device.type == "cuda")
 
     def passes(self, step: int, batches: Iterator[Batch]) -> tuple[dict[str, Any], int]:
-        """Forward and backward of this rank's micro-batches: summed losses, and target tokens."""
-        sums: dict[str, Any] = {"places": 0}
-        tokens = 0
+        """Forward and backward of this rank's micro-batches: sums, and their weight in a mean."""
+        sums, weight = dict[str, Any](places=0, targets=0), 0
         with attachment_of(self.model).values.shared():
             for batch in batches:
                 batch = batch.to(self.ranks.device)
                 with self.sample_keys(step, batch):
                     summed = self.objective.loss(self.model, batch)
-                    whole, reported = whole_loss(self.model, summed, batch.num_targets)
+                    whole, reported = whole_loss(self.model, summed, batch.weight)
                     whole.backward()
                 self.checkpoints.look()
+                reported |= getattr(self.objective, "reported", {})
                 for name, value in reported.items():
                     sums[name] = sums.get(name, 0.0) + value
-                tokens += batch.num_targets
+                weight += batch.weight
+                sums["targets"] += batch.num_targets
                 sums["places"] += batch.places
-        return sums, tokens
+        return sums, weight
 
     def figures(self, step: int, ids: Any, reduced: Reduced, seconds: float) -> dict[str, Any]:
         """The figures of a step beside its loss, for the metrics; tokens exclude padding."""
-        all_tokens, targets = int(sum(self.prepared.train.lengths[i] for i in ids)), reduced.tokens
+        pairs, weight = figures_of(self.objective), reduced.tokens
+        all_tokens = int(sum(self.prepared.train.lengths[i] for i in ids))
+        targets = round(reduced.scalars["targets"]) if pairs else weight
+        named = ("aux_loss", *pairs)
         is_read = has_reader(self.config.output, step, reduced.scalars, self.total_steps)
         return {
-            **{n: s / max(targets, 1) for n, s in reduced.scalars.items() if n == "aux_loss"},
+            **{n: s / max(weight, 1) for n, s in reduced.scalars.items() if n in named},
             "tokens": targets,
             "all_tokens": all_tokens,
             "padding": 1 - all_tokens / max(reduced.scalars["places"], all_tokens),

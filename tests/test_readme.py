@@ -35,8 +35,9 @@ NOT_RUN = {
     "torchrun --nproc-per-node 2 -m dlora.train --config configs/quickstart.yaml",  # make runs it
 }
 # Demo runs of half a minute, whose words alone are read by default: both engines train in
-# tests/sharding, and a packed base in training/test_quantized_runs.py.
-LONG_RUNS = ("configs/zero3.yaml", "configs/qlora.yaml")
+# tests/sharding, a packed base in training/test_quantized_runs.py, and pairs of answers in
+# training/test_preference_runs.py.
+LONG_RUNS = ("configs/zero3.yaml", "configs/qlora.yaml", "configs/dpo.yaml")
 LIMIT_SECONDS = 1200
 
 
@@ -194,7 +195,9 @@ def check_training(words: list[str]) -> None:
 @pytest.mark.full
 @pytest.mark.timeout(LIMIT_SECONDS)
 @pytest.mark.parametrize("config", LONG_RUNS)
-def test_a_long_command_runs(config: str, tree: Path) -> None:
+def test_a_long_command_runs(config: str, tree: Path, request: pytest.FixtureRequest) -> None:
+    if "runs/quickstart" in (ROOT / config).read_text(encoding="utf-8"):
+        request.getfixturevalue("quickstart")
     [command] = [c for page in PAGES for c in commands(page) if is_long(c) and config in c]
     run(command, tree)
 

@@ -49,9 +49,14 @@ def _has_its_own(model: Any) -> bool:
     )
 
 
+def lists_of_blocks(model: nn.Module) -> list[list[nn.Module]]:
+    """The blocks of each of a model's lists of them, in their order."""
+    return [list(model.get_submodule(path).children()) for path in block_lists(model)]
+
+
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:
-    for path in block_lists(model):
-        yield from model.get_submodule(path).children()
+    for blocks in lists_of_blocks(model):
+        yield from blocks
 
 
 def _recomputing(

@@ -143,6 +143,10 @@ def problems_together(config: Config) -> Iterator[str]:
     for tracker in config.output.report_to:
         if tracker != "tensorboard":
             yield f"output.report_to: {tracker} follows one adapter at a time"
+    objective = config.train.objective
+    part = room("objectives").get(objective)
+    if part is not None and part.says.get("task"):
+        yield f"train.objective: {objective} trains one adapter at a time"
     init, method = config.adapter.init_lora_weights, config.adapter.method
     needs = room("lora.init")[init].says.get("needs")
     if needs == "gradient":

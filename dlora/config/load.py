@@ -29,6 +29,7 @@ from dlora.config.sections import (
     ShardingConfig,
     TrainConfig,
     is_set,
+    spelled,
     value_of,
 )
 from dlora.config.sources import print_help, read_file, scan_argv
@@ -134,7 +135,7 @@ def _build(values: dict[str, Any], members: tuple[Member, ...] = ()) -> Config:
     sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     for key, value in values.items():
         section, _, name = key.partition(".")
-        sections[section][name] = value
+        sections[section][name if spelled(f"{name}_") != name else f"{name}_"] = value
     built = {name: SECTIONS[name](**options) for name, options in sections.items()}
     return Config(**built, adapters=members, user_set=user_set)
 
@@ -173,7 +174,10 @@ def _build_extra(extra: type | None, schema: dict[str, Option], words: dict[str,
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """All sections as plain values, in the order of the contract."""
-    return {name: asdict(getattr(config, name)) for name in SECTIONS}
+    return {
+        name: {spelled(field): value for field, value in asdict(getattr(config, name)).items()}
+        for name in SECTIONS
+    }
 
 
 def dump_yaml(config: Config) -> str:

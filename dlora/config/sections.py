@@ -4,6 +4,7 @@ What belongs to one method, initialisation, optimizer, … is declared in its ow
 options of any adapter, in `lora/config.py`; `carries` gives the sections a field for each of them.
 """
 
+import keyword
 import operator
 from dataclasses import dataclass, field, make_dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
@@ -118,7 +119,7 @@ class DataConfig:
     max_eval_samples: int | None = option(
         None, "evaluate on the first so many records of data.eval; null: on all", ge=1
     )
-    format: str = option("chat", "layout of a record", room="data.formats", later=("preference",))
+    format: str = option("chat", "layout of a record", room="data.formats", later=("unpaired",))
     chat_template: str | None = option(
         None, "a Jinja file, or the template itself, in place of the tokenizer's chat template"
     )
@@ -176,7 +177,7 @@ class TrainConfig:
         ge=2,
         when={"task": "classification"},
     )
-    objective: str = option("sft", "the loss", room="objectives", later=("dpo",))
+    objective: str = option("sft", "the loss", room="objectives", later=("kto",))
     max_steps: int = option(200, "optimizer steps in all", ge=1)
     epochs: int | None = option(None, "passes over the data; set it instead of max_steps", ge=1)
     global_batch_size: int = option(32, "sequences per optimizer step, over all ranks", ge=1)
@@ -211,12 +212,20 @@ class TrainConfig:
         return "max_steps" if self.epochs is None else "epochs"
 
 
+def spelled(name: str) -> str:
+    """How a field's option is written: a field cannot have the name of a word of Python's."""
+    bare = name.removesuffix("_")
+    return bare if keyword.iskeyword(bare) else name
+
+
 def _sections_of_objectives(cls: type[T]) -> type[T]:
     """Add a section for every objective that has options, under the objective's name."""
     for name, part in room("objectives").items():
         if part.options:
             made = [(o.name, o.type, o.field("objectives", (name,))) for o in part.options]
             section = make_dataclass(str(name), made, frozen=True, kw_only=True)
+            for word in (o.name for o in part.options if spelled(o.name) != o.name):
+                setattr(section, spelled(word), property(operator.attrgetter(word)))
             section.__doc__ = f"How train.objective: {name} counts."
             cls.__annotations__[str(name)] = section
             setattr(cls, str(name), field(default_factory=section))
@@ -250,7 +259,7 @@ SECTIONS: dict[str, type] = {
 }
 SCHEMA: dict[str, Option] = {}  # by dotted key, in the order of the contract
 for _name, _section in SECTIONS.items():
-    SCHEMA |= options_of(_section, f"{_name}.{{}}".format)
+    SCHEMA |= options_of(_section, lambda field, of=_name: f"{of}.{spelled(field)}")  # type: ignore[misc]
 
 
 def value_of(config: Config, key: str) -> Any:
@@ -258,9 +267,15 @@ def value_of(config: Config, key: str) -> Any:
     return operator.attrgetter(key)(config)
 
 
+def task_name(config: Config) -> str:
+    """What the model is trained to do: `train.task`, or what the objective makes of it."""
+    part = room("objectives").get(config.train.objective)  # none: it comes later
+    return (part.says.get("task") if part else None) or config.train.task
+
+
 def record_format(config: Config) -> str:
-    """The layout of records: that of `train.task`, which for some is another than `data.format`."""
-    return room("tasks")[config.train.task].says.get("format") or config.data.format
+    """The layout of records: that of the task, which for some is another than `data.format`."""
+    return room("tasks")[task_name(config)].says.get("format") or config.data.format
 
 
 def is_set(config: Config, key: str) -> bool:

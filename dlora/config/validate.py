@@ -14,7 +14,7 @@ import fsspec
 
 from dlora.config.options import show
 from dlora.config.recompute import problem
-from dlora.config.sections import SCHEMA, Config, is_set, record_format, value_of
+from dlora.config.sections import SCHEMA, Config, is_set, record_format, task_name, value_of
 from dlora.errors import LaterError, UsageError
 from dlora.registry import ROOMS, Part, plain, room
 
@@ -68,6 +68,11 @@ INERT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
         "data.chat_template data.chat_template_kwargs",
         lambda c: record_format(c) == "labelled",
         "train.task reads plain texts",
+    ),
+    (
+        "dpo.label_smoothing",
+        lambda c: value_of(c, "dpo.loss_type") in ("hinge", "ipo"),
+        "dpo.loss_type is neither sigmoid nor robust",
     ),
     ("train.compile_cache", lambda c: c.train.compile is False, "train.compile is false"),
     ("data.max_eval_samples", lambda c: c.data.eval is None, "data.eval is null"),
@@ -176,7 +181,7 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield f"output.report_to: {name} is there twice"
     task, format = config.train.task, record_format(config)
     # The default says nothing: the file of a run has it too.
-    if config.data.format not in (format, SCHEMA["data.format"].default):
+    if format == "labelled" and config.data.format not in (format, SCHEMA["data.format"].default):
         yield (
             f"data.format: {config.data.format} cannot act: train.task: {task} reads the fields "
             "text and label (data.columns names where they are)"
@@ -192,8 +197,41 @@ def _contradictions(config: Config) -> Iterator[str]:
                 "train.tokens_per_micro_batch: train.task: seq2seq pads sources and answers apart; "
                 "set train.micro_batch_size"
             )
+        if task_name(config) == "preference":
+            yield (
+                f"train.tokens_per_micro_batch: train.objective: {config.train.objective} has "
+                "pairs, whose answers have a row each; set train.micro_batch_size, which counts "
+                "pairs"
+            )
+    yield from _of_objective(config)
     if config.train.governed_by == "epochs" and is_set(config, "train.max_steps"):
         yield "train.max_steps: train.epochs is set as well; set only one of the two"
+
+
+def _of_objective(config: Config) -> Iterator[str]:
+    """What an objective and the layout of records do not have in common."""
+    objective, format = config.train.objective, config.data.format
+    part = room("objectives").get(objective)
+    if part is None:  # it comes later
+        return
+    reads = part.says.get("formats", ())
+    if reads and format not in reads:
+        yield (
+            f"data.format: train.objective: {objective} reads {' or '.join(reads)}, not {format}; "
+            f"set data.format: {reads[0]}"
+        )
+    of = [str(p.name) for p in room("objectives").values() if format in p.says.get("formats", ())]
+    if of and objective not in of:
+        yield (
+            f"train.objective: {objective} cannot read data.format: {format}, which is for "
+            f"{', '.join(sorted(of))}"
+        )
+    copied = value_of(config, "dpo.reference") == "adapter"
+    if objective == "dpo" and copied and config.adapter.path is None:
+        yield (
+            "dpo.reference: adapter is a copy of the adapter at adapter.path, which is null; set "
+            "adapter.path or leave it at auto"
+        )
 
 
 def _cannot_act(config: Config) -> Iterator[str]:

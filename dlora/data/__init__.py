@@ -4,6 +4,7 @@ files.py     finds files and data sets        kinds/       reads them, one file 
 columns.py   renames their columns            builtin.py   a data set every machine has
 formats/     a record as a conversation       chat.py      a conversation as text, with its answers
 render.py    either, and plain texts          remarks.py   what is said of records
+pairs.py     two answers to a prompt, as one example of two sequences
 stops.py     what ends a generated answer     report.py    what is said of a data set
 encode.py    text as ids and labels           dataset.py   all of it: `load_examples`
 sampler.py   the order, and the dealing       stream.py    both for what does not fit memory

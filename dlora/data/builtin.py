@@ -9,6 +9,9 @@ imported or executed. Two parts:
 
 A hash of the sentence, not of the record, decides the part, so that no held-out sentence is also
 trained on (letter case aside). The records depend on the interpreter's version and on nothing else.
+
+As pairs of answers (`data.format: preference`) each has the docstring of another definition as the
+worse answer.
 """
 
 import ast
@@ -17,7 +20,7 @@ import hashlib
 import os
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -65,6 +68,22 @@ def builtin_records(name: str) -> list[dict[str, Any]]:
         for signature, sentence in _pairs()
         if is_held_out(sentence) == held_out
     ]
+
+
+def as_pairs(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The same records with a worse answer each: that of the record half of all further on.
+
+    Where that says the same, the next one that says something else.
+    """
+    answers = [record["messages"][-1:] for record in records]
+    pairs = []
+    for number, record in enumerate(records):
+        start = number + len(records) // 2
+        turned = (answers[(start + i) % len(answers)] for i in range(len(answers)))
+        rejected = next(answer for answer in turned if answer != answers[number])
+        prompt = record["messages"][:-1]
+        pairs.append({"prompt": prompt, "chosen": answers[number], "rejected": rejected})
+    return pairs
 
 
 def is_held_out(sentence: str) -> bool:

@@ -53,6 +53,11 @@ class Batch:
         return len(self.lengths) > len(self.input_ids)
 
     @property
+    def weight(self) -> int:
+        """How much the batch counts in a mean: its targets."""
+        return self.num_targets
+
+    @property
     def places(self) -> int:
         """Tokens and padding that the model computes, an encoder's and a decoder's together."""
         read = self.extra.get("decoder_input_ids")
@@ -65,13 +70,14 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same on a device; from pinned memory, nobody waits for the copies."""
-        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.mapped(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> Batch:
         """The same in pinned memory."""
-        return self._with(Tensor.pin_memory)
+        return self.mapped(Tensor.pin_memory)
 
-    def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same with what `change` makes of each tensor."""
         tensors = {name: change(getattr(self, name)) for name in TENSORS}
         extra = {name: change(tensor) for name, tensor in self.extra.items()}
         return replace(self, **tensors, extra=extra)  # type: ignore[arg-type]

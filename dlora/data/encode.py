@@ -19,6 +19,7 @@ from dlora.data.chat import Rendered
 from dlora.errors import UsageError
 
 NO_TARGET = -100
+SECOND = -101  # no target either: the first token of the second of two sequences in one example
 Int32Array = npt.NDArray[np.int32]
 
 
@@ -46,8 +47,15 @@ class Example:
 
 
 def count_targets(labels: Int32Array) -> int:
-    """Number of positions with labels[i] != -100."""
-    return int(np.count_nonzero(labels != NO_TARGET))
+    """Number of positions whose label is a token, or a class."""
+    return int(np.count_nonzero(labels >= 0))
+
+
+def longest_row(labels: Int32Array) -> int:
+    """Tokens that a model sees in one row: of an example of two sequences, those of the longer."""
+    [*second] = np.flatnonzero(labels == SECOND)
+    first = int(second[0]) if second else len(labels)
+    return max(first, len(labels) - first)
 
 
 def added_around(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -2,15 +2,18 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from dlora.data.builtin import as_pairs
 from dlora.data.columns import Columns
-from dlora.data.encode import Encoder, Int32Array, count_targets
+from dlora.data.encode import Encoder, Int32Array, count_targets, longest_row
 from dlora.data.files import Sources, is_builtin, read_records
 from dlora.data.formats import (
     FORMATS,
+    AnswerPair,
     Continuation,
     Conversation,
     LabelledText,
@@ -18,15 +21,18 @@ from dlora.data.formats import (
     read_record,
 )
 from dlora.data.formats.labelled import Labelled
+from dlora.data.formats.preference import PreferenceFormat
 from dlora.data.kinds import Faults, Record
 from dlora.data.labelled import LabelledTexts
+from dlora.data.pairs import AnswerPairs
 from dlora.data.render import Renderer
 from dlora.data.report import Report
 from dlora.errors import UsageError
 
 NO_COLUMNS: Mapping[str, str] = MappingProxyType({})
 # What a format makes of a record, and the fields beside it.
-Content = tuple[Conversation | Continuation | LabelledText | str, Mapping[str, Any]]
+Read = Conversation | Continuation | LabelledText | AnswerPair | str
+Content = tuple[Read, Mapping[str, Any]]
 _BATCH = 512  # texts per call of the tokenizer: enough for its threads, little in memory
 
 
@@ -78,6 +84,8 @@ class Reading:
         self._encoder: Any
         if format == Labelled.name:
             self._renderer = self._encoder = LabelledTexts(tokenizer, key, labels, max_length)
+        elif format == PreferenceFormat.name:
+            self._renderer = self._encoder = AnswerPairs(tokenizer, key, max_length)
         else:
             self._encoder = Encoder(tokenizer, special_tokens=format == "text", key=key)
             self._renderer = Renderer(tokenizer, key)
@@ -101,7 +109,7 @@ class Reading:
                 counts["kept"] += 1
                 counts["targets"] += targets
                 counts["shortened"] += targets < count_targets(labels)
-                self._longest = max(self._longest, len(ids[:limit]))
+                self._longest = max(self._longest, longest_row(labels[:limit]))
                 yield Encoded(ids[:limit], labels[:limit], part)
         if self._most is None:
             self._columns.check_seen(self._key)
@@ -168,11 +176,16 @@ def _contents(
     """Every record of the source with what its format makes of it."""
     if format not in FORMATS:
         raise UsageError(f"data.format: {format!r} is unknown; expected one of {list(FORMATS)}")
-    if is_builtin(source) and format != "chat":
+    if is_builtin(source) and format not in ("chat", PreferenceFormat.name):
         raise UsageError(
             f"data.format: {key} {source} contains chats; set it to chat, not {format}"
         )
-    for record in read_records(source, key, faults):
+    records = read_records(source, key, faults)
+    if is_builtin(source) and format == PreferenceFormat.name:
+        found = list(records)
+        pairs = as_pairs([record.value for record in found])
+        records = (replace(r, value=pair) for r, pair in zip(found, pairs, strict=True))
+    for record in records:
         try:
             content = read_record(format, columns(record.value))
         except RecordError as error:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dlora.data.encode import Example
+from dlora.data.encode import Example, longest_row
 from dlora.data.files import Sources, resolve, sources_of
 from dlora.data.kinds import KINDS
 from dlora.data.reading import Encoded, Reading
@@ -228,7 +228,7 @@ def _example(position: int, one: Encoded) -> Example:
 
 
 def _extent(window: list[Encoded]) -> tuple[int, int]:
-    """(largest token id, most tokens) of sequences."""
+    """(largest token id, most tokens of a row) of sequences."""
     return max(int(one.input_ids.max()) for one in window), max(
-        len(one.input_ids) for one in window
+        longest_row(one.labels) for one in window
     )

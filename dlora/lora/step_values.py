@@ -36,6 +36,15 @@ class StepValues:
         finally:
             self._made = previous
 
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Inside, nothing is shared: other tensors stand in the place of the trained ones."""
+        previous, self._made = self._made, None
+        try:
+            yield
+        finally:
+            self._made = previous
+
     def get(self, key: str, make: Callable[[], T]) -> T:
         """What `make` returns, or has returned for this key before."""
         if self._made is None:

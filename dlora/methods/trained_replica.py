@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -37,6 +37,8 @@ from dlora.sharding.replica.frozen import same_on_every_rank
 from dlora.sharding.replica.optimizer_state import States, states_of
 from dlora.sharding.replica.replica import Replica
 
+REFERENCE = "reference"  # the file of a checkpoint
+
 
 class TrainedReplica(Replica):
     """A replica that knows its model.
@@ -48,6 +50,8 @@ class TrainedReplica(Replica):
 
     Attributes:
         method: what the adapters' method computes and saves beside them; see `MethodState`.
+        reference: copies of the trained tensors as they began, by name, where a policy is compared
+            with them.
         others: of the replica for the adapters without a name: those of trained ones with a name.
     """
 
@@ -57,6 +61,7 @@ class TrainedReplica(Replica):
         super().__init__(engine.topology, engine.wire, **settings)
         self.engine, self._model, self._name, self._settings = engine, model, name, settings
         self.method = MethodState()
+        self.reference: dict[str, Tensor] = {}
         self.others: dict[str, TrainedReplica] = {}
 
     def take_over(self, *, equal: bool = False) -> None:
@@ -150,7 +155,17 @@ class TrainedReplica(Replica):
 
     def states(self, optimizer: Optimizer) -> dict[str, States]:
         """This rank's tensors beside the adapters, by the name of their file in a checkpoint."""
-        return {"optimizer": states_of(optimizer, self.optimized), **self.method.tensors()}
+        own = {"optimizer": states_of(optimizer, self.optimized), **self.method.tensors()}
+        if self.reference:
+            parts = {n: self.strategy.local_part(n, t) for n, t in self.reference.items()}
+            own[REFERENCE] = {n: {"start": p} for n, p in parts.items() if p is not None}
+        return own
+
+    def load_reference(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Load (`<parameter>.start`, whole tensor) of a checkpoint; all of them are consumed."""
+        for key, tensor in tensors:
+            if self.reference:
+                self.reference[key.rpartition(".")[0]].copy_(tensor)
 
     @property
     def pairs(self) -> list[Pair]:

@@ -38,6 +38,7 @@ CHUNK_BYTES_ELSEWHERE = 256 << 20
 _WHOLE_TILES = 256  # rows of a chunk are a multiple, where it has so many
 
 Logits = Callable[[Tensor, Tensor], Tensor]
+Wanted = Callable[[OutputHead, Tensor, str | None], Tensor]  # (head, its input, type of device)
 
 
 class ChunkedTargetLoss(torch.autograd.Function):
@@ -136,7 +137,9 @@ def install(model: Any, device: str | None = None) -> None:
     the tokens of each row without padding, on which some models' positions depend; more lengths
     than rows are those of the sequences that share the one row (`packed_row`), with `position_ids`
     that start again for each. An auxiliary loss of its own is left for `router_loss.whole_loss`.
-    With `parts` of the batch the result is [parts], a sum for each.
+    With `parts` of the batch the result is [parts], a sum for each. With `wanted` it is what that
+    function makes of the head's input [rows, tokens, H], or of the class's own logits where those
+    have to be computed whole.
 
     Without `targets` the model's own forward runs. With them it runs as well, and its head computes
     the loss of its input in place of logits: so all that the class does in front of the head stays,
@@ -163,6 +166,7 @@ def install(model: Any, device: str | None = None) -> None:
         positions: Tensor | None = None,
         lengths: Sequence[int] | None = None,
         parts: Sequence[LossPart] = (),
+        wanted: Wanted | None = None,
         **kwargs: Any,
     ) -> Any:
         shape = targets.shape if targets is not None else None
@@ -174,6 +178,8 @@ def install(model: Any, device: str | None = None) -> None:
             positions = (targets != IGNORED).nonzero()
 
         def loss(hidden: Tensor) -> Tensor:
+            if wanted is not None:
+                return wanted(head, hidden, device)
             if not parts:
                 return target_loss(head, hidden, targets, positions, device)
             return torch.stack([part.loss(head, hidden, targets, device) for part in parts])
@@ -189,8 +195,10 @@ def install(model: Any, device: str | None = None) -> None:
                 router.compute(outputs, targets.shape, in_rows)
             if head.finish is not None:
                 return packed.remember(found.pop())
-            wanted = [part.positions for part in parts] or [positions]
-            each = [loss_of_logits(outputs.logits, targets, some) for some in wanted]
+            if wanted is not None:
+                return packed.remember(wanted(head, outputs.logits, device))
+            places = [part.positions for part in parts] or [positions]
+            each = [loss_of_logits(outputs.logits, targets, some) for some in places]
             return packed.remember(torch.stack(each) if parts else each[0])
         finally:
             losses.clear()

@@ -32,6 +32,11 @@ class Batch(Protocol):
     def lengths(self) -> Sequence[int]: ...
 
 
+def figures_of(objective: Any) -> tuple[str, ...]:
+    """The names of what an objective reports beside its loss."""
+    return getattr(objective, "figures", ())
+
+
 class Objective(Protocol):
     """What is minimised.
 
@@ -40,13 +45,16 @@ class Objective(Protocol):
     """
 
     name: ClassVar[str]  # the value of `train.objective`
+    # An objective may also have `figures`, names of what it reports, and `reported`, each of them
+    # for the last loss, summed as that is.
 
     def __init__(self, section: Any) -> None: ...
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Σ over the batch's target tokens, a scalar with a gradient.
 
-        The run divides by the number of target tokens of all ranks. `model(input_ids=…, targets=…)`
+        The run divides by the number of target tokens of all ranks (of pairs, where these are
+        trained on). `model(input_ids=…, targets=…)`
         is the summed cross entropy in chunks (with `positions=…` it need not look for them), and
         `model(input_ids=…)` gives all logits. Pass `lengths=batch.lengths` to either: the positions
         of some models depend on them. Called on every rank as often, also for a batch

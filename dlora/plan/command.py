@@ -27,6 +27,7 @@ from dlora.plan.choose import candidates as candidates_of
 from dlora.plan.graphs import graphs_in_words
 from dlora.plan.kustomize import patch, write
 from dlora.plan.micro_batches import settle_micro_batches
+from dlora.plan.objective import copies_adapter, made_task
 from dlora.plan.plan import Plan, Subject
 from dlora.plan.speed import Speeds, step_time
 from dlora.plan.state import modes
@@ -35,7 +36,8 @@ from dlora.plan.together import NO_GRAPHS, Several
 from dlora.plan.workload import workload_of
 from dlora.registry import option, room
 from dlora.sharding.topology import Topology
-from dlora.tasks import CAUSAL, TASKS, Task
+from dlora.tasks import TASKS, Task
+from dlora.tasks.causal import Causal
 from dlora.tasks.made_as import model_class_for
 from dlora.tasks.packing import settle_packing
 
@@ -118,7 +120,7 @@ def survey(config: Config, machines: Machines) -> Survey:
     topology = Topology(0, machines.nodes * machines.gpus_per_node, machines.gpus_per_node)
     capacity, device = _capacity(config, machines)
     config = _with_dtype(config, machines, device)
-    task = task_in_plan(config.train.task, config.train.num_labels)
+    task = task_in_plan(config)
     skeleton = _skeleton(config, task)
     size = sum(p.numel() for p in skeleton.parameters())
     task.check(skeleton)
@@ -134,7 +136,9 @@ def survey(config: Config, machines: Machines) -> Survey:
             trained, workload = several.trained, several.workload(topology.world, packs=packs)
         else:
             trained = trainable_parameters(skeleton)
-            workload = workload_of(config, topology.world, dealing=dealing)
+            workload = workload_of(config, topology.world, dealing=dealing, task=task)
+            reference, copied = task.reference(skeleton), copies_adapter(config)
+            workload = replace(workload, reference=reference, copied=copied)
         return Subject(
             skeleton,
             trained,
@@ -206,10 +210,10 @@ def _with_dtype(config: Config, machines: Machines, device: str) -> Config:
     return replace(config, model=replace(config.model, dtype=dtype))  # type: ignore[arg-type]
 
 
-def task_in_plan(name: str, num_labels: int | None) -> Task:
+def task_in_plan(config: Config) -> Task:
     """The task of a plan, which reads no data: without their number, there are two labels."""
-    kind = TASKS[name]
-    return kind([str(i) for i in range(num_labels or 2)] if kind.draws_head else ())
+    labels = [str(i) for i in range(config.train.num_labels or 2)]
+    return made_task(config, labels if TASKS[config.train.task].draws_head else ())
 
 
 def _with_other_checkpointing(subject: Subject) -> Subject:
@@ -240,7 +244,7 @@ def _skeleton(config: Config, task: Task) -> nn.Module:
     """The model on the meta device; of a .gguf file nothing but its header is read."""
     path, attention = Path(config.model.path).expanduser(), config.model.attn_implementation
     is_fused = attention not in ("sdpa", "eager")  # this machine may lack what those need
-    if path.suffix == ".gguf" and path.is_file() and task.name == CAUSAL.name:
+    if path.suffix == ".gguf" and path.is_file() and isinstance(task, Causal):
         quiet_libraries()
         skeleton: nn.Module = gguf_skeleton(path.resolve(), DTYPES[config.model.dtype])
     else:

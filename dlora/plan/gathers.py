@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from dlora.plan.workload import Workload
-from dlora.sharding.engines.gather_groups import Group
+from dlora.sharding.engines.gather_groups import Group, block_lists
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,27 @@ def units_of(
     """The frozen groups of a model over `ranks` ranks, in the order of `groups`.
 
     A freed group is gathered once per forward, once more for backward if a gradient reaches it and
-    it did not wait, and once more where recomputation asks for it; a kept one once per step.
+    it did not wait, and once more where recomputation asks for it; a kept one once per step. What a
+    reference has gathered for itself comes in addition.
 
     Args:
         trained: names of the trained parameters.
     """
     first_trained, last_of = _order(skeleton, trained)
+    # A block that computes twice in a pass gathers what is freed inside of it twice.
+    joined = block_lists(skeleton) if workload.reference == "joined" else []
+    inside = [
+        f"{path}.{name}."
+        for path in joined
+        for name, _ in skeleton.get_submodule(path).named_children()
+    ]
     units = []
     for group in groups:
         reached = first_trained <= last_of[group.path]
         again = group.recomputed and _is_recomputed(group.path, workload.checkpointing.every)
         passes = 1 + (reached and not group.waits) + again
+        if workload.reference == "apart" or any(group.path.startswith(b) for b in inside):
+            passes += not group.waits  # one that waits is still gathered from the pass before
         units.append(
             Unit(
                 path=group.path,

@@ -27,10 +27,13 @@ def no_graphs(plan: Plan) -> str:
 
 
 def no_graphs_of(config: Config) -> str:
-    """Why the adapters' method cannot have graphs; "": it can."""
+    """Why the adapters' method or the objective cannot have graphs; "": both can."""
     method = room("lora.variants")[config.adapter.method]
-    can = method.says.get("compiles", True)
-    return "" if can else f"adapter.method: {method.name} has no graphs"
+    objective = room("objectives")[config.train.objective]
+    for key, part in (("adapter.method", method), ("train.objective", objective)):
+        if not part.says.get("compiles", True):
+            return f"{key}: {part.name} has no graphs"
+    return ""
 
 
 def too_short(plan: Plan, steps: int, speed: float) -> str:

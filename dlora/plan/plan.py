@@ -155,7 +155,7 @@ class Subject:
                 held,
                 self.trained,
                 activations=self.activations,
-                offsets=offset_bytes(self.skeleton),
+                offsets=offset_bytes(self.skeleton) + self._copies(),
                 casts=self._casts(),
                 device=self.device,
                 method=self._method,
@@ -172,6 +172,11 @@ class Subject:
         """What the model computes in: that of W0, of a packed one of what is not packed."""
         frozen = (p for p in self.skeleton.parameters() if not p.requires_grad)
         return next((p.dtype for p in frozen if p.is_floating_point()), None)
+
+    def _copies(self) -> int:
+        """Bytes of the copies that a policy is compared with."""
+        sizes = (p.numel() * p.element_size() for p in self.trained.values())
+        return sum(sizes) if self.workload.copied else 0
 
     def _casts(self) -> int:
         """Bytes of A and B in the dtype that the model computes in, if another."""

@@ -163,9 +163,9 @@ def _traced(
     _mark_loss(head, live)
     _share_head(twin, head)
     with _quiet(), fake, live:
-        inputs = {name: fake.from_tensor(tensor) for name, tensor in batch.inputs.items()}
-        marked = live.mark(fake.from_tensor(batch.targets), targets)
-        loss = twin(**inputs, targets=marked, lengths=batch.lengths)
+        made = batch.mapped(fake.from_tensor)
+        live.mark(made.targets, targets)
+        loss = task.training_loss(twin, made, targets)
         loss, _ = whole_loss(twin, loss, targets)
         saved = live.now
         loss.backward()

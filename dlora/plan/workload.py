@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 from torch import nn
 
@@ -14,7 +15,7 @@ from dlora.data import Dataset, Dealing, Sampler
 from dlora.data.collate import PAD_TO, in_eights
 from dlora.data.encode import count_targets
 from dlora.lora.layers import adapter_of
-from dlora.tasks import TASKS
+from dlora.tasks import TASKS, Task
 
 MANY = 1_000  # shapes of the micro-batches of a run that is not measured
 EXACT_SEQUENCES = 50_000  # up to so many every micro-batch of a run is measured, in about a second
@@ -33,6 +34,9 @@ class Workload:
         lengths: of the sequences that share its one row; empty: each has a row of its own.
         gradient_bytes: of an element of the gradients as it is sent; None: its own.
         shapes: how many numbers of rows and tokens the run's micro-batches have.
+        reference: how a policy is compared: "joined", each block computes for the reference as
+            well; "apart", in a pass of its own; empty: with nothing.
+        copied: whether that is a copy of the trained tensors as they began.
         optimizers: the `optimizer` section of each of several adapters, by name, that are trained
             together; empty: `optimizer` is that of the one there is.
     """
@@ -46,6 +50,8 @@ class Workload:
     lengths: tuple[int, ...] = ()
     gradient_bytes: int | None = None
     shapes: int = 1
+    reference: str = ""
+    copied: bool = False
     optimizers: Mapping[str, OptimizerConfig] = field(default_factory=dict)
 
     def groups(
@@ -71,6 +77,7 @@ def workload_of(
     sampler: Sampler | None = None,
     *,
     dealing: Dealing,
+    task: Task | None = None,
 ) -> Workload:
     """The workload of a run on `world` ranks.
 
@@ -78,16 +85,21 @@ def workload_of(
         data, sampler: what the run trains on, and in which order. Without them every sequence may
             have `data.max_length` tokens, all of them targets.
         dealing: makes micro-batches.
+        task: what the model is trained to do; None: `train.task`.
     """
-    longest = config.data.max_length * TASKS[config.train.task].longest
+    kind = task or TASKS[config.train.task]()
+    longest = config.data.max_length * kind.longest
     if data is not None:  # one of the longest sequences alone is likely to come
         longest = data.report.longest
+    longest = kind.whole(longest)
     sequences, targets = config.train.global_batch_size, None
     micro_batches, lengths = _of_equal(longest, sequences, world, dealing)
     shapes = 1 if data is None else MANY
     few = sampler is not None and sampler.sequences(sampler.total_steps) <= EXACT_SEQUENCES
     if data is not None and sampler is not None and few:
-        micro_batches, lengths, targets, shapes = _largest(data, sampler, world, dealing)
+        micro_batches, lengths, targets, shapes = _largest(
+            data, sampler, world, dealing, kind.sizes(data)
+        )
     shared = dealing.packs and len(lengths) > 1
     return Workload(
         rows=1 if shared else len(lengths),
@@ -114,7 +126,7 @@ def _of_equal(
 
 
 def _largest(
-    data: Dataset, sampler: Sampler, world: int, dealing: Dealing
+    data: Dataset, sampler: Sampler, world: int, dealing: Dealing, sizes: Any
 ) -> tuple[int, tuple[int, ...], int, int]:
     """(most micro-batches of a step, lengths of the run's largest, most targets of any, shapes)."""
     lengths, places, most, number = data.lengths, PAD_TO, 0, 1
@@ -125,7 +137,7 @@ def _largest(
         for micros in dealing(sampler.step(step), lengths, world):
             number = max(number, len(micros))
             for ids in filter(None, micros):
-                these = tuple(int(lengths[i]) for i in ids)
+                these = tuple(int(sizes[i]) for i in ids)
                 shapes.add((1 if dealing.packs else len(ids), dealing.places(these)))
                 if dealing.places(these) > places:
                     largest, places = these, dealing.places(these)

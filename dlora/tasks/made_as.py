@@ -15,7 +15,7 @@ def model_class_for(task: Task, pad_id: int | None = None) -> ModelClass:
     Args:
         pad_id: the padding, where the configuration has none.
     """
-    if task.name == causal.Causal.name:
+    if isinstance(task, causal.Causal):
         return CAUSAL
     configure = partial(task.configure, pad_id=pad_id)
     return ModelClass(task.auto_class, configure, task.draws_head)

@@ -28,11 +28,12 @@ def settle_packing(
     """
     if setting is False:
         return False
-    reason = why_not(skeleton) if task.packs else f"train.task: {task.name} has a row for each"
+    own = task.why_no_packing or f"train.task: {task.name} has a row for each"
+    reason = why_not(skeleton) if task.packs else own
     if not reason:
         return True
     if setting is True:
         raise UsageError(f"data.packing: {reason}; set data.packing: auto or false")
-    if task.packs:
+    if task.packs or task.why_no_packing:
         announce(f"data.packing: off: {reason}")
     return False

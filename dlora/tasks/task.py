@@ -31,6 +31,7 @@ class Task(ABC):
         draws_head: whether a base may lack the head, which is then drawn and trained.
         longest: tokens of a sequence in `data.max_length`.
         packs: whether its sequences can share a row; `packed` makes it.
+        why_no_packing: why they cannot, where a user of `data.packing: auto` is to be told.
     """
 
     name: ClassVar[str]
@@ -39,6 +40,7 @@ class Task(ABC):
     draws_head: ClassVar[bool] = False
     longest: ClassVar[int] = 1
     packs: ClassVar[bool] = False
+    why_no_packing: ClassVar[str] = ""
 
     def __init_subclass__(cls, **how: Any) -> None:
         """A subclass with micro-batches of its own packs only if it says how."""
@@ -78,6 +80,14 @@ class Task(ABC):
     def example(self, tokens: int, words: Sequence[int] = (0,)) -> Example:
         """A sequence of so many tokens, these again and again, with as many targets as can be."""
 
+    def whole(self, longest: int) -> int:
+        """Tokens of an example, padding included, whose longest row has so many."""
+        return longest
+
+    def sizes(self, data: Any) -> Any:
+        """Tokens of each example of a data set as they are padded alone, for the plan."""
+        return data.lengths
+
     def install(self, model: nn.Module, device: str | None = None) -> None:
         """Let the model compute `model(**batch.inputs, targets=…, positions=…)` → Σ loss."""
         own_forward = model.forward
@@ -104,6 +114,15 @@ class Task(ABC):
         where = {"positions": batch.positions, "lengths": batch.lengths}
         loss = model(**batch.inputs, targets=batch.targets, **where)
         return loss, torch.zeros(0, device=loss.device)
+
+    def training_loss(self, model: nn.Module, batch: Batch, targets: int) -> Tensor:
+        """Σ loss of a batch with so many targets in training, for the plan."""
+        loss: Tensor = model(**batch.inputs, targets=batch.targets, lengths=batch.lengths)
+        return loss
+
+    def reference(self, model: nn.Module) -> str:
+        """How the model is compared with a reference: see `dlora.plan.workload.Workload`."""
+        return ""
 
     @property
     def counted(self) -> int:

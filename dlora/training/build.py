@@ -26,8 +26,8 @@ from dlora.methods.attach import attach_unstarted, start_adapters
 from dlora.methods.lora_ga import PASSES, GradientEstimate
 from dlora.methods.packed_residual import Residuals
 from dlora.methods.trained_replica import TrainedReplica, replicate
-from dlora.objectives.objective import Objective
 from dlora.optim.rule import Rule
+from dlora.plan.objective import objective_of
 from dlora.registry import room
 from dlora.runtime.console import console
 from dlora.runtime.memory import unmap_large_blocks
@@ -38,6 +38,7 @@ from dlora.sharding.replica.frozen import same_on_every_rank
 from dlora.training.compiled import CompiledBlocks
 from dlora.training.context import RunContext
 from dlora.training.prepare import Preparation
+from dlora.training.reference import freeze_reference
 from dlora.training.residents import Residents
 from dlora.training.warm_up import start_compiled
 
@@ -83,6 +84,7 @@ def build(
     prepared.task.install(model)
     if prepared.resumed is None and residuals is None:
         initialise(config, ranks, prepared, model, replica)
+    freeze_reference(config, prepared.resumed, model, replica)
     model.train()
     optimizer = build_optimizer(config, ranks, prepared, replica)
     context = RunContext(
@@ -153,12 +155,6 @@ def batches_of(prepared: Preparation, ranks: Ranks, *, pinned: bool = False) -> 
         collate=prepared.collate,
         pinned=pinned,
     )
-
-
-def objective_of(config: Config) -> Objective:
-    """What `train.objective` minimises."""
-    name = config.train.objective
-    return room("objectives")[name].load()(getattr(config, name, None))
 
 
 def build_optimizer(

@@ -40,7 +40,7 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 
 def held_out(context: RunContext) -> dict[str, float]:
-    """`eval_loss`, Σ cross entropy / Σ targets over all held-out sequences, and the task's figures.
+    """`eval_loss`, Σ loss / Σ targets (or pairs) over all held-out sequences, and task's figures.
 
     The same on every rank.
 
@@ -60,7 +60,7 @@ def held_out(context: RunContext) -> dict[str, float]:
             batch = context.prepared.collate([dataset[i] for i in ids]).to(ranks.device)
             loss, counts = task.evaluate(model, batch)
             sums[0] += loss
-            sums[1] += batch.num_targets
+            sums[1] += batch.weight
             sums[2:] += counts
     if ranks.world > 1:
         dist.all_reduce(sums)

@@ -23,6 +23,7 @@ from dlora.lora.config import LoraConfig
 from dlora.lora.left import unreached_by_text
 from dlora.plan.choose import Decision, capacity_of, decide
 from dlora.plan.micro_batches import settle_micro_batches
+from dlora.plan.objective import copies_adapter
 from dlora.plan.plan import Plan, Subject
 from dlora.plan.workload import Workload, workload_of
 from dlora.sharding.topology import Placement, Topology
@@ -34,6 +35,7 @@ from dlora.training.prepare_data import (
     Once,
     by_itself,
 )
+from dlora.training.reference import check_reference, reference_line
 from dlora.training.settle_compile import (
     changed_compile,
     earlier_compile,
@@ -129,18 +131,24 @@ def prepare(
 
     def place(dealing: Dealing) -> Decision:
         if isinstance(train, Dataset) and isinstance(found.sampler, Sampler):
-            workload = workload_of(config, world, train, found.sampler, dealing=dealing)
+            how: dict[str, Any] = {"dealing": dealing, "task": found.task}
+            workload = workload_of(config, world, train, found.sampler, **how)
         else:  # any sequence may be the longest
-            workload = workload_of(config, world, dealing=dealing)
+            workload = workload_of(config, world, dealing=dealing, task=found.task)
+        copied = copies_adapter(config, resumed and resumed.settings)
+        workload = replace(workload, reference=found.task.reference(skeleton), copied=copied)
         trained = trainable_parameters(skeleton)
         return decision_of(
             config, found.task, skeleton, trained, workload, topology, around, resumed
         )
 
+    if line := reference_line(config, found.task, skeleton, resumed):
+        announce(line)
     earlier = resumed.tokens_per_micro_batch(world) if resumed else None
     dealing, decision = settle_micro_batches(
         config, train, world, found.packs, place, earlier=earlier
     )
+    check_reference(decision.plan.workload, decision.plan.placement)
     if config.train.tokens_per_micro_batch == "auto":
         announce(f"train.tokens_per_micro_batch: {dealing.tokens}")
     if decision.plan.divided:

@@ -17,7 +17,9 @@ from dlora.config.load import Config
 from dlora.lora.attach import attach, load_record
 from dlora.lora.config import LoraConfig
 from dlora.lora.targets import saved_paths
-from dlora.tasks import CAUSAL, TASKS, Task
+from dlora.plan.objective import made_task
+from dlora.tasks import TASKS, Task
+from dlora.tasks.causal import Causal
 from dlora.tasks.made_as import model_class_for
 from dlora.training.checks import check_adapter, check_dropout, check_experts, check_gradients
 from dlora.training.find_checkpoint import ResumePoint
@@ -43,8 +45,8 @@ def task_of(config: Config, announce: Callable[[str], None]) -> tuple[Task, Base
         announce=announce,
     )
     kind = TASKS[config.train.task]
-    task = kind(_labels(config, base, announce) if kind.draws_head else ())
-    if kind.name == CAUSAL.name:
+    task = made_task(config, _labels(config, base, announce) if kind.draws_head else ())
+    if isinstance(task, Causal):
         return task, base
     ids = (base.tokenizer().pad_token_id, base.tokenizer().eos_token_id, 0)
     pad_id = next(found for found in ids if found is not None)

@@ -19,7 +19,7 @@ from dlora.checkpoint.listing import set_aside_after
 from dlora.checkpoint.remote import remote_of
 from dlora.errors import UsageError, dtype_name
 from dlora.io.files import unused_name, write_atomically
-from dlora.methods.trained_replica import TrainedReplica
+from dlora.methods.trained_replica import REFERENCE, TrainedReplica
 from dlora.metrics.log import MetricsLog
 from dlora.registry import room
 from dlora.runtime.agreement import agree, broadcast
@@ -62,8 +62,14 @@ def resume(context: SavedRun) -> int:
         optimizer,
         replica.frozen,
     )
+    if replica.reference and REFERENCE not in states:
+        raise UsageError(
+            "output.resume: the checkpoint has no copy of the adapter that the run began with, "
+            "which dpo.reference asks for"
+        )
+    replica.load_reference(shared(REFERENCE))
     for file in states:
-        if file != "optimizer":
+        if file not in ("optimizer", REFERENCE):
             replica.method.load_tensors(file, shared(file))
     console.info(f"resuming after step {step}")
     return step

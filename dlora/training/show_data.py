@@ -20,7 +20,7 @@ from dlora.base.model import find_base, quiet_libraries
 from dlora.config.adapters import configs_of
 from dlora.config.load import Config, parse
 from dlora.data import NO_TARGET
-from dlora.data.encode import Int32Array
+from dlora.data.encode import SECOND, Int32Array, count_targets
 from dlora.data.files import is_builtin, sources_of
 from dlora.data.reading import Encoded, Reading
 from dlora.data.sampler import shown
@@ -101,7 +101,7 @@ def lines_of(config: Config, name: str, tokenizer: Any, count: int, colour: bool
         lengths.append(len(one.input_ids))
         parts.append(one.part)
         if len(lengths) <= count:
-            targets = int((one.labels != NO_TARGET).sum())
+            targets = count_targets(one.labels)
             yield f"--- {key}, record {len(lengths)}: {lengths[-1]} tokens, {targets} targets"
             yield marked(one, tokenizer, colour, labels)
     reading.check()
@@ -122,18 +122,32 @@ def lines_of(config: Config, name: str, tokenizer: Any, count: int, colour: bool
 
 
 def marked(one: Encoded, tokenizer: Any, colour: bool, labels: Sequence[str] = ()) -> str:
-    """A sequence as text with its targets marked; of a classification, followed by its label."""
+    """A sequence as text with its targets marked; of a classification, followed by its label.
+
+    Of a pair of answers it is both.
+    """
+    how = tokenizer, colour, labels
     before, after = (_GREEN, _PLAIN) if colour else ("[", "]")
     if labels:
         text = _CONTROL.sub(_escaped, decoded(one.input_ids, 0, len(one.input_ids), tokenizer))
         return f"{text} {before}{labels[int(one.labels[-1])]}{after}"
-    is_target = one.labels != NO_TARGET
+    for second in np.flatnonzero(one.labels == SECOND).tolist():
+        parts = ("chosen", slice(second)), ("rejected", slice(second, None))
+        return "\n".join(
+            f"{name}: {marked(Encoded(one.input_ids[at], _unmarked(one.labels[at]), 0), *how)}"
+            for name, at in parts
+        )
+    is_target = one.labels >= 0
     cuts = [0, *(np.flatnonzero(np.diff(is_target)) + 1).tolist(), len(is_target)]
     text = ""
     for start, stop in zip(cuts, cuts[1:], strict=False):
         piece = _CONTROL.sub(_escaped, decoded(one.input_ids, start, stop, tokenizer))
         text += f"{before}{piece}{after}" if is_target[start] else piece
     return text
+
+
+def _unmarked(labels: Int32Array) -> Int32Array:
+    return np.where(labels == SECOND, NO_TARGET, labels)
 
 
 def decoded(ids: Int32Array, start: int, stop: int, tokenizer: Any) -> str:

@@ -1,7 +1,8 @@
 """The trace of a micro-batch against the same micro-batch really computed, byte for byte."""
 
+import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -22,9 +23,11 @@ from dlora.config.recompute import Recompute
 from dlora.lora.attach import attach
 from dlora.lora.config import LoraConfig
 from dlora.objectives import chunked_loss as targets
+from dlora.objectives.dpo import Dpo, DpoOptions
 from dlora.plan.activations import estimate
 from dlora.plan.trace import trace
 from dlora.quant import dequantize as kernel
+from dlora.tasks.preference import Preference
 
 SAVED, ALL = Recompute(), Recompute(1)
 R, ROWS, TOKENS, VOCABULARY = 8, 2, 128, 4000
@@ -74,21 +77,25 @@ def allocated(
     tokens: int = TOKENS,
     few: int | None = None,
     lengths: Sequence[int] = (),
+    go: Callable[[], None] | None = None,
 ) -> tuple[int, int]:
     """(alive between forward and backward, most alive) as torch's profiler sees the allocator.
 
     Args:
         lengths: of sequences that share the one row.
+        go: another pass than that of `run`, of a model that is prepared for it.
     """
-    targets.install(model)
+    if go is None:
+        targets.install(model)
+        go = functools.partial(run, model, rows, tokens, few, lengths)
     model.train()
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
-    run(model, rows, tokens, few, lengths)  # what is made once is there now
+    go()  # what is made once is there now
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
-        run(model, rows, tokens, few, lengths)
+        go()
     events = list(profile.profiler.kineto_results.events())  # type: ignore[union-attr]
     [turn] = [event.start_ns() for event in events if event.name() == "backward begins"]
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
@@ -155,6 +162,34 @@ def test_bytes_are_those_of_a_real_pass(name: str, dtype: torch.dtype, every: in
     assert planned.estimated == ""
     assert max(planned.blocks, planned.loss) == pytest.approx(most, rel=0.005)
     assert planned.saved == pytest.approx(saved, abs=6000 * LAYERS)  # random states, not traced
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_bytes_are_those_of_pairs_with_a_reference(joined: bool) -> None:
+    """Which has no graph, but logits beside the policy's."""
+    settings = {} if joined else {"target_modules": ["embed_tokens", "q_proj", "down_proj"]}
+    task, bare = Preference(), model_of("llama", torch.float32, "meta", **settings)
+    task.objective = Dpo(DpoOptions())
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(CONFIGS["llama"])
+    task.check(skeleton)
+    assert task.reference(bare) == ("joined" if joined else "apart")
+    targets_ = 2 * ROWS * (TOKENS // 2 - 1)
+    planned = trace(bare, ROWS, TOKENS, checkpointing=SAVED, task=task, targets=targets_)
+    model = model_of("llama", torch.float32, "cpu", **settings)
+    task.install(model)
+    batch = task.collate([task.example(TOKENS)] * ROWS, 0)
+    assert batch.num_targets == targets_
+
+    def go() -> None:
+        loss = task.objective.loss(model, batch)
+        with torch.profiler.record_function("backward begins"):
+            loss.backward()
+
+    saved, most = allocated(model, go=go)
+    assert planned.estimated == ""
+    assert max(planned.blocks, planned.loss) == pytest.approx(most, rel=0.01)
+    assert planned.saved == pytest.approx(saved, rel=0.01)
 
 
 def test_inputs_in_host_memory_are_not_on_the_device() -> None:

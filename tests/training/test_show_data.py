@@ -109,3 +109,12 @@ def test_bad_records_and_options_are_refused(base: Path, tmp_path: Path) -> None
     assert f"{path}:3: " in refusal(main, words(base, str(path)))
     assert refusal(main, words(base, str(path), "--check")).startswith("--check is an option of")
     assert refusal(main, words(base, str(path), "--show=-1")).startswith("--show: must be >= 0")
+
+
+def test_both_answers_of_a_pair(base: Path, tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"prompt": "one", "chosen": " two", "rejected": " three"}))
+    more = ["--data.format", "preference", "--train.objective", "dpo", "--show", "1"]
+    out = printed(capsys, words(base, str(path), *more))
+    assert "record 1: 18 tokens, 12 targets" in out
+    assert "chosen: one[ two<|im_end|>]\nrejected: one[ three<|im_end|>]" in out

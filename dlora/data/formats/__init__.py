@@ -6,6 +6,7 @@ from typing import Any
 from dlora.data.formats.marks import mark_record, refused_whole
 from dlora.data.formats.messages import check_trained
 from dlora.data.formats.record import (
+    AnswerPair,
     Continuation,
     Conversation,
     Fields,
@@ -22,6 +23,7 @@ __all__ = [
     "Continuation",
     "Conversation",
     "LabelledText",
+    "AnswerPair",
     "RecordError",
     "RecordFormat",
     "read_record",
@@ -30,7 +32,7 @@ __all__ = [
 
 def read_record(
     format: str, record: Mapping[str, Any]
-) -> tuple[Conversation | Continuation | LabelledText | str, dict[str, Any]]:
+) -> tuple[Conversation | Continuation | LabelledText | AnswerPair | str, dict[str, Any]]:
     """A record as its format reads it, and the fields that the format does not read.
 
     Raises:

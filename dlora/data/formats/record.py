@@ -35,6 +35,14 @@ class LabelledText:
     label: str
 
 
+@dataclass(frozen=True, slots=True)
+class AnswerPair:
+    """A better and a worse answer to one prompt, each with the prompt in front of it."""
+
+    chosen: Conversation | Continuation
+    rejected: Conversation | Continuation
+
+
 class RecordFormat(Protocol):
     """A layout of records.
 
@@ -47,7 +55,9 @@ class RecordFormat(Protocol):
     fields: ClassVar[tuple[str, ...]]
 
     @staticmethod
-    def read(record: Mapping[str, Any]) -> Conversation | Continuation | LabelledText | str:
+    def read(
+        record: Mapping[str, Any],
+    ) -> Conversation | Continuation | LabelledText | AnswerPair | str:
         """The record as a conversation, or as a plain text of which every token is trained on.
 
         Raises:
