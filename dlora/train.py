@@ -34,9 +34,10 @@ from dlora.runtime.stop_signals import StopRequest, exit_status
 from dlora.sharding.replica.step_scalars import Reduced
 from dlora.together.prepare import prepare_together
 from dlora.together.run import TogetherRun
+from dlora.training.best import keep, reconcile, see, take_up
 from dlora.training.build import batches_of, build, objective_of
 from dlora.training.checkpointing import RESUMES, CheckpointManager
-from dlora.training.evaluate import held_out, print_samples
+from dlora.training.evaluate import evaluate, print_samples
 from dlora.training.finish import finish, save_result
 from dlora.training.prepare import Preparation, prepare
 from dlora.training.rates import rates
@@ -138,9 +139,15 @@ class Run:
         config = self.config
         replica, stop, checkpoints = self.replica, self.stop, self.checkpoints
         residents = self.context.residents
-        if self.start == self.total_steps:
-            console.info(f"the run is already finished: step {self.start} of {self.total_steps}")
-            # The run may have ended between its last two files.
+        take_up(self.context, self.start)
+        selection = self.context.selection
+        if self.start == self.total_steps or selection.over:
+            early = f": {selection.why}" if selection.over else ""
+            steps = f"step {self.start} of {self.total_steps}{early}"
+            console.info(f"the run is already finished: {steps}")
+            # The run may have ended between its last files.
+            if self.context.continues:
+                reconcile(self.context, self.start)
             return save_result(self.context, checkpoints)
         log, status, trouble = self.open_log(), None, None
         display = StepDisplay(self.total_steps, self.start, self.ranks.main)
@@ -190,25 +197,36 @@ class Run:
                 status = 1 if trouble else exit_status(stops)
                 evaluated = self.evaluates and due(done, config.output.eval_every, last=last)
                 if evaluated:
-                    record |= held_out(self.context)
+                    record |= see(self.context, done)
                 if evaluated or due(done, config.output.log_every):
                     log.write(record)
                     display.update(record, replica.method.progress())
+                improved = evaluated and selection.improved
                 asked = status is not None or reduced.scalars["save"] > 0
-                if asked or due(done, config.output.save_every, last=last):
+                if (
+                    asked
+                    or improved
+                    or selection.over
+                    or due(done, config.output.save_every, last=last)
+                ):
                     checkpoints.save(done, record)
+                if improved:
+                    keep(self.context, checkpoints)
 
                 # 6  a signal on any rank, or trouble, stops all of them here, after the commit
-                if trouble or (status is not None and not last):
+                if trouble or selection.over or (status is not None and not last):
                     break
-        if last and self.ranks.main:
+        over = last or selection.over
+        if over and self.ranks.main:
             checkpoints.write_method_files(done)
             replica.method.report(self.directory, log, console.info)
         log.close()
         if trouble:
             console.error(f"stopped after step {done}: {trouble}")
             return 1
-        if status is None or last:
+        if selection.over and not last:
+            console.info(f"stopped early after step {done}: {selection.why}")
+        if status is None or over:
             self.losses.close()
             return finish(self.context, checkpoints, self.records)
         console.info(f"stopped by {stop.cause or 'another rank'} after step {done}; {RESUMES}")
@@ -222,8 +240,9 @@ class Run:
         if self.start == 0:
             print_samples(self.context, "before training")
             if self.evaluates:
-                log.write({"step": 0, **(before := held_out(self.context))})
+                log.write({"step": 0, **(before := evaluate(self.context))})
                 console.info(f"held-out loss before training: {before['eval_loss']:.4f}")
+        reconcile(self.context, self.start)
         self.replica.zero_grad()
         self.replica.reductions = self.start  # audits fall on the same steps as without a stop
         self.replica.wire.take()

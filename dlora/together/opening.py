@@ -6,7 +6,7 @@ from dlora.lora.names import by_name
 from dlora.lora.shared_batch import only
 from dlora.together.context import JointContext
 from dlora.together.member import Member, Standing
-from dlora.training.evaluate import held_out, print_samples
+from dlora.training.evaluate import evaluate, print_samples
 from dlora.training.reporting import open_log
 from dlora.training.resume import open_joint_directory
 
@@ -40,7 +40,7 @@ def _open(joint: JointContext, member: Member, start: int) -> None:
         with by_name(joint.model, name), only(joint.model, name):
             print_samples(context, f"{name}, before training")
             if member.evaluates:
-                member.log.write({"step": 0, **(before := held_out(context))})
+                member.log.write({"step": 0, **(before := evaluate(context))})
                 member.say(f"held-out loss before training: {before['eval_loss']:.4f}")
     context.replica.zero_grad()
     context.replica.reductions = start  # audits fall on the same steps as without a stop

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,8 +22,11 @@ from dlora.training.find_checkpoint import state_at
 from dlora.training.prepare import Preparation
 from dlora.training.residents import Residents
 from dlora.training.resolved import resolved_yaml
+from dlora.training.selection import Selection
 
-CHECKPOINTS = "checkpoints"  # the directory in that of a run
+# Directories in that of a run.
+CHECKPOINTS = "checkpoints"
+BEST = "best"  # of the adapter of the best evaluation
 
 
 class SavedRun(Protocol):
@@ -80,6 +83,7 @@ class RunContext:
         lock: of `directory`; every write there calls its `check` first.
         name: of the adapter, among others.
         saved_in: where its checkpoints lie; None: in `directory`.
+        selection: what the run makes of its evaluations.
     """
 
     config: Config
@@ -94,6 +98,7 @@ class RunContext:
     blocks: CompiledBlocks | None = None
     name: str = DEFAULT
     saved_in: Path | None = None
+    selection: Selection = field(default_factory=Selection)
 
     @property
     def compiles(self) -> bool:
@@ -128,7 +133,7 @@ class RunContext:
         fingerprints = found.train.fingerprint, found.base_identity
         about = (self.config, found.lora, found.sampler, *fingerprints)
         state = state_at(step, *about, found.task.labels, found.train.report.ends)
-        return state | {"ranks": self.ranks.world}
+        return state | {"ranks": self.ranks.world} | self.selection.state()
 
     def beside(self) -> dict[str, Any]:
         """The tensors beside the trained ones, and what the adapters' method records."""
