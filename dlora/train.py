@@ -34,11 +34,11 @@ from dlora.runtime.stop_signals import StopRequest, exit_status
 from dlora.sharding.replica.step_scalars import Reduced
 from dlora.together.prepare import prepare_together
 from dlora.together.run import TogetherRun
-from dlora.training.best import keep, reconcile, see, take_up
+from dlora.training.best import finish_again, keep, reconcile, see, take_up
 from dlora.training.build import batches_of, build, objective_of
 from dlora.training.checkpointing import RESUMES, CheckpointManager
 from dlora.training.evaluate import evaluate, print_samples
-from dlora.training.finish import finish, save_result
+from dlora.training.finish import finish
 from dlora.training.prepare import Preparation, prepare
 from dlora.training.rates import rates
 from dlora.training.reporting import due, has_reader, open_log, start_sinks
@@ -142,13 +142,7 @@ class Run:
         take_up(self.context, self.start)
         selection = self.context.selection
         if self.start == self.total_steps or selection.over:
-            early = f": {selection.why}" if selection.over else ""
-            steps = f"step {self.start} of {self.total_steps}{early}"
-            console.info(f"the run is already finished: {steps}")
-            # The run may have ended between its last files.
-            if self.context.continues:
-                reconcile(self.context, self.start)
-            return save_result(self.context, checkpoints)
+            return finish_again(self.context, checkpoints, self.start)
         log, status, trouble = self.open_log(), None, None
         display = StepDisplay(self.total_steps, self.start, self.ranks.main)
         committing = stop.committing(checkpoints.commit_alone)

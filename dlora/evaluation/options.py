@@ -43,8 +43,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
             raise UsageError(f"{name} cannot act without {other}")
     if args.max_new_tokens is not None and not args.scores:
         raise UsageError("--max-new-tokens cannot act without --metrics that compare answers")
-    if args.include_path is not None and not args.tasks:
-        raise UsageError("--include-path cannot act without --tasks")
+    for option, name in ((args.include_path, "--include-path"), (args.few_shot, "--few-shot")):
+        if option is not None and not args.tasks:
+            raise UsageError(f"{name} cannot act without --tasks")
     args.max_new_tokens = args.max_new_tokens or 128
     for option, word in (("--to", args.to), ("--answers", args.answers)):
         if word is not None:

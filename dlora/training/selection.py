@@ -56,7 +56,7 @@ class Followed:
         Raises:
             UsageError: no run writes that.
         """
-        found = asdict(self) | (dict(state) if isinstance(state, Mapping) else {"since": state})
+        found = asdict(self) | dict(state if isinstance(state, Mapping) else {"a": "value"})
         types = {"best": float | int | None, "step": int | None, "since": int}
         good = found.keys() == asdict(self).keys() and all(
             isinstance(found[name], kind) and not isinstance(found[name], bool)

@@ -28,13 +28,14 @@ def found(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+@torch.no_grad()
 def test_a_base_has_the_loss_of_transformers(saved_models: Any, held: str, tmp_path: Path) -> None:
     """Sequence by sequence, weighed by tokens."""
     data = load_examples(held, key="x", format="chat", tokenizer=tokenizer(), max_length=1024)
     model, losses, targets = whole(saved_models("llama")), 0.0, 0
-    for example in (data[i] for i in range(len(data))):
-        labels = torch.from_numpy(example.labels).long()
-        logits = model(torch.from_numpy(example.input_ids).long()[None]).logits[0, :-1]
+    for example in data:
+        labels = torch.tensor(example.labels).long()
+        logits = model(torch.tensor(example.input_ids).long()[None]).logits[0, :-1]
         losses += float(F.cross_entropy(logits, labels[1:], reduction="sum"))
         targets += int((labels[1:] >= 0).sum())
     to = tmp_path / "found.json"
@@ -56,7 +57,9 @@ def test_an_adapter_has_the_loss_that_its_run_logged(
     assert wanted != pytest.approx(lines[0]["eval_loss"], rel=1e-4)
     for place in ("adapter", "checkpoints/step-000003"):
         to = tmp_path / f"{Path(place).name}.json"
-        assert main(["--adapter", str(tmp_path / "run" / place), "--data", held, "--to", str(to)]) == 0
+        assert (
+            main(["--adapter", str(tmp_path / "run" / place), "--data", held, "--to", str(to)]) == 0
+        )
         assert found(to)["figures"]["loss"] == pytest.approx(wanted, rel=1e-6), place
         said = capsys.readouterr().out
         assert "model.dtype: float32" in said and "data.max_length: 48" in said
@@ -71,7 +74,7 @@ def test_an_adapter_has_the_loss_that_its_run_logged(
     ("words", "said"),
     [
         ([], "give --data, --tasks, or both"),
-        (["--data", "none.jsonl"], "--data: file none.jsonl does not exist"),
+        (["--data", "none.jsonl"], "--data: none.jsonl does not exist"),
         (["--data", "{held}", "--metrics", "blue"], "'blue' is no name; expected some of"),
         (["--data", "{held}", "--answers", "a"], "--answers cannot act without --metrics"),
         (["--data", "{held}", "--max-new-tokens", "3"], "--max-new-tokens cannot act without"),
