@@ -6,7 +6,7 @@ match. No rank has more batches than another; one that has none answers a prompt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from dlora.runtime.ranks import Ranks
 from dlora.tasks.generation import generated_tokens, is_writer, learned_positions
 
 Tokens = list[int]
+Stopping = Callable[[int], Any]
 
 
 def answers_to(
@@ -30,6 +31,7 @@ def answers_to(
     most: int,
     rows: int,
     ranks: Ranks,
+    stopping: Stopping | None = None,
 ) -> list[Tokens]:
     """The tokens of each answer, without what ends it; collective, the same on every rank.
 
@@ -40,6 +42,7 @@ def answers_to(
         stops: tokens that end an answer.
         most: tokens of an answer.
         rows: prompts in a pass.
+        stopping: as for `generated_tokens`.
 
     Raises:
         UsageError: a prompt leaves no position for an answer.
@@ -54,7 +57,9 @@ def answers_to(
         numbers = batches[place] if place < len(batches) else []
         group = [prompts[i] for i in numbers] or [[pad_id]]
         left = room_for(model, max(map(len, group)), most)
-        made = generated_tokens(model, group, pad_id, list(stops), left, together=ranks.world > 1)
+        made = generated_tokens(
+            model, group, pad_id, list(stops), left, together=ranks.world > 1, stopping=stopping
+        )
         for number, answer in zip(numbers, made, strict=False):
             ids = torch.tensor(until_stop(answer, stops), dtype=torch.int32)
             found[number, : len(ids)] = ids.to(found) + 1  # 0: there is no token

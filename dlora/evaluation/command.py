@@ -32,6 +32,7 @@ from dlora.evaluation.references import (
     load_prompts,
     questions_of,
 )
+from dlora.evaluation.tasks import load_tasks, run_tasks
 from dlora.io.files import write_atomically
 from dlora.runtime.agreement import agree, gather
 from dlora.runtime.console import console
@@ -40,6 +41,7 @@ from dlora.runtime.failure import reported
 from dlora.runtime.peer_watch import PeerWatch
 from dlora.runtime.ranks import Ranks, own_device
 from dlora.sharding.topology import Topology, resolve_placement
+from dlora.tasks import CAUSAL
 
 JOINING_SECONDS = 600.0
 LOADING_SECONDS = 3600.0
@@ -79,12 +81,14 @@ class Evaluation:
     Attributes:
         dataset: for the loss.
         questions: for scores of answers.
+        tasks: of lm-eval.
     """
 
     args: argparse.Namespace
     model: OpenedModel
     dataset: Dataset | None = None
     questions: Questions | None = None
+    tasks: list[Any] = field(default_factory=list)
 
     @property
     def fingerprint(self) -> str:
@@ -118,6 +122,10 @@ def prepare(args: argparse.Namespace) -> Evaluation:
     check_installed(args.scores, "--metrics")
     model = open_model(args, console.info)
     found = Evaluation(args, model)
+    if args.tasks:
+        if model.task.name != CAUSAL.name:
+            raise UsageError(f"--tasks: lm-eval's need a language model, not {model.task.name}")
+        found.tasks = load_tasks(args.tasks, args.include_path)
     if args.data is None:
         return found
     about = {"max_length": model.settings.max_length, "tokenizer": model.tokenizer}
@@ -171,6 +179,17 @@ def measured(evaluation: Evaluation, model: Any, ranks: Ranks) -> Result:
             if ranks.main:
                 result.figures |= scores(args.scores, texts, questions.references)
                 result.lines = list(lines_of(questions, texts, opened.text))
+        if evaluation.tasks:
+            result.tasks = run_tasks(
+                evaluation.tasks,
+                opened,
+                model,
+                ranks,
+                rows=args.batch_size,
+                limit=args.limit,
+                few_shot=args.few_shot,
+                as_chat=args.apply_chat_template,
+            )
     return result
 
 

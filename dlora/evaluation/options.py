@@ -43,9 +43,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
             raise UsageError(f"{name} cannot act without {other}")
     if args.max_new_tokens is not None and not args.scores:
         raise UsageError("--max-new-tokens cannot act without --metrics that compare answers")
-    for option, name in ((args.include_path, "--include-path"), (args.few_shot, "--few-shot")):
-        if option is not None and not args.tasks:
-            raise UsageError(f"{name} cannot act without --tasks")
+    for option in ("include_path", "few_shot", "apply_chat_template"):
+        if getattr(args, option) not in (None, False) and not args.tasks:
+            raise UsageError(f"--{option.replace('_', '-')} cannot act without --tasks")
     args.max_new_tokens = args.max_new_tokens or 128
     for option, word in (("--to", args.to), ("--answers", args.answers)):
         if word is not None:
@@ -143,7 +143,12 @@ def _add_data(add: Any) -> None:
         help=f"the column that each field of the format is in ({AS_RUN}none)",
     )
     add("--max-length", type=_whole(2), metavar="N", help=f"longest sequence ({AS_RUN}1024)")
-    add("--limit", type=_whole(1), metavar="N", help="use the first N records (default: all)")
+    add(
+        "--limit",
+        type=_whole(1),
+        metavar="N",
+        help="use the first N records, and of each task (default: all)",
+    )
     known = (*ALWAYS, *get_args(Score))
     add(
         "--metrics",
@@ -177,6 +182,11 @@ def _add_tasks(add: Any) -> None:
         metavar="LIST",
         help="tasks of lm-eval: YAML files, or names of those in --include-path, with commas "
         "between them (default: none)",
+    )
+    add(
+        "--apply-chat-template",
+        action="store_true",
+        help="write the tasks' prompts by the chat template (default: no)",
     )
     add("--include-path", metavar="DIR", help="a directory of lm-eval's task files (default: none)")
     add(

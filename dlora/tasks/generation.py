@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,7 @@ def generated_tokens(
     max_new_tokens: int,
     *,
     together: bool = False,
+    stopping: Callable[[int], Any] | None = None,
 ) -> list[list[int]]:
     """What the model says to prompts, each up to `stops`.
 
@@ -74,6 +75,7 @@ def generated_tokens(
 
     Args:
         together: ranks have prompts of their own, and each makes passes until all have ended.
+        stopping: transformers' criteria that end an answer as well, from the tokens before it.
     """
     forget_lengths(model)
     longest, writes = max(map(len, prompts)), is_writer(model)
@@ -91,6 +93,7 @@ def generated_tokens(
         do_sample=False,
         pad_token_id=pad_id,
         eos_token_id=stops or None,
+        stopping_criteria=stopping and stopping(1 if writes else longest),
         **({"synced_gpus": True} if together else {}),
     )
     answers: list[list[int]] = made[:, 1 if writes else longest :].tolist()

@@ -92,6 +92,7 @@ def test_answers_of_a_sharded_base_are_those_of_each_prompt_alone(
     assert status(start(2, ["dlora.evaluation.command", *words], log)) == 0, log.read_text()
     found = [json.loads(line) for line in answers.read_text().splitlines()]
     assert [one["answer"] for one in found] == wanted
+    assert len({len(tokenizer()(answer)["input_ids"]) for answer in wanted}) > 1
     references = [[r["messages"][1]["content"]] for r in records]
     assert [one["references"] for one in found] == references
     figures = json.loads(to.read_text())["figures"]
@@ -140,7 +141,10 @@ def test_prompts_with_references(
         ([{"prompt": "a", "reference": "b", "references": ["c"]}], ":1: has both 'reference' and"),
         ([{"prompt": " ", "reference": "b"}], ":1: expected a text or a list of messages"),
         ([{"prompt": "a", "reference": "b", "c": 1}], ":1: has the field 'c'"),
-        ([{"prompt": "a" * 900, "reference": "b"}], "1 of 1 prompts leave no token"),
+        (
+            [{"prompt": word, "reference": "b"} for word in ("a", "a" * 900)],
+            "1 of 2 prompts leave no token",
+        ),
         ([{"prompt": [{"role": "user"}], "reference": "b"}], "prompts.jsonl:1: "),
     ],
 )
