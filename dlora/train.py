@@ -37,7 +37,7 @@ from dlora.together.run import TogetherRun
 from dlora.training.best import finish_again, keep, reconcile, see, take_up
 from dlora.training.build import batches_of, build, objective_of
 from dlora.training.checkpointing import RESUMES, CheckpointManager
-from dlora.training.evaluate import evaluate, print_samples
+from dlora.training.evaluate import before_training
 from dlora.training.finish import finish
 from dlora.training.prepare import Preparation, prepare
 from dlora.training.rates import rates
@@ -182,14 +182,16 @@ class Run:
                 self.lock.check()
                 trim_after_step(self.ranks.device)
                 seconds = time.perf_counter() - began
-                record = {"step": done, "loss": loss, "grad_norm": norm, "lr": lr}
+                record: dict[str, Any] = {"step": done, "loss": loss, "grad_norm": norm, "lr": lr}
                 record |= self.figures(done, ids, reduced, seconds)
                 checkpoints.snapshot(done, record)
                 self.records.append(record)
                 trouble = self.trouble(record, ids)
                 stops = [reduced.scalars[flag] for flag in STOP_FLAGS]
                 status = 1 if trouble else exit_status(stops)
-                evaluated = self.evaluates and due(done, config.output.eval_every, last=last)
+                evaluated = self.context.evaluates and due(
+                    done, config.output.eval_every, last=last
+                )
                 if evaluated:
                     record |= see(self.context, done)
                 if evaluated or due(done, config.output.log_every):
@@ -232,10 +234,7 @@ class Run:
         """Open the metrics' log; before a fresh run, print samples and log the held-out loss."""
         log = open_log(self.context, self.start, self.sinks)
         if self.start == 0:
-            print_samples(self.context, "before training")
-            if self.evaluates:
-                log.write({"step": 0, **(before := evaluate(self.context))})
-                console.info(f"held-out loss before training: {before['eval_loss']:.4f}")
+            before_training(self.context, log, console.info)
         reconcile(self.context, self.start)
         self.replica.zero_grad()
         self.replica.reductions = self.start  # audits fall on the same steps as without a stop
@@ -284,11 +283,6 @@ class Run:
         """Why the run has to end after this step, or None."""
         found = self.losses.see(record, ids)
         return found or self.unused.see(self.replica.named, self.replica.present)
-
-    @property
-    def evaluates(self) -> bool:
-        """Whether the run has evaluations."""
-        return self.prepared.eval is not None and self.config.output.eval_every > 0
 
     def set_lr(self, step: int) -> float:
         """Set the learning rate of a step, counted from 0; returns it."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from statistics import fmean
+from typing import Any
 
 from dlora.config.output import Score
 from dlora.errors import UsageError
@@ -66,7 +67,7 @@ def chrf(answers: Sequence[str], references: References) -> float:
     return float(sacrebleu.corpus_chrf(list(answers), _streams(references)).score)
 
 
-def _streams(references: References) -> list[list[str | None]]:
+def _streams(references: References) -> Any:
     """The k-th references of all answers, for each k; None where an answer has fewer."""
     return [list(stream) for stream in zip_longest(*references)]
 

@@ -97,7 +97,7 @@ def open_model(args: Any, announce: Announce) -> OpenedModel:
             is evaluated.
     """
     source = open_adapter(args.adapter) if args.adapter else None
-    settings = settled(vars(args), source and source.directory, announce)
+    settings = settled(vars(args), source.directory if source else None, announce)
     base, option = chosen_base(
         args.base,
         source,

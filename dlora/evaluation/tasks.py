@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import logging
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +21,7 @@ from dlora.evaluation.opened import OpenedModel
 from dlora.io.files import path_of
 from dlora.runtime.ranks import Ranks
 
+DRAWS = 1000  # of a standard error that has no formula
 _NEEDED = "--tasks needs lm-eval: pip install 'dlora[eval]'"
 
 
@@ -73,14 +75,16 @@ def run_tasks(
         as_chat: apply the chat template to prompts.
     """
     harness = importlib.import_module("dlora.evaluation.harness")
-    results = _lm_eval("evaluator").simple_evaluate(
-        model=harness.DloraLM(opened, model, ranks, rows),
-        tasks=tasks,
-        num_fewshot=few_shot,
-        limit=limit,
-        apply_chat_template=as_chat,
-        log_samples=False,
-    )
+    with _one_process():
+        results = _lm_eval("evaluator").simple_evaluate(
+            model=harness.DloraLM(opened, model, ranks, rows),
+            tasks=tasks,
+            num_fewshot=few_shot,
+            limit=limit,
+            apply_chat_template=as_chat,
+            log_samples=False,
+            bootstrap_iters=DRAWS,
+        )
     found = (results or {}).get("results", {})
     return {task: dict(_figures(values)) for task, values in found.items()}
 
@@ -121,10 +125,23 @@ def _lm_eval(module: str) -> ModuleType:
 
 
 @contextlib.contextmanager
+def _one_process() -> Iterator[None]:
+    """Inside, lm-eval computes standard errors in this process: a rank should not be forked."""
+    name = "DISABLE_MULTIPROC"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+
+
+@contextlib.contextmanager
 def _offline() -> Iterator[None]:
     """Inside, neither `datasets` nor the hub's client uses the network."""
     names = ("datasets.config", "huggingface_hub.constants")
-    modules = [importlib.import_module(name) for name in names]
+    modules: list[Any] = [importlib.import_module(name) for name in names]
     before = [module.HF_HUB_OFFLINE for module in modules]
     for module in modules:
         module.HF_HUB_OFFLINE = True

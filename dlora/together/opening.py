@@ -7,7 +7,7 @@ from dlora.lora.shared_batch import only
 from dlora.together.context import JointContext
 from dlora.together.member import Member, Standing
 from dlora.training.best import reconcile, take_up
-from dlora.training.evaluate import evaluate, print_samples
+from dlora.training.evaluate import before_training
 from dlora.training.reporting import open_log
 from dlora.training.resume import open_joint_directory
 
@@ -46,9 +46,6 @@ def _open(joint: JointContext, member: Member, start: int) -> None:
         reconcile(context, start)
     if start == 0:
         with by_name(joint.model, name), only(joint.model, name):
-            print_samples(context, f"{name}, before training")
-            if member.evaluates:
-                member.log.write({"step": 0, **(before := evaluate(context))})
-                member.say(f"held-out loss before training: {before['eval_loss']:.4f}")
+            before_training(context, member.log, member.say, f"{name}, ")
     context.replica.zero_grad()
     context.replica.reductions = start  # audits fall on the same steps as without a stop

@@ -34,11 +34,11 @@ from dlora.sharding.replica.step_scalars import Reduced
 from dlora.together.build import build_together
 from dlora.together.figures import Figures, Sums, joint_record
 from dlora.together.join import JoinedBatch, join
-from dlora.together.leave import finish, leave
+from dlora.together.leave import finish, keep_each, leave
 from dlora.together.member import Member, Standing
 from dlora.together.opening import open_logs
 from dlora.together.prepare import JointPreparation
-from dlora.training.best import keep, see
+from dlora.training.best import see
 from dlora.training.build import batches_of, objective_of
 from dlora.training.checkpointing import RESUMES, CheckpointManager
 from dlora.training.reporting import due
@@ -164,8 +164,7 @@ class TogetherRun:
                 asked = status is not None or common.scalars["save"] > 0
                 if asked or ended or improved or due(done, config.output.save_every, last=last):
                     checkpoints.save(done, record)
-                for member in improved:
-                    self.keep(member)
+                keep_each(self.joint, improved, checkpoints)
                 for member in ended:
                     self.end(member, done)
                 if status is not None and not last:
@@ -256,18 +255,13 @@ class TogetherRun:
     def log(self, member: Member, done: int, line: dict[str, Any]) -> bool:
         """Log an adapter's line, with its evaluation where that is due; whether it is the best."""
         output, last = member.config.output, done >= member.total_steps
-        evaluated = member.evaluates and due(done, output.eval_every, last=last)
+        evaluated = member.context.evaluates and due(done, output.eval_every, last=last)
         if evaluated:
             with by_name(self.model, member.name), only(self.model, member.name):
                 line |= see(member.context, done)
         if evaluated or due(done, output.log_every):
             member.log.write(line)
         return evaluated and member.context.selection.improved
-
-    def keep(self, member: Member) -> None:
-        """Put an adapter in the place of its best, once the step is committed."""
-        with by_name(self.model, member.name), only(self.model, member.name):
-            keep(member.context, self.checkpoints)
 
     def fail(self, member: Member, done: int, why: str) -> None:
         """An adapter that cannot go on leaves; the others do go on."""

@@ -121,6 +121,11 @@ class RunContext:
         resumed, own = self.prepared.resumed, self.saved_in or self.directory
         return resumed is not None and resumed.lies_in(own / CHECKPOINTS)
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether the run has evaluations."""
+        return self.prepared.eval is not None and self.config.output.eval_every > 0
+
     # -- what a checkpoint has of it ------------------------------------------------------------
 
     def settings(self) -> str:

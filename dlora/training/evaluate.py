@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -49,6 +50,21 @@ def held_out(context: RunContext) -> dict[str, float]:
     return {f"eval_{name}": value for name, value in found.figures.items()}
 
 
+def before_training(
+    context: RunContext, log: Any, say: Callable[[str], None], whose: str = ""
+) -> None:
+    """Print samples, and log an evaluation as step 0.
+
+    Args:
+        say: takes the line about the loss.
+        whose: what is said of the samples begins with.
+    """
+    print_samples(context, f"{whose}before training")
+    if context.evaluates:
+        log.write({"step": 0, **(before := evaluate(context))})
+        say(f"held-out loss before training: {before['eval_loss']:.4f}")
+
+
 def evaluate(context: RunContext) -> dict[str, float]:
     """All figures of an evaluation: those of `held_out`, and `output.eval_metrics`."""
     figures = held_out(context)
@@ -59,7 +75,7 @@ def evaluate(context: RunContext) -> dict[str, float]:
 
 def answer_scores(context: RunContext) -> dict[str, float]:
     """`output.eval_metrics` of greedy answers to the held-out prompts; the same on every rank."""
-    prepared, model, ranks = context.prepared, context.model, context.ranks
+    prepared, ranks, model = context.prepared, context.ranks, cast(Any, context.model)
     output, tokenizer = context.config.output, prepared.tokenizer
     assert prepared.eval is not None
     micro_batches = 1 if prepared.budget.workload.checkpointing else _ROWS
