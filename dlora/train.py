@@ -189,9 +189,7 @@ class Run:
                 trouble = self.trouble(record, ids)
                 stops = [reduced.scalars[flag] for flag in STOP_FLAGS]
                 status = 1 if trouble else exit_status(stops)
-                evaluated = self.context.evaluates and due(
-                    done, config.output.eval_every, last=last
-                )
+                evaluated = due(done, self.context.eval_every, last=last)
                 if evaluated:
                     record |= see(self.context, done)
                 if evaluated or due(done, config.output.log_every):

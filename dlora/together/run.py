@@ -255,7 +255,7 @@ class TogetherRun:
     def log(self, member: Member, done: int, line: dict[str, Any]) -> bool:
         """Log an adapter's line, with its evaluation where that is due; whether it is the best."""
         output, last = member.config.output, done >= member.total_steps
-        evaluated = member.context.evaluates and due(done, output.eval_every, last=last)
+        evaluated = due(done, member.context.eval_every, last=last)
         if evaluated:
             with by_name(self.model, member.name), only(self.model, member.name):
                 line |= see(member.context, done)

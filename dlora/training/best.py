@@ -69,8 +69,8 @@ def take_up(context: RunContext, start: int) -> None:
     if not selection.acts or resumed is None:
         return
     selection.load(resumed.state)
-    every, total = context.config.output.eval_every, context.prepared.sampler.total_steps
-    if selection.seen < start and due(start, every, last=start == total):
+    last = start == context.prepared.sampler.total_steps
+    if selection.seen < start and due(start, context.eval_every, last=last):
         see(context, start)  # the checkpoint was written before it
 
 

@@ -122,9 +122,9 @@ class RunContext:
         return resumed is not None and resumed.lies_in(own / CHECKPOINTS)
 
     @property
-    def evaluates(self) -> bool:
-        """Whether the run has evaluations."""
-        return self.prepared.eval is not None and self.config.output.eval_every > 0
+    def eval_every(self) -> int:
+        """Steps between evaluations; 0: there are none."""
+        return self.config.output.eval_every if self.prepared.eval is not None else 0
 
     # -- what a checkpoint has of it ------------------------------------------------------------
 

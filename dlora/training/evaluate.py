@@ -60,7 +60,7 @@ def before_training(
         whose: what is said of the samples begins with.
     """
     print_samples(context, f"{whose}before training")
-    if context.evaluates:
+    if context.eval_every:
         log.write({"step": 0, **(before := evaluate(context))})
         say(f"held-out loss before training: {before['eval_loss']:.4f}")
 

@@ -1,4 +1,4 @@
-"""The best adapter is kept, and a run that gets no better ends: as transformers' Trainer decides."""
+"""The best adapter is kept, and a run that gets no better ends: as transformers decides."""
 
 import json
 import math
@@ -16,6 +16,7 @@ from ranks import Pools
 from refusals import preparation, refusal
 from run_training import Run, Runs, told, train
 from safetensors.torch import load_file
+from sampling import full
 from stopped_runs import after_step, crashed, handlers_kept, steps_saved
 from tiny import save_chats
 from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, TrainingArguments
@@ -68,7 +69,8 @@ def test_a_figure_is_followed_as_transformers_does(values: list[int], patience: 
 
 def test_what_is_no_number_is_never_better() -> None:
     followed = Followed("eval_loss", "min")
-    assert [followed.see(i, v) for i, v in enumerate((math.nan, 2.0, -math.inf, math.nan, 1.0))] == [
+    values = (math.nan, 2.0, -math.inf, math.nan, 1.0)
+    assert [followed.see(i, v) for i, v in enumerate(values)] == [
         False, True, False, False, True
     ]  # fmt: skip
 
@@ -164,7 +166,7 @@ def committed_alone(argv: list[str], step: int) -> str:
     return "finished"
 
 
-@pytest.mark.parametrize("how", ["crashed", "terminated", "committed"])
+@pytest.mark.parametrize("how", [full("crashed"), full("terminated"), "committed"])
 def test_a_resumed_run_ends_where_it_would_have(
     run: Runs, whole: Run, ends: tuple[int, int], tmp_path: Path, how: str
 ) -> None:
