@@ -81,6 +81,7 @@ def chosen_base(
     dtype: str | None,
     trust_remote_code: bool,
     announce: Callable[[str], None],
+    quantization: str = "none",
 ) -> tuple[BaseModel, str]:
     """Find the base of `--base`, or else the one that the adapter records.
 
@@ -90,6 +91,7 @@ def chosen_base(
         dtype: of the base; `"auto"`: bfloat16 where this machine multiplies in it natively, else
             float32; None: the one that a checkpoint records, else bfloat16.
         announce: gets a line when a `.gguf` file is converted.
+        quantization: how the linear layers of its blocks are packed when it is loaded.
 
     Returns:
         The base, and its name in errors.
@@ -118,6 +120,7 @@ def chosen_base(
             revision=revision,
             trust_remote_code=trust_remote_code,
             cache_dir=recorded.cache_dir or "~/.cache/dlora",
+            quantization=quantization,
             made_as=class_for(source.task, source.labels) if source else CAUSAL,
             announce=announce,
         )
@@ -127,9 +130,17 @@ def chosen_base(
 
 def loaded(base: BaseModel) -> Any:
     """The whole model, on the GPU if there is one."""
-    topology = Topology(rank=0, world=1, ranks_per_node=1)
-    engine = build_engine(resolve_placement("fsdp2", "none", topology), topology)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return placed(base, "none", Topology(rank=0, world=1, ranks_per_node=1), device)
+
+
+def placed(base: BaseModel, where: str, topology: Topology, device: torch.device) -> Any:
+    """The model with this rank's share of the weights; collective where ranks share them.
+
+    Args:
+        where: W0 is stored, as `sharding.base`.
+    """
+    engine = build_engine(resolve_placement("fsdp2", where, topology), topology)
     return base.load(engine, device)
 
 

@@ -20,9 +20,9 @@ from dlora.cli import OneLineParser, answering, chosen_base, loaded, naming_base
 from dlora.data.encode import text_prompt
 from dlora.data.stops import stop_tokens
 from dlora.errors import UsageError
+from dlora.evaluation.inference import inference
 from dlora.lora.tasks import HEADS
 from dlora.runtime.exit_status import exit_with
-from dlora.training.evaluate import inference
 
 
 def main(argv: list[str]) -> int:

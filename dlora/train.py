@@ -36,10 +36,11 @@ from dlora.runtime.stop_signals import STOP_FLAGS, StopRequest, exit_status
 from dlora.sharding.replica.step_scalars import Reduced
 from dlora.together.prepare import prepare_together
 from dlora.together.run import TogetherRun
+from dlora.training.best import finish_again, keep, reconcile, see, take_up
 from dlora.training.build import batches_of, build
 from dlora.training.checkpointing import RESUMES, CheckpointManager
-from dlora.training.evaluate import held_out, print_samples
-from dlora.training.finish import finish, save_result
+from dlora.training.evaluate import before_training
+from dlora.training.finish import finish
 from dlora.training.prepare import Preparation, prepare
 from dlora.training.rates import rates
 from dlora.training.reporting import due, has_reader, open_log, start_sinks
@@ -136,10 +137,10 @@ class Run:
         config = self.config
         replica, stop, checkpoints = self.replica, self.stop, self.checkpoints
         residents = self.context.residents
-        if self.start == self.total_steps:
-            console.info(f"the run is already finished: step {self.start} of {self.total_steps}")
-            # The run may have ended between its last two files.
-            return save_result(self.context, checkpoints)
+        take_up(self.context, self.start)
+        selection = self.context.selection
+        if self.start == self.total_steps or selection.over:
+            return finish_again(self.context, checkpoints, self.start)
         log, status, trouble = self.open_log(), None, None
         display = StepDisplay(self.total_steps, self.start, self.ranks.main)
         committing = stop.committing(checkpoints.commit_alone)
@@ -179,34 +180,40 @@ class Run:
                 self.lock.check()
                 trim_after_step(self.ranks.device)
                 seconds = time.perf_counter() - began
-                record = {"step": done, "loss": loss, "grad_norm": norm, "lr": lr}
+                record: dict[str, Any] = {"step": done, "loss": loss, "grad_norm": norm, "lr": lr}
                 record |= self.figures(done, ids, reduced, seconds)
                 checkpoints.snapshot(done, record)
                 self.records.append(record)
                 trouble = self.trouble(record, ids)
                 stops = [reduced.scalars[flag] for flag in STOP_FLAGS]
                 status = 1 if trouble else exit_status(stops)
-                evaluated = self.evaluates and due(done, config.output.eval_every, last=last)
+                evaluated = due(done, self.context.eval_every, last=last)
                 if evaluated:
-                    record |= held_out(self.context)
+                    record |= see(self.context, done)
                 if evaluated or due(done, config.output.log_every):
                     log.write(record)
                     display.update(record, replica.method.progress())
-                asked = status is not None or reduced.scalars["save"] > 0
-                if asked or due(done, config.output.save_every, last=last):
+                improved = evaluated and selection.improved
+                asked = status is not None or reduced.scalars["save"] > 0 or selection.over
+                if asked or improved or due(done, config.output.save_every, last=last):
                     checkpoints.save(done, record)
+                if improved:
+                    keep(self.context, checkpoints)
 
                 # 6  a signal on any rank, or trouble, stops all of them here, after the commit
-                if trouble or (status is not None and not last):
+                if trouble or selection.over or (status is not None and not last):
                     break
-        if last and self.ranks.main:
+        over = last or selection.over
+        if over and self.ranks.main:
             checkpoints.write_method_files(done)
             replica.method.report(self.directory, log, console.info)
         log.close()
         if trouble:
             console.error(f"stopped after step {done}: {trouble}")
             return 1
-        if status is None or last:
+        if selection.over and not last:
+            console.info(f"stopped early after step {done}: {selection.why}")
+        if status is None or over:
             self.losses.close()
             return finish(self.context, checkpoints, self.records)
         console.info(f"stopped by {stop.cause or 'another rank'} after step {done}; {RESUMES}")
@@ -218,10 +225,8 @@ class Run:
         """Open the metrics' log; before a fresh run, print samples and log the held-out loss."""
         log = open_log(self.context, self.start, self.sinks)
         if self.start == 0:
-            print_samples(self.context, "before training")
-            if self.evaluates:
-                log.write({"step": 0, **(before := held_out(self.context))})
-                console.info(f"held-out loss before training: {before['eval_loss']:.4f}")
+            before_training(self.context, log, console.info)
+        reconcile(self.context, self.start)
         self.replica.zero_grad()
         self.replica.reductions = self.start  # audits fall on the same steps as without a stop
         self.replica.wire.take()
@@ -273,11 +278,6 @@ class Run:
         """Why the run has to end after this step, or None."""
         found = self.losses.see(record, ids)
         return found or self.unused.see(self.replica.named, self.replica.present)
-
-    @property
-    def evaluates(self) -> bool:
-        """Whether the run has evaluations."""
-        return self.prepared.eval is not None and self.config.output.eval_every > 0
 
     def set_lr(self, step: int) -> float:
         """Set the learning rate of a step, counted from 0; returns it."""

@@ -39,8 +39,10 @@ TABLE = {
     "adapters": "checkpoint lora methods quant io config registry",
     "plan": "adapters base checkpoint config data lora methods objectives optim registry runtime "
     "sharding tasks",
-    "training": "adapters base checkpoint config data hooks io lora methods metrics objectives "
-    "optim plan quant registry runtime sharding tasks",
+    "evaluation": "adapters base checkpoint cli config data io lora objectives registry runtime "
+    "sharding.topology tasks",
+    "training": "adapters base checkpoint config data evaluation hooks io lora methods metrics "
+    "objectives optim plan quant registry runtime sharding tasks",
     "together": "adapters base config data hooks lora methods metrics objectives optim plan "
     "registry runtime sharding training",
     "export": "adapters base io lora metrics runtime cli",
@@ -69,6 +71,7 @@ OWNERS = {
     "lightning": "dlora/integrations/lightning.py",
     "trl": "dlora/integrations/trl.py",
     "bitsandbytes": "dlora/quant/dequantize.py dlora/optim/eight_bit.py",
+    "lm_eval": "dlora/evaluation/harness.py",
     "triton": "dlora/quant/triton_unpack.py dlora/lora/triton_dropout.py",
 }
 # What may be imported inside a function: heavy packages, and those that only an extra installs.
@@ -86,6 +89,9 @@ OPTIONAL = {
     "aiohttp",
     "prometheus_client",
     "cma",
+    "sacrebleu",
+    "rouge_score",
+    "dlora.evaluation.harness",  # it imports lm_eval
     "dlora.quant.triton_unpack",  # they import Triton
     "dlora.lora.triton_dropout",
 }

@@ -6,6 +6,7 @@ from typing import Literal
 
 from dlora.registry import option, required
 
+Score = Literal["exact_match", "bleu", "chrf", "rouge1", "rouge2", "rougeL"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim"]
 
 
@@ -16,6 +17,25 @@ class OutputConfig:
     dir: str = required("directory of the run")
     log_every: int = option(1, "steps between metrics; 0: never", ge=0)
     eval_every: int = option(50, "steps between evaluations; 0: never", ge=0)
+    eval_metrics: list[Score] = option(
+        [],
+        "scores of greedy answers to the prompts of data.eval, at each evaluation: exact_match; "
+        "bleu and chrf by sacrebleu; rouge1, rouge2 and rougeL by rouge-score",
+    )
+    eval_prompts: int | None = option(
+        None, "answer the first so many prompts of data.eval for eval_metrics; null: all", ge=1
+    )
+    eval_max_new_tokens: int = option(128, "most tokens of such an answer", ge=1)
+    keep_best: dict[str, str] | None = option(
+        None,
+        "{metric: ..., mode: min or max}: the adapter of the best evaluation by this figure is "
+        "kept in output.dir/best; without mode, as is better for the figure",
+    )
+    early_stopping: dict[str, str | int] | None = option(
+        None,
+        "{metric: ..., patience: N}: the run ends once the figure has not been better than its "
+        "best in N evaluations one after the other",
+    )
     save_every: int = option(50, "steps between checkpoints; 0: never", ge=0)
     snapshot_every: int = option(
         1, "steps between snapshots in host memory, which survivors of a lost rank commit", ge=1

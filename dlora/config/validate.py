@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 
 import fsspec
 
+from dlora.config import evaluations
 from dlora.config.options import show
 from dlora.config.recompute import problem
 from dlora.config.sections import SCHEMA, Config, is_set, record_format, task_name, value_of
@@ -87,6 +88,16 @@ INERT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
         lambda c: isinstance(c.data.train, str) and c.data.train.startswith("builtin:"),
         "a builtin data set is in memory anyway",
     ),
+    (
+        "output.eval_metrics output.keep_best output.early_stopping",
+        lambda c: c.data.eval is None or c.output.eval_every == 0,
+        "there are no evaluations (data.eval, output.eval_every)",
+    ),
+    (
+        "output.eval_prompts output.eval_max_new_tokens",
+        lambda c: not c.output.eval_metrics,
+        "output.eval_metrics is empty",
+    ),
     ("output.report_to output.metrics_port", lambda c: not _logs(c), "no step is logged"),
     ("output.resume_force", lambda c: c.output.resume == "none", "output.resume is none"),
 )
@@ -109,7 +120,14 @@ def validate(config: Config) -> None:
 def problems_of(config: Config) -> list[str]:
     """A clause for every key whose value cannot be right."""
     right = (_bad_values, _bad_patterns, _bad_recompute)
-    checks = (*right, _contradictions, _cannot_act, _not_built, _not_installed)
+    checks = (
+        *right,
+        _contradictions,
+        evaluations.problems,
+        _cannot_act,
+        _not_built,
+        _not_installed,
+    )
     return [found for check in checks for found in check(config)]
 
 
@@ -274,6 +292,10 @@ def _not_installed(config: Config) -> Iterator[str]:
             yield f"output.report_to: {tracker} is not installed: pip install {tracker}"
     if config.output.metrics_port is not None and not _is_installed("prometheus_client"):
         yield "output.metrics_port: needs prometheus_client: pip install 'dlora[prometheus]'"
+    for score, package in evaluations.packages(config):
+        if not _is_installed(package):
+            install = package.replace("_", "-")
+            yield f"output.eval_metrics: {score} needs {install}: pip install 'dlora[eval]'"
     for _, part in parts_of(config):
         for package in part.says.get("requires", {}):
             if importlib.util.find_spec(package) is None:

@@ -55,6 +55,36 @@ def new_directory(final: Path) -> Iterator[Path]:
     sync(final.parent)
 
 
+@contextlib.contextmanager
+def replaced_directory(final: Path) -> Iterator[Path]:
+    """A temporary directory that takes the place of `final` at the end of the block.
+
+    After a crash `finish_replacing` leaves the old one or the new one, and it is complete.
+    """
+    with new_directory(_newer(final)) as folder:
+        yield folder
+    finish_replacing(final)
+
+
+def finish_replacing(final: Path) -> None:
+    """End a `replaced_directory` that a crash may have interrupted."""
+    newer, older = _newer(final), final.with_name(f".{final.name}.old")
+    if newer.is_dir():
+        if final.exists():
+            shutil.rmtree(older, ignore_errors=True)
+            os.replace(final, older)
+        os.replace(newer, final)
+    elif older.is_dir() and not final.exists():
+        os.replace(older, final)
+    if final.parent.is_dir():
+        shutil.rmtree(older, ignore_errors=True)
+        sync(final.parent)
+
+
+def _newer(final: Path) -> Path:
+    return final.with_name(f".{final.name}.new")
+
+
 def clear(directory: Path, pattern: str) -> None:
     """Delete the directories in `directory` whose names match `pattern`; ignore errors."""
     for found in directory.glob(pattern):

@@ -31,6 +31,7 @@ class Classification(Task):
     auto_class = "AutoModelForSequenceClassification"
     format = "labelled"
     draws_head = True
+    evaluated = {"accuracy": "max", "f1": "max"}  # noqa: RUF012 - literal, read without importing
 
     def configure(self, config: Any, pad_id: int | None) -> None:
         """Set the labels, and the padding by which a decoder finds a sequence's last token."""

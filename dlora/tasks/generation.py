@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ def generated(
         ends: tokens that end the answers of the data, where an answer then ends as well.
     """
     most = MOST_NEW_TOKENS
-    if not _is_writer(model) and (positions := learned_positions(model)) is not None:
+    if not is_writer(model) and (positions := learned_positions(model)) is not None:
         most = min(most, positions - max(map(len, prompts)))
     stops = stop_tokens(tokenizer, model.generation_config.eos_token_id, ends)
 
@@ -46,7 +46,7 @@ def generated(
     answers = [
         answer
         for group in ([[prompt] for prompt in prompts] if alone else [prompts])
-        for answer in _answers(model, group, pad_id, stops, most)
+        for answer in generated_tokens(model, group, pad_id, stops, most)
     ]
     return [
         (
@@ -58,16 +58,27 @@ def generated(
     ]
 
 
-def _answers(
-    model: Any, prompts: list[list[int]], pad_id: int, stops: list[int], max_new_tokens: int
+def generated_tokens(
+    model: Any,
+    prompts: list[list[int]],
+    pad_id: int,
+    stops: list[int],
+    max_new_tokens: int,
+    *,
+    together: bool = False,
+    stopping: Callable[[int], Any] | None = None,
 ) -> list[list[int]]:
     """What the model says to prompts, each up to `stops`.
 
     They are padded to one length: a decoder's on the left, where it goes on at the right end, and
     an encoder's on the right.
+
+    Args:
+        together: ranks have prompts of their own, and each makes passes until all have ended.
+        stopping: transformers' criteria that end an answer as well, from the tokens before it.
     """
     forget_lengths(model)
-    longest, writes = max(map(len, prompts)), _is_writer(model)
+    longest, writes = max(map(len, prompts)), is_writer(model)
     device = next(model.parameters()).device
 
     def rows(values: list[list[int]], padding: int) -> Tensor:
@@ -82,12 +93,14 @@ def _answers(
         do_sample=False,
         pad_token_id=pad_id,
         eos_token_id=stops or None,
+        stopping_criteria=stopping and stopping(1 if writes else longest),
+        **({"synced_gpus": True} if together else {}),
     )
     answers: list[list[int]] = made[:, 1 if writes else longest :].tolist()
     return answers
 
 
-def _is_writer(model: Any) -> bool:
+def is_writer(model: Any) -> bool:
     """Whether an encoder reads the prompt; the decoder begins with a token of its own."""
     return bool(getattr(model.config, "is_encoder_decoder", False))
 

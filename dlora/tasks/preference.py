@@ -53,10 +53,10 @@ class Preference(Causal):
     def collate(self, examples: Sequence[Example], pad_id: int) -> PairedBatch:
         return collate_pairs(examples, pad_id)
 
-    def example(self, tokens: int) -> Example:
+    def example(self, tokens: int, words: Sequence[int] = (0,)) -> Example:
         """Two sequences of half of the tokens, all of which but the first are targets."""
         half = max(tokens // 2, 2)
-        ids = np.zeros(2 * half, np.int32)
+        ids = np.resize(np.asarray(words, np.int32), 2 * half)
         labels = ids.copy()
         labels[[0, half]] = NO_TARGET, SECOND
         return Example(0, ids, labels)

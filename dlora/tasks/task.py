@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import types
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +31,7 @@ class Task(ABC):
         format: the layout of records that it reads; empty: that of `data.format`.
         draws_head: whether a base may lack the head, which is then drawn and trained.
         longest: tokens of a sequence in `data.max_length`.
+        evaluated: {what `figures` counts: whether it should be min or max}.
         packs: whether its sequences can share a row; `packed` makes it.
         why_no_packing: why they cannot, where a user of `data.packing: auto` is to be told.
     """
@@ -41,6 +43,7 @@ class Task(ABC):
     longest: ClassVar[int] = 1
     packs: ClassVar[bool] = False
     why_no_packing: ClassVar[str] = ""
+    evaluated: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     def __init_subclass__(cls, **how: Any) -> None:
         """A subclass with micro-batches of its own packs only if it says how."""

@@ -27,6 +27,7 @@ from dlora.training.build import build_optimizer
 from dlora.training.context import RunContext
 from dlora.training.prepare import Preparation
 from dlora.training.residents import Residents
+from dlora.training.selection import Selection
 from dlora.training.watchdogs import FiniteWatch, UnusedWatch
 
 
@@ -97,7 +98,8 @@ def _context(
         else torch.optim.SGD([torch.zeros(())], lr=0.0)
     )
     parts = (own.config, ranks, own, model, replica, residents, optimizer, lock, hooks)
-    return RunContext(*parts, name=name, saved_in=config.output.directory)
+    selection = Selection.of(own.config)
+    return RunContext(*parts, name=name, saved_in=config.output.directory, selection=selection)
 
 
 def _member(name: str, context: RunContext, standing: Standing) -> Member:

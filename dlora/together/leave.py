@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from dlora.metrics.log import held_out_line
 from dlora.runtime.console import console
 from dlora.together.context import JointContext
 from dlora.together.member import Member, Standing
+from dlora.training.best import keep
 from dlora.training.checkpointing import CheckpointManager
 from dlora.training.evaluate import print_samples
 from dlora.training.finish import save_result
@@ -40,6 +42,15 @@ def finish(joint: JointContext, member: Member, checkpoints: CheckpointManager, 
     if member.running:
         leave(joint, member, Standing.FINISHED)
     return status
+
+
+def keep_each(
+    joint: JointContext, improved: Sequence[Member], checkpoints: CheckpointManager
+) -> None:
+    """Put adapters in the places of their best ones, once the step is committed."""
+    for member in improved:
+        with by_name(joint.model, member.name), only(joint.model, member.name):
+            keep(member.context, checkpoints)
 
 
 def leave(joint: JointContext, member: Member, standing: Standing, why: str = "") -> None:

@@ -64,11 +64,6 @@ class Member:
         """Whether it is trained."""
         return self.standing is Standing.RUNNING
 
-    @property
-    def evaluates(self) -> bool:
-        """Whether it has evaluations."""
-        return self.prepared.eval is not None and self.config.output.eval_every > 0
-
     def say(self, line: str) -> None:
         """Print a line about it."""
         console.info(f"{self.name}: {line}")

@@ -6,7 +6,8 @@ from dlora.lora.names import by_name
 from dlora.lora.shared_batch import only
 from dlora.together.context import JointContext
 from dlora.together.member import Member, Standing
-from dlora.training.evaluate import held_out, print_samples
+from dlora.training.best import reconcile, take_up
+from dlora.training.evaluate import before_training
 from dlora.training.reporting import open_log
 from dlora.training.resume import open_joint_directory
 
@@ -27,6 +28,10 @@ def open_logs(joint: JointContext, start: int) -> list[Member]:
             joint.hooks.left(member.name, member.standing.value, member.why)
         elif not member.running or start >= member.total_steps:
             member.say(f"is already finished: {member.total_steps} steps")
+            with by_name(joint.model, member.name), only(joint.model, member.name):
+                take_up(member.context, member.total_steps)
+                if member.context.continues:  # it may have ended before it wrote the best
+                    reconcile(member.context, member.total_steps)
             over.append(member)  # an earlier start may have ended before it wrote the adapter
         else:
             _open(joint, member, start)
@@ -36,11 +41,11 @@ def open_logs(joint: JointContext, start: int) -> list[Member]:
 def _open(joint: JointContext, member: Member, start: int) -> None:
     context, name = member.context, member.name
     member.log = open_log(context, start, ())
+    with by_name(joint.model, name), only(joint.model, name):
+        take_up(context, start)
+        reconcile(context, start)
     if start == 0:
         with by_name(joint.model, name), only(joint.model, name):
-            print_samples(context, f"{name}, before training")
-            if member.evaluates:
-                member.log.write({"step": 0, **(before := held_out(context))})
-                member.say(f"held-out loss before training: {before['eval_loss']:.4f}")
+            before_training(context, member.log, member.say, f"{name}, ")
     context.replica.zero_grad()
     context.replica.reductions = start  # audits fall on the same steps as without a stop

@@ -35,13 +35,13 @@ from dlora.sharding.replica.step_scalars import Reduced
 from dlora.together.build import build_together
 from dlora.together.figures import Figures, Sums, joint_record
 from dlora.together.join import JoinedBatch, join
-from dlora.together.leave import finish, leave
+from dlora.together.leave import finish, keep_each, leave
 from dlora.together.member import Member, Standing
 from dlora.together.opening import open_logs
 from dlora.together.prepare import JointPreparation
+from dlora.training.best import see
 from dlora.training.build import batches_of
 from dlora.training.checkpointing import RESUMES, CheckpointManager
-from dlora.training.evaluate import held_out
 from dlora.training.reporting import due
 from dlora.training.resume import resume
 from dlora.training.watchdogs import HangWatch, beat_in_passes, is_finite
@@ -145,8 +145,7 @@ class TogetherRun:
                 failing = {m.name: self.trouble(m, lines[m.name], ids[m.name]) for m in running}
                 stops = [common.scalars[flag] for flag in STOP_FLAGS]
                 status = exit_status(stops)
-                for member in running:
-                    self.log(member, done, lines[member.name])
+                improved = [m for m in running if self.log(m, done, lines[m.name])]
                 if due(done, config.output.log_every) or last:
                     display.update(record, self.figures.progress(lines))
 
@@ -161,8 +160,9 @@ class TogetherRun:
                         leave(self.joint, member, Standing.DROPPED, "dropped")
                 ended = [m for m in running if not m.running or done >= m.total_steps]
                 asked = status is not None or common.scalars["save"] > 0
-                if asked or ended or due(done, config.output.save_every, last=last):
+                if asked or ended or improved or due(done, config.output.save_every, last=last):
                     checkpoints.save(done, record)
+                keep_each(self.joint, improved, checkpoints)
                 for member in ended:
                     self.end(member, done)
                 if status is not None and not last:
@@ -250,15 +250,16 @@ class TogetherRun:
         replica = member.context.replica
         return found or member.unused.see(replica.named, replica.present)
 
-    def log(self, member: Member, done: int, line: dict[str, Any]) -> None:
-        """Log an adapter's line, with its held-out loss where that is due."""
+    def log(self, member: Member, done: int, line: dict[str, Any]) -> bool:
+        """Log an adapter's line, with its evaluation where that is due; whether it is the best."""
         output, last = member.config.output, done >= member.total_steps
-        evaluated = member.evaluates and due(done, output.eval_every, last=last)
+        evaluated = due(done, member.context.eval_every, last=last)
         if evaluated:
             with by_name(self.model, member.name), only(self.model, member.name):
-                line |= held_out(member.context)
+                line |= see(member.context, done)
         if evaluated or due(done, output.log_every):
             member.log.write(line)
+        return evaluated and member.context.selection.improved
 
     def fail(self, member: Member, done: int, why: str) -> None:
         """An adapter that cannot go on leaves; the others do go on."""

@@ -40,6 +40,7 @@ from dlora.training.context import RunContext
 from dlora.training.prepare import Preparation
 from dlora.training.reference import freeze_reference
 from dlora.training.residents import Residents
+from dlora.training.selection import Selection
 from dlora.training.warm_up import start_compiled
 
 
@@ -87,9 +88,8 @@ def build(
     freeze_reference(config, prepared.resumed, model, replica)
     model.train()
     optimizer = build_optimizer(config, ranks, prepared, replica)
-    context = RunContext(
-        config, ranks, prepared, model, replica, residents, optimizer, lock, hooks, blocks
-    )
+    parts = (config, ranks, prepared, model, replica, residents, optimizer, lock, hooks, blocks)
+    context = RunContext(*parts, selection=Selection.of(config))
     start_compiled(context, objective_of(config))
     return context
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,11 @@ from dlora.training.find_checkpoint import state_at
 from dlora.training.prepare import Preparation
 from dlora.training.residents import Residents
 from dlora.training.resolved import resolved_yaml
+from dlora.training.selection import Selection
 
-CHECKPOINTS = "checkpoints"  # the directory in that of a run
+# Directories in that of a run.
+CHECKPOINTS = "checkpoints"
+BEST = "best"  # of the adapter of the best evaluation
 
 
 class SavedRun(ABC):
@@ -92,6 +95,7 @@ class RunContext(SavedRun):
         lock: of `directory`; every write there calls its `check` first.
         name: of the adapter, among others.
         saved_in: where its checkpoints lie; None: in `directory`.
+        selection: what the run makes of its evaluations.
     """
 
     config: Config
@@ -106,11 +110,17 @@ class RunContext(SavedRun):
     blocks: CompiledBlocks | None = None
     name: str = DEFAULT
     saved_in: Path | None = None
+    selection: Selection = field(default_factory=Selection)
 
     @property
     def compiles(self) -> bool:
         """Whether blocks run as graphs."""
         return self.blocks is not None and self.blocks.on
+
+    @property
+    def eval_every(self) -> int:
+        """Steps between evaluations; 0: there are none."""
+        return self.config.output.eval_every if self.prepared.eval is not None else 0
 
     def settings(self) -> str:
         """`config.yaml`."""
@@ -122,7 +132,7 @@ class RunContext(SavedRun):
         fingerprints = found.train.fingerprint, found.base_identity
         about = (self.config, found.lora, found.sampler, *fingerprints)
         state = state_at(step, *about, found.task.labels, found.train.report.ends)
-        return state | {"ranks": self.ranks.world}
+        return state | {"ranks": self.ranks.world} | self.selection.state()
 
     def write_method_files(self, step: int) -> None:
         """Write the files that the adapters' method has in the run's directory, up to a step."""

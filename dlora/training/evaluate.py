@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
+from dlora.data.stops import stop_tokens
+from dlora.evaluation.answers import answers_to
+from dlora.evaluation.held_out import measure
+from dlora.evaluation.inference import inference
+from dlora.evaluation.metrics import scores
+from dlora.evaluation.references import questions_of
 from dlora.runtime.console import console
 from dlora.training.context import RunContext
 
@@ -27,45 +33,75 @@ def evaluating(context: RunContext, micro_batches: int = 1) -> Iterator[None]:
     context.replica.wire.take()  # wire_bytes are those of training
 
 
-@contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
-    """Without gradients, in eval mode."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
-
-
 def held_out(context: RunContext) -> dict[str, float]:
     """`eval_loss`, Σ loss / Σ targets (or pairs) over all held-out sequences, and task's figures.
 
-    The same on every rank.
-
-    Sums are reduced, then divided: a mean of the ranks' means would weigh tokens unequally. A pass
-    may gather all of W0, so it takes more sequences than one in training, for which memory is
-    planned: it keeps nothing for backward. Where training keeps little either, it takes as many.
+    The same on every rank. A pass may gather all of W0, so it takes more sequences than one in
+    training, for which memory is planned: it keeps nothing for backward. Where training keeps
+    little either, it takes as many.
     """
-    ranks, dataset, model = context.ranks, context.prepared.eval, context.model
-    assert dataset is not None
-    task = context.prepared.task
-    sums = torch.zeros(2 + task.counted, dtype=torch.float64, device=ranks.device)
-    micro_batches = 1 if context.prepared.budget.workload.checkpointing else _ROWS
-    deal = context.prepared.dealing.times(micro_batches)
-    dealt = deal(range(len(dataset)), dataset.lengths, ranks.world)
+    prepared, model = context.prepared, context.model
+    assert prepared.eval is not None
+    micro_batches = 1 if prepared.budget.workload.checkpointing else _ROWS
+    deal = prepared.dealing.times(micro_batches)
     with evaluating(context, micro_batches):
-        for ids in dealt[ranks.rank]:
-            batch = context.prepared.collate([dataset[i] for i in ids]).to(ranks.device)
-            loss, counts = task.evaluate(model, batch)
-            sums[0] += loss
-            sums[1] += batch.weight
-            sums[2:] += counts
+        about = (prepared.task, model, prepared.eval, deal, prepared.collate, context.ranks)
+        found = measure(*about)
+    return {f"eval_{name}": value for name, value in found.figures.items()}
+
+
+def before_training(
+    context: RunContext, log: Any, say: Callable[[str], None], whose: str = ""
+) -> None:
+    """Print samples, and log an evaluation as step 0.
+
+    Args:
+        say: takes the line about the loss.
+        whose: what is said of the samples begins with.
+    """
+    print_samples(context, f"{whose}before training")
+    if context.eval_every:
+        log.write({"step": 0, **(before := evaluate(context))})
+        say(f"held-out loss before training: {before['eval_loss']:.4f}")
+
+
+def evaluate(context: RunContext) -> dict[str, float]:
+    """All figures of an evaluation: those of `held_out`, and `output.eval_metrics`."""
+    figures = held_out(context)
+    if context.config.output.eval_metrics:
+        figures |= answer_scores(context)
+    return figures
+
+
+def answer_scores(context: RunContext) -> dict[str, float]:
+    """`output.eval_metrics` of greedy answers to the held-out prompts; the same on every rank."""
+    prepared, ranks, model = context.prepared, context.ranks, cast(Any, context.model)
+    output, tokenizer = context.config.output, prepared.tokenizer
+    assert prepared.eval is not None
+    micro_batches = 1 if prepared.budget.workload.checkpointing else _ROWS
+    ends = prepared.train.report.ends
+    stops = stop_tokens(tokenizer, model.generation_config.eos_token_id, ends)
+    asked = questions_of(prepared.eval, prepared.task, tokenizer, stops, "data.eval")
+    asked = asked.first(output.eval_prompts)
+    with evaluating(context, micro_batches):
+        answers = answers_to(
+            model,
+            asked.prompts,
+            pad_id=prepared.pad_id,
+            stops=stops,
+            most=output.eval_max_new_tokens,
+            rows=context.config.train.micro_batch_size * micro_batches,
+            ranks=ranks,
+        )
+    found = torch.zeros(len(output.eval_metrics), dtype=torch.float64, device=ranks.device)
+    if ranks.main:
+        texts = [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in answers]
+        values = scores(output.eval_metrics, texts, asked.references)
+        found += torch.tensor(list(values.values()), dtype=torch.float64, device=ranks.device)
     if ranks.world > 1:
-        dist.all_reduce(sums)
-    figures = {"loss": float(sums[0] / sums[1]), **task.figures(sums[2:])}
-    return {f"eval_{name}": value for name, value in figures.items()}
+        dist.broadcast(found, src=0)
+    named = zip(output.eval_metrics, found.tolist(), strict=True)
+    return {f"eval_{name}": value for name, value in named}
 
 
 def print_samples(context: RunContext, when: str) -> None:

@@ -49,9 +49,7 @@ def save_result(context: RunContext, checkpoints: CheckpointManager) -> int:
         if context.ranks.main:
             context.lock.check()
             base = context.prepared.base
-            about = {"base_model_name_or_path": base.source, "name": context.name}
-            save_adapter(context.model, where, **about)
-            _write_answering(context, where)
+            write_adapter(context, where)
             kept = write_card(context, where)
             checkpoints.publish(where)
             lines = converted_line(base.path, base.source), part_line(context.model, base.config())
@@ -62,6 +60,13 @@ def save_result(context: RunContext, checkpoints: CheckpointManager) -> int:
         return 1
     console.info(f"adapter: {where}")
     return 0
+
+
+def write_adapter(context: RunContext, where: Path) -> None:
+    """Write the adapter as it is now, with all that it needs to answer as it was trained."""
+    base = context.prepared.base.source
+    save_adapter(context.model, where, base_model_name_or_path=base, name=context.name)
+    _write_answering(context, where)
 
 
 def _write_answering(context: RunContext, where: Path) -> None:

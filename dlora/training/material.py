@@ -18,11 +18,14 @@ from dlora.config.load import Config
 from dlora.data import Dataset, Sampler
 from dlora.data.stream import Stream, StreamSampler
 from dlora.errors import UsageError, and_more
+from dlora.evaluation.metrics import check_installed
+from dlora.evaluation.references import questions_of
 from dlora.lora.attach import adapter_tensors, attachment_of
 from dlora.lora.config import LoraConfig
 from dlora.lora.dropout import KEYED_BY
 from dlora.sharding.topology import Topology
 from dlora.tasks import Task
+from dlora.tasks.limits import limits_of, pad_token
 from dlora.tasks.packing import settle_packing
 from dlora.training.check_resume import check_resume
 from dlora.training.checks import (
@@ -30,8 +33,6 @@ from dlora.training.checks import (
     check_placement,
     check_ranks_per_node,
     check_sequences,
-    limits_of,
-    pad_token,
 )
 from dlora.training.find_checkpoint import ResumePoint
 from dlora.training.prepare_data import (
@@ -136,6 +137,9 @@ def gather_material(
     held_out = load("eval") if config.data.eval is not None else None
     limits = limits_of(tokenizer, skeleton)
     check_sequences({"data.train": train, "data.eval": held_out}, limits)
+    if config.output.eval_metrics and held_out is not None:
+        check_installed(config.output.eval_metrics, "output.eval_metrics")
+        questions_of(held_out, task, tokenizer, (), "output.eval_metrics: data.eval")
     sampler = sampler_of(config, train, limits, announce)
     lora = scheduled(model.lora, sampler.total_steps)
     if resumed is not None:

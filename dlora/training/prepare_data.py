@@ -17,7 +17,7 @@ from dlora.data.reading import labels_in
 from dlora.data.stream import Stream, StreamSampler
 from dlora.data.template import set_template
 from dlora.tasks import Task
-from dlora.training.checks import Limits
+from dlora.tasks.limits import Limits
 
 # (key, what loads it) → it: some ranks may get it from another one.
 Once = Callable[[str, Callable[[], Dataset]], Dataset]

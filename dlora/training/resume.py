@@ -25,7 +25,7 @@ from dlora.registry import room
 from dlora.runtime.agreement import agree, broadcast
 from dlora.runtime.console import console
 from dlora.runtime.ranks import Ranks
-from dlora.training.context import CHECKPOINTS, SavedRun
+from dlora.training.context import BEST, CHECKPOINTS, SavedRun
 
 
 def resume(context: SavedRun) -> int:
@@ -145,7 +145,7 @@ def set_aside_others(context: SavedRun, start: int) -> None:
         return
     says = [part.says for part in room("lora.variants").values()]
     of_methods = [name for said in says for name in said.get("run_files", ())]
-    for name in [CHECKPOINTS, "metrics.jsonl", *dict.fromkeys(of_methods), "tensorboard"]:
+    for name in [CHECKPOINTS, BEST, "metrics.jsonl", *dict.fromkeys(of_methods), "tensorboard"]:
         _set_aside(directory / name)
 
 

@@ -131,7 +131,7 @@ def _step(context: RunContext, objective: Objective, batch: Batch) -> tuple[floa
     keys = SampleKeys(context.config.train.seed, 0, batch.ids, batch.lengths, row)
     attachment = attachment_of(model)
     with attachment.values.shared(), attachment.stream.keyed(keys):
-        loss = whole_loss(model, objective.loss(model, batch), batch.num_targets)[0]
+        loss = whole_loss(model, objective.loss(model, batch), batch.weight)[0]
         loss.backward()
     gradients = [p.grad.detach() for p in replica.named.values() if p.grad is not None]
     norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0

@@ -25,6 +25,7 @@ from transformers import (
 from dlora import generate
 from dlora.config.load import parse
 from dlora.errors import UsageError
+from dlora.evaluation import command as evaluation
 from dlora.export import command as export
 from dlora.sharding.topology import Topology
 from dlora.training.prepare import prepare
@@ -252,3 +253,29 @@ def test_a_held_out_label_that_training_lacks_names_its_line(command: Any, tmp_p
     config = parse(words, prog="dlora.train").config
     with pytest.raises(UsageError, match=r"held_out\.jsonl:1: 'label' is 'cow', which is none of"):
         prepare(config, Topology(0, 1, 1), lambda line: None)
+
+
+@pytest.mark.parametrize("base", ["llama", "t5"])
+def test_dlora_eval_has_the_figures_of_the_run(run: Runs, tmp_path: Path, base: str) -> None:
+    """The best by another figure than the loss; answers of an encoder-decoder are compared."""
+    own: dict[str, Any] = {"output__keep_best": {"metric": "eval_f1"}}
+    if base == "t5":
+        own = {"output__keep_best": {"metric": "eval_chrf", "mode": "max"}}
+        own |= {"output__eval_metrics": ["chrf"], "output__eval_max_new_tokens": 6}
+    _, lines = run("run", 1, base, output__eval_every=5, **own)
+    found = {line["step"]: line for line in lines if "eval_loss" in line and line["step"]}
+    metric, best = own["output__keep_best"]["metric"], tmp_path / "run/best"
+    about, to = json.loads((best / "best.json").read_text()), tmp_path / "to.json"
+    assert about["value"] == max(line[metric] for line in found.values())
+    argv = run.command(tmp_path / "run", base)
+    words = ["--adapter", str(best), "--data", argv[argv.index("--data.eval") + 1]]
+    scored = ["--metrics", "chrf", "--max-new-tokens", "6"]
+    assert evaluation.main([*words, *(scored if base == "t5" else []), "--to", str(to)]) == 0
+    figures = json.loads(to.read_text())["figures"]
+    wanted = {k.removeprefix("eval_"): v for k, v in found[about["step"]].items() if "eval_" in k}
+    assert {name: figures[name] for name in wanted} == pytest.approx(wanted, rel=1e-5)
+    if base == "llama":
+        with pytest.raises(UsageError, match="classification writes no answers"):
+            evaluation.main([*words, *scored])
+        with pytest.raises(UsageError, match="classification writes no answers"):
+            parse([*argv, "--output.eval_metrics", "[chrf]"], "dlora.train")
