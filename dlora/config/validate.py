@@ -215,12 +215,6 @@ def _contradictions(config: Config) -> Iterator[str]:
                 "train.tokens_per_micro_batch: train.task: seq2seq pads sources and answers apart; "
                 "set train.micro_batch_size"
             )
-        if task_name(config) == "preference":
-            yield (
-                f"train.tokens_per_micro_batch: train.objective: {config.train.objective} has "
-                "pairs, whose answers have a row each; set train.micro_batch_size, which counts "
-                "pairs"
-            )
     yield from _of_objective(config)
     if config.train.governed_by == "epochs" and is_set(config, "train.max_steps"):
         yield "train.max_steps: train.epochs is set as well; set only one of the two"
@@ -243,6 +237,11 @@ def _of_objective(config: Config) -> Iterator[str]:
         yield (
             f"train.objective: {objective} cannot read data.format: {format}, which is for "
             f"{', '.join(sorted(of))}"
+        )
+    if config.train.tokens_per_micro_batch is not None and task_name(config) == "preference":
+        yield (
+            f"train.tokens_per_micro_batch: train.objective: {objective} has pairs, whose answers "
+            "have a row each; set train.micro_batch_size, which counts pairs"
         )
     copied = value_of(config, "dpo.reference") == "adapter"
     if objective == "dpo" and copied and config.adapter.path is None:

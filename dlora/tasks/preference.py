@@ -88,7 +88,8 @@ class Preference(Causal):
         """The blocks, if adapters lie in them and in the head alone; or none."""
         blocks = chained_blocks(model, known=True) if self._chained else []
         inside = {module for block in blocks for module in block.modules()}
-        inside |= set(self.head(model).modules())
+        head = self.in_chunks(model)  # logits that the class itself makes are one tensor of both
+        inside |= set(head.modules()) if head is not None else set()
         return blocks if inside.issuperset(adapters_in(model)) else []
 
     def evaluate(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:

@@ -135,7 +135,7 @@ def prepare(
             workload = workload_of(config, world, train, found.sampler, **how)
         else:  # any sequence may be the longest
             workload = workload_of(config, world, dealing=dealing, task=found.task)
-        copied = copies_adapter(config, resumed and resumed.settings)
+        copied = copies_adapter(config, resumed.settings if resumed else None)
         workload = replace(workload, reference=found.task.reference(skeleton), copied=copied)
         trained = trainable_parameters(skeleton)
         return decision_of(

@@ -28,7 +28,7 @@ def reference_line(
     if not how:
         return ""
     what = "W0 with the adapter off"
-    if copies_adapter(config, resumed and resumed.settings):
+    if copies_adapter(config, resumed.settings if resumed else None):
         what = "a frozen copy of the adapter at adapter.path"
     passes = {
         "joined": "in the policy's pass: each block computes for both, so W0 is gathered once",
@@ -60,6 +60,6 @@ def freeze_reference(
 
     Of a resumed run the checkpoint has them: `TrainedReplica.load_reference`.
     """
-    if copies_adapter(config, resumed and resumed.settings):
+    if copies_adapter(config, resumed.settings if resumed else None):
         replica.reference = {name: p.detach().clone() for name, p in replica.named.items()}
         reference_of(model).copies = replica.reference

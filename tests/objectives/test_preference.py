@@ -11,6 +11,7 @@ from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from tiny import tokenizer, whole
 from torch import Tensor, nn
+from transformers import BertConfig, BertLMHeadModel
 from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
@@ -96,10 +97,10 @@ def moved(model: nn.Module, scale: float = 0.05) -> None:
 
 
 def prepared(
-    saved: str, objective: Pairwise, *, dtype: torch.dtype = torch.float64, **settings: Any
+    saved: Any, objective: Pairwise, *, dtype: torch.dtype = torch.float64, **settings: Any
 ) -> Any:
-    """A model with adapters and the loss of pairs."""
-    model = whole(saved).to(dtype)
+    """A model, or that in a directory, with adapters and the loss of pairs."""
+    model = (whole(saved) if isinstance(saved, str) else saved).to(dtype)
     task = Preference()
     task.objective = objective
     with torch.device("meta"):
@@ -183,6 +184,29 @@ def test_losses_and_gradients_are_those_of_whole_logits_in_float64(
         assert torch.allclose(one, other, rtol=1e-8, atol=1e-11), path
     with torch.no_grad():
         assert objective.loss(model, batch).item() == pytest.approx(right.item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_class_that_computes_whole_logits_itself(joined: bool) -> None:
+    """BERT's decoder, which has layers between the blocks and the head."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 24, "vocab_size": 259}
+    bert = BertLMHeadModel(BertConfig(**sizes, is_decoder=True)).eval()
+    objective = OBJECTIVES["weighted"]
+    names = ["query", "value", *([] if joined else ["decoder"])]
+    model, task = prepared(bert, objective, target_modules=names)
+    assert task.in_chunks(model) is None
+    assert task.reference(model) == ("joined" if joined else "apart")
+    moved(model)
+    batch = task.collate(examples(), 0)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    loss, right = objective.loss(model, batch), by_hand(model, batch, objective)
+    assert loss.item() == pytest.approx(right.item(), rel=1e-10)
+    for one, other in zip(
+        torch.autograd.grad(loss, parameters), torch.autograd.grad(right, parameters), strict=True
+    ):
+        assert torch.allclose(one, other, rtol=1e-8, atol=1e-11)
 
 
 def test_a_batch_without_pairs_has_zero_gradients_and_all_figures(saved_models: Any) -> None:
