@@ -199,7 +199,8 @@ def test_a_best_that_is_gone_or_another_run_s_is_not_taken_for_this_one(
     [(_, said)], _ = run("run", 1, work=told, **more)
     assert f"the adapter of step {best} (eval_loss" in said and "is not in" in said
     assert best_of(directory)["step"] == best + 4
-    # A fresh run renames it.
+    # A fresh run renames it, also where a crash has left it under another name.
+    (directory / "best").rename(directory / ".best.new")
     run("run", 1, **kept, output__resume="none")
     assert (directory / "best.old-1").is_dir() and best_of(directory)["step"] == best
     again = load_file(directory / "best/adapter_model.safetensors")
