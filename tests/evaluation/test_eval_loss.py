@@ -76,7 +76,7 @@ def test_an_adapter_has_the_loss_that_its_run_logged(
 def test_what_comes_from_the_run_can_be_set_and_another_base_is_said(
     run: Runs, saved_models: Any, held: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run("run", 1, data__eval=held, **SETTINGS)
+    run("run", 1, data__eval=held, **SETTINGS, output__save_every=3)
     to, other = tmp_path / "to.json", saved_models("tied")
     words = ["--adapter", str(tmp_path / "run/adapter"), "--data", held, "--base", other]
     assert main([*words, "--max-length", "1024", "--limit", "2", "--to", str(to)]) == 0

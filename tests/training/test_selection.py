@@ -186,6 +186,7 @@ def test_a_resumed_run_ends_where_it_would_have(
     assert best_of(tmp_path / "run")["step"] == best
 
 
+@pytest.mark.full  # three runs more
 def test_a_best_that_is_gone_or_another_run_s_is_not_taken_for_this_one(
     run: Runs, ends: tuple[int, int], tmp_path: Path
 ) -> None:
