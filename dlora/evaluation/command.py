@@ -56,7 +56,7 @@ def main(argv: list[str], ranks: Ranks | None = None) -> int:
     """
     own = ranks is None
     these = ranks or Ranks.from_environment(JOINING_SECONDS, own_device())
-    args = agree(these, "command line", lambda: (parse(argv), ""))
+    args = agree(these, "command line", lambda: (parse(argv, these.main), ""))
     topology = _topology(these)
 
     def work() -> tuple[Evaluation, str]:

@@ -22,7 +22,7 @@ from dlora.data import Example
 from dlora.data.collate import Batch
 from dlora.data.stops import stop_tokens
 from dlora.errors import UsageError
-from dlora.evaluation.settings import Settings, settled
+from dlora.evaluation.settings import Settings, base_of_run, settled
 from dlora.lora.tasks import HEADS
 from dlora.sharding.topology import Topology
 from dlora.tasks import TASKS, Task
@@ -124,6 +124,9 @@ def open_model(args: Any, announce: Announce) -> OpenedModel:
     if packed is not None:
         announce(f"quantization: {packed}")
     known = identity(base, skeleton)
+    before = base_of_run(source.directory) if source else None
+    if before and known and before != known:
+        announce(f"warning: {args.adapter} was trained on another base than {base.path}")
     packs = settle_packing(settings.packing, task, skeleton)
     limits, pad_id = limits_of(tokenizer, skeleton), pad_token(tokenizer, skeleton)
     ends = answering(tokenizer, source)

@@ -21,8 +21,11 @@ ALWAYS = ("loss", "perplexity")  # measured whatever --metrics says
 AS_RUN = "default: as in the run that wrote the adapter, else "
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    """The options, checked as far as that needs no file.
+def parse(argv: list[str], writes: bool = True) -> argparse.Namespace:
+    """The options, checked as far as that needs no file that is read.
+
+    Args:
+        writes: whether this rank is the one that does.
 
     Raises:
         UsageError: one of them is wrong, or cannot act beside the others.
@@ -48,7 +51,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             raise UsageError(f"--{option.replace('_', '-')} cannot act without --tasks")
     args.max_new_tokens = args.max_new_tokens or 128
     for option, word in (("--to", args.to), ("--answers", args.answers)):
-        if word is not None:
+        if word is not None and writes:
             _new_file(option, path_of(word, option))
     written = [path_of(word, "--to").absolute() for word in (args.to, args.answers) if word]
     if len(set(written)) < len(written):

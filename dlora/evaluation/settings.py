@@ -17,6 +17,7 @@ from dlora.config.load import SCHEMA
 from dlora.config.options import Given, convert
 from dlora.data import FORMATS
 from dlora.errors import UsageError
+from dlora.io.files import read_object
 from dlora.registry import room
 
 # field: key of the configuration
@@ -67,6 +68,16 @@ def settled(
     if taken:
         announce(f"as in the run that wrote the adapter: {', '.join(taken)}")
     return Settings(**values)
+
+
+def base_of_run(adapter: Path) -> str | None:
+    """The identity of the base that the run of an adapter recorded; None: it is not known."""
+    if (adapter / "manifest.json").exists():
+        found = read_object(adapter / "state.json").get("base")
+    else:
+        run = written_by(adapter)
+        found = run.state().get("base") if run else None
+    return found if isinstance(found, str) else None
 
 
 def of_run(adapter: Path) -> dict[str, Any]:

@@ -61,6 +61,7 @@ def replaced_directory(final: Path) -> Iterator[Path]:
 
     After a crash `finish_replacing` leaves the old one or the new one, and it is complete.
     """
+    shutil.rmtree(_newer(final), ignore_errors=True)  # of a crash, and older than what comes now
     with new_directory(_newer(final)) as folder:
         yield folder
     finish_replacing(final)

@@ -18,8 +18,8 @@ from dlora.checkpoint.host_copy import restore
 from dlora.checkpoint.listing import set_aside_after
 from dlora.checkpoint.remote import remote_of
 from dlora.errors import UsageError, dtype_name
-from dlora.io.files import unused_name, write_atomically
 from dlora.methods.trained_replica import REFERENCE, TrainedReplica
+from dlora.io.files import finish_replacing, unused_name, write_atomically
 from dlora.metrics.log import MetricsLog
 from dlora.registry import room
 from dlora.runtime.agreement import agree, broadcast
@@ -145,6 +145,7 @@ def set_aside_others(context: SavedRun, start: int) -> None:
         return
     says = [part.says for part in room("lora.variants").values()]
     of_methods = [name for said in says for name in said.get("run_files", ())]
+    finish_replacing(directory / BEST)
     for name in [CHECKPOINTS, BEST, "metrics.jsonl", *dict.fromkeys(of_methods), "tensorboard"]:
         _set_aside(directory / name)
 

@@ -103,6 +103,21 @@ def test_answers_of_a_sharded_base_are_those_of_each_prompt_alone(
         assert lines[-1][f"eval_{name}"] == pytest.approx(figures[name])
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("placement", ["zero3 world", "fsdp2 none", "fsdp2 node"])
+def test_scores_in_a_run_do_not_depend_on_the_placement(
+    run: Runs, tmp_path: Path, placement: str
+) -> None:
+    engine, base = placement.split()
+    held = str(save_chats(tmp_path / "held.jsonl", 5))
+    own: dict[str, Any] = {"data__eval": held, "output__eval_metrics": ["chrf"]}
+    own |= {"output__eval_every": 3, "train__max_steps": 3, "output__eval_max_new_tokens": 9}
+    wanted = run("one", 1, **own)[1]
+    found = run("two", 2, **own, sharding__engine=engine, sharding__base=base)[1]
+    scored = [line["eval_chrf"] for line in wanted if "eval_chrf" in line]
+    assert [line["eval_chrf"] for line in found if "eval_chrf" in line] == pytest.approx(scored)
+
+
 def test_prompts_with_references(
     trained: tuple[Path, Any], saved_models: Any, tmp_path: Path
 ) -> None:

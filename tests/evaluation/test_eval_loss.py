@@ -10,6 +10,7 @@ import torch
 from programs import start, status
 from refusals import refusal
 from run_training import Runs
+from sampling import full
 from tiny import save_chats, tokenizer, whole
 from torch.nn import functional as F
 
@@ -47,11 +48,13 @@ def test_a_base_has_the_loss_of_transformers(saved_models: Any, held: str, tmp_p
     assert found(to)["tokens"] == targets and found(to)["sequences"] == 11
 
 
+@pytest.mark.parametrize("quantization", ["none", full("nf4")])
 def test_an_adapter_has_the_loss_that_its_run_logged(
-    run: Runs, held: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Runs, held: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], quantization: str
 ) -> None:
     """With the run's settings, whatever the number of ranks; of a checkpoint too."""
-    every = SETTINGS | {"output__save_every": 3}
+    every = SETTINGS | {"output__save_every": 3, "model__quantization": quantization}
+    every |= {} if quantization == "none" else {"model": "blocks"}
     _, lines = run("run", 2, data__eval=held, sharding__base="world", **every)
     wanted = lines[-1]["eval_loss"]
     assert wanted != pytest.approx(lines[0]["eval_loss"], rel=1e-4)
@@ -68,6 +71,18 @@ def test_an_adapter_has_the_loss_that_its_run_logged(
     assert status(start(2, ["dlora.evaluation.command", *words], log)) == 0, log.read_text()
     assert found(to)["figures"]["loss"] == pytest.approx(wanted, rel=1e-6)
     assert log.read_text().count("perplexity") == 1
+
+
+def test_what_comes_from_the_run_can_be_set_and_another_base_is_said(
+    run: Runs, saved_models: Any, held: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("run", 1, data__eval=held, **SETTINGS, output__save_every=3)
+    to, other = tmp_path / "to.json", saved_models("tied")
+    words = ["--adapter", str(tmp_path / "run/adapter"), "--data", held, "--base", other]
+    assert main([*words, "--max-length", "1024", "--limit", "2", "--to", str(to)]) == 0
+    assert found(to)["settings"]["max_length"] == 1024 and found(to)["sequences"] == 2
+    said = capsys.readouterr().out
+    assert "was trained on another base than" in said and "data.max_length" not in said
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,7 @@ def test_a_resumed_run_ends_where_it_would_have(
     assert best_of(tmp_path / "run")["step"] == best
 
 
+@pytest.mark.full  # three runs more
 def test_a_best_that_is_gone_or_another_run_s_is_not_taken_for_this_one(
     run: Runs, ends: tuple[int, int], tmp_path: Path
 ) -> None:
@@ -199,11 +200,34 @@ def test_a_best_that_is_gone_or_another_run_s_is_not_taken_for_this_one(
     [(_, said)], _ = run("run", 1, work=told, **more)
     assert f"the adapter of step {best} (eval_loss" in said and "is not in" in said
     assert best_of(directory)["step"] == best + 4
-    # A fresh run renames it.
+    # A fresh run renames it, also where a crash has left it under another name.
+    (directory / "best").rename(directory / ".best.new")
     run("run", 1, **kept, output__resume="none")
     assert (directory / "best.old-1").is_dir() and best_of(directory)["step"] == best
     again = load_file(directory / "best/adapter_model.safetensors")
     assert all((again[name] == tensor).all() for name, tensor in stored.items())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"adapter__method": "adalora", "adapter__init_r": 4, "adapter__target_r": 2},
+        {"adapter__init_lora_weights": "pissa"},
+        {"adapter__method": "mola"},
+        {"adapter__use_dora": True},
+    ],
+    ids=lambda own: "-".join(map(str, own.values())),
+)
+def test_the_best_of_every_method_has_the_loss_that_was_logged(
+    run: Runs, tmp_path: Path, own: dict[str, Any]
+) -> None:
+    ranks = {"adapter__r": None, "adapter__lora_alpha": 8} if "adapter__init_r" in own else {}
+    settings = own | ranks | {"output__keep_best": METRIC, "optimizer__lr": 2e-2}
+    run("run", 2, **settings, train__max_steps=6, sharding__base="world")
+    argv = run.command(tmp_path / "run", **settings)
+    loss = loss_of(tmp_path / "run/best", argv, tmp_path / "best.json")
+    assert loss == pytest.approx(best_of(tmp_path / "run")["value"], rel=1e-4)
 
 
 def test_a_directory_is_replaced_as_a_whole(tmp_path: Path) -> None:

@@ -255,7 +255,7 @@ def test_a_held_out_label_that_training_lacks_names_its_line(command: Any, tmp_p
         prepare(config, Topology(0, 1, 1), lambda line: None)
 
 
-@pytest.mark.parametrize("base", ["llama", "t5"])
+@pytest.mark.parametrize("base", ["llama", full("t5")])
 def test_dlora_eval_has_the_figures_of_the_run(run: Runs, tmp_path: Path, base: str) -> None:
     """The best by another figure than the loss; answers of an encoder-decoder are compared."""
     own: dict[str, Any] = {"output__keep_best": {"metric": "eval_f1"}}
