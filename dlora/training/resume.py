@@ -18,8 +18,8 @@ from dlora.checkpoint.host_copy import restore
 from dlora.checkpoint.listing import set_aside_after
 from dlora.checkpoint.remote import remote_of
 from dlora.errors import UsageError, dtype_name
-from dlora.methods.trained_replica import REFERENCE, TrainedReplica
 from dlora.io.files import finish_replacing, unused_name, write_atomically
+from dlora.methods.trained_replica import REFERENCE, TrainedReplica
 from dlora.metrics.log import MetricsLog
 from dlora.registry import room
 from dlora.runtime.agreement import agree, broadcast
