@@ -31,6 +31,32 @@ def chained_blocks(model: Any, *, known: bool = False) -> list[nn.Module]:
 
 
 def _is_chain(model: Any, blocks: list[nn.Module]) -> bool:
+    try:
+        return _follows(model, blocks)
+    except Exception:  # a block's code may need values, as that of routers
+        pass
+    own = [block.__dict__.get("forward") for block in blocks]
+    try:
+        for block in blocks:
+            block.forward = _stand_in
+        return _follows(model, blocks)
+    except Exception:  # what is around the blocks does, or takes other arguments
+        return False
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+
+
+def _stand_in(*args: Any, **kwargs: Any) -> Tensor:
+    """What a block returns, without what is in it."""
+    given: Tensor = args[0] if args else kwargs[_HIDDEN]
+    return given.clone()
+
+
+def _follows(model: Any, blocks: list[nn.Module]) -> bool:
+    """Whether each block is given what the one before returned, and no cache, in a pass."""
     seen: list[tuple[Any, Any]] = []  # what each call was given, and what it returned
     outside: list[str] = []
 
@@ -44,8 +70,6 @@ def _is_chain(model: Any, blocks: list[nn.Module]) -> bool:
         with torch.no_grad(), one_sequence_per_row():
             ids = torch.zeros(1, _TOKENS, dtype=torch.int64, device="meta")
             model(input_ids=ids, use_cache=False)
-    except Exception:  # a model's code may need values, or take other arguments
-        return False
     finally:
         for hook in hooks:
             hook.remove()

@@ -66,7 +66,8 @@ def with_plan(argv: list[str]) -> dict[str, Any]:
     found: list[Any] = []
     done = train(argv, found.append)
     budget = found[0].prepared.budget
-    return done | {"planned": budget.gathers + budget.reduction}
+    planned = budget.gathers + budget.reduction
+    return done | {"planned": planned, "reference": budget.workload.reference}
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,7 @@ def with_plan(argv: list[str]) -> dict[str, Any]:
 def test_two_ranks_train_as_one_process_and_send_what_is_planned(
     run: Runs, model: str, settings: dict[str, Any], reference: str
 ) -> None:
-    one = run("one", 1, model, **settings)
+    one = run("one", 1, model, work=with_plan, **settings)
     compares = settings["train__objective"] == "dpo"
     names = FIGURES | ({"kl"} if compares else set())
     before, first, *_, last = one[1]
@@ -100,6 +101,7 @@ def test_two_ranks_train_as_one_process_and_send_what_is_planned(
         assert last["kl"] > 0
     assert last["eval_loss"] < before["eval_loss"]
     assert last["eval_margin"] > before["eval_margin"]
+    assert one[0][0]["reference"] == reference
     for engine in ("fsdp2", "zero3") if reference != "apart" else ("fsdp2",):
         where = {"sharding__engine": engine, "sharding__base": "world"}
         two = run(engine, 2, model, work=with_plan, **settings | where)
