@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from dlora.config.load import Config
-from dlora.data import batch_hash
 from dlora.data.batches import Batches
 from dlora.data.collate import Batch
 from dlora.hooks import NO_HOOKS, Hooks
@@ -37,10 +36,11 @@ from dlora.together.run import TogetherRun
 from dlora.training.build import batches_of, build, objective_of
 from dlora.training.checkpointing import RESUMES, CheckpointManager
 from dlora.training.evaluate import held_out, print_samples
-from dlora.training.finish import finish, save_result
+from dlora.training.finish import finish, finish_again
+from dlora.training.forgetting import Forgetting
 from dlora.training.prepare import Preparation, prepare
 from dlora.training.rates import rates
-from dlora.training.reporting import due, has_reader, open_log, start_sinks
+from dlora.training.reporting import due, has_reader, open_log, start_sinks, step_figures
 from dlora.training.resume import resume
 from dlora.training.startup import enter, import_late_ones, lock_output, prepared
 from dlora.training.watchdogs import FiniteWatch, HangWatch, UnusedWatch, is_finite
@@ -121,6 +121,7 @@ class Run:
         self.rates = rates(config, ranks, preparation)
         self.records: list[dict[str, Any]] = []  # of the steps since this start
         self.checkpoints = CheckpointManager(self.context, self.start)
+        self.forgetting = Forgetting(self.context, self.checkpoints)
         # Not of `self`: whoever keeps the model afterwards does not keep the run.
         for sign in (self.stop, self.hang, self.peers):
             self.model.register_forward_pre_hook(lambda *_, sign=sign: sign.beat())
@@ -138,16 +139,15 @@ class Run:
         config = self.config
         replica, stop, checkpoints = self.replica, self.stop, self.checkpoints
         residents = self.context.residents
-        if self.start == self.total_steps:
-            console.info(f"the run is already finished: step {self.start} of {self.total_steps}")
-            # The run may have ended between its last two files.
-            return save_result(self.context, checkpoints)
+        if self.start == self.total_steps or self.forgetting.ended:
+            return finish_again(self.context, checkpoints, self.forgetting, self.start)
         log, status, trouble = self.open_log(), None, None
+        done, last, ended = self.start, False, self.forgetting.owed(self.start)
         display = StepDisplay(self.total_steps, self.start, self.ranks.main)
         committing = stop.committing(checkpoints.commit_alone)
         batches = self.batches()
         with checkpoints.writing(), display, committing, self.hang.watching(), batches:
-            for step in range(self.start, self.total_steps):
+            for step in () if ended else range(self.start, self.total_steps):
                 began = time.perf_counter()
 
                 # 1  the step's sequences, the same whatever the world size, and this rank's part
@@ -190,25 +190,27 @@ class Run:
                 status = 1 if trouble else exit_status(stops)
                 evaluated = self.evaluates and due(done, config.output.eval_every, last=last)
                 if evaluated:
-                    record |= held_out(self.context)
+                    record |= self.evaluations(done, last=last)
+                ended = "stopped_by" in record
                 if evaluated or due(done, config.output.log_every):
                     log.write(record)
                     display.update(record, replica.method.progress())
                 asked = status is not None or reduced.scalars["save"] > 0
+                asked = asked or ended or (evaluated and self.forgetting.saves)
                 if asked or due(done, config.output.save_every, last=last):
                     checkpoints.save(done, record)
 
                 # 6  a signal on any rank, or trouble, stops all of them here, after the commit
-                if trouble or (status is not None and not last):
+                if trouble or ended or (status is not None and not last):
                     break
-        if last and self.ranks.main:
+        if (last or ended) and self.ranks.main:
             checkpoints.write_method_files(done)
             replica.method.report(self.directory, log, console.info)
         log.close()
         if trouble:
             console.error(f"stopped after step {done}: {trouble}")
             return 1
-        if status is None or last:
+        if status is None or last or ended:
             self.losses.close()
             return finish(self.context, checkpoints, self.records)
         console.info(f"stopped by {stop.cause or 'another rank'} after step {done}; {RESUMES}")
@@ -222,12 +224,22 @@ class Run:
         if self.start == 0:
             print_samples(self.context, "before training")
             if self.evaluates:
-                log.write({"step": 0, **(before := held_out(self.context))})
-                console.info(f"held-out loss before training: {before['eval_loss']:.4f}")
+                log.write(before := {"step": 0, **self.evaluations(0)})
+                if self.forgetting.saves:
+                    self.checkpoints.save(0, before)
         self.replica.zero_grad()
         self.replica.reductions = self.start  # audits fall on the same steps as without a stop
         self.replica.wire.take()
         return log
+
+    def evaluations(self, step: int, *, last: bool = False) -> dict[str, Any]:
+        """What is evaluated after a step; `stopped_by` names what ends the run."""
+        found: dict[str, Any] = {}
+        if self.prepared.eval is not None:
+            found |= held_out(self.context)
+            if step == 0:
+                console.info(f"held-out loss before training: {found['eval_loss']:.4f}")
+        return found | self.forgetting.look(step, last=last)
 
     def batches(self) -> Batches:
         """This rank's micro-batches."""
@@ -252,18 +264,10 @@ class Run:
         return sums, tokens
 
     def figures(self, step: int, ids: Any, reduced: Reduced, seconds: float) -> dict[str, Any]:
-        """The figures of a step beside its loss, for the metrics; tokens exclude padding."""
-        all_tokens, targets = int(sum(self.prepared.train.lengths[i] for i in ids)), reduced.tokens
+        """The figures of a step beside its loss, for the metrics."""
         is_read = has_reader(self.config.output, step, reduced.scalars, self.total_steps)
         return {
-            **{n: s / max(targets, 1) for n, s in reduced.scalars.items() if n == "aux_loss"},
-            "tokens": targets,
-            "all_tokens": all_tokens,
-            "padding": 1 - all_tokens / max(reduced.scalars["places"], all_tokens),
-            **self.rates.of(targets, all_tokens, seconds),
-            "peak_memory_bytes": max(reduced.each),
-            "wire_bytes": self.replica.wire.take(),
-            "batch_hash": batch_hash(ids),
+            **step_figures(self.context, self.rates, ids, reduced, seconds),
             **(self.replica.method.metrics() if is_read else {}),
         }
 
@@ -275,7 +279,8 @@ class Run:
     @property
     def evaluates(self) -> bool:
         """Whether the run has evaluations."""
-        return self.prepared.eval is not None and self.config.output.eval_every > 0
+        there = self.prepared.eval is not None or self.forgetting.measures
+        return there and self.config.output.eval_every > 0
 
     def set_lr(self, step: int) -> float:
         """Set the learning rate of a step, counted from 0; returns it."""

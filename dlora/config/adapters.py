@@ -48,6 +48,7 @@ _LIMITS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("data.streaming", (False,), "data sets of several adapters are read into memory"),
     ("sharding.optimizer_state", ("auto", "replicated"), "each adapter's state is whole"),
     ("output.metrics_port", (None,), "an endpoint serves the figures of one adapter"),
+    ("forget.data", (None,), "what is forgotten is measured of one adapter"),
     ("output.remote", (None,), "copies elsewhere are those of one adapter"),
     ("adapter.modules_to_save", ([],), "a module that is trained whole acts on all tokens alike"),
     ("adapter.target_parameters", ([],), "a whole parameter acts on all tokens alike"),

@@ -31,7 +31,12 @@ def _is_local(c: Config) -> bool:
 
 def _logs(c: Config) -> bool:
     """Whether any line of the metrics is written: evaluated steps always are."""
-    return c.output.log_every > 0 or (c.output.eval_every > 0 and c.data.eval is not None)
+    return c.output.log_every > 0 or (c.output.eval_every > 0 and _evaluates(c))
+
+
+def _evaluates(c: Config) -> bool:
+    """Whether there is anything to evaluate on."""
+    return c.data.eval is not None or c.forget.data is not None
 
 
 # (options, when they do nothing, why): a value other than the default is refused then.
@@ -56,8 +61,19 @@ INERT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ),
     (
         "output.eval_every",
-        lambda c: c.data.eval is None and c.output.eval_every != 0,  # 0 asks for nothing
+        lambda c: not _evaluates(c) and c.output.eval_every != 0,  # 0 asks for nothing
         "data.eval is null",
+    ),
+    ("forget.data", lambda c: c.output.eval_every == 0, "output.eval_every is 0"),
+    (
+        "forget.max_kl forget.max_nll_ratio forget.action",
+        lambda c: c.forget.data is None,
+        "forget.data is null",
+    ),
+    (
+        "forget.action",
+        lambda c: c.forget.data is not None and not c.forget.gates,
+        "neither forget.max_kl nor forget.max_nll_ratio is set",
     ),
     (
         "data.chat_template data.chat_template_kwargs",
@@ -169,6 +185,7 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"adapter.path: {adapter.method} cannot start from an adapter on disk, which is a "
             "plain LoRA"
         )
+    yield from _bad_forgetting(config)
     trackers = config.output.report_to
     if "tensorboard" in trackers and not config.output.tensorboard:
         yield "output.report_to: tensorboard contradicts output.tensorboard: false; drop one"
@@ -194,6 +211,27 @@ def _contradictions(config: Config) -> Iterator[str]:
             )
     if config.train.governed_by == "epochs" and is_set(config, "train.max_steps"):
         yield "train.max_steps: train.epochs is set as well; set only one of the two"
+
+
+def _bad_forgetting(config: Config) -> Iterator[str]:
+    """What cannot be measured, or undone, of a model's forgetting."""
+    if config.forget.data is None:
+        return
+    if config.train.task != "causal":
+        yield (
+            f"forget.data: train.task: {config.train.task} cannot be combined with it: forgetting "
+            "is measured in the logits of a causal language model"
+        )
+    if config.forget.action == "rollback" and config.adapter.method == "adalora":
+        yield (
+            "forget.action: rollback cannot be combined with adapter.method: adalora, whose "
+            "triplets are cut away in training; set forget.action: stop"
+        )
+    if config.forget.action == "rollback" and config.output.remote is not None:
+        yield (
+            "forget.action: rollback cannot be combined with output.remote, whose newest "
+            "checkpoints it would have to take back; set forget.action: stop"
+        )
 
 
 def _cannot_act(config: Config) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -80,6 +80,7 @@ class RunContext:
         lock: of `directory`; every write there calls its `check` first.
         name: of the adapter, among others.
         saved_in: where its checkpoints lie; None: in `directory`.
+        decisions: what evaluations have decided of the run, by a key of `state.json` each.
     """
 
     config: Config
@@ -94,6 +95,7 @@ class RunContext:
     blocks: CompiledBlocks | None = None
     name: str = DEFAULT
     saved_in: Path | None = None
+    decisions: dict[str, Any] = field(default_factory=dict)
 
     @property
     def compiles(self) -> bool:
@@ -128,7 +130,7 @@ class RunContext:
         fingerprints = found.train.fingerprint, found.base_identity
         about = (self.config, found.lora, found.sampler, *fingerprints)
         state = state_at(step, *about, found.task.labels, found.train.report.ends)
-        return state | {"ranks": self.ranks.world}
+        return state | {"ranks": self.ranks.world} | self.decisions
 
     def beside(self) -> dict[str, Any]:
         """The tensors beside the trained ones, and what the adapters' method records."""

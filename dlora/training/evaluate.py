@@ -39,6 +39,11 @@ def inference(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
+def rows_at_once(context: RunContext) -> int:
+    """How many micro-batches a pass of an evaluation takes: several, where backward keeps much."""
+    return 1 if context.prepared.budget.workload.checkpointing else _ROWS
+
+
 def held_out(context: RunContext) -> dict[str, float]:
     """`eval_loss`, Σ cross entropy / Σ targets over all held-out sequences, and the task's figures.
 
@@ -52,7 +57,7 @@ def held_out(context: RunContext) -> dict[str, float]:
     assert dataset is not None
     task = context.prepared.task
     sums = torch.zeros(2 + task.counted, dtype=torch.float64, device=ranks.device)
-    micro_batches = 1 if context.prepared.budget.workload.checkpointing else _ROWS
+    micro_batches = rows_at_once(context)
     deal = context.prepared.dealing.times(micro_batches)
     dealt = deal(range(len(dataset)), dataset.lengths, ranks.world)
     with evaluating(context, micro_batches):

@@ -20,6 +20,7 @@ from dlora.training.card import write_card
 from dlora.training.checkpointing import RESUMES, CheckpointManager
 from dlora.training.context import RunContext
 from dlora.training.evaluate import print_samples
+from dlora.training.forgetting import Forgetting
 
 
 def finish(
@@ -36,10 +37,22 @@ def finish(
     if context.ranks.main and (line := held_out_line(context.directory)):
         console.info(line)
     status = save_result(context, checkpoints)
-    now = stored(context.model, context.replica, context.optimizer)
-    measured = measure(context.replica, records, now)
-    console.info(comparison(context.residents.plan, measured, context.ranks.device.type))
+    if records:
+        now = stored(context.model, context.replica, context.optimizer)
+        measured = measure(context.replica, records, now)
+        console.info(comparison(context.residents.plan, measured, context.ranks.device.type))
     return status
+
+
+def finish_again(
+    context: RunContext, checkpoints: CheckpointManager, forgetting: Forgetting, step: int
+) -> int:
+    """The same of a run that ended after `step`, maybe between its last two files."""
+    early = forgetting.ended or forgetting.owed(step, last=True)
+    line = f"; {forgetting.line()}" if early else ""
+    steps = context.prepared.sampler.total_steps
+    console.info(f"the run is already finished: step {step} of {steps}{line}")
+    return save_result(context, checkpoints)
 
 
 def save_result(context: RunContext, checkpoints: CheckpointManager) -> int:
