@@ -97,8 +97,10 @@ def test_sums_are_those_of_the_base_and_of_peft_s_merged_model(
     monkeypatch.setitem(chunked_loss.CHUNK_BYTES, "cpu", 4 * VOCABULARY * 6)  # 3 tokens at a time
     model, base = adapted(*CASES[case], dtype)
     save_adapter(model, tmp_path)
-    merged = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).merge_and_unload()
-    wanted = sums(base.double(), merged.double())
+    tuned = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path))
+    if "tied" not in case:  # PEFT would merge the embedding's update into the head as well
+        tuned = tuned.merge_and_unload()
+    wanted = sums(base.double(), tuned.double())
     padded, shared, *alone = batches()
     tolerance = EXACT[dtype] if case != "dora" else max(EXACT[dtype], 1e-6)
     tolerance = max(tolerance, 3e-7)  # PEFT's file is in float32
@@ -106,20 +108,20 @@ def test_sums_are_those_of_the_base_and_of_peft_s_merged_model(
         assert found(model, batch) == pytest.approx(wanted, rel=tolerance)
     added = torch.stack([measure(model, batch) for batch in alone]).sum(0).tolist()
     assert added == pytest.approx(list(wanted.values()), rel=tolerance)
-    assert wanted["kl"] > 0.1 and 0 < wanted["agreed"] < wanted["tokens"]
+    assert wanted["kl"] > 0.1 and wanted["agreed"] < wanted["tokens"]
 
 
 def test_a_class_with_logits_of_its_own(tmp_path: Path) -> None:
     """BERT's head is no function of a row of hidden states alone."""
     model = tiny_model("bert", is_decoder=True).eval()
     base = copy.deepcopy(model)
-    attach(model, LoraConfig(r=3, target_modules=["query"]))
+    attach(model, LoraConfig(r=3, lora_alpha=300, target_modules=["query"]))
     randomize_trainable(model)
     tuned = copy.deepcopy(model)
     chunked_loss.install(model)
     batch = collate(examples(), 0)
     wanted = sums(base, tuned)
-    assert found(model, batch) == pytest.approx(wanted, rel=2e-5) and wanted["kl"] > 1e-3
+    assert found(model, batch) == pytest.approx(wanted, rel=1e-4) and wanted["kl"] > 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
