@@ -98,6 +98,12 @@ ADDED = {  # change nothing
     ("output", "remote"): None,
     ("output", "snapshot_every"): 1,
     ("output", "samples"): 0,
+    ("forget", "data"): None,
+    ("forget", "texts"): 64,
+    ("forget", "text_tokens"): 64,
+    ("forget", "max_kl"): None,
+    ("forget", "max_nll_ratio"): None,
+    ("forget", "action"): "stop",
 }
 
 
@@ -127,6 +133,7 @@ def test_defaults_are_the_contract_s(base):
         sections = to_dict(config)
         for (section, key), default in ADDED.items():
             assert sections[section].pop(key) == default
+        assert not sections.pop("forget")
         assert sections == contract
         assert [list(section) for section in sections.values()] == [
             list(section) for section in contract.values()

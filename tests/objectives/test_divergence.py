@@ -121,7 +121,7 @@ def test_a_class_with_logits_of_its_own(tmp_path: Path) -> None:
     chunked_loss.install(model)
     batch = collate(examples(), 0)
     wanted = sums(base, tuned)
-    assert found(model, batch) == pytest.approx(wanted, rel=1e-4) and wanted["kl"] > 0.1
+    assert found(model, batch) == pytest.approx(wanted, rel=1e-4) and wanted["kl"] > 0.02
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

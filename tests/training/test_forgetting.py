@@ -130,8 +130,9 @@ def test_without_its_adapter_the_model_is_the_base(run: Runs, plain: Any, start:
     _, usual = run("usual", 1, **short)
     found = [line["forget_base_nll"] for line in lines if "forget_base_nll" in line]
     assert len(found) == 2 and {*found} == {usual[0]["forget_base_nll"]}
-    assert lines[0]["forget_kl"] == pytest.approx(0, abs=1e-9)  # mola starts at its router's share
-    assert lines[-1]["forget_kl"] > 1e-6
+    # That B·A = 0 is rounded where both are orthogonal and neither is 0.
+    assert lines[0]["forget_kl"] < (1e-6 if start == "orthogonal" else 1e-9)
+    assert lines[-1]["forget_kl"] > max(lines[0]["forget_kl"], 1e-9)
 
 
 def test_a_packed_residual_is_compared_with_what_training_began_from(run: Runs) -> None:
@@ -298,15 +299,15 @@ def texts_in(path: Path) -> list[list[int]]:
 def test_texts_that_the_base_samples(run: Runs, tmp_path: Path) -> None:
     """The same on any placement and after a resume; read again where they are."""
     own = {"forget__data": "self", "forget__texts": 5, "forget__text_tokens": 12}
-    short = {"train__max_steps": 2, "output__save_every": 0} | own
+    short = {"train__max_steps": 2, "output__save_every": 0, "optimizer__lr": 0.05} | own
     [(_, said), _], two = run("two", 2, **short, **EVERYWHERE, work=told)
     assert "the base has sampled 5 texts" in said
     [(_, said)], one = run("one", 1, **short, work=told)
     [made], [same] = ([*(run.root / d).glob("self-*.safetensors")] for d in ("one", "two"))
     assert made.name == same.name and texts_in(made) == texts_in(same)
     for got, wanted in zip(one, two, strict=True):
-        for key in KEYS:
-            assert got.get(key) == pytest.approx(wanted.get(key), rel=1e-4, abs=1e-7)
+        here = {key: wanted[key] for key in KEYS if key in wanted}
+        assert {key: got[key] for key in here} == pytest.approx(here, rel=1e-4, abs=1e-7)
     assert two[0]["forget_kl"] == 0 and two[-1]["forget_kl"] > 0
     [(_, said), _], again = run("two", 2, **short, **EVERYWHERE, work=told, output__resume="none")
     assert "sampled before; read from" in said and again == two
@@ -318,8 +319,7 @@ def test_texts_that_the_base_samples(run: Runs, tmp_path: Path) -> None:
     # The base is best at its own texts: a limit of NLL.
     ratio = one[-1]["forget_nll"] / one[-1]["forget_base_nll"]
     assert ratio > 1.001
-    own |= {"forget__max_nll_ratio": (1 + ratio) / 2, "output__save_every": 0}
-    _, stopped = run("stopped", 1, **own)
+    _, stopped = run("stopped", 1, **short, forget__max_nll_ratio=(1 + ratio) / 2)
     assert stopped[-1]["stopped_by"] == "forget" and stopped[-1]["step"] == 2
 
 
