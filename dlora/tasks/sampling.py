@@ -55,9 +55,7 @@ class _Gumbel:
         """Logits [texts, V] of the next token of `input_ids` [texts, tokens so far]."""
         place, width = input_ids.shape[1], scores.shape[1]
         noise = [
-            np.random.Generator(np.random.Philox(key=[self._seed, number], counter=place << 64))
-            .gumbel(size=width)
-            .astype(np.float32)
+            np.random.default_rng([self._seed, number, place]).gumbel(size=width).astype(np.float32)
             for number in self._numbers
         ]
         return scores.float() + torch.from_numpy(np.stack(noise)).to(scores.device)

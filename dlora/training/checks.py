@@ -20,6 +20,7 @@ from dlora.adapters.peft_names import peft_slots
 from dlora.adapters.save_load import check_numbers, check_shapes
 from dlora.adapters.write import WEIGHTS
 from dlora.config.adapters import configs_of
+from dlora.config.forget import SELF
 from dlora.config.load import Config
 from dlora.data import Dataset
 from dlora.data.stream import Stream
@@ -133,7 +134,13 @@ def check_experts(model: nn.Module) -> None:
 
 
 def check_forgetting(config: Config, model: nn.Module) -> None:
-    """Check that `forget.action: shrink` can be done: the adapter is its scale times an update."""
+    """Check that texts of the base fit into it, and that `shrink` has a scale to lower."""
+    positions, tokens = learned_positions(model), config.forget.text_tokens
+    if config.forget.data == SELF and positions is not None and tokens >= positions:
+        raise UsageError(
+            f"forget.text_tokens: {tokens} tokens behind a first one, but the model has learned "
+            f"{positions} positions; set forget.text_tokens to {positions - 1} or less"
+        )
     if not config.forget.gates or config.forget.action != "shrink":
         return
     attachment = attachment_of(model)

@@ -11,6 +11,7 @@ import torch
 from architectures import tiny_model
 from causal_models import VOCABULARY, causal_model, quiet_peft, randomize_trainable
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlora import LoraConfig, attach, save_adapter
 from dlora.data.collate import Batch, collate, packed
@@ -21,6 +22,7 @@ from dlora.objectives.divergence import SUMS, Forgotten, measure
 pytestmark = quiet_peft
 EXACT = {torch.float64: 1e-12, torch.float32: 2e-5}
 LENGTHS = (11, 4, 17, 6)
+WIDTH = 24  # of `causal_model`
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "head": ("llama", {"target_modules": ["q_proj", "lm_head"]}),
@@ -159,6 +161,30 @@ def test_the_standard_error_is_that_of_a_ratio(tmp_path: Path) -> None:
     wanted = (residual.var(correction=1) * count).sqrt() / n.sum()
     got = Forgotten.of(torch.stack(each).sum(0))
     assert got.kl_error == pytest.approx(float(wanted), rel=1e-9)
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+def test_no_more_logits_than_a_chunk_exist(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    monkeypatch.setitem(chunked_loss.CHUNK_BYTES, "cpu", 4 * VOCABULARY * 2 * rows)
+    model, _ = adapted("llama", {}, torch.float32)
+    seen = Sizes()
+    with seen:
+        measure(model, collate(examples(), 0))
+    assert seen.most == rows * VOCABULARY
+
+
+class Sizes(TorchDispatchMode):
+    """The most elements of a tensor over the vocabulary that is not a weight."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            is_wide = isinstance(tensor, Tensor) and tensor.shape[-1:] == (VOCABULARY,)
+            if is_wide and tensor.shape[0] != WIDTH:  # which is that of W0, transposed
+                self.most = max(self.most, tensor.numel())
+        return made
 
 
 def test_a_batch_without_targets_adds_nothing() -> None:

@@ -365,6 +365,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
 }
 SHRINKS = {"forget__max_kl": 0.1, "forget__action": "shrink"}
+TOO_LONG = (
+    {"forget__data": "self", "forget__text_tokens": 256},
+    "forget.text_tokens: 256 tokens behind a first one, but the model has learned 256 positions",
+)
 UNSHRINKABLE: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"adapter__use_dora": True}, "dora scales the rows of W0 as well"),
     "mola": (STARTS["mola"], "mola has another scale for each token"),
@@ -387,3 +391,9 @@ def test_what_cannot_be_is_refused_by_name(command: Any, tmp_path: Path, case: s
         settings, says = REFUSED[case]
         words = command(tmp_path, **settings)
     assert says in refusal(preparation, words)
+
+
+@pytest.mark.usefixtures("no_weights_are_read")
+def test_texts_longer_than_the_base_knows_are_refused(command: Any, tmp_path: Path) -> None:
+    settings, says = TOO_LONG
+    assert says in refusal(preparation, command(tmp_path, "gpt2", **settings))
