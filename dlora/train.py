@@ -35,9 +35,9 @@ from dlora.together.prepare import prepare_together
 from dlora.together.run import TogetherRun
 from dlora.training.build import batches_of, build, objective_of
 from dlora.training.checkpointing import RESUMES, CheckpointManager
-from dlora.training.evaluate import held_out, print_samples
+from dlora.training.evaluate import print_samples
 from dlora.training.finish import finish, finish_again
-from dlora.training.forgetting import Forgetting
+from dlora.training.forgetting import Forgetting, evaluated_by
 from dlora.training.prepare import Preparation, prepare
 from dlora.training.rates import rates
 from dlora.training.reporting import due, has_reader, open_log, start_sinks, step_figures
@@ -190,7 +190,7 @@ class Run:
                 status = 1 if trouble else exit_status(stops)
                 evaluated = self.evaluates and due(done, config.output.eval_every, last=last)
                 if evaluated:
-                    record |= self.evaluations(done, last=last)
+                    record |= evaluated_by(self.context, self.forgetting, done, last=last)
                 ended = "stopped_by" in record
                 if evaluated or due(done, config.output.log_every):
                     log.write(record)
@@ -224,22 +224,14 @@ class Run:
         if self.start == 0:
             print_samples(self.context, "before training")
             if self.evaluates:
-                log.write(before := {"step": 0, **self.evaluations(0)})
+                before = {"step": 0, **evaluated_by(self.context, self.forgetting, 0)}
+                log.write(before)
                 if self.forgetting.saves:
                     self.checkpoints.save(0, before)
         self.replica.zero_grad()
         self.replica.reductions = self.start  # audits fall on the same steps as without a stop
         self.replica.wire.take()
         return log
-
-    def evaluations(self, step: int, *, last: bool = False) -> dict[str, Any]:
-        """What is evaluated after a step; `stopped_by` names what ends the run."""
-        found: dict[str, Any] = {}
-        if self.prepared.eval is not None:
-            found |= held_out(self.context)
-            if step == 0:
-                console.info(f"held-out loss before training: {found['eval_loss']:.4f}")
-        return found | self.forgetting.look(step, last=last)
 
     def batches(self) -> Batches:
         """This rank's micro-batches."""

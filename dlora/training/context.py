@@ -108,6 +108,13 @@ class RunContext:
         return self.config.output.directory
 
     @property
+    def ended_at(self) -> int | None:
+        """The step whose adapter is left of a run that ended before its time; None of others."""
+        found = (decided.get("ended") for decided in self.decisions.values())
+        steps = [ended.get("back", ended["step"]) for ended in found if ended]
+        return min(steps, default=None)
+
+    @property
     def topology(self) -> Topology:
         """Ranks and nodes."""
         return self.prepared.topology

@@ -203,6 +203,8 @@ def _of_forgetting(found: Any) -> Iterator[tuple[str, Any, Any]]:
         yield "forget.scale", found.get("scale"), float | None
         if isinstance(ended := found.get("ended"), dict):
             yield "forget.ended.line", ended.get("line"), str
+            yield "forget.ended.step", ended.get("step"), int
+            yield "forget.ended.back", ended.get("back", 0), int
 
 
 def state_at(

@@ -34,7 +34,7 @@ def finish(
     if isinstance(context.prepared.train, Stream):  # of a data set in memory, the start said it
         console.info(f"data.train: read in the last pass: {context.prepared.train.report}")
     print_samples(context, "after training")
-    if context.ranks.main and (line := held_out_line(context.directory)):
+    if context.ranks.main and (line := held_out_line(context.directory, context.ended_at)):
         console.info(line)
     status = save_result(context, checkpoints)
     if records:

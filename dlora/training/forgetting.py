@@ -22,12 +22,13 @@ from dlora.data import Dataset
 from dlora.data.collate import collate, packed
 from dlora.errors import UsageError
 from dlora.lora.attach import named_adapters
+from dlora.metrics.log import SHRUNK
 from dlora.objectives.divergence import SUMS, Forgotten, measure
 from dlora.runtime.agreement import agree
 from dlora.runtime.console import console
 from dlora.training.checkpointing import CheckpointManager
 from dlora.training.context import RunContext
-from dlora.training.evaluate import evaluating, rows_at_once
+from dlora.training.evaluate import evaluating, held_out, rows_at_once
 from dlora.training.reporting import due
 from dlora.training.resume import restore_adapters
 from dlora.training.sampled_texts import sampled_texts
@@ -51,9 +52,8 @@ class Forgetting:
         self._texts: Dataset | None = context.prepared.retained
         self._scales = {path: a.scaling for path, _, a in named_adapters(context.model)}
         self._state: dict[str, Any] = self._before()
-        checkpoints.pinned = self._state.get("passed")
         if self._section.gates:
-            context.decisions[KEY] = self._state
+            self._note()
 
     @property
     def ended(self) -> bool:
@@ -84,7 +84,6 @@ class Forgetting:
         self._note(step=step)
         if not over:
             self._note(passed=step)
-            self._checkpoints.pinned = step
         elif step == 0:
             console.warning(f"forget: before training {over}; the first evaluation decides")
         elif self._section.action == "shrink":
@@ -131,6 +130,7 @@ class Forgetting:
                 sums += measure(context.model, batch)
         if ranks.world > 1:
             dist.all_reduce(sums)
+            dist.broadcast(sums, src=0)  # the same bits, since all ranks decide by them
         return Forgotten.of(sums)
 
     # -- what is decided --------------------------------------------------------------------------
@@ -145,7 +145,7 @@ class Forgetting:
             record["forget_back_to"] = back
         elif self._section.action == "rollback":
             line += "; no evaluation has passed that could be restored"
-        self._note(ended={"step": step, "line": line})
+        self._note(ended={"step": step, "line": line} | ({} if back is None else {"back": back}))
         console.info(f"forget: {line}")
         if back is not None:
             self._roll_back(back)
@@ -191,7 +191,7 @@ class Forgetting:
             f"forget: {over}: the scale of the adapter is lowered to {low:g} of what it was, with "
             f"KL {best.kl:.4g} and NLL {best.nll:.4f} (base: {best.base_nll:.4f})"
         )
-        shrunk = {f"{name}_shrunk": value for name, value in best.figures().items()}
+        shrunk = {f"{name}{SHRUNK}": value for name, value in best.figures().items()}
         return {"forget_scale": low, **shrunk}
 
     def _set_scale(self, share: float) -> None:
@@ -224,6 +224,27 @@ class Forgetting:
         """Record what is decided; a new object, since a snapshot may have the old one."""
         self._state = self._state | decided
         self._context.decisions[KEY] = self._state
+        if self._section.action == "rollback":
+            self._checkpoints.pinned = self._state.get("passed")
+
+
+def evaluated_by(
+    context: RunContext, forgetting: Forgetting, step: int, *, last: bool = False
+) -> dict[str, Any]:
+    """What is evaluated after `step` steps: the held-out loss, and what is forgotten.
+
+    `stopped_by` in it names what ends the run there. Where the scale of the adapter was lowered,
+    `…_shrunk` are the figures afterwards.
+    """
+    found: dict[str, Any] = {}
+    if context.prepared.eval is not None:
+        found |= held_out(context)
+        if step == 0:
+            console.info(f"held-out loss before training: {found['eval_loss']:.4f}")
+    found |= forgetting.look(step, last=last)
+    if "forget_scale" in found and context.prepared.eval is not None:
+        found |= {f"{name}{SHRUNK}": value for name, value in held_out(context).items()}
+    return found
 
 
 def exceeded(section: ForgetConfig, found: Forgotten) -> str:

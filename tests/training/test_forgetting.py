@@ -88,7 +88,8 @@ def test_figures_are_those_of_transformers(plain: Any, saved_models: Any, held: 
 
 @pytest.mark.parametrize(
     ("world", "settings"),
-    [(2, ZERO3), (1, {"data__packing": False}), full(3, ZERO3), full(3, EVERYWHERE)],
+    # 2 to 8 s each
+    [(2, ZERO3), full(1, {"data__packing": False}), full(3, ZERO3), full(3, EVERYWHERE)],
 )
 def test_every_placement_measures_the_same(
     run: Runs, plain: Any, world: int, settings: dict[str, Any]
@@ -121,7 +122,9 @@ STARTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    "start", [s if s in ("pissa", "a copied head") else full(s) for s in STARTS]
+    "start",
+    # Two runs of 1 s each; of one layer at a time they are in lora/test_family.py.
+    [start if start == "pissa" else full(start) for start in STARTS],
 )
 def test_without_its_adapter_the_model_is_the_base(run: Runs, plain: Any, start: str) -> None:
     """The same bits whatever the start, before and after training."""
@@ -135,6 +138,7 @@ def test_without_its_adapter_the_model_is_the_base(run: Runs, plain: Any, start:
     assert lines[-1]["forget_kl"] > max(lines[0]["forget_kl"], 1e-9)
 
 
+@pytest.mark.full  # 2 s, and one kind of base
 def test_a_packed_residual_is_compared_with_what_training_began_from(run: Runs) -> None:
     """W0 − s·B₀·A₀ is packed, and without the adapter the layers add B₀·A₀ back."""
     packed = {"model__quantization": "nf4", "adapter__init_lora_weights": "pissa"}
@@ -184,10 +188,10 @@ def test_stop(run: Runs, plain: Any) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "first"),
-    [
-        (EVERYWHERE, None),
+    [  # 3 s each
+        full(EVERYWHERE, None),
         ({**ZERO3, "output__keep_last": 1}, (6, False)),
-        ({**EVERYWHERE, "output__keep_last": 1}, (6, True)),
+        full({**EVERYWHERE, "output__keep_last": 1}, (6, True)),
     ],
     ids=["whole", "lost, zero3", "committed in the evaluation"],
 )
@@ -212,9 +216,14 @@ def test_rollback(run: Runs, plain: Any, settings: dict[str, Any], first: Any) -
     if first is None or not first[1]:  # else the line of step 6 was written by the commit
         assert lines[-1]["step"] == 6 and lines[-1]["stopped_by"] == "forget"
         assert lines[-1]["forget_back_to"] == 4
+    card = (directory / "adapter" / "README.md").read_text()
+    assert "| optimizer steps | 4 of 8 |" in card
+    loss = next(line["loss"] for line in lines if line["step"] == 4)
+    assert f"| loss of the last step | {loss:.4f} |" in card
     again, after = run("run", 2, **gate)
     assert again[0]["status"] == 0 and after == lines
     assert same_bits(again[0]["tensors"], results[0]["tensors"])
+    assert (directory / "adapter" / "README.md").read_text() == card
 
 
 def test_rollback_to_the_start(run: Runs, plain: Any) -> None:
@@ -228,8 +237,10 @@ def test_rollback_to_the_start(run: Runs, plain: Any) -> None:
     assert again[0]["status"] == 0 and after == lines
 
 
-@pytest.mark.parametrize("settings", [EVERYWHERE, full(ZERO3)])
-@pytest.mark.parametrize("committed", [False, True])
+@pytest.mark.parametrize(
+    ("settings", "committed"),  # 4 s each
+    [(EVERYWHERE, False), full(EVERYWHERE, True), full(ZERO3, False), full(ZERO3, True)],
+)
 def test_shrink(
     run: Runs,
     plain: Any,
@@ -243,7 +254,7 @@ def test_shrink(
     gate = {"forget__max_kl": limit, "forget__action": "shrink", **settings}
     arguments = (STEPS, committed)
     assert run("run", 2, **gate, work=lost, arguments=arguments)[0] == ["lost"] * 2
-    [(result, said), _], lines = run("run", 2, **gate, work=told)
+    [(result, said), _], lines = run("run", 2, **gate, work=told, data__eval=held)
     directory, texts = run.root / "run", retained(held)
     assert result["status"] == 0 and "the scale of the adapter is lowered to" in said
     wanted = adapter_at(plain[1], STEPS)
@@ -264,6 +275,11 @@ def test_shrink(
         assert lines[-1]["forget_scale"] == share
         assert lines[-1]["forget_kl_shrunk"] == pytest.approx(found["forget_kl"], rel=1e-4)
         assert state_of(directory, STEPS)["forget"]["scale"] == share
+        assert lines[-1]["eval_loss_shrunk"] == pytest.approx(found["forget_nll"], rel=1e-4)
+        assert f"{lines[-1]['eval_loss_shrunk']:.4f} after" in said
+        card = (directory / "adapter" / "README.md").read_text()
+        assert f"| scale | {share:g} of that in training (forget.action: shrink) |" in card
+        assert f"| held-out loss at step {STEPS} | {lines[-1]['eval_loss_shrunk']:.4f} |" in card
         of_checkpoint = open_adapter(directory / "checkpoints" / f"step-{STEPS:06d}")
         assert of_checkpoint.config.lora_alpha == pytest.approx(8 * share)
 
@@ -272,10 +288,11 @@ def test_shrink(
         directory / "adapter" / n for n in ("adapter_model.safetensors", "adapter_config.json")
     ]
     before = [file.read_bytes() for file in files]
-    assert run("run", 2, **gate)[0][0]["status"] == 0
+    assert run("run", 2, **gate, data__eval=held)[0][0]["status"] == 0
     assert [file.read_bytes() for file in files] == before
 
 
+@pytest.mark.full  # 4 s
 def test_a_longer_run_after_a_shrunk_one(run: Runs, plain: Any) -> None:
     gate = {"forget__max_kl": kl_at(plain, 2) / 2, "forget__action": "shrink", **EVERYWHERE}
     constant = {"optimizer__schedule": "constant", "output__save_every": 2}
