@@ -251,10 +251,10 @@ def test_shrink(
 ) -> None:
     """The written adapter passes, at the largest scale that does; the checkpoint is as trained."""
     limit = kl_at(plain, STEPS) / 3
-    gate = {"forget__max_kl": limit, "forget__action": "shrink", **settings}
+    gate = {"forget__max_kl": limit, "forget__action": "shrink", "data__eval": held, **settings}
     arguments = (STEPS, committed)
     assert run("run", 2, **gate, work=lost, arguments=arguments)[0] == ["lost"] * 2
-    [(result, said), _], lines = run("run", 2, **gate, work=told, data__eval=held)
+    [(result, said), _], lines = run("run", 2, **gate, work=told)
     directory, texts = run.root / "run", retained(held)
     assert result["status"] == 0 and "the scale of the adapter is lowered to" in said
     wanted = adapter_at(plain[1], STEPS)
@@ -288,7 +288,7 @@ def test_shrink(
         directory / "adapter" / n for n in ("adapter_model.safetensors", "adapter_config.json")
     ]
     before = [file.read_bytes() for file in files]
-    assert run("run", 2, **gate, data__eval=held)[0][0]["status"] == 0
+    assert run("run", 2, **gate)[0][0]["status"] == 0
     assert [file.read_bytes() for file in files] == before
 
 
