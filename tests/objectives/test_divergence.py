@@ -52,8 +52,8 @@ def sums(base: nn.Module, tuned: nn.Module) -> dict[str, float]:
     """The `SUMS` of whole models, a text at a time, by the definitions."""
     found = dict.fromkeys(SUMS, 0.0)
     for example in examples():
-        ids = torch.from_numpy(example.input_ids).long()[None]
-        labels = torch.from_numpy(example.labels).long()[1:]
+        ids = torch.from_numpy(example.input_ids.astype("int64"))[None]
+        labels = torch.from_numpy(example.labels.astype("int64"))[1:]
         at = (labels >= 0).nonzero()[:, 0]
         with torch.no_grad():
             p, q = (

@@ -28,8 +28,8 @@ def measured(base: Any, tuned: Any, texts: Dataset) -> dict[str, float]:
     nll, base_nll, kl, agreed, tokens = 0.0, 0.0, 0.0, 0, 0
     base, tuned = base.double(), tuned.double()
     for example in texts[:]:
-        ids = torch.from_numpy(example.input_ids).long()[None]
-        labels = torch.from_numpy(example.labels).long()[1:]
+        ids = torch.from_numpy(example.input_ids.astype("int64"))[None]
+        labels = torch.from_numpy(example.labels.astype("int64"))[1:]
         at = (labels >= 0).nonzero()[:, 0]
         with torch.no_grad():
             p, q = (
