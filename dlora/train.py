@@ -12,14 +12,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from dlora.config.load import Config
-from dlora.data import batch_hash
 from dlora.data.batches import Batches
 from dlora.data.collate import Batch
 from dlora.hooks import NO_HOOKS, Hooks
 from dlora.lora.attach import attachment_of
 from dlora.lora.dropout import SampleKeys
 from dlora.metrics.progress import StepDisplay
-from dlora.objectives.objective import figures_of
 from dlora.objectives.router_loss import whole_loss
 from dlora.optim.schedule import lr_factor, set_lr
 from dlora.plan.objective import objective_of
@@ -36,14 +34,13 @@ from dlora.runtime.stop_signals import STOP_FLAGS, StopRequest, exit_status
 from dlora.sharding.replica.step_scalars import Reduced
 from dlora.together.prepare import prepare_together
 from dlora.together.run import TogetherRun
-from dlora.training.best import finish_again, keep, reconcile, see, take_up
 from dlora.training.build import batches_of, build
 from dlora.training.checkpointing import RESUMES, CheckpointManager
-from dlora.training.evaluate import before_training
+from dlora.training.evaluations import Evaluations
 from dlora.training.finish import finish
 from dlora.training.prepare import Preparation, prepare
 from dlora.training.rates import rates
-from dlora.training.reporting import due, has_reader, open_log, start_sinks
+from dlora.training.reporting import due, has_reader, open_log, start_sinks, step_figures
 from dlora.training.resume import resume
 from dlora.training.startup import enter, import_late_ones, lock_output, prepared
 from dlora.training.watchdogs import FiniteWatch, HangWatch, UnusedWatch, beat_in_passes, is_finite
@@ -122,6 +119,7 @@ class Run:
         self.rates = rates(config, ranks, preparation)
         self.records: list[dict[str, Any]] = []  # of the steps since this start
         self.checkpoints = CheckpointManager(self.context, self.start)
+        self.evaluations = Evaluations(self.context, self.checkpoints, self.start)
         beat_in_passes(self.model, (self.stop, self.hang, self.peers))
 
     def run(self) -> int:
@@ -137,16 +135,16 @@ class Run:
         config = self.config
         replica, stop, checkpoints = self.replica, self.stop, self.checkpoints
         residents = self.context.residents
-        take_up(self.context, self.start)
-        selection = self.context.selection
-        if self.start == self.total_steps or selection.over:
-            return finish_again(self.context, checkpoints, self.start)
+        self.evaluations.take_up()
+        if self.start == self.total_steps or self.evaluations.over:
+            return self.evaluations.finish_again()
         log, status, trouble = self.open_log(), None, None
+        done, last, ended = self.start, False, self.evaluations.over
         display = StepDisplay(self.total_steps, self.start, self.ranks.main)
         committing = stop.committing(checkpoints.commit_alone)
         batches = self.batches()
         with checkpoints.writing(), display, committing, self.hang.watching(), batches:
-            for step in range(self.start, self.total_steps):
+            for step in () if ended else range(self.start, self.total_steps):
                 began = time.perf_counter()
 
                 # 1  the step's sequences, the same whatever the world size, and this rank's part
@@ -189,31 +187,31 @@ class Run:
                 status = 1 if trouble else exit_status(stops)
                 evaluated = due(done, self.context.eval_every, last=last)
                 if evaluated:
-                    record |= see(self.context, done)
+                    record |= self.evaluations.see(done, last=last)
+                ended = "stopped_by" in record
                 if evaluated or due(done, config.output.log_every):
                     log.write(record)
                     display.update(record, replica.method.progress())
-                improved = evaluated and selection.improved
-                asked = status is not None or reduced.scalars["save"] > 0 or selection.over
-                if asked or improved or due(done, config.output.save_every, last=last):
+                asked = status is not None or reduced.scalars["save"] > 0
+                asked = asked or (evaluated and self.evaluations.saves)
+                if asked or due(done, config.output.save_every, last=last):
                     checkpoints.save(done, record)
-                if improved:
-                    keep(self.context, checkpoints)
+                if evaluated:
+                    self.evaluations.saved()
 
                 # 6  a signal on any rank, or trouble, stops all of them here, after the commit
-                if trouble or selection.over or (status is not None and not last):
+                if trouble or ended or (status is not None and not last):
                     break
-        over = last or selection.over
-        if over and self.ranks.main:
+        if (last or ended) and self.ranks.main:
             checkpoints.write_method_files(done)
             replica.method.report(self.directory, log, console.info)
         log.close()
         if trouble:
             console.error(f"stopped after step {done}: {trouble}")
             return 1
-        if selection.over and not last:
-            console.info(f"stopped early after step {done}: {selection.why}")
-        if status is None or over:
+        if ended and not last:
+            self.evaluations.told(done)
+        if status is None or last or ended:
             self.losses.close()
             return finish(self.context, checkpoints, self.records)
         console.info(f"stopped by {stop.cause or 'another rank'} after step {done}; {RESUMES}")
@@ -224,9 +222,7 @@ class Run:
     def open_log(self) -> Any:
         """Open the metrics' log; before a fresh run, print samples and log the held-out loss."""
         log = open_log(self.context, self.start, self.sinks)
-        if self.start == 0:
-            before_training(self.context, log, console.info)
-        reconcile(self.context, self.start)
+        self.evaluations.begin(log)
         self.replica.zero_grad()
         self.replica.reductions = self.start  # audits fall on the same steps as without a stop
         self.replica.wire.take()
@@ -256,21 +252,10 @@ class Run:
         return sums, weight
 
     def figures(self, step: int, ids: Any, reduced: Reduced, seconds: float) -> dict[str, Any]:
-        """The figures of a step beside its loss, for the metrics; tokens exclude padding."""
-        pairs, weight = figures_of(self.objective), reduced.tokens
-        all_tokens = int(sum(self.prepared.train.lengths[i] for i in ids))
-        targets = round(reduced.scalars["targets"]) if pairs else weight
-        named = ("aux_loss", *pairs)
+        """The figures of a step beside its loss, for the metrics."""
         is_read = has_reader(self.config.output, step, reduced.scalars, self.total_steps)
         return {
-            **{n: s / max(weight, 1) for n, s in reduced.scalars.items() if n in named},
-            "tokens": targets,
-            "all_tokens": all_tokens,
-            "padding": 1 - all_tokens / max(reduced.scalars["places"], all_tokens),
-            **self.rates.of(targets, all_tokens, seconds),
-            "peak_memory_bytes": max(reduced.each),
-            "wire_bytes": self.replica.wire.take(),
-            "batch_hash": batch_hash(ids),
+            **step_figures(self.context, self.objective, self.rates, ids, reduced, seconds),
             **(self.replica.method.metrics() if is_read else {}),
         }
 

@@ -14,7 +14,7 @@ from dlora.adapters.settings import lora_config
 from dlora.adapters.source import AdapterSource
 from dlora.adapters.write import CONFIG, ROUTER, WEIGHTS
 from dlora.checkpoint import format as checkpoint
-from dlora.checkpoint.state import saved_lora
+from dlora.checkpoint.state import saved_lora, scaled
 from dlora.checkpoint.written_by import written_by
 from dlora.config.load import load
 from dlora.config.members import ADAPTERS
@@ -107,7 +107,7 @@ def _from_checkpoint(directory: Path) -> AdapterSource:
             f"its own once it is trained: {and_more(places)}"
         )
     lora = saved_lora(state)
-    settings = lora or lora_config(config)
+    settings = scaled(lora or lora_config(config), state)
     record = checkpoint.method_record(directory)
     try:
         names = stored_tensors(directory / checkpoint.ADAPTER)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from dlora.errors import UsageError
@@ -23,3 +24,19 @@ def saved_lora(state: Mapping[str, Any]) -> LoraConfig | None:
         return VARIANTS[settings.pop("method", "lora")].settings(**settings)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise UsageError(f"state.json: adapter: invalid settings: {error}") from None
+
+
+def scaled(lora: LoraConfig, state: Mapping[str, Any]) -> LoraConfig:
+    """The settings with the scale that a run has lowered at its end (`forget.action: shrink`).
+
+    Raises:
+        UsageError: that is not what a run writes.
+    """
+    found = state.get("forget")
+    share = found.get("scale") if isinstance(found, dict) else None
+    if share is None:
+        return lora
+    if not isinstance(share, float) or not 0 < share <= 1:
+        raise UsageError(f"state.json: forget: scale is {share!r}")
+    alphas = {name: alpha * share for name, alpha in lora.alpha_pattern.items()}
+    return replace(lora, lora_alpha=lora.lora_alpha * share, alpha_pattern=alphas)

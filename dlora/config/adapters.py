@@ -49,6 +49,7 @@ _LIMITS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("sharding.optimizer_state", ("auto", "replicated"), "each adapter's state is whole"),
     ("output.metrics_port", (None,), "an endpoint serves the figures of one adapter"),
     ("output.early_stopping", (None,), "the others would go on, and it could not be resumed"),
+    ("forget.data", (None,), "what is forgotten is measured of one adapter"),
     ("output.remote", (None,), "copies elsewhere are those of one adapter"),
     ("adapter.modules_to_save", ([],), "a module that is trained whole acts on all tokens alike"),
     ("adapter.target_parameters", ([],), "a whole parameter acts on all tokens alike"),

@@ -119,7 +119,8 @@ def unknown(key: str, names: Collection[str], where: str = "", prefix: str = "")
     children = [n for n in names if n.startswith(key + ".")]
     if not guesses and not children:
         scores = {n: _likeness(name, n.rpartition(".")[2]) for n in siblings or names}
-        best = max(scores, key=lambda n: scores[n])
+        dots = key.count(".")  # of two as near, a section for a section
+        best = max(scores, key=lambda n: (scores[n], n.count(".") == dots))
         guesses = [best] if scores[best][0] >= 0.6 else []
     if guesses:
         hint = f"did you mean {' or '.join(prefix + guess for guess in guesses)}?"

@@ -9,6 +9,7 @@ import operator
 from dataclasses import dataclass, field, make_dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
 
+from dlora.config.forget import ForgetConfig
 from dlora.config.members import Member
 from dlora.config.output import OutputConfig
 from dlora.registry import Option, carries, option, options_of, required, room
@@ -247,6 +248,7 @@ class Config:
     data: DataConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    forget: ForgetConfig = field(default_factory=ForgetConfig)
     output: OutputConfig
     adapters: tuple[Member, ...] = ()
     user_set: frozenset[str] = field(default=frozenset(), compare=False, repr=False)

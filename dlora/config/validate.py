@@ -32,7 +32,12 @@ def _is_local(c: Config) -> bool:
 
 def _logs(c: Config) -> bool:
     """Whether any line of the metrics is written: evaluated steps always are."""
-    return c.output.log_every > 0 or (c.output.eval_every > 0 and c.data.eval is not None)
+    return c.output.log_every > 0 or (c.output.eval_every > 0 and _evaluates(c))
+
+
+def _evaluates(c: Config) -> bool:
+    """Whether there is anything to evaluate on."""
+    return c.data.eval is not None or c.forget.data is not None
 
 
 # (options, when they do nothing, why): a value other than the default is refused then.
@@ -57,8 +62,19 @@ INERT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ),
     (
         "output.eval_every",
-        lambda c: c.data.eval is None and c.output.eval_every != 0,  # 0 asks for nothing
+        lambda c: not _evaluates(c) and c.output.eval_every != 0,  # 0 asks for nothing
         "data.eval is null",
+    ),
+    ("forget.data", lambda c: c.output.eval_every == 0, "output.eval_every is 0"),
+    (
+        "forget.max_kl forget.max_nll_ratio forget.action",
+        lambda c: c.forget.data is None,
+        "forget.data is null",
+    ),
+    (
+        "forget.action",
+        lambda c: c.forget.data is not None and not c.forget.gates,
+        "neither forget.max_kl nor forget.max_nll_ratio is set",
     ),
     (
         "data.chat_template data.chat_template_kwargs",
@@ -192,6 +208,7 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"adapter.path: {adapter.method} cannot start from an adapter on disk, which is a "
             "plain LoRA"
         )
+    yield from _bad_forgetting(config)
     trackers = config.output.report_to
     if "tensorboard" in trackers and not config.output.tensorboard:
         yield "output.report_to: tensorboard contradicts output.tensorboard: false; drop one"
@@ -248,6 +265,29 @@ def _of_objective(config: Config) -> Iterator[str]:
         yield (
             "dpo.reference: adapter is a copy of the adapter at adapter.path, which is null; set "
             "adapter.path or leave it at auto"
+        )
+
+
+def _bad_forgetting(config: Config) -> Iterator[str]:
+    """What cannot be measured, or undone, of a model's forgetting."""
+    if config.forget.data is None:
+        return
+    if (task := task_name(config)) != "causal":
+        brings = task != config.train.task
+        key, value = ("objective", config.train.objective) if brings else ("task", task)
+        yield (
+            f"forget.data: train.{key}: {value} cannot be combined with it: forgetting is measured "
+            "in the logits of a causal language model"
+        )
+    if config.forget.action == "rollback" and config.adapter.method == "adalora":
+        yield (
+            "forget.action: rollback cannot be combined with adapter.method: adalora, whose "
+            "triplets are cut away in training; set forget.action: stop"
+        )
+    if config.forget.action == "rollback" and config.output.remote is not None:
+        yield (
+            "forget.action: rollback cannot be combined with output.remote, whose newest "
+            "checkpoints it would have to take back; set forget.action: stop"
         )
 
 

@@ -55,12 +55,12 @@ def cached(
         lock = filelock.FileLock(f"{path}.lock")
         lock.acquire()
     try:
-        if (found := _read(path)) is not None:
+        if (found := stored(path)) is not None:
             announce(f"{key}: encoded before; read from {path} (data.cache_dir)")
             return found
         dataset = build()
         with _writable(cache_dir):
-            write_atomically(path, _content(dataset))
+            write_atomically(path, content_of(dataset))
         announce(f"{key}: encoded, and written to {path} (data.cache_dir)")
         return dataset
     finally:
@@ -93,12 +93,13 @@ def _name(source: Sources, key: str, tokenizer: Any, settings: dict[str, Any]) -
     return digest.hexdigest()[:32]
 
 
-def _content(dataset: Dataset) -> bytes:
+def content_of(dataset: Dataset) -> bytes:
+    """The file of a data set."""
     arrays: dict[str, Any] = dict(zip(_ARRAYS, dataset.arrays, strict=True))
     return safetensors.numpy.save(arrays, dataset.about)
 
 
-def _read(path: Path) -> Dataset | None:
+def stored(path: Path) -> Dataset | None:
     """The data set of a file; None if there is none, or it is not what was written."""
     if not path.exists():
         return None

@@ -57,6 +57,10 @@ class Dealing:
         """Micro-batches `number` times as large."""
         return replace(self, size=self.size * number, tokens=self.tokens * number)
 
+    def holding(self, longest: int) -> Dealing:
+        """Micro-batches in which a sequence of so many tokens fits."""
+        return replace(self, tokens=max(self.tokens, longest)) if self.tokens else self
+
     def places(self, lengths: Sequence[int]) -> int:
         """Tokens of a micro-batch with its padding."""
         if not lengths:

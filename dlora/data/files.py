@@ -106,7 +106,7 @@ def sources_of(source: Sources, key: str) -> list[Source]:
     if not entries:
         raise UsageError(f"{key} is an empty list; expected at least one file")
     made = [_source(entry, key) for entry in entries]
-    if key == "data.eval" and any(entry.weight != 1 for entry in made):
+    if key != "data.train" and any(entry.weight != 1 for entry in made):
         raise UsageError(f"{key}: weight cannot act: every held-out record is evaluated once")
     return made
 

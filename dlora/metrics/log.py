@@ -12,6 +12,8 @@ from typing import Any
 
 from dlora.io.files import write_atomically
 
+SHRUNK = "_shrunk"  # of a figure with the scale that the adapter has at last
+
 
 class MetricsLog:
     """Appends to `<directory>/metrics.jsonl`; after a resume it has every step once.
@@ -111,9 +113,30 @@ def complete(path: Path, record: dict[str, Any]) -> None:
             file.write("\n" * torn + _line(record))
 
 
-def held_out_line(directory: Path) -> str | None:
-    """A line on the held-out loss before and after training, across resumes; None if unknown."""
-    found = [r for r in read_metrics(directory / "metrics.jsonl") if r.get("eval_loss") is not None]
+def result_lines(directory: Path, until: int | None = None) -> list[dict[str, Any]]:
+    """The lines of the metrics up to what the run has left.
+
+    The last one has the figures of the adapter that was written, where its scale was lowered at the
+    end: those that are called `…_shrunk`.
+
+    Args:
+        until: the step of that adapter, where the run went on and was rolled back.
+    """
+    found = read_metrics(directory / "metrics.jsonl")
+    lines = [line for line in found if until is None or line["step"] <= until]
+    if lines:
+        shrunk = {n.removesuffix(SHRUNK): v for n, v in lines[-1].items() if n.endswith(SHRUNK)}
+        lines[-1] = lines[-1] | shrunk
+    return lines
+
+
+def held_out_line(directory: Path, until: int | None = None) -> str | None:
+    """A line on the held-out loss before and after training, across resumes; None if unknown.
+
+    Args:
+        until: as of `result_lines`.
+    """
+    found = [r for r in result_lines(directory, until) if r.get("eval_loss") is not None]
     if len(found) < 2:
         return None
     first, last = found[0]["eval_loss"], found[-1]["eval_loss"]

@@ -67,10 +67,12 @@ class StepDisplay(_Bar):
             figures += f"  {of_method}"
         if "eval_loss" in record:
             figures += f"  held-out {record['eval_loss']:.4f}"
+        if "forget_kl" in record:
+            figures += f"  KL from the base {record['forget_kl']:.4g}"
         if self._show(step, figures) or not self._enabled:
             return
         is_due = now - self._printed >= LINE_SECONDS or step == self._total
-        if is_due or "eval_loss" in record:
+        if is_due or "eval_loss" in record or "forget_kl" in record:
             per_step = (now - self._began) / (step - self._start)
             left = clock(per_step * (self._total - step))
             print(f"step {step}/{self._total}  {figures}  {left} left", flush=True)

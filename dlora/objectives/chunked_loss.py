@@ -17,7 +17,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -109,6 +109,19 @@ def chunk_rows(vocabulary: int, device: str) -> int:
     return max(1, rows if rows < _WHOLE_TILES else rows - rows % _WHOLE_TILES)
 
 
+class Part(Protocol):
+    """What a pass is for; where its tokens `end` is that of a row that several share."""
+
+    @property
+    def end(self) -> int: ...
+
+    def loss(self, head: OutputHead, hidden: Tensor, targets: Tensor, device: str | None) -> Tensor:
+        """A scalar of the input [rows, tokens, H] of the head, which is gathered."""
+
+    def loss_of_logits(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The same of logits [rows, tokens, V] that a class computes whole."""
+
+
 @dataclass(frozen=True)
 class LossPart:
     """A part of a batch whose loss is wanted apart.
@@ -128,6 +141,10 @@ class LossPart:
     def loss(self, head: OutputHead, hidden: Tensor, targets: Tensor, device: str | None) -> Tensor:
         """Its `target_loss`."""
         return target_loss(head, hidden, targets, self.positions, device, self)
+
+    def loss_of_logits(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Its `loss_of_logits`."""
+        return loss_of_logits(logits, targets, self.positions)
 
 
 def install(model: Any, device: str | None = None) -> None:
@@ -165,7 +182,7 @@ def install(model: Any, device: str | None = None) -> None:
         targets: Tensor | None = None,
         positions: Tensor | None = None,
         lengths: Sequence[int] | None = None,
-        parts: Sequence[LossPart] = (),
+        parts: Sequence[Part] = (),
         wanted: Wanted | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -195,11 +212,13 @@ def install(model: Any, device: str | None = None) -> None:
                 router.compute(outputs, targets.shape, in_rows)
             if head.finish is not None:
                 return packed.remember(found.pop())
+            logits = outputs.logits
             if wanted is not None:
-                return packed.remember(wanted(head, outputs.logits, device))
-            places = [part.positions for part in parts] or [positions]
-            each = [loss_of_logits(outputs.logits, targets, some) for some in places]
-            return packed.remember(torch.stack(each) if parts else each[0])
+                return packed.remember(wanted(head, logits, device))
+            if not parts:
+                return packed.remember(loss_of_logits(logits, targets, positions))
+            each = [part.loss_of_logits(logits, targets) for part in parts]
+            return packed.remember(torch.stack(each))
         finally:
             losses.clear()
             found.clear()

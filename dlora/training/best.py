@@ -26,7 +26,7 @@ from dlora.runtime.console import console
 from dlora.training.checkpointing import CheckpointManager
 from dlora.training.context import BEST, RunContext
 from dlora.training.evaluate import evaluate
-from dlora.training.finish import save_result, write_adapter
+from dlora.training.finish import write_adapter
 from dlora.training.reporting import due
 from dlora.training.selection import STOPPED_BY
 
@@ -85,19 +85,6 @@ def reconcile(context: RunContext, start: int) -> None:
     is_there = not context.ranks.main or _is_there(context, start)
     if not broadcast(context.ranks, f"best/{context.name}", is_there):
         followed.best = followed.step = None
-
-
-def finish_again(context: RunContext, checkpoints: CheckpointManager, start: int) -> int:
-    """Write the results of a run that is finished; returns the exit status.
-
-    It may have ended between its last files.
-    """
-    selection, total = context.selection, context.prepared.sampler.total_steps
-    early = f": {selection.why}" if selection.over else ""
-    console.info(f"the run is already finished: step {start} of {total}{early}")
-    if context.continues:
-        reconcile(context, start)
-    return save_result(context, checkpoints)
 
 
 def _is_there(context: RunContext, start: int) -> bool:

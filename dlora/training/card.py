@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from dlora.adapters.write import CONFIG
 from dlora.config.load import Config
 from dlora.io.files import read_object, write_atomically
-from dlora.metrics.log import read_metrics
+from dlora.metrics.log import result_lines
 from dlora.training.context import RunContext
 
 CARD = "README.md"
@@ -127,7 +127,10 @@ def _settings(context: RunContext, settings: dict[str, Any]) -> Iterator[tuple[s
     yield "objective", config.train.objective
     for name in ("name", "lr", "schedule", "warmup_ratio", "weight_decay"):
         yield {"name": "optimizer"}.get(name, name), getattr(config.optimizer, name)
-    yield "optimizer steps", prepared.sampler.total_steps
+    steps, ended = prepared.sampler.total_steps, context.ended_at
+    yield "optimizer steps", steps if ended is None else f"{ended} of {steps}"
+    if (share := context.decisions.get("forget", {}).get("scale")) is not None:
+        yield "scale", f"{share:g} of that in training (forget.action: shrink)"
     yield "sequences per step", config.train.global_batch_size
     yield "longest sequence", f"{config.data.max_length} tokens"
     yield "seed", config.train.seed
@@ -137,7 +140,7 @@ def _settings(context: RunContext, settings: dict[str, Any]) -> Iterator[tuple[s
 
 
 def _metrics(context: RunContext) -> Iterator[tuple[str, Any]]:
-    lines = read_metrics(context.directory / "metrics.jsonl")
+    lines = result_lines(context.directory, context.ended_at)
     evaluated = [line for line in lines if line.get("eval_loss") is not None]
     if lines and lines[-1].get("loss") is not None:
         yield "loss of the last step", f"{lines[-1]['loss']:.4f}"

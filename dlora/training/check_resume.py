@@ -37,7 +37,7 @@ FREE_KEYS = {
     "train.compile_cache",
     "train.deterministic",
 }
-FREE_SECTIONS = {"sharding", "output"}
+FREE_SECTIONS = {"sharding", "output", "forget"}
 BOUND_KEYS = {"sharding.reduce_dtype"}  # of these sections: it rounds gradients
 # Values that say the same: a class without `sdpa` refuses it; null stands for float32.
 SAME = {

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from dlora.checkpoint import format as checkpoints
 from dlora.checkpoint import writing
 from dlora.checkpoint.format import Checkpoint
 from dlora.checkpoint.host_copy import capture
+from dlora.checkpoint.listing import set_aside_after
 from dlora.checkpoint.snapshot import KEEPERS, Snapshots
 from dlora.errors import UsageError
 from dlora.hooks import Committed, nothing
@@ -45,13 +46,19 @@ class CheckpointManager:
 
     Args:
         start: the step that it resumes after.
+
+    Attributes:
+        pinned: a step whose checkpoint is never deleted.
     """
+
+    pinned: int | None = None
 
     def __init__(self, context: SavedRun, start: int) -> None:
         self._context, self._start = context, start
         self._root = context.directory / CHECKPOINTS
         self._snapshots = Snapshots()
         self._done = start  # the last whole step
+        self._back_at: int | None = None  # the step that the run was rolled back to
         self._committing = threading.Lock()  # one commit at a time
         self._writing = threading.Lock()  # one checkpoint at a time
         self._writer = ThreadPoolExecutor(1, "dlora-save")
@@ -62,10 +69,13 @@ class CheckpointManager:
         """Commit a checkpoint: rank 0 alone, unless the optimizer state is divided over ranks.
 
         If the write fails, a warning is logged and the run continues; the next save tries again.
+        After a `roll_back` nothing is saved.
 
         Args:
             record: the step's line of the metrics.
         """
+        if self._back_at is not None:
+            return
         replica = self._context.replica
         committed: Committed = nothing
         if self._context.ranks.main or replica.strategy.collective_saves:
@@ -117,12 +127,35 @@ class CheckpointManager:
         """Note whether the newest snapshot has arrived; every pass of the model does it."""
         self._snapshots.look()
 
+    def roll_back(self, step: int, decided: Mapping[str, Any]) -> Checkpoint | None:
+        """Make the checkpoint of an earlier step the newest; later ones are renamed.
+
+        Every rank calls it; rank 0 writes, and returns the checkpoint.
+
+        Args:
+            decided: is written into its `state.json`.
+
+        Raises:
+            UsageError: it is damaged, or not there.
+        """
+        self.settle()
+        self._back_at = step
+        if not self._context.ranks.main:
+            return None
+        checkpoint = checkpoints.read(self._root / f"step-{step:06d}")
+        checkpoint.state |= decided
+        self._write(checkpoint)
+        set_aside_after(step, self._root)
+        return checkpoint
+
     def commit(self, *, ending: bool) -> str:
         """Commit the snapshot, unless its step is committed already; returns a line about it.
 
         Args:
             ending: the process will write nothing more, so the step's metrics are written as well.
         """
+        if self._back_at is not None:
+            return f"the run is rolled back to step {self._back_at}"
         with self._committing, self._snapshots.newest() as snapshot:
             if snapshot is None:
                 return self._nothing_to_commit()
@@ -230,5 +263,9 @@ class CheckpointManager:
                 self._context.config.output.keep_last,
                 rank=self._context.ranks.rank,
                 check=self._context.lock.check,
-                may_delete=self._pushes.may_delete,
+                may_delete=self._may_delete,
             )
+
+    def _may_delete(self, directory: Path) -> bool:
+        is_pinned = self.pinned is not None and directory.name == f"step-{self.pinned:06d}"
+        return not is_pinned and self._pushes.may_delete(directory)

@@ -18,17 +18,21 @@ from dlora.adapters.peft_names import peft_slots
 from dlora.adapters.save_load import check_numbers, check_shapes
 from dlora.adapters.write import WEIGHTS
 from dlora.config.adapters import configs_of
+from dlora.config.forget import SELF
 from dlora.config.load import Config
 from dlora.data import Dataset
 from dlora.data.stream import Stream
-from dlora.errors import UsageError
+from dlora.errors import UsageError, and_more
 from dlora.io.files import inside
 from dlora.io.safetensors import stored_tensors
 from dlora.lora.attach import attachment_of, named_adapters
+from dlora.lora.init import INITS
 from dlora.lora.layers import AdaptedLayer
+from dlora.lora.variants import VARIANTS
 from dlora.objectives.router_loss import find_router_loss
 from dlora.sharding.topology import Topology, resolve_placement
 from dlora.tasks import Task
+from dlora.tasks.generation import learned_positions
 from dlora.tasks.limits import Limits
 
 
@@ -126,6 +130,34 @@ def check_experts(model: nn.Module) -> None:
         )
     if places := frozen_experts(model):
         read_experts(model, places)
+
+
+def check_forgetting(config: Config, model: nn.Module) -> None:
+    """Check that texts of the base fit into it, and that `shrink` has a scale to lower."""
+    positions, tokens = learned_positions(model), config.forget.text_tokens
+    if config.forget.data == SELF and positions is not None and tokens >= positions:
+        raise UsageError(
+            f"forget.text_tokens: {tokens} tokens behind a first one, but the model has learned "
+            f"{positions} positions; set forget.text_tokens to {positions - 1} or less"
+        )
+    if not config.forget.gates or config.forget.action != "shrink":
+        return
+    attachment = attachment_of(model)
+    lora, kind = attachment.config, VARIANTS[attachment.config.variant]
+    why = ""
+    if kind.rescales_rows:
+        why = f"{kind.name} scales the rows of W0 as well, and has no scale that takes it back"
+    elif not kind.mergeable:
+        why = f"{kind.name} has another scale for each token"
+    elif attachment.saved:
+        why = f"modules_to_save ({and_more(attachment.saved)}) are trained whole, without a scale"
+    elif INITS[lora.init_lora_weights].needs == "weight" and config.model.quantization != "none":
+        why = (
+            f"with init_lora_weights: {lora.init_lora_weights} model.quantization: "
+            f"{config.model.quantization} packs the residual, which the whole adapter belongs to"
+        )
+    if why:
+        raise UsageError(f"forget.action: shrink cannot be done: {why}; set stop or rollback")
 
 
 def check_sequences(data: Mapping[str, Dataset | Stream | None], limits: Limits) -> None:

@@ -96,6 +96,7 @@ class RunContext(SavedRun):
         name: of the adapter, among others.
         saved_in: where its checkpoints lie; None: in `directory`.
         selection: what the run makes of its evaluations.
+        decisions: what evaluations have decided of the run, by a key of `state.json` each.
     """
 
     config: Config
@@ -111,6 +112,7 @@ class RunContext(SavedRun):
     name: str = DEFAULT
     saved_in: Path | None = None
     selection: Selection = field(default_factory=Selection)
+    decisions: dict[str, Any] = field(default_factory=dict)
 
     @property
     def compiles(self) -> bool:
@@ -120,7 +122,15 @@ class RunContext(SavedRun):
     @property
     def eval_every(self) -> int:
         """Steps between evaluations; 0: there are none."""
-        return self.config.output.eval_every if self.prepared.eval is not None else 0
+        measures = self.prepared.eval is not None or self.config.forget.data is not None
+        return self.config.output.eval_every if measures else 0
+
+    @property
+    def ended_at(self) -> int | None:
+        """The step whose adapter is left of a run that ended before its time; None of others."""
+        found = (decided.get("ended") for decided in self.decisions.values())
+        steps = [ended.get("back", ended["step"]) for ended in found if ended]
+        return min(steps, default=None)
 
     def settings(self) -> str:
         """`config.yaml`."""
@@ -132,7 +142,7 @@ class RunContext(SavedRun):
         fingerprints = found.train.fingerprint, found.base_identity
         about = (self.config, found.lora, found.sampler, *fingerprints)
         state = state_at(step, *about, found.task.labels, found.train.report.ends)
-        return state | {"ranks": self.ranks.world} | self.selection.state()
+        return state | {"ranks": self.ranks.world} | self.selection.state() | self.decisions
 
     def write_method_files(self, step: int) -> None:
         """Write the files that the adapters' method has in the run's directory, up to a step."""

@@ -33,6 +33,11 @@ def evaluating(context: RunContext, micro_batches: int = 1) -> Iterator[None]:
     context.replica.wire.take()  # wire_bytes are those of training
 
 
+def rows_at_once(context: RunContext) -> int:
+    """How many micro-batches a pass of an evaluation takes: several, where backward keeps much."""
+    return 1 if context.prepared.budget.workload.checkpointing else _ROWS
+
+
 def held_out(context: RunContext) -> dict[str, float]:
     """`eval_loss`, Σ loss / Σ targets (or pairs) over all held-out sequences, and task's figures.
 
@@ -42,7 +47,7 @@ def held_out(context: RunContext) -> dict[str, float]:
     """
     prepared, model = context.prepared, context.model
     assert prepared.eval is not None
-    micro_batches = 1 if prepared.budget.workload.checkpointing else _ROWS
+    micro_batches = rows_at_once(context)
     deal = prepared.dealing.times(micro_batches)
     with evaluating(context, micro_batches):
         about = (prepared.task, model, prepared.eval, deal, prepared.collate, context.ranks)
@@ -78,7 +83,7 @@ def answer_scores(context: RunContext) -> dict[str, float]:
     prepared, ranks, model = context.prepared, context.ranks, cast(Any, context.model)
     output, tokenizer = context.config.output, prepared.tokenizer
     assert prepared.eval is not None
-    micro_batches = 1 if prepared.budget.workload.checkpointing else _ROWS
+    micro_batches = rows_at_once(context)
     ends = prepared.train.report.ends
     stops = stop_tokens(tokenizer, model.generation_config.eos_token_id, ends)
     asked = questions_of(prepared.eval, prepared.task, tokenizer, stops, "data.eval")

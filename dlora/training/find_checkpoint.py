@@ -170,6 +170,7 @@ def _strange(resumed: ResumePoint) -> Iterator[tuple[str, str]]:
         ("data.sequences", data.get("sequences", 0), int),
         ("base", state.get("base"), str | None),
         ("ranks", state.get("ranks"), int | None),
+        *_of_forgetting(state.get("forget")),
     ):
         if not isinstance(value, types):
             yield "state.json", f"{key} is {value!r}"
@@ -191,6 +192,19 @@ def _strange(resumed: ResumePoint) -> Iterator[tuple[str, str]]:
         VARIANTS[lora.variant if lora else "lora"].check_record(resumed.record, resumed.shapes)
     except UsageError as error:
         yield "manifest.json", str(error)
+
+
+def _of_forgetting(found: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(key, value, type) of what `training.forgetting` has decided."""
+    yield "forget", found, dict | None
+    if isinstance(found, dict):
+        for name, kind in (("step", int | None), ("passed", int | None), ("ended", dict | None)):
+            yield f"forget.{name}", found.get(name), kind
+        yield "forget.scale", found.get("scale"), float | None
+        if isinstance(ended := found.get("ended"), dict):
+            yield "forget.ended.line", ended.get("line"), str
+            yield "forget.ended.step", ended.get("step"), int
+            yield "forget.ended.back", ended.get("back", 0), int
 
 
 def state_at(

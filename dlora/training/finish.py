@@ -33,12 +33,13 @@ def finish(
     if isinstance(context.prepared.train, Stream):  # of a data set in memory, the start said it
         console.info(f"data.train: read in the last pass: {context.prepared.train.report}")
     print_samples(context, "after training")
-    if context.ranks.main and (line := held_out_line(context.directory)):
+    if context.ranks.main and (line := held_out_line(context.directory, context.ended_at)):
         console.info(line)
     status = save_result(context, checkpoints)
-    now = stored(context.model, context.replica, context.optimizer)
-    measured = measure(context.replica, records, now)
-    console.info(comparison(context.residents.plan, measured, context.ranks.device.type))
+    if records:
+        now = stored(context.model, context.replica, context.optimizer)
+        measured = measure(context.replica, records, now)
+        console.info(comparison(context.residents.plan, measured, context.ranks.device.type))
     return status
 
 

@@ -30,6 +30,7 @@ from dlora.tasks.packing import settle_packing
 from dlora.training.check_resume import check_resume
 from dlora.training.checks import (
     check_attention,
+    check_forgetting,
     check_placement,
     check_ranks_per_node,
     check_sequences,
@@ -41,6 +42,7 @@ from dlora.training.prepare_data import (
     load_data,
     open_stream,
     sampler_of,
+    sources,
     steps_line,
     with_template,
 )
@@ -74,6 +76,7 @@ class Material:
         lora: its settings, with what follows from the number of steps.
         packs: whether sequences share rows.
         known: the identity of the base, where it is known.
+        retained: `forget.data`, where it is a data set.
     """
 
     config: Config
@@ -84,6 +87,7 @@ class Material:
     tokenizer: Any
     train: Dataset | Stream
     eval: Dataset | None
+    retained: Dataset | None
     sampler: Sampler | StreamSampler
     packs: bool
     pad_id: int
@@ -123,6 +127,7 @@ def gather_material(
             f"model: {and_more(list(model.drawn))} is not in the files of the base: drawn from "
             "train.seed, trained, and saved with the adapter"
         )
+    check_forgetting(config, skeleton)
     attachment = attachment_of(skeleton)
     for line in attachment.left:
         announce(f"adapter.{line}")
@@ -133,11 +138,12 @@ def gather_material(
     tokenizer = with_template(config, base.tokenizer())
     read = (config, tokenizer, task, announce)
     load = functools.partial(load_data, *read, around.writes, once)
-    train = open_stream(*read) if config.data.streaming else load("train")
-    held_out = load("eval") if config.data.eval is not None else None
+    train = open_stream(*read) if config.data.streaming else load("data.train")
+    there = [key for key, source in sources(config).items() if source is not None]
+    beside = {key: load(key) for key in there if key != "data.train"}
     limits = limits_of(tokenizer, skeleton)
-    check_sequences({"data.train": train, "data.eval": held_out}, limits)
-    if config.output.eval_metrics and held_out is not None:
+    check_sequences({"data.train": train, **beside}, limits)
+    if config.output.eval_metrics and (held_out := beside.get("data.eval")) is not None:
         check_installed(config.output.eval_metrics, "output.eval_metrics")
         questions_of(held_out, task, tokenizer, (), "output.eval_metrics: data.eval")
     sampler = sampler_of(config, train, limits, announce)
@@ -167,7 +173,8 @@ def gather_material(
         lora,
         tokenizer,
         train,
-        held_out,
+        beside.get("data.eval"),
+        beside.get("forget.data"),
         sampler,
         packs,
         pad_token(tokenizer, skeleton),

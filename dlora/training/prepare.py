@@ -73,6 +73,7 @@ class Preparation(Planned):
         drawn: parameters of a head that the base lacks.
         dealing: makes the micro-batches of ranks.
         compiles: whether blocks run as graphs of torch's compiler.
+        retained: `forget.data`, where it is a data set.
         unreached: adapted modules that text alone does not reach, of a model that takes images too.
     """
 
@@ -93,6 +94,7 @@ class Preparation(Planned):
     drawn: tuple[str, ...] = ()
     unreached: tuple[str, ...] = ()
     compiles: bool = False
+    retained: Dataset | None = None
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """One micro-batch, on the CPU."""
@@ -102,7 +104,8 @@ class Preparation(Planned):
     @property
     def fingerprint(self) -> str:
         """A text that is equal on ranks with the same data, settings and plan."""
-        data = [self.train.fingerprint, self.eval.fingerprint if self.eval else ""]
+        data = [self.train.fingerprint]
+        data += [other.fingerprint if other else "" for other in (self.eval, self.retained)]
         data.append(self.base_identity or "")
         chosen = [self.placement, self.divided, self.budget.resident, self.compiles]
         return " ".join([*data, str(self.lora), *map(str, chosen)])
@@ -191,6 +194,7 @@ def prepared_from(
         found.model.drawn,
         unreached=tuple(unreached_by_text(skeleton, [*attachment.adapted, *attachment.saved])),
         compiles=compiles,
+        retained=found.retained,
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dlora.config.chat_template import template_text
+from dlora.config.forget import SELF
 from dlora.config.load import Config
 from dlora.config.sections import record_format
 from dlora.data import Dataset, Sampler, check_source, load_examples
@@ -28,9 +29,15 @@ def by_itself(key: str, load: Callable[[], Dataset]) -> Dataset:
     return load()
 
 
+def sources(config: Config) -> dict[str, Any]:
+    """The data sources by their keys; None for those that there are not."""
+    retained = None if config.forget.data == SELF else config.forget.data
+    return {"data.train": config.data.train, "data.eval": config.data.eval, "forget.data": retained}
+
+
 def check_sources(config: Config) -> None:
     """Raise the `UsageError`s of the data that need no tokenizer."""
-    for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+    for key, source in sources(config).items():
         if source is not None:
             check_source(
                 source,
@@ -118,24 +125,24 @@ def load_data(
     once: Once,
     key: str,
 ) -> Dataset:
-    """`data.train` or `data.eval`, in memory.
+    """One of the `sources`, in memory.
 
     Args:
         writes: to `data.cache_dir` as well.
         key: which of them.
     """
     arguments: dict[str, Any] = {
-        "source": getattr(config.data, key),
-        "key": f"data.{key}",
-        "most": config.data.max_eval_samples if key == "eval" else None,
+        "source": sources(config)[key],
+        "key": key,
+        "most": config.data.max_eval_samples if key == "data.eval" else None,
         **reading_of(config, tokenizer, task),
     }
     load = build = functools.partial(load_examples, **arguments)
     if config.data.cache_dir is not None and writes:
         place = Path(config.data.cache_dir).expanduser()
         load = functools.partial(cached, place, build, announce, **arguments)
-    dataset = once(f"data.{key}", load)
-    announce(f"data.{key}: {dataset.report}")
+    dataset = once(key, load)
+    announce(f"{key}: {dataset.report}")
     return dataset
 
 

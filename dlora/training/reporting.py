@@ -11,14 +11,18 @@ from typing import Any, Protocol
 import yaml
 
 from dlora.config.load import Config, OutputConfig
+from dlora.data import batch_hash
 from dlora.metrics.endpoint import MetricsEndpoint
 from dlora.metrics.log import MetricsLog
 from dlora.metrics.trackers import STARTERS, Trackers
+from dlora.objectives.objective import Objective, figures_of
 from dlora.runtime.agreement import agree
 from dlora.runtime.console import console
 from dlora.runtime.ranks import Ranks
+from dlora.sharding.replica.step_scalars import Reduced
 from dlora.training.context import CHECKPOINTS, RunContext
 from dlora.training.prepare import Preparation
+from dlora.training.rates import Rates
 from dlora.training.resolved import resolved_yaml
 from dlora.training.resume import open_directory
 
@@ -83,6 +87,31 @@ def has_reader(output: OutputConfig, step: int, scalars: Mapping[str, float], st
     asked = any(scalars[name] > 0 for name in ("save", "terminated", "interrupted"))
     every = (output.log_every, output.eval_every, output.save_every)
     return asked or any(due(step, n, last=step == steps) for n in every)
+
+
+def step_figures(
+    context: RunContext,
+    objective: Objective,
+    rates: Rates,
+    ids: Any,
+    reduced: Reduced,
+    seconds: float,
+) -> dict[str, Any]:
+    """The figures of a step of the sequences `ids`, beside its loss; tokens exclude padding."""
+    lengths, pairs, weight = context.prepared.train.lengths, figures_of(objective), reduced.tokens
+    all_tokens = int(sum(lengths[i] for i in ids))
+    targets = round(reduced.scalars["targets"]) if pairs else weight
+    named = ("aux_loss", *pairs)
+    return {
+        **{n: s / max(weight, 1) for n, s in reduced.scalars.items() if n in named},
+        "tokens": targets,
+        "all_tokens": all_tokens,
+        "padding": 1 - all_tokens / max(reduced.scalars["places"], all_tokens),
+        **rates.of(targets, all_tokens, seconds),
+        "peak_memory_bytes": max(reduced.each),
+        "wire_bytes": context.replica.wire.take(),
+        "batch_hash": batch_hash(ids),
+    }
 
 
 def start_sinks(config: Config, ranks: Ranks, prepared: Preparation) -> list[Sink]:

@@ -75,6 +75,15 @@ def resume(context: SavedRun) -> int:
     return step
 
 
+def restore_adapters(context: SavedRun, checkpoint: Checkpoint | None) -> None:
+    """Give the adapters, not the optimizer, the values of a checkpoint that rank 0 has read."""
+    ranks, replica = context.ranks, context.replica
+    described = broadcast(ranks, "restore/content", checkpoint and _described(checkpoint))
+    own = None if checkpoint is None else checkpoint.tensors
+    tensors = _shared(ranks, described["tensors"], own)
+    restore(tensors, (), replica, context.optimizer, replica.frozen)
+
+
 def _check_states(
     states: Mapping[str, Mapping[str, Any]], replica: TrainedReplica, optimizer: Optimizer
 ) -> None:

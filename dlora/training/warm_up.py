@@ -117,7 +117,7 @@ def weigh_graphs(
 def _pass(context: RunContext, objective: Objective, batch: Batch) -> tuple[float, float]:
     """A step, and an evaluation, of one batch: its loss and its gradients' norm."""
     found = _step(context, objective, batch)
-    if context.prepared.eval is not None:
+    if context.prepared.eval is not None or context.config.forget.data is not None:
         with evaluating(context):
             context.prepared.task.evaluate(context.model, batch)
     context.replica.wire.take()

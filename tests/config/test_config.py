@@ -112,6 +112,12 @@ ADDED = {  # change nothing
     ("output", "remote"): None,
     ("output", "snapshot_every"): 1,
     ("output", "samples"): 0,
+    ("forget", "data"): None,
+    ("forget", "texts"): 64,
+    ("forget", "text_tokens"): 64,
+    ("forget", "max_kl"): None,
+    ("forget", "max_nll_ratio"): None,
+    ("forget", "action"): "stop",
 }
 
 
