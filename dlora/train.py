@@ -139,7 +139,8 @@ class Run:
         if self.start == self.total_steps or self.evaluations.over:
             return self.evaluations.finish_again()
         log, status, trouble = self.open_log(), None, None
-        done, last, ended = self.start, False, self.evaluations.over
+        done, ended = self.start, self.evaluations.over
+        last: bool = False
         display = StepDisplay(self.total_steps, self.start, self.ranks.main)
         committing = stop.committing(checkpoints.commit_alone)
         batches = self.batches()
