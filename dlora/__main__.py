@@ -16,6 +16,8 @@ COMMANDS = {
     "compose": "make one adapter from several of the same base",
     "library": "keep adapters of one base with versions, history and the active one",
     "analyse": "say what an adapter learned: norms, ranks, directions, similarity",
+    "report": "write one page on what runs did: curves, memory, ranks, samples, events",
+    "watch": "follow a run's metrics from another shell",
     "generate": "answer a prompt with a base, or with a base and an adapter",
     "extract": "write what a full fine-tune changed of its base as a plain LoRA",
     "compress": "write a model whose weights are products of two thin matrices",
@@ -27,6 +29,8 @@ MODULES = {  # of those whose name is a package
     "compose": "dlora.library.compose",
     "library": "dlora.library.command",
     "analyse": "dlora.analysis.command",
+    "report": "dlora.report.command",
+    "watch": "dlora.report.watch",
     "extract": "dlora.library.extract",
     "compress": "dlora.library.compress",
 }

@@ -34,18 +34,19 @@ TABLE = {
     "io": "runtime.memory",
     "metrics": "io",
     "base": "io quant lora sharding runtime",
-    "methods": "base lora sharding io optim",
+    "methods": "base lora metrics sharding io optim",
     "checkpoint": "sharding io config lora",
     "adapters": "checkpoint lora methods quant io config registry",
     "plan": "adapters base checkpoint config data lora methods objectives optim registry runtime "
     "sharding tasks",
     "training": "adapters base checkpoint config data hooks io lora methods metrics objectives "
-    "optim plan quant registry runtime sharding tasks",
+    "optim plan quant registry report runtime sharding tasks",
     "together": "adapters base config data hooks lora methods metrics objectives optim plan "
-    "registry runtime sharding training",
+    "registry report runtime sharding training",
     "export": "adapters base io lora metrics runtime cli",
     "library": "adapters base checkpoint cli data io lora metrics runtime tasks",
-    "analysis": "adapters base cli io library lora methods runtime",
+    "analysis": "adapters base cli io library lora methods metrics runtime",
+    "report": "config io metrics runtime",
     "integrations": "api",  # and what `dlora` exports: see `PUBLIC`
     "launchers": "train config hooks",
 }
