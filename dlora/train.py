@@ -35,11 +35,12 @@ from dlora.sharding.replica.step_scalars import Reduced
 from dlora.together.prepare import prepare_together
 from dlora.together.run import TogetherRun
 from dlora.training.build import batches_of, build, objective_of
-from dlora.training.checkpointing import RESUMES, CheckpointManager
+from dlora.training.checkpointing import CheckpointManager
 from dlora.training.evaluate import held_out, print_samples
-from dlora.training.finish import finish, save_result
+from dlora.training.finish import finish, save_again
 from dlora.training.prepare import Preparation, prepare
 from dlora.training.rates import rates
+from dlora.training.record import failed, stopped
 from dlora.training.reporting import due, has_reader, open_log, start_sinks
 from dlora.training.resume import resume
 from dlora.training.startup import enter, import_late_ones, lock_output, prepared
@@ -140,8 +141,7 @@ class Run:
         residents = self.context.residents
         if self.start == self.total_steps:
             console.info(f"the run is already finished: step {self.start} of {self.total_steps}")
-            # The run may have ended between its last two files.
-            return save_result(self.context, checkpoints)
+            return save_again(self.context, checkpoints)
         log, status, trouble = self.open_log(), None, None
         display = StepDisplay(self.total_steps, self.start, self.ranks.main)
         committing = stop.committing(checkpoints.commit_alone)
@@ -206,13 +206,11 @@ class Run:
             replica.method.report(self.directory, log, console.info)
         log.close()
         if trouble:
-            console.error(f"stopped after step {done}: {trouble}")
-            return 1
+            return failed(self.context, done, trouble)
         if status is None or last:
             self.losses.close()
             return finish(self.context, checkpoints, self.records)
-        console.info(f"stopped by {stop.cause or 'another rank'} after step {done}; {RESUMES}")
-        return status
+        return stopped(self.context, done, stop.cause, status)
 
     # -- what the loop asks for -----------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 EVENTS = "events.jsonl"
-START, SAMPLE, SKIPPED, HEALED, LEFT = "start", "sample", "skipped", "healed", "left"
+START, SAMPLE, SKIPPED, HEALED = "start", "sample", "skipped", "healed"
 STOPPED, FAILED, FINISHED = "stopped", "failed", "finished"
 ENDS = (STOPPED, FAILED, FINISHED)  # of one start of a run; another start may follow
 

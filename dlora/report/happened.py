@@ -6,7 +6,7 @@ import datetime
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dlora.metrics.events import FINISHED, HEALED, LEFT, SAMPLE, SKIPPED, START
+from dlora.metrics.events import FINISHED, SAMPLE, SKIPPED, START
 from dlora.report.run_files import RunFiles
 from dlora.report.tables import as_words, is_number
 from dlora.report.views import is_step, skipped_steps
@@ -65,9 +65,8 @@ def _words(event: dict[str, Any]) -> str:
     own = {k: v for k, v in event.items() if k not in ("event", "time", "step")}
     if event["event"] in (START, FINISHED):  # whose bytes are in the table of the plan
         own = {k: v for k, v in own.items() if k not in ("planned", "measured")}
-    text = {HEALED: "found", LEFT: "why"}.get(event["event"])
-    if text in own and set(own) == {text}:
-        return as_words(own[text])
+    if len(own) == 1 and own.keys() <= {"found", "why", "cause"}:
+        return as_words(*own.values())
     return ", ".join(f"{as_words(str(k))}: {as_words(v)}" for k, v in own.items())
 
 

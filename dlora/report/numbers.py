@@ -79,7 +79,7 @@ def tick_words(values: Sequence[float], unit: str) -> list[str]:
     if unit in (PLAIN, SECONDS) and len(values) > 1:
         step = min(b - a for a, b in zip(values, values[1:], strict=False))
         top = max(map(abs, values))
-        if 1e-4 < step and top < 1e6:
+        if step > 1e-4 and top < 1e6:
             digits = max(0, -math.floor(math.log10(step) + 1e-9))
             words = [f"{v:,.{digits}f} {unit}".strip() for v in values]
     return words

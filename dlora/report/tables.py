@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from dlora.config.load import SCHEMA
 from dlora.metrics.events import ENDS, FINISHED, START
@@ -177,16 +177,12 @@ def against_plan(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
             expected, found = planned.get(key), measured.get(key)
             if not is_number(expected):
                 continue
-            is_known = is_number(found)
-            rows.append(
-                {
-                    "run": run.name,
-                    "what": words,
-                    "planned": shown(expected, BYTES),
-                    "measured": shown(found, BYTES) if is_known else "not recorded",
-                    "share": found / expected if is_known and expected else None,
-                }
-            )
+            row = {"run": run.name, "what": words, "planned": shown(expected, BYTES)}
+            row |= {"measured": "not recorded", "share": None}
+            if is_number(found):
+                share = found / expected if expected else None
+                row |= {"measured": shown(found, BYTES), "share": share}
+            rows.append(row)
     return rows
 
 
@@ -205,7 +201,7 @@ def _measured(run: RunFiles) -> dict[str, Any]:
     return found
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether it is a finite number of a file."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
-from dlora.metrics.events import FINISHED, HEALED, LEFT, SAMPLE, START
+from dlora.metrics.events import FINISHED, SAMPLE, SKIPPED, START
 from dlora.report.chart import Chart, Line
 from dlora.report.grouping import Group, grouped
 from dlora.report.numbers import unit_of
@@ -88,7 +89,7 @@ def _planned(name: str, runs: Sequence[RunFiles]) -> Iterator[tuple[str, float]]
 
 def skipped_steps(run: RunFiles) -> list[int]:
     """The steps whose loss or gradient was not finite, which changed nothing."""
-    found = {e["step"] for e in run.events if e["event"] == "skipped" and is_step(e.get("step"))}
+    found = {e["step"] for e in run.events if e["event"] == SKIPPED and is_step(e.get("step"))}
     for name in ("loss", "grad_norm"):
         figure = run.figures.get(name, Figure())
         found |= {
@@ -104,18 +105,15 @@ def marks_of(run: RunFiles, *, several: bool) -> Iterator[tuple[int, str]]:
     who = f"{run.name}: " if several else ""
     for event in (*run.common, *run.events):
         kind, step = event["event"], event.get("step")
-        if kind in (SAMPLE, FINISHED, "skipped") or not is_step(step):
+        if kind in (SAMPLE, FINISHED, SKIPPED) or not is_step(step):
             continue
-        if kind == START:
-            if step:
-                yield step, f"{who}resumed"
-        elif kind in (HEALED, LEFT):
-            yield step, f"{who}{kind}"
-        else:
+        if kind != START:
             yield step, f"{who}{kind}"[:80]
+        elif step:
+            yield step, f"{who}restarted"
     yield from ((step, f"{who}skipped") for step in skipped_steps(run))
 
 
-def is_step(value: object) -> bool:
+def is_step(value: object) -> TypeGuard[int]:
     """Whether an event's step is one."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53

@@ -233,7 +233,11 @@ def table(title: str, latest: dict[str, Latest]) -> Table:
     for adapter, figures in sorted(latest.items()):
         bar = ProgressBar(total=figures.total or 1, completed=min(figures.step, figures.total))
         shown = dict(figures.figures())
-        cells = [figures.done.removeprefix("step "), bar, *(shown.get(n, "") for n in names)]
+        cells: list[Any] = [
+            figures.done.removeprefix("step "),
+            bar,
+            *(shown.get(n, "") for n in names),
+        ]
         drawn.add_row(*([Text(adapter)] if any(latest) else []), *cells)
     if not latest:
         drawn.add_row("waiting for the first step")

@@ -7,6 +7,7 @@ from dlora.lora.shared_batch import only
 from dlora.together.context import JointContext
 from dlora.together.member import Member, Standing
 from dlora.training.evaluate import held_out, print_samples
+from dlora.training.record import record_start
 from dlora.training.reporting import open_log
 from dlora.training.resume import open_joint_directory
 
@@ -20,6 +21,8 @@ def open_logs(joint: JointContext, start: int) -> list[Member]:
         start: steps that are done.
     """
     open_joint_directory(joint, start)
+    steps = {member.name: member.total_steps for member in joint.members}
+    record_start(joint, start, steps)
     over: list[Member] = []
     for member in joint.members:
         if member.standing in (Standing.FAILED, Standing.DROPPED):
@@ -38,7 +41,7 @@ def _open(joint: JointContext, member: Member, start: int) -> None:
     member.log = open_log(context, start, ())
     if start == 0:
         with by_name(joint.model, name), only(joint.model, name):
-            print_samples(context, f"{name}, before training")
+            print_samples(context, "before training", of=name)
             if member.evaluates:
                 member.log.write({"step": 0, **(before := held_out(context))})
                 member.say(f"held-out loss before training: {before['eval_loss']:.4f}")

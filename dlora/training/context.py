@@ -54,6 +54,9 @@ class SavedRun(Protocol):
     def directory(self) -> Path: ...
 
     @property
+    def residents(self) -> Residents: ...
+
+    @property
     def topology(self) -> Topology: ...
 
     @property

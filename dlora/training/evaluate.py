@@ -11,6 +11,7 @@ from torch import nn
 
 from dlora.runtime.console import console
 from dlora.training.context import RunContext
+from dlora.training.record import record_samples
 
 _ROWS = 4  # of an evaluation's pass for each of a micro-batch
 
@@ -68,8 +69,14 @@ def held_out(context: RunContext) -> dict[str, float]:
     return {f"eval_{name}": value for name, value in figures.items()}
 
 
-def print_samples(context: RunContext, when: str) -> None:
-    """Print answers to `output.samples` held-out prompts, or to prompts of the training data."""
+def print_samples(context: RunContext, when: str, of: str = "") -> None:
+    """Print and record answers to `output.samples` held-out prompts, or to prompts of the training
+    data.
+
+    Args:
+        when: `before training` or `after training`.
+        of: the adapter, among others.
+    """
     prepared, count = context.prepared, context.config.output.samples
     if count == 0:
         return
@@ -81,5 +88,7 @@ def print_samples(context: RunContext, when: str) -> None:
             pad_id=prepared.pad_id,
             ends=prepared.train.report.ends,
         )
+    record_samples(context, when, answers)
+    label = f"{of}, {when}" if of else when
     for prompt, reference, answer in answers:
-        console.info(f"--- sample, {when}\n{prompt}\n  wanted: {reference}\n  answer: {answer}")
+        console.info(f"--- sample, {label}\n{prompt}\n  wanted: {reference}\n  answer: {answer}")

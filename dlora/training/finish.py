@@ -20,6 +20,7 @@ from dlora.training.card import write_card
 from dlora.training.checkpointing import RESUMES, CheckpointManager
 from dlora.training.context import RunContext
 from dlora.training.evaluate import print_samples
+from dlora.training.record import record_finished, report_on
 
 
 def finish(
@@ -39,6 +40,17 @@ def finish(
     now = stored(context.model, context.replica, context.optimizer)
     measured = measure(context.replica, records, now)
     console.info(comparison(context.residents.plan, measured, context.ranks.device.type))
+    if status == 0:
+        record_finished(context, context.prepared.sampler.total_steps, measured)
+    return status
+
+
+def save_again(context: RunContext, checkpoints: CheckpointManager) -> int:
+    """Write the adapter of a run that is finished already, which may have ended between its last
+    two files, and its page; returns the exit status."""
+    status = save_result(context, checkpoints)
+    if status == 0:
+        report_on(context)
     return status
 
 

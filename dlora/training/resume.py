@@ -20,6 +20,7 @@ from dlora.checkpoint.remote import remote_of
 from dlora.errors import UsageError, dtype_name
 from dlora.io.files import unused_name, write_atomically
 from dlora.methods.trained_replica import TrainedReplica
+from dlora.metrics.events import EVENTS
 from dlora.metrics.log import MetricsLog
 from dlora.registry import room
 from dlora.runtime.agreement import agree, broadcast
@@ -139,7 +140,7 @@ def set_aside_others(context: SavedRun, start: int) -> None:
         return
     says = [part.says for part in room("lora.variants").values()]
     of_methods = [name for said in says for name in said.get("run_files", ())]
-    for name in [CHECKPOINTS, "metrics.jsonl", *dict.fromkeys(of_methods), "tensorboard"]:
+    for name in [CHECKPOINTS, "metrics.jsonl", EVENTS, *dict.fromkeys(of_methods), "tensorboard"]:
         _set_aside(directory / name)
 
 

@@ -98,6 +98,7 @@ ADDED = {  # change nothing
     ("output", "remote"): None,
     ("output", "snapshot_every"): 1,
     ("output", "samples"): 0,
+    ("output", "report"): False,
 }
 
 
