@@ -8,8 +8,8 @@ from typing import Any
 
 from dlora.metrics.events import FINISHED, SAMPLE, SKIPPED, START
 from dlora.report.run_files import RunFiles
-from dlora.report.tables import as_words, is_number
-from dlora.report.views import is_step, skipped_steps
+from dlora.report.tables import as_words
+from dlora.report.views import is_number, is_step, skipped_steps
 
 MOST_EVENTS, MOST_SAMPLES = 500, 50  # of a page
 NO_EVENTS = ("adapter", "batch_hash")  # texts of every line
@@ -23,7 +23,7 @@ def events_of(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
     for run in runs:
         if run.common and run.common not in seen:
             seen.append(run.common)
-            found += _rows(run.name.rpartition("/")[0] or run.name, run.common)
+            found += _rows(run.group.absolute().name if run.group else run.name, run.common)
         found += _rows(run.name, run.events)
         told = {e["step"] for e in run.events if e["event"] == SKIPPED and is_step(e.get("step"))}
         found += [

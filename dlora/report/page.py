@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from dlora.errors import UsageError, and_more
+from dlora.errors import and_more
 from dlora.io.files import write_atomically
 from dlora.report import tables
 from dlora.report.chart import COLOURS, HEIGHT, WIDTH
@@ -27,6 +27,9 @@ from dlora.report.views import Charts, charts_of
 
 HERE = Path(__file__).parent
 REPORT = "report.html"
+# Characters that HTML has no place for, as an untrained model writes them, by their pictures.
+CONTROLS = {c: 0x2400 + c for c in range(32) if chr(c) not in "\t\n\r"}
+CONTROLS |= dict.fromkeys(range(0x7F, 0xA0), 0xFFFD)
 
 
 def write_report(directory: Path) -> Path:
@@ -35,16 +38,13 @@ def write_report(directory: Path) -> Path:
     Raises:
         OSError, UsageError: it cannot be written, or what it shows cannot be read.
     """
-    write_atomically(directory / REPORT, page_of(read_run(directory), directory.absolute().name))
+    write_atomically(directory / REPORT, page_of(read_run(directory)))
     return directory / REPORT
 
 
-def page_of(runs: Sequence[RunFiles], heading: str = "") -> bytes:
+def page_of(runs: Sequence[RunFiles]) -> bytes:
     """The page on some runs, in UTF-8."""
-    if not runs:
-        raise UsageError("RUN: there is no run to report on")
-    names = [run.name for run in runs]
-    heading = heading or and_more(names, 4)
+    heading = _heading(runs)
     charts, grids = charts_of(runs), grids_of(runs)
     events, samples = events_of(runs), samples_of(runs)
     script = (HERE / "page.js").read_text("utf-8")
@@ -82,9 +82,17 @@ def page_of(runs: Sequence[RunFiles], heading: str = "") -> bytes:
         "data": Markup(in_script(_data(charts, grids))),
     }
     found["contents"] = _contents(found)
-    text = environment.get_template("page.html.j2").render(found)
+    text = environment.get_template("page.html.j2").render(found).translate(CONTROLS)
     # A name of a file may hold bytes, and a text of JSON halves of characters, that UTF-8 has not.
     return text.encode("utf-8", "replace")
+
+
+def _heading(runs: Sequence[RunFiles]) -> str:
+    """The names of the runs; of the adapters of one run its own before them."""
+    names = and_more([run.name for run in runs], 4)
+    groups = {run.group for run in runs}
+    group = groups.pop() if len(groups) == 1 else None
+    return names if group is None else f"{group.absolute().name}: {names}"
 
 
 def _data(charts: Charts, grids: Sequence[RankGrid]) -> dict[str, Any]:

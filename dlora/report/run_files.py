@@ -50,12 +50,14 @@ class RunFiles:
         config: by dotted keys.
         figures: by name, in the order of the log.
         texts: by name, what lines say that is no number: (step, text).
-        events: of its own, and `common` those of the run that trained it beside others.
+        group: the directory of the run that trained it beside others; None: it is its own.
+        events: of its own, and `common` those of that run.
         notes: what could not be read.
     """
 
     name: str
     directory: Path
+    group: Path | None = None
     config: dict[str, Any] = field(default_factory=dict)
     figures: dict[str, Figure] = field(default_factory=dict)
     texts: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
@@ -112,13 +114,14 @@ def read_run(directory: Path) -> list[RunFiles]:
         raise UsageError(f"RUN: {directory} has no {METRICS}: no run has logged a step there")
     common = read_events(directory)
     if not members:
-        return [_read(directory, [])]
-    own = [_read(directory, [])] if (directory / METRICS).is_file() else []
-    return own + [_read(member, common) for member in members]
+        return [_read(RunFiles("", directory))]
+    own = [_read(RunFiles("", directory))] if (directory / METRICS).is_file() else []
+    return own + [_read(RunFiles("", place, directory, common=common)) for place in members]
 
 
-def _read(directory: Path, common: list[dict[str, Any]]) -> RunFiles:
-    run = RunFiles(directory.absolute().name, directory, common=common)
+def _read(run: RunFiles) -> RunFiles:
+    directory = run.directory
+    run.name = directory.absolute().name
     run.events = read_events(directory)
     run.config = dict(_config(directory / CONFIG, run.notes))
     run.ranks = _ranks(directory / RANKS, run.notes)

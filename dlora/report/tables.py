@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 from dlora.config.load import SCHEMA
 from dlora.metrics.events import ENDS, FINISHED, START
 from dlora.metrics.progress import clock
 from dlora.report.numbers import BYTES, shown, unit_of
 from dlora.report.run_files import Figure, RunFiles
+from dlora.report.views import is_number
 
 MOST_CHARACTERS = 2_000  # of a value or a text
 ABSENT = "–"
@@ -199,11 +200,6 @@ def _measured(run: RunFiles) -> dict[str, Any]:
     if sent:
         found["wire"] = statistics.median(sent[2:] or sent)
     return found
-
-
-def is_number(value: Any) -> TypeGuard[float]:
-    """Whether it is a finite number of a file."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 # -- all figures --------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from dlora.metrics.events import FINISHED, SAMPLE, SKIPPED, START
 from dlora.report.chart import Chart, Line
@@ -14,6 +14,7 @@ from dlora.report.numbers import unit_of
 from dlora.report.run_files import Figure, RunFiles
 
 MOST_CHARTS = 300
+MOST_REFERENCES = 4
 MOST_MARKS = 40  # in a chart, where more would hide its lines
 CELLS = 36_000  # columns of all lines of a page, which decide its size
 MOST_COLUMNS, FEWEST_COLUMNS = 400, 60
@@ -76,15 +77,14 @@ def _chart(
 
 def _planned(name: str, runs: Sequence[RunFiles]) -> Iterator[tuple[str, float]]:
     """What the runs had planned of a figure, a line for each that differs."""
-    seen = set[float]()
+    found: dict[float, str] = {}
     for run in runs:
         planned = run.started.get("planned")
         value = planned.get(PLANNED.get(name, "")) if isinstance(planned, dict) else None
-        if not isinstance(value, int | float) or not math.isfinite(value) or value in seen:
-            continue
-        seen.add(value)
-        if len(seen) <= 4:
-            yield ("planned" if len(runs) == 1 else f"planned, {run.name}"), float(value)
+        if is_number(value):
+            found.setdefault(float(value), run.name)
+    for value, of in list(found.items())[:MOST_REFERENCES]:
+        yield ("planned" if len(found) == 1 else f"planned, {of}"), value
 
 
 def skipped_steps(run: RunFiles) -> list[int]:
@@ -117,3 +117,8 @@ def marks_of(run: RunFiles, *, several: bool) -> Iterator[tuple[int, str]]:
 def is_step(value: object) -> TypeGuard[int]:
     """Whether an event's step is one."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether it is a finite number of a file."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300

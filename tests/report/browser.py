@@ -40,7 +40,15 @@ class Browser:
         # It reads from descriptor 3 and writes to 4.
         shell = f'exec "$0" "$@" 3<&{theirs} 4>&{yours}'
         self._process = subprocess.Popen(
-            ["sh", "-c", shell, program, *flags, f"--user-data-dir={self._folder}", "about:blank"],
+            [
+                "bash",
+                "-c",
+                shell,
+                program,
+                *flags,
+                f"--user-data-dir={self._folder}",
+                "about:blank",
+            ],
             pass_fds=(theirs, yours),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
