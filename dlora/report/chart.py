@@ -8,7 +8,6 @@ words lie above it, so they keep their size.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +17,8 @@ from dlora.report.run_files import Figure
 
 WIDTH, HEIGHT = 1000, 300  # of the drawing, before it is stretched
 COLOURS = 8  # of the page; more lines repeat them, dashed
-FEW = 60  # values, which have a dot each
+FEW = 40  # values of a line that have a dot each
+MOST_DOTS = 200  # of a chart
 LOG_ABOVE = 50.0  # highest over median, from which a logarithm shows more
 ROWS = 16  # of a table of values
 
@@ -37,6 +37,11 @@ class Line:
     figure: Figure
     colour: int
     dash: bool = False
+
+    @property
+    def is_dashed(self) -> bool:
+        """Also where its colour has another line already."""
+        return self.dash or self.colour >= COLOURS
 
 
 @dataclass(frozen=True)
@@ -84,16 +89,17 @@ class Chart:
     def drawn(self) -> list[dict[str, Any]]:
         """Each line's paths: its band, its means, and a dot for each of few values."""
         found = []
-        for line, cells in zip(self.lines, self.cells, strict=True):
+        counts = [sum(c is not None and c.count > 0 for c in cells) for cells in self.cells]
+        few = FEW if sum(n for n in counts if n <= FEW) <= MOST_DOTS else 1
+        for line, cells, count in zip(self.lines, self.cells, counts, strict=True):
             points = list(zip(self._places(), cells, strict=True))
-            count = sum(cell is not None and cell.count > 0 for cell in cells)
             found.append(
                 {
                     "colour": line.colour % COLOURS,
-                    "dash": line.dash or line.colour >= COLOURS,
+                    "dash": line.is_dashed,
                     "band": "" if self.columns.exact else self._band(points),
                     "path": self._path(points),
-                    "dots": self._dots(points) if count <= FEW else "",
+                    "dots": self._dots(points) if count <= few else "",
                 }
             )
         return found
@@ -209,6 +215,7 @@ class Chart:
                 {
                     "label": line.label,
                     "colour": line.colour % COLOURS,
+                    "dash": line.is_dashed,
                     "y": [self.axis.height(c.mean) if c and c.count else -1 for c in cells],
                     "text": [self._text(cell) for cell in cells],
                 }
@@ -270,8 +277,3 @@ def _of(cell: Cell | None) -> Cell:
 
 def _span(first: int, last: int) -> str:
     return f"{first:,}" if first == last else f"{first:,} to {last:,}"
-
-
-def colours(labels: Sequence[str]) -> dict[str, int]:
-    """A number of a colour for each label."""
-    return {label: place for place, label in enumerate(labels)}

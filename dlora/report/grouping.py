@@ -9,10 +9,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-LOSS, OPTIMISATION, PREFERENCES, FORGETTING, HELD_OUT, METHOD, SPEED, MEMORY, OTHER = SECTIONS = (
+LOSS, OPTIMISATION, OBJECTIVE, FORGETTING, HELD_OUT, METHOD, SPEED, MEMORY, OTHER = SECTIONS = (
     "Loss",
     "Optimisation",
-    "Preferences",
+    "Objective",
     "Forgetting",
     "Evaluation",
     "Method",
@@ -42,15 +42,16 @@ RULES = (
     Rule(LOSS, r"loss|eval_loss", "Loss", "mean over target tokens; eval_loss: held-out"),
     Rule(OPTIMISATION, r"lr", "Learning rate"),
     Rule(OPTIMISATION, r"grad_norm", "Gradient norm", "before clipping"),
-    Rule(PREFERENCES, r"(eval_)?rewards?[_/](chosen|rejected)", "Rewards"),
-    Rule(PREFERENCES, r"(eval_)?(rewards?[_/])?margins?", "Margin"),
-    Rule(PREFERENCES, r"(rewards?[_/])?accurac(y|ies)", "Accuracy"),
-    Rule(PREFERENCES, r"(eval_)?logps?[_/](chosen|rejected).*", "Log-probabilities"),
-    Rule(PREFERENCES, r"(eval_)?(rewards?[_/].*|logps?[_/].*|kl|reference_kl)"),
-    Rule(FORGETTING, r"(eval_)?forget_nll.*", "Likelihood of the retained set"),
+    Rule(OBJECTIVE, r"(eval_)?rewards?[_/](chosen|rejected)", "Rewards"),
+    Rule(OBJECTIVE, r"(eval_)?(rewards?[_/])?margins?", "Margin"),
+    Rule(OBJECTIVE, r"(rewards?[_/])?accurac(y|ies)", "Accuracy"),
+    Rule(OBJECTIVE, r"(eval_)?logps?[_/](chosen|rejected).*", "Log-probabilities"),
+    Rule(OBJECTIVE, r"(eval_)?(rewards?[_/].*|logps?[_/].*|kl|reference_kl)"),
+    Rule(FORGETTING, r"(eval_)?forget_(base_)?nll.*", "NLL of the retained set"),
+    Rule(OBJECTIVE, r"(eval_)?(ce|sft|distill.*)"),
     Rule(FORGETTING, r"(eval_)?forget.*"),
     Rule(METHOD, r"budget|kept_ranks", "Budget and ranks kept", from_zero=True),
-    Rule(METHOD, r"orth_loss|aux_loss|kept_params|gates.*|distill.*"),
+    Rule(METHOD, r"orth_loss|aux_loss|kept_params|gates.*"),
     Rule(SPEED, r"tokens_per_second|all_tokens_per_second", "Tokens per second", from_zero=True),
     Rule(SPEED, r".*_per_second.*", from_zero=True),
     Rule(SPEED, r"step_seconds", "Seconds of a step", from_zero=True),

@@ -81,7 +81,7 @@
         there.sort((a, b) => a.y[place] - b.y[place]);
         for (const line of there.slice(0, MOST_LINES)) {
           const row = add(tip, "div");
-          add(row, "i", "", `c${line.colour}`);
+          add(row, "i", "", `c${line.colour}${line.dash ? " dashed" : ""}`);
           add(row, "span", chart.lines.length > 1 ? `${line.label}: ${line.text[place]}` : line.text[place]);
         }
         if (there.length > MOST_LINES) add(tip, "div", `and ${there.length - MOST_LINES} more`);

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,7 +108,8 @@ def read_run(directory: Path) -> list[RunFiles]:
     """
     folder = directory / ADAPTERS
     try:
-        members = sorted(p for p in folder.iterdir() if (p / METRICS).is_file())
+        found = [p for p in folder.iterdir() if (p / METRICS).is_file()]
+        members = sorted(found, key=_by_number)
     except OSError:
         members = []
     if not members and not (directory / METRICS).is_file():
@@ -200,6 +202,12 @@ def _ranks(path: Path, notes: list[str]) -> dict[int, dict[str, int]]:
     except (OSError, ValueError, AttributeError, TypeError, RecursionError, OverflowError) as error:
         notes.append(f"{path}: cannot be read: {error}")
         return {}
+
+
+def _by_number(path: Path) -> list[tuple[int, str]]:
+    """Orders `a_2` before `a_10`."""
+    parts = re.split(r"([0-9]+)", path.name)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
 def _names(places: list[Path]) -> list[str]:

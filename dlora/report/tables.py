@@ -178,7 +178,8 @@ def against_plan(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
             expected, found = planned.get(key), measured.get(key)
             if not is_number(expected):
                 continue
-            row = {"run": run.name, "what": words, "planned": shown(expected, BYTES)}
+            row: dict[str, Any] = {"run": run.name, "what": words}
+            row["planned"] = shown(expected, BYTES)
             row |= {"measured": "not recorded", "share": None}
             if is_number(found):
                 share = found / expected if expected else None

@@ -2,15 +2,20 @@
 
 import functools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from tiny import save_chats
 from written_runs import taken_apart
 
+from dlora.config.load import parse
 from dlora.metrics.events import read_events
 from dlora.metrics.log import read_metrics
+from dlora.runtime.ranks import Ranks
 from dlora.train import main
+from dlora.training.record import log_healed
 
 TWO = [{"name": "a", "adapter": {"r": 4}}, {"name": "b", "adapter": {"r": 2}}]
 
@@ -100,6 +105,18 @@ def test_events_that_cannot_be_written_cost_no_more(
     (run / "events.jsonl").mkdir()
     assert main(words(run, train__max_steps=2, **settings)) == 0
     assert "events.jsonl cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_repaired_adapter_is_an_event_of_the_first_rank(
+    rank: int, words: Any, tmp_path: Path
+) -> None:
+    """What `sharding.audit: heal` does is in tests/sharding/test_replica_guards.py."""
+    replica = SimpleNamespace(reductions=10)
+    config = parse(words(tmp_path, sharding__audit="heal"), "dlora.train").config
+    log_healed(config, Ranks(rank, 2, torch.device("cpu"), None), replica, "the adapters")
+    replica.healed("lora_A on rank 1")
+    assert kinds(tmp_path) == ([("healed", 10)] if rank == 0 else [])
 
 
 def test_adapters_of_one_run_share_its_page(words: Any, tmp_path: Path, capsys: Any) -> None:
