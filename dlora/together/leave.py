@@ -43,7 +43,7 @@ def finish(joint: JointContext, member: Member, checkpoints: CheckpointManager, 
                 status = 1
         if member.log is not None:
             member.log.close()
-            print_samples(context, "after training", of=member.name)
+            print_samples(context, "after training", member.name, done)
             if context.ranks.main and (line := held_out_line(context.directory)):
                 member.say(line)
         member.losses.close()

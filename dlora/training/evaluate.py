@@ -69,13 +69,14 @@ def held_out(context: RunContext) -> dict[str, float]:
     return {f"eval_{name}": value for name, value in figures.items()}
 
 
-def print_samples(context: RunContext, when: str, of: str = "") -> None:
+def print_samples(context: RunContext, when: str, of: str = "", step: int = 0) -> None:
     """Print and record answers to `output.samples` held-out prompts, or to prompts of the training
     data.
 
     Args:
         when: `before training` or `after training`.
         of: the adapter, among others.
+        step: optimizer steps that are done.
     """
     prepared, count = context.prepared, context.config.output.samples
     if count == 0:
@@ -88,7 +89,7 @@ def print_samples(context: RunContext, when: str, of: str = "") -> None:
             pad_id=prepared.pad_id,
             ends=prepared.train.report.ends,
         )
-    record_samples(context, when, answers)
+    record_samples(context, step, when, answers)
     label = f"{of}, {when}" if of else when
     for prompt, reference, answer in answers:
         console.info(f"--- sample, {label}\n{prompt}\n  wanted: {reference}\n  answer: {answer}")

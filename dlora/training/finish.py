@@ -33,7 +33,8 @@ def finish(
     """
     if isinstance(context.prepared.train, Stream):  # of a data set in memory, the start said it
         console.info(f"data.train: read in the last pass: {context.prepared.train.report}")
-    print_samples(context, "after training")
+    step = records[-1]["step"] if records else context.prepared.sampler.total_steps
+    print_samples(context, "after training", step=step)
     if context.ranks.main and (line := held_out_line(context.directory)):
         console.info(line)
     status = save_result(context, checkpoints)
@@ -41,7 +42,7 @@ def finish(
     measured = measure(context.replica, records, now)
     console.info(comparison(context.residents.plan, measured, context.ranks.device.type))
     if status == 0:
-        record_finished(context, context.prepared.sampler.total_steps, measured)
+        record_finished(context, step, measured)
     return status
 
 

@@ -12,7 +12,7 @@ from dlora.report.page import write_report
 from dlora.runtime.console import console
 from dlora.runtime.ranks import Ranks
 from dlora.training.checkpointing import RESUMES
-from dlora.training.context import RunContext, SavedRun
+from dlora.training.context import SavedRun
 
 
 def record(run: SavedRun, event: str, step: int, **values: Any) -> None:
@@ -42,14 +42,13 @@ def record_start(run: SavedRun, step: int, steps: Any) -> None:
     )
 
 
-def record_samples(run: RunContext, when: str, answers: Any) -> None:
+def record_samples(run: SavedRun, step: int, when: str, answers: Any) -> None:
     """Record answers to some prompts.
 
     Args:
         when: `before training` or `after training`.
         answers: (prompt, what is wanted, answer).
     """
-    step = 0 if when.startswith("before") else run.prepared.sampler.total_steps
     for prompt, wanted, answer in answers:
         record(run, SAMPLE, step, when=when, prompt=prompt, wanted=wanted, answer=answer)
 
