@@ -142,7 +142,7 @@ class Watch:
         if end is not None:
             why = end.get("cause") or end.get("why")
             said = f"{end['event']} after step {end.get('step')}" + (f": {why}" if why else "")
-            self._view.say(" ".join(said.split()))
+            self._view.end(" ".join(said.split()), self._latest)
             return 0 if end["event"] == FINISHED else 1
         now = time.monotonic()
         if self._lost_since is None:
@@ -152,12 +152,13 @@ class Watch:
                 return self._without_a_record()
         if now - self._lost_since < RESTART_SECONDS:
             return None
-        self._view.say("no run is alive here: it was killed, or its machine was lost")
+        words = "no run is alive here: it was killed, or its machine was lost"
+        self._view.end(words, self._latest)
         return 1
 
     def _without_a_record(self) -> int:
         steps = max((latest.step for latest in self._latest.values()), default=0)
-        self._view.say(f"no run is alive here; its log ends at step {steps}")
+        self._view.end(f"no run is alive here; its log ends at step {steps}", self._latest)
         return 1
 
 
@@ -166,7 +167,8 @@ class Lines:
     where some seconds have passed since the last line."""
 
     def __init__(self) -> None:
-        self._printed: dict[str, float] = {}
+        self._printed: dict[str, float] = {}  # when
+        self._shown: dict[str, int] = {}  # which step
 
     def __enter__(self) -> Lines:
         return self
@@ -179,18 +181,24 @@ class Lines:
         now = time.monotonic()
         is_due = now - self._printed.get(name, -LINE_SECONDS) >= LINE_SECONDS
         if is_due or latest.evaluated or latest.step == latest.total:
-            words = [f"{name}: {latest.done}" if name else latest.done]
-            words += [
-                f"{value} left" if n == "left" else f"{n} {value}" for n, value in latest.figures()
-            ]
-            print("  ".join(words), flush=True)
+            self._print(name, latest)
             self._printed[name] = now
+
+    def _print(self, name: str, latest: Latest) -> None:
+        words = [f"{name}: {latest.done}" if name else latest.done]
+        for figure, value in latest.figures():
+            words.append(f"{value} left" if figure == "left" else f"{figure} {value}")
+        print("  ".join(words), flush=True)
+        self._shown[name] = latest.step
 
     def show(self, title: str, latest: dict[str, Latest]) -> None:
         """Nothing between lines."""
 
-    def say(self, words: str) -> None:
-        """A line about the run."""
+    def end(self, words: str, latest: dict[str, Latest]) -> None:
+        """The run is over: its last lines, and a line about it."""
+        for name, figures in latest.items():
+            if self._shown.get(name) != figures.step:
+                self._print(name, figures)
         print(words, flush=True)
 
 
@@ -215,8 +223,8 @@ class Screen:
         """Draw the table."""
         self._live.update(table(title, latest), refresh=True)
 
-    def say(self, words: str) -> None:
-        """A line about the run, below its table."""
+    def end(self, words: str, latest: dict[str, Latest]) -> None:
+        """The run is over: a line about it, at its table."""
         self._console.print(Text(words))
 
 
