@@ -2,12 +2,15 @@
 
     torchrun --nproc-per-node 2 benchmarks/placement.py
     torchrun --nproc-per-node 4 benchmarks/placement.py --ranks-per-node 2 --rows alone node
+    torchrun --nproc-per-node 2 benchmarks/placement.py --rows alone compiled products peft_fsdp2
 
 The model and the step are those of `step.py`. Rows:
     alone         one process without a peer, on every rank at the same time: no collective at all
     none          dlora, a whole copy of W0 on each rank
     node, world   dlora, W0 over the ranks of a node, or of all nodes; each with engine fsdp2 and
                   zero3, and with 0, 50 and 100 % of W0 resident after its first use
+    compiled      dlora under fsdp2 with all of W0 resident, its blocks eager and compiled
+    products      the matrix products of the frozen layers alone, on every rank at the same time
     peft_fsdp2    PEFT adapters inside `fully_shard` per block
     peft_zero3    PEFT adapters under DeepSpeed stage 3: its defaults, which keep up to a billion
                   parameters gathered, and tuned: freed after use, one block gathered ahead
@@ -30,7 +33,7 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
-from rows import R, Row, adapted, base_model, dlora, peft, random_batch
+from rows import R, Row, adapted, base_model, dlora, peft, products, random_batch
 from timing import alternate, peak_memory
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -41,7 +44,7 @@ from dlora.sharding.engines.storage import held_bytes
 from dlora.sharding.topology import Placement, Topology
 
 ENGINES, SHARES = ("fsdp2", "zero3"), (0.0, 0.5, 1.0)
-FAMILIES = ("alone", "none", "node", "world", "peft_fsdp2", "peft_zero3")
+FAMILIES = ("alone", "none", "node", "world", "compiled", "products", "peft_fsdp2", "peft_zero3")
 BLOCK_NUMEL = 4 * 1024 * 1024 + 3 * 1024 * 2816  # of the benchmarks' model
 DEEPSPEED = {
     "defaults": {},
@@ -105,6 +108,12 @@ def builders(
                     resident=share,
                     ranks_per_node=ranks_per_node,
                 )
+    for compiled in (False, True) if "compiled" in families else ():
+        made["resident" + ", compiled" * compiled] = functools.partial(
+            dlora, base="world", resident=1.0, compiled=compiled
+        )
+    if "products" in families:
+        made["products"] = products
     if "peft_fsdp2" in families:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         made["peft_fsdp2"] = functools.partial(peft, mesh=mesh)
@@ -123,7 +132,7 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
-    families = args.rows or [f for f in FAMILIES if f != "node"]
+    families = args.rows or [f for f in FAMILIES if f not in ("node", "compiled", "products")]
     batch = random_batch(rank)
     rows, peaks = {}, {}
     for name, build in builders(families, args.ranks_per_node).items():

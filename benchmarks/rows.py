@@ -122,6 +122,21 @@ def peft(batch: torch.Tensor, mesh: DeviceMesh, *, compiled: bool = False) -> Ro
     return Row(trainer(model, batch, trained), held_bytes(model))
 
 
+def products(batch: torch.Tensor) -> Row:
+    """The matrix products of the frozen layers alone: y = x·Wᵀ and dx = dy·W."""
+    weights = [m.weight.detach() for m in base_model().modules() if isinstance(m, nn.Linear)]
+    widths = {width for weight in weights for width in weight.shape}
+    rows = {width: torch.randn(batch.numel(), width, dtype=weights[0].dtype) for width in widths}
+
+    def step() -> None:
+        for weight in weights:
+            out, into = weight.shape
+            rows[into] @ weight.t()
+            rows[out] @ weight
+
+    return Row(step, sum(weight.nbytes for weight in weights))
+
+
 def trainer(
     model: nn.Module, batch: torch.Tensor, trained: list[nn.Parameter]
 ) -> Callable[[], None]:

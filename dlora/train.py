@@ -30,7 +30,7 @@ from dlora.runtime.memory import MemoryMeter, trim_after_step
 from dlora.runtime.peer_watch import PeerWatch
 from dlora.runtime.ranks import Ranks
 from dlora.runtime.run_lock import RunLock
-from dlora.runtime.stop_signals import StopRequest, exit_status
+from dlora.runtime.stop_signals import STOP_FLAGS, StopRequest, exit_status
 from dlora.sharding.replica.step_scalars import Reduced
 from dlora.together.prepare import prepare_together
 from dlora.together.run import TogetherRun
@@ -44,9 +44,7 @@ from dlora.training.record import failed, stopped
 from dlora.training.reporting import due, has_reader, open_log, start_sinks
 from dlora.training.resume import resume
 from dlora.training.startup import enter, import_late_ones, lock_output, prepared
-from dlora.training.watchdogs import FiniteWatch, HangWatch, UnusedWatch, is_finite
-
-STOP_FLAGS = ("terminated", "interrupted")  # what `StopRequest.poll` returns
+from dlora.training.watchdogs import FiniteWatch, HangWatch, UnusedWatch, beat_in_passes, is_finite
 
 
 def main(argv: list[str], hooks: Hooks = NO_HOOKS) -> int:
@@ -122,9 +120,7 @@ class Run:
         self.rates = rates(config, ranks, preparation)
         self.records: list[dict[str, Any]] = []  # of the steps since this start
         self.checkpoints = CheckpointManager(self.context, self.start)
-        # Not of `self`: whoever keeps the model afterwards does not keep the run.
-        for sign in (self.stop, self.hang, self.peers):
-            self.model.register_forward_pre_hook(lambda *_, sign=sign: sign.beat())
+        beat_in_passes(self.model, (self.stop, self.hang, self.peers))
 
     def run(self) -> int:
         """`train`, with a commit where a peer is lost; returns the exit status."""

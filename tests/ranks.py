@@ -135,7 +135,7 @@ class Pool:
         lines = [f"{name} failed on {self.world} rank(s)"]
         for rank, (succeeded, text) in enumerate(told):
             printed = self._log(rank).read_text(errors="replace")
-            # under the stacks of a process that died lies a list of modules longer than what is shown
+            # below the stacks of a process that died: a list of modules, longer than what is shown
             printed = printed.partition("\nExtension modules:")[0][-SHOWN_CHARACTERS:].strip()
             lines += [f"--- rank {rank}: {'done' if succeeded else text}", printed]
         return "\n".join(lines)

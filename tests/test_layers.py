@@ -209,8 +209,8 @@ def test_no_import_leads_back() -> None:
 
 
 def test_using_dlora_loads_torch_and_nothing_larger() -> None:
-    """Importing it loads not even that. And a command loads transformers, and torch's compiler, once
-    it needs a model: before, it has said what is wrong with its options, or answered `--help`."""
+    """Importing it loads not even that. And a command loads transformers, and torch's compiler,
+    once it needs a model: before, it has said what is wrong, or answered `--help`."""
     program = (
         "import sys, time, dlora; print(*sys.modules); import torch; began = time.process_time(); "
         "[getattr(dlora, name) for name in dlora.__all__]; "

@@ -30,6 +30,7 @@ GRACE_SECONDS = (
 )
 POLL_SECONDS = 0.2  # between two looks at a stop that is not carried out
 STOPPING = (signal.SIGTERM, signal.SIGINT)
+STOP_FLAGS = ("terminated", "interrupted")  # what `StopRequest.poll` returns
 
 
 class StopRequest:

@@ -39,8 +39,8 @@ class Causal(Task):
     def packed(self, examples: Sequence[Example], pad_id: int) -> Batch:
         return packed(examples, pad_id)
 
-    def example(self, tokens: int) -> Example:
-        ids = np.zeros(tokens, np.int32)
+    def example(self, tokens: int, words: Sequence[int] = (0,)) -> Example:
+        ids = np.resize(np.asarray(words, np.int32), tokens)
         return Example(0, ids, ids)
 
     def install(self, model: nn.Module, device: str | None = None) -> None:

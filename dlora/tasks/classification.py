@@ -67,8 +67,8 @@ class Classification(Task):
             extra={"attention_mask": mask},
         )
 
-    def example(self, tokens: int) -> Example:
-        ids = np.zeros(tokens, np.int32)
+    def example(self, tokens: int, words: Sequence[int] = (0,)) -> Example:
+        ids = np.resize(np.asarray(words, np.int32), tokens)
         labels = np.full_like(ids, NO_TARGET)
         labels[-1] = 0
         return Example(0, ids, labels)

@@ -72,9 +72,9 @@ class Seq2Seq(Task):
             extra={"attention_mask": mask, "decoder_input_ids": read},
         )
 
-    def example(self, tokens: int) -> Example:
+    def example(self, tokens: int, words: Sequence[int] = (0,)) -> Example:
         """Half of the tokens are read, the others written."""
-        ids = np.zeros(max(tokens, 2), np.int32)
+        ids = np.resize(np.asarray(words, np.int32), max(tokens, 2))
         labels = ids.copy()
         labels[: len(ids) // 2] = NO_TARGET
         return Example(0, ids, labels)

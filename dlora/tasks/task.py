@@ -75,8 +75,8 @@ class Task(ABC):
         raise NotImplementedError
 
     @abstractmethod
-    def example(self, tokens: int) -> Example:
-        """A sequence of so many tokens with as many targets as can be, for the plan."""
+    def example(self, tokens: int, words: Sequence[int] = (0,)) -> Example:
+        """A sequence of so many tokens, these again and again, with as many targets as can be."""
 
     def install(self, model: nn.Module, device: str | None = None) -> None:
         """Let the model compute `model(**batch.inputs, targets=…, positions=…)` → Σ loss."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -13,17 +12,16 @@ from dlora.config.members import ADAPTERS
 from dlora.hooks import Hooks
 from dlora.runtime.ranks import Ranks
 from dlora.runtime.run_lock import RunLock
-from dlora.sharding.topology import Topology
 from dlora.together.member import Member
 from dlora.together.prepare import JointPreparation
 from dlora.together.replicas import Optimizers, Replicas
-from dlora.training.context import CHECKPOINTS
+from dlora.training.context import SavedRun
 from dlora.training.residents import Residents
 from dlora.training.resolved import resolved_yaml
 
 
 @dataclass(frozen=True)
-class JointContext:
+class JointContext(SavedRun):
     """The parts of a run of several adapters on one rank; as `RunContext` where both have a part.
 
     Attributes:
@@ -40,22 +38,6 @@ class JointContext:
     lock: RunLock
     hooks: Hooks
     members: list[Member]
-
-    @property
-    def directory(self) -> Path:
-        """`output.dir`."""
-        return self.config.output.directory
-
-    @property
-    def topology(self) -> Topology:
-        """Ranks and nodes."""
-        return self.prepared.topology
-
-    @property
-    def continues(self) -> bool:
-        """Whether the run goes on with what lies in `directory`."""
-        resumed = self.prepared.resumed
-        return resumed is not None and resumed.lies_in(self.directory / CHECKPOINTS)
 
     def settings(self) -> str:
         """`config.yaml`."""
@@ -75,14 +57,6 @@ class JointContext:
             "total_steps": total,
             "ranks": self.ranks.world,
             ADAPTERS: own,
-        }
-
-    def beside(self) -> dict[str, Any]:
-        """The tensors beside the trained ones, and what the adapters' methods record."""
-        return {
-            "states": self.replica.states(self.optimizer),
-            "record": self.replica.method.record(),
-            "frozen": self.replica.frozen,
         }
 
     def write_method_files(self, step: int) -> None:

@@ -20,21 +20,20 @@ from dlora.errors import UsageError
 from dlora.lora.attach import every_parameter, load_record
 from dlora.lora.names import by_name
 from dlora.plan.choose import Decision
-from dlora.plan.plan import Plan
 from dlora.plan.together import attach_each, check_apart, dealing_of, joined, of_adapter, trained_of
 from dlora.plan.workload import Workload, workload_of
-from dlora.sharding.topology import Placement, Topology
+from dlora.sharding.topology import Topology
 from dlora.together.member import Standing, left_in
 from dlora.training.find_checkpoint import ResumePoint
 from dlora.training.material import Material, Surroundings, gather_material
-from dlora.training.prepare import Preparation, decision_of, prepared_from
+from dlora.training.prepare import Planned, Preparation, decision_of, prepared_from
 from dlora.training.prepare_data import Once, by_itself
 
 Announce = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class JointPreparation:
+class JointPreparation(Planned):
     """What `prepare_together` found out; it has no weights.
 
     Attributes:
@@ -55,21 +54,6 @@ class JointPreparation:
     def first(self) -> Preparation:
         """Any of them, for what all have in common: the base, the task, the tokenizer."""
         return next(iter(self.members.values()))
-
-    @property
-    def budget(self) -> Plan:
-        """The plan that was chosen."""
-        return self.decision.plan
-
-    @property
-    def placement(self) -> Placement:
-        """Where W0 lives."""
-        return self.budget.placement
-
-    @property
-    def divided(self) -> bool:
-        """Whether optimizer states are divided over ranks: never."""
-        return self.budget.divided
 
     @property
     def total_steps(self) -> int:

@@ -27,7 +27,7 @@ from dlora.runtime.memory import MemoryMeter, trim_after_step
 from dlora.runtime.peer_watch import PeerWatch
 from dlora.runtime.ranks import Ranks
 from dlora.runtime.run_lock import RunLock
-from dlora.runtime.stop_signals import StopRequest, exit_status
+from dlora.runtime.stop_signals import STOP_FLAGS, StopRequest, exit_status
 from dlora.sharding.replica.joint import Addend, JointReduction
 from dlora.sharding.replica.step_scalars import Reduced
 from dlora.together.build import build_together
@@ -43,9 +43,7 @@ from dlora.training.evaluate import held_out
 from dlora.training.record import stopped
 from dlora.training.reporting import due
 from dlora.training.resume import resume
-from dlora.training.watchdogs import HangWatch, is_finite
-
-STOP_FLAGS = ("terminated", "interrupted")  # what `StopRequest.poll` returns
+from dlora.training.watchdogs import HangWatch, beat_in_passes, is_finite
 
 
 class TogetherRun:
@@ -79,8 +77,7 @@ class TogetherRun:
         self.records: list[dict[str, Any]] = []  # of the steps since this start
         self.status = 0
         self.checkpoints = CheckpointManager(self.joint, self.start)
-        for sign in (self.stop, self.hang, self.peers):
-            self.model.register_forward_pre_hook(lambda *_, sign=sign: sign.beat())
+        beat_in_passes(self.model, (self.stop, self.hang, self.peers))
 
     @property
     def running(self) -> list[Member]:

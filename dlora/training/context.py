@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -26,55 +27,64 @@ from dlora.training.resolved import resolved_yaml
 CHECKPOINTS = "checkpoints"  # the directory in that of a run
 
 
-class SavedRun(Protocol):
+class SavedRun(ABC):
     """What saves and resumes a run knows of it: of one adapter, or of several together."""
 
-    @property
-    def config(self) -> Config: ...
+    config: Config
+    ranks: Ranks
+    prepared: Any
+    replica: Any
+    optimizer: Any
+    residents: Residents
+    lock: RunLock
+    hooks: Hooks
+    saved_in: Path | None = None
 
     @property
-    def ranks(self) -> Ranks: ...
+    def directory(self) -> Path:
+        """`output.dir`."""
+        return self.config.output.directory
 
     @property
-    def prepared(self) -> Any: ...
+    def topology(self) -> Topology:
+        """Ranks and nodes."""
+        return self.prepared.topology
 
     @property
-    def replica(self) -> Any: ...
+    def continues(self) -> bool:
+        """Whether the run goes on with what lies in `directory`."""
+        resumed, own = self.prepared.resumed, self.saved_in or self.directory
+        return resumed is not None and resumed.lies_in(own / CHECKPOINTS)
 
-    @property
-    def optimizer(self) -> Any: ...
+    # -- what a checkpoint has of it ------------------------------------------------------------
 
-    @property
-    def lock(self) -> RunLock: ...
+    @abstractmethod
+    def settings(self) -> str:
+        """`config.yaml`."""
 
-    @property
-    def hooks(self) -> Hooks: ...
+    @abstractmethod
+    def state(self, step: int) -> dict[str, Any]:
+        """`state.json` after `step` optimizer steps."""
 
-    @property
-    def directory(self) -> Path: ...
+    def beside(self) -> dict[str, Any]:
+        """The tensors beside the trained ones, and what the adapters' methods record."""
+        return {
+            "states": self.replica.states(self.optimizer),
+            "record": self.replica.method.record(),
+            "frozen": self.replica.frozen,
+        }
 
-    @property
-    def residents(self) -> Residents: ...
+    @abstractmethod
+    def write_method_files(self, step: int) -> None:
+        """Write the files that the adapters' methods have in the run's directory, up to a step."""
 
-    @property
-    def topology(self) -> Topology: ...
-
-    @property
-    def continues(self) -> bool: ...
-
-    def settings(self) -> str: ...
-
-    def state(self, step: int) -> dict[str, Any]: ...
-
-    def beside(self) -> dict[str, Any]: ...
-
-    def write_method_files(self, step: int) -> None: ...
-
-    def complete_metrics(self, record: dict[str, Any]) -> None: ...
+    @abstractmethod
+    def complete_metrics(self, record: dict[str, Any]) -> None:
+        """Write a step's metrics that are not there."""
 
 
 @dataclass(frozen=True)
-class RunContext:
+class RunContext(SavedRun):
     """The parts of one run on one rank.
 
     Attributes:
@@ -103,24 +113,6 @@ class RunContext:
         """Whether blocks run as graphs."""
         return self.blocks is not None and self.blocks.on
 
-    @property
-    def directory(self) -> Path:
-        """`output.dir`."""
-        return self.config.output.directory
-
-    @property
-    def topology(self) -> Topology:
-        """Ranks and nodes."""
-        return self.prepared.topology
-
-    @property
-    def continues(self) -> bool:
-        """Whether the run goes on with what lies in `directory`."""
-        resumed, own = self.prepared.resumed, self.saved_in or self.directory
-        return resumed is not None and resumed.lies_in(own / CHECKPOINTS)
-
-    # -- what a checkpoint has of it ------------------------------------------------------------
-
     def settings(self) -> str:
         """`config.yaml`."""
         return resolved_yaml(self.config, self.prepared, self.compiles)
@@ -132,14 +124,6 @@ class RunContext:
         about = (self.config, found.lora, found.sampler, *fingerprints)
         state = state_at(step, *about, found.task.labels, found.train.report.ends)
         return state | {"ranks": self.ranks.world}
-
-    def beside(self) -> dict[str, Any]:
-        """The tensors beside the trained ones, and what the adapters' method records."""
-        return {
-            "states": self.replica.states(self.optimizer),
-            "record": self.replica.method.record(),
-            "frozen": self.replica.frozen,
-        }
 
     def write_method_files(self, step: int) -> None:
         """Write the files that the adapters' method has in the run's directory, up to a step."""

@@ -41,8 +41,29 @@ from dlora.training.settle_compile import (
 )
 
 
+class Planned:
+    """A run that is planned: where it lies is decided."""
+
+    decision: Decision
+
+    @property
+    def budget(self) -> Plan:
+        """The plan that was chosen."""
+        return self.decision.plan
+
+    @property
+    def placement(self) -> Placement:
+        """Where W0 lives."""
+        return self.budget.placement
+
+    @property
+    def divided(self) -> bool:
+        """Whether the optimizer state is divided over ranks."""
+        return self.budget.divided
+
+
 @dataclass(frozen=True)
-class Preparation:
+class Preparation(Planned):
     """What `prepare` found out; it has no weights.
 
     Attributes:
@@ -75,21 +96,6 @@ class Preparation:
         """One micro-batch, on the CPU."""
         collate = self.task.packed if self.dealing.packs else self.task.collate
         return collate(examples, self.pad_id)
-
-    @property
-    def budget(self) -> Plan:
-        """The plan that was chosen."""
-        return self.decision.plan
-
-    @property
-    def placement(self) -> Placement:
-        """Where W0 lives."""
-        return self.budget.placement
-
-    @property
-    def divided(self) -> bool:
-        """Whether the optimizer state is divided over ranks."""
-        return self.budget.divided
 
     @property
     def fingerprint(self) -> str:

@@ -17,9 +17,9 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dlora.errors import and_more
 from dlora.io.files import write_atomically
@@ -141,6 +141,19 @@ def _of_any_expert(name: str) -> str:
     if len(indices) < 2:
         return name
     return ".".join("*" if place == indices[-1] else part for place, part in enumerate(parts))
+
+
+class Watch(Protocol):
+    """What wants to know that there is progress."""
+
+    def beat(self) -> None:
+        """There is."""
+
+
+def beat_in_passes(model: nn.Module, watches: Sequence[Watch]) -> None:
+    """Every forward pass is progress; the model keeps the watches, and not their run."""
+    for watch in watches:
+        model.register_forward_pre_hook(lambda *_, watch=watch: watch.beat())
 
 
 class HangWatch:

@@ -20,7 +20,8 @@ def anonymous():
         return sum(int(f[1]) << 10 for f in fields if f[0] == "Anonymous:")
 
 words = sys.argv[1:]
-main(["--base", "small", "--tuned", "small tuned", "--to", "s", *words])  # what is imported and set up once
+# What is imported and set up once:
+main(["--base", "small", "--tuned", "small tuned", "--to", "s", *words])
 before = highest = anonymous()
 done = threading.Event()
 

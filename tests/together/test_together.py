@@ -18,6 +18,7 @@ from together_runs import (
     crashed_together,
     dropped_together,
     followed,
+    short_together,
     terminated_together,
 )
 from transformers import AutoModelForCausalLM
@@ -200,6 +201,23 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(
     else:
         assert died == ["crashed"] * 2
     check_same_run(together, whole, together("run", 2, MIXED, **settings), start)
+
+
+@pytest.mark.parametrize("placement", [FSDP2, full(ZERO3)], ids=["fsdp2", "zero3"])
+def test_layers_give_way_and_no_number_changes(together: Together, placement: Any) -> None:
+    bare = together("bare", 2, MIXED, **placement)
+    held = together(
+        "held", 2, MIXED, work=short_together, sharding__memory_budget_gb=4, **placement
+    )
+    for member in MIXED:
+        name = str(member["name"])
+        lines = zip(together.lines("held", name), together.lines("bare", name), strict=True)
+        assert all(mine | {"wire_bytes": 0} == other | {"wire_bytes": 0} for mine, other in lines)
+        for mine, theirs in zip(held, bare, strict=True):
+            assert same_bits(mine["tensors"][name], theirs["tensors"][name])
+    own = [together.root / run / "adapters/plain/metrics.jsonl" for run in ("held", "bare")]
+    sent, most = ([line["wire_bytes"] for line in read_metrics(path)] for path in own)
+    assert sent[1] < most[1] and sent[-1] == most[-1]  # none is left
 
 
 def test_a_signal_stops_all_after_a_commit(together: Together) -> None:

@@ -119,6 +119,17 @@ def terminated_together(argv: list[str], step: int) -> dict[str, Any]:
         return train_together(argv, kill if last else None)
 
 
+def short_together(argv: list[str]) -> dict[str, Any]:
+    """A run in which rank 1 has too little memory for layers that stay gathered, from the first
+    step on."""
+
+    def meddle(run: TogetherRun) -> None:
+        if dist.get_rank() == 1:
+            run.joint.residents.limit = 1
+
+    return train_together(argv, meddle)
+
+
 def dropped_together(argv: list[str], name: str, step: int) -> dict[str, Any]:
     """A run whose rank 0 wants one adapter dropped in this step."""
 

@@ -6,6 +6,7 @@ It has two halves, so that several replicas can have the sum in common (`joint.p
 from __future__ import annotations
 
 import ctypes
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -27,7 +28,7 @@ from dlora.sharding.topology import Topology
 AUDIT_EVERY = 10  # optimizer steps between two comparisons of checksums
 
 
-class Reducing:
+class Reducing(ABC):
     """The part of `Replica` that reduces gradients."""
 
     topology: Topology
@@ -69,7 +70,7 @@ class Reducing:
         mine = self.addends(tokens, given, each)
         return self.reduced(self.strategy.sum_(mine), given)
 
-    def before_reduction(self, tokens: int) -> None:
+    def before_reduction(self, tokens: int) -> None:  # noqa: B027 - nothing, for most
         """Comes before every reduction.
 
         Args:
@@ -117,10 +118,10 @@ class Reducing:
         return number if self.values.dtype == torch.float64 else ctypes.c_float(number).value
 
     @property
+    @abstractmethod
     def values(self) -> Tensor:
         """See `Replica.values`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def audit(self) -> None:
         """See `Replica.audit`."""
-        raise NotImplementedError
