@@ -17,6 +17,8 @@ COMMANDS = {
     "library": "keep adapters of one base with versions, history and the active one",
     "analyse": "say what an adapter learned: norms, ranks, directions, similarity",
     "eval": "measure a base or an adapter: held-out loss, scores of answers, lm-eval's tasks",
+    "report": "write one page on what runs did: curves, memory, ranks, samples, events",
+    "watch": "follow a run's metrics from another shell",
     "generate": "answer a prompt with a base, or with a base and an adapter",
     "extract": "write what a full fine-tune changed of its base as a plain LoRA",
     "compress": "write a model whose weights are products of two thin matrices",
@@ -29,6 +31,8 @@ MODULES = {  # of those whose name is a package
     "library": "dlora.library.command",
     "analyse": "dlora.analysis.command",
     "eval": "dlora.evaluation.command",
+    "report": "dlora.report.command",
+    "watch": "dlora.report.watch",
     "extract": "dlora.library.extract",
     "compress": "dlora.library.compress",
 }

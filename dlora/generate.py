@@ -16,12 +16,13 @@ from dlora.adapters.open_adapter import open_adapter
 from dlora.adapters.source import AdapterSource
 from dlora.base.model import DTYPES
 from dlora.base.native import AUTO_DTYPE
-from dlora.cli import OneLineParser, answering, chosen_base, loaded, naming_base
+from dlora.cli import answering, chosen_base, loaded, naming_base
 from dlora.data.encode import text_prompt
 from dlora.data.stops import stop_tokens
 from dlora.errors import UsageError
 from dlora.evaluation.inference import inference
 from dlora.lora.tasks import HEADS
+from dlora.runtime.arguments import OneLineParser
 from dlora.runtime.exit_status import exit_with
 
 

@@ -35,11 +35,12 @@ from dlora.sharding.replica.step_scalars import Reduced
 from dlora.together.prepare import prepare_together
 from dlora.together.run import TogetherRun
 from dlora.training.build import batches_of, build
-from dlora.training.checkpointing import RESUMES, CheckpointManager
+from dlora.training.checkpointing import CheckpointManager
 from dlora.training.evaluations import Evaluations
 from dlora.training.finish import finish
 from dlora.training.prepare import Preparation, prepare
 from dlora.training.rates import rates
+from dlora.training.record import failed, stopped
 from dlora.training.reporting import due, has_reader, open_log, start_sinks, step_figures
 from dlora.training.resume import resume
 from dlora.training.startup import enter, import_late_ones, lock_output, prepared
@@ -140,7 +141,7 @@ class Run:
             return self.evaluations.finish_again()
         log, status, trouble = self.open_log(), None, None
         done, ended = self.start, self.evaluations.over
-        last: bool = False
+        last = self.start == self.total_steps
         display = StepDisplay(self.total_steps, self.start, self.ranks.main)
         committing = stop.committing(checkpoints.commit_alone)
         batches = self.batches()
@@ -208,15 +209,13 @@ class Run:
             replica.method.report(self.directory, log, console.info)
         log.close()
         if trouble:
-            console.error(f"stopped after step {done}: {trouble}")
-            return 1
+            return failed(self.context, done, trouble)
         if ended and not last:
             self.evaluations.told(done)
         if status is None or last or ended:
             self.losses.close()
             return finish(self.context, checkpoints, self.records)
-        console.info(f"stopped by {stop.cause or 'another rank'} after step {done}; {RESUMES}")
-        return status
+        return stopped(self.context, done, stop.cause, status)
 
     # -- what the loop asks for -----------------------------------------------------------------
 

@@ -86,7 +86,14 @@ def test_pickles_in_a_run_s_directory(
     run = tmp_path / "run"
     run.mkdir()
     for resume in ("none", "auto"):
-        for name in ("metrics.jsonl", "ranks.json", ".lock", "config.yaml", "nonfinite.json"):
+        for name in (
+            "metrics.jsonl",
+            "events.jsonl",
+            "ranks.json",
+            ".lock",
+            "config.yaml",
+            "nonfinite.json",
+        ):
             (run / name).write_bytes(pickle.dumps(Bomb()))
         assert main([*words, "--output.resume", resume]) == 0
         assert not Path("crater").exists()

@@ -71,6 +71,7 @@ def test_the_wheel_has_every_module_and_the_launchers_as_part_of_dlora(
     launchers = {f"dlora/launchers/{path.name}" for path in (clone / "launchers").glob("*.py")}
     assert "dlora/launchers/ray_train.py" in launchers
     assert modules == sources | launchers
+    assert {f"dlora/report/page.{kind}" for kind in ("css", "html.j2", "js")} <= set(names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"dlora"}
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 

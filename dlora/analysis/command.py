@@ -26,11 +26,12 @@ from dlora.analysis.pictures import draw
 from dlora.analysis.pruned import Kept, kept_by
 from dlora.analysis.summary import beside_summary, beside_table, by_groups, summary, table
 from dlora.analysis.whole import moved
-from dlora.cli import OneLineParser, new_target
+from dlora.cli import new_target
 from dlora.errors import UsageError, and_more
 from dlora.io.files import new_directory, path_of, write_atomically
 from dlora.io.safetensors import new_float_tensor, write_tensors
 from dlora.library.store import Library
+from dlora.runtime.arguments import OneLineParser
 from dlora.runtime.exit_status import exit_with
 from dlora.runtime.memory import trim
 

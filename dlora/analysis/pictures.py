@@ -22,7 +22,8 @@ from dlora.analysis.against import Beside
 from dlora.analysis.measured import Figures
 from dlora.analysis.pruned import Kept
 from dlora.analysis.summary import cells_of, groups
-from dlora.methods.adalora_report import heat_map, rows_and_columns
+from dlora.methods.adalora_report import heat_map
+from dlora.metrics.layer_grid import rows_and_columns
 
 Cell = tuple[str, str]
 _INCHES_OF_TEXT = 3.0

@@ -14,7 +14,7 @@ from typing import Any
 
 from dlora.analysis.against import Beside
 from dlora.analysis.measured import Figures
-from dlora.methods.adalora_report import kind_and_layer, rows_and_columns
+from dlora.metrics.layer_grid import kind_and_layer, rows_and_columns
 
 Cells = dict[tuple[str, str], list[str]]  # {(kind, layer): names of its matrices}
 

@@ -56,6 +56,9 @@ class OutputConfig:
     metrics_port: int | None = option(
         None, "rank 0 serves its latest metrics on this port, for Prometheus", ge=1, le=65535
     )
+    report: bool = option(
+        False, "write report.html, one page on the run, into the directory once it has finished"
+    )
     samples: int = option(0, "number of held-out prompts to answer before and after training", ge=0)
 
     @property

@@ -27,7 +27,7 @@ from dlora.base.answering import write_beside_adapter, write_into_model
 from dlora.base.low_rank import low_ranks
 from dlora.base.model import DTYPES, BaseModel
 from dlora.base.stored_base import StoredBase
-from dlora.cli import OneLineParser, answering, chosen_base, naming_base, new_target
+from dlora.cli import answering, chosen_base, naming_base, new_target
 from dlora.errors import UsageError
 from dlora.export.gguf_files import write_gguf
 from dlora.export.gguf_layout import Layout
@@ -37,6 +37,7 @@ from dlora.io.files import new_directory
 from dlora.lora.merge import rounding_line
 from dlora.lora.tasks import HEADS
 from dlora.metrics.progress import CopyDisplay
+from dlora.runtime.arguments import OneLineParser
 from dlora.runtime.exit_status import exit_with
 
 PLAIN = ("peft", "lora")  # of --format: two names of one

@@ -15,7 +15,6 @@ import argparse
 import math
 from collections.abc import Callable
 
-from dlora.cli import OneLineParser
 from dlora.errors import UsageError
 from dlora.io.files import path_of
 from dlora.library.describe import Described
@@ -25,6 +24,7 @@ from dlora.library.options import as_number, whole
 from dlora.library.same_base import base_of_record
 from dlora.library.store import Library
 from dlora.library.stored import read_adapter
+from dlora.runtime.arguments import OneLineParser
 from dlora.runtime.exit_status import exit_with
 
 

@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from dlora.cli import OneLineParser, new_target
+from dlora.cli import new_target
 from dlora.data import FORMATS
 from dlora.errors import UsageError
 from dlora.io.files import path_of
@@ -26,6 +26,7 @@ from dlora.library.same_base import Base, apart_line, base_line, base_of, common
 from dlora.library.search import search
 from dlora.library.store import Library
 from dlora.library.stored import StoredAdapter, read_adapter
+from dlora.runtime.arguments import OneLineParser
 from dlora.runtime.exit_status import exit_with
 
 BUDGET, SEED = 40, 0

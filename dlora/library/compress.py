@@ -17,7 +17,7 @@ import torch
 
 from dlora.base.quantize import replaceable
 from dlora.base.stored_base import StoredBase
-from dlora.cli import OneLineParser, naming_base, new_target
+from dlora.cli import naming_base, new_target
 from dlora.errors import UsageError
 from dlora.io.files import path_of
 from dlora.library.changes import Stored
@@ -27,6 +27,7 @@ from dlora.library.extract import add_cut
 from dlora.library.low_rank import Cut, Decomposed
 from dlora.library.units import cost_of
 from dlora.lora.layers import layer_kind
+from dlora.runtime.arguments import OneLineParser
 from dlora.runtime.exit_status import exit_with
 from dlora.runtime.ranks import Ranks
 

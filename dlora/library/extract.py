@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dlora.adapters.write import converted_line
-from dlora.cli import OneLineParser, new_target
+from dlora.cli import new_target
 from dlora.errors import UsageError, and_more
 from dlora.io.files import new_directory, path_of
 from dlora.library.changes import Change, Pair, Stored
@@ -26,6 +26,7 @@ from dlora.library.low_rank import Cut, Decomposed, LowRank
 from dlora.library.units import Kind, Unit, units_of
 from dlora.lora.layers import layer_kind
 from dlora.lora.parameters import ParameterLayer
+from dlora.runtime.arguments import OneLineParser
 from dlora.runtime.exit_status import exit_with
 from dlora.runtime.ranks import Ranks
 

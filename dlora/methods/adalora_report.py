@@ -7,13 +7,13 @@ ranks.png    layers from left to right, kinds of matrices from top to bottom, ra
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dlora.io.files import write_atomically
 from dlora.lora.variants.adalora import AdaLoraAdapter
+from dlora.metrics.layer_grid import table_of
 
 RANKS, PICTURE = AdaLoraAdapter.run_files
 Masks = dict[int, dict[str, int]]
@@ -32,29 +32,6 @@ def write_masks(directory: Path, masks: Masks) -> None:
     """Write all masks, in the order of their steps."""
     ordered = {str(step): masks[step] for step in sorted(masks)}
     write_atomically(directory / RANKS, (json.dumps(ordered) + "\n").encode())
-
-
-def table_of(ranks: Mapping[str, int]) -> tuple[list[str], list[str], dict[tuple[str, str], int]]:
-    """(rows, columns, rank by row and column) of a picture: kinds of matrices by layers."""
-    cells = {kind_and_layer(path): rank for path, rank in ranks.items()}
-    return *rows_and_columns(cells), cells
-
-
-def kind_and_layer(path: str) -> tuple[str, str]:
-    """(kind, layer) of a module: what stands behind the first number in its path, and the number.
-
-    Of modules outside the layers, whose path has none, the layer is `-`.
-    """
-    number = re.search(r"\.(\d+)\.", f".{path}.")
-    return (path, "-") if number is None else (f".{path}"[number.end() :], number[1])
-
-
-def rows_and_columns(cells: Iterable[tuple[str, str]]) -> tuple[list[str], list[str]]:
-    """The kinds in their order, and the layers by number, modules outside of them first."""
-    places = list(cells)
-    layers = {layer for _, layer in places}
-    by_number = sorted(layers, key=lambda layer: -1 if layer == "-" else int(layer))
-    return list(dict.fromkeys(kind for kind, _ in places)), by_number
 
 
 def heat_map(ranks: Mapping[str, int], init_r: int) -> Any:

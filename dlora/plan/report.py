@@ -84,23 +84,33 @@ def _within(decision: Decision, *, is_open: bool) -> str:
 
 def comparison(plan: Plan, measured: Measured, device: str) -> str:
     """Planned against measured, as a run prints it at its end."""
-    # CUDA's figure is what its allocator gave out, without holes and the process.
-    peak = plan.memory.in_use if device == "cuda" else plan.memory.peak
-    rows: list[tuple[str, int, float]] = [
-        ("wire per step, median", plan.gathers + plan.reduction, measured.wire),
-        ("W0 held", plan.base_held, measured.base),
-        (
-            "A, B, gradients, state" + (" (pruned)" if measured.pruned else ""),
-            plan.memory.replica,
-            measured.replica,
-        ),
-        ("peak memory", peak, measured.peak),
-    ]
+    pruned = " (pruned)" if measured.pruned else ""
+    names = {
+        "wire": "wire per step, median",
+        "base": "W0 held",
+        "replica": f"A, B, gradients, state{pruned}",
+        "peak": "peak memory",
+    }
+    before, found = planned_bytes(plan, device), measured_bytes(measured)
     table = [("per rank", "planned", "measured", "measured/planned")]
-    for name, planned, taken in rows:
+    for key, name in names.items():
+        planned, taken = before[key], found[key]
         ratio = f"{taken / planned:.3f}" if planned else "-"
         table.append((name, mb(planned), mb(taken), ratio))
     return "\n".join(columns(table))
+
+
+def planned_bytes(plan: Plan, device: str) -> dict[str, int]:
+    """What a plan says of a rank: bytes by the names of `measured_bytes`."""
+    # CUDA's figure is what its allocator gave out, without holes and the process.
+    peak = plan.memory.in_use if device == "cuda" else plan.memory.peak
+    sent = plan.gathers + plan.reduction
+    return {"wire": sent, "base": plan.base_held, "replica": plan.memory.replica, "peak": peak}
+
+
+def measured_bytes(measured: Measured) -> dict[str, float]:
+    """Bytes of a rank: sent per step, stored of W0, of A, B, gradients and state, and the most."""
+    return {name: getattr(measured, name) for name in ("wire", "base", "replica", "peak")}
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -26,6 +26,7 @@ from dlora.together.replicas import Optimizers, Replicas
 from dlora.training.build import build_optimizer
 from dlora.training.context import RunContext
 from dlora.training.prepare import Preparation
+from dlora.training.record import log_healed
 from dlora.training.residents import Residents
 from dlora.training.selection import Selection
 from dlora.training.watchdogs import FiniteWatch, UnusedWatch
@@ -68,9 +69,7 @@ def build_together(
                 console.info(f"{name}: {start_adapters(model)}")
         replica = shared.others.get(name, shared)
         if config.sharding.audit == "heal":
-            replica.healed = lambda found, name=name: console.info(
-                f"warning: {name} differed between ranks: {found}; healed (sharding.audit)"
-            )
+            log_healed(own.config, ranks, replica, name)
         context = _context(name, ranks, own, model, replica, residents, lock, hooks, config)
         members.append(_member(name, context, prepared.standing[name]))
         members[-1].why = prepared.why(name)

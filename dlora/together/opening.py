@@ -8,6 +8,7 @@ from dlora.together.context import JointContext
 from dlora.together.member import Member, Standing
 from dlora.training.best import reconcile, take_up
 from dlora.training.evaluate import before_training
+from dlora.training.record import record_start
 from dlora.training.reporting import open_log
 from dlora.training.resume import open_joint_directory
 
@@ -21,6 +22,8 @@ def open_logs(joint: JointContext, start: int) -> list[Member]:
         start: steps that are done.
     """
     open_joint_directory(joint, start)
+    steps = {member.name: member.total_steps for member in joint.members}
+    record_start(joint, start, steps)
     over: list[Member] = []
     for member in joint.members:
         if member.standing in (Standing.FAILED, Standing.DROPPED):
@@ -46,6 +49,6 @@ def _open(joint: JointContext, member: Member, start: int) -> None:
         reconcile(context, start)
     if start == 0:
         with by_name(joint.model, name), only(joint.model, name):
-            before_training(context, member.log, member.say, f"{name}, ")
+            before_training(context, member.log, member.say, name)
     context.replica.zero_grad()
     context.replica.reductions = start  # audits fall on the same steps as without a stop

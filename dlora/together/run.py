@@ -23,7 +23,6 @@ from dlora.metrics.progress import StepDisplay
 from dlora.optim.schedule import lr_factor, set_lr
 from dlora.plan.measured import measure, stored
 from dlora.plan.objective import objective_of
-from dlora.plan.report import comparison
 from dlora.runtime.console import console
 from dlora.runtime.memory import MemoryMeter, trim_after_step
 from dlora.runtime.peer_watch import PeerWatch
@@ -35,13 +34,14 @@ from dlora.sharding.replica.step_scalars import Reduced
 from dlora.together.build import build_together
 from dlora.together.figures import Figures, Sums, joint_record
 from dlora.together.join import JoinedBatch, join
-from dlora.together.leave import finish, keep_each, leave
+from dlora.together.leave import close, finish, keep_each, leave
 from dlora.together.member import Member, Standing
 from dlora.together.opening import open_logs
 from dlora.together.prepare import JointPreparation
 from dlora.training.best import see
 from dlora.training.build import batches_of
-from dlora.training.checkpointing import RESUMES, CheckpointManager
+from dlora.training.checkpointing import CheckpointManager
+from dlora.training.record import stopped
 from dlora.training.reporting import due
 from dlora.training.resume import resume
 from dlora.training.watchdogs import HangWatch, beat_in_passes, is_finite
@@ -157,7 +157,7 @@ class TogetherRun:
                         self.fail(member, done, why)
                     elif reduced[member.name].scalars["drop"] > 0 and done < member.total_steps:
                         member.say(f"is dropped after step {done}")
-                        leave(self.joint, member, Standing.DROPPED, "dropped")
+                        leave(self.joint, member, Standing.DROPPED, done, "dropped")
                 ended = [m for m in running if not m.running or done >= m.total_steps]
                 asked = status is not None or common.scalars["save"] > 0
                 if asked or ended or improved or due(done, config.output.save_every, last=last):
@@ -264,7 +264,7 @@ class TogetherRun:
     def fail(self, member: Member, done: int, why: str) -> None:
         """An adapter that cannot go on leaves; the others do go on."""
         console.error(f"{member.name} leaves after step {done}: {why}")
-        leave(self.joint, member, Standing.FAILED, why)
+        leave(self.joint, member, Standing.FAILED, done, why)
         self.status = 1
 
     def end(self, member: Member, done: int) -> None:
@@ -282,17 +282,11 @@ class TogetherRun:
         """The last lines; returns the exit status."""
         for member in self.running:
             member.log.close()
-        failed = [m.name for m in self.members if m.standing is Standing.FAILED]
         if status is not None and self.running:
-            cause = self.stop.cause or "another rank"
-            console.info(f"stopped by {cause} after step {self.records[-1]['step']}; {RESUMES}")
-            return status
+            return stopped(self.joint, self.records[-1]["step"], self.stop.cause, status)
+        measured = None
         if self.records:
-            plan, device = self.joint.residents.plan, self.ranks.device.type
             most = len(self.records[0]["adapters"])  # the plan is for as many as there were
             steps = [record for record in self.records if len(record["adapters"]) == most]
             measured = measure(self.joint.replica, steps, self.stored)
-            console.info(comparison(plan, measured, device))
-        if failed:
-            console.error(f"failed: {', '.join(failed)}; the other adapters are trained")
-        return self.status
+        return close(self.joint, measured, self.status)

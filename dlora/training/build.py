@@ -38,6 +38,7 @@ from dlora.sharding.replica.frozen import same_on_every_rank
 from dlora.training.compiled import CompiledBlocks
 from dlora.training.context import RunContext
 from dlora.training.prepare import Preparation
+from dlora.training.record import log_healed
 from dlora.training.reference import freeze_reference
 from dlora.training.residents import Residents
 from dlora.training.selection import Selection
@@ -63,9 +64,7 @@ def build(
         reduce_dtype=torch.bfloat16 if config.sharding.reduce_dtype == "bfloat16" else None,
     )
     if config.sharding.audit == "heal":
-        replica.healed = lambda found: console.info(
-            f"warning: the adapters differed between ranks: {found}; healed (sharding.audit)"
-        )
+        log_healed(config, ranks, replica, "the adapters")
     attach_unstarted(model, prepared.lora, residual=residuals is not None)
     if residuals is not None:
         residuals.start(model)

@@ -38,6 +38,7 @@ class SavedRun(ABC):
     prepared: Any
     replica: Any
     optimizer: Any
+    residents: Residents
     lock: RunLock
     hooks: Hooks
     saved_in: Path | None = None

@@ -17,6 +17,7 @@ from dlora.evaluation.metrics import scores
 from dlora.evaluation.references import questions_of
 from dlora.runtime.console import console
 from dlora.training.context import RunContext
+from dlora.training.record import record_samples
 
 _ROWS = 4  # of an evaluation's pass for each of a micro-batch
 
@@ -55,16 +56,14 @@ def held_out(context: RunContext) -> dict[str, float]:
     return {f"eval_{name}": value for name, value in found.figures.items()}
 
 
-def before_training(
-    context: RunContext, log: Any, say: Callable[[str], None], whose: str = ""
-) -> None:
+def before_training(context: RunContext, log: Any, say: Callable[[str], None], of: str) -> None:
     """Print samples, and log an evaluation as step 0.
 
     Args:
         say: takes the line about the loss.
-        whose: what is said of the samples begins with.
+        of: the adapter, among others.
     """
-    print_samples(context, f"{whose}before training")
+    print_samples(context, "before training", of)
     if context.eval_every:
         log.write({"step": 0, **(before := evaluate(context))})
         say(f"held-out loss before training: {before['eval_loss']:.4f}")
@@ -109,8 +108,15 @@ def answer_scores(context: RunContext) -> dict[str, float]:
     return {f"eval_{name}": value for name, value in named}
 
 
-def print_samples(context: RunContext, when: str) -> None:
-    """Print answers to `output.samples` held-out prompts, or to prompts of the training data."""
+def print_samples(context: RunContext, when: str, of: str = "", step: int = 0) -> None:
+    """Print and record answers to `output.samples` held-out prompts, or to prompts of the training
+    data.
+
+    Args:
+        when: `before training` or `after training`.
+        of: the adapter, among others.
+        step: optimizer steps that are done.
+    """
     prepared, count = context.prepared, context.config.output.samples
     if count == 0:
         return
@@ -122,5 +128,7 @@ def print_samples(context: RunContext, when: str) -> None:
             pad_id=prepared.pad_id,
             ends=prepared.train.report.ends,
         )
+    record_samples(context, step, when, answers)
+    label = f"{of}, {when}" if of else when
     for prompt, reference, answer in answers:
-        console.info(f"--- sample, {when}\n{prompt}\n  wanted: {reference}\n  answer: {answer}")
+        console.info(f"--- sample, {label}\n{prompt}\n  wanted: {reference}\n  answer: {answer}")

@@ -16,7 +16,7 @@ from dlora.training.best import keep, reconcile, see, take_up
 from dlora.training.checkpointing import CheckpointManager
 from dlora.training.context import RunContext
 from dlora.training.evaluate import evaluate, held_out, print_samples
-from dlora.training.finish import save_result
+from dlora.training.finish import save_again
 from dlora.training.forgetting import Forgetting
 from dlora.training.reporting import RunLog
 
@@ -100,7 +100,7 @@ class Evaluations:
         console.info(line)
         if context.continues:
             reconcile(context, step)
-        return save_result(context, self._checkpoints)
+        return save_again(context, self._checkpoints)
 
     def _before(self) -> dict[str, Any]:
         figures: dict[str, Any] = {"step": 0}

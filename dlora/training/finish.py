@@ -20,6 +20,7 @@ from dlora.training.card import write_card
 from dlora.training.checkpointing import RESUMES, CheckpointManager
 from dlora.training.context import RunContext
 from dlora.training.evaluate import print_samples
+from dlora.training.record import record_finished, report_on
 
 
 def finish(
@@ -32,14 +33,27 @@ def finish(
     """
     if isinstance(context.prepared.train, Stream):  # of a data set in memory, the start said it
         console.info(f"data.train: read in the last pass: {context.prepared.train.report}")
-    print_samples(context, "after training")
+    last = records[-1]["step"] if records else context.prepared.sampler.total_steps
+    step = context.ended_at or last
+    print_samples(context, "after training", step=step)
     if context.ranks.main and (line := held_out_line(context.directory, context.ended_at)):
         console.info(line)
-    status = save_result(context, checkpoints)
+    status, measured = save_result(context, checkpoints), None
     if records:
         now = stored(context.model, context.replica, context.optimizer)
         measured = measure(context.replica, records, now)
         console.info(comparison(context.residents.plan, measured, context.ranks.device.type))
+    if status == 0:
+        record_finished(context, step, measured)
+    return status
+
+
+def save_again(context: RunContext, checkpoints: CheckpointManager) -> int:
+    """Write the adapter of a run that is finished already, which may have ended between its last
+    two files, and its page; returns the exit status."""
+    status = save_result(context, checkpoints)
+    if status == 0:
+        report_on(context)
     return status
 
 

@@ -23,6 +23,7 @@ from dlora.sharding.replica.step_scalars import Reduced
 from dlora.training.context import CHECKPOINTS, RunContext
 from dlora.training.prepare import Preparation
 from dlora.training.rates import Rates
+from dlora.training.record import record_start
 from dlora.training.resolved import resolved_yaml
 from dlora.training.resume import open_directory
 
@@ -147,6 +148,8 @@ def open_log(context: RunContext, start: int, sinks: Sequence[Sink]) -> RunLog:
     if not context.ranks.main:
         return RunLog(None, (), context.hooks.logged)
     files = open_directory(context, start)
+    if context.saved_in is None:  # else the run of several adapters records its start
+        record_start(context, start, context.prepared.sampler.total_steps)
     if "tensorboard" in context.config.output.report_to and not start:
         files.text(
             "config",

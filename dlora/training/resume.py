@@ -20,6 +20,7 @@ from dlora.checkpoint.remote import remote_of
 from dlora.errors import UsageError, dtype_name
 from dlora.io.files import finish_replacing, unused_name, write_atomically
 from dlora.methods.trained_replica import REFERENCE, TrainedReplica
+from dlora.metrics.events import EVENTS
 from dlora.metrics.log import MetricsLog
 from dlora.registry import room
 from dlora.runtime.agreement import agree, broadcast
@@ -155,7 +156,8 @@ def set_aside_others(context: SavedRun, start: int) -> None:
     says = [part.says for part in room("lora.variants").values()]
     of_methods = [name for said in says for name in said.get("run_files", ())]
     finish_replacing(directory / BEST)
-    for name in [CHECKPOINTS, BEST, "metrics.jsonl", *dict.fromkeys(of_methods), "tensorboard"]:
+    own = [CHECKPOINTS, BEST, "metrics.jsonl", EVENTS, *dict.fromkeys(of_methods), "tensorboard"]
+    for name in own:
         _set_aside(directory / name)
 
 

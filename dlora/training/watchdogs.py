@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from dlora.errors import and_more
 from dlora.io.files import write_atomically
+from dlora.metrics.events import SKIPPED, add_event
 from dlora.runtime.console import console
 
 BAD_STEPS_IN_A_ROW = 3
@@ -35,7 +36,8 @@ class FiniteWatch:
     """Steps whose loss or gradient is not finite: they are skipped, counted, and end the run.
 
     Args:
-        file: gets the sequences of the steps that end the run.
+        file: gets the sequences of the steps that end the run; each skipped step is an event of the
+            run in its directory.
     """
 
     def __init__(self, file: Path | None = None) -> None:
@@ -51,6 +53,9 @@ class FiniteWatch:
             self._row.clear()
             return None
         self._steps.append(step)
+        if self._file is not None:
+            values = {"loss": str(loss), "grad_norm": str(norm)}
+            add_event(self._file.parent, SKIPPED, step, values, console.warning)
         self._row[step] = [int(i) for i in ids]
         if len(self._steps) == 1:
             self.say(

@@ -118,6 +118,7 @@ ADDED = {  # change nothing
     ("forget", "max_kl"): None,
     ("forget", "max_nll_ratio"): None,
     ("forget", "action"): "stop",
+    ("output", "report"): False,
 }
 
 

@@ -17,6 +17,7 @@ from run_training import Runs, prepared_run
 from dlora.checkpoint import format as checkpoint
 from dlora.lora.attach import named_adapters
 from dlora.lora.states import AdapterState
+from dlora.metrics.events import read_events
 from dlora.training.watchdogs import FiniteWatch
 
 STEPS = 6
@@ -50,10 +51,12 @@ def poisoned(argv: list[str], steps: list[int], rank: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("method", ["lora", "adalora"])
-def test_a_step_that_is_not_finite_is_left_out_on_every_rank(run: Runs, method: str) -> None:
-    settings: dict[str, Any] = {}
+def test_a_step_that_is_not_finite_is_left_out_on_every_rank(
+    run: Runs, method: str, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"output__report": True}
     if method == "adalora":  # the mask falls in the very step that is left out
-        settings = {"adapter__method": method, "adapter__r": None, "adapter__tinit": 2}
+        settings |= {"adapter__method": method, "adapter__r": None, "adapter__tinit": 2}
         settings |= {"adapter__init_r": 4, "adapter__target_r": 2, "adapter__tfinal": 2}
         settings |= {"adapter__lora_alpha": 8}
     results, lines = run("run", 2, work=poisoned, arguments=([3], 1), **settings)
@@ -67,6 +70,7 @@ def test_a_step_that_is_not_finite_is_left_out_on_every_rank(run: Runs, method: 
     assert torch.equal(results[0]["after"][-1], results[1]["after"][-1])
     assert [line["step"] for line in lines if line["loss"] is None] == [3]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert "skipped" in (tmp_path / "run/report.html").read_text()
     if method == "adalora":
         assert lines[-1]["kept_ranks"] == lines[-1]["budget"]  # the schedule went on
 
@@ -77,6 +81,8 @@ def test_three_in_a_row_end_the_run_and_name_their_sequences(run: Runs, tmp_path
     for result in results:
         assert len(result["after"]) == 4
         assert torch.equal(result["after"][0], result["after"][3])
+    events = [(e["event"], e["step"]) for e in read_events(tmp_path / "run")]
+    assert events == [("start", 0), *[("skipped", step) for step in (2, 3, 4)], ("failed", 4)]
     listed = json.loads((tmp_path / "run/nonfinite.json").read_text())
     assert listed == {
         str(step): ids for step, ids in zip((2, 3, 4), results[0]["ids"], strict=True)
