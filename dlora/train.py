@@ -140,8 +140,8 @@ class Run:
         if self.start == self.total_steps or self.evaluations.over:
             return self.evaluations.finish_again()
         log, status, trouble = self.open_log(), None, None
-        done, ended = self.start, self.evaluations.over
-        last = self.start == self.total_steps
+        done, last = self.start, False
+        ended: bool = self.evaluations.over  # by one that `begin` made up for
         display = StepDisplay(self.total_steps, self.start, self.ranks.main)
         committing = stop.committing(checkpoints.commit_alone)
         batches = self.batches()
