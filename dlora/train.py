@@ -19,6 +19,7 @@ from dlora.hooks import NO_HOOKS, Hooks
 from dlora.lora.attach import attachment_of
 from dlora.lora.dropout import SampleKeys
 from dlora.metrics.progress import StepDisplay
+from dlora.objectives.objective import sums_of
 from dlora.objectives.router_loss import whole_loss
 from dlora.optim.schedule import lr_factor, set_lr
 from dlora.plan.report import lines_of
@@ -34,7 +35,7 @@ from dlora.runtime.stop_signals import StopRequest, exit_status
 from dlora.sharding.replica.step_scalars import Reduced
 from dlora.together.prepare import prepare_together
 from dlora.together.run import TogetherRun
-from dlora.training.build import batches_of, build, objective_of
+from dlora.training.build import batches_of, build
 from dlora.training.checkpointing import RESUMES, CheckpointManager
 from dlora.training.evaluate import held_out, print_samples
 from dlora.training.finish import finish, save_result
@@ -109,12 +110,12 @@ class Run:
         self.losses = FiniteWatch(self.directory / "nonfinite.json" if ranks.main else None)
         self.unused = UnusedWatch(config.train.allow_unused, preparation.unreached)
         self.hang = HangWatch(config.sharding.timeout_seconds)
-        self.objective = objective_of(config)
         with self.peers.watching(config.sharding.loading_timeout_seconds):
             self.sinks = start_sinks(config, ranks, preparation)
             self.context = build(config, ranks, preparation, lock, self.hooks)
             self.start = resume(self.context)
         self.model, self.replica = self.context.model, self.context.replica
+        self.objective = self.context.objective
         attachment_of(self.model).stream.announce = console.info
         self.optimizer = self.context.optimizer
         self.total_steps = preparation.sampler.total_steps
@@ -245,7 +246,7 @@ class Run:
                     whole, reported = whole_loss(self.model, summed, batch.num_targets)
                     whole.backward()
                 self.checkpoints.look()
-                for name, value in reported.items():
+                for name, value in (reported | sums_of(self.objective)).items():
                     sums[name] = sums.get(name, 0.0) + value
                 tokens += batch.num_targets
                 sums["places"] += batch.places
@@ -254,9 +255,10 @@ class Run:
     def figures(self, step: int, ids: Any, reduced: Reduced, seconds: float) -> dict[str, Any]:
         """The figures of a step beside its loss, for the metrics; tokens exclude padding."""
         all_tokens, targets = int(sum(self.prepared.train.lengths[i] for i in ids)), reduced.tokens
+        means = {"aux_loss", *sums_of(self.objective)}
         is_read = has_reader(self.config.output, step, reduced.scalars, self.total_steps)
         return {
-            **{n: s / max(targets, 1) for n, s in reduced.scalars.items() if n == "aux_loss"},
+            **{n: s / max(targets, 1) for n, s in reduced.scalars.items() if n in means},
             "tokens": targets,
             "all_tokens": all_tokens,
             "padding": 1 - all_tokens / max(reduced.scalars["places"], all_tokens),

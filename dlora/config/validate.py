@@ -69,6 +69,11 @@ INERT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
         lambda c: record_format(c) == "labelled",
         "train.task reads plain texts",
     ),
+    (
+        "distill.teacher_quantization",
+        lambda c: value_of(c, "distill.teacher") == "base",
+        "distill.teacher is base, which is packed as model.quantization says",
+    ),
     ("train.compile_cache", lambda c: c.train.compile is False, "train.compile is false"),
     ("data.max_eval_samples", lambda c: c.data.eval is None, "data.eval is null"),
     ("data.shuffle_window", lambda c: not c.data.shuffle, "data.shuffle is false"),

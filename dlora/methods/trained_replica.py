@@ -49,6 +49,7 @@ class TrainedReplica(Replica):
     Attributes:
         method: what the adapters' method computes and saves beside them; see `MethodState`.
         others: of the replica for the adapters without a name: those of trained ones with a name.
+        released_with: what `release` frees of other models.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class TrainedReplica(Replica):
         self.engine, self._model, self._name, self._settings = engine, model, name, settings
         self.method = MethodState()
         self.others: dict[str, TrainedReplica] = {}
+        self.released_with: list[Callable[[], None]] = []
 
     def take_over(self, *, equal: bool = False) -> None:
         """Own the adapters that the model has by now. Collective: rank 0's values are broadcast.
@@ -141,6 +143,8 @@ class TrainedReplica(Replica):
     def release(self) -> None:
         """Free the W0 that passes without a reduction, as in evaluation, left gathered."""
         self.engine.free_gathered(self._model)
+        for release in self.released_with:
+            release()
 
     @property
     def frozen(self) -> dict[str, Tensor]:

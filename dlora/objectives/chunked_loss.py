@@ -12,10 +12,9 @@ Where the class does more than that between decoder and logits, its own logits a
 
 from __future__ import annotations
 
-import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +28,7 @@ from dlora.lora.layers import CHILD
 from dlora.objectives.attention_tables import extend_tables
 from dlora.objectives.output_head import OutputHead, output_head, without_cache
 from dlora.objectives.own_length import OwnLengths
-from dlora.objectives.packed_row import PackedRow
+from dlora.objectives.packed_row import PackedRow, one_sequence_per_row
 from dlora.objectives.router_loss import install_router_loss
 
 IGNORED = -100
@@ -38,17 +37,19 @@ CHUNK_BYTES_ELSEWHERE = 256 << 20
 _WHOLE_TILES = 256  # rows of a chunk are a multiple, where it has so many
 
 Logits = Callable[[Tensor, Tensor], Tensor]
+# (z [chunk, V], which targets these are) → (their Σ loss, what makes ∂loss/∂z [chunk, V])
+Criterion = Callable[[Tensor, slice], tuple[Tensor, Callable[[], Tensor]]]
 
 
 class ChunkedTargetLoss(torch.autograd.Function):
-    """Σ cross entropy of `logits(hidden)`; `parameters` are the head's that are trained."""
+    """Σ `criterion` of `logits(hidden)`; `parameters` are the head's that are trained."""
 
     @staticmethod
     def forward(
         ctx: Any,
         logits: Logits,
+        criterion: Criterion,
         hidden: Tensor,
-        targets: Tensor,
         positions: Tensor,
         chunk: int,
         needs_grad: bool,
@@ -59,16 +60,16 @@ class ChunkedTargetLoss(torch.autograd.Function):
         sums: list[Tensor | None] = [
             torch.zeros_like(i) if i.requires_grad else None for i in inputs
         ]
-        for start in range(0, len(targets), chunk):
+        for start in range(0, len(positions), chunk):
             piece = slice(start, start + chunk)
             with torch.set_grad_enabled(needs_grad):
                 h = hidden.detach()[piece].requires_grad_(needs_grad)
                 z = logits(h, positions[piece])
-            loss, log_p = _cross_entropy(z.detach(), targets[piece])
+            loss, gradient_of_loss = criterion(z.detach(), piece)
             total += loss.double()
             wanted = [t for t, s in zip((h, *parameters), sums, strict=False) if s is not None]
             if wanted:
-                dz = _gradient(log_p, targets[piece]).to(z.dtype)
+                dz = gradient_of_loss().to(z.dtype)
                 # Unused: A and B of a head that is disabled or merged. Their gradient stays zero.
                 gradients = iter(torch.autograd.grad(z, wanted, dz, allow_unused=True))
                 for index, accumulated in enumerate(sums):
@@ -82,17 +83,26 @@ class ChunkedTargetLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [None if s is None else s.mul_(grads[0].to(s.dtype)) for s in ctx.sums]
-        return None, scaled[0], None, None, None, None, *scaled[1:]
+        return None, None, scaled[0], None, None, None, *scaled[1:]
 
 
-def _cross_entropy(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(Σ −log p[t], log p [chunk, V] in the loss's dtype) of logits z."""
+def cross_entropy(targets: Tensor) -> Criterion:
+    """Σ −log p[t] of the targets t [N]."""
+
+    def of(z: Tensor, piece: slice) -> tuple[Tensor, Callable[[], Tensor]]:
+        log_p, t = log_softmax(z), targets[piece]
+        return -log_p.gather(1, t[:, None]).sum(), lambda: less_target(log_p, t)
+
+    return of
+
+
+def log_softmax(z: Tensor) -> Tensor:
+    """log p [chunk, V] of logits z, in the dtype that their loss is computed in."""
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
-    log_p = torch.log_softmax(z, -1, dtype=dtype)
-    return -log_p.gather(1, targets[:, None]).sum(), log_p
+    return torch.log_softmax(z, -1, dtype=dtype)
 
 
-def _gradient(log_p: Tensor, targets: Tensor) -> Tensor:
+def less_target(log_p: Tensor, targets: Tensor) -> Tensor:
     """∂loss/∂z = p − 1[t], made in the place of log p.
 
     Autograd would write three tensors of this size more: a gradient that is zero but at the
@@ -106,6 +116,37 @@ def chunk_rows(vocabulary: int, device: str) -> int:
     """Rows of logits that are computed at a time on a type of device."""
     rows = CHUNK_BYTES.get(device, CHUNK_BYTES_ELSEWHERE) // (4 * vocabulary)
     return max(1, rows if rows < _WHOLE_TILES else rows - rows % _WHOLE_TILES)
+
+
+@dataclass(frozen=True)
+class HeadInput:
+    """What `at_head` gets of a forward pass, while the head's weight is gathered.
+
+    Attributes:
+        hidden: [rows, tokens, H], the input of the head.
+        targets, positions, device: as of `target_loss`.
+    """
+
+    head: OutputHead
+    hidden: Tensor
+    targets: Tensor
+    positions: Tensor
+    device: str | None
+
+    def rows(self) -> Tensor:
+        """[N, H], those of `hidden` with a target."""
+        return self.hidden[tuple(self.positions.T)]
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """[n, V] of some of the rows [n, H]."""
+        module, finish = self.head.module, self.head.finish
+        assert finish is not None
+        return finish(type(module).forward(module, rows))
+
+    def loss(self, criterion: Criterion) -> Tensor:
+        """Σ `criterion` over the positions with a target."""
+        where = (self.hidden, self.targets, self.positions, self.device)
+        return target_loss(self.head, *where, criterion=criterion)
 
 
 @dataclass(frozen=True)
@@ -136,7 +177,8 @@ def install(model: Any, device: str | None = None) -> None:
     the tokens of each row without padding, on which some models' positions depend; more lengths
     than rows are those of the sequences that share the one row (`packed_row`), with `position_ids`
     that start again for each. An auxiliary loss of its own is left for `router_loss.whole_loss`.
-    With `parts` of the batch the result is [parts], a sum for each.
+    With `parts` of the batch the result is [parts], a sum for each. `at_head` computes another
+    result from the head's input.
 
     Without `targets` the model's own forward runs. With them it runs as well, and its head computes
     the loss of its input in place of logits: so all that the class does in front of the head stays,
@@ -163,6 +205,7 @@ def install(model: Any, device: str | None = None) -> None:
         positions: Tensor | None = None,
         lengths: Sequence[int] | None = None,
         parts: Sequence[LossPart] = (),
+        at_head: Callable[[HeadInput], Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
         shape = targets.shape if targets is not None else None
@@ -174,6 +217,8 @@ def install(model: Any, device: str | None = None) -> None:
             positions = (targets != IGNORED).nonzero()
 
         def loss(hidden: Tensor) -> Tensor:
+            if at_head is not None:
+                return at_head(HeadInput(head, hidden, targets, positions, device))
             if not parts:
                 return target_loss(head, hidden, targets, positions, device)
             return torch.stack([part.loss(head, hidden, targets, device) for part in parts])
@@ -189,6 +234,8 @@ def install(model: Any, device: str | None = None) -> None:
                 router.compute(outputs, targets.shape, in_rows)
             if head.finish is not None:
                 return packed.remember(found.pop())
+            if at_head is not None:
+                raise UsageError("model.path: the logits of its class are not known row by row")
             wanted = [part.positions for part in parts] or [positions]
             each = [loss_of_logits(outputs.logits, targets, some) for some in wanted]
             return packed.remember(torch.stack(each) if parts else each[0])
@@ -207,25 +254,6 @@ def install(model: Any, device: str | None = None) -> None:
         head.module.forward = types.MethodType(head_forward, head.module)
 
 
-@contextmanager
-def one_sequence_per_row() -> Iterator[None]:
-    """Inside, transformers does not look for packed sequences in the positions that it gets.
-
-    It would read a value of each batch, for which the host waits for a GPU. `packed_row` knows
-    where sequences begin.
-    """
-    masking: Any = sys.modules.get("transformers.masking_utils")
-    look = getattr(masking, "find_packed_sequence_indices", None)
-    if look is None:
-        yield
-        return
-    masking.find_packed_sequence_indices = lambda positions: None
-    try:
-        yield
-    finally:
-        masking.find_packed_sequence_indices = look
-
-
 def target_loss(
     head: OutputHead,
     hidden: Tensor,
@@ -233,6 +261,7 @@ def target_loss(
     positions: Tensor,
     device: str | None = None,
     part: LossPart | None = None,
+    criterion: Criterion | None = None,
 ) -> Tensor:
     """Σ cross entropy over the positions with a target, float32 (float64 for a float64 model).
 
@@ -244,6 +273,7 @@ def target_loss(
         positions: [N, 2], the (row, token) of each target.
         device: as of `install`.
         part: what the positions belong to, of a batch with several.
+        criterion: what is summed in place of the cross entropy.
     """
     h, t = hidden[tuple(positions.T)], targets[tuple(positions.T)]
     module, finish = head.module, head.finish
@@ -260,7 +290,8 @@ def target_loss(
     chunk = chunk_rows(head.vocabulary, device or hidden.device.type)
     trained = [p for p in module.parameters() if p.requires_grad]
     needs_grad = torch.is_grad_enabled() and (h.requires_grad or bool(trained))
-    return ChunkedTargetLoss.apply(logits, h, t, places, chunk, needs_grad, *trained)
+    summed = criterion or cross_entropy(t)
+    return ChunkedTargetLoss.apply(logits, summed, h, places, chunk, needs_grad, *trained)
 
 
 def loss_of_logits(logits: Tensor, targets: Tensor, positions: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from dlora.registry import room
+
 
 class Batch(Protocol):
     """One micro-batch: what the model takes, and targets [rows, tokens], −100 where there is none.
@@ -40,6 +42,10 @@ class Objective(Protocol):
     """
 
     name: ClassVar[str]  # the value of `train.objective`
+    # May be left out. Of the last loss, what the metrics show beside it, summed as it is; and the
+    # passes over W0 without a gradient that a loss takes beside the one with.
+    sums: dict[str, Tensor]
+    extra_passes: int
 
     def __init__(self, section: Any) -> None: ...
 
@@ -53,3 +59,15 @@ class Objective(Protocol):
         without a target. The model may be called more than once, each time for one more pass over
         the base; an auxiliary loss of routers is that of the last call with a gradient.
         """
+
+
+def objective_of(config: Any) -> Objective:
+    """What `train.objective` of a configuration minimises."""
+    name = config.train.objective
+    made: Objective = room("objectives")[name].load()(getattr(config, name, None))
+    return made
+
+
+def sums_of(objective: Any) -> dict[str, Tensor]:
+    """What the metrics show of an objective's last loss beside it; {} where it has nothing."""
+    return getattr(objective, "sums", {})

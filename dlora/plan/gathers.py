@@ -43,7 +43,8 @@ def units_of(
     """The frozen groups of a model over `ranks` ranks, in the order of `groups`.
 
     A freed group is gathered once per forward, once more for backward if a gradient reaches it and
-    it did not wait, and once more where recomputation asks for it; a kept one once per step.
+    it did not wait, and once more where recomputation asks for it; a kept one once per step. A pass
+    without a gradient gathers it once; one that waits for its backward stays there for the next.
 
     Args:
         trained: names of the trained parameters.
@@ -54,6 +55,7 @@ def units_of(
         reached = first_trained <= last_of[group.path]
         again = group.recomputed and _is_recomputed(group.path, workload.checkpointing.every)
         passes = 1 + (reached and not group.waits) + again
+        passes += 0 if group.waits else workload.extra_passes
         units.append(
             Unit(
                 path=group.path,

@@ -20,6 +20,7 @@ from dlora.lora.names import attached, by_name
 from dlora.lora.shared_batch import only
 from dlora.methods.trained_replica import TrainedReplica, replica_of
 from dlora.metrics.progress import StepDisplay
+from dlora.objectives.objective import objective_of
 from dlora.optim.schedule import lr_factor, set_lr
 from dlora.plan.measured import measure, stored
 from dlora.plan.report import comparison
@@ -38,7 +39,7 @@ from dlora.together.leave import finish, leave
 from dlora.together.member import Member, Standing
 from dlora.together.opening import open_logs
 from dlora.together.prepare import JointPreparation
-from dlora.training.build import batches_of, objective_of
+from dlora.training.build import batches_of
 from dlora.training.checkpointing import RESUMES, CheckpointManager
 from dlora.training.evaluate import held_out
 from dlora.training.reporting import due

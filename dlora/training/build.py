@@ -26,7 +26,7 @@ from dlora.methods.attach import attach_unstarted, start_adapters
 from dlora.methods.lora_ga import PASSES, GradientEstimate
 from dlora.methods.packed_residual import Residuals
 from dlora.methods.trained_replica import TrainedReplica, replicate
-from dlora.objectives.objective import Objective
+from dlora.objectives.objective import objective_of
 from dlora.optim.rule import Rule
 from dlora.registry import room
 from dlora.runtime.console import console
@@ -39,6 +39,7 @@ from dlora.training.compiled import CompiledBlocks
 from dlora.training.context import RunContext
 from dlora.training.prepare import Preparation
 from dlora.training.residents import Residents
+from dlora.training.teacher import build_teacher
 from dlora.training.warm_up import start_compiled
 
 
@@ -85,10 +86,12 @@ def build(
         initialise(config, ranks, prepared, model, replica)
     model.train()
     optimizer = build_optimizer(config, ranks, prepared, replica)
-    context = RunContext(
-        config, ranks, prepared, model, replica, residents, optimizer, lock, hooks, blocks
-    )
-    start_compiled(context, objective_of(config))
+    objective = objective_of(config)
+    if prepared.teacher is not None:
+        objective.teacher = build_teacher(prepared, model, replica, ranks.device)
+    parts = (config, ranks, prepared, model, replica, residents, optimizer, lock, hooks, blocks)
+    context = RunContext(*parts, objective)
+    start_compiled(context, objective)
     return context
 
 
@@ -153,12 +156,6 @@ def batches_of(prepared: Preparation, ranks: Ranks, *, pinned: bool = False) -> 
         collate=prepared.collate,
         pinned=pinned,
     )
-
-
-def objective_of(config: Config) -> Objective:
-    """What `train.objective` minimises."""
-    name = config.train.objective
-    return room("objectives")[name].load()(getattr(config, name, None))
 
 
 def build_optimizer(

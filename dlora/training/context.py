@@ -77,6 +77,7 @@ class RunContext:
     Attributes:
         residents: the layers of W0 that stay gathered.
         blocks: those of the model as graphs, where the run compiles them.
+        objective: what is minimised; of several adapters, the run has it.
         lock: of `directory`; every write there calls its `check` first.
         name: of the adapter, among others.
         saved_in: where its checkpoints lie; None: in `directory`.
@@ -92,6 +93,7 @@ class RunContext:
     lock: RunLock
     hooks: Hooks
     blocks: CompiledBlocks | None = None
+    objective: Any = None
     name: str = DEFAULT
     saved_in: Path | None = None
 
@@ -128,7 +130,8 @@ class RunContext:
         fingerprints = found.train.fingerprint, found.base_identity
         about = (self.config, found.lora, found.sampler, *fingerprints)
         state = state_at(step, *about, found.task.labels, found.train.report.ends)
-        return state | {"ranks": self.ranks.world}
+        teacher = {"teacher": found.teacher.identity} if found.teacher is not None else {}
+        return state | {"ranks": self.ranks.world, **teacher}
 
     def beside(self) -> dict[str, Any]:
         """The tensors beside the trained ones, and what the adapters' method records."""

@@ -21,6 +21,7 @@ from dlora.errors import UsageError, and_more
 from dlora.lora.attach import adapter_tensors, attachment_of
 from dlora.lora.config import LoraConfig
 from dlora.lora.dropout import KEYED_BY
+from dlora.plan.teacher import FoundTeacher, find_teacher
 from dlora.sharding.topology import Topology
 from dlora.tasks import Task
 from dlora.tasks.packing import settle_packing
@@ -45,6 +46,7 @@ from dlora.training.prepare_data import (
 )
 from dlora.training.prepare_model import Adapted, adapted, task_of
 from dlora.training.settle_compile import Compiler
+from dlora.training.teacher import prepare_teacher
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Material:
         lora: its settings, with what follows from the number of steps.
         packs: whether sequences share rows.
         known: the identity of the base, where it is known.
+        teacher: of a distillation.
     """
 
     config: Config
@@ -88,6 +91,7 @@ class Material:
     pad_id: int
     known: str | None
     resumed: ResumePoint | None
+    teacher: FoundTeacher | None = None
 
 
 def gather_material(
@@ -127,15 +131,21 @@ def gather_material(
         announce(f"adapter.{line}")
     if drawn := random_settings(skeleton):
         announce(f"model: its own {', '.join(drawn)} are off in training, since W0 is frozen")
+    teacher = find_teacher(config, base, skeleton, announce)
     packs = settle_packing(config.data.packing, task, skeleton, announce)
     known = identity(base, skeleton)
     tokenizer = with_template(config, base.tokenizer())
+    if teacher is not None:
+        packs = prepare_teacher(teacher, config, tokenizer, resumed, announce, packs=packs)
     read = (config, tokenizer, task, announce)
     load = functools.partial(load_data, *read, around.writes, once)
     train = open_stream(*read) if config.data.streaming else load("train")
     held_out = load("eval") if config.data.eval is not None else None
     limits = limits_of(tokenizer, skeleton)
     check_sequences({"data.train": train, "data.eval": held_out}, limits)
+    if teacher is not None and teacher.skeleton is not None:
+        limits = limits.beside(limits_of(tokenizer, teacher.skeleton, "the teacher"))
+        check_sequences({"data.train": train}, limits)
     sampler = sampler_of(config, train, limits, announce)
     lora = scheduled(model.lora, sampler.total_steps)
     if resumed is not None:
@@ -169,4 +179,5 @@ def gather_material(
         pad_token(tokenizer, skeleton),
         known,
         resumed,
+        teacher,
     )

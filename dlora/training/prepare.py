@@ -24,6 +24,7 @@ from dlora.lora.left import unreached_by_text
 from dlora.plan.choose import Decision, capacity_of, decide
 from dlora.plan.micro_batches import settle_micro_batches
 from dlora.plan.plan import Plan, Subject
+from dlora.plan.teacher import FoundTeacher, TracedObjective
 from dlora.plan.workload import Workload, workload_of
 from dlora.sharding.topology import Placement, Topology
 from dlora.tasks import Task
@@ -50,6 +51,7 @@ class Preparation:
         drawn: parameters of a head that the base lacks.
         dealing: makes the micro-batches of ranks.
         compiles: whether blocks run as graphs of torch's compiler.
+        teacher: of a distillation.
         unreached: adapted modules that text alone does not reach, of a model that takes images too.
     """
 
@@ -70,6 +72,7 @@ class Preparation:
     drawn: tuple[str, ...] = ()
     unreached: tuple[str, ...] = ()
     compiles: bool = False
+    teacher: FoundTeacher | None = None
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """One micro-batch, on the CPU."""
@@ -96,6 +99,7 @@ class Preparation:
         """A text that is equal on ranks with the same data, settings and plan."""
         data = [self.train.fingerprint, self.eval.fingerprint if self.eval else ""]
         data.append(self.base_identity or "")
+        data.append(self.teacher.identity if self.teacher else "")
         chosen = [self.placement, self.divided, self.budget.resident, self.compiles]
         return " ".join([*data, str(self.lora), *map(str, chosen)])
 
@@ -127,9 +131,8 @@ def prepare(
         else:  # any sequence may be the longest
             workload = workload_of(config, world, dealing=dealing)
         trained = trainable_parameters(skeleton)
-        return decision_of(
-            config, found.task, skeleton, trained, workload, topology, around, resumed
-        )
+        about = (config, found.task, skeleton, trained, workload, topology, around, resumed)
+        return decision_of(*about, found.teacher)
 
     earlier = resumed.tokens_per_micro_batch(world) if resumed else None
     dealing, decision = settle_micro_batches(
@@ -177,6 +180,7 @@ def prepared_from(
         found.model.drawn,
         unreached=tuple(unreached_by_text(skeleton, [*attachment.adapted, *attachment.saved])),
         compiles=compiles,
+        teacher=found.teacher,
     )
 
 
@@ -189,6 +193,7 @@ def decision_of(
     topology: Topology,
     around: Surroundings,
     resumed: ResumePoint | None,
+    teacher: FoundTeacher | None = None,
 ) -> Decision:
     """The plan of a run: what the settings leave open is chosen, `base: auto` above all."""
     section, world = config.sharding, topology.world
@@ -207,7 +212,8 @@ def decision_of(
             workload,
             task=task,
             device=around.device,
-            check=lambda placement: check_divides(skeleton, placement),
+            check=lambda placement: _check_divides(skeleton, teacher, placement),
+            objective=None if teacher is None else TracedObjective(config, teacher),
         ),
         topology,
         engine=settings.engine,
@@ -222,3 +228,9 @@ def decision_of(
         return decision
     is_open = settings.base == "auto"
     return replace(decision, reason=settings.reason + (f": {decision.reason}" if is_open else ""))
+
+
+def _check_divides(skeleton: Any, teacher: FoundTeacher | None, placement: Placement) -> None:
+    check_divides(skeleton, placement)
+    if teacher is not None:
+        teacher.check_divides(placement)

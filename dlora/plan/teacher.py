@@ -1,0 +1,319 @@
+"""The teacher of a distillation before a weight is read: what it is, and what it takes of a rank.
+
+of W0 itself    one pass more over it in each micro-batch, which gathers what is freed once more
+another base    its own share of a rank, and a pass of its own; what it keeps for the step, and
+                the last of its blocks, is gathered once in a step
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dlora.adapters.hub import adapter_directory
+from dlora.adapters.mixture import has_mixture
+from dlora.adapters.peft_config import read_config
+from dlora.adapters.write import WEIGHTS
+from dlora.base.identity import identity
+from dlora.base.model import BaseModel, find_base
+from dlora.base.skeleton import check_divides
+from dlora.config.load import SCHEMA, Config, value_of
+from dlora.data.encode import NO_TARGET
+from dlora.data.taught import MANIFEST, Taught
+from dlora.errors import UsageError
+from dlora.io.files import inside
+from dlora.lora.attach import attach, trainable_parameters
+from dlora.objectives.distill import BASE, Distill, OtherBase, OwnBase, TopK, Written
+from dlora.objectives.objective import Objective, objective_of
+from dlora.objectives.output_head import output_head
+from dlora.sharding.comm_bytes import ring_gather_bytes
+from dlora.sharding.engines.protocol import engine_class
+from dlora.sharding.topology import Placement
+
+_KEY = "distill.teacher"
+
+
+@dataclass(frozen=True)
+class FoundTeacher:
+    """A teacher.
+
+    Attributes:
+        base: None: that of the run.
+        skeleton: of `base`, as it is loaded, without the adapter.
+        adapter: the directory of its adapter, or None.
+        adapted: its base, with that adapter.
+        identity: equal for the same weights, as far as that is known.
+        taught: its files, where it is no model.
+    """
+
+    base: BaseModel | None
+    skeleton: nn.Module | None
+    adapter: Path | None
+    adapted: nn.Module | None
+    identity: str
+    taught: Taught | None = None
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Of A and B, which every rank has."""
+        if self.adapted is None:
+            return 0
+        return sum(
+            p.numel() * p.element_size() for p in trainable_parameters(self.adapted).values()
+        )
+
+    def check_divides(self, placement: Placement) -> None:
+        """Raise a `UsageError` for a placement that its base does not allow."""
+        if self.skeleton is not None:
+            with named():
+                check_divides(self.skeleton, placement)
+
+    def check(self, tokenizer: Any) -> None:
+        """Check that the teacher has the vocabulary of a model, whose tokenizer this is.
+
+        Raises:
+            UsageError: it has another one.
+        """
+        if self.base is None:
+            return
+        with named():
+            theirs = self.base.tokenizer().get_vocab()
+        if (ours := tokenizer.get_vocab()) == theirs:
+            return
+        token = min(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
+        there, here = (found.get(token, "missing") for found in (theirs, ours))
+        raise UsageError(
+            f"{_KEY}: {self.base.path} has another vocabulary than model.path: the token {token!r} "
+            f"is {there} there, and {here} here"
+        )
+
+
+@contextmanager
+def named() -> Iterator[None]:
+    """Inside, errors about a base name the teacher."""
+    try:
+        yield
+    except UsageError as error:
+        said = str(error).removeprefix("model.path: ")
+        said = said.replace("model.quantization", "distill.teacher_quantization")
+        raise UsageError(f"{_KEY}: {said}") from error
+
+
+def find_teacher(
+    config: Config,
+    base: BaseModel | None,
+    skeleton: nn.Module,
+    announce: Callable[[str], None] = lambda line: None,
+) -> FoundTeacher | None:
+    """The teacher of a run; None: its objective has none.
+
+    Args:
+        base: of the run, where it is known, and `skeleton` its model.
+
+    Raises:
+        UsageError: it cannot be the teacher of this model.
+    """
+    if config.train.objective != Distill.name:
+        return None
+    section: Any = getattr(config, Distill.name)
+    if output_head(skeleton).finish is None:
+        raise UsageError(
+            f"train.objective: distill needs logits row by row, and how {type(skeleton).__name__} "
+            "computes them is not known"
+        )
+    local = Path(section.teacher).expanduser()
+    if section.teacher != BASE and (local / MANIFEST).is_file():
+        taught = _taught(config, skeleton, local)
+        return FoundTeacher(None, None, None, None, taught.identity, taught)
+    own = None if section.teacher == BASE else _other_base(config, skeleton, announce)
+    directory = adapted = None
+    if section.teacher_adapter is not None:
+        theirs = own[0] if own else base or _found(config.model.path, config)
+        directory = adapter_directory(section.teacher_adapter, "distill.teacher_adapter")
+        adapted = _adapted(theirs, directory)
+    known = own and identity(*own)
+    weights = "" if directory is None else _digest(directory)
+    return FoundTeacher(*(own or (None, None)), directory, adapted, f"{known or ''} {weights}")
+
+
+def _taught(config: Config, skeleton: nn.Module, directory: Path) -> Taught:
+    section: Any = getattr(config, Distill.name)
+    found, said = Taught.open(directory), f"{_KEY}: {directory}"
+    for key in ("teacher_adapter", "teacher_quantization"):
+        if value_of(config, f"{Distill.name}.{key}") != SCHEMA[f"{Distill.name}.{key}"].default:
+            raise UsageError(f"distill.{key}: cannot act: {directory} has what a teacher found")
+    if config.data.streaming:
+        raise UsageError(f"{said} is of a data set in memory; set data.streaming: false")
+    if config.train.compile is True:
+        raise UsageError(f"{said} has no tokens for the passes of train.compile; set it to false")
+    about = found.about
+    if about.temperature != section.temperature:
+        raise UsageError(
+            f"distill.temperature: {section.temperature:g}, but {directory} was made at "
+            f"{about.temperature:g}"
+        )
+    if section.top_k is not None and section.top_k > about.top_k:
+        raise UsageError(
+            f"distill.top_k: {section.top_k}, but {directory} has the {about.top_k} likeliest tokens"
+        )
+    _check_vocabulary(str(directory), about.vocabulary, skeleton)
+    return found
+
+
+def _check_vocabulary(teacher: str, size: int, skeleton: nn.Module) -> None:
+    if size != (ours := output_head(skeleton).vocabulary):
+        raise UsageError(
+            f"{_KEY}: {teacher} has logits of {size} tokens, and model.path of {ours}"
+        )
+
+
+def _other_base(
+    config: Config, skeleton: nn.Module, announce: Callable[[str], None]
+) -> tuple[BaseModel, nn.Module]:
+    section: Any = getattr(config, Distill.name)
+    if config.sharding.engine == "zero3":
+        raise UsageError(
+            f"{_KEY}: {section.teacher} is another base, and sharding.engine: zero3 follows the "
+            f"modules of one model; use fsdp2, or {_KEY}: base"
+        )
+    with named():
+        base = _found(
+            section.teacher, config, quantization=section.teacher_quantization, announce=announce
+        )
+        found = base.skeleton().requires_grad_(False)
+        base.check_stored(found)
+        packed = base.pack(found)
+        head = output_head(found)
+    if packed is not None:
+        announce(f"distill.teacher_quantization: {packed}")
+    if head.finish is None:
+        raise UsageError(
+            f"{_KEY}: how {type(found).__name__} computes its logits is not known row by row"
+        )
+    _check_vocabulary(section.teacher, head.vocabulary, skeleton)
+    return base, found
+
+
+def _found(path: str, config: Config, **how: Any) -> BaseModel:
+    """A base that is loaded like that of the run."""
+    section = config.model
+    about = {"dtype": section.dtype, "cache_dir": section.cache_dir}
+    return find_base(path, **about, attn_implementation=section.attn_implementation, **how)
+
+
+def _adapted(base: BaseModel, directory: Path) -> nn.Module:
+    """The base on the meta device with the adapter in a directory."""
+    if has_mixture(directory):
+        raise UsageError(
+            f"distill.teacher_adapter: {directory} is a mixture of experts; a teacher takes a LoRA"
+        )
+    settings, skeleton = read_config(directory), base.skeleton()
+    base.pack(skeleton)
+    try:
+        attach(skeleton, settings)
+    except UsageError as error:
+        raise UsageError(f"distill.teacher_adapter: {directory}: {error}") from None
+    return skeleton
+
+
+def _digest(directory: Path) -> str:
+    with inside(directory, WEIGHTS).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# What it takes -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TeacherBytes:
+    """Bytes of a rank for a teacher.
+
+    Attributes:
+        held: its share of another base, and its adapter.
+        kept: gathered from the first use on until the step ends.
+        layers: most that is gathered at one time beside these.
+        gathers: sent in an optimizer step.
+    """
+
+    held: int = 0
+    kept: int = 0
+    layers: int = 0
+    gathers: float = 0.0
+
+
+def teacher_bytes(
+    found: FoundTeacher | None, placement: Placement, micro_batches: int, at_once: int
+) -> TeacherBytes:
+    """What a teacher takes of a rank under a placement; nothing without one.
+
+    Args:
+        micro_batches: of a step.
+        at_once: as of `dlora.plan.memory.Memory`.
+    """
+    if found is None:
+        return TeacherBytes()
+    if found.skeleton is None:
+        return TeacherBytes(held=found.adapter_bytes)
+    groups, size = engine_class(placement).groups(found.skeleton), placement.shard_size
+    if size == 1:
+        whole = sum(group.nbytes for group in groups)
+        return TeacherBytes(held=whole + found.adapter_bytes)
+    gathered = [(group.gathered_bytes(size), group.freed and not group.waits) for group in groups]
+    freed = sorted((nbytes for nbytes, is_freed in gathered if is_freed), reverse=True)
+    kept = sum(nbytes for nbytes, is_freed in gathered if not is_freed)
+    share = sum(nbytes for nbytes, _ in gathered) // size
+    return TeacherBytes(
+        held=share + found.adapter_bytes,
+        kept=kept,
+        layers=sum(freed[:at_once]),
+        gathers=ring_gather_bytes(kept + micro_batches * sum(freed), size),
+    )
+
+
+# Its part in a trace -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, repr=False)
+class TracedObjective:
+    """Makes the objective of a run for a trace.
+
+    Attributes:
+        found: its teacher, if it has one.
+    """
+
+    config: Config
+    found: FoundTeacher | None
+
+    def __call__(self, twin_of: Callable[[nn.Module], nn.Module]) -> Objective:
+        objective = objective_of(self.config)
+        if isinstance(objective, Distill):
+            other = self.found.skeleton if self.found is not None else None
+            objective.teacher = OwnBase() if other is None else OtherBase(twin_of(other))
+            if self.found is not None and self.found.taught is not None:
+                objective.teacher = _like(self.found.taught)
+        return objective
+
+    def __repr__(self) -> str:
+        """Equal for equal traces."""
+        found = self.found and self.found.skeleton
+        section = getattr(self.config, self.config.train.objective, None)
+        return f"{self.config.train.objective} {section} {found and found.config} {found}"
+
+
+def _like(taught: Taught) -> Written:
+    """A teacher with tokens of the shapes that files have, whatever the batch."""
+
+    def tokens(batch: Any) -> TopK:
+        shape = int((batch.targets != NO_TARGET).nonzero().shape[0]), taught.about.top_k
+        device = batch.targets.device
+        ids = torch.zeros(shape, dtype=torch.int64, device=device)
+        return TopK(ids, torch.zeros(shape, device=device))
+
+    return Written(tokens)
