@@ -1,11 +1,11 @@
 """What a teacher found likeliest at each target of a data set, in files: `dlora teach`.
 
-    teacher.json                  what it is of, and the parts, written last
-    part-RANK-NUMBER.safetensors  of some sequences, side by side
-        sequences  int64 [S]      their ids
-        starts     int64 [S + 1]  where the targets of each begin, and the end
-        ids        int32 [N, k]   the k likeliest tokens of each target
-        log_p      float32 [N, k] log softmax(logits/T) of these, the likeliest first
+teacher.json                  what it is of, and the parts, written last
+part-RANK-NUMBER.safetensors  of some sequences, side by side
+    sequences  int64 [S]      their ids
+    starts     int64 [S + 1]  where the targets of each begin, and the end
+    ids        int32 [N, k]   the k likeliest tokens of each target
+    log_p      float32 [N, k] log softmax(logits/T) of these, the likeliest first
 """
 
 from __future__ import annotations

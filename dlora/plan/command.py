@@ -32,7 +32,8 @@ from dlora.plan.plan import Plan, Subject
 from dlora.plan.speed import Speeds, step_time
 from dlora.plan.state import modes
 from dlora.plan.tables import Survey, as_json, as_text
-from dlora.plan.teacher import TracedObjective, find_teacher
+from dlora.plan.teacher import find_teacher
+from dlora.plan.teacher_bytes import TracedObjective
 from dlora.plan.together import NO_GRAPHS, Several
 from dlora.plan.workload import workload_of
 from dlora.registry import option, room

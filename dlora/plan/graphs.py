@@ -27,7 +27,9 @@ def no_graphs(plan: Plan) -> str:
 
 
 def no_graphs_of(config: Config) -> str:
-    """Why the adapters' method cannot have graphs; "": it can."""
+    """Why the adapters' method or the objective cannot have graphs; "": it can."""
+    if config.train.objective == "distill":
+        return "train.objective: distill runs without graphs"
     method = room("lora.variants")[config.adapter.method]
     can = method.says.get("compiles", True)
     return "" if can else f"adapter.method: {method.name} has no graphs"

@@ -32,7 +32,7 @@ from dlora.plan.activations import Trace
 from dlora.plan.gathers import Unit
 from dlora.plan.method import MethodPlan
 from dlora.plan.state import divides, share_of, state_of
-from dlora.plan.teacher import TeacherBytes
+from dlora.plan.teacher_bytes import TeacherBytes
 from dlora.plan.workload import Workload
 from dlora.sharding.topology import Placement, Topology
 

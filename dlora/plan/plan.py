@@ -13,7 +13,8 @@ from dlora.config.recompute import Recompute
 from dlora.plan.gathers import Unit, units_of
 from dlora.plan.memory import AT_ONCE, Memory, memory_of
 from dlora.plan.method import method_plan, offset_bytes, offsets_of
-from dlora.plan.teacher import FoundTeacher, TracedObjective, teacher_bytes
+from dlora.plan.teacher import FoundTeacher
+from dlora.plan.teacher_bytes import TracedObjective, teacher_bytes
 from dlora.plan.trace import trace
 from dlora.plan.traffic import Traffic, traffic_of
 from dlora.plan.workload import Workload

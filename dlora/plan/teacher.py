@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from dlora.adapters.hub import adapter_directory
@@ -25,16 +24,12 @@ from dlora.base.identity import identity
 from dlora.base.model import BaseModel, find_base
 from dlora.base.skeleton import check_divides
 from dlora.config.load import SCHEMA, Config, value_of
-from dlora.data.encode import NO_TARGET
 from dlora.data.taught import MANIFEST, Taught
 from dlora.errors import UsageError
 from dlora.io.files import inside
 from dlora.lora.attach import attach, trainable_parameters
-from dlora.objectives.distill import BASE, Distill, OtherBase, OwnBase, TopK, Written
-from dlora.objectives.objective import Objective, objective_of
+from dlora.objectives.distill import BASE, Distill
 from dlora.objectives.output_head import output_head
-from dlora.sharding.comm_bytes import ring_gather_bytes
-from dlora.sharding.engines.protocol import engine_class
 from dlora.sharding.topology import Placement
 
 _KEY = "distill.teacher"
@@ -151,8 +146,6 @@ def _taught(config: Config, skeleton: nn.Module, directory: Path) -> Taught:
             raise UsageError(f"distill.{key}: cannot act: {directory} has what a teacher found")
     if config.data.streaming:
         raise UsageError(f"{said} is of a data set in memory; set data.streaming: false")
-    if config.train.compile is True:
-        raise UsageError(f"{said} has no tokens for the passes of train.compile; set it to false")
     about = found.about
     if about.temperature != section.temperature:
         raise UsageError(
@@ -161,7 +154,8 @@ def _taught(config: Config, skeleton: nn.Module, directory: Path) -> Taught:
         )
     if section.top_k is not None and section.top_k > about.top_k:
         raise UsageError(
-            f"distill.top_k: {section.top_k}, but {directory} has the {about.top_k} likeliest tokens"
+            f"distill.top_k: {section.top_k}, but {directory} has {about.top_k} tokens of each "
+            "target"
         )
     _check_vocabulary(str(directory), about.vocabulary, skeleton)
     return found
@@ -169,9 +163,7 @@ def _taught(config: Config, skeleton: nn.Module, directory: Path) -> Taught:
 
 def _check_vocabulary(teacher: str, size: int, skeleton: nn.Module) -> None:
     if size != (ours := output_head(skeleton).vocabulary):
-        raise UsageError(
-            f"{_KEY}: {teacher} has logits of {size} tokens, and model.path of {ours}"
-        )
+        raise UsageError(f"{_KEY}: {teacher} has logits of {size} tokens, and model.path of {ours}")
 
 
 def _other_base(
@@ -226,94 +218,3 @@ def _adapted(base: BaseModel, directory: Path) -> nn.Module:
 def _digest(directory: Path) -> str:
     with inside(directory, WEIGHTS).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# What it takes -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TeacherBytes:
-    """Bytes of a rank for a teacher.
-
-    Attributes:
-        held: its share of another base, and its adapter.
-        kept: gathered from the first use on until the step ends.
-        layers: most that is gathered at one time beside these.
-        gathers: sent in an optimizer step.
-    """
-
-    held: int = 0
-    kept: int = 0
-    layers: int = 0
-    gathers: float = 0.0
-
-
-def teacher_bytes(
-    found: FoundTeacher | None, placement: Placement, micro_batches: int, at_once: int
-) -> TeacherBytes:
-    """What a teacher takes of a rank under a placement; nothing without one.
-
-    Args:
-        micro_batches: of a step.
-        at_once: as of `dlora.plan.memory.Memory`.
-    """
-    if found is None:
-        return TeacherBytes()
-    if found.skeleton is None:
-        return TeacherBytes(held=found.adapter_bytes)
-    groups, size = engine_class(placement).groups(found.skeleton), placement.shard_size
-    if size == 1:
-        whole = sum(group.nbytes for group in groups)
-        return TeacherBytes(held=whole + found.adapter_bytes)
-    gathered = [(group.gathered_bytes(size), group.freed and not group.waits) for group in groups]
-    freed = sorted((nbytes for nbytes, is_freed in gathered if is_freed), reverse=True)
-    kept = sum(nbytes for nbytes, is_freed in gathered if not is_freed)
-    share = sum(nbytes for nbytes, _ in gathered) // size
-    return TeacherBytes(
-        held=share + found.adapter_bytes,
-        kept=kept,
-        layers=sum(freed[:at_once]),
-        gathers=ring_gather_bytes(kept + micro_batches * sum(freed), size),
-    )
-
-
-# Its part in a trace -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, repr=False)
-class TracedObjective:
-    """Makes the objective of a run for a trace.
-
-    Attributes:
-        found: its teacher, if it has one.
-    """
-
-    config: Config
-    found: FoundTeacher | None
-
-    def __call__(self, twin_of: Callable[[nn.Module], nn.Module]) -> Objective:
-        objective = objective_of(self.config)
-        if isinstance(objective, Distill):
-            other = self.found.skeleton if self.found is not None else None
-            objective.teacher = OwnBase() if other is None else OtherBase(twin_of(other))
-            if self.found is not None and self.found.taught is not None:
-                objective.teacher = _like(self.found.taught)
-        return objective
-
-    def __repr__(self) -> str:
-        """Equal for equal traces."""
-        found = self.found and self.found.skeleton
-        section = getattr(self.config, self.config.train.objective, None)
-        return f"{self.config.train.objective} {section} {found and found.config} {found}"
-
-
-def _like(taught: Taught) -> Written:
-    """A teacher with tokens of the shapes that files have, whatever the batch."""
-
-    def tokens(batch: Any) -> TopK:
-        shape = int((batch.targets != NO_TARGET).nonzero().shape[0]), taught.about.top_k
-        device = batch.targets.device
-        ids = torch.zeros(shape, dtype=torch.int64, device=device)
-        return TopK(ids, torch.zeros(shape, device=device))
-
-    return Written(tokens)

@@ -24,7 +24,8 @@ from dlora.lora.left import unreached_by_text
 from dlora.plan.choose import Decision, capacity_of, decide
 from dlora.plan.micro_batches import settle_micro_batches
 from dlora.plan.plan import Plan, Subject
-from dlora.plan.teacher import FoundTeacher, TracedObjective
+from dlora.plan.teacher import FoundTeacher
+from dlora.plan.teacher_bytes import TracedObjective
 from dlora.plan.workload import Workload, workload_of
 from dlora.sharding.topology import Placement, Topology
 from dlora.tasks import Task

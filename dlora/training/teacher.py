@@ -10,16 +10,18 @@ import torch
 from torch import nn
 
 from dlora.adapters.swap import load_named
+from dlora.base.model import BaseModel
 from dlora.config.load import Config
 from dlora.errors import UsageError
 from dlora.lora.attach import named_adapters
 from dlora.lora.names import by_name
 from dlora.methods.trained_replica import TrainedReplica, replicate
-from dlora.objectives.distill import OtherBase, OwnBase, Teacher, with_adapter
+from dlora.objectives.distill import OtherBase, OwnBase, Teacher, TopK, Written, with_adapter
 from dlora.objectives.packable import why_not
 from dlora.plan.teacher import FoundTeacher
 from dlora.runtime.console import console
-from dlora.sharding.engines.protocol import build_engine
+from dlora.sharding.engines.protocol import Engine, build_engine
+from dlora.tasks import Task
 from dlora.training.checks import check_adapter
 from dlora.training.find_checkpoint import ResumePoint
 
@@ -75,6 +77,12 @@ def build_teacher(
         model: that learns, and `replica` of its adapters.
     """
     found: FoundTeacher = prepared.teacher
+    if (taught := found.taught) is not None:
+
+        def read(batch: Any) -> TopK:
+            return TopK(*(part.to(device) for part in taught.read(batch.ids)))
+
+        return Written(read)
     if found.base is None:
         if found.adapter is None:
             return OwnBase()
@@ -82,14 +90,32 @@ def build_teacher(
         return OwnBase(partial(with_adapter, name=NAME))
     engine = build_engine(prepared.placement, prepared.topology)
     engine.wire = replica.engine.wire  # one figure for both
-    teacher = found.base.load(engine, device)
-    beside = replicate(teacher, engine)
-    if found.adapter is not None:
-        _load_adapter(teacher, found)
-    prepared.task.install(teacher.eval())
+    teacher, beside = load_teacher(found, prepared.task, engine, device)
     replica.released_with.append(beside.release)
     console.info(f"distill.teacher: {found.base.path}, {type(teacher).__name__}")
     return OtherBase(teacher)
+
+
+def load_teacher(
+    found: FoundTeacher,
+    task: Task,
+    engine: Engine,
+    device: torch.device,
+    base: BaseModel | None = None,
+) -> tuple[nn.Module, TrainedReplica]:
+    """Load the model of a teacher, in eval mode, and what frees its gathered weights. Collective.
+
+    Args:
+        base: where it is not the teacher's own.
+    """
+    base = found.base or base
+    assert base is not None
+    teacher = base.load(engine, device)
+    beside = replicate(teacher, engine)
+    if found.adapter is not None:
+        _load_adapter(teacher, found)
+    task.install(teacher.eval())
+    return teacher, beside
 
 
 def _load_adapter(model: nn.Module, found: FoundTeacher) -> None:
