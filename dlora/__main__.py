@@ -16,6 +16,7 @@ COMMANDS = {
     "compose": "make one adapter from several of the same base",
     "library": "keep adapters of one base with versions, history and the active one",
     "analyse": "say what an adapter learned: norms, ranks, directions, similarity",
+    "teach": "write what a teacher finds likeliest, for distill.teacher",
     "generate": "answer a prompt with a base, or with a base and an adapter",
     "extract": "write what a full fine-tune changed of its base as a plain LoRA",
     "compress": "write a model whose weights are products of two thin matrices",
@@ -23,6 +24,7 @@ COMMANDS = {
 MODULES = {  # of those whose name is a package
     "data": "dlora.training.show_data",
     "plan": "dlora.plan.command",
+    "teach": "dlora.training.teach",
     "export": "dlora.export.command",
     "compose": "dlora.library.compose",
     "library": "dlora.library.command",

@@ -70,6 +70,14 @@ class FoundTeacher:
             with named():
                 check_divides(self.skeleton, placement)
 
+    def check_data(self, fingerprint: str) -> None:
+        """Check that its files, if it has such, are of the data set with a fingerprint."""
+        if self.taught is not None and self.taught.about.data != fingerprint:
+            raise UsageError(
+                f"{_KEY}: {self.taught.directory} is of other sequences than data.train has; write "
+                "it again (dlora teach)"
+            )
+
     def check(self, tokenizer: Any) -> None:
         """Check that the teacher has the vocabulary of a model, whose tokenizer this is.
 

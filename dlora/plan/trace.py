@@ -192,7 +192,7 @@ def _traced(
 
 
 def _on_cpu(model: Any) -> None:
-    """Let attention run on a CPU; what another kernel saves is the same."""
+    """Let attention run on a CPU, where it saves the same."""
     if model.config._attn_implementation not in ("eager", "sdpa"):
         model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
 

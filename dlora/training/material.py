@@ -141,6 +141,8 @@ def gather_material(
     load = functools.partial(load_data, *read, around.writes, once)
     train = open_stream(*read) if config.data.streaming else load("train")
     held_out = load("eval") if config.data.eval is not None else None
+    if teacher is not None:
+        teacher.check_data(train.fingerprint)
     limits = limits_of(tokenizer, skeleton)
     check_sequences({"data.train": train, "data.eval": held_out}, limits)
     if teacher is not None and teacher.skeleton is not None:

@@ -16,8 +16,8 @@ from dlora.errors import UsageError
 from dlora.lora.attach import named_adapters
 from dlora.lora.names import by_name
 from dlora.methods.trained_replica import TrainedReplica, replicate
-from dlora.objectives.distill import OtherBase, OwnBase, Teacher, TopK, Written, with_adapter
 from dlora.objectives.packable import why_not
+from dlora.objectives.teachers import OtherBase, OwnBase, Teacher, TopK, Written, with_adapter
 from dlora.plan.teacher import FoundTeacher
 from dlora.runtime.console import console
 from dlora.sharding.engines.protocol import Engine, build_engine
