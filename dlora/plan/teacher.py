@@ -1,13 +1,7 @@
-"""The teacher of a distillation before a weight is read: what it is, and what it takes of a rank.
-
-of W0 itself    one pass more over it in each micro-batch, which gathers what is freed once more
-another base    its own share of a rank, and a pass of its own; what it keeps for the step, and
-                the last of its blocks, is gathered once in a step
-"""
+"""The teacher of a distillation before a weight is read: what it is, and whether it fits."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,14 +13,13 @@ from torch import nn
 from dlora.adapters.hub import adapter_directory
 from dlora.adapters.mixture import has_mixture
 from dlora.adapters.peft_config import read_config
-from dlora.adapters.write import WEIGHTS
+from dlora.adapters.write import digest_of
 from dlora.base.identity import identity
 from dlora.base.model import BaseModel, find_base
 from dlora.base.skeleton import check_divides
 from dlora.config.load import SCHEMA, Config, value_of
 from dlora.data.taught import MANIFEST, Taught
 from dlora.errors import UsageError
-from dlora.io.files import inside
 from dlora.lora.attach import attach, trainable_parameters
 from dlora.objectives.distill import BASE, Distill
 from dlora.objectives.output_head import output_head
@@ -142,7 +135,7 @@ def find_teacher(
         directory = adapter_directory(section.teacher_adapter, "distill.teacher_adapter")
         adapted = _adapted(theirs, directory)
     known = own and identity(*own)
-    weights = "" if directory is None else _digest(directory)
+    weights = "" if directory is None else digest_of(directory)
     return FoundTeacher(*(own or (None, None)), directory, adapted, f"{known or ''} {weights}")
 
 
@@ -221,8 +214,3 @@ def _adapted(base: BaseModel, directory: Path) -> nn.Module:
     except UsageError as error:
         raise UsageError(f"distill.teacher_adapter: {directory}: {error}") from None
     return skeleton
-
-
-def _digest(directory: Path) -> str:
-    with inside(directory, WEIGHTS).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
