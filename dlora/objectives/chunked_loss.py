@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from dlora.errors import UsageError
 from dlora.lora.layers import CHILD
 from dlora.objectives.attention_tables import extend_tables
+from dlora.objectives.loss_part import LossPart
 from dlora.objectives.output_head import OutputHead, output_head, without_cache
 from dlora.objectives.own_length import OwnLengths
 from dlora.objectives.packed_row import PackedRow, one_sequence_per_row
@@ -149,27 +150,6 @@ class HeadInput:
         return target_loss(self.head, *where, criterion=criterion)
 
 
-@dataclass(frozen=True)
-class LossPart:
-    """A part of a batch whose loss is wanted apart.
-
-    Attributes:
-        positions: [N, 2], the (row, token) of its targets.
-        own: the same places in a batch of this part alone.
-        end: in a row that all share, where its tokens end.
-        head: entered around each product of the head, with the places `own` of its rows.
-    """
-
-    positions: Tensor
-    own: Tensor
-    end: int
-    head: Callable[[Tensor], AbstractContextManager[None]]
-
-    def loss(self, head: OutputHead, hidden: Tensor, targets: Tensor, device: str | None) -> Tensor:
-        """Its `target_loss`."""
-        return target_loss(head, hidden, targets, self.positions, device, self)
-
-
 def install(model: Any, device: str | None = None) -> None:
     """Let a causal language model compute `model(..., targets=[rows, tokens])` → Σ cross entropy.
 
@@ -221,7 +201,8 @@ def install(model: Any, device: str | None = None) -> None:
                 return at_head(HeadInput(head, hidden, targets, positions, device))
             if not parts:
                 return target_loss(head, hidden, targets, positions, device)
-            return torch.stack([part.loss(head, hidden, targets, device) for part in parts])
+            about = (head, hidden, targets)
+            return torch.stack([target_loss(*about, p.positions, device, p) for p in parts])
 
         asked = router.begin() if router is not None else {}
         losses[:], found[:] = [loss] if head.finish is not None else [], []

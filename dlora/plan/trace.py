@@ -184,15 +184,14 @@ def _traced(
         given: Any = SimpleNamespace(
             inputs=inputs, targets=marked, positions=None, lengths=batch.lengths
         )
-        loss = minimised.loss(twin, given)
-        loss, _ = whole_loss(twin, loss, targets)
+        loss, _ = whole_loss(twin, minimised.loss(twin, given), targets)
         saved = live.now
         loss.backward()
     return Trace(saved, live.peaks[""], live.peaks["loss"], live.flops)
 
 
 def _on_cpu(model: Any) -> None:
-    """Let attention run on a CPU, where it saves the same."""
+    """Let attention run on a CPU; it saves the same there."""
     if model.config._attn_implementation not in ("eager", "sdpa"):
         model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
 
