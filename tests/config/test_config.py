@@ -409,7 +409,7 @@ MISTAKES = [  # words of the command line, what the one line has to say
     (["--adapter.r="], ["adapter.r: expected int, got ''"]),
     (["--adapter.use_dora", "maybe"], ["adapter.use_dora: expected true or false, got 'maybe'"]),
     (["--sharding.engine", "ddp"], ["sharding.engine: expected one of fsdp2, zero3, got 'ddp'"]),
-    (["--train.objective", "ppo"], ["train.objective: expected one of sft, got 'ppo'"]),
+    (["--train.objective", "ppo"], ["train.objective: expected one of sft, distill, got 'ppo'"]),
     (["--model.quantization", "null"], ["model.quantization: expected one of none, fp8"]),
     (["--adapter.init_lora_weights", "false"], ["adapter.init_lora_weights: expected one of true"]),
     (["--adapter.rank_pattern", "{q: a}"], ["rank_pattern: expected a mapping of names to int"]),
