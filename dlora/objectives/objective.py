@@ -37,15 +37,14 @@ class Batch(Protocol):
 class Objective(Protocol):
     """What is minimised.
 
+    It may have `sums`, {name: what the metrics show beside the last loss, summed as it is}, and
+    `extra_passes`, the passes over W0 without a gradient that a loss takes beside the one with.
+
     Args:
         section: its options; None where its file declares none.
     """
 
     name: ClassVar[str]  # the value of `train.objective`
-    # May be left out. Of the last loss, what the metrics show beside it, summed as it is; and the
-    # passes over W0 without a gradient that a loss takes beside the one with.
-    sums: dict[str, Tensor]
-    extra_passes: int
 
     def __init__(self, section: Any) -> None: ...
 

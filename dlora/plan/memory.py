@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -143,7 +144,11 @@ class Memory:
         blocks, loss = most_gathered(left, self.at_once)
         resident = sum(unit.gathered for unit in coming if unit.path in held)
         kept = sum(unit.gathered for unit in left if not unit.freed)
-        gathered = {"base_gathered": blocks, "loss_gathered": loss, "base_kept": kept}
+        gathered: dict[str, Any] = {
+            "base_gathered": blocks,
+            "loss_gathered": loss,
+            "base_kept": kept,
+        }
         return replace(self, resident=resident, **gathered)
 
 

@@ -136,7 +136,8 @@ def find_teacher(
         adapted = _adapted(theirs, directory)
     known = own and identity(*own)
     weights = "" if directory is None else digest_of(directory)
-    return FoundTeacher(*(own or (None, None)), directory, adapted, f"{known or ''} {weights}")
+    other, own_skeleton = own or (None, None)
+    return FoundTeacher(other, own_skeleton, directory, adapted, f"{known or ''} {weights}")
 
 
 def _taught(config: Config, skeleton: nn.Module, directory: Path) -> Taught:
@@ -197,7 +198,7 @@ def _other_base(
 def _found(path: str, config: Config, **how: Any) -> BaseModel:
     """A base that is loaded like that of the run."""
     section = config.model
-    about = {"dtype": section.dtype, "cache_dir": section.cache_dir}
+    about: dict[str, Any] = {"dtype": section.dtype, "cache_dir": section.cache_dir}
     return find_base(path, **about, attn_implementation=section.attn_implementation, **how)
 
 

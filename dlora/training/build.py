@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -86,7 +87,7 @@ def build(
         initialise(config, ranks, prepared, model, replica)
     model.train()
     optimizer = build_optimizer(config, ranks, prepared, replica)
-    objective = objective_of(config)
+    objective: Any = objective_of(config)
     if prepared.teacher is not None:
         objective.teacher = build_teacher(prepared, model, replica, ranks.device)
     parts = (config, ranks, prepared, model, replica, residents, optimizer, lock, hooks, blocks)
