@@ -33,7 +33,6 @@ from dlora.config.recompute import Recompute
 from dlora.data.encode import Example
 from dlora.lora.names import RECORD
 from dlora.lora.segments import NotByTokenError
-from dlora.objectives.objective import Objective
 from dlora.objectives.router_loss import whole_loss
 from dlora.objectives.sft import Sft
 from dlora.plan.activations import Trace, estimate
@@ -42,7 +41,7 @@ from dlora.sharding.engines.gather_groups import block_lists
 from dlora.tasks import CAUSAL, Task
 
 # What makes the objective of a trace, from what makes a fake copy of another model.
-MakesObjective = Callable[[Callable[[nn.Module], nn.Module]], Objective]
+MakesObjective = Callable[[Callable[[nn.Module], nn.Module]], Any]
 _FEW = 3  # blocks that are enough to know what one more adds
 
 
