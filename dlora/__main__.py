@@ -19,6 +19,7 @@ COMMANDS = {
     "eval": "measure a base or an adapter: held-out loss, scores of answers, lm-eval's tasks",
     "report": "write one page on what runs did: curves, memory, ranks, samples, events",
     "watch": "follow a run's metrics from another shell",
+    "teach": "write what a teacher finds likeliest, for distill.teacher",
     "generate": "answer a prompt with a base, or with a base and an adapter",
     "extract": "write what a full fine-tune changed of its base as a plain LoRA",
     "compress": "write a model whose weights are products of two thin matrices",
@@ -26,6 +27,7 @@ COMMANDS = {
 MODULES = {  # of those whose name is a package
     "data": "dlora.training.show_data",
     "plan": "dlora.plan.command",
+    "teach": "dlora.training.teach",
     "export": "dlora.export.command",
     "compose": "dlora.library.compose",
     "library": "dlora.library.command",

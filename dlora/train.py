@@ -20,7 +20,6 @@ from dlora.lora.dropout import SampleKeys
 from dlora.metrics.progress import StepDisplay
 from dlora.objectives.router_loss import whole_loss
 from dlora.optim.schedule import lr_factor, set_lr
-from dlora.plan.objective import objective_of
 from dlora.plan.report import lines_of
 from dlora.runtime.console import console
 from dlora.runtime.determinism import deterministic
@@ -108,12 +107,12 @@ class Run:
         self.losses = FiniteWatch(self.directory / "nonfinite.json" if ranks.main else None)
         self.unused = UnusedWatch(config.train.allow_unused, preparation.unreached)
         self.hang = HangWatch(config.sharding.timeout_seconds)
-        self.objective = objective_of(config)
         with self.peers.watching(config.sharding.loading_timeout_seconds):
             self.sinks = start_sinks(config, ranks, preparation)
             self.context = build(config, ranks, preparation, lock, self.hooks)
             self.start = resume(self.context)
         self.model, self.replica = self.context.model, self.context.replica
+        self.objective = self.context.objective
         attachment_of(self.model).stream.announce = console.info
         self.optimizer = self.context.optimizer
         self.total_steps = preparation.sampler.total_steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from dlora.io.files import write_atomically
+from dlora.io.files import inside, write_atomically
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ROUTER = "router.safetensors"  # of a mixture of experts, which has the two files for each of them
@@ -55,3 +56,9 @@ def converted_line(path: str, source: str) -> str | None:
         f"the adapter names the converted base {source}, since PEFT reads no .gguf; it is needed "
         "as long as the adapter is"
     )
+
+
+def digest_of(directory: Path) -> str:
+    """SHA-256 (hex) of the tensors' file of an adapter."""
+    with inside(directory, WEIGHTS).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

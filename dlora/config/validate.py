@@ -26,6 +26,11 @@ def _is_gguf(c: Config) -> bool:
     return c.model.path.endswith(".gguf")
 
 
+def _converts(c: Config) -> bool:
+    """Whether a base, or a teacher that is another one, is a .gguf file."""
+    return _is_gguf(c) or str(value_of(c, "distill.teacher")).endswith(".gguf")
+
+
 def _is_local(c: Config) -> bool:
     return _is_gguf(c) or os.path.isdir(os.path.expanduser(c.model.path))
 
@@ -43,7 +48,7 @@ def _evaluates(c: Config) -> bool:
 # (options, when they do nothing, why): a value other than the default is refused then.
 INERT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("model.revision", _is_local, "model.path is local"),
-    ("model.cache_dir", lambda c: not _is_gguf(c), "only a .gguf base is converted"),
+    ("model.cache_dir", lambda c: not _converts(c), "only a .gguf base is converted"),
     ("model.trust_remote_code", _is_gguf, "a .gguf file contains no code"),
     (
         "adapter.r adapter.lora_alpha adapter.target_modules adapter.use_rslora adapter.use_dora "
@@ -90,6 +95,11 @@ INERT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
         "dpo.label_smoothing",
         lambda c: value_of(c, "dpo.loss_type") in ("hinge", "ipo"),
         "dpo.loss_type is neither sigmoid nor robust",
+    ),
+    (
+        "distill.teacher_quantization",
+        lambda c: value_of(c, "distill.teacher") == "base",
+        "distill.teacher is base, which is packed as model.quantization says",
     ),
     ("train.compile_cache", lambda c: c.train.compile is False, "train.compile is false"),
     ("data.max_eval_samples", lambda c: c.data.eval is None, "data.eval is null"),

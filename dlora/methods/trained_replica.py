@@ -53,6 +53,7 @@ class TrainedReplica(Replica):
         reference: copies of the trained tensors as they began, by name, where a policy is compared
             with them.
         others: of the replica for the adapters without a name: those of trained ones with a name.
+        released_with: what `release` frees of other models.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class TrainedReplica(Replica):
         self.method = MethodState()
         self.reference: dict[str, Tensor] = {}
         self.others: dict[str, TrainedReplica] = {}
+        self.released_with: list[Callable[[], None]] = []
 
     def take_over(self, *, equal: bool = False) -> None:
         """Own the adapters that the model has by now. Collective: rank 0's values are broadcast.
@@ -146,6 +148,8 @@ class TrainedReplica(Replica):
     def release(self) -> None:
         """Free the W0 that passes without a reduction, as in evaluation, left gathered."""
         self.engine.free_gathered(self._model)
+        for release in self.released_with:
+            release()
 
     @property
     def frozen(self) -> dict[str, Tensor]:

@@ -12,11 +12,9 @@ Where the class does more than that between decoder and logits, its own logits a
 
 from __future__ import annotations
 
-import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -29,7 +27,7 @@ from dlora.lora.layers import CHILD
 from dlora.objectives.attention_tables import extend_tables
 from dlora.objectives.output_head import OutputHead, output_head, without_cache
 from dlora.objectives.own_length import OwnLengths
-from dlora.objectives.packed_row import PackedRow
+from dlora.objectives.packed_row import PackedRow, one_sequence_per_row
 from dlora.objectives.router_loss import install_router_loss
 
 IGNORED = -100
@@ -39,17 +37,19 @@ _WHOLE_TILES = 256  # rows of a chunk are a multiple, where it has so many
 
 Logits = Callable[[Tensor, Tensor], Tensor]
 Wanted = Callable[[OutputHead, Tensor, str | None], Tensor]  # (head, its input, type of device)
+# (z [chunk, V], which targets these are) → (their Σ loss, what makes ∂loss/∂z [chunk, V])
+Criterion = Callable[[Tensor, slice], tuple[Tensor, Callable[[], Tensor]]]
 
 
 class ChunkedTargetLoss(torch.autograd.Function):
-    """Σ cross entropy of `logits(hidden)`; `parameters` are the head's that are trained."""
+    """Σ `criterion` of `logits(hidden)`; `parameters` are the head's that are trained."""
 
     @staticmethod
     def forward(
         ctx: Any,
         logits: Logits,
+        criterion: Criterion,
         hidden: Tensor,
-        targets: Tensor,
         positions: Tensor,
         chunk: int,
         needs_grad: bool,
@@ -60,16 +60,16 @@ class ChunkedTargetLoss(torch.autograd.Function):
         sums: list[Tensor | None] = [
             torch.zeros_like(i) if i.requires_grad else None for i in inputs
         ]
-        for start in range(0, len(targets), chunk):
+        for start in range(0, len(positions), chunk):
             piece = slice(start, start + chunk)
             with torch.set_grad_enabled(needs_grad):
                 h = hidden.detach()[piece].requires_grad_(needs_grad)
                 z = logits(h, positions[piece])
-            loss, log_p = _cross_entropy(z.detach(), targets[piece])
+            loss, gradient_of_loss = criterion(z.detach(), piece)
             total += loss.double()
             wanted = [t for t, s in zip((h, *parameters), sums, strict=False) if s is not None]
             if wanted:
-                dz = _gradient(log_p, targets[piece]).to(z.dtype)
+                dz = gradient_of_loss().to(z.dtype)
                 # Unused: A and B of a head that is disabled or merged. Their gradient stays zero.
                 gradients = iter(torch.autograd.grad(z, wanted, dz, allow_unused=True))
                 for index, accumulated in enumerate(sums):
@@ -83,17 +83,26 @@ class ChunkedTargetLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [None if s is None else s.mul_(grads[0].to(s.dtype)) for s in ctx.sums]
-        return None, scaled[0], None, None, None, None, *scaled[1:]
+        return None, None, scaled[0], None, None, None, *scaled[1:]
 
 
-def _cross_entropy(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(Σ −log p[t], log p [chunk, V] in the loss's dtype) of logits z."""
+def cross_entropy(targets: Tensor) -> Criterion:
+    """Σ −log p[t] of the targets t [N]."""
+
+    def of(z: Tensor, piece: slice) -> tuple[Tensor, Callable[[], Tensor]]:
+        log_p, t = log_softmax(z), targets[piece]
+        return -log_p.gather(1, t[:, None]).sum(), lambda: less_target(log_p, t)
+
+    return of
+
+
+def log_softmax(z: Tensor) -> Tensor:
+    """log p [chunk, V] of logits z, in the dtype that their loss is computed in."""
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
-    log_p = torch.log_softmax(z, -1, dtype=dtype)
-    return -log_p.gather(1, targets[:, None]).sum(), log_p
+    return torch.log_softmax(z, -1, dtype=dtype)
 
 
-def _gradient(log_p: Tensor, targets: Tensor) -> Tensor:
+def less_target(log_p: Tensor, targets: Tensor) -> Tensor:
     """∂loss/∂z = p − 1[t], made in the place of log p.
 
     Autograd would write three tensors of this size more: a gradient that is zero but at the
@@ -120,31 +129,6 @@ class Part(Protocol):
 
     def loss_of_logits(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The same of logits [rows, tokens, V] that a class computes whole."""
-
-
-@dataclass(frozen=True)
-class LossPart:
-    """A part of a batch whose loss is wanted apart.
-
-    Attributes:
-        positions: [N, 2], the (row, token) of its targets.
-        own: the same places in a batch of this part alone.
-        end: in a row that all share, where its tokens end.
-        head: entered around each product of the head, with the places `own` of its rows.
-    """
-
-    positions: Tensor
-    own: Tensor
-    end: int
-    head: Callable[[Tensor], AbstractContextManager[None]]
-
-    def loss(self, head: OutputHead, hidden: Tensor, targets: Tensor, device: str | None) -> Tensor:
-        """Its `target_loss`."""
-        return target_loss(head, hidden, targets, self.positions, device, self)
-
-    def loss_of_logits(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Its `loss_of_logits`."""
-        return loss_of_logits(logits, targets, self.positions)
 
 
 def install(model: Any, device: str | None = None) -> None:
@@ -234,32 +218,16 @@ def install(model: Any, device: str | None = None) -> None:
         head.module.forward = types.MethodType(head_forward, head.module)
 
 
-@contextmanager
-def one_sequence_per_row() -> Iterator[None]:
-    """Inside, transformers does not look for packed sequences in the positions that it gets.
-
-    It would read a value of each batch, for which the host waits for a GPU. `packed_row` knows
-    where sequences begin.
-    """
-    masking: Any = sys.modules.get("transformers.masking_utils")
-    look = getattr(masking, "find_packed_sequence_indices", None)
-    if look is None:
-        yield
-        return
-    masking.find_packed_sequence_indices = lambda positions: None
-    try:
-        yield
-    finally:
-        masking.find_packed_sequence_indices = look
-
-
 def target_loss(
     head: OutputHead,
     hidden: Tensor,
     targets: Tensor,
     positions: Tensor,
     device: str | None = None,
-    part: LossPart | None = None,
+    *,
+    criterion: Criterion | None = None,
+    inside: Callable[[Tensor], AbstractContextManager[None]] | None = None,
+    places: Tensor | None = None,
 ) -> Tensor:
     """Σ cross entropy over the positions with a target, float32 (float64 for a float64 model).
 
@@ -270,24 +238,27 @@ def target_loss(
         targets: [rows, tokens], −100 where there is none.
         positions: [N, 2], the (row, token) of each target.
         device: as of `install`.
-        part: what the positions belong to, of a batch with several.
+        criterion: what is summed in place of the cross entropy.
+        inside, places: of a part of a batch: what is entered around each product of the head,
+            with those of the places [N, 2] that are its rows'.
     """
     h, t = hidden[tuple(positions.T)], targets[tuple(positions.T)]
     module, finish = head.module, head.finish
     assert finish is not None
     stream = getattr(getattr(module, CHILD, None), "stream", None)
     own = stream.at if stream is not None else lambda at: nullcontext()
-    inside, places = (own, positions) if part is None else (part.head, part.own)
+    around, at_places = inside or own, positions if places is None else places
 
     def logits(rows: Tensor, at: Tensor) -> Tensor:
         """[chunk, V] of rows [chunk, H] at the places [chunk, 2]; the head's adapter included."""
-        with inside(at):
+        with around(at):
             return finish(type(module).forward(module, rows))
 
     chunk = chunk_rows(head.vocabulary, device or hidden.device.type)
     trained = [p for p in module.parameters() if p.requires_grad]
     needs_grad = torch.is_grad_enabled() and (h.requires_grad or bool(trained))
-    return ChunkedTargetLoss.apply(logits, h, t, places, chunk, needs_grad, *trained)
+    summed = criterion or cross_entropy(t)
+    return ChunkedTargetLoss.apply(logits, summed, h, at_places, chunk, needs_grad, *trained)
 
 
 def loss_of_logits(logits: Tensor, targets: Tensor, positions: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from dlora.registry import room
+
 
 class Batch(Protocol):
     """One micro-batch: what the model takes, and targets [rows, tokens], −100 where there is none.
@@ -40,13 +42,15 @@ def figures_of(objective: Any) -> tuple[str, ...]:
 class Objective(Protocol):
     """What is minimised.
 
+    It may have `figures`, names of what the metrics show beside the loss, with `reported`, each of
+    them for the last loss and summed as that is; and `extra_passes`, the passes over W0 without a
+    gradient that a loss takes beside the one with.
+
     Args:
         section: its options; None where its file declares none.
     """
 
     name: ClassVar[str]  # the value of `train.objective`
-    # An objective may also have `figures`, names of what it reports, and `reported`, each of them
-    # for the last loss, summed as that is.
 
     def __init__(self, section: Any) -> None: ...
 
@@ -61,3 +65,10 @@ class Objective(Protocol):
         without a target. The model may be called more than once, each time for one more pass over
         the base; an auxiliary loss of routers is that of the last call with a gradient.
         """
+
+
+def objective_of(config: Any) -> Objective:
+    """What `train.objective` of a configuration minimises."""
+    name = config.train.objective
+    made: Objective = room("objectives")[name].load()(getattr(config, name, None))
+    return made

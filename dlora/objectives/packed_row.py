@@ -20,6 +20,7 @@ there is one.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -219,6 +220,25 @@ class _Remembered(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         ctx.row.now = ctx.made
         return grads[0], None
+
+
+@contextmanager
+def one_sequence_per_row() -> Iterator[None]:
+    """Inside, transformers does not look for packed sequences in the positions that it gets.
+
+    It would read a value of each batch, for which the host waits for a GPU. `packed_row` knows
+    where sequences begin.
+    """
+    masking: Any = sys.modules.get("transformers.masking_utils")
+    look = getattr(masking, "find_packed_sequence_indices", None)
+    if look is None:
+        yield
+        return
+    masking.find_packed_sequence_indices = lambda positions: None
+    try:
+        yield
+    finally:
+        masking.find_packed_sequence_indices = look
 
 
 def row_of(model: nn.Module) -> PackedRow | None:

@@ -21,6 +21,7 @@ from dlora.config.recompute import Recompute
 from dlora.data import Dealing
 from dlora.errors import UsageError
 from dlora.lora.attach import attach, trainable_parameters
+from dlora.objectives.packable import why_not
 from dlora.plan.capacity import free_bytes
 from dlora.plan.choose import Capacity, Decision, bytes_first, capacity_of, decide
 from dlora.plan.choose import candidates as candidates_of
@@ -32,10 +33,12 @@ from dlora.plan.plan import Plan, Subject
 from dlora.plan.speed import Speeds, step_time
 from dlora.plan.state import modes
 from dlora.plan.tables import Survey, as_json, as_text
+from dlora.plan.teacher import find_teacher
+from dlora.plan.teacher_bytes import TracedObjective
 from dlora.plan.together import NO_GRAPHS, Several
 from dlora.plan.workload import workload_of
 from dlora.registry import option, room
-from dlora.sharding.topology import Topology
+from dlora.sharding.topology import Placement, Topology
 from dlora.tasks import TASKS, Task
 from dlora.tasks.causal import Causal
 from dlora.tasks.made_as import model_class_for
@@ -130,6 +133,14 @@ def survey(config: Config, machines: Machines) -> Survey:
         with keyed_by("adapter"):
             attach(skeleton, lora_config(config))
     packs = settle_packing(config.data.packing, task, skeleton)
+    teacher = find_teacher(config, None, skeleton)
+    if teacher is not None and teacher.skeleton is not None:
+        packs = packs and not why_not(teacher.skeleton)
+
+    def check(placement: Placement) -> None:
+        check_divides(skeleton, placement)
+        if teacher is not None:
+            teacher.check_divides(placement)
 
     def subject_of(dealing: Dealing) -> Subject:
         if several:
@@ -145,7 +156,8 @@ def survey(config: Config, machines: Machines) -> Survey:
             workload,
             device=device,
             task=task,
-            check=lambda placement: check_divides(skeleton, placement),
+            check=check,
+            objective=None if teacher is None else TracedObjective(config, teacher),
         )
 
     speeds = Speeds(

@@ -44,7 +44,8 @@ def units_of(
 
     A freed group is gathered once per forward, once more for backward if a gradient reaches it and
     it did not wait, and once more where recomputation asks for it; a kept one once per step. What a
-    reference has gathered for itself comes in addition.
+    reference has gathered for itself comes in addition, and so do the `extra_passes` without a
+    gradient; one that waits for its backward stays there for them.
 
     Args:
         trained: names of the trained parameters.
@@ -64,6 +65,7 @@ def units_of(
         passes = 1 + (reached and not group.waits) + again
         if workload.reference == "apart" or any(group.path.startswith(b) for b in inside):
             passes += not group.waits  # one that waits is still gathered from the pass before
+        passes += 0 if group.waits else workload.extra_passes
         units.append(
             Unit(
                 path=group.path,

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from dlora.lora.attach import trainable_parameters
+from dlora.lora.names import attached
 from dlora.sharding.engines.storage import held_bytes
 
 
@@ -42,7 +44,8 @@ class Stored(NamedTuple):
 def stored(model: nn.Module, replica: Any, optimizer: Any) -> Stored:
     """What this rank stores now."""
     working = replica.method.working_bytes
-    return Stored(held_bytes(model), _storage_bytes(_kept(replica, optimizer)) + working)
+    base = held_bytes(model) - _storage_bytes(_of_frozen_adapters(model))
+    return Stored(base, _storage_bytes(_kept(replica, optimizer)) + working)
 
 
 def measure(replica: Any, records: Sequence[Mapping[str, Any]], found: Stored) -> Measured:
@@ -62,6 +65,13 @@ def measure(replica: Any, records: Sequence[Mapping[str, Any]], found: Stored) -
         peak=max(record["peak_memory_bytes"] for record in records),
         pruned=resized is not None,
     )
+
+
+def _of_frozen_adapters(model: nn.Module) -> Iterable[Tensor]:
+    """A and B of a teacher that shares W0."""
+    for name, attachment in attached(model).items():
+        if not attachment.trained:
+            yield from trainable_parameters(model, name).values()
 
 
 def _kept(replica: Any, optimizer: Any) -> Iterable[Tensor]:

@@ -2,11 +2,13 @@
 
 all the time    share of W0 │ resident layers │ A, B, gradients │ optimizer state
                 the factors of frozen offsets, of adapters that start from a matrix
+                share of a teacher that is another base, what it keeps gathered in a step
                 on a CPU: two snapshots of A, B and state, and one of the offsets
                 on a GPU: the staging buffers through which snapshots go
 and the most of
   blocks        saved activations + the busiest moment of a block │ W0: kept + two layers, on
                 a GPU three
+  teacher       its busiest moment │ of its base: two layers, on a GPU three; what W0 keeps
   loss          saved activations + a chunk of logits, its gradient │ W0: kept + one layer, and
                 the last block, which waits for its backward
   a save        on a CPU: the copy that is written, and what clipping copies; an optimizer's step;
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -30,6 +33,7 @@ from dlora.plan.activations import Trace
 from dlora.plan.gathers import Unit
 from dlora.plan.method import MethodPlan
 from dlora.plan.state import divides, share_of, state_of
+from dlora.plan.teacher_bytes import TeacherBytes
 from dlora.plan.workload import Workload
 from dlora.sharding.topology import Placement, Topology
 
@@ -70,6 +74,9 @@ class Memory:
         host: of a node's host memory, what its ranks put there from GPUs; of the node of rank 0,
             which writes checkpoints.
         at_once: freed layers that are gathered at one time.
+        teacher: of a teacher, its share and what it keeps gathered in a step.
+        teacher_gathered: most of it that is gathered at one time beside these.
+        base_kept: of `base_gathered`, what stays until the step ends.
     """
 
     base_total: int
@@ -87,6 +94,9 @@ class Memory:
     process: int
     host: int = 0
     at_once: int = 2
+    teacher: int = 0
+    teacher_gathered: int = 0
+    base_kept: int = 0
 
     @property
     def replica(self) -> int:
@@ -97,13 +107,14 @@ class Memory:
     def in_use(self) -> int:
         """Most bytes of tensors at one time."""
         always = self.base_held + self.resident + self.replica + self.offsets + self.snapshots
-        return always + self.casts + self.passing
+        return always + self.teacher + self.casts + self.passing
 
     @property
     def passing(self) -> int:
         """Most bytes at one time of tensors that a step makes and frees again."""
         return max(
             self.activations.blocks + self.base_gathered,
+            self.activations.blocks * bool(self.teacher) + self.base_kept + self.teacher_gathered,
             self.activations.loss + self.loss_gathered,
             self.saving,
         )
@@ -129,10 +140,16 @@ class Memory:
     def holding(self, units: Iterable[Unit], held: Collection[str]) -> Memory:
         """The same rank, with the units of its placement at the paths `held` resident."""
         coming = [unit for unit in units if not unit.always]
-        left = (unit for unit in coming if unit.path not in held)
+        left = [unit for unit in coming if unit.path not in held]
         blocks, loss = most_gathered(left, self.at_once)
         resident = sum(unit.gathered for unit in coming if unit.path in held)
-        return replace(self, resident=resident, base_gathered=blocks, loss_gathered=loss)
+        kept = sum(unit.gathered for unit in left if not unit.freed)
+        gathered: dict[str, Any] = {
+            "base_gathered": blocks,
+            "loss_gathered": loss,
+            "base_kept": kept,
+        }
+        return replace(self, resident=resident, **gathered)
 
 
 def memory_of(
@@ -150,6 +167,7 @@ def memory_of(
     casts: int = 0,
     method: MethodPlan = MethodPlan(),  # noqa: B008 - frozen
     half: bool = False,
+    teacher: TeacherBytes = TeacherBytes(),  # noqa: B008 - frozen
 ) -> Memory:
     """The memory of a rank.
 
@@ -163,6 +181,7 @@ def memory_of(
         casts: as of `Memory`.
         method: what their method stores.
         half: W0 is in half precision.
+        teacher: of a distillation.
     """
     units = list(units)
     share, size = share_of(workload.optimizer, divided), placement.shard_size
@@ -206,6 +225,8 @@ def memory_of(
         process=PROCESS[device] + kernels,
         host=0 if device == "cpu" else keepers * copies + written + away,
         at_once=AT_ONCE[device],
+        teacher=teacher.held + teacher.kept,
+        teacher_gathered=teacher.layers,
     )
     return memory if size == 1 else memory.holding(units, held)
 

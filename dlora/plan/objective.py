@@ -7,17 +7,10 @@ from typing import Any
 
 from dlora.config.load import Config, value_of
 from dlora.config.sections import task_name
-from dlora.objectives.objective import Objective
+from dlora.objectives.objective import objective_of
 from dlora.registry import room
 from dlora.tasks import TASKS, Task
 from dlora.tasks.preference import Preference
-
-
-def objective_of(config: Config) -> Objective:
-    """What `train.objective` minimises."""
-    name = config.train.objective
-    made: Objective = room("objectives")[name].load()(getattr(config, name, None))
-    return made
 
 
 def copies_adapter(config: Config, earlier: Mapping[str, Any] | None = None) -> bool:

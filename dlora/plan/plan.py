@@ -11,8 +11,10 @@ from torch import nn
 
 from dlora.config.recompute import Recompute
 from dlora.plan.gathers import Unit, units_of
-from dlora.plan.memory import Memory, memory_of
+from dlora.plan.memory import AT_ONCE, Memory, memory_of
 from dlora.plan.method import method_plan, offset_bytes, offsets_of
+from dlora.plan.teacher import FoundTeacher
+from dlora.plan.teacher_bytes import TracedObjective, teacher_bytes
 from dlora.plan.trace import trace
 from dlora.plan.traffic import Traffic, traffic_of
 from dlora.plan.workload import Workload
@@ -79,6 +81,7 @@ class Subject:
         device: `"cuda"` or `"cpu"`: where the model will be.
         task: what it is trained to do.
         check: raises a `UsageError` for a placement that the model does not allow.
+        objective: makes what is minimised, where that is more than the cross entropy.
     """
 
     def __init__(
@@ -90,9 +93,11 @@ class Subject:
         device: str,
         task: Task = CAUSAL,
         check: Callable[[Placement], None] = lambda placement: None,
+        objective: TracedObjective | None = None,
     ) -> None:
         self.skeleton, self.trained = skeleton, trained
         self.workload, self.device, self.check, self.task = workload, device, check, task
+        self.objective = objective
         self.activations = trace(
             skeleton,
             workload.rows,
@@ -102,6 +107,7 @@ class Subject:
             device=device,
             task=task,
             lengths=workload.lengths,
+            **({} if objective is None else {"objective": objective}),
         )
         self._method = method_plan(skeleton)
         self._units: dict[tuple[Any, int], tuple[Unit, ...]] = {}
@@ -112,7 +118,12 @@ class Subject:
             return self
         workload = replace(self.workload, checkpointing=how)
         others: dict[str, Any] = {"device": self.device, "task": self.task, "check": self.check}
-        return Subject(self.skeleton, self.trained, workload, **others)
+        return Subject(self.skeleton, self.trained, workload, objective=self.objective, **others)
+
+    @property
+    def teacher(self) -> FoundTeacher | None:
+        """Of a distillation."""
+        return None if self.objective is None else self.objective.found
 
     def units(self, placement: Placement) -> tuple[Unit, ...]:
         """The groups of a placement's engine: those worth most when resident come first."""
@@ -143,7 +154,10 @@ class Subject:
             "divided": divided,
         }
         sums = {"summed": self._method.summed, "summed_always": self._method.summed_always}
-        sent: dict[str, Any] = {**sums, **common}
+        beside = teacher_bytes(
+            self.teacher, placement, self.workload.micro_batches, AT_ONCE[self.device]
+        )
+        sent: dict[str, Any] = {**sums, **common, "teacher": beside.gathers}
         traffic = traffic_of(units, held, self.trained, **sent)
         bare = traffic_of(units, (), self.trained, **sent) if held else traffic
         return Plan(
@@ -159,6 +173,7 @@ class Subject:
                 casts=self._casts(),
                 device=self.device,
                 method=self._method,
+                teacher=beside,
                 half=self._dtype in (torch.bfloat16, torch.float16),
                 **common,
             ),

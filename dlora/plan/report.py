@@ -33,6 +33,12 @@ def lines_of(decision: Decision, *, is_open: bool) -> list[str]:
         f"gradients, sent by each rank; {plan.audit} bytes every {AUDIT_EVERY}th for the audit"
         + (f"; {t.mask.rank:,.0f} bytes for the scores of a mask" if t.mask.rank else ""),
     ]
+    if m.teacher:
+        lines.insert(
+            2,
+            f"teacher         {mb(m.teacher)} per rank, at most {mb(m.teacher_gathered)} more "
+            "while it is gathered",
+        )
     if is_open:
         lines.insert(1, f"chosen          base: {p.base}: {decision.reason}")
     if plan.resident or (is_open and p.shard_size > 1):

@@ -100,6 +100,7 @@ def _parts(plan: Plan) -> list[str]:
         ("  W0, its share", gb(m.base_held)),
         ("  W0, resident", gb(m.resident)),
         ("  W0, most gathered at one time", gb(m.base_gathered)),
+        *([("  teacher, with what stays in a step", gb(m.teacher))] if m.teacher else []),
         ("  A and B, values and gradients", gb(m.adapters)),
         *([("  A0 and B0, frozen", gb(m.offsets))] if m.offsets else []),
         ("  optimizer state", gb(m.state)),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -33,11 +33,14 @@ from dlora.data.encode import Example
 from dlora.lora.names import RECORD
 from dlora.lora.segments import NotByTokenError
 from dlora.objectives.router_loss import whole_loss
+from dlora.objectives.sft import Sft
 from dlora.plan.activations import Trace, estimate
 from dlora.plan.fake_memory import LiveBytes
 from dlora.sharding.engines.gather_groups import block_lists
 from dlora.tasks import CAUSAL, Task
 
+# What makes the objective of a trace, from what makes a fake copy of another model.
+MakesObjective = Callable[[Callable[[nn.Module], nn.Module]], Any]
 _FEW = 3  # blocks that are enough to know what one more adds
 
 
@@ -51,6 +54,7 @@ def trace(
     device: str = "cpu",
     task: Task = CAUSAL,
     lengths: Sequence[int] = (),
+    objective: MakesObjective = lambda twin_of: Sft(None),
 ) -> Trace:
     """The figures of a micro-batch of `rows` sequences of `tokens` tokens.
 
@@ -61,10 +65,11 @@ def trace(
         device: the type of device that it runs on; that of the traced tensors is the CPU.
         task: what the model is trained to do.
         lengths: of sequences that share the one row.
+        objective: makes what is minimised.
     """
     targets = rows * tokens if targets is None else targets
     examples = [task.example(n) for n in lengths or [tokens] * rows]
-    how = (examples, bool(lengths), checkpointing, targets, device, task)
+    how = (examples, bool(lengths), checkpointing, targets, device, task, objective)
     try:
         alike = _alike_blocks(skeleton)
         if alike is None:
@@ -142,10 +147,10 @@ def _traced(
     targets: int,
     device: str,
     task: Task,
+    objective: MakesObjective,
 ) -> Trace:
     """Run a copy of the skeleton, which is used up."""
-    if twin.config._attn_implementation not in ("eager", "sdpa"):  # others need a GPU
-        twin.set_attn_implementation("sdpa" if twin._supports_sdpa else "eager")  # saves the same
+    _on_cpu(twin)
     recompute_blocks(twin, checkpointing.every)
     keep_in_eval(twin)
     twin.train()
@@ -153,6 +158,15 @@ def _traced(
     task.install(twin, device)
     fake = FakeTensorMode()
     known = _make_fake(twin, fake)
+
+    def twin_of(other: Any) -> nn.Module:
+        made = copy.deepcopy(other).eval()
+        _on_cpu(made)
+        task.install(made, device)
+        known.extend(_make_fake(made, fake))
+        return made
+
+    minimised = objective(twin_of)
     with fake:
         for parameter in twin.parameters():
             if parameter.requires_grad:
@@ -165,11 +179,17 @@ def _traced(
     with _quiet(), fake, live:
         made = batch.mapped(fake.from_tensor)
         live.mark(made.targets, targets)
-        loss = task.training_loss(twin, made, targets)
+        loss = task.training_loss(twin, made, targets, minimised)
         loss, _ = whole_loss(twin, loss, targets)
         saved = live.now
         loss.backward()
     return Trace(saved, live.peaks[""], live.peaks["loss"], live.flops)
+
+
+def _on_cpu(model: Any) -> None:
+    """Let attention run on a CPU; it saves the same there."""
+    if model.config._attn_implementation not in ("eager", "sdpa"):
+        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
 
 
 def _mark_loss(head: nn.Module, live: LiveBytes) -> None:

@@ -76,16 +76,19 @@ def traffic_of(
     divided: bool,
     summed: int = 0,
     summed_always: int = 0,
+    teacher: float = 0.0,
 ) -> Traffic:
     """The traffic of a rank; see `dlora.plan.memory.memory_of` for the arguments.
 
     Args:
         summed: elements of the sum over ranks that the adapters' method makes at some steps.
         summed_always: those of its sum in every step, which counts with the reduction.
+        teacher: bytes that a rank sends in gathers of another base, which count with those of W0.
     """
     size = placement.shard_size
     coming = (unit for unit in units if not (unit.always or unit.path in held))
     gathers = sum(unit.times * ring_gather_bytes(unit.gathered, size) for unit in coming)
+    gathers += teacher
     sent, reduced, groups = workload.gradient_bytes, 0.0, workload.groups(trained)
     for optimizer, named in groups:
         reduced += share_of(optimizer, divided).wire_bytes(named, topology, sent)

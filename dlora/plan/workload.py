@@ -15,6 +15,7 @@ from dlora.data import Dataset, Dealing, Sampler
 from dlora.data.collate import PAD_TO, in_eights
 from dlora.data.encode import count_targets
 from dlora.lora.layers import adapter_of
+from dlora.objectives.objective import objective_of
 from dlora.tasks import TASKS, Task
 
 MANY = 1_000  # shapes of the micro-batches of a run that is not measured
@@ -33,6 +34,7 @@ class Workload:
         targets: most target tokens of a micro-batch; None: every token may be one.
         lengths: of the sequences that share its one row; empty: each has a row of its own.
         gradient_bytes: of an element of the gradients as it is sent; None: its own.
+        extra_passes: over W0 in each micro-batch, without a gradient.
         shapes: how many numbers of rows and tokens the run's micro-batches have.
         reference: how a policy is compared: "joined", each block computes for the reference as
             well; "apart", in a pass of its own; empty: with nothing.
@@ -52,6 +54,7 @@ class Workload:
     shapes: int = 1
     reference: str = ""
     copied: bool = False
+    extra_passes: int = 0
     optimizers: Mapping[str, OptimizerConfig] = field(default_factory=dict)
 
     def groups(
@@ -111,6 +114,7 @@ def workload_of(
         lengths=lengths if shared else (),
         gradient_bytes=2 if config.sharding.reduce_dtype == "bfloat16" else None,
         shapes=shapes,
+        extra_passes=getattr(objective_of(config), "extra_passes", 0),
     )
 
 

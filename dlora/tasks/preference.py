@@ -19,6 +19,7 @@ from dlora.data.collate import in_eights
 from dlora.data.encode import NO_TARGET, SECOND, Example, longest_row
 from dlora.data.pairs import PairedBatch, collate_pairs, halves
 from dlora.errors import UsageError
+from dlora.objectives.objective import Objective
 from dlora.objectives.preference import Pairwise
 from dlora.objectives.reference import adapters_in, install_reference
 from dlora.objectives.router_loss import find_router_loss
@@ -72,12 +73,13 @@ class Preference(Causal):
         if self.objective.compares:
             install_reference(model, self._joined(model))
 
-    def training_loss(self, model: nn.Module, batch: Any, targets: int) -> Tensor:
+    def training_loss(
+        self, model: nn.Module, batch: Any, targets: int, objective: Objective
+    ) -> Tensor:
         rows = len(batch.targets)
         counts = [targets // rows + (row < targets % rows) for row in range(rows)]
-        return self.objective.loss(
-            model, replace(batch, positions=batch.positions[:targets], counts=counts)
-        )
+        marked = replace(batch, positions=batch.positions[:targets], counts=counts)
+        return self.objective.loss(model, marked)  # of a pair
 
     def reference(self, model: nn.Module) -> str:
         if not self.objective.compares:

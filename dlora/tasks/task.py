@@ -11,6 +11,7 @@ from __future__ import annotations
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from dlora.data.collate import Batch
 from dlora.data.encode import Example
+from dlora.objectives.objective import Objective
 from dlora.tasks.generation import generated
 
 
@@ -118,10 +120,12 @@ class Task(ABC):
         loss = model(**batch.inputs, targets=batch.targets, **where)
         return loss, torch.zeros(0, device=loss.device)
 
-    def training_loss(self, model: nn.Module, batch: Batch, targets: int) -> Tensor:
+    def training_loss(
+        self, model: nn.Module, batch: Batch, targets: int, objective: Objective
+    ) -> Tensor:
         """Σ loss of a batch with so many targets in training, for the plan."""
-        loss: Tensor = model(**batch.inputs, targets=batch.targets, lengths=batch.lengths)
-        return loss
+        unknown: Any = None  # where the targets are
+        return objective.loss(model, replace(batch, positions=unknown))
 
     def reference(self, model: nn.Module) -> str:
         """How the model is compared with a reference: see `dlora.plan.workload.Workload`."""

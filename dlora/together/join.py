@@ -23,7 +23,7 @@ from dlora.lora.dropout import DropoutStream, SampleKeys
 from dlora.lora.names import attached
 from dlora.lora.segments import Segment, Segments
 from dlora.lora.shared_batch import only, shared_by
-from dlora.objectives.chunked_loss import LossPart
+from dlora.objectives.loss_part import LossPart
 
 
 @dataclass(frozen=True)

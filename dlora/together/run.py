@@ -20,9 +20,9 @@ from dlora.lora.names import attached, by_name
 from dlora.lora.shared_batch import only
 from dlora.methods.trained_replica import TrainedReplica, replica_of
 from dlora.metrics.progress import StepDisplay
+from dlora.objectives.objective import objective_of
 from dlora.optim.schedule import lr_factor, set_lr
 from dlora.plan.measured import measure, stored
-from dlora.plan.objective import objective_of
 from dlora.runtime.console import console
 from dlora.runtime.memory import MemoryMeter, trim_after_step
 from dlora.runtime.peer_watch import PeerWatch

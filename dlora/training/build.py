@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,8 +27,8 @@ from dlora.methods.attach import attach_unstarted, start_adapters
 from dlora.methods.lora_ga import PASSES, GradientEstimate
 from dlora.methods.packed_residual import Residuals
 from dlora.methods.trained_replica import TrainedReplica, replicate
+from dlora.objectives.objective import objective_of
 from dlora.optim.rule import Rule
-from dlora.plan.objective import objective_of
 from dlora.registry import room
 from dlora.runtime.console import console
 from dlora.runtime.memory import unmap_large_blocks
@@ -42,6 +43,7 @@ from dlora.training.record import log_healed
 from dlora.training.reference import freeze_reference
 from dlora.training.residents import Residents
 from dlora.training.selection import Selection
+from dlora.training.teacher import build_teacher
 from dlora.training.warm_up import start_compiled
 
 
@@ -87,9 +89,12 @@ def build(
     freeze_reference(config, prepared.resumed, model, replica)
     model.train()
     optimizer = build_optimizer(config, ranks, prepared, replica)
+    objective: Any = objective_of(config)
+    if prepared.teacher is not None:
+        objective.teacher = build_teacher(prepared, model, replica, ranks.device)
     parts = (config, ranks, prepared, model, replica, residents, optimizer, lock, hooks, blocks)
-    context = RunContext(*parts, selection=Selection.of(config))
-    start_compiled(context, objective_of(config))
+    context = RunContext(*parts, objective, selection=Selection.of(config))
+    start_compiled(context, objective)
     return context
 
 

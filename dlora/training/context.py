@@ -93,6 +93,7 @@ class RunContext(SavedRun):
     Attributes:
         residents: the layers of W0 that stay gathered.
         blocks: those of the model as graphs, where the run compiles them.
+        objective: what is minimised; of several adapters, the run has it.
         lock: of `directory`; every write there calls its `check` first.
         name: of the adapter, among others.
         saved_in: where its checkpoints lie; None: in `directory`.
@@ -110,6 +111,7 @@ class RunContext(SavedRun):
     lock: RunLock
     hooks: Hooks
     blocks: CompiledBlocks | None = None
+    objective: Any = None
     name: str = DEFAULT
     saved_in: Path | None = None
     selection: Selection = field(default_factory=Selection)
@@ -143,7 +145,9 @@ class RunContext(SavedRun):
         fingerprints = found.train.fingerprint, found.base_identity
         about = (self.config, found.lora, found.sampler, *fingerprints)
         state = state_at(step, *about, found.task.labels, found.train.report.ends)
-        return state | {"ranks": self.ranks.world} | self.selection.state() | self.decisions
+        teacher = {"teacher": found.teacher.identity} if found.teacher is not None else {}
+        state |= {"ranks": self.ranks.world, **teacher}
+        return state | self.selection.state() | self.decisions
 
     def write_method_files(self, step: int) -> None:
         """Write the files that the adapters' method has in the run's directory, up to a step."""

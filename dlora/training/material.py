@@ -23,6 +23,7 @@ from dlora.evaluation.references import questions_of
 from dlora.lora.attach import adapter_tensors, attachment_of
 from dlora.lora.config import LoraConfig
 from dlora.lora.dropout import KEYED_BY
+from dlora.plan.teacher import FoundTeacher, find_teacher
 from dlora.sharding.topology import Topology
 from dlora.tasks import Task
 from dlora.tasks.limits import limits_of, pad_token
@@ -48,6 +49,7 @@ from dlora.training.prepare_data import (
 )
 from dlora.training.prepare_model import Adapted, adapted, task_of
 from dlora.training.settle_compile import Compiler
+from dlora.training.teacher import prepare_teacher
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Material:
         packs: whether sequences share rows.
         known: the identity of the base, where it is known.
         retained: `forget.data`, where it is a data set.
+        teacher: of a distillation.
     """
 
     config: Config
@@ -93,6 +96,7 @@ class Material:
     pad_id: int
     known: str | None
     resumed: ResumePoint | None
+    teacher: FoundTeacher | None = None
 
 
 def gather_material(
@@ -133,16 +137,24 @@ def gather_material(
         announce(f"adapter.{line}")
     if drawn := random_settings(skeleton):
         announce(f"model: its own {', '.join(drawn)} are off in training, since W0 is frozen")
+    teacher = find_teacher(config, base, skeleton, announce)
     packs = settle_packing(config.data.packing, task, skeleton, announce)
     known = identity(base, skeleton)
     tokenizer = with_template(config, base.tokenizer())
+    if teacher is not None:
+        packs = prepare_teacher(teacher, config, tokenizer, resumed, announce, packs=packs)
     read = (config, tokenizer, task, announce)
     load = functools.partial(load_data, *read, around.writes, once)
     train = open_stream(*read) if config.data.streaming else load("data.train")
     there = [key for key, source in sources(config).items() if source is not None]
     beside = {key: load(key) for key in there if key != "data.train"}
+    if teacher is not None:
+        teacher.check_data(train.fingerprint)
     limits = limits_of(tokenizer, skeleton)
     check_sequences({"data.train": train, **beside}, limits)
+    if teacher is not None and teacher.skeleton is not None:
+        limits = limits.beside(limits_of(tokenizer, teacher.skeleton, "the teacher"))
+        check_sequences({"data.train": train}, limits)
     if config.output.eval_metrics and (held_out := beside.get("data.eval")) is not None:
         check_installed(config.output.eval_metrics, "output.eval_metrics")
         questions_of(held_out, task, tokenizer, (), "output.eval_metrics: data.eval")
@@ -180,4 +192,5 @@ def gather_material(
         pad_token(tokenizer, skeleton),
         known,
         resumed,
+        teacher,
     )

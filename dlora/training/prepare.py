@@ -25,6 +25,8 @@ from dlora.plan.choose import Decision, capacity_of, decide
 from dlora.plan.micro_batches import settle_micro_batches
 from dlora.plan.objective import copies_adapter
 from dlora.plan.plan import Plan, Subject
+from dlora.plan.teacher import FoundTeacher
+from dlora.plan.teacher_bytes import TracedObjective
 from dlora.plan.workload import Workload, workload_of
 from dlora.sharding.topology import Placement, Topology
 from dlora.tasks import Task
@@ -74,6 +76,7 @@ class Preparation(Planned):
         dealing: makes the micro-batches of ranks.
         compiles: whether blocks run as graphs of torch's compiler.
         retained: `forget.data`, where it is a data set.
+        teacher: of a distillation.
         unreached: adapted modules that text alone does not reach, of a model that takes images too.
     """
 
@@ -95,6 +98,7 @@ class Preparation(Planned):
     unreached: tuple[str, ...] = ()
     compiles: bool = False
     retained: Dataset | None = None
+    teacher: FoundTeacher | None = None
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """One micro-batch, on the CPU."""
@@ -107,6 +111,7 @@ class Preparation(Planned):
         data = [self.train.fingerprint]
         data += [other.fingerprint if other else "" for other in (self.eval, self.retained)]
         data.append(self.base_identity or "")
+        data.append(self.teacher.identity if self.teacher else "")
         chosen = [self.placement, self.divided, self.budget.resident, self.compiles]
         return " ".join([*data, str(self.lora), *map(str, chosen)])
 
@@ -141,9 +146,8 @@ def prepare(
         copied = copies_adapter(config, resumed.settings if resumed else None)
         workload = replace(workload, reference=found.task.reference(skeleton), copied=copied)
         trained = trainable_parameters(skeleton)
-        return decision_of(
-            config, found.task, skeleton, trained, workload, topology, around, resumed
-        )
+        about = (config, found.task, skeleton, trained, workload, topology, around, resumed)
+        return decision_of(*about, found.teacher)
 
     if line := reference_line(config, found.task, skeleton, resumed):
         announce(line)
@@ -195,6 +199,7 @@ def prepared_from(
         unreached=tuple(unreached_by_text(skeleton, [*attachment.adapted, *attachment.saved])),
         compiles=compiles,
         retained=found.retained,
+        teacher=found.teacher,
     )
 
 
@@ -207,6 +212,7 @@ def decision_of(
     topology: Topology,
     around: Surroundings,
     resumed: ResumePoint | None,
+    teacher: FoundTeacher | None = None,
 ) -> Decision:
     """The plan of a run: what the settings leave open is chosen, `base: auto` above all."""
     section, world = config.sharding, topology.world
@@ -225,7 +231,8 @@ def decision_of(
             workload,
             task=task,
             device=around.device,
-            check=lambda placement: check_divides(skeleton, placement),
+            check=lambda placement: _check_divides(skeleton, teacher, placement),
+            objective=None if teacher is None else TracedObjective(config, teacher),
         ),
         topology,
         engine=settings.engine,
@@ -240,3 +247,9 @@ def decision_of(
         return decision
     is_open = settings.base == "auto"
     return replace(decision, reason=settings.reason + (f": {decision.reason}" if is_open else ""))
+
+
+def _check_divides(skeleton: Any, teacher: FoundTeacher | None, placement: Placement) -> None:
+    check_divides(skeleton, placement)
+    if teacher is not None:
+        teacher.check_divides(placement)

@@ -41,11 +41,14 @@ from dlora.training.settle_compile import Compiler, find_compiler
 from dlora.training.settle_dtype import settle_dtype
 
 
-def enter(argv: list[str], prog: str, first: Callable[[], None]) -> tuple[Ranks, Options | None]:
+def enter(
+    argv: list[str], prog: str, first: Callable[[], None], extra: type | None = None
+) -> tuple[Ranks, Options | None]:
     """Parse the command line, join the other ranks, and check that all of them succeeded.
 
     Args:
         first: called before; a `UsageError` of it counts as one of the command line.
+        extra: further options, as of `parse`.
 
     Returns:
         The ranks and the options; None in their place where the command only printed something
@@ -60,7 +63,7 @@ def enter(argv: list[str], prog: str, first: Callable[[], None]) -> tuple[Ranks,
         device = own_device()
         first()
         with contextlib.redirect_stdout(printed):
-            options = parse(argv, prog)
+            options = parse(argv, prog, extra)
     except UsageError as error:
         failure = error
     except SystemExit:

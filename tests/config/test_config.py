@@ -119,6 +119,13 @@ ADDED = {  # change nothing
     ("forget", "max_nll_ratio"): None,
     ("forget", "action"): "stop",
     ("output", "report"): False,
+    ("distill", "teacher"): "base",
+    ("distill", "teacher_adapter"): None,
+    ("distill", "teacher_quantization"): "none",
+    ("distill", "temperature"): 1.0,
+    ("distill", "weight"): 1.0,
+    ("distill", "ce_weight"): 1.0,
+    ("distill", "top_k"): None,
 }
 
 

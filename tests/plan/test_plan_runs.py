@@ -149,7 +149,10 @@ def test_a_budget_is_used_and_never_passed(tmp_path: Path) -> None:
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DEMO = sorted(path.stem for path in CONFIGS.glob("*.yaml") if "models/SmolLM2" in path.read_text())
-FEWER_STEPS = {"adalora": {"tinit": 1, "tfinal": 1, "deltaT": 1}}
+OTHERWISE: dict[str, dict[str, Any]] = {
+    "adalora": {"adapter.tinit": 1, "adapter.tfinal": 1, "adapter.deltaT": 1},
+    "distill": {"model.path": "models/SmolLM2-135M-Instruct.Q4_1.gguf"},  # and not a compressed one
+}
 WITHOUT_BFLOAT16 = "AVX512_CORE"  # the most that oneDNN may use: stands for an older CPU
 
 
@@ -185,7 +188,7 @@ def test_a_configuration_takes_the_memory_that_its_plan_says(
         "output.dir": str(tmp_path / "run"),
         "output.eval_every": 0,
         "output.samples": 0,
-        **{f"adapter.{key}": value for key, value in FEWER_STEPS.get(name, {}).items()},
+        **OTHERWISE.get(name, {}),
     }
     argv = ["--config", str(CONFIGS / f"{name}.yaml")]
     argv += [f"--{key}={value}" for key, value in settings.items()]

@@ -32,6 +32,7 @@ from dlora.sharding.engines.gather_groups import (
     is_vector,
     module_groups,
 )
+from dlora.sharding.engines.hidden import hidden
 from dlora.sharding.engines.own_engine import OWN_OPTIMIZER
 from dlora.sharding.engines.protocol import Device, Weights
 from dlora.sharding.engines.shard_loading import fill, slots_of
@@ -49,6 +50,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus  # noqa:
 
 PREFETCH = torch.cuda.is_available()
 _SHM_OP = "deepspeed_shm_comm"
+_NO_MODULE = -1  # DeepSpeed counts its modules from 0
 
 
 class Zero3Options:
@@ -100,7 +102,7 @@ class Zero3:
                 _partition(init, parameter)
         if hasattr(model, "ds_inflight_param_registry"):  # an engine of the user's own has hooks
             return
-        with _hidden(model, outside):
+        with hidden(model, outside):
             self._hooks = DeepSpeedZeRoOffload(
                 model,
                 timers=None,
@@ -121,7 +123,7 @@ class Zero3:
             head = _partitioned(head_parameters(model))
             self._kept = {p for p in head if not is_vector(p.ds_shape)}
             for parameter in partitioned:
-                parameter.ds_persist = is_vector(parameter.ds_shape) or parameter in self._kept
+                _persist(parameter, is_vector(parameter.ds_shape) or parameter in self._kept)
         for parameter in partitioned:
             for name in ("all_gather", "all_gather_coalesced"):
                 setattr(parameter, name, self._counted(getattr(parameter, name), parameter))
@@ -130,14 +132,14 @@ class Zero3:
         for path in paths:
             module = model.get_submodule(path)
             for parameter in _partitioned(module.parameters(recurse=False)):
-                parameter.ds_persist = True
+                _persist(parameter, True)
                 self._resident.add(parameter)
 
     def release_gathered(self, model: nn.Module, paths: Collection[str]) -> None:
         for path in paths:
             for parameter in _partitioned(model.get_submodule(path).parameters(recurse=False)):
                 self._resident.discard(parameter)
-                parameter.ds_persist = is_vector(parameter.ds_shape) or parameter in self._kept
+                _persist(parameter, is_vector(parameter.ds_shape) or parameter in self._kept)
         self.free_gathered(model)
 
     def set_trainable(self, model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
@@ -151,17 +153,18 @@ class Zero3:
             if parameter.ds_status is ZeroParamStatus.AVAILABLE and not stays:
                 parameter.ds_active_sub_modules.clear()
                 parameter.partition()
+                _persist(parameter, parameter.ds_persist)
 
     @contextmanager
     def staying(self, model: nn.Module) -> Iterator[None]:
         freed = [p for p in _partitioned(model.parameters()) if not p.ds_persist]
         try:
             for parameter in freed:
-                parameter.ds_persist = True
+                _persist(parameter, True)
             yield
         finally:
             for parameter in freed:
-                parameter.ds_persist = False
+                _persist(parameter, False)
             self.free_gathered(model)
 
     @contextmanager
@@ -256,45 +259,20 @@ def _look_ahead(model: nn.Module) -> dict[str, int]:
     return {"prefetch_bucket_size": max(sizes), "max_live_parameters": 2 * max(sizes) + head}
 
 
+def _persist(parameter: Any, stays: bool) -> None:
+    """Let a gathered parameter stay when its module is done, or go.
+
+    DeepSpeed forgets `ds_persist` while a pass is not like the one before, as where passes with and
+    without a gradient alternate. What is in use by a module stays; this one never ends.
+    """
+    parameter.ds_persist = stays
+    users = parameter.ds_active_sub_modules
+    users.add(_NO_MODULE) if stays else users.discard(_NO_MODULE)
+
+
 def _is_partitioned(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id")
 
 
 def _partitioned(parameters: Iterable[nn.Parameter]) -> list[Any]:
     return [parameter for parameter in parameters if _is_partitioned(parameter)]
-
-
-@contextmanager
-def _hidden(model: nn.Module, outside: set[nn.Parameter]) -> Iterator[None]:
-    """Inside, `outside` are no parameters of the model, and what has none is no part of it.
-
-    DeepSpeed gives every module hooks and expects the same calls on all ranks. A module without
-    parameters has nothing to gather, and may be called as tokens are routed (an expert that is the
-    identity).
-    """
-    modules = list(model.modules())
-    taken = [
-        (module, name, parameter)
-        for module in modules
-        for name, parameter in list(module.named_parameters(recurse=False))
-        if parameter in outside
-    ]
-    empty = [
-        (module._modules, name, child)
-        for module in modules
-        for name, child in list(module.named_children())
-        if next(child.parameters(), None) is None
-    ]
-    tables = [(table, list(table.items())) for table in {id(t): t for t, _, _ in empty}.values()]
-    for module, name, _ in taken:
-        del module._parameters[name]
-    for table, name, _ in empty:
-        del table[name]
-    try:
-        yield
-    finally:
-        for module, name, parameter in taken:  # DeepSpeed has put other tables in
-            module._parameters[name] = parameter
-        for table, children in tables:  # in their order
-            table.clear()
-            table.update(children)
