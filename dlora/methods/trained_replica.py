@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dlora.errors import UsageError
 from dlora.lora.attach import (
@@ -29,6 +27,7 @@ from dlora.lora.names import attached, by_name
 from dlora.lora.parameters import ParameterAdapter
 from dlora.lora.several import DEFAULT
 from dlora.lora.variants import VARIANTS
+from dlora.methods.after_step import follow_steps
 from dlora.optim.groups import parameter_groups
 from dlora.optim.lora_pro import Pair
 from dlora.sharding.engines.protocol import Engine, is_divided
@@ -81,7 +80,7 @@ class TrainedReplica(Replica):
             kind = _state_class(VARIANTS[attachment_of(self._model).config.variant].state_class)
             if kind is not MethodState:
                 self.method = kind(self._model, self)  # type: ignore[call-arg]
-                _follow_steps(self)
+                follow_steps(self)
 
     def join(self, name: str, *, equal: bool = False) -> None:
         """Make the adapters of a name the same on every rank: one broadcast of rank 0's values.
@@ -276,27 +275,3 @@ def _state_class(named: type[MethodState] | str) -> type[MethodState]:
         return named
     module, _, name = named.partition(":")
     return getattr(importlib.import_module(module), name)
-
-
-_followed: weakref.WeakSet[TrainedReplica] = weakref.WeakSet()
-_following = False
-
-
-def _follow_steps(replica: TrainedReplica) -> None:
-    """Let every step of an optimizer over the replica's parameters end with `after_step`.
-
-    Through torch's hook for all optimizers, since the user may make the optimizer at any time. It
-    is one hook for all replicas, and stays: none can be removed while torch goes through them.
-    """
-    global _following
-    _followed.add(replica)
-    if not _following:
-        register_optimizer_step_post_hook(_after_any_step)
-        _following = True
-
-
-def _after_any_step(optimizer: Optimizer, *_: Any) -> None:
-    for replica in list(_followed):
-        own = {id(parameter) for parameter in replica.optimized.values()}
-        if any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
-            replica.method.after_step(optimizer)

@@ -14,6 +14,7 @@ import yaml
 from refusals import refusal
 
 from dlora.config import load as config_module
+from dlora.config.inert import INERT
 from dlora.config.load import (
     SCHEMA,
     SECTIONS,
@@ -29,7 +30,6 @@ from dlora.config.load import (
     value_of,
 )
 from dlora.config.options import Given, convert
-from dlora.config.validate import INERT
 from dlora.registry import ROOMS, Option, option, plain, room
 from dlora.registry.options import members
 

@@ -264,7 +264,7 @@ def decision(engine: str = "fsdp2", flops: float = 1e12) -> Any:
 
 
 def config(directory: Path, setting: object, cache: str | None = None) -> Any:
-    train = SimpleNamespace(compile=setting, compile_cache=cache)
+    train = SimpleNamespace(compile=setting, objective="sft", compile_cache=cache)
     adapter, output = SimpleNamespace(method="lora"), SimpleNamespace(directory=directory / "run")
     return SimpleNamespace(train=train, adapter=adapter, output=output)
 

@@ -131,7 +131,7 @@ def test_a_run_ends_early_and_its_best_is_kept(
         losses[best], rel=1e-6
     )
     again, same = run("run", 2, work=told, **both)
-    assert f"the run is already finished: step {ended} of 20: eval_loss was" in again[0][1]
+    assert f"the run is already finished: step {ended} of 20; eval_loss was" in again[0][1]
     assert [result["status"] for result, _ in again] == [0, 0]
     assert same[:-1] == lines[:-1] and best_of(directory) == about
     # More patience, and it goes on.
