@@ -196,7 +196,7 @@ def asked(saved_models: Any, directory: Path, **settings: Any) -> list[str]:
             {"adapter__init_lora_weights": "lora_ga"},
             "lora_ga cannot be combined with train.objective: distill",
         ),
-        ({"train__compile": True}, "train.compile: true: train.objective: distill runs without"),
+        ({"train__compile": True}, "train.compile: true: train.objective: distill has no graphs"),
         ({"distill__teacher": "nowhere/at/all"}, "distill.teacher: directory nowhere/at/all does"),
         ({"distill__teacher_adapter": "no/such/place"}, "no/such/place"),
     ],
