@@ -174,7 +174,7 @@ class Zero3:
             for p in _partitioned(module.parameters())
             if p.ds_status is not ZeroParamStatus.AVAILABLE
         ]
-        with deepspeed.zero.GatheredParameters(absent):
+        with _leaving(absent), deepspeed.zero.GatheredParameters(absent):
             yield {path: parameter.detach() for path, parameter in module.named_parameters()}
 
     def _init(self) -> Any:
@@ -268,6 +268,18 @@ def _persist(parameter: Any, stays: bool) -> None:
     parameter.ds_persist = stays
     users = parameter.ds_active_sub_modules
     users.add(_NO_MODULE) if stays else users.discard(_NO_MODULE)
+
+
+@contextmanager
+def _leaving(parameters: list[Any]) -> Iterator[None]:
+    """Inside, parameters that stay otherwise may be freed."""
+    try:
+        for parameter in parameters:
+            parameter.ds_active_sub_modules.discard(_NO_MODULE)
+        yield
+    finally:
+        for parameter in parameters:
+            _persist(parameter, parameter.ds_persist)
 
 
 def _is_partitioned(parameter: nn.Parameter) -> bool:
