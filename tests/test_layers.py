@@ -37,8 +37,8 @@ TABLE = {
     "methods": "base lora metrics sharding io optim",
     "checkpoint": "sharding io config lora",
     "adapters": "checkpoint lora methods quant io config registry",
-    "plan": "adapters base checkpoint config data lora methods objectives optim registry runtime "
-    "sharding tasks",
+    "plan": "adapters base checkpoint config data io lora methods objectives optim registry "
+    "runtime sharding tasks",
     "evaluation": "adapters base checkpoint cli config data io lora objectives registry runtime "
     "sharding.topology tasks",
     "training": "adapters base checkpoint config data evaluation hooks io lora methods metrics "

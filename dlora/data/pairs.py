@@ -6,6 +6,7 @@ labels    -100 -100 c0 c1 </s>   -101 -100 r0 </s>      -101: here the second on
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,6 +75,18 @@ class AnswerPairs:
         Raises:
             RecordError: the chat template cannot write one of them, or writes the same for both.
         """
+        renderers = self._chosen, self._rejected
+        before = [copy.deepcopy(renderer.remarks) for renderer in renderers]
+        try:
+            return self._rendered(content, beside)
+        except RecordError:  # of a record that is not taken nothing counts, of one answer neither
+            for renderer, was in zip(renderers, before, strict=True):
+                now = renderer.remarks
+                now.ignored, now.control_tokens = was.ignored, was.control_tokens
+                now.thinking = was.thinking
+            raise
+
+    def _rendered(self, content: AnswerPair, beside: Mapping[str, Any]) -> _Pair:
         plain = not isinstance(content.chosen, list)
         chosen = self._chosen.render(content.chosen, beside)
         rejected = self._rejected.render(content.rejected, beside)

@@ -18,11 +18,11 @@ from dlora.base.identity import identity
 from dlora.base.model import BaseModel, find_base
 from dlora.base.skeleton import check_divides
 from dlora.config.load import SCHEMA, Config, value_of
-from dlora.data.taught import MANIFEST, Taught
 from dlora.errors import UsageError
 from dlora.lora.attach import attach, trainable_parameters
 from dlora.objectives.distill import BASE, Distill
 from dlora.objectives.output_head import output_head
+from dlora.plan.taught import MANIFEST, Taught
 from dlora.sharding.topology import Placement
 
 _KEY = "distill.teacher"

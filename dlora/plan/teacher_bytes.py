@@ -17,10 +17,10 @@ from torch import nn
 
 from dlora.config.load import Config
 from dlora.data.encode import NO_TARGET
-from dlora.data.taught import Taught
 from dlora.objectives.distill import Distill
 from dlora.objectives.objective import Objective, objective_of
 from dlora.objectives.teachers import OtherBase, OwnBase, TopK, Written
+from dlora.plan.taught import Taught
 from dlora.plan.teacher import FoundTeacher
 from dlora.sharding.comm_bytes import ring_gather_bytes
 from dlora.sharding.engines.protocol import engine_class

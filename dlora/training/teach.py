@@ -18,13 +18,13 @@ import torch
 
 from dlora.config.load import Config
 from dlora.data.encode import count_targets
-from dlora.data.taught import About, Writer, write_manifest
 from dlora.errors import UsageError
 from dlora.io.files import path_of, sync
 from dlora.objectives.distill import BASE, Distill, likeliest
 from dlora.objectives.head_input import at_head
 from dlora.objectives.output_head import output_head
 from dlora.objectives.teachers import TopK
+from dlora.plan.taught import About, Writer, write_manifest
 from dlora.registry import option
 from dlora.runtime.agreement import agree, broadcast, gather
 from dlora.runtime.console import console

@@ -39,6 +39,11 @@ def _record(format: str, draw: random.Random) -> dict[str, Any]:
         record = {"text": _text(draw), "label": draw.choice([_text(draw), draw.randint(0, 9), 0.5])}
     elif format == "text":
         record = {"text": "<s>" * draw.randint(0, 1) + _text(draw)}
+    elif format == "preference":
+        chats = draw.random() < 0.5
+        answers = [_chat("chat", 1, draw) if chats else _text(draw) for _ in range(2)]
+        record = {"prompt": _chat("chat", 0, draw) if chats else _text(draw)}
+        record |= dict(zip(("chosen", "rejected"), answers, strict=True))
     else:
         field = {"chat": "messages", "sharegpt": "conversations"}[format]
         record = {field: [_turn(format, i, draw) for i in range(draw.randint(0, 5))]}
@@ -47,6 +52,11 @@ def _record(format: str, draw: random.Random) -> dict[str, Any]:
     if draw.random() < 0.05:
         record.pop(draw.choice(list(record)))
     return record
+
+
+def _chat(format: str, i: int, draw: random.Random) -> list[Any]:
+    """A conversation of one turn."""
+    return [_turn(format, i, draw)]
 
 
 def _turn(format: str, i: int, draw: random.Random) -> Any:

@@ -273,13 +273,15 @@ def _persist(parameter: Any, stays: bool) -> None:
 @contextmanager
 def _leaving(parameters: list[Any]) -> Iterator[None]:
     """Inside, parameters that stay otherwise may be freed."""
+    users = [parameter.ds_active_sub_modules for parameter in parameters]
+    staying = [own for own in users if _NO_MODULE in own]
+    for own in staying:
+        own.discard(_NO_MODULE)
     try:
-        for parameter in parameters:
-            parameter.ds_active_sub_modules.discard(_NO_MODULE)
         yield
     finally:
-        for parameter in parameters:
-            _persist(parameter, parameter.ds_persist)
+        for own in staying:
+            own.add(_NO_MODULE)
 
 
 def _is_partitioned(parameter: nn.Parameter) -> bool:
