@@ -165,10 +165,9 @@ class TrainedReplica(Replica):
         return own
 
     def load_reference(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Load (`<parameter>.start`, whole tensor) of a checkpoint; all of them are consumed."""
+        """Load (`<parameter>.start`, whole tensor) of a checkpoint."""
         for key, tensor in tensors:
-            if self.reference:
-                self.reference[key.rpartition(".")[0]].copy_(tensor)
+            self.reference[key.rpartition(".")[0]].copy_(tensor)
 
     @property
     def pairs(self) -> list[Pair]:

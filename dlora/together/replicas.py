@@ -34,6 +34,7 @@ class Replicas:
     def __init__(self, model: nn.Module, shared: TrainedReplica, members: Sequence[Member]) -> None:
         self._model, self._shared, self._members = model, shared, members
         self.strategy, self.method = _States(self), _Methods(model, members)
+        self.reference: dict[str, Tensor] = {}  # none of them is compared with one
 
     @property
     def running(self) -> list[Member]:

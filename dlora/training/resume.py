@@ -63,12 +63,13 @@ def resume(context: SavedRun) -> int:
         optimizer,
         replica.frozen,
     )
-    if replica.reference and REFERENCE not in states:
-        raise UsageError(
-            "output.resume: the checkpoint has no copy of the adapter that the run began with, "
-            "which dpo.reference asks for"
-        )
-    replica.load_reference(shared(REFERENCE))
+    if replica.reference:
+        if REFERENCE not in states:
+            raise UsageError(
+                "output.resume: the checkpoint has no copy of the adapter that the run began with, "
+                "which dpo.reference asks for"
+            )
+        replica.load_reference(shared(REFERENCE))
     for file in states:
         if file not in ("optimizer", REFERENCE):
             replica.method.load_tensors(file, shared(file))
