@@ -33,7 +33,7 @@ from dlora.lora.parameters import (
 )
 from dlora.lora.saved_modules import ModulesToSaveCopy, ModulesToSaveLayer
 from dlora.lora.several import DEFAULT, adapt_, child_of, module_at
-from dlora.lora.states import AdapterState
+from dlora.lora.states import AdapterState, switched_off
 from dlora.lora.targets import module_paths, parameter_paths, saved_paths
 from dlora.lora.variants import VARIANTS, LoraAdapter
 from dlora.lora.whole_weights import WholeWeights, plain_weights, show_weights
@@ -273,13 +273,5 @@ def disabled(model: nn.Module) -> Iterator[None]:
         raise UsageError("disabled: this model is merged; call dlora.unmerge first")
     if not attached(model):
         attachment_of(model)
-    idle = (AdapterState.OFF, AdapterState.EMPTY)
-    before = [(c, c.state) for c in every_child(model) if c.state not in idle]
-    for child, _ in before:
-        child.become(AdapterState.OFF)
-    try:
+    with switched_off(every_child(model)):
         yield
-    finally:
-        for child, state in before:
-            if child.state is AdapterState.OFF:
-                child.become(state)

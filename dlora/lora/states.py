@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from enum import Enum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -81,3 +82,18 @@ class Stateful(OwnStorage):
                 f"the {self.what} {self.state.value}, so it cannot become one that {state.value}"
             )
         self.state = state
+
+
+@contextmanager
+def switched_off(children: Iterable[Any]) -> Iterator[None]:
+    """Inside, these adapters and copies are off; those that have been switched since stay so."""
+    idle = (AdapterState.OFF, AdapterState.EMPTY)
+    before = [(child, child.state) for child in children if child.state not in idle]
+    for child, _ in before:
+        child.become(AdapterState.OFF)
+    try:
+        yield
+    finally:
+        for child, state in before:
+            if child.state is AdapterState.OFF:
+                child.become(state)

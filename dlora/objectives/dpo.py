@@ -69,8 +69,7 @@ class Dpo(Pairwise):
 
     def __init__(self, section: Any) -> None:
         """Take the section `dpo`."""
-        super().__init__()
-        self.settings = section
+        super().__init__(section)
         self.through_kl = section.kl_weight > 0
 
     def losses(self, pairs: Pairs) -> Tensor:

@@ -11,7 +11,6 @@ Source: Hong et al. 2024, https://arxiv.org/abs/2403.07691.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,11 +38,6 @@ class Orpo(Pairwise):
         ("train.task", "!=", "causal", "which scores the answers of a decoder"),
         ("adapter.init_lora_weights", "==", "lora_ga", "whose start is computed for sft"),
     )
-
-    def __init__(self, section: Any) -> None:
-        """Take the section `orpo`."""
-        super().__init__()
-        self.settings = section
 
     def losses(self, pairs: Pairs) -> Tensor:
         chosen, rejected = pairs.means

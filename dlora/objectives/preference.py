@@ -78,7 +78,9 @@ class Pairwise(ABC):
     compares = False
     through_kl = False
 
-    def __init__(self) -> None:
+    def __init__(self, section: Any) -> None:
+        """Take the section of the objective."""
+        self.settings = section
         self.reported: dict[str, Tensor] = {}
 
     @abstractmethod

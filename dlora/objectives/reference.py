@@ -27,10 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from dlora.lora.names import attached
-from dlora.lora.states import AdapterState, Stateful
+from dlora.lora.states import Stateful, switched_off
 
 _RECORD = "dlora_reference"
-_IDLE = (AdapterState.OFF, AdapterState.EMPTY)
 _HIDDEN = "hidden_states"  # the argument of a block that transformers passes first
 
 
@@ -77,7 +76,7 @@ class Reference:
     def _acting(self, children: Iterable[Any]) -> Iterator[None]:
         with torch.no_grad(), ExitStack() as stack:
             if self.copies is None:
-                stack.enter_context(_off(children))
+                stack.enter_context(switched_off(children))
             else:
                 stack.enter_context(_in_place(children, self.copies))
                 for attachment in attached(self._model).values():
@@ -135,19 +134,6 @@ def reference_of(model: nn.Module) -> Reference:
     """What `install_reference` made."""
     found: Reference = model.__dict__[_RECORD]
     return found
-
-
-@contextmanager
-def _off(children: Iterable[Any]) -> Iterator[None]:
-    """Inside, these adapters are off."""
-    before = [(child, child.state) for child in children if child.state not in _IDLE]
-    for child, _ in before:
-        child.become(AdapterState.OFF)
-    try:
-        yield
-    finally:
-        for child, state in before:
-            child.become(state)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ Source: Meng et al. 2024, https://arxiv.org/abs/2405.14734.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,11 +35,6 @@ class Simpo(Pairwise):
         ("train.task", "!=", "causal", "which scores the answers of a decoder"),
         ("adapter.init_lora_weights", "==", "lora_ga", "whose start is computed for sft"),
     )
-
-    def __init__(self, section: Any) -> None:
-        """Take the section `simpo`."""
-        super().__init__()
-        self.settings = section
 
     def losses(self, pairs: Pairs) -> Tensor:
         chosen, rejected = self.rewards(pairs)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dlora.lora.names import names_of
 from dlora.lora.saved_modules import ModulesToSaveCopy
 from dlora.lora.several import is_adapted
-from dlora.lora.states import AdapterState
+from dlora.lora.states import switched_off
 from dlora.lora.variants import LoraAdapter
 from dlora.objectives.head_input import HeadInput, at_head
 from dlora.objectives.objective import Batch
@@ -58,16 +58,9 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
     As `dlora.lora.attach.disabled`, of a model whose record may name more blocks than it has: that
     of a plan's trace.
     """
-    idle = (AdapterState.OFF, AdapterState.EMPTY)
     children = [m for m in model.modules() if isinstance(m, LoraAdapter | ModulesToSaveCopy)]
-    before = [(child, child.state) for child in children if child.state not in idle]
-    for child, _ in before:
-        child.become(AdapterState.OFF)
-    try:
+    with switched_off(children):
         yield
-    finally:
-        for child, state in before:
-            child.become(state)
 
 
 @contextmanager
