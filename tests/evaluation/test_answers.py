@@ -103,7 +103,7 @@ def test_answers_of_a_sharded_base_are_those_of_each_prompt_alone(
         assert lines[-1][f"eval_{name}"] == pytest.approx(figures[name])
 
 
-@pytest.mark.full
+@pytest.mark.full  # each placement is three more runs; one of them is in the default run
 @pytest.mark.parametrize("placement", ["zero3 world", "fsdp2 none", "fsdp2 node"])
 def test_scores_in_a_run_do_not_depend_on_the_placement(
     run: Runs, tmp_path: Path, placement: str

@@ -208,7 +208,7 @@ def test_a_best_that_is_gone_or_another_run_s_is_not_taken_for_this_one(
     assert all((again[name] == tensor).all() for name, tensor in stored.items())
 
 
-@pytest.mark.full
+@pytest.mark.full  # methods whose files the checkpoint tests read by default
 @pytest.mark.parametrize(
     "own",
     [
